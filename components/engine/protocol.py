@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker needs from an inference engine: generate, freeze, land, release.
+
+Life cycle
+    ``start`` once, then any number of concurrent ``generate`` calls, then ``stop``.
+
+One request, one owner
+    An engine either *runs* a request (tokens come out of its ``generate`` stream), holds it *frozen*
+    (no token can come, its KV blocks stay allocated and unchanged) or holds it *landing* (KV blocks
+    are reserved and being filled from another engine, no token can come yet). Moving a request is:
+
+        destination                                source
+        generate(request, landing=offer) ------->
+            blocks reserved, bytes copied          (keeps decoding)
+        extend(id, newer offer) ... bounded rounds
+                                                   freeze(id) -> Frozen     no more tokens
+        commit(id, frozen) -> tail copied, runs
+            first token leaves ------------------> release(id)              blocks freed
+
+    Any failure before the destination's first token: ``abort`` there, ``resume`` here.
+    Prefill hand-off is the same with ``GenerateRequest.freeze_after = 1``: the prefill engine freezes
+    the request by itself after its first token, and the decode engine starts with ``commit``.
+
+Threading
+    All methods are called from one asyncio loop. None may block it.
+
+Errors
+    ``components.errors``: ``RequestNotFound``, ``NoRoom``, ``NotMigratable``, ``SessionError``,
+    ``TransferError`` and subclasses, ``InvalidRequest``. The caller owns every deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from enum import StrEnum
+from typing import NewType, Protocol
+
+import msgspec
+
+RequestId = NewType("RequestId", str)
+AgentName = NewType("AgentName", str)
+Epoch = NewType("Epoch", str)
+
+
+class FinishReason(StrEnum):
+    """Why a stream ended. ``FROZEN`` is not an end of the request: another engine goes on."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+    FROZEN = "frozen"
+
+
+class RequestPhase(StrEnum):
+    """Where a request is inside an engine."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    PREEMPTED = "preempted"
+    FROZEN = "frozen"
+    LANDING = "landing"
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Everything of a request that decides its next token. Names and meaning as in vLLM."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] | None = None
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    n: int = 1
+    guided: msgspec.Raw | None = None
+    """Guided-decoding options as the frontend sent them (JSON); such a request is not migratable."""
+
+    def why_not_migratable(self) -> str | None:
+        """The reason this request cannot move exactly, or None when it can."""
+        if self.guided is not None:
+            return "guided decoding: the grammar's state cannot travel"
+        if self.n > 1:
+            return "n > 1: the samples share one request"
+        if self.prompt_logprobs is not None:
+            return "prompt_logprobs: they are produced once, during prefill"
+        return None
+
+
+class AgentRef(msgspec.Struct, frozen=True):
+    """One life of one transfer agent: a restarted process has the same name and a new epoch."""
+
+    name: AgentName
+    epoch: Epoch
+
+
+class KVOffer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """KV blocks of a request that can be read at the source right now.
+
+    ``generation`` changes whenever the source may have given one of the blocks to another request
+    (preemption). Blocks copied under an older generation prove nothing and are copied again.
+    """
+
+    request_id: RequestId
+    agents: tuple[AgentRef, ...]
+    """One per tensor-parallel rank, in rank order."""
+    block_size: int
+    """Tokens per KV block."""
+    block_ids: tuple[int, ...]
+    num_tokens: int
+    """Tokens whose KV is in ``block_ids``; the last block may be partly filled."""
+    generation: int
+    block_hashes: tuple[bytes, ...] = ()
+    """Content hashes (chained over token ids) of the full blocks; empty when not kept."""
+
+
+class Frozen(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The whole state of a frozen request: the destination continues with the very next token."""
+
+    offer: KVOffer
+    output_token_ids: tuple[int, ...]
+    """All tokens generated so far, wherever they were generated."""
+    rng_state: bytes = b""
+    """State of the request's own random generator (torch), empty when it has none."""
+    checksums: tuple[int, ...] = ()
+    """Checksum of each block of the offer, or only of the last ones; empty when switched off."""
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A request as it enters an engine, new or half done.
+
+    ``output_token_ids`` non-empty means: these tokens were generated before (elsewhere) and have been
+    delivered; continue after them. Without ``landing`` their KV is recomputed (token replay).
+    """
+
+    request_id: RequestId
+    prompt_token_ids: tuple[int, ...]
+    sampling: Sampling = Sampling()
+    output_token_ids: tuple[int, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    lora_name: str | None = None
+    cache_salt: str | None = None
+    freeze_after: int | None = None
+    """Freeze by itself once this many tokens have been generated (prefill hand-off: 1)."""
+    landing: KVOffer | None = None
+    """Reserve blocks and copy these before anything else; wait for ``commit``."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Log-probability of one sampled token and of its best alternatives."""
+
+    logprob: float
+    rank: int = 0
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability), best first."""
+
+
+class GenerateOutput(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Newly generated tokens. ``index`` is the position of the first one in the whole output."""
+
+    index: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    frozen: Frozen | None = None
+    """Set with ``FinishReason.FROZEN``."""
+    error: tuple[str, str] | None = None
+    """(code, message) with ``FinishReason.ERROR``."""
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache (first output only)."""
+
+
+class LandingStatus(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Progress of a landing request. ``landed_tokens`` only counts verified, whole transfers."""
+
+    reserved: bool
+    landed_tokens: int = 0
+    landed_generation: int = 0
+    in_flight: bool = False
+    rounds: int = 0
+    bytes: int = 0
+    descriptors: int = 0
+    post_s: float = 0.0
+    wire_s: float = 0.0
+    lane: str = ""
+    error: tuple[str, str] | None = None
+    """(code, message) of the last failed round; the blocks it covered count as not landed."""
+
+
+class RequestInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One row of the per-request table that planners and ``dynamo status`` read."""
+
+    request_id: RequestId
+    phase: RequestPhase
+    prompt_tokens: int
+    output_tokens: int
+    kv_blocks: int
+    age_s: float
+    priority: int = 0
+    max_tokens: int | None = None
+    preemptions: int = 0
+    not_migratable: str | None = None
+
+
+class EngineInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What an engine is, fixed from ``start`` on."""
+
+    model: str
+    fingerprint: str
+    """Hash over model, dtype and KV layout; only equal ones exchange KV."""
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    agents: tuple[AgentRef, ...]
+    lanes: tuple[str, ...] = ()
+    kv_bytes_per_token: int = 0
+
+
+class EngineStats(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Load at one moment; token sums as Dynamo's forward-pass metrics define them."""
+
+    running: int
+    waiting: int
+    frozen: int
+    landing: int
+    free_blocks: int
+    total_blocks: int
+    decode_kv_tokens: int = 0
+    queued_prefill_tokens: int = 0
+    scheduled_prefill_tokens: int = 0
+    preemptions_total: int = 0
+    step_s: float = 0.0
+    """Duration of the last forward step."""
+
+
+class Engine(Protocol):
+    """See the module docstring for the life cycle of a request over two engines."""
+
+    async def start(self) -> EngineInfo:
+        """Load the model and register the KV pools. Raises ``ConfigError`` on bad input."""
+        ...
+
+    async def stop(self) -> None:
+        """End all requests and give everything back. Idempotent."""
+        ...
+
+    async def check_health(self) -> None:
+        """Raise ``WorkerLost`` when the engine can no longer serve."""
+        ...
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateOutput]:
+        """Run a request. With ``landing`` the stream stays silent until ``commit``.
+
+        The stream ends after an output with a ``finish_reason``. Closing it aborts the request.
+        """
+        ...
+
+    async def abort(self, request_id: RequestId) -> None:
+        """End a request in any phase and free its blocks; unknown ids are ignored."""
+        ...
+
+    async def offer(self, request_id: RequestId) -> KVOffer:
+        """The full, computed blocks of a running or frozen request."""
+        ...
+
+    async def freeze(self, request_id: RequestId) -> Frozen:
+        """Stop generating after the step in flight and return the state. Idempotent.
+
+        All tokens up to the frozen state have left through the ``generate`` stream, which stays open.
+        """
+        ...
+
+    async def resume(self, request_id: RequestId) -> None:
+        """Go on generating after ``freeze`` as if nothing had happened."""
+        ...
+
+    async def release(self, request_id: RequestId) -> None:
+        """The destination owns the request now: end the stream (``FROZEN``) and free the blocks."""
+        ...
+
+    async def landing_status(self, request_id: RequestId) -> LandingStatus:
+        """Progress of a landing request."""
+        ...
+
+    async def extend(self, request_id: RequestId, offer: KVOffer, tokens: tuple[int, ...]) -> None:
+        """Another pre-copy round. ``tokens`` are all output tokens so far."""
+        ...
+
+    async def commit(self, request_id: RequestId, frozen: Frozen) -> None:
+        """Copy what is still missing and run. What cannot be copied or proven is recomputed.
+
+        Raises ``NoRoom`` when the tail does not fit: nothing changed, the source can resume.
+        """
+        ...
+
+    async def requests(self) -> list[RequestInfo]:
+        """The per-request table."""
+        ...
+
+    async def stats(self) -> EngineStats:
+        """Load at this moment."""
+        ...
+
+    async def check_integrity(self) -> None:
+        """Raise ``SessionError`` when blocks and requests do not add up (used by tests)."""
+        ...
