@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Worker side of the connector: one transfer agent, the copy jobs in flight, the model runner's state.
+
+Threading: every method is called from the engine's step thread. The agent posts and waits on threads
+of its own; only ``wait`` jobs block the step, for their deadline at most.
+Errors: a failed job is a result, never an exception: the scheduler decides what to recompute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from typing import Any
+
+import torch
+
+from components.engine.protocol import AgentRef
+from components.engine.vllm.records import Job, JobResult, StepMetadata
+from components.engine.vllm.runner_state import RunnerState
+from components.errors import DeadlineExceeded, IntegrityError, MigrateError
+from components.transfer import AgentConfig, KVPool, TransferAgent, TransferHandle, TransferResult
+
+logger = logging.getLogger(__name__)
+
+
+def layout_fingerprint(vllm_config: Any, pools: list[KVPool]) -> str:
+    """Hash over everything that must be equal before two engines may exchange KV blocks."""
+    model = vllm_config.model_config
+    facts = {
+        "model": model.hf_config.to_dict(),
+        "dtype": str(model.dtype),
+        "quantization": str(model.quantization),
+        "cache_dtype": str(vllm_config.cache_config.cache_dtype),
+        "block_size": vllm_config.cache_config.block_size,
+        "tp": vllm_config.parallel_config.tensor_parallel_size,
+        "pools": [(p.name, str(p.tensor.dtype), p.block_dim, _per_block_shape(p)) for p in pools],
+    }
+    # Where the weights lie on this host says nothing about what they are.
+    facts["model"].pop("_name_or_path", None)
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _per_block_shape(pool: KVPool) -> list[int]:
+    return [size for axis, size in enumerate(pool.tensor.shape) if axis != pool.block_dim]
+
+
+class Loader:
+    """Owns the transfer agent of one worker."""
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
+        self._config = vllm_config
+        self._num_blocks: int = kv_cache_config.num_blocks
+        self._extra: dict[str, Any] = vllm_config.kv_transfer_config.kv_connector_extra_config
+        self._agent: TransferAgent | None = None
+        self._flying: dict[int, tuple[Job, TransferHandle | None, float]] = {}
+        self._results: list[JobResult] = []
+        self._failed_blocks: set[int] = set()
+        self.fingerprint = ""
+        self.kv_bytes_per_token = 0
+        self.runner = RunnerState()
+
+    @property
+    def rank(self) -> int:
+        """Tensor-parallel rank of this worker."""
+        from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+        return get_tensor_model_parallel_rank()
+
+    @property
+    def agent(self) -> TransferAgent:
+        """The agent; exists once the KV caches are registered."""
+        if self._agent is None:
+            raise RuntimeError("KV caches are not registered yet")
+        return self._agent
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Describe vLLM's cache tensors to the agent and publish it."""
+        pools = []
+        for name, tensor in kv_caches.items():
+            # Attention backends differ in where the block axis is; its length is unique.
+            block_dim = next(a for a, size in enumerate(tensor.shape) if size == self._num_blocks)
+            pools.append(KVPool(name=name, tensor=tensor, num_blocks=self._num_blocks, block_dim=block_dim))
+        self.fingerprint = layout_fingerprint(self._config, pools)
+        pool_bytes = sum(p.tensor.numel() * p.tensor.element_size() for p in pools)
+        block_size = self._config.cache_config.block_size
+        self.kv_bytes_per_token = pool_bytes // (self._num_blocks * block_size)
+        settings = dict(self._extra["agent"])
+        settings["name"] = f"{settings['name']}-tp{self.rank}"
+        settings |= {
+            "fingerprint": self.fingerprint,
+            "block_size": block_size,
+            "dtype": str(self._config.model_config.dtype).removeprefix("torch."),
+            "layers": len(pools),
+            "tp_rank": self.rank,
+            "tp_size": self._config.parallel_config.tensor_parallel_size,
+        }
+        self._agent = TransferAgent(AgentConfig(**settings))
+        self._agent.start(pools)
+
+    def install(self, meta: StepMetadata) -> None:
+        """Tell the model runner of requests that were generated elsewhere."""
+        for install in meta.installs:
+            self.runner.install(install)
+        for vllm_id, state in meta.rng_resets.items():
+            self.runner.set_rng_state(vllm_id, state)
+
+    def start(self, meta: StepMetadata) -> None:
+        """Start the step's jobs, finish its ``wait`` jobs, collect older ones that are done."""
+        for job in meta.jobs:
+            if not job.src_blocks:
+                self._flying[job.job_id] = (job, None, time.monotonic())
+                continue
+            try:
+                handle = self.agent.fetch(
+                    AgentRef(job.agents[self.rank].name, job.agents[self.rank].epoch),
+                    job.src_blocks,
+                    job.dst_blocks,
+                    request_id=job.request_id,
+                    deadline_s=job.deadline_s,
+                )
+            except MigrateError as error:
+                self._fail(job, error, job.dst_blocks)
+                continue
+            self._flying[job.job_id] = (job, handle, time.monotonic())
+        for job in meta.jobs:
+            if job.wait and job.job_id in self._flying:
+                self._settle(job.job_id)
+        for job_id in [i for i, (_, handle, _) in self._flying.items() if handle is None or handle.done()]:
+            self._settle(job_id)
+
+    def _settle(self, job_id: int) -> None:
+        job, handle, started = self._flying.pop(job_id)
+        moved = TransferResult()
+        if handle is not None:
+            try:
+                moved = handle.wait(max(0.0, job.deadline_s - (time.monotonic() - started)) + 1.0)
+            except (MigrateError, TimeoutError) as error:
+                handle.cancel()
+                known = error if isinstance(error, MigrateError) else DeadlineExceeded(str(error))
+                self._fail(job, known, job.dst_blocks)
+                return
+        wrong = self._wrong_blocks(job)
+        if wrong:
+            error = IntegrityError(f"blocks {list(wrong)} differ from what the source has")
+            self._fail(job, error, wrong)
+            return
+        self._results.append(
+            JobResult(
+                job.job_id,
+                job.request_id,
+                ok=True,
+                bytes=moved.bytes,
+                descriptors=moved.descriptors,
+                post_s=moved.post_s,
+                wire_s=moved.wire_s,
+                lane=moved.lane,
+            )
+        )
+
+    def _wrong_blocks(self, job: Job) -> tuple[int, ...]:
+        if not job.checks:
+            return ()
+        found = self.agent.checksums([block for block, _ in job.checks])
+        return tuple(
+            block for (block, sums), here in zip(job.checks, found, strict=True) if sums[self.rank] != here
+        )
+
+    def _fail(self, job: Job, error: MigrateError, bad_blocks: tuple[int, ...]) -> None:
+        logger.warning("KV blocks of request %s did not arrive: %s", job.request_id, error)
+        if job.wait:
+            self._failed_blocks.update(bad_blocks)
+        self._results.append(
+            JobResult(
+                job.job_id, job.request_id, ok=False, error=(error.code, str(error)), bad_blocks=bad_blocks
+            )
+        )
+
+    def take_results(self) -> list[JobResult]:
+        """Results since the last call."""
+        results, self._results = self._results, []
+        return results
+
+    def take_failed_blocks(self) -> set[int]:
+        """Our blocks that ``wait`` jobs failed to fill since the last call."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def close(self) -> None:
+        """Cancel what flies and withdraw the agent."""
+        for _, handle, _ in self._flying.values():
+            if handle is not None:
+                handle.cancel()
+        self._flying.clear()
+        if self._agent is not None:
+            self._agent.close()

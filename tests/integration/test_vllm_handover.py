@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two real vLLM engines, real NIXL, real etcd: a moved request gives the tokens of an unmoved one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import pytest
+
+from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, RequestId, Sampling
+from components.engine.vllm import VLLMEngine
+from components.errors import NotMigratable, RequestNotFound
+from tests.integration.vllm_engines import Pair, start_pair
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def pair(runner: asyncio.Runner, tiny_llama: str, etcd_url: str) -> Iterator[Pair]:
+    pair = runner.run(start_pair(tiny_llama, etcd_url))
+    yield pair
+    runner.run(pair.stop())
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(runner: asyncio.Runner, pair: Pair) -> Iterator[None]:
+    yield
+    for engine in (pair.a, pair.b):
+        runner.run(asyncio.wait_for(empty(engine), 20))
+
+
+async def empty(engine: VLLMEngine) -> None:
+    """Wait for the last abort to arrive, then account for every block."""
+    while (await engine.requests()) != []:
+        await asyncio.sleep(0.02)
+    await engine.check_integrity()
+    stats = await engine.stats()
+    assert stats.free_blocks == stats.total_blocks
+
+
+@dataclass
+class Client:
+    """Collects what a client would see, checking that no token is missing or doubled."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: FinishReason | None = None
+
+    def take(self, output: GenerateOutput) -> None:
+        if output.token_ids:
+            assert output.index == len(self.tokens)
+        self.tokens += output.token_ids
+        self.logprobs += [entry.logprob for entry in output.logprobs]
+        self.finish = output.finish_reason or self.finish
+
+
+async def run(engine: VLLMEngine, request: GenerateRequest) -> Client:
+    client = Client()
+    async for output in engine.generate(request):
+        client.take(output)
+    return client
+
+
+async def take_until(stream: AsyncIterator[GenerateOutput], client: Client, count: int) -> None:
+    async for output in stream:
+        client.take(output)
+        if len(client.tokens) >= count:
+            return
+
+
+def request_of(name: str, prompt: int, sampling: Sampling, **more: object) -> GenerateRequest:
+    tokens = tuple((7 * i * i + 13 * i + len(name)) % 40000 + 100 for i in range(prompt))
+    return GenerateRequest(RequestId(name), tokens, sampling, **more)  # type: ignore[arg-type]
+
+
+async def move(
+    source: VLLMEngine, target: VLLMEngine, request: GenerateRequest, client: Client, stream: object, live: bool
+) -> object:
+    """One migration as the router does it; returns the stream at the target."""
+    offer = await source.offer(request.request_id)
+    start = GenerateRequest(
+        request.request_id,
+        request.prompt_token_ids,
+        request.sampling,
+        output_token_ids=tuple(client.tokens),
+        landing=offer,
+    )
+    target_stream = target.generate(start)
+    landed = asyncio.Event()
+    queue: asyncio.Queue[GenerateOutput | None] = asyncio.Queue()
+
+    async def pump() -> None:
+        landed.set()
+        async with aclosing(target_stream):
+            async for output in target_stream:
+                await queue.put(output)
+        await queue.put(None)
+
+    pumping = asyncio.create_task(pump())
+    await landed.wait()
+    if live:
+        for _ in range(400):
+            await asyncio.sleep(0.01)
+            try:
+                status = await target.landing_status(request.request_id)
+            except RequestNotFound:
+                continue
+            if status.reserved and not status.in_flight:
+                break
+        else:
+            raise AssertionError("blocks never landed")
+    else:
+        await asyncio.sleep(0.05)
+    frozen = await source.freeze(request.request_id)
+    await target.commit(request.request_id, frozen)
+    # What the source gave before it stopped may still be on its way to us.
+    while len(client.tokens) < len(frozen.output_token_ids):
+        client.take(await anext(stream))  # type: ignore[call-overload]
+    await source.release(request.request_id)
+    async for output in stream:  # type: ignore[attr-defined]
+        assert not output.token_ids
+        assert output.finish_reason is FinishReason.FROZEN
+
+    async def rest() -> AsyncIterator[GenerateOutput]:
+        while (output := await queue.get()) is not None:
+            yield output
+        await pumping
+
+    return rest()
+
+
+SAMPLINGS = {
+    "greedy": Sampling(temperature=0.0, max_tokens=40, ignore_eos=True),
+    "seeded": Sampling(temperature=0.9, top_p=0.95, seed=7, max_tokens=40, ignore_eos=True),
+    "penalties": Sampling(
+        temperature=0.8,
+        seed=11,
+        presence_penalty=0.9,
+        frequency_penalty=0.7,
+        repetition_penalty=1.2,
+        max_tokens=40,
+        min_tokens=30,
+    ),
+    "logprobs": Sampling(temperature=0.0, logprobs=3, max_tokens=40, ignore_eos=True),
+}
+
+
+@pytest.mark.parametrize("live", [True, False], ids=["live", "stop-and-copy"])
+@pytest.mark.parametrize("prompt", [5, 31, 64, 700])
+@pytest.mark.parametrize("kind", list(SAMPLINGS))
+def test_moved_to_and_fro_gives_the_same_tokens(
+    runner: asyncio.Runner, pair: Pair, kind: str, prompt: int, live: bool
+) -> None:
+    async def scenario() -> None:
+        sampling = SAMPLINGS[kind]
+        plain = await run(pair.a, request_of(f"plain-{kind}-{prompt}-{live}", prompt, sampling))
+        moved = request_of(f"moved-{kind}-{prompt}-{live}", prompt, sampling)
+        moved = GenerateRequest(moved.request_id, plain_prompt(plain, kind, prompt, live), sampling)
+        client = Client()
+        stream: object = pair.a.generate(moved)
+        source, target = pair.a, pair.b
+        for stop in (6, 15, 27):
+            await take_until(stream, client, stop)  # type: ignore[arg-type]
+            stream = await move(source, target, moved, client, stream, live)
+            source, target = target, source
+        async for output in stream:  # type: ignore[attr-defined]
+            client.take(output)
+        assert client.tokens == plain.tokens
+        assert client.finish is plain.finish
+        assert client.logprobs == pytest.approx(plain.logprobs, abs=0.02)
+
+    runner.run(asyncio.wait_for(scenario(), 60))
+
+
+def plain_prompt(_: Client, kind: str, prompt: int, live: bool) -> tuple[int, ...]:
+    return request_of(f"plain-{kind}-{prompt}-{live}", prompt, SAMPLINGS[kind]).prompt_token_ids
+
+
+@pytest.mark.parametrize("kind", list(SAMPLINGS))
+def test_prefill_hands_over_after_the_first_token(runner: asyncio.Runner, pair: Pair, kind: str) -> None:
+    async def scenario() -> None:
+        sampling = SAMPLINGS[kind]
+        request = request_of(f"handoff-{kind}", 300, sampling)
+        plain = await run(pair.b, request)
+        client = Client()
+        frozen = None
+        prefill = pair.a.generate(
+            GenerateRequest(request.request_id, request.prompt_token_ids, sampling, freeze_after=1)
+        )
+        async for output in prefill:
+            client.take(output)
+            if output.frozen is not None:
+                frozen = output.frozen
+                break
+        assert frozen is not None and len(client.tokens) == 1
+        target = pair.b.generate(
+            GenerateRequest(
+                request.request_id,
+                request.prompt_token_ids,
+                sampling,
+                output_token_ids=frozen.output_token_ids,
+                landing=frozen.offer,
+            )
+        )
+        first = asyncio.ensure_future(anext(target))
+        while True:
+            try:
+                await pair.b.commit(request.request_id, frozen)
+                break
+            except RequestNotFound:
+                await asyncio.sleep(0.01)
+        client.take(await first)
+        await pair.a.release(request.request_id)
+        async for output in prefill:
+            assert not output.token_ids
+        async for output in target:
+            client.take(output)
+        assert client.tokens == plain.tokens
+
+    runner.run(asyncio.wait_for(scenario(), 60))
+
+
+@pytest.mark.parametrize("kind", list(SAMPLINGS))
+def test_replay_continues_with_the_same_tokens(runner: asyncio.Runner, pair: Pair, kind: str) -> None:
+    async def scenario() -> None:
+        request = request_of(f"replay-{kind}", 100, SAMPLINGS[kind])
+        plain = await run(pair.a, request)
+        again = GenerateRequest(
+            RequestId(f"again-{kind}"), request.prompt_token_ids, request.sampling, tuple(plain.tokens[:13])
+        )
+        client = Client(tokens=list(plain.tokens[:13]))
+        async for output in pair.b.generate(again):
+            client.take(output)
+        assert client.tokens == plain.tokens
+
+    runner.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_frozen_request_resumes_as_if_nothing_had_happened(runner: asyncio.Runner, pair: Pair) -> None:
+    async def scenario() -> None:
+        request = request_of("resume", 200, SAMPLINGS["seeded"])
+        plain = await run(pair.b, request)
+        client = Client()
+        stream = pair.a.generate(request)
+        await take_until(stream, client, 10)
+        frozen = await pair.a.freeze(request.request_id)
+        assert frozen.output_token_ids == tuple(plain.tokens[: len(frozen.output_token_ids)])
+        await asyncio.sleep(0.3)
+        assert (await pair.a.freeze(request.request_id)) == frozen
+        await pair.a.resume(request.request_id)
+        async for output in stream:
+            client.take(output)
+        assert client.tokens == plain.tokens
+
+    runner.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_what_cannot_travel_exactly_is_refused_with_the_reason(runner: asyncio.Runner, pair: Pair) -> None:
+    async def scenario() -> None:
+        request = request_of("prompt-logprobs", 20, Sampling(prompt_logprobs=1, max_tokens=30, ignore_eos=True))
+        client = Client()
+        stream = pair.a.generate(request)
+        await take_until(stream, client, 3)
+        with pytest.raises(NotMigratable, match="prompt_logprobs"):
+            await pair.a.freeze(request.request_id)
+        async for output in stream:
+            client.take(output)
+        assert len(client.tokens) == 30
+        with pytest.raises(RequestNotFound):
+            await pair.a.freeze(request.request_id)
+
+    runner.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_an_aborted_landing_leaves_no_block_behind(runner: asyncio.Runner, pair: Pair) -> None:
+    async def scenario() -> None:
+        request = request_of("abandoned", 400, SAMPLINGS["greedy"])
+        client = Client()
+        stream = pair.a.generate(request)
+        await take_until(stream, client, 5)
+        offer = await pair.a.offer(request.request_id)
+        landing = pair.b.generate(
+            GenerateRequest(
+                request.request_id, request.prompt_token_ids, request.sampling, tuple(client.tokens), landing=offer
+            )
+        )
+        waiting = asyncio.ensure_future(anext(landing))
+        await asyncio.sleep(0.2)
+        await pair.b.abort(request.request_id)
+        assert (await waiting).finish_reason is FinishReason.CANCELLED
+        async for output in stream:
+            client.take(output)
+        assert len(client.tokens) == 40
+
+    runner.run(asyncio.wait_for(scenario(), 60))

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two small vLLM engines side by side, for tests that move requests between them."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from dataclasses import dataclass
+
+from components.engine.vllm import VLLMEngine
+from components.engine.vllm.engine import VLLMOptions
+
+
+@dataclass
+class Pair:
+    """Two engines of the same model and layout."""
+
+    a: VLLMEngine
+    b: VLLMEngine
+
+    async def stop(self) -> None:
+        await self.a.stop()
+        await self.b.stop()
+
+
+def options(model: str, name: str, etcd_url: str, namespace: str, **engine_args: object) -> VLLMOptions:
+    """A small engine: 512 blocks of 32 tokens at most."""
+    args: dict[str, object] = {
+        "model": model,
+        "max_model_len": 2048,
+        "block_size": 32,
+        "enforce_eager": True,
+        "num_gpu_blocks_override": 300,
+        "max_num_seqs": 8,
+        "seed": 0,
+    }
+    return VLLMOptions(
+        engine_args=args | engine_args,
+        agent={"name": name, "etcd_endpoints": [etcd_url], "namespace": namespace, "transport": "auto"},
+    )
+
+
+async def start_pair(model: str, etcd_url: str, **engine_args: object) -> Pair:
+    """Start both engines, one after the other (two at once need twice the memory)."""
+    os.environ.update(
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        OMP_NUM_THREADS="1",
+        HF_HUB_OFFLINE="1",
+    )
+    namespace = f"test-{uuid.uuid4().hex[:8]}"
+    engines = []
+    for name in ("a", "b"):
+        engine = VLLMEngine(options(model, name, etcd_url, namespace, **engine_args))
+        await engine.start()
+        engines.append(engine)
+    return Pair(*engines)
