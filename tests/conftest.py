@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures that several test modules share: real etcd and NATS on free loopback ports, small models."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def wait_for_port(port: int, timeout_s: float = 15.0) -> None:
+    """Return once something listens on the loopback port."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        with socket.socket() as sock:
+            if sock.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise TimeoutError(f"nothing listens on 127.0.0.1:{port} after {timeout_s:g} s")
+
+
+@contextmanager
+def running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A server process that ends with the block."""
+    if shutil.which(command[0]) is None:
+        pytest.fail(f"{command[0]} is not installed: apt-get install etcd-server nats-server")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def etcd_server(data: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """One etcd with its data in ``data``, listening on ``port``."""
+    client, peer = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{free_port()}"
+    command = [
+        "etcd",
+        *("--data-dir", str(data), "--name", "test", "--log-level", "error"),
+        *("--listen-client-urls", client, "--advertise-client-urls", client),
+        *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+        *("--initial-cluster", f"test={peer}"),
+    ]
+    with running(command) as process:
+        wait_for_port(port)
+        yield process
+
+
+@contextmanager
+def nats_server(data: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """One NATS server with JetStream in ``data``, listening on ``port``."""
+    with running(["nats-server", "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", str(data)]) as process:
+        wait_for_port(port)
+        yield process
+
+
+@pytest.fixture(scope="session")
+def etcd_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real etcd for the whole session."""
+    port = free_port()
+    with etcd_server(tmp_path_factory.mktemp("etcd"), port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="session")
+def nats_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real NATS server for the whole session."""
+    port = free_port()
+    with nats_server(tmp_path_factory.mktemp("nats"), port):
+        yield f"nats://127.0.0.1:{port}"
