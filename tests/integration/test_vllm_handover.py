@@ -139,18 +139,18 @@ async def move(
 
 
 SAMPLINGS = {
-    "greedy": Sampling(temperature=0.0, max_tokens=40, ignore_eos=True),
-    "seeded": Sampling(temperature=0.9, top_p=0.95, seed=7, max_tokens=40, ignore_eos=True),
+    "greedy": Sampling(temperature=0.0, max_tokens=150, ignore_eos=True),
+    "seeded": Sampling(temperature=0.9, top_p=0.95, seed=7, max_tokens=150, ignore_eos=True),
     "penalties": Sampling(
         temperature=0.8,
         seed=11,
         presence_penalty=0.9,
         frequency_penalty=0.7,
         repetition_penalty=1.2,
-        max_tokens=40,
+        max_tokens=150,
         min_tokens=30,
     ),
-    "logprobs": Sampling(temperature=0.0, logprobs=3, max_tokens=40, ignore_eos=True),
+    "logprobs": Sampling(temperature=0.0, logprobs=3, max_tokens=150, ignore_eos=True),
 }
 
 
@@ -299,6 +299,6 @@ def test_an_aborted_landing_leaves_no_block_behind(runner: asyncio.Runner, pair:
         assert (await waiting).finish_reason is FinishReason.CANCELLED
         async for output in stream:
             client.take(output)
-        assert len(client.tokens) == 40
+        assert len(client.tokens) == 150
 
     runner.run(asyncio.wait_for(scenario(), 60))

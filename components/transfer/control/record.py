@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record that an agent publishes, and the checks that a peer makes before any byte moves."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from components.engine.protocol import AgentName, AgentRef, Epoch
+from components.errors import IncompatibleLayout, MigrateError
+
+MAX_RECORD_BYTES = 4 << 20
+"""A NIXL blob is some kilobytes; anything much larger is not ours."""
+
+_Short = Annotated[str, msgspec.Meta(max_length=512)]
+
+
+class RegionRecord(msgspec.Struct, frozen=True):
+    """Memory of one pool: segments as (address, stride, length) in bytes."""
+
+    name: _Short
+    device: _Short
+    device_id: int
+    segments: tuple[tuple[int, int, int], ...]
+
+
+class AgentRecord(msgspec.Struct, frozen=True, tag="agent/1"):
+    """What a peer must know of an agent. Layout fields must be equal on both sides."""
+
+    name: _Short
+    epoch: _Short
+    blob: Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)]
+    """NIXL agent metadata; empty when the agent has no NIXL."""
+    tcp_address: _Short
+    """``host:port`` of the plain TCP lane; empty when it is off."""
+    fingerprint: _Short
+    block_size: int
+    dtype: _Short
+    layers: int
+    num_blocks: int
+    tp_rank: int
+    tp_size: int
+    regions: tuple[RegionRecord, ...]
+    lanes: tuple[_Short, ...]
+
+    @property
+    def ref(self) -> AgentRef:
+        """Name and epoch."""
+        return AgentRef(AgentName(self.name), Epoch(self.epoch))
+
+    def require_pairable(self, peer: AgentRecord) -> None:
+        """Raise ``IncompatibleLayout`` naming the first field that differs."""
+        for field in ("fingerprint", "block_size", "dtype", "layers", "tp_size"):
+            ours, theirs = getattr(self, field), getattr(peer, field)
+            if ours != theirs:
+                raise IncompatibleLayout(
+                    f"agents {self.name} and {peer.name} differ in {field}: {ours!r} here, {theirs!r} there"
+                )
+        shape = [[length for _, _, length in r.segments] for r in self.regions]
+        if shape != [[length for _, _, length in r.segments] for r in peer.regions]:
+            raise IncompatibleLayout(f"agents {self.name} and {peer.name} lay their KV blocks out differently")
+
+
+_decoder = msgspec.msgpack.Decoder(AgentRecord)
+
+
+def encode(record: AgentRecord) -> bytes:
+    """The record as msgpack."""
+    return msgspec.msgpack.encode(record)
+
+
+def decode(data: bytes) -> AgentRecord:
+    """Read a record from the wire. Raises ``MigrateError`` on anything malformed."""
+    if len(data) > MAX_RECORD_BYTES:
+        raise MigrateError(f"an agent record of {len(data)} bytes is larger than {MAX_RECORD_BYTES}")
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MigrateError(f"not an agent record: {error}") from error
