@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What router, workers and command line say to each other over Dynamo's endpoints.
+
+Dynamo carries JSON-like values; each message is one msgspec struct, as base64 msgpack under ``m``, so that
+bytes, ids and unknown fields are checked in one place. Nothing larger than ``MAX_BYTES`` is decoded.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from enum import StrEnum
+from typing import Any, TypeVar
+
+import msgspec
+
+from components.engine.protocol import (
+    EngineInfo,
+    EngineStats,
+    Frozen,
+    GenerateRequest,
+    KVOffer,
+    LandingStatus,
+    RequestId,
+    RequestInfo,
+)
+from components.errors import InvalidRequest
+
+MAX_BYTES = 64 << 20
+
+
+class WorkerOp(StrEnum):
+    """Calls that a worker's ``control`` endpoint answers."""
+
+    INFO = "info"
+    OFFER = "offer"
+    FREEZE = "freeze"
+    RESUME = "resume"
+    RELEASE = "release"
+    ABORT = "abort"
+    LANDING = "landing"
+    EXTEND = "extend"
+    COMMIT = "commit"
+    CHECK = "check"
+
+
+class Generate(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Start a request on a worker; with ``frozen`` it is committed at once."""
+
+    request: GenerateRequest
+    frozen: Frozen | None = None
+
+
+class WorkerCall(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One call to a worker."""
+
+    op: WorkerOp
+    request_id: RequestId = RequestId("")
+    offer: KVOffer | None = None
+    tokens: tuple[int, ...] = ()
+    frozen: Frozen | None = None
+
+
+class WorkerReply(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Its answer; ``error`` is (code, message)."""
+
+    error: tuple[str, str] | None = None
+    info: EngineInfo | None = None
+    stats: EngineStats | None = None
+    requests: tuple[RequestInfo, ...] = ()
+    draining: bool = False
+    offer: KVOffer | None = None
+    frozen: Frozen | None = None
+    landing: LandingStatus | None = None
+
+
+class Mode(StrEnum):
+    """How a request is moved; each falls back to the next."""
+
+    LIVE = "live"
+    STOP_AND_COPY = "stop-and-copy"
+    REPLAY = "replay"
+
+
+class RouterOp(StrEnum):
+    """Calls that the router's ``control`` endpoint answers."""
+
+    STATUS = "status"
+    MIGRATE = "migrate"
+    DRAIN = "drain"
+    UNDRAIN = "undrain"
+
+
+class RouterCall(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One call to the router. ``worker`` is an instance id in hexadecimal, or the start of one."""
+
+    op: RouterOp
+    request_id: str = ""
+    worker: str = ""
+    mode: Mode = Mode.LIVE
+    timeout_s: float = 60.0
+
+
+class MoveRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One migration that has ended. Times in seconds."""
+
+    request_id: str
+    source: str
+    target: str
+    mode: Mode
+    ok: bool
+    reason: str = ""
+    """Why it failed, or why the mode is not the one asked for."""
+    tokens: int = 0
+    rounds: int = 0
+    bytes: int = 0
+    descriptors: int = 0
+    lane: str = ""
+    downtime_s: float = 0.0
+    """Last token from the source to first token from the target."""
+    added_stall_s: float = 0.0
+    """Downtime less the request's median gap between tokens before it."""
+    total_s: float = 0.0
+
+
+class StreamInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One request as the router sees it."""
+
+    request_id: str
+    worker: str
+    prompt_tokens: int
+    output_tokens: int
+    age_s: float
+    moving: bool = False
+    moves: int = 0
+    replays: int = 0
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One worker as the router sees it."""
+
+    worker: str
+    role: str
+    draining: bool
+    agents: tuple[str, ...] = ()
+    epochs: tuple[str, ...] = ()
+    lanes: tuple[str, ...] = ()
+    stats: EngineStats | None = None
+    requests: tuple[RequestInfo, ...] = ()
+
+
+class RouterReply(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The router's answer."""
+
+    error: tuple[str, str] | None = None
+    workers: tuple[WorkerInfo, ...] = ()
+    streams: tuple[StreamInfo, ...] = ()
+    moves: tuple[MoveRecord, ...] = ()
+
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def pack(message: msgspec.Struct) -> dict[str, str]:
+    """A message as Dynamo carries it."""
+    return {"m": base64.b64encode(msgspec.msgpack.encode(message)).decode()}
+
+
+def unpack(payload: Any, kind: type[T]) -> T:
+    """Read a message. Raises ``InvalidRequest`` on anything malformed or too large."""
+    text = payload.get("m") if isinstance(payload, dict) else None
+    if not isinstance(text, str) or len(text) > MAX_BYTES:
+        raise InvalidRequest(f"not a {kind.__name__} message")
+    try:
+        return msgspec.msgpack.decode(base64.b64decode(text, validate=True), type=kind)
+    except (msgspec.DecodeError, binascii.Error, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"not a {kind.__name__} message: {error}") from error

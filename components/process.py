@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every process of a graph does alike: Dynamo's runtime, readiness, an orderly end.
+
+The launcher stops a process with SIGTERM; the process drains, shuts Dynamo's runtime down (so that its keys
+leave etcd at once) and ends with 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from components.errors import MigrateError
+
+
+def namespace() -> str:
+    """Dynamo namespace of the workers."""
+    return os.environ.get("DYN_NAMESPACE", "dynamo")
+
+
+def edge_namespace() -> str:
+    """Namespace that the frontend looks at: only routers are in it."""
+    return f"{namespace()}-edge"
+
+
+def connect() -> Any:
+    """Dynamo's runtime on this loop: discovery in etcd, requests over TCP."""
+    from dynamo.common.utils.runtime import create_runtime
+
+    runtime, _ = create_runtime(
+        os.environ.get("DYN_DISCOVERY_BACKEND", "etcd"), os.environ.get("DYN_REQUEST_PLANE", "tcp"), event_plane="zmq"
+    )
+    return runtime
+
+
+def on_stop() -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+def ready() -> None:
+    """Tell the launcher that this process serves now."""
+    path = os.environ.get("DYN_MIGRATE_READY_FILE")
+    if path:
+        Path(path).touch()
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    """Run a component's main; errors of this package end it with one line and exit code 2."""
+    logging.basicConfig(level=os.environ.get("DYN_LOG", "info").upper(), format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        asyncio.run(main())  # type: ignore[arg-type]
+    except MigrateError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+    except KeyboardInterrupt:
+        pass
+    # Dynamo's native runtime may abort in the interpreter's finalisation; everything is closed by now.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of every component: one model each, every field typed, with a default and a description.
+
+Keys are written with dashes in YAML and on the command line. Unknown keys are an error that names the
+nearest known one. ``load_component_config`` is how a component's process gets its own part.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from components.errors import ConfigError
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class ComponentConfig(BaseModel):
+    """Fields that every component has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=_dashed, populate_by_name=True)
+
+    model: str = Field("smollm2", description="Hugging Face folder or name, or smollm2, tiny-llama, tiny-mixtral")
+    served_model_name: str = Field("", description="Name that clients use; empty takes the model's own")
+    replicas: int = Field(1, ge=0, le=1024, description="Processes to start")
+
+
+class FrontendConfig(ComponentConfig):
+    """Dynamo's own OpenAI frontend."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on")
+    port: int = Field(8000, ge=1, le=65535, description="Port to listen on")
+
+
+class RouterConfig(ComponentConfig):
+    """Owner of the client streams and driver of all migrations."""
+
+    local_prefill_max_tokens: int = Field(0, ge=0, description="Prompts up to this long skip the prefill workers")
+    max_migrations_per_worker: int = Field(4, ge=1, description="Migrations that one worker takes part in at once")
+    max_precopy_rounds: int = Field(6, ge=1, description="Rounds of copying before the source is frozen anyway")
+    step_deadline_s: float = Field(20.0, gt=0, description="Seconds that one step of a migration may take")
+    replay_limit: int = Field(3, ge=0, description="Times a request is replayed after losing its worker")
+
+
+class WorkerConfig(ComponentConfig):
+    """An engine worker: prefill, decode or both."""
+
+    engine: Literal["vllm"] = Field("vllm", description="Inference engine")
+    max_model_len: int = Field(4096, ge=16, description="Longest prompt and answer together, in tokens")
+    block_size: int = Field(32, ge=8, description="Tokens per KV block")
+    kv_memory_gib: float = Field(1.0, gt=0, description="Memory for KV blocks per worker, in GiB")
+    dtype: str = Field("auto", description="Weights and activations: auto, bfloat16, float16, float32")
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs per worker")
+    devices: tuple[tuple[int, ...], ...] = Field((), description="GPU indices for each replica; empty for CPU")
+    max_num_seqs: int = Field(16, ge=1, description="Requests that run at once")
+    max_num_batched_tokens: int | None = Field(None, description="Tokens per step; empty takes vLLM's choice")
+    enable_prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prefixes")
+    enforce_eager: bool = Field(True, description="No CUDA graphs and no compilation")
+    integrity: Literal["tail", "full", "off"] = Field("tail", description="Which KV blocks are checksummed")
+    advertise_host: str = Field("127.0.0.1", description="Address under which other hosts reach this worker")
+    drain_grace_s: float = Field(60.0, ge=0, description="Seconds to move requests away after SIGTERM")
+    seed: int = Field(0, description="Seed of the engine")
+    engine_args: dict[str, Any] = Field(default_factory=dict, description="Further arguments for vLLM, as they are")
+
+
+T = TypeVar("T", bound=ComponentConfig)
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """ "; did you mean X?" or the list of what is known."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def parse(model: type[T], component: str, values: dict[str, Any]) -> T:
+    """Validate one component's values. Raises ``ConfigError`` with the value and the fix."""
+    known = [_dashed(name) for name in model.model_fields]
+    for key in values:
+        if _dashed(key) not in known:
+            raise ConfigError(f"{component} has no key {key!r}{nearest(key, known)}")
+    try:
+        return model.model_validate({_dashed(key): value for key, value in values.items()})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{component}.{where} = {first.get('input')!r}: {first['msg']}") from error
+
+
+def load_component_config(model: type[T]) -> T:
+    """This process's configuration, from ``DYN_MIGRATE_CONFIG``."""
+    name = os.environ.get("DYN_MIGRATE_COMPONENT", model.__name__)
+    return parse(model, name, json.loads(os.environ.get("DYN_MIGRATE_CONFIG", "{}")))

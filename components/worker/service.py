@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One engine as a Dynamo component: endpoint ``generate`` (stream) and ``control`` (call and answer).
+
+Life cycle: the engine starts first, then the endpoints; on SIGTERM the worker reports itself as draining,
+the router moves its requests away, and it ends when none is left or the grace period is over.
+Errors: what the engine raises goes to the caller as (code, message); nothing kills the worker but its engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from components import process
+from components.engine.protocol import Engine, EngineInfo, FinishReason, GenerateOutput, RequestId
+from components.errors import DeadlineExceeded, InvalidRequest, MigrateError, RequestNotFound
+from components.messages import Generate, WorkerCall, WorkerOp, WorkerReply, pack, unpack
+from components.serve.config import WorkerConfig, load_component_config
+
+logger = logging.getLogger(__name__)
+
+
+def build_engine(config: WorkerConfig, name: str) -> Engine:
+    """The engine that the configuration asks for."""
+    from components.engine.vllm.engine import VLLMEngine, VLLMOptions
+
+    cpu = not config.devices
+    engine_args: dict[str, Any] = {
+        "model": config.model,
+        "served_model_name": config.served_model_name or None,
+        "max_model_len": config.max_model_len,
+        "block_size": config.block_size,
+        "dtype": config.dtype,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "enforce_eager": config.enforce_eager,
+        "seed": config.seed,
+    }
+    if not cpu:
+        engine_args["kv_cache_memory_bytes"] = int(config.kv_memory_gib * (1 << 30))
+    agent = {
+        "name": name,
+        "etcd_endpoints": os.environ.get("ETCD_ENDPOINTS", "http://127.0.0.1:2379").split(","),
+        "etcd_user": os.environ.get("ETCD_AUTH_USERNAME", ""),
+        "etcd_password": os.environ.get("ETCD_AUTH_PASSWORD", ""),
+        "namespace": process.namespace(),
+        "transport": os.environ.get("DYN_MIGRATE_TRANSPORT", "auto"),
+        "advertise_host": config.advertise_host,
+    }
+    return VLLMEngine(VLLMOptions(engine_args | config.engine_args, agent, integrity=config.integrity))
+
+
+class WorkerService:
+    """The two endpoints of a worker."""
+
+    def __init__(self, engine: Engine, info: EngineInfo) -> None:
+        self._engine = engine
+        self._info = info
+        self.draining = False
+
+    async def generate(self, payload: Any, context: Any) -> AsyncIterator[dict[str, str]]:
+        """Run a request and stream its outputs; a vanished caller aborts it."""
+        request_id = RequestId("")
+        try:
+            message = unpack(payload, Generate)
+            request_id = message.request.request_id
+            stream = self._engine.generate(message.request)
+            watch = asyncio.ensure_future(self._abort_when_stopped(context, request_id))
+            try:
+                async for output in self._committed(message, stream):
+                    yield pack(output)
+            finally:
+                watch.cancel()
+        except MigrateError as error:
+            yield pack(GenerateOutput(0, finish_reason=FinishReason.ERROR, error=(error.code, str(error))))
+
+    async def _committed(self, message: Generate, stream: AsyncIterator[GenerateOutput]) -> AsyncIterator[GenerateOutput]:
+        if message.frozen is not None:
+            # The request enters the engine with the first pull; only then can it be committed.
+            first = asyncio.ensure_future(anext(stream))
+            try:
+                await self._commit_when_known(message)
+            except MigrateError:
+                await self._engine.abort(message.request.request_id)
+                with contextlib.suppress(StopAsyncIteration, MigrateError):
+                    await first
+                raise
+            yield await first
+        async for output in stream:
+            yield output
+
+    async def _commit_when_known(self, message: Generate, timeout_s: float = 10.0) -> None:
+        if message.frozen is None:
+            return
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            try:
+                await self._engine.commit(message.request.request_id, message.frozen)
+                return
+            except RequestNotFound:
+                await asyncio.sleep(0.002)
+        raise DeadlineExceeded("the engine did not take the request in")
+
+    async def _abort_when_stopped(self, context: Any, request_id: RequestId) -> None:
+        while not context.is_stopped():
+            await asyncio.sleep(0.1)
+        await self._engine.abort(request_id)
+
+    async def control(self, payload: Any) -> AsyncIterator[dict[str, str]]:
+        """Answer one call."""
+        try:
+            yield pack(await self._answer(unpack(payload, WorkerCall)))
+        except MigrateError as error:
+            yield pack(WorkerReply(error=(error.code, str(error))))
+
+    async def _answer(self, call: WorkerCall) -> WorkerReply:
+        engine, request_id = self._engine, call.request_id
+        match call.op:
+            case WorkerOp.INFO:
+                return WorkerReply(
+                    info=self._info,
+                    stats=await engine.stats(),
+                    requests=tuple(await engine.requests()),
+                    draining=self.draining,
+                )
+            case WorkerOp.OFFER:
+                return WorkerReply(offer=await engine.offer(request_id))
+            case WorkerOp.FREEZE:
+                return WorkerReply(frozen=await engine.freeze(request_id))
+            case WorkerOp.RESUME:
+                await engine.resume(request_id)
+            case WorkerOp.RELEASE:
+                await engine.release(request_id)
+            case WorkerOp.ABORT:
+                await engine.abort(request_id)
+            case WorkerOp.LANDING:
+                return WorkerReply(landing=await engine.landing_status(request_id))
+            case WorkerOp.EXTEND if call.offer is not None:
+                await engine.extend(request_id, call.offer, call.tokens)
+            case WorkerOp.COMMIT if call.frozen is not None:
+                await engine.commit(request_id, call.frozen)
+            case WorkerOp.CHECK:
+                await engine.check_integrity()
+            case _:
+                raise InvalidRequest(f"call {call.op} lacks its arguments")
+        return WorkerReply()
+
+    async def drained(self, grace_s: float) -> None:
+        """Report as draining and wait until the router has moved everything away."""
+        self.draining = True
+        end = time.monotonic() + grace_s
+        # The router asks twice a second: give it time to notice before the first look.
+        await asyncio.sleep(1.0)
+        while time.monotonic() < end and await self._engine.requests():
+            await asyncio.sleep(0.1)
+        left = await self._engine.requests()
+        if left:
+            logger.warning("%d requests are left after %g s; the router replays them", len(left), grace_s)
+
+
+async def serve(component: str) -> None:
+    """Start the engine, serve, drain, stop."""
+    stop = process.on_stop()
+    config = load_component_config(WorkerConfig)
+    replica = os.environ.get("DYN_MIGRATE_REPLICA", "0")
+    name = f"{socket.gethostname()}-{component}-{replica}-{os.environ.get('DYN_MIGRATE_COMPONENT', component)}"
+    engine = build_engine(config, name)
+    info = await engine.start()
+    runtime = process.connect()
+    service = WorkerService(engine, info)
+    prefix = f"{process.namespace()}.{component}"
+    serving = [
+        asyncio.ensure_future(runtime.endpoint(f"{prefix}.control").serve_endpoint(service.control)),
+        asyncio.ensure_future(runtime.endpoint(f"{prefix}.generate").serve_endpoint(service.generate)),
+    ]
+    try:
+        process.ready()
+        logger.info("%s serves %s: %d KV blocks of %d tokens", name, info.model, info.num_blocks, info.block_size)
+        health = asyncio.ensure_future(_watch_health(engine))
+        await asyncio.wait(
+            [asyncio.ensure_future(stop.wait()), health, *serving], return_when=asyncio.FIRST_COMPLETED
+        )
+        if health.done():
+            health.result()
+        health.cancel()
+        if stop.is_set():
+            await service.drained(config.drain_grace_s)
+    finally:
+        runtime.shutdown()
+        await asyncio.wait(serving, timeout=5.0)
+        await engine.stop()
+
+
+async def _watch_health(engine: Engine) -> None:
+    while True:
+        await asyncio.sleep(1.0)
+        await engine.check_health()
+
+
+def main(component: str) -> None:
+    """Entry point of the worker modules."""
+    process.run(lambda: serve(component))
