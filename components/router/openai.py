@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dynamo's token-level request and response dictionaries, to and from the engine protocol.
+
+The frontend has tokenised the prompt and will detokenise and match stop strings itself. Defaults come from
+the model's ``generation_config.json``, as with ``vllm serve``. Raises ``InvalidRequest``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, RequestId, Sampling
+from components.errors import InvalidRequest
+
+_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_OPTIONS = (*_DEFAULTS, "seed", "presence_penalty", "frequency_penalty", "n", "logit_bias")
+
+
+def default_sampling(model: str) -> dict[str, Any]:
+    """Sampling defaults that the model's makers recommend."""
+    path = Path(model) / "generation_config.json"
+    if not path.is_file():
+        return {}
+    config = json.loads(path.read_text())
+    return {key: config[key] for key in _DEFAULTS if config.get(key) is not None}
+
+
+def to_request(request_id: str, payload: dict[str, Any], defaults: dict[str, Any], max_len: int) -> GenerateRequest:
+    """One request of the frontend."""
+    prompt = tuple(payload.get("token_ids") or ())
+    if not prompt:
+        raise InvalidRequest("the prompt is empty: send at least one token")
+    if len(prompt) >= max_len:
+        raise InvalidRequest(
+            f"the prompt has {len(prompt)} tokens; this model's maximum context length is {max_len} tokens, "
+            "prompt and answer together"
+        )
+    options = payload.get("sampling_options") or {}
+    stop = payload.get("stop_conditions") or {}
+    output = payload.get("output_options") or {}
+    fields: dict[str, Any] = dict(defaults)
+    fields |= {key: options[key] for key in _OPTIONS if options.get(key) is not None}
+    if fields.get("logit_bias"):
+        fields["logit_bias"] = {int(token): float(bias) for token, bias in fields["logit_bias"].items()}
+    if options.get("guided_decoding") is not None:
+        fields["guided"] = msgspec.Raw(msgspec.json.encode(options["guided_decoding"]))
+    fields["max_tokens"] = min(stop.get("max_tokens") or max_len, max_len - len(prompt))
+    fields["min_tokens"] = stop.get("min_tokens") or 0
+    fields["ignore_eos"] = bool(stop.get("ignore_eos"))
+    fields["stop_token_ids"] = tuple({*(stop.get("stop_token_ids") or ()), *(stop.get("stop_token_ids_hidden") or ())})
+    fields["logprobs"] = output.get("logprobs")
+    fields["prompt_logprobs"] = output.get("prompt_logprobs")
+    if fields.get("n", 1) != 1:
+        raise InvalidRequest("n > 1 is not supported: send the request n times")
+    try:
+        sampling = msgspec.convert(fields, Sampling, strict=False)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"sampling parameters: {error}") from error
+    routing = payload.get("routing") or {}
+    return GenerateRequest(
+        request_id=RequestId(request_id),
+        prompt_token_ids=prompt,
+        sampling=sampling,
+        priority=int(routing.get("priority") or 0),
+        lora_name=routing.get("lora_name"),
+        cache_salt=routing.get("cache_salt"),
+    )
+
+
+class Responder:
+    """Builds the chunks of one response."""
+
+    def __init__(self, tokenizer: Any, prompt_tokens: int, wants_logprobs: bool) -> None:
+        self._tokenizer = tokenizer
+        self._prompt_tokens = prompt_tokens
+        self._wants_logprobs = wants_logprobs
+        self._completion_tokens = 0
+        self._cached_tokens = 0
+
+    def chunk(self, output: GenerateOutput) -> dict[str, Any]:
+        """One chunk in Dynamo's format."""
+        self._completion_tokens += len(output.token_ids)
+        self._cached_tokens = max(self._cached_tokens, output.cached_tokens)
+        chunk: dict[str, Any] = {"token_ids": list(output.token_ids), "index": 0}
+        if self._wants_logprobs and output.logprobs:
+            chunk["log_probs"] = [entry.logprob for entry in output.logprobs]
+            chunk["top_logprobs"] = [
+                [self._alternative(rank, *pair) for rank, pair in enumerate(entry.top, 1)] for entry in output.logprobs
+            ]
+        if isinstance(output.stop_reason, int):
+            chunk["stop_reason"] = output.stop_reason
+        if output.finish_reason is not None:
+            chunk["finish_reason"] = _FINISH.get(output.finish_reason, "error")
+            chunk["completion_usage"] = {
+                "prompt_tokens": self._prompt_tokens,
+                "completion_tokens": self._completion_tokens,
+                "total_tokens": self._prompt_tokens + self._completion_tokens,
+                "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
+            }
+        return chunk
+
+    def _alternative(self, rank: int, token_id: int, logprob: float) -> dict[str, Any]:
+        text = self._tokenizer.decode([token_id])
+        return {
+            "rank": rank,
+            "token_id": token_id,
+            "token": text,
+            "logprob": logprob,
+            "bytes": list(text.encode()),
+        }
+
+
+_FINISH = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.CANCELLED: "cancelled",
+}

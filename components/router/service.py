@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The router's Dynamo endpoints, and the life of one request from first to last token.
+
+A request goes to a prefill worker, which gives the first token and freezes it, then to a decode worker; when no
+prefill worker is there, or the prompt is short, to a decode worker alone. A lost worker means token replay on
+another one, up to ``replay_limit`` times. Errors reach the client as Dynamo's own exceptions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any
+
+from components import process
+from components.engine.protocol import FinishReason, GenerateOutput
+from components.errors import DeadlineExceeded, InvalidRequest, MigrateError, NoRoom, RequestNotFound
+from components.messages import Mode, MoveRecord, RouterCall, RouterOp, RouterReply, WorkerOp, pack, unpack
+from components.router.openai import Responder, default_sampling, to_request
+from components.router.stream import Stream
+from components.router.workers import Worker, WorkerPool
+from components.serve.config import RouterConfig, load_component_config
+
+logger = logging.getLogger(__name__)
+
+
+class RouterService:
+    """All streams of one router."""
+
+    def __init__(self, config: RouterConfig, runtime: Any, tokenizer: Any) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._defaults = default_sampling(config.model)
+        self.pool = WorkerPool(runtime, process.namespace(), self._worker_drains)
+        self.streams: dict[str, Stream] = {}
+        self.moves: deque[MoveRecord] = deque(maxlen=1000)
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def generate(self, payload: Any, context: Any) -> AsyncIterator[dict[str, Any]]:
+        """Endpoint for Dynamo's frontend."""
+        from dynamo.llm.exceptions import InvalidArgument, Unknown
+
+        try:
+            async for chunk in self._serve(payload, context):
+                yield chunk
+        except InvalidRequest as error:
+            raise InvalidArgument(str(error)) from error
+        except MigrateError as error:
+            raise Unknown(f"{error.code}: {error}") from error
+
+    async def _serve(self, payload: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
+        request = to_request(context.id(), payload, self._defaults, self._max_model_len())
+        stream = Stream(request, self._config.step_deadline_s, self._config.max_precopy_rounds)
+        responder = Responder(self._tokenizer, len(request.prompt_token_ids), request.sampling.logprobs is not None)
+        self.streams[request.request_id] = stream
+        watch = asyncio.ensure_future(self._watch_client(stream, context))
+        try:
+            await self._start(stream)
+            while True:
+                item = await stream.outputs.get()
+                if isinstance(item, MigrateError):
+                    await self._recover(stream, item)
+                    continue
+                yield responder.chunk(item)
+                if item.finish_reason is not None:
+                    return
+                if item.frozen is not None:
+                    await self._hand_over(stream)
+        finally:
+            watch.cancel()
+            self.streams.pop(request.request_id, None)
+            await stream.close()
+
+    def _max_model_len(self) -> int:
+        lengths = [w.state.info.max_model_len for w in self.pool.workers.values() if w.state.info is not None]
+        if not lengths:
+            raise NoRoom("no worker has reported yet")
+        return min(lengths)
+
+    async def _watch_client(self, stream: Stream, context: Any) -> None:
+        while not context.is_stopped():
+            await asyncio.sleep(0.1)
+        await stream.close()
+        stream.outputs.put_nowait(GenerateOutput(len(stream.tokens), finish_reason=FinishReason.CANCELLED))
+
+    async def _start(self, stream: Stream) -> None:
+        length = len(stream.request.prompt_token_ids)
+        single = stream.request.sampling.why_not_migratable() is not None
+        if length > self._config.local_prefill_max_tokens and not single:
+            try:
+                stream.owner = stream.open(self.pool.pick("prefill"), freeze_after=1)
+                return
+            except NoRoom as error:
+                logger.warning("request %s is prefilled on a decode worker: %s", stream.request.request_id, error)
+        stream.owner = stream.open(self.pool.pick("decode"))
+
+    async def _hand_over(self, stream: Stream) -> None:
+        """Prefill is done: find a decode worker, or let the prefill worker go on when there is none."""
+        frozen, stream.frozen = stream.frozen, None
+        if frozen is None or stream.owner is None:
+            return
+        tried: tuple[int, ...] = ()
+        source = stream.owner
+        async with stream.lock:
+            while True:
+                try:
+                    worker = self.pool.pick("decode", tried)
+                except NoRoom:
+                    break
+                try:
+                    await stream.take_over(worker, frozen)
+                    return
+                except MigrateError as error:
+                    logger.warning("hand-off of %s to %s: %s", stream.request.request_id, worker.name, error)
+                    tried += (worker.instance,)
+            await source.worker.call(WorkerOp.RESUME, stream.request.request_id)
+
+    async def _recover(self, stream: Stream, error: MigrateError) -> None:
+        """The owner is lost: replay elsewhere, or give the error to the client."""
+        if isinstance(error, InvalidRequest) or stream.replays >= self._config.replay_limit:
+            raise error
+        stream.replays += 1
+        lost = stream.owner.worker.instance if stream.owner else 0
+        logger.warning("request %s is replayed: %s", stream.request.request_id, error)
+        for attempt in range(20):
+            try:
+                stream.owner = stream.open(self.pool.pick("decode", (lost,)))
+                return
+            except NoRoom:
+                if attempt == 19:
+                    raise
+                await asyncio.sleep(0.5)
+                lost = 0
+
+    # Moving
+
+    async def move(self, stream: Stream, target: Worker, mode: Mode) -> MoveRecord:
+        """Move a request, falling back to the next mode when one fails for good."""
+        record = await stream.migrate(target, mode)
+        if not record.ok and mode is Mode.LIVE and not record.reason.startswith(("no_room", "not_migratable", "the ")):
+            reason = record.reason
+            record = await stream.migrate(target, Mode.STOP_AND_COPY)
+            record = MoveRecord(**{f: getattr(record, f) for f in record.__struct_fields__} | {"reason": reason})
+        self.moves.append(record)
+        logger.info(
+            "request %s: %s from %s to %s %s, downtime %.1f ms, added stall %.1f ms, %d bytes over %s %s",
+            *(record.request_id, record.mode, record.source, record.target, "done" if record.ok else "failed"),
+            *(record.downtime_s * 1e3, record.added_stall_s * 1e3, record.bytes, record.lane, record.reason),
+        )
+        return record
+
+    def _worker_drains(self, worker: Worker) -> None:
+        task = asyncio.ensure_future(self.drain(worker, 300.0))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def drain(self, worker: Worker, timeout_s: float) -> list[MoveRecord]:
+        """Move every request of ours away from a worker. Raises ``DeadlineExceeded`` when some stay."""
+        worker.held_back = True
+        limit = asyncio.Semaphore(self._config.max_migrations_per_worker)
+        moved: list[MoveRecord] = []
+
+        async def leave(stream: Stream) -> None:
+            async with limit:
+                try:
+                    target = self.pool.pick("decode", (worker.instance,))
+                except NoRoom as error:
+                    logger.warning("%s cannot leave %s: %s", stream.request.request_id, worker.name, error)
+                    await asyncio.sleep(0.5)
+                    return
+                record = await self.move(stream, target, Mode.LIVE)
+                if not record.ok and not stream.finished:
+                    record = await self.move(stream, target, Mode.REPLAY)
+                moved.append(record)
+
+        end = asyncio.get_running_loop().time() + timeout_s
+        while asyncio.get_running_loop().time() < end:
+            here = [s for s in self.streams.values() if s.owner and s.owner.worker is worker and not s.finished]
+            if not here:
+                return moved
+            await asyncio.gather(*(leave(stream) for stream in here))
+            await asyncio.sleep(0.05)
+        raise DeadlineExceeded(f"worker {worker.name} still has requests after {timeout_s:g} s")
+
+    async def control(self, payload: Any) -> AsyncIterator[dict[str, str]]:
+        """Endpoint for ``dynamo migrate``, ``drain`` and ``status``, and for the planner."""
+        try:
+            yield pack(await self._answer(unpack(payload, RouterCall)))
+        except MigrateError as error:
+            yield pack(RouterReply(error=(error.code, str(error))))
+
+    async def _answer(self, call: RouterCall) -> RouterReply:
+        match call.op:
+            case RouterOp.STATUS:
+                return RouterReply(
+                    workers=tuple(w.describe() for w in self.pool.workers.values()),
+                    streams=tuple(s.describe() for s in self.streams.values()),
+                    moves=tuple(self.moves),
+                )
+            case RouterOp.MIGRATE:
+                stream = self.streams.get(call.request_id)
+                if stream is None:
+                    known = ", ".join(list(self.streams)[:5]) or "none"
+                    raise RequestNotFound(f"no request {call.request_id!r} is running; running: {known}")
+                return RouterReply(moves=(await self.move(stream, self.pool.find(call.worker), call.mode),))
+            case RouterOp.DRAIN:
+                return RouterReply(moves=tuple(await self.drain(self.pool.find(call.worker), call.timeout_s)))
+            case RouterOp.UNDRAIN:
+                self.pool.find(call.worker).held_back = False
+                return RouterReply()
+        raise InvalidRequest(f"unknown call {call.op}")
+
+
+async def serve() -> None:
+    """Wait for workers, register the model with the frontend, serve until stopped."""
+    from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
+    from transformers import AutoTokenizer
+
+    stop = process.on_stop()
+    config = load_component_config(RouterConfig)
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    runtime = process.connect()
+    service = RouterService(config, runtime, tokenizer)
+    polling = asyncio.ensure_future(service.pool.run())
+    while not any(w.role == "decode" and w.available for w in service.pool.workers.values()):
+        if polling.done():
+            polling.result()
+        if stop.is_set():
+            return
+        await asyncio.sleep(0.1)
+    prefix = f"{process.edge_namespace()}.router"
+    endpoint = runtime.endpoint(f"{prefix}.generate")
+    serving = [
+        asyncio.ensure_future(endpoint.serve_endpoint(service.generate)),
+        asyncio.ensure_future(runtime.endpoint(f"{prefix}.control").serve_endpoint(service.control)),
+    ]
+    try:
+        await register_model(
+            ModelInput.Tokens,
+            ModelType.Chat | ModelType.Completions,
+            endpoint,
+            config.model,
+            config.served_model_name or None,
+            worker_type=WorkerType.Aggregated,
+            needs=[],
+        )
+        process.ready()
+        await asyncio.wait(
+            [asyncio.ensure_future(stop.wait()), polling, *serving], return_when=asyncio.FIRST_COMPLETED
+        )
+    finally:
+        polling.cancel()
+        runtime.shutdown()
+        await asyncio.wait(serving, timeout=5.0)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The workers that a router knows: calls to one, load of all, choice of the best.
+
+The pool asks every worker for its state twice a second; a worker that is gone from Dynamo's discovery is
+forgotten at once. Errors: ``WorkerLost`` when a worker cannot be reached, otherwise what the worker raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from components.engine.protocol import GenerateOutput, RequestId
+from components.errors import DeadlineExceeded, MigrateError, NoRoom, WorkerLost, from_code
+from components.messages import Generate, WorkerCall, WorkerInfo, WorkerOp, WorkerReply, pack, unpack
+
+logger = logging.getLogger(__name__)
+POLL_S = 0.5
+
+
+class Worker:
+    """One worker instance. ``streams`` counts the requests that this router has on it."""
+
+    def __init__(self, instance: int, role: str, generate: Any, control: Any) -> None:
+        self.instance = instance
+        self.role = role
+        self.name = f"{instance:x}"
+        self.streams = 0
+        self.draining = False
+        self.held_back = False
+        """Set by ``dynamo drain``: no new requests, whatever the worker itself says."""
+        self.state = WorkerReply()
+        self.moving = 0
+        self._generate = generate
+        self._control = control
+
+    async def generate(self, message: Generate, context: Any) -> AsyncIterator[GenerateOutput]:
+        """Outputs of a request on this worker. Raises ``WorkerLost`` when the stream breaks."""
+        try:
+            stream = await self._generate.direct(pack(message), self.instance, annotated=False, context=context)
+            async for item in stream:
+                yield unpack(item, GenerateOutput)
+        except MigrateError:
+            raise
+        except Exception as error:
+            raise WorkerLost(f"worker {self.name}: {error}") from error
+
+    async def call(self, op: WorkerOp, request_id: str = "", timeout_s: float = 20.0, **more: Any) -> WorkerReply:
+        """One control call."""
+        message = WorkerCall(op, RequestId(request_id), **more)
+        try:
+            return await asyncio.wait_for(self._ask(message), timeout_s)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"worker {self.name} did not answer {op} within {timeout_s:g} s") from error
+
+    async def _ask(self, message: WorkerCall) -> WorkerReply:
+        try:
+            stream = await self._control.direct(pack(message), self.instance, annotated=False)
+            async for item in stream:
+                reply = unpack(item, WorkerReply)
+                if reply.error is not None:
+                    raise from_code(*reply.error)
+                return reply
+        except MigrateError:
+            raise
+        except Exception as error:
+            raise WorkerLost(f"worker {self.name}: {error}") from error
+        raise WorkerLost(f"worker {self.name} closed the call without an answer")
+
+    @property
+    def available(self) -> bool:
+        """May it be given new requests?"""
+        return not (self.draining or self.held_back) and self.state.info is not None
+
+    def load(self) -> float:
+        """Share of KV blocks in use, plus what this router has just sent and the worker not yet shown."""
+        stats, info = self.state.stats, self.state.info
+        if stats is None or info is None:
+            return float("inf")
+        used = 1.0 - stats.free_blocks / max(1, stats.total_blocks)
+        return used + max(self.streams, stats.running + stats.waiting) / max(1, info.max_num_seqs)
+
+    def describe(self) -> WorkerInfo:
+        """Row for ``dynamo status``."""
+        info = self.state.info
+        return WorkerInfo(
+            worker=self.name,
+            role=self.role,
+            draining=self.draining or self.held_back,
+            agents=tuple(a.name for a in info.agents) if info else (),
+            epochs=tuple(a.epoch for a in info.agents) if info else (),
+            lanes=info.lanes if info else (),
+            stats=self.state.stats,
+            requests=self.state.requests,
+        )
+
+
+class WorkerPool:
+    """All prefill and decode workers of a namespace."""
+
+    def __init__(self, runtime: Any, namespace: str, on_drain: Callable[[Worker], None]) -> None:
+        self._runtime = runtime
+        self._namespace = namespace
+        self._on_drain = on_drain
+        self._clients: dict[str, tuple[Any, Any]] = {}
+        self.workers: dict[int, Worker] = {}
+
+    async def run(self) -> None:
+        """Keep the table current until cancelled."""
+        for component in ("prefill", "backend"):
+            generate = await self._runtime.endpoint(f"{self._namespace}.{component}.generate").client()
+            control = await self._runtime.endpoint(f"{self._namespace}.{component}.control").client()
+            self._clients[component] = (generate, control)
+        while True:
+            await self.refresh()
+            await asyncio.sleep(POLL_S)
+
+    async def refresh(self) -> None:
+        """One round of discovery and of asking everybody."""
+        seen = set()
+        for component, (generate, control) in self._clients.items():
+            ready = set(generate.instance_ids()) & set(control.instance_ids())
+            for instance in ready:
+                seen.add(instance)
+                if instance not in self.workers:
+                    role = "prefill" if component == "prefill" else "decode"
+                    self.workers[instance] = Worker(instance, role, generate, control)
+        for gone in set(self.workers) - seen:
+            del self.workers[gone]
+        await asyncio.gather(*(self._refresh(worker) for worker in self.workers.values()))
+
+    async def _refresh(self, worker: Worker) -> None:
+        try:
+            worker.state = await worker.call(WorkerOp.INFO, timeout_s=30.0)
+        except MigrateError as error:
+            logger.debug("worker %s did not report: %s", worker.name, error)
+            return
+        if worker.state.draining and not worker.draining:
+            worker.draining = True
+            self._on_drain(worker)
+
+    def pick(self, role: str, exclude: tuple[int, ...] = ()) -> Worker:
+        """The least loaded worker of a role. Raises ``NoRoom`` when there is none."""
+        fit = [w for w in self.workers.values() if w.role == role and w.available and w.instance not in exclude]
+        if not fit:
+            raise NoRoom(f"no {role} worker is available")
+        return min(fit, key=Worker.load)
+
+    def find(self, name: str) -> Worker:
+        """A worker by id, or by the start of one."""
+        found = [w for w in self.workers.values() if w.name.startswith(name.lower().removeprefix("0x"))]
+        if len(found) != 1:
+            known = ", ".join(w.name for w in self.workers.values()) or "none"
+            raise NoRoom(f"{len(found)} workers match {name!r}; known: {known}")
+        return found[0]
