@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``dynamo`` command."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from components.cli import move, serve
+from components.errors import MigrateError
+
+app = typer.Typer(
+    help="Serve LLMs on Dynamo, and move running requests between workers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+serve.register(app)
+move.register(app)
+
+
+def main() -> None:
+    """Entry point: errors of this package become one line and exit code 2."""
+    try:
+        app()
+    except MigrateError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dynamo status``, ``dynamo migrate`` and ``dynamo drain``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Annotated, TypeVar
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from components import process
+from components.cli.live import join
+from components.errors import MigrateError
+from components.messages import Mode, MoveRecord, RouterReply
+from components.router.client import RouterClient
+
+T = TypeVar("T")
+Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("status")(status)
+    app.command("migrate")(migrate)
+    app.command("drain")(drain)
+    app.command("undrain")(undrain)
+
+
+def _run(work: Callable[[RouterClient], Awaitable[T]], show: Callable[[T], None]) -> None:
+    import asyncio
+
+    async def main() -> T:
+        client = RouterClient(process.connect())
+        await asyncio.wait_for(client.connect(), 10)
+        return await work(client)
+
+    join()
+    try:
+        show(asyncio.run(main()))
+    except TimeoutError:
+        print(f"error: no router in namespace {process.edge_namespace()} answers", file=sys.stderr)
+        os._exit(2)
+    except MigrateError as error:
+        print(f"error: {error}", file=sys.stderr)
+        os._exit(2)
+    sys.stdout.flush()
+    # Dynamo's native runtime may abort in the interpreter's finalisation.
+    os._exit(0)
+
+
+def _json(value: object) -> None:
+    print(msgspec.json.format(msgspec.json.encode(value)).decode())
+
+
+def status(json: Json = False) -> None:
+    """Show workers, running requests and the last migrations."""
+    _run(lambda client: client.status(), _json if json else _tables)
+
+
+def _tables(reply: RouterReply) -> None:
+    console = Console()
+    table = Table(title="workers")
+    for column in ("worker", "role", "running", "waiting", "KV use", "epoch", "lanes", ""):
+        table.add_column(column)
+    for w in reply.workers:
+        s = w.stats
+        used = f"{1 - s.free_blocks / max(1, s.total_blocks):.0%}" if s else "?"
+        epoch = ", ".join(e[:8] for e in w.epochs)
+        counts = (str(s.running), str(s.waiting)) if s else ("?", "?")
+        table.add_row(w.worker, w.role, *counts, used, epoch, ", ".join(w.lanes), "draining" if w.draining else "")
+    console.print(table)
+    table = Table(title="requests")
+    for column in ("request", "worker", "prompt", "output", "age s", "moves", "replays"):
+        table.add_column(column)
+    for r in reply.streams:
+        numbers = (str(r.prompt_tokens), str(r.output_tokens), f"{r.age_s:.1f}", str(r.moves), str(r.replays))
+        table.add_row(r.request_id, r.worker, *numbers)
+    console.print(table)
+    _moves(list(reply.moves[-10:]))
+
+
+def _moves(moves: list[MoveRecord]) -> None:
+    table = Table(title="migrations")
+    for column in ("request", "from", "to", "mode", "result", "downtime ms", "added stall ms", "rounds", "MB", "lane"):
+        table.add_column(column)
+    for m in moves:
+        result = "done" if m.ok else m.reason
+        numbers = (f"{m.downtime_s * 1e3:.1f}", f"{m.added_stall_s * 1e3:.1f}", str(m.rounds), f"{m.bytes / 1e6:.1f}")
+        table.add_row(m.request_id, m.source, m.target, m.mode, result, *numbers, m.lane)
+    Console().print(table)
+
+
+def migrate(
+    request: Annotated[str, typer.Argument(help="request id, as `dynamo status` shows it")],
+    to: Annotated[str, typer.Option("--to", help="worker, or the start of its id")],
+    mode: Annotated[Mode, typer.Option(help="how to move it")] = Mode.LIVE,
+    json: Json = False,
+) -> None:
+    """Move a running request to another decode worker: dynamo migrate REQUEST --to WORKER"""
+    show = _json if json else (lambda record: _moves([record]))
+    _run(lambda client: client.migrate(request, to, mode), show)
+
+
+def drain(
+    worker: Annotated[str, typer.Argument(help="worker, or the start of its id")],
+    timeout: Annotated[float, typer.Option(help="seconds")] = 60.0,
+    json: Json = False,
+) -> None:
+    """Move every request away from a worker and give it no new ones."""
+    _run(lambda client: client.drain(worker, timeout), _json if json else _moves)
+
+
+def undrain(worker: Annotated[str, typer.Argument(help="worker, or the start of its id")]) -> None:
+    """Let a drained worker have requests again."""
+    _run(lambda client: client.undrain(worker), lambda _: print(f"worker {worker} takes requests again"))

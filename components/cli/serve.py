@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dynamo serve`` and ``dynamo demo``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+
+from components import models
+from components.cli.live import State, forget, remember
+from components.errors import ConfigError
+from components.serve.graph import load
+from components.serve.plan import Plan, make_plan, parse_overrides, read_yaml
+from components.serve.servers import Servers, answers
+from components.serve.supervisor import Supervisor
+from components.transfer.config import Transport
+
+_EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+Graph = Annotated[str, typer.Argument(help="graph and entry, e.g. graphs.disagg:Frontend")]
+Config = Annotated[Path | None, typer.Option("-f", "--config-file", help="YAML: component names and their keys")]
+NixlTransport = Annotated[Transport, typer.Option("--nixl-transport", help="lane that KV blocks take")]
+Port = Annotated[int | None, typer.Option("-p", "--port", help="HTTP port of the frontend")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("serve", context_settings=_EXTRA)(serve)
+    app.command("demo", context_settings=_EXTRA)(demo)
+
+
+def resolve(
+    graph: str, config: Path | None, transport: Transport, port: int | None, only: str, arguments: list[str]
+) -> Plan:
+    """The plan for the command line's arguments, with models prepared."""
+    values = read_yaml(config) if config else {}
+    overrides = parse_overrides(arguments)
+    if port is not None:
+        overrides.setdefault("Frontend", {})["port"] = port
+    for block in (*values.values(), *overrides.values()):
+        if "model" in block:
+            block.setdefault("served-model-name", block["model"])
+            block["model"] = models.resolve(block["model"])
+    common = values.setdefault("Common", {})
+    if "model" not in common:
+        common["served-model-name"] = "smollm2"
+        common["model"] = models.resolve("smollm2")
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    return make_plan(load(graph), values, overrides, transport, os.environ, names or None)
+
+
+def serve(
+    context: typer.Context,
+    graph: Graph,
+    config: Config = None,
+    nixl_transport: NixlTransport = Transport.AUTO,
+    port: Port = None,
+    only: Annotated[str, typer.Option(help="start only these components, joined by commas")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan as JSON and start nothing")] = False,
+) -> None:
+    """Start a graph and keep it running until Ctrl-C.
+
+    dynamo serve graphs.disagg:Frontend -f configs/disagg.yaml --nixl-transport shm --DecodeWorker.replicas=3
+    """
+    plan = resolve(graph, config, nixl_transport, port, only, context.args)
+    if dry_run:
+        print(plan.shown())
+        return
+    asyncio.run(_serve(plan, Console(), None))
+
+
+def demo(
+    context: typer.Context,
+    graph: Annotated[str, typer.Argument()] = "graphs.disagg:Frontend",
+    config: Config = Path("configs/disagg.yaml"),
+    nixl_transport: NixlTransport = Transport.AUTO,
+    port: Port = None,
+    once: Annotated[bool, typer.Option("--once", help="stop after the first answer")] = False,
+) -> None:
+    """Start a graph, send one chat request, show its text and timing, then keep serving."""
+    plan = resolve(graph, config, nixl_transport, port, "", context.args)
+    console = Console()
+
+    async def first_request() -> bool:
+        await chat(plan, console)
+        return once
+
+    asyncio.run(_serve(plan, console, first_request))
+
+
+async def _serve(plan: Plan, console: Console, then: Any) -> None:
+    serves_http = any(p.component == "Frontend" for p in plan.processes)
+    if serves_http and answers("127.0.0.1", plan.port, 0.5):
+        raise ConfigError(f"port {plan.port} is in use: stop what listens there, or choose another with --port")
+    servers = Servers()
+    variables = servers.start(os.environ)
+    supervisor = Supervisor(plan, variables, console)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, supervisor.stop)
+    jobs: list[asyncio.Task[None]] = []
+    state = State(plan.namespace, variables["ETCD_ENDPOINTS"], plan.port, os.getpid())
+
+    async def after() -> None:
+        if then is not None and await then():
+            supervisor.stop()
+
+    def on_ready() -> None:
+        remember(state)
+        if serves_http:
+            console.print(f"[bold green]serving[/] {plan.model} on http://{plan.host}:{plan.port}/v1 (Ctrl-C stops)")
+        jobs.append(asyncio.ensure_future(after()))
+
+    try:
+        await supervisor.run(on_ready)
+    finally:
+        forget(state)
+        servers.stop()
+
+
+async def chat(plan: Plan, console: Console) -> None:
+    """One streaming request; prints text, TTFT and TPOT as vLLM defines them."""
+    url = f"http://{plan.host}:{plan.port}/v1/chat/completions"
+    body = {
+        "model": plan.model,
+        "messages": [{"role": "user", "content": "Name three things that a good cup of tea needs."}],
+        "max_tokens": 64,
+        "temperature": 0,
+        "stream": True,
+    }
+    began, times = time.perf_counter(), []
+    async with httpx.AsyncClient(timeout=120) as client, client.stream("POST", url, json=body) as reply:
+        async for line in reply.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            choices = json.loads(line.removeprefix("data: ")).get("choices") or [{}]
+            text = choices[0].get("delta", {}).get("content")
+            if text:
+                times.append(time.perf_counter())
+                console.print(text, end="", style="bold", soft_wrap=True, markup=False, highlight=False)
+    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    console.print(
+        f"\nTTFT {1e3 * (times[0] - began):.0f} ms, TPOT {1e3 * statistics.fmean(gaps or [0]):.1f} ms "
+        f"(mean of {len(gaps)} gaps)\nmore: curl -N {url} -H 'content-type: application/json' -d '{json.dumps(body)}'"
+    )

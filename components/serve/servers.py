@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""etcd and NATS for a graph: those that the environment names, or our own on free loopback ports.
+
+``ETCD_ENDPOINTS`` and ``NATS_SERVER`` win. Our own live in a temporary folder and end with the graph.
+Raises ``ConfigError`` when a named server does not answer or the programs are not installed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from components.errors import ConfigError
+
+
+def free_port() -> int:
+    """A loopback port that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def answers(host: str, port: int, timeout_s: float = 2.0) -> bool:
+    """Does something accept connections there?"""
+    try:
+        with socket.create_connection((host, port), timeout=timeout_s):
+            return True
+    except OSError:
+        return False
+
+
+class Servers:
+    """The two servers of a graph. ``start`` gives the variables that its processes need."""
+
+    def __init__(self, data: Path | None = None) -> None:
+        self._temporary = None if data else tempfile.TemporaryDirectory(prefix="dynamo-migrate-")
+        self._data = data or Path(self._temporary.name if self._temporary else ".")
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """Check or start both."""
+        return {
+            "ETCD_ENDPOINTS": environment.get("ETCD_ENDPOINTS") or self._own_etcd(),
+            "NATS_SERVER": environment.get("NATS_SERVER") or self._own_nats(),
+        } | self._check(environment)
+
+    def _check(self, environment: Mapping[str, str]) -> dict[str, str]:
+        for variable in ("ETCD_ENDPOINTS", "NATS_SERVER"):
+            for url in filter(None, environment.get(variable, "").split(",")):
+                parts = urlsplit(url if "://" in url else f"//{url}")
+                host, port = parts.hostname or "127.0.0.1", parts.port or 2379
+                if not answers(host, port):
+                    raise ConfigError(f"{variable} names {host}:{port}, where nothing answers: start it, or unset {variable}")
+        return {}
+
+    def _own_etcd(self) -> str:
+        client, peer = f"http://127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}"
+        self._spawn(
+            "etcd",
+            *("--name", "graph", "--data-dir", str(self._data / "etcd"), "--log-level", "error"),
+            *("--listen-client-urls", client, "--advertise-client-urls", client),
+            *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+            *("--initial-cluster", f"graph={peer}"),
+        )
+        self._wait("etcd", urlsplit(client).port or 0)
+        return client
+
+    def _own_nats(self) -> str:
+        port = free_port()
+        self._spawn("nats-server", "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", str(self._data / "nats"))
+        self._wait("nats-server", port)
+        return f"nats://127.0.0.1:{port}"
+
+    def _spawn(self, program: str, *arguments: str) -> None:
+        if shutil.which(program) is None:
+            raise ConfigError(
+                f"{program} is not installed: apt-get install etcd-server nats-server, "
+                "or name running servers in ETCD_ENDPOINTS and NATS_SERVER"
+            )
+        self.processes.append(
+            subprocess.Popen(
+                [program, *arguments],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        )
+
+    def _wait(self, program: str, port: int, timeout_s: float = 20.0) -> None:
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            if answers("127.0.0.1", port, 0.5):
+                return
+            time.sleep(0.05)
+        self.stop()
+        raise ConfigError(f"{program} did not start within {timeout_s:g} s")
+
+    def stop(self) -> None:
+        """End our own servers and remove their data. Idempotent."""
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        self.processes.clear()
+        if self._temporary is not None:
+            self._temporary.cleanup()
