@@ -7,6 +7,7 @@ Raises ``ConfigError`` when a named server does not answer or the programs are n
 
 from __future__ import annotations
 
+import random
 import shutil
 import socket
 import subprocess
@@ -24,6 +25,15 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+def system_port() -> int:
+    """A free port for ``DYN_SYSTEM_PORT``, which Dynamo 1.4 reads as a signed 16-bit number."""
+    for _ in range(200):
+        port = random.randint(20000, 32767)
+        if not answers("127.0.0.1", port, 0.2):
+            return port
+    raise ConfigError("no free port between 20000 and 32767")
 
 
 def answers(host: str, port: int, timeout_s: float = 2.0) -> bool:

@@ -26,7 +26,7 @@ from rich.text import Text
 
 from components.errors import ConfigError, MigrateError
 from components.serve.plan import Plan, Process
-from components.serve.servers import free_port
+from components.serve.servers import system_port
 
 READY_S = 300.0
 _COLOURS = itertools.cycle(["cyan", "green", "magenta", "yellow", "blue", "bright_red"])
@@ -137,7 +137,7 @@ class Supervisor:
         """Workers load their models side by side; the router waits for them by itself."""
         began = time.monotonic()
         for child in self.children:
-            await child.start(self._environment | {"DYN_SYSTEM_PORT": str(free_port())})
+            await child.start(self._environment | {"DYN_SYSTEM_PORT": str(system_port())})
             self._say(child, "starting")
         waiting = list(self.children)
         while waiting and not self._stop.is_set():
@@ -173,7 +173,7 @@ class Supervisor:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stop.wait(), delay)
         if not self._stop.is_set():
-            await child.start(self._environment | {"DYN_SYSTEM_PORT": str(free_port())})
+            await child.start(self._environment | {"DYN_SYSTEM_PORT": str(system_port())})
 
     def _say(self, child: Child, what: str) -> None:
         self._console.print(f"[bold]{child.label:>16}[/] {what}")
