@@ -26,7 +26,8 @@ class Worker:
     def __init__(self, instance: int, role: str, generate: Any, control: Any) -> None:
         self.instance = instance
         self.role = role
-        self.name = f"{instance:x}"
+        # Instance ids of one etcd differ only in their last digits.
+        self.name = f"{instance:016x}"[-8:]
         self.streams = 0
         self.draining = False
         self.held_back = False
@@ -149,8 +150,9 @@ class WorkerPool:
         return min(fit, key=Worker.load)
 
     def find(self, name: str) -> Worker:
-        """A worker by id, or by the start of one."""
-        found = [w for w in self.workers.values() if w.name.startswith(name.lower().removeprefix("0x"))]
+        """A worker by its short name, or by the start or end of one."""
+        word = name.lower()
+        found = [w for w in self.workers.values() if w.name.startswith(word) or w.name.endswith(word)]
         if len(found) != 1:
             known = ", ".join(w.name for w in self.workers.values()) or "none"
             raise NoRoom(f"{len(found)} workers match {name!r}; known: {known}")

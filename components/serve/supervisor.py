@@ -104,6 +104,8 @@ class Supervisor:
     def __init__(self, plan: Plan, servers: dict[str, str], console: Console, grace_s: float = 90.0) -> None:
         self._plan = plan
         self._environment = dict(os.environ) | servers | {"PYTHONHASHSEED": "0"}
+        self._environment.setdefault("DYN_LOG", "warn")
+        self._environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         self._console = console
         self._grace_s = grace_s
         self._directory = tempfile.TemporaryDirectory(prefix="dynamo-migrate-run-")
