@@ -83,3 +83,11 @@ def nats_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port = free_port()
     with nats_server(tmp_path_factory.mktemp("nats"), port):
         yield f"nats://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> str:
+    """A random Llama of 4 layers with a real tokenizer."""
+    from components.models import resolve
+
+    return resolve("tiny-llama")

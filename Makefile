@@ -1,0 +1,22 @@
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
+
+install: ## own virtual environment, etcd and NATS
+	@scripts/install.sh
+
+demo: install ## serve a real model, send one request, keep serving
+	@.venv/bin/dynamo demo
+
+test: install ## all tests but the slow ones
+	@.venv/bin/python -m pytest -q
+
+test-slow: install ## the long tests
+	@.venv/bin/python -m pytest -q -m slow
+
+lint: install ## ruff and mypy
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
