@@ -25,7 +25,7 @@ from components.engine.protocol import AgentName, AgentRef, Epoch
 from components.errors import DeadlineExceeded, PeerUnknown, StaleEpoch, TransferCancelled, TransferError
 from components.transfer import lanes
 from components.transfer.checksum import BlockChecksums
-from components.transfer.config import AgentConfig, KVPool, TransferResult, region_of
+from components.transfer.config import AgentConfig, KVPool, TransferResult, Transport, region_of
 from components.transfer.control.record import AgentRecord, RegionRecord
 from components.transfer.control.store import Directory, EtcdStore, MemoryStore, RecordStore
 from components.transfer.data.base import Backend
@@ -33,6 +33,10 @@ from components.transfer.data.nixl import NixlBackend, nixl_is_available
 from components.transfer.data.tcp import TcpBackend
 
 logger = logging.getLogger(__name__)
+
+_PASSIVE_WORK = frozenset({Transport.TCP, Transport.IB, Transport.NVLINK})
+"""Lanes on which the side that is read from takes part in moving the bytes."""
+_PROGRESS_S = 0.001
 
 
 class TransferHandle:
@@ -133,7 +137,9 @@ class TransferAgent:
         if available:
             lane = f"nixl/ucx/{config.transport}"
             name = f"{config.name}/{self.epoch}"
-            self._backends.append(NixlBackend(name, regions, config.piece_bytes, lane))
+            on_device = bool(pools) and pools[0].tensor.is_cuda
+            own_thread = on_device or config.transport in _PASSIVE_WORK
+            self._backends.append(NixlBackend(name, regions, config.piece_bytes, lane, own_thread))
         else:
             logger.warning("NIXL is not used: %s; falling back to plain TCP", why)
         self._backends.append(TcpBackend(self.epoch, pools, config.advertise_host))
@@ -223,7 +229,15 @@ class TransferAgent:
         return self.directory.names()
 
     def _post_loop(self) -> None:
-        while (work := self._queue.get()) is not None:
+        while True:
+            try:
+                work = self._queue.get(timeout=_PROGRESS_S)
+            except queue.Empty:
+                for backend in self._backends:
+                    backend.progress()
+                continue
+            if work is None:
+                return
             try:
                 result = self._run(work)
             except (TransferError, DeadlineExceeded) as error:

@@ -42,6 +42,10 @@ class Backend(Protocol):
         """Copy the peer's blocks into ours, pairwise."""
         ...
 
+    def progress(self) -> None:
+        """Called every millisecond or so by the posting thread while it has nothing to copy."""
+        ...
+
     def close(self) -> None:
         """Give everything back. Nothing may be called afterwards."""
         ...

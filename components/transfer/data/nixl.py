@@ -34,10 +34,13 @@ def nixl_is_available() -> tuple[bool, str]:
 class NixlBackend:
     """One NIXL agent with all pools registered."""
 
-    def __init__(self, name: str, regions: Sequence[Region], piece_bytes: int, lane: str) -> None:
+    def __init__(
+        self, name: str, regions: Sequence[Region], piece_bytes: int, lane: str, own_thread: bool
+    ) -> None:
         from nixl._api import nixl_agent, nixl_agent_config
 
-        self._agent: Any = nixl_agent(name, nixl_agent_config(backends=["UCX"]))
+        # NIXL's progress thread spins: a whole core for each agent, which a small host does not have.
+        self._agent: Any = nixl_agent(name, nixl_agent_config(enable_prog_thread=own_thread, backends=["UCX"]))
         self._regions = list(regions)
         self._piece_bytes = piece_bytes
         self._lane = lane
@@ -139,6 +142,10 @@ class NixlBackend:
                 self._agent.remove_remote_agent(name)
             except Exception as error:
                 logger.debug("removing agent %s: %s", name, error)
+
+    def progress(self) -> None:
+        """Answer peers that are connecting or reading."""
+        self._agent.get_new_notifs()
 
     def close(self) -> None:
         """Deregister the pools."""

@@ -101,7 +101,7 @@ class TcpBackend:
         view = memoryview(flat.reshape(-1).numpy())
         _receive_into(sock, view, end)
         rows = flat.view(pool.tensor.dtype).to(pool.tensor.device).movedim(0, pool.block_dim)
-        pool.tensor.index_copy_(pool.block_dim, torch.tensor(list(blocks), device=pool.tensor.device), rows)
+        pool.tensor.index_copy_(pool.block_dim, torch.tensor(list(blocks), dtype=torch.int64, device=pool.tensor.device), rows)
         return len(view)
 
     def _accept(self) -> None:
@@ -131,10 +131,13 @@ class TcpBackend:
             connection.sendall(_REFUSED)
             return
         pool = self._pools[ask.pool]
-        index = torch.tensor(list(ask.blocks), device=pool.tensor.device)
+        index = torch.tensor(list(ask.blocks), dtype=torch.int64, device=pool.tensor.device)
         rows = pool.tensor.index_select(pool.block_dim, index).movedim(pool.block_dim, 0).contiguous().cpu()
         connection.sendall(_GRANTED)
         connection.sendall(memoryview(rows.view(torch.uint8).reshape(-1).numpy()))
+
+    def progress(self) -> None:
+        """Nothing to do: threads of our own serve."""
 
     def close(self) -> None:
         """Stop serving."""
