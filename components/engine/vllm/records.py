@@ -16,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from components.engine.protocol import AgentRef, Frozen, KVOffer, RequestId
+from components.engine.protocol import AgentRef, Frozen, KVOffer, LandingStatus, RequestId
 from components.engine.vllm.control import Marker, Reply
 
 
@@ -56,6 +56,8 @@ class Record:
     """vLLM's ``Request``."""
     born: float
     landing: Landing | None = None
+    landed: LandingStatus | None = None
+    """How the landing went, once it is over."""
     frozen: Frozen | None = None
     frozen_from_waiting: bool = False
     waiters: list[Future[Reply]] = field(default_factory=list)

@@ -298,13 +298,16 @@ class MigrationMixin:
     def _landing_status(self, record: Record) -> LandingStatus:
         landing = record.landing
         if landing is None:
-            return LandingStatus(reserved=True)
+            return record.landed or LandingStatus(reserved=True)
         reserved = landing.held or record.request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
         if not reserved and not self._has_room(record):
             raise NoRoom(
                 f"{self.kv_cache_manager.block_pool.get_num_free_blocks()} free KV blocks and "
                 f"{len(self.running)} of {self.max_num_running_reqs} request slots in use"
             )
+        return self._progress_of(landing, reserved)
+
+    def _progress_of(self, landing: Landing, reserved: bool) -> LandingStatus:
         return LandingStatus(
             reserved=reserved,
             landed_tokens=max(landing.landed_blocks, landing.local_blocks) * self.block_size,
@@ -479,6 +482,7 @@ class MigrationMixin:
             self._adopt(landing, landing.commit.offer)
             self._copy_tail(record, wait=False)
             return
+        record.landed = self._progress_of(landing, reserved=True)
         record.landing = None
         if not failed:
             if not job.wait:
