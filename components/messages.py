@@ -101,7 +101,7 @@ class RouterCall(msgspec.Struct, frozen=True, omit_defaults=True):
     timeout_s: float = 60.0
 
 
-class MoveRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+class MoveRecord(msgspec.Struct, frozen=True):
     """One migration that has ended. Times in seconds."""
 
     request_id: str
@@ -123,7 +123,7 @@ class MoveRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     total_s: float = 0.0
 
 
-class StreamInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+class StreamInfo(msgspec.Struct, frozen=True):
     """One request as the router sees it."""
 
     request_id: str
@@ -136,7 +136,7 @@ class StreamInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     replays: int = 0
 
 
-class WorkerInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+class WorkerInfo(msgspec.Struct, frozen=True):
     """One worker as the router sees it."""
 
     worker: str
@@ -149,7 +149,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     requests: tuple[RequestInfo, ...] = ()
 
 
-class RouterReply(msgspec.Struct, frozen=True, omit_defaults=True):
+class RouterReply(msgspec.Struct, frozen=True):
     """The router's answer."""
 
     error: tuple[str, str] | None = None

@@ -1,2 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies that decide migrations."""
+"""Policies that decide which running request moves where, and their place in Dynamo's planner.
+
+observe  -> snapshot -> policies -> plan -> controller -> migration commands
+               ^                                  |
+               '------- outcomes, bandwidth ------'
+
+snapshot.py, plan.py    what a policy is given and what it answers
+rules.py, ledger.py     limits and costs that all policies share; bookkeeping of one plan
+policies/               one policy per file; compose.py runs several
+config.py               the policy file
+observe.py, client.py   live state of routers and workers
+controller.py           carries plans out
+scaledown.py            holds a reduction until its victims are empty
+plugin.py, server.py    Dynamo planner plugin, in-process and over gRPC
+simulate/               the same policies on simulated workers
+"""

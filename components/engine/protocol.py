@@ -199,7 +199,7 @@ class LandingStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     """(code, message) of the last failed round; the blocks it covered count as not landed."""
 
 
-class RequestInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+class RequestInfo(msgspec.Struct, frozen=True):
     """One row of the per-request table that planners and ``dynamo status`` read."""
 
     request_id: RequestId
@@ -230,7 +230,7 @@ class EngineInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_bytes_per_token: int = 0
 
 
-class EngineStats(msgspec.Struct, frozen=True, omit_defaults=True):
+class EngineStats(msgspec.Struct, frozen=True):
     """Load at one moment; token sums as Dynamo's forward-pass metrics define them."""
 
     running: int

@@ -8,9 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import openai
@@ -51,6 +51,19 @@ class Graph:
         return subprocess.run(
             command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=120
         )
+
+    @contextmanager
+    def mover(self, mode: str) -> Iterator[subprocess.Popen[str]]:
+        """A process that waits for the next request on a decode worker and moves it to the other one."""
+        command = [sys.executable, "-m", "tests.integration.move_next", mode]
+        process = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+            process.wait()
 
     def complete(self, prompt: str, count: int, **more: object) -> str:
         reply = self.client.completions.create(
@@ -102,23 +115,13 @@ def test_a_migrated_stream_gives_the_text_of_an_unmigrated_one(
     graph: Graph, mode: str, sampling: dict[str, float]
 ) -> None:
     prompt = f"{mode} {sampling} {PROMPT}"
-    results: list[str] = []
-    thread = threading.Thread(target=lambda: results.append(graph.complete(prompt, 2500, **sampling)))
-    thread.start()
-    move = None
-    for _ in range(20):
-        status = json.loads(graph.command("status", "--json").stdout)
-        if not status["streams"]:
-            break
-        stream = status["streams"][0]
-        others = [w["worker"] for w in status["workers"] if w["role"] == "decode" and w["worker"] != stream["worker"]]
-        done = graph.command("migrate", stream["request_id"], "--to", others[0], "--mode", mode, "--json")
-        if done.returncode == 0:
-            move = json.loads(done.stdout)
-            break
-    thread.join(180)
-    assert move is not None and move["ok"] and move["mode"] == mode, move
-    assert results == [graph.complete(prompt, 2500, **sampling)]
+    with graph.mover(mode) as mover:
+        moved = graph.complete(prompt, 1500, **sampling)
+        output, _ = mover.communicate(timeout=60)
+    move = json.loads(output)
+    assert move["ok"] and move["mode"] == mode, move
+    assert 0 < move["tokens"] < 1500
+    assert moved == graph.complete(prompt, 1500, **sampling)
 
 
 def test_wrong_requests_get_openai_errors(graph: Graph) -> None:
@@ -136,6 +139,6 @@ def test_commands_name_what_is_wrong(graph: Graph) -> None:
 
 def test_nothing_is_left_on_the_workers(graph: Graph) -> None:
     status = json.loads(graph.command("status", "--json").stdout)
-    assert status.get("streams", []) == []
+    assert status["streams"] == []
     for worker in status["workers"]:
         assert worker["stats"]["free_blocks"] == worker["stats"]["total_blocks"]

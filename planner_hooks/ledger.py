@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bookkeeping of one plan: projected loads, limits used up, moves accepted so far.
+
+Virtual usage folds everything that fills a worker into one number (Llumnix, OSDI'24): KV held, KV that queued
+requests will need, what is on its way in less what is on its way out, headroom beside important requests, and seats
+in the batch. A worker that leaves counts as infinitely loaded.
+
+A destination is checked against what it really holds plus all that was promised to it: room that its own
+outgoing requests will free is not counted before it is free.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from components.messages import Mode
+from planner_hooks.plan import Hold, HoldReason, Move, Plan
+from planner_hooks.rules import Rules
+from planner_hooks.snapshot import Bools, Floats, Snapshot
+
+
+class Ledger:
+    """Begins with what the snapshot has under way; ``move`` adds to it."""
+
+    def __init__(self, snapshot: Snapshot, rules: Rules, policy: str) -> None:
+        self.snapshot = snapshot
+        self.rules = rules
+        self.policy = policy
+        self.moves: list[Move] = []
+        self.holds: list[Hold] = []
+        self._taken: set[int] = set()
+        self._pairs = Counter(snapshot.pairs)
+        self._w_moves = snapshot.w_moves.copy()
+        self._promised = snapshot.w_held + snapshot.w_queued + snapshot.w_inbound
+        self._load = self._promised - snapshot.w_outbound
+        self._seats = snapshot.w_running + snapshot.w_waiting
+        count = len(snapshot.worker_ids)
+        important = snapshot.r_priority >= rules.headroom.priority
+        if rules.headroom.share and important.any():
+            self._important = np.bincount(snapshot.r_worker[important], minlength=count)
+        else:
+            self._important = np.zeros(count, dtype=np.int64)
+        self._headroom = rules.headroom.share * snapshot.w_capacity
+        self.usage: Floats = self._usage(np.arange(count))
+
+    def _usage(self, workers: NDArray[np.int64]) -> Floats:
+        s = self.snapshot
+        load = self._load[workers] + np.where(self._important[workers] > 0, self._headroom[workers], 0.0)
+        usage = np.maximum(load / s.w_capacity[workers], self._seats[workers] / s.w_max_seqs[workers])
+        result: Floats = np.where(s.w_leaving[workers], np.inf, usage)
+        return result
+
+    # Questions
+
+    @property
+    def full(self) -> bool:
+        """Has this tick's number of moves been reached?"""
+        return self.snapshot.planned + len(self.moves) >= self.rules.limits.max_moves_per_tick
+
+    def busy(self, worker: int) -> bool:
+        """Does the worker take part in as many migrations as it may?"""
+        return bool(self._w_moves[worker] >= self.rules.limits.max_moves_per_worker)
+
+    def idle(self) -> Bools:
+        """Workers that may take part in another migration."""
+        idle: Bools = self._w_moves < self.rules.limits.max_moves_per_worker
+        return idle
+
+    def can_take(self) -> Bools:
+        """Workers that may still be given something."""
+        free: Bools = self.snapshot.w_accepts & self.idle()
+        return free
+
+    def room(self) -> Floats:
+        """Tokens that may still be promised to each worker."""
+        room: Floats = self.rules.limits.max_destination_usage * self.snapshot.w_capacity - self._promised
+        return room
+
+    def seats(self) -> Floats:
+        """Requests that still fit the batch of each worker."""
+        seats: Floats = self.snapshot.w_max_seqs - self._seats
+        return seats
+
+    def candidates(self, worker: int) -> NDArray[np.int64]:
+        """Requests of a worker that may be moved now."""
+        rows = self.snapshot.rows_of(worker)
+        rows = rows[self.rules.movable(self.snapshot, rows)]
+        if self._taken:
+            rows = rows[~np.isin(rows, list(self._taken))]
+        return rows
+
+    def load_of(self, rows: NDArray[np.int64]) -> Floats:
+        """Tokens that leave the source with each request."""
+        s = self.snapshot
+        load: Floats = np.where(s.r_waiting[rows], s.r_need[rows], s.r_kv[rows])
+        return load
+
+    def usage_without(self, worker: int, rows: NDArray[np.int64]) -> Floats:
+        """Usage of a worker after each single request has left."""
+        s = self.snapshot
+        alone = (self._important[worker] == 1) & (s.r_priority[rows] >= self.rules.headroom.priority)
+        headroom = np.where(alone | (self._important[worker] == 0), 0.0, self._headroom[worker])
+        load = (self._load[worker] - self.load_of(rows) + headroom) / s.w_capacity[worker]
+        usage: Floats = np.maximum(load, (self._seats[worker] - 1) / s.w_max_seqs[worker])
+        return usage
+
+    def usage_with(self, worker: int, rows: NDArray[np.int64]) -> Floats:
+        """Usage of a worker after each single request has come."""
+        s = self.snapshot
+        important = (self._important[worker] > 0) | (s.r_priority[rows] >= self.rules.headroom.priority)
+        headroom = np.where(important, self._headroom[worker], 0.0)
+        load = (self._load[worker] + s.r_need[rows] + headroom) / s.w_capacity[worker]
+        usage: Floats = np.maximum(load, (self._seats[worker] + 1) / s.w_max_seqs[worker])
+        return usage
+
+    def fits(self, worker: int, rows: NDArray[np.int64]) -> Bools:
+        """Which single requests the worker could take: room, and not a return."""
+        s, limits = self.snapshot, self.rules.limits
+        room = limits.max_destination_usage * s.w_capacity[worker] - self._promised[worker]
+        back = (s.r_came_from[rows] == worker) & (s.r_since_move[rows] < limits.no_return_s)
+        ok: Bools = (s.r_need[rows] <= room) & ~back
+        return ok & bool(self._seats[worker] + 1 <= s.w_max_seqs[worker])
+
+    def pair_is_free(self, src: int, dst: int) -> bool:
+        """May another request go from one to the other?"""
+        return self._pairs[src, dst] < self.rules.limits.max_moves_per_pair and not self._pairs[dst, src]
+
+    def why_not(self, row: int, dst: int) -> HoldReason | None:
+        """The first rule that forbids a move, or None."""
+        s, limits = self.snapshot, self.rules.limits
+        src, rows = int(s.r_worker[row]), np.array([row])
+        checks = (
+            (self.full, HoldReason.TICK_LIMIT),
+            (not (s.w_fresh[src] and s.w_fresh[dst]), HoldReason.STALE),
+            (row in self._taken, HoldReason.ALREADY_MOVING),
+            (not s.r_free[row], HoldReason.NOT_MIGRATABLE),
+            (not (s.r_running[row] or s.r_waiting[row]), HoldReason.NO_CANDIDATE),
+            (s.r_since_move[row] < limits.cooldown_s, HoldReason.COOLDOWN),
+            (src == dst or s.w_leaving[dst], HoldReason.NO_DESTINATION),
+            (s.r_came_from[row] == dst and s.r_since_move[row] < limits.no_return_s, HoldReason.NO_RETURN),
+            (self.busy(src) or self.busy(dst), HoldReason.WORKER_LIMIT),
+            (bool(self._pairs[dst, src]), HoldReason.OPPOSITE),
+            (self._pairs[src, dst] >= limits.max_moves_per_pair, HoldReason.PAIR_LIMIT),
+            (not self.fits(dst, rows)[0], HoldReason.NO_DESTINATION),
+        )
+        return next((reason for broken, reason in checks if broken), None)
+
+    # Commands
+
+    def move(self, row: int, dst: int, reason: str, gain_s: float) -> bool:
+        """Accept a move when every rule allows it; otherwise note why not."""
+        s = self.snapshot
+        src = int(s.r_worker[row])
+        why = self.why_not(row, dst)
+        if why is not None:
+            self.hold(why, src, row)
+            return False
+        rows = np.array([row])
+        load, need = float(self.load_of(rows)[0]), float(s.r_need[row])
+        self._load[src] -= load
+        self._load[dst] += need
+        self._promised[dst] += need
+        self._seats[src] -= 1
+        self._seats[dst] += 1
+        if s.r_priority[row] >= self.rules.headroom.priority:
+            self._important[src] -= 1
+            self._important[dst] += 1
+        self._w_moves[[src, dst]] += 1
+        self._pairs[src, dst] += 1
+        self._taken.add(row)
+        self.usage[[src, dst]] = self._usage(np.array([src, dst]))
+        self.moves.append(
+            Move(
+                request_id=s.request_ids[row],
+                src=s.worker_ids[src],
+                dst=s.worker_ids[dst],
+                policy=self.policy,
+                reason=reason,
+                gain_s=gain_s,
+                cost_s=float(self.rules.cost_s(s, rows)[0]),
+                # A request that waits has no KV to copy: sending its tokens is all there is to it.
+                mode=Mode.REPLAY if s.r_waiting[row] else Mode.LIVE,
+                tokens=int(need),
+                row=row,
+            )
+        )
+        return True
+
+    def hold(self, reason: HoldReason, worker: int | None = None, row: int | None = None, detail: str = "") -> None:
+        """Note that something stays, and why."""
+        self.holds.append(
+            Hold(
+                self.policy,
+                reason,
+                "" if worker is None else self.snapshot.worker_ids[worker],
+                "" if row is None else self.snapshot.request_ids[row],
+                detail,
+            )
+        )
+
+    def close(self, retire: tuple[str, ...] = (), release: tuple[str, ...] = ()) -> Plan:
+        """The plan."""
+        return Plan(tuple(self.moves), tuple(self.holds), retire, release)

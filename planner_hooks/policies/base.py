@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all policies have: a configuration, the shared rules, and ways to look for a destination."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Generic, TypeVar
+
+import numpy as np
+from pydantic import Field
+
+from planner_hooks.ledger import Ledger
+from planner_hooks.plan import HoldReason, Plan
+from planner_hooks.rules import Rules, Section
+from planner_hooks.snapshot import Snapshot
+
+
+class PolicyConfig(Section):
+    """Fields that every policy has."""
+
+    enabled: bool = Field(default=True, description="Switch the policy off without removing its settings")
+
+
+C = TypeVar("C", bound=PolicyConfig)
+
+
+class BasePolicy(Generic[C]):
+    """Subclasses name their configuration and write ``decide``."""
+
+    name: ClassVar[str]
+    config_type: ClassVar[type[PolicyConfig]]
+
+    def __init__(self, config: C, rules: Rules) -> None:
+        self.config = config
+        self.rules = rules
+
+    def plan(self, snapshot: Snapshot) -> Plan:
+        """See ``planner_hooks.plan.Policy``."""
+        ledger = Ledger(snapshot, self.rules, self.name)
+        if not snapshot.w_fresh.any():
+            ledger.hold(HoldReason.STALE if len(snapshot.worker_ids) else HoldReason.NO_METRICS)
+            return ledger.close()
+        return self.decide(snapshot, ledger)
+
+    def decide(self, snapshot: Snapshot, ledger: Ledger) -> Plan:
+        """Moves through ``ledger.move``, reasons through ``ledger.hold``, then ``ledger.close``."""
+        raise NotImplementedError
+
+
+def coldest_that_fits(ledger: Ledger, row: int, allowed: np.ndarray | None = None) -> int | None:
+    """The least used worker that every rule allows for a request, or None."""
+    s, limits = ledger.snapshot, ledger.rules.limits
+    src = int(s.r_worker[row])
+    fits = ledger.can_take() & (ledger.room() >= s.r_need[row]) & (ledger.seats() >= 1)
+    fits[src] = False
+    if allowed is not None:
+        fits &= allowed
+    if s.r_since_move[row] < limits.no_return_s and s.r_came_from[row] < len(fits):
+        fits[s.r_came_from[row]] = False
+    workers = np.flatnonzero(fits)
+    for worker in workers[np.argsort(ledger.usage[workers], kind="stable")[:16]]:
+        if ledger.pair_is_free(src, int(worker)):
+            return int(worker)
+    return None
+
+
+def empty(ledger: Ledger, worker: int, reason: str, let_finish_s: float) -> None:
+    """Move everything off a worker that a destination can be found for, largest first.
+
+    Requests that will have ended within ``let_finish_s`` are left to do so.
+    """
+    s = ledger.snapshot
+    rows = ledger.candidates(worker)
+    if not len(rows):
+        if len(s.rows_of(worker)):
+            ledger.hold(HoldReason.NO_CANDIDATE, worker, detail="what is left cannot move, or is moving")
+        return
+    lasts = ledger.rules.lasts_s(s, rows, worker)
+    order = np.argsort(-s.r_need[rows], kind="stable")
+    stays = ledger.rules.cost_s(s, rows) + let_finish_s > lasts
+    for at in order:
+        if ledger.full or ledger.busy(worker):
+            ledger.hold(HoldReason.TICK_LIMIT if ledger.full else HoldReason.WORKER_LIMIT, worker)
+            return
+        row = int(rows[at])
+        if stays[at] and not s.r_waiting[row]:
+            ledger.hold(HoldReason.NOT_WORTH, worker, row, "it ends soon by itself")
+            continue
+        dst = coldest_that_fits(ledger, row)
+        if dst is None:
+            ledger.hold(HoldReason.NO_DESTINATION, worker, row, f"{s.r_need[row]:.0f} tokens fit nowhere")
+            continue
+        ledger.move(row, dst, reason, float(lasts[at]))

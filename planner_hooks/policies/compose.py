@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs several policies as one: each sees the moves of those before it as already under way.
+
+Every move is checked again against the shared rules, whichever policy it comes from; what breaks one is dropped and
+noted. Workers that one policy retires count as leaving for all later ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner_hooks.ledger import Ledger
+from planner_hooks.plan import Hold, Move, Plan, Policy
+from planner_hooks.rules import Rules
+from planner_hooks.snapshot import Snapshot
+
+
+class Composed:
+    """Policies in order of precedence."""
+
+    name = "composed"
+
+    def __init__(self, policies: Sequence[Policy], rules: Rules) -> None:
+        self.policies = tuple(policies)
+        self.rules = rules
+
+    def plan(self, snapshot: Snapshot) -> Plan:
+        """See ``planner_hooks.plan.Policy``."""
+        moves: list[Move] = []
+        holds: list[Hold] = []
+        retire: list[str] = []
+        release: list[str] = []
+        for policy in self.policies:
+            proposed = policy.plan(snapshot)
+            ledger = Ledger(snapshot, self.rules, policy.name)
+            accepted = []
+            for move in proposed.moves:
+                if ledger.move(move.row, snapshot.index[move.dst], move.reason, move.gain_s):
+                    accepted.append(move)
+            moves += accepted
+            holds += [*proposed.holds, *ledger.holds]
+            retire += [worker for worker in proposed.retire if worker not in retire]
+            release += [worker for worker in proposed.release if worker not in release]
+            snapshot = snapshot.after(accepted, proposed.retire)
+        return Plan(tuple(moves), tuple(holds), tuple(retire), tuple(release))

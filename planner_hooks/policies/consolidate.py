@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""consolidate: when one worker fewer would do, empty the one that is cheapest to empty.
+
+It retires a worker only while the others stay below ``target_usage`` with its load on top, and takes the
+retirement back above ``wake_usage``; the space between the two keeps it from changing its mind all the time.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from planner_hooks.ledger import Ledger
+from planner_hooks.plan import HoldReason, Plan
+from planner_hooks.policies.base import BasePolicy, PolicyConfig, empty
+from planner_hooks.snapshot import Snapshot
+
+
+class Config(PolicyConfig):
+    """Settings of ``consolidate``."""
+
+    target_usage: float = Field(default=0.6, gt=0, lt=1, description="Mean usage that the remaining workers may have")
+    wake_usage: float = Field(
+        default=0.75, gt=0, le=1, description="Mean usage from which retired workers are taken back"
+    )
+    min_workers: int = Field(default=1, ge=1, description="Workers that always stay")
+    max_leaving: int = Field(default=1, ge=1, description="Workers that may be leaving at once, for whatever reason")
+    let_finish_s: float = Field(default=2.0, ge=0, description="Requests that end within this time are not moved")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.wake_usage <= self.target_usage:
+            raise ValueError(
+                f"wake-usage ({self.wake_usage:g}) must be above target-usage ({self.target_usage:g}), "
+                "or workers would be retired and taken back in turn"
+            )
+        return self
+
+
+class Consolidate(BasePolicy[Config]):
+    """Packs requests into fewer workers, so that one can be scaled down."""
+
+    name = "consolidate"
+    config_type = Config
+
+    def decide(self, snapshot: Snapshot, ledger: Ledger) -> Plan:
+        s, config = snapshot, self.config
+        stays = np.flatnonzero(s.w_accepts)
+        leaving = np.flatnonzero(s.w_leaving)
+        # What is still on leaving workers will have to be carried as well.
+        load = float((s.w_held + s.w_queued + s.w_inbound - s.w_outbound)[s.w_fresh].sum())
+        seats = float((s.w_running + s.w_waiting)[s.w_fresh].sum())
+        if len(leaving) and self._mean(s, stays, load, seats) > config.wake_usage:
+            return ledger.close(release=tuple(s.worker_ids[w] for w in leaving))
+        if len(leaving) >= config.max_leaving or len(stays) <= config.min_workers:
+            ledger.hold(HoldReason.MIN_WORKERS, detail=f"{len(stays)} stay, {len(leaving)} are leaving")
+            return ledger.close()
+        victim = int(stays[np.argmin(emptying_cost(s, stays))])
+        others = stays[stays != victim]
+        mean = self._mean(s, others, load, seats)
+        if mean > config.target_usage:
+            ledger.hold(HoldReason.BALANCED, detail=f"{len(others)} workers would be used to {mean:.2f}")
+            return ledger.close()
+        empty(ledger, victim, f"{len(others)} workers are enough", config.let_finish_s)
+        return ledger.close(retire=(s.worker_ids[victim],))
+
+    @staticmethod
+    def _mean(s: Snapshot, workers: np.ndarray, load: float, seats: float) -> float:
+        if not len(workers):
+            return float("inf")
+        return max(load / float(s.w_capacity[workers].sum()), seats / float(s.w_max_seqs[workers].sum()))
+
+
+def emptying_cost(snapshot: Snapshot, workers: np.ndarray) -> np.ndarray:
+    """What it takes to empty each worker: tokens to move, and above all requests that cannot move."""
+    count = len(snapshot.worker_ids)
+    stuck = np.bincount(snapshot.r_worker[~snapshot.r_free], minlength=count)
+    tokens = snapshot.w_held + snapshot.w_queued + snapshot.w_inbound
+    cost: np.ndarray = (stuck + tokens / snapshot.w_capacity)[workers]
+    return cost
+
+
+POLICY = Consolidate

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Limits that no plan may exceed, and what a move costs. Shared by all policies of one policy file."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from planner_hooks.snapshot import Bools, Floats, Snapshot
+
+
+def dashed(name: str) -> str:
+    """Python name to YAML key."""
+    return name.replace("_", "-")
+
+
+class Section(BaseModel):
+    """Base of every part of the policy file: dashed keys, nothing unknown."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, alias_generator=dashed, populate_by_name=True, use_attribute_docstrings=True
+    )
+
+
+class Limits(Section):
+    """What may go on at once."""
+
+    max_moves_per_tick: int = Field(default=64, ge=1, description="Moves that one decision may begin")
+    max_moves_per_worker: int = Field(default=4, ge=1, description="Migrations that a worker takes part in at once")
+    max_moves_per_pair: int = Field(default=2, ge=1, description="Migrations at once from one worker to another one")
+    cooldown_s: float = Field(default=10.0, ge=0, description="Seconds that a request stays after it was moved")
+    no_return_s: float = Field(
+        default=60.0, ge=0, description="Seconds in which it is not sent back to where it came from"
+    )
+    max_destination_usage: float = Field(
+        default=0.85,
+        gt=0,
+        le=1,
+        description="KV share that a destination may reach, all that is promised to it included",
+    )
+    stale_after_s: float = Field(default=5.0, gt=0, description="A worker whose report is older takes no part")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_moves_per_pair > self.max_moves_per_worker:
+            raise ValueError(
+                f"max-moves-per-pair ({self.max_moves_per_pair}) exceeds max-moves-per-worker "
+                f"({self.max_moves_per_worker}): lower it, or raise the other"
+            )
+        if self.no_return_s < self.cooldown_s:
+            raise ValueError(
+                f"no-return-s ({self.no_return_s:g}) is shorter than cooldown-s ({self.cooldown_s:g}) "
+                "and would never apply: raise it"
+            )
+        return self
+
+
+class Cost(Section):
+    """What a move costs. Bandwidth and fixed times are measured; these are what they begin with, and the weights."""
+
+    bytes_per_s: float = Field(default=1e9, gt=0, description="Assumed speed of a migration before one was measured")
+    overhead_s: float = Field(default=0.1, ge=0, description="Assumed time of a migration of zero bytes")
+    downtime_s: float = Field(default=0.05, ge=0, description="Assumed pause of the moved request")
+    disturbance: float = Field(
+        default=0.1, ge=0, le=1, description="Share of both workers' speed lost while bytes flow"
+    )
+    kv_bytes_per_token: int = Field(
+        default=0, ge=0, description="Used when the workers do not tell; 0 counts time only"
+    )
+    default_step_s: float = Field(default=0.03, gt=0, description="Step time of a worker that has not reported one")
+    horizon_s: float = Field(default=30.0, gt=0, description="A gain later than this does not count")
+    min_gain: float = Field(default=1.0, ge=0, description="Times that the predicted gain must exceed the cost")
+
+
+class Headroom(Section):
+    """Room kept free beside important requests, as part of their worker's virtual usage."""
+
+    priority: int = Field(default=1, description="Requests from this priority on get headroom")
+    share: float = Field(
+        default=0.2, ge=0, lt=1, description="Share of the worker's KV that counts as used beside them"
+    )
+
+
+class Rules(Section):
+    """Limits, cost and headroom together, with the arithmetic that all policies share."""
+
+    limits: Limits = Limits()
+    cost: Cost = Cost()
+    headroom: Headroom = Headroom()
+
+    def movable(self, snapshot: Snapshot, rows: NDArray[np.int64]) -> Bools:
+        """Which of these requests may be moved now."""
+        ready: Bools = snapshot.r_free[rows] & (snapshot.r_since_move[rows] >= self.limits.cooldown_s)
+        return ready & (snapshot.r_running[rows] | snapshot.r_waiting[rows])
+
+    def cost_s(self, snapshot: Snapshot, rows: NDArray[np.int64]) -> Floats:
+        """Seconds of a worker's time that each move takes away."""
+        per_token = snapshot.bytes_per_token or float(self.cost.kv_bytes_per_token)
+        wire = snapshot.r_kv[rows] * (per_token / snapshot.bytes_per_s)
+        cost: Floats = snapshot.downtime_s + 2.0 * self.cost.disturbance * (snapshot.overhead_s + wire)
+        return cost
+
+    def lasts_s(self, snapshot: Snapshot, rows: NDArray[np.int64], worker: int) -> Floats:
+        """Seconds that each request will still run, within the horizon."""
+        step = snapshot.w_step_s[worker] or self.cost.default_step_s
+        lasts: Floats = np.minimum(snapshot.r_remaining[rows] * step, self.cost.horizon_s)
+        return lasts

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each policy does on small clusters that can be checked by hand."""
+
+from __future__ import annotations
+
+from components.engine.protocol import RequestPhase
+from components.messages import Mode
+from planner_hooks.config import parse
+from planner_hooks.plan import HoldReason, Plan
+from planner_hooks.snapshot import Capture, Snapshot
+from tests.unit.planner_hooks.clusters import cluster, request
+
+
+def decide(name: str, capture: Capture, **settings: object) -> Plan:
+    limits = {"limits": {"max-moves-per-worker": 8, "max-moves-per-pair": 8}}
+    file = parse({**limits, "policies": {name: settings}})
+    return file.build().plan(Snapshot.of(capture, file.controller.limits.stale_after_s))
+
+
+def reasons(plan: Plan) -> set[HoldReason]:
+    return {hold.reason for hold in plan.holds}
+
+
+def test_balance_moves_from_hot_to_cold_until_the_gap_is_closed() -> None:
+    capture = cluster([request(f"r{i}", "w0", 1000) for i in range(8)])
+    plan = decide("balance", capture)
+    assert len(plan.moves) == 4
+    assert {(m.src, m.dst) for m in plan.moves} == {("w0", "w1")}
+    assert all(m.gain_s > m.cost_s for m in plan.moves)
+
+
+def test_balance_leaves_an_even_load_alone() -> None:
+    capture = cluster([request(f"r{i}", f"w{i % 2}", 1000) for i in range(12)])
+    plan = decide("balance", capture)
+    assert not plan.moves
+    assert HoldReason.BALANCED in reasons(plan)
+
+
+def test_balance_counts_queued_demand_and_sends_the_waiting_request_without_kv() -> None:
+    running = [request(f"r{i}", "w0", 2000) for i in range(4)] + [request("o", "w1", 3000)]
+    waiting = request("q", "w0", 3000, phase=RequestPhase.WAITING)
+    plan = decide("balance", cluster([*running, waiting]))
+    assert "q" in {m.request_id for m in plan.moves}
+    assert next(m for m in plan.moves if m.request_id == "q").mode is Mode.REPLAY
+
+
+def test_balance_keeps_requests_that_end_before_the_move_pays() -> None:
+    capture = cluster([request(f"r{i}", "w0", 1000, remaining_tokens=1.0) for i in range(8)])
+    plan = decide("balance", capture)
+    assert not plan.moves
+    assert HoldReason.NOT_WORTH in reasons(plan)
+
+
+def test_headroom_makes_a_worker_with_an_important_request_look_fuller() -> None:
+    even = [request(f"r{i}", f"w{i % 2}", 1000) for i in range(8)]
+    assert not decide("balance", cluster(even)).moves
+    important = [request("vip", "w0", 1000, priority=1), *even[1:]]
+    moves = decide("balance", cluster(important), **{"start-gap": 0.15}).moves
+    assert moves
+    assert moves[0].src == "w0"
+
+
+def test_drain_empties_a_leaving_worker_but_for_what_cannot_move() -> None:
+    requests = [request(f"r{i}", "w0", 500) for i in range(3)]
+    requests += [request("guided", "w0", 500, not_migratable="guided decoding"), request("x", "w1", 500)]
+    plan = decide("drain", cluster(requests, {"w0": {"draining": True}, "w1": {}, "w2": {}}))
+    assert {m.request_id for m in plan.moves} == {"r0", "r1", "r2"}
+    assert {m.dst for m in plan.moves} == {"w1", "w2"}
+
+
+def test_defragment_sends_the_prompt_to_where_it_fits() -> None:
+    requests = [request(f"r{i}", "w0", 3000) for i in range(3)]
+    requests += [request("big", "w0", 4000, phase=RequestPhase.WAITING), request("x", "w1", 1000)]
+    (move,) = decide("defragment", cluster(requests)).moves
+    assert (move.request_id, move.dst, move.mode) == ("big", "w1", Mode.REPLAY)
+
+
+def test_defragment_makes_room_where_the_prompt_fits_nowhere() -> None:
+    requests = [request(f"{w}{i}", w, 1800) for w in ("w0", "w1", "w2") for i in range(3)]
+    requests.append(request("big", "w0", 6000, phase=RequestPhase.WAITING))
+    plan = decide("defragment", cluster(requests, 3))
+    assert len(plan.moves) == 1
+    assert plan.moves[0].src == "w0"
+    assert "room for big" in plan.moves[0].reason
+
+
+def test_defragment_says_when_a_prompt_is_larger_than_any_worker() -> None:
+    capture = cluster([request("huge", "w0", 20_000, phase=RequestPhase.WAITING)])
+    assert HoldReason.TOO_LARGE in reasons(decide("defragment", capture))
+
+
+def test_priority_moves_neighbours_and_not_the_protected_request() -> None:
+    requests = [request("vip", "w0", 500, priority=1)] + [request(f"r{i}", "w0", 700) for i in range(12)]
+    settings = {
+        "classes": {"interactive": {"priority": 1, "tpot-ms": 30.0}},
+        "step": {"base-s": 0.01, "per-seq-s": 0.0005, "per-kv-token-s": 2e-6},
+    }
+    plan = decide("priority", cluster(requests), **settings)
+    assert plan.moves
+    assert "vip" not in {m.request_id for m in plan.moves}
+    assert {m.src for m in plan.moves} == {"w0"}
+
+
+def test_consolidate_retires_the_cheapest_worker_and_empties_it() -> None:
+    requests = [request("a", "w0", 2000), request("b", "w1", 1000), request("c", "w2", 2000)]
+    plan = decide("consolidate", cluster(requests, 3))
+    assert plan.retire == ("w1",)
+    assert [m.request_id for m in plan.moves] == ["b"]
+
+
+def test_consolidate_keeps_a_busy_cluster_and_wakes_retired_workers() -> None:
+    busy = [request(f"r{i}", f"w{i % 2}", 1000) for i in range(14)]
+    assert not decide("consolidate", cluster(busy)).retire
+    plan = decide(
+        "consolidate", cluster([*busy, request("x", "w0", 2000)], {"w0": {}, "w1": {}, "w2": {"draining": True}})
+    )
+    assert plan.release == ("w2",)
+
+
+def test_later_policies_see_a_retired_worker_as_leaving() -> None:
+    requests = [request(f"r{i}", "w0", 1000) for i in range(4)]
+    file = parse({"policies": {"consolidate": {}, "balance": {"high": 0.1}}})
+    plan = file.build().plan(Snapshot.of(cluster(requests, 2)))
+    assert plan.retire == ("w1",)
+    assert not plan.moves
+
+
+def test_stale_workers_take_no_part_and_nothing_at_all_is_a_hold() -> None:
+    requests = [request(f"r{i}", "w0", 1000) for i in range(8)]
+    stale = cluster(requests, {"w0": {}, "w1": {"report_age_s": 60.0}})
+    assert not decide("balance", stale).moves
+    plan = decide("balance", cluster([], {}))
+    assert reasons(plan) == {HoldReason.NO_METRICS}
