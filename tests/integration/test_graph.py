@@ -19,7 +19,7 @@ import pytest
 
 from tests.conftest import free_port
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 PROMPT = "Once upon a time, in a small house by the sea, there lived an old clock maker. " * 12
 
