@@ -31,7 +31,7 @@ class Ledger:
         self.policy = policy
         self.moves: list[Move] = []
         self.holds: list[Hold] = []
-        self._taken: set[int] = set()
+        self._free = snapshot.r_free.copy()
         self._pairs = Counter(snapshot.pairs)
         self._w_moves = snapshot.w_moves.copy()
         self._promised = snapshot.w_held + snapshot.w_queued + snapshot.w_inbound
@@ -44,14 +44,16 @@ class Ledger:
         else:
             self._important = np.zeros(count, dtype=np.int64)
         self._headroom = rules.headroom.share * snapshot.w_capacity
-        self.usage: Floats = self._usage(np.arange(count))
+        load = self._load + np.where(self._important > 0, self._headroom, 0.0)
+        usage = np.maximum(load / snapshot.w_capacity, self._seats / snapshot.w_max_seqs)
+        self.usage: Floats = np.where(snapshot.w_leaving, np.inf, usage)
 
-    def _usage(self, workers: NDArray[np.int64]) -> Floats:
+    def _usage_of(self, worker: int) -> float:
         s = self.snapshot
-        load = self._load[workers] + np.where(self._important[workers] > 0, self._headroom[workers], 0.0)
-        usage = np.maximum(load / s.w_capacity[workers], self._seats[workers] / s.w_max_seqs[workers])
-        result: Floats = np.where(s.w_leaving[workers], np.inf, usage)
-        return result
+        if s.w_leaving[worker]:
+            return float("inf")
+        load = self._load[worker] + (self._headroom[worker] if self._important[worker] > 0 else 0.0)
+        return float(max(load / s.w_capacity[worker], self._seats[worker] / s.w_max_seqs[worker]))
 
     # Questions
 
@@ -87,10 +89,7 @@ class Ledger:
     def candidates(self, worker: int) -> NDArray[np.int64]:
         """Requests of a worker that may be moved now."""
         rows = self.snapshot.rows_of(worker)
-        rows = rows[self.rules.movable(self.snapshot, rows)]
-        if self._taken:
-            rows = rows[~np.isin(rows, list(self._taken))]
-        return rows
+        return rows[self._free[rows] & self.rules.movable(self.snapshot, rows)]
 
     def load_of(self, rows: NDArray[np.int64]) -> Floats:
         """Tokens that leave the source with each request."""
@@ -131,22 +130,32 @@ class Ledger:
     def why_not(self, row: int, dst: int) -> HoldReason | None:
         """The first rule that forbids a move, or None."""
         s, limits = self.snapshot, self.rules.limits
-        src, rows = int(s.r_worker[row]), np.array([row])
-        checks = (
-            (self.full, HoldReason.TICK_LIMIT),
-            (not (s.w_fresh[src] and s.w_fresh[dst]), HoldReason.STALE),
-            (row in self._taken, HoldReason.ALREADY_MOVING),
-            (not s.r_free[row], HoldReason.NOT_MIGRATABLE),
-            (not (s.r_running[row] or s.r_waiting[row]), HoldReason.NO_CANDIDATE),
-            (s.r_since_move[row] < limits.cooldown_s, HoldReason.COOLDOWN),
-            (src == dst or s.w_leaving[dst], HoldReason.NO_DESTINATION),
-            (s.r_came_from[row] == dst and s.r_since_move[row] < limits.no_return_s, HoldReason.NO_RETURN),
-            (self.busy(src) or self.busy(dst), HoldReason.WORKER_LIMIT),
-            (bool(self._pairs[dst, src]), HoldReason.OPPOSITE),
-            (self._pairs[src, dst] >= limits.max_moves_per_pair, HoldReason.PAIR_LIMIT),
-            (not self.fits(dst, rows)[0], HoldReason.NO_DESTINATION),
-        )
-        return next((reason for broken, reason in checks if broken), None)
+        src = int(s.r_worker[row])
+        moved_lately = s.r_since_move[row] < limits.no_return_s
+        if self.full:
+            return HoldReason.TICK_LIMIT
+        if not (s.w_fresh[src] and s.w_fresh[dst]):
+            return HoldReason.STALE
+        if not self._free[row]:
+            return HoldReason.ALREADY_MOVING if s.r_free[row] else HoldReason.NOT_MIGRATABLE
+        if not (s.r_running[row] or s.r_waiting[row]):
+            return HoldReason.NO_CANDIDATE
+        if moved_lately and s.r_since_move[row] < limits.cooldown_s:
+            return HoldReason.COOLDOWN
+        if moved_lately and s.r_came_from[row] == dst:
+            return HoldReason.NO_RETURN
+        if src == dst or s.w_leaving[dst]:
+            return HoldReason.NO_DESTINATION
+        if self.busy(src) or self.busy(dst):
+            return HoldReason.WORKER_LIMIT
+        if self._pairs[dst, src]:
+            return HoldReason.OPPOSITE
+        if self._pairs[src, dst] >= limits.max_moves_per_pair:
+            return HoldReason.PAIR_LIMIT
+        full = self._promised[dst] + s.r_need[row] > limits.max_destination_usage * s.w_capacity[dst]
+        if full or self._seats[dst] + 1 > s.w_max_seqs[dst]:
+            return HoldReason.NO_DESTINATION
+        return None
 
     # Commands
 
@@ -158,8 +167,8 @@ class Ledger:
         if why is not None:
             self.hold(why, src, row)
             return False
-        rows = np.array([row])
-        load, need = float(self.load_of(rows)[0]), float(s.r_need[row])
+        need = float(s.r_need[row])
+        load = need if s.r_waiting[row] else float(s.r_kv[row])
         self._load[src] -= load
         self._load[dst] += need
         self._promised[dst] += need
@@ -168,10 +177,11 @@ class Ledger:
         if s.r_priority[row] >= self.rules.headroom.priority:
             self._important[src] -= 1
             self._important[dst] += 1
-        self._w_moves[[src, dst]] += 1
+        self._w_moves[src] += 1
+        self._w_moves[dst] += 1
         self._pairs[src, dst] += 1
-        self._taken.add(row)
-        self.usage[[src, dst]] = self._usage(np.array([src, dst]))
+        self._free[row] = False
+        self.usage[src], self.usage[dst] = self._usage_of(src), self._usage_of(dst)
         self.moves.append(
             Move(
                 request_id=s.request_ids[row],
@@ -180,7 +190,7 @@ class Ledger:
                 policy=self.policy,
                 reason=reason,
                 gain_s=gain_s,
-                cost_s=float(self.rules.cost_s(s, rows)[0]),
+                cost_s=float(self.rules.cost_s(s, np.array([row]))[0]),
                 # A request that waits has no KV to copy: sending its tokens is all there is to it.
                 mode=Mode.REPLAY if s.r_waiting[row] else Mode.LIVE,
                 tokens=int(need),

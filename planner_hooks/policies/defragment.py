@@ -61,23 +61,17 @@ class Defragment(BasePolicy[Config]):
             ledger.hold(HoldReason.TOO_LARGE, host, row, f"{need:.0f} tokens")
             return
         if ledger.rules.movable(s, np.array([row]))[0]:
-            dst = coldest_that_fits(ledger, row, free - self._planned(ledger) >= need)
+            dst = coldest_that_fits(ledger, row, free >= need)
             if dst is not None:
                 step = s.w_step_s[dst] or self.rules.cost.default_step_s
-                ledger.move(row, dst, "it fits there and not here", float(s.r_remaining[row] * step))
+                if ledger.move(row, dst, "it fits there and not here", float(s.r_remaining[row] * step)):
+                    free[dst] -= need
                 return
         if host in served:
             ledger.hold(HoldReason.WORKER_LIMIT, host, row, "room is already being made here")
             return
         served.add(host)
         self._make_room(ledger, row, host, need - float(free[host]))
-
-    @staticmethod
-    def _planned(ledger: Ledger) -> NDArray[np.float64]:
-        planned = np.zeros(len(ledger.snapshot.worker_ids))
-        for move in ledger.moves:
-            planned[ledger.snapshot.index[move.dst]] += move.tokens
-        return planned
 
     def _make_room(self, ledger: Ledger, row: int, host: int, lacking: float) -> None:
         s = ledger.snapshot
