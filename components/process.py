@@ -57,7 +57,9 @@ def ready() -> None:
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
     """Run a component's main; errors of this package end it with one line and exit code 2."""
-    logging.basicConfig(level=os.environ.get("DYN_MIGRATE_LOG", "INFO").upper(), format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=os.environ.get("DYN_MIGRATE_LOG", "INFO").upper(), format="%(levelname)s %(name)s: %(message)s"
+    )
     logging.getLogger("components").setLevel(os.environ.get("DYN_MIGRATE_LOG", "INFO").upper())
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:

@@ -9,15 +9,19 @@ another one, up to ``replay_limit`` times. Errors reach the client as Dynamo's o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
+import msgspec
+
 from components import process
-from components.engine.protocol import FinishReason, GenerateOutput
+from components.engine.protocol import FinishReason, Frozen, GenerateOutput
 from components.errors import DeadlineExceeded, InvalidRequest, MigrateError, NoRoom, RequestNotFound
 from components.messages import Mode, MoveRecord, RouterCall, RouterOp, RouterReply, WorkerOp, pack, unpack
+from components.migration.move import hand_over, migrate
 from components.router.openai import Responder, default_sampling, to_request
 from components.router.stream import Stream
 from components.router.workers import Worker, WorkerPool
@@ -52,7 +56,7 @@ class RouterService:
 
     async def _serve(self, payload: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
         request = to_request(context.id(), payload, self._defaults, self._max_model_len())
-        stream = Stream(request, self._config.step_deadline_s, self._config.max_precopy_rounds)
+        stream = Stream(request, self._config.step_deadline_s)
         responder = Responder(self._tokenizer, len(request.prompt_token_ids), request.sampling.logprobs is not None)
         self.streams[request.request_id] = stream
         watch = asyncio.ensure_future(self._watch_client(stream, context))
@@ -67,7 +71,8 @@ class RouterService:
                 if item.finish_reason is not None:
                     return
                 if item.frozen is not None:
-                    await self._hand_over(stream)
+                    # Beside this loop: the first tokens of the decode worker need not wait for its end.
+                    self._spawn(self._hand_over(stream, item.frozen))
         finally:
             watch.cancel()
             self.streams.pop(request.request_id, None)
@@ -96,53 +101,54 @@ class RouterService:
                 logger.warning("request %s is prefilled on a decode worker: %s", stream.request.request_id, error)
         stream.owner = stream.open(self.pool.pick("decode"))
 
-    async def _hand_over(self, stream: Stream) -> None:
+    async def _hand_over(self, stream: Stream, frozen: Frozen) -> None:
         """Prefill is done: find a decode worker, or let the prefill worker go on when there is none."""
-        frozen, stream.frozen = stream.frozen, None
-        if frozen is None or stream.owner is None:
-            return
         tried: tuple[int, ...] = ()
-        source = stream.owner
         async with stream.lock:
-            while True:
+            source = stream.owner
+            while source is not None and not stream.finished:
                 try:
                     worker = self.pool.pick("decode", tried)
                 except NoRoom:
-                    break
+                    with contextlib.suppress(MigrateError):  # Its leg tells the loss of the worker.
+                        await source.worker.call(WorkerOp.RESUME, stream.request.request_id)
+                    return
                 try:
-                    await stream.take_over(worker, frozen)
+                    await hand_over(stream, worker, frozen)
                     return
                 except MigrateError as error:
                     logger.warning("hand-off of %s to %s: %s", stream.request.request_id, worker.name, error)
                     tried += (worker.instance,)
-            await source.worker.call(WorkerOp.RESUME, stream.request.request_id)
 
     async def _recover(self, stream: Stream, error: MigrateError) -> None:
         """The owner is lost: replay elsewhere, or give the error to the client."""
         if isinstance(error, InvalidRequest) or stream.replays >= self._config.replay_limit:
             raise error
-        stream.replays += 1
-        lost = stream.owner.worker.instance if stream.owner else 0
+        exclude = (stream.owner.worker.instance,) if stream.owner else ()
         logger.warning("request %s is replayed: %s", stream.request.request_id, error)
         for attempt in range(20):
             try:
-                stream.owner = stream.open(self.pool.pick("decode", (lost,)))
-                return
+                worker = self.pool.pick("decode", exclude)
             except NoRoom:
                 if attempt == 19:
                     raise
                 await asyncio.sleep(0.5)
-                lost = 0
+                exclude = ()
+                continue
+            lost = stream.replace_owner(worker)
+            if lost is not None and not lost.task.done():
+                self._spawn(stream.abandon(lost))
+            return
 
     # Moving
 
     async def move(self, stream: Stream, target: Worker, mode: Mode) -> MoveRecord:
         """Move a request, falling back to the next mode when one fails for good."""
-        record = await stream.migrate(target, mode)
+        record = await migrate(stream, target, mode, self._config.max_precopy_rounds)
         if not record.ok and mode is Mode.LIVE and not record.reason.startswith(("no_room", "not_migratable", "the ")):
             reason = record.reason
-            record = await stream.migrate(target, Mode.STOP_AND_COPY)
-            record = MoveRecord(**{f: getattr(record, f) for f in record.__struct_fields__} | {"reason": reason})
+            record = await migrate(stream, target, Mode.STOP_AND_COPY, self._config.max_precopy_rounds)
+            record = msgspec.structs.replace(record, reason=reason)
         self.moves.append(record)
         logger.info(
             "request %s: %s from %s to %s %s, downtime %.1f ms, added stall %.1f ms, %d bytes over %s %s",
@@ -152,9 +158,17 @@ class RouterService:
         return record
 
     def _worker_drains(self, worker: Worker) -> None:
-        task = asyncio.ensure_future(self.drain(worker, 300.0))
+        self._spawn(self.drain(worker, 300.0))
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.ensure_future(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("%s", task.exception())
 
     async def drain(self, worker: Worker, timeout_s: float) -> list[MoveRecord]:
         """Move every request of ours away from a worker. Raises ``DeadlineExceeded`` when some stay."""
@@ -247,9 +261,7 @@ async def serve() -> None:
             needs=[],
         )
         process.ready()
-        await asyncio.wait(
-            [asyncio.ensure_future(stop.wait()), polling, *serving], return_when=asyncio.FIRST_COMPLETED
-        )
+        await asyncio.wait([asyncio.ensure_future(stop.wait()), polling, *serving], return_when=asyncio.FIRST_COMPLETED)
     finally:
         polling.cancel()
         runtime.shutdown()

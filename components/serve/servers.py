@@ -66,7 +66,9 @@ class Servers:
                 parts = urlsplit(url if "://" in url else f"//{url}")
                 host, port = parts.hostname or "127.0.0.1", parts.port or 2379
                 if not answers(host, port):
-                    raise ConfigError(f"{variable} names {host}:{port}, where nothing answers: start it, or unset {variable}")
+                    raise ConfigError(
+                        f"{variable} names {host}:{port}, where nothing answers: start it, or unset {variable}"
+                    )
         return {}
 
     def _own_etcd(self) -> str:

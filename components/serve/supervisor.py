@@ -67,7 +67,9 @@ class Child:
         with contextlib.suppress(ValueError):
             async for line in handle.stdout:
                 text = Text(f"{self.label:>16} │ ", style=self._colour)
-                self._console.print(text.append(line.decode(errors="replace").rstrip(), style="default"), soft_wrap=True)
+                self._console.print(
+                    text.append(line.decode(errors="replace").rstrip(), style="default"), soft_wrap=True
+                )
 
     @property
     def alive(self) -> bool:

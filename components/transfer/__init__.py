@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moves KV cache blocks between agents.
 
-    agent.py     TransferAgent: register pools once, publish, fetch
-    config.py    AgentConfig, KVPool, TransferResult
-    checksum.py  per-block checksums
-    control/     who may talk: records, the stores they live in
-    data/        how bytes move: NIXL, or plain TCP where NIXL is missing
+agent.py     TransferAgent: register pools once, publish, fetch
+config.py    AgentConfig, KVPool, TransferResult
+checksum.py  per-block checksums
+control/     who may talk: records, the stores they live in
+data/        how bytes move: NIXL, or plain TCP where NIXL is missing
 """
 
 from components.transfer.agent import TransferAgent, TransferHandle

@@ -82,7 +82,9 @@ class WorkerService:
         except MigrateError as error:
             yield pack(GenerateOutput(0, finish_reason=FinishReason.ERROR, error=(error.code, str(error))))
 
-    async def _committed(self, message: Generate, stream: AsyncIterator[GenerateOutput]) -> AsyncIterator[GenerateOutput]:
+    async def _committed(
+        self, message: Generate, stream: AsyncIterator[GenerateOutput]
+    ) -> AsyncIterator[GenerateOutput]:
         if message.frozen is not None:
             # The request enters the engine with the first pull; only then can it be committed.
             first = asyncio.ensure_future(anext(stream))
@@ -185,9 +187,7 @@ async def serve(component: str) -> None:
         process.ready()
         logger.info("%s serves %s: %d KV blocks of %d tokens", name, info.model, info.num_blocks, info.block_size)
         health = asyncio.ensure_future(_watch_health(engine))
-        await asyncio.wait(
-            [asyncio.ensure_future(stop.wait()), health, *serving], return_when=asyncio.FIRST_COMPLETED
-        )
+        await asyncio.wait([asyncio.ensure_future(stop.wait()), health, *serving], return_when=asyncio.FIRST_COMPLETED)
         if health.done():
             health.result()
         health.cancel()

@@ -119,7 +119,10 @@ def test_a_checksum_notices_any_changed_word(changed: int, layer: int, place: in
     assert [a != b for a, b in zip(before, after, strict=True)] == [i == changed for i in range(BLOCKS)]
 
 
-@given(st.binary(max_size=300) | st.recursive(st.integers(-(2**63), 2**64 - 1), lambda x: st.lists(x, max_size=3)).map(msgspec.msgpack.encode))
+@given(
+    st.binary(max_size=300)
+    | st.recursive(st.integers(-(2**63), 2**64 - 1), lambda x: st.lists(x, max_size=3)).map(msgspec.msgpack.encode)
+)
 def test_any_bytes_as_a_record_give_an_error_and_no_more(data: bytes) -> None:
     with pytest.raises(MigrateError):
         decode(data)

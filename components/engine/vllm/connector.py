@@ -51,15 +51,11 @@ class MigrationConnector(KVConnectorBase_V1):
             raise RuntimeError("MigrationConnector needs scheduler_cls from components.engine.vllm.scheduler")
         return self.scheduler
 
-    def get_num_new_matched_tokens(
-        self, request: Request, num_computed_tokens: int
-    ) -> tuple[int | None, bool]:
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """See ``MigrationMixin.external_tokens``."""
         return self._scheduler().external_tokens(request, num_computed_tokens)
 
-    def update_state_after_alloc(
-        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
-    ) -> None:
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """Blocks exist now: the first copy job can be made."""
         if num_external_tokens:
             self._scheduler().blocks_allocated(request, blocks.get_block_ids()[0])

@@ -16,6 +16,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import msgspec
+
 from components.engine.protocol import (
     EngineInfo,
     EngineStats,
@@ -170,11 +172,15 @@ class VLLMEngine:
         try:
             async for item in stream:
                 if item.finished and live.ended is not None:
+                    # vLLM may have joined the last tokens with the end that we asked for.
+                    for output in self._outputs(request.request_id, live, item):
+                        if output.token_ids:
+                            yield msgspec.structs.replace(output, finish_reason=None, stop_reason=None)
                     break
                 for output in self._outputs(request.request_id, live, item):
                     yield output
             if live.ended is not None:
-                yield live.ended
+                yield msgspec.structs.replace(live.ended, index=live.delivered)
         except (ValueError, TypeError) as error:
             raise InvalidRequest(str(error)) from error
         except MigrateError:
@@ -182,9 +188,7 @@ class VLLMEngine:
         except Exception as error:
             if type(error).__name__ not in ("EngineDeadError", "EngineGenerateError"):
                 raise
-            yield GenerateOutput(
-                live.delivered, finish_reason=FinishReason.ERROR, error=(WorkerLost.code, str(error))
-            )
+            yield GenerateOutput(live.delivered, finish_reason=FinishReason.ERROR, error=(WorkerLost.code, str(error)))
         finally:
             self._drop(request.request_id)
             await stream.aclose()

@@ -164,18 +164,14 @@ class Loader:
         if not job.checks:
             return ()
         found = self.agent.checksums([block for block, _ in job.checks])
-        return tuple(
-            block for (block, sums), here in zip(job.checks, found, strict=True) if sums[self.rank] != here
-        )
+        return tuple(block for (block, sums), here in zip(job.checks, found, strict=True) if sums[self.rank] != here)
 
     def _fail(self, job: Job, error: MigrateError, bad_blocks: tuple[int, ...]) -> None:
         logger.warning("KV blocks of request %s did not arrive: %s", job.request_id, error)
         if job.wait:
             self._failed_blocks.update(bad_blocks)
         self._results.append(
-            JobResult(
-                job.job_id, job.request_id, ok=False, error=(error.code, str(error)), bad_blocks=bad_blocks
-            )
+            JobResult(job.job_id, job.request_id, ok=False, error=(error.code, str(error)), bad_blocks=bad_blocks)
         )
 
     def take_results(self) -> list[JobResult]:

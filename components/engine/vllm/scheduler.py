@@ -244,10 +244,14 @@ class MigrationMixin:
         return record.frozen
 
     def _resume(self, record: Record) -> None:
-        if record.frozen is None:
+        if record.frozen is None and not record.freezing:
             return
         request = record.request
         record.frozen = None
+        record.freezing = False
+        for waiter in record.waiters:
+            waiter.set_exception(SessionError(f"request {record.request_id} was resumed meanwhile"))
+        record.waiters.clear()
         if record.frozen_from_waiting:
             record.frozen_from_waiting = False
             self.waiting.prepend_request(request)

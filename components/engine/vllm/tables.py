@@ -58,9 +58,7 @@ def stats_of(scheduler: Any) -> EngineStats:
     decoding = [r for r in scheduler.running if not r.is_prefill_chunk]
     prefilling = [r for r in scheduler.running if r.is_prefill_chunk]
     queued = [
-        r.request
-        for r in scheduler.records.values()
-        if phase_of(r) in (RequestPhase.WAITING, RequestPhase.PREEMPTED)
+        r.request for r in scheduler.records.values() if phase_of(r) in (RequestPhase.WAITING, RequestPhase.PREEMPTED)
     ]
     pool = scheduler.kv_cache_manager.block_pool
     return EngineStats(
@@ -89,8 +87,7 @@ def verify_blocks(scheduler: Any) -> None:
     for block in manager.block_pool.blocks:
         if block.block_id != null_id and block.ref_cnt != expected[block.block_id]:
             raise SessionError(
-                f"block {block.block_id} is held {block.ref_cnt} times, "
-                f"requests account for {expected[block.block_id]}"
+                f"block {block.block_id} is held {block.ref_cnt} times, requests account for {expected[block.block_id]}"
             )
     unknown = [r.request_id for r in scheduler.records.values() if r.request.request_id not in scheduler.requests]
     if unknown:

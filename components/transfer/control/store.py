@@ -124,9 +124,7 @@ class EtcdStore:
             await asyncio.sleep(delay)
             delay = min(delay * 2, 5.0)
 
-    async def _session(
-        self, record: AgentRecord, directory: Directory, published: Callable[[], None]
-    ) -> None:
+    async def _session(self, record: AgentRecord, directory: Directory, published: Callable[[], None]) -> None:
         from etcd3aio.client import Etcd3Client
 
         async with Etcd3Client(self._endpoints) as client:

@@ -34,9 +34,7 @@ def nixl_is_available() -> tuple[bool, str]:
 class NixlBackend:
     """One NIXL agent with all pools registered."""
 
-    def __init__(
-        self, name: str, regions: Sequence[Region], piece_bytes: int, lane: str, own_thread: bool
-    ) -> None:
+    def __init__(self, name: str, regions: Sequence[Region], piece_bytes: int, lane: str, own_thread: bool) -> None:
         from nixl._api import nixl_agent, nixl_agent_config
 
         # NIXL's progress thread spins: a whole core for each agent, which a small host does not have.

@@ -101,7 +101,9 @@ class TcpBackend:
         view = memoryview(flat.reshape(-1).numpy())
         _receive_into(sock, view, end)
         rows = flat.view(pool.tensor.dtype).to(pool.tensor.device).movedim(0, pool.block_dim)
-        pool.tensor.index_copy_(pool.block_dim, torch.tensor(list(blocks), dtype=torch.int64, device=pool.tensor.device), rows)
+        pool.tensor.index_copy_(
+            pool.block_dim, torch.tensor(list(blocks), dtype=torch.int64, device=pool.tensor.device), rows
+        )
         return len(view)
 
     def _accept(self) -> None:

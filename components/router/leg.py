@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One request on one worker, as the router sees it, and the times at which its tokens came."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from components.engine.protocol import GenerateOutput
+from components.errors import MigrateError, WorkerLost, from_code
+from components.messages import Generate
+from components.router.workers import Worker
+
+if TYPE_CHECKING:
+    from components.router.stream import Stream
+
+
+class Leg:
+    """The request on one worker, and the task that reads it."""
+
+    def __init__(self, worker: Worker, message: Generate, stream: Stream) -> None:
+        self.worker = worker
+        self.ended = asyncio.Event()
+        self.error: MigrateError | None = None
+        self.held: list[GenerateOutput] = []
+        """What came before this leg was made the owner: its first token may overtake the commit's answer."""
+        self._stream = stream
+        worker.streams += 1
+        self.task = asyncio.ensure_future(self._read(message))
+
+    async def _read(self, message: Generate) -> None:
+        from dynamo._core import Context
+
+        context = Context(f"{message.request.request_id}.{self.worker.name}")
+        try:
+            async for output in self.worker.generate(message, context):
+                if output.error is not None:
+                    self.error = from_code(*output.error)
+                    break
+                self._stream.take(self, output)
+                if output.finish_reason is not None:
+                    break
+            else:
+                self.error = WorkerLost(f"worker {self.worker.name} ended the stream in the middle")
+        except MigrateError as error:
+            self.error = error
+        except asyncio.CancelledError:
+            context.stop_generating()
+            raise
+        finally:
+            self.worker.streams -= 1
+            self.ended.set()
+            self._stream.leg_ended(self)
+
+
+@dataclass
+class Timing:
+    """When tokens reached the client, for downtime and stall. Seconds."""
+
+    last: float = 0.0
+    gaps: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+
+    def token(self, now: float) -> float:
+        """A token has just arrived: its distance from the one before, 0 for the first."""
+        gap = now - self.last if self.last else 0.0
+        if self.last:
+            self.gaps.append(gap)
+        self.last = now
+        return gap
+
+    def median_gap(self) -> float:
+        """Median of the last gaps between tokens."""
+        return statistics.median(self.gaps) if self.gaps else 0.0
+
+
+@dataclass
+class Cut:
+    """The place where one owner follows another."""
+
+    index: int
+    """Of the first token that the new owner makes."""
+    downtime: asyncio.Future[float]
+    """Time between the last token of the old owner and that one, once it has reached the client."""
