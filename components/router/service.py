@@ -55,7 +55,7 @@ class RouterService:
             raise Unknown(f"{error.code}: {error}") from error
 
     async def _serve(self, payload: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
-        request = to_request(context.id(), payload, self._defaults, self._max_model_len())
+        request = to_request(context.id(), payload, self._defaults, self.max_model_len())
         stream = Stream(request, self._config.step_deadline_s)
         responder = Responder(self._tokenizer, len(request.prompt_token_ids), request.sampling.logprobs is not None)
         self.streams[request.request_id] = stream
@@ -78,7 +78,8 @@ class RouterService:
             self.streams.pop(request.request_id, None)
             await stream.close()
 
-    def _max_model_len(self) -> int:
+    def max_model_len(self) -> int:
+        """Longest prompt and answer that every worker takes. Raises ``NoRoom`` before any has reported."""
         lengths = [w.state.info.max_model_len for w in self.pool.workers.values() if w.state.info is not None]
         if not lengths:
             raise NoRoom("no worker has reported yet")
@@ -229,7 +230,7 @@ class RouterService:
 
 async def serve() -> None:
     """Wait for workers, register the model with the frontend, serve until stopped."""
-    from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
+    from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
     from transformers import AutoTokenizer
 
     stop = process.on_stop()
@@ -250,6 +251,8 @@ async def serve() -> None:
         asyncio.ensure_future(endpoint.serve_endpoint(service.generate)),
         asyncio.ensure_future(runtime.endpoint(f"{prefix}.control").serve_endpoint(service.control)),
     ]
+    limits = ModelRuntimeConfig()
+    limits.context_length = service.max_model_len()
     try:
         await register_model(
             ModelInput.Tokens,
@@ -258,6 +261,8 @@ async def serve() -> None:
             config.model,
             config.served_model_name or None,
             worker_type=WorkerType.Aggregated,
+            # The frontend refuses longer prompts itself, with OpenAI's error.
+            runtime_config=limits,
             needs=[],
         )
         process.ready()

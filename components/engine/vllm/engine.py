@@ -144,7 +144,8 @@ class VLLMEngine:
         """End the engine core. Idempotent."""
         llm, self._llm = self._llm, None
         if llm is not None:
-            await asyncio.get_running_loop().run_in_executor(None, llm.shutdown)
+            # vLLM's five seconds are too short where several engines share few cores.
+            await asyncio.get_running_loop().run_in_executor(None, llm.shutdown, 20.0)
 
     async def check_health(self) -> None:
         """Raise ``WorkerLost`` when the engine core has died."""
