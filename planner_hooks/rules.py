@@ -80,7 +80,7 @@ class Headroom(Section):
 
     priority: int = Field(default=1, description="Requests from this priority on get headroom")
     share: float = Field(
-        default=0.2, ge=0, lt=1, description="Share of the worker's KV that counts as used beside them"
+        default=0.1, ge=0, lt=1, description="Share of the worker's KV that counts as used beside them"
     )
 
 

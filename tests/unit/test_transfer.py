@@ -16,7 +16,9 @@ from components.engine.protocol import AgentRef, Epoch
 from components.errors import IncompatibleLayout, MigrateError, PeerUnknown, StaleEpoch, TransferError
 from components.transfer import AgentConfig, KVPool, TransferAgent
 from components.transfer.control.record import decode
-from components.transfer.data.base import runs
+import numpy as np
+from components.transfer.layout import runs
+from components.transfer.assemble import Assembly
 from components.transfer.data.tcp import TcpBackend
 
 BLOCKS = 16
@@ -57,7 +59,7 @@ class Two:
 def two(request: pytest.FixtureRequest) -> Iterator[Two]:
     pair = Two(LAYOUTS[request.param.removesuffix(", tcp")])
     if request.param.endswith("tcp"):
-        pair.dst._backends = [b for b in pair.dst._backends if isinstance(b, TcpBackend)]
+        pair.dst._assembly = Assembly([b for b in pair.dst._assembly.backends if isinstance(b, TcpBackend)], pair.dst._assembly.record)
     yield pair
     pair.close()
 
@@ -126,4 +128,5 @@ def test_any_bytes_as_a_record_give_an_error_and_no_more(data: bytes) -> None:
 
 
 def test_neighbouring_blocks_become_one_run() -> None:
-    assert runs([4, 5, 6, 9, 1], [0, 1, 2, 3, 4]) == [(4, 0, 3), (9, 3, 1), (1, 4, 1)]
+    found = runs(np.array([4, 5, 6, 9, 1]), np.array([0, 1, 2, 3, 4]))
+    assert [part.tolist() for part in found] == [[4, 9, 1], [0, 3, 4], [3, 1, 1]]
