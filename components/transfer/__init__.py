@@ -1,23 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moves KV cache blocks between agents.
 
-agent.py     TransferAgent: register pools once, publish, fetch
+agent.py     TransferAgent: register pools once, publish, fetch, push
+handle.py    TransferHandle: wait, await, call back, cancel
 config.py    AgentConfig, KVPool, TransferResult
+layout.py    where the bytes of a block lie
 checksum.py  per-block checksums
-control/     who may talk: records, the stores they live in
-data/        how bytes move: NIXL, or plain TCP where NIXL is missing
+copying.py   transfer_kv_cache: between devices of one process
+lanes.py     transports and what they need of the host
+control/     who may talk: records, and the stores they live in
+data/        how bytes move: NIXL, CUDA IPC, plain TCP, copies in one process
+session/     how two agents agree on a transfer
 """
 
-from components.transfer.agent import TransferAgent, TransferHandle
-from components.transfer.config import AgentConfig, KVPool, TransferResult, Transport
+from components.transfer.agent import TransferAgent
+from components.transfer.config import AgentConfig, Integrity, KVPool, StoreKind, Strategy, TransferResult, Transport
+from components.transfer.copying import CacheCopy, transfer_kv_cache
 from components.transfer.data.nixl import nixl_is_available
+from components.transfer.handle import TransferHandle
 
 __all__ = [
     "AgentConfig",
+    "CacheCopy",
+    "Integrity",
     "KVPool",
+    "StoreKind",
+    "Strategy",
     "TransferAgent",
     "TransferHandle",
     "TransferResult",
     "Transport",
     "nixl_is_available",
+    "transfer_kv_cache",
 ]

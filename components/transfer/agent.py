@@ -1,109 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transfer agent: pools registered once, one record published, blocks fetched on request.
+"""The transfer agent: pools registered once, one record published, blocks fetched and pushed on request.
 
 Life cycle: ``start`` registers and publishes (raises when it cannot), ``close`` withdraws. One epoch a life.
-Threading: ``fetch`` may be called from any thread and returns at once; all copies of an agent run one after
-the other on its posting thread, the store's asyncio loop on another. Callbacks run on the posting thread.
-Time-outs: each fetch has a deadline, which this module owns; no fetch outlives it.
-Errors: ``TransferError`` and subclasses, always through the handle. A fetch that names an epoch other than
-the peer's newest, or a peer whose layout differs, ends before a byte moves.
+Threading: everything may be called from any thread; ``fetch`` and ``push`` return at once. All copies are made
+by one worker thread, the store lives on a thread with an asyncio loop. Callbacks run on the worker thread.
+Time-outs: each transfer has a deadline, owned by the worker (``session/worker.py``); none outlives it by more
+than ``grace_s``. Errors: ``start`` raises ``ConfigError``, ``TransferUnavailable`` or ``TransferError``; a
+transfer's error comes through its handle. One that names an old epoch or pairs other layouts ends before a
+byte moves.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
-import queue
 import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+
+import numpy as np
 
 from components.engine.protocol import AgentName, AgentRef, Epoch
-from components.errors import DeadlineExceeded, PeerUnknown, StaleEpoch, TransferCancelled, TransferError
-from components.transfer import lanes
+from components.errors import IntegrityError, PeerUnknown, StaleEpoch, TransferError
+from components.transfer.assemble import Assembly, assemble
 from components.transfer.checksum import BlockChecksums
-from components.transfer.config import AgentConfig, KVPool, TransferResult, Transport, region_of
-from components.transfer.control.record import AgentRecord, RegionRecord
-from components.transfer.control.store import Directory, EtcdStore, MemoryStore, RecordStore
-from components.transfer.data.base import Backend
-from components.transfer.data.nixl import NixlBackend, nixl_is_available
-from components.transfer.data.tcp import TcpBackend
+from components.transfer.config import AgentConfig, Integrity, KVPool, TransferResult
+from components.transfer.control.directory import Directory
+from components.transfer.control.record import AgentRecord
+from components.transfer.control.store import store_of
+from components.transfer.data.base import Backend, Copy, Steps
+from components.transfer.handle import TransferHandle
+from components.transfer.layout import Ints
+from components.transfer.session.worker import Job, Worker
 
 logger = logging.getLogger(__name__)
+Callback = Callable[[TransferHandle], None]
 
-_PASSIVE_WORK = frozenset({Transport.TCP, Transport.IB, Transport.NVLINK})
-"""Lanes on which the side that is read from takes part in moving the bytes."""
-_PROGRESS_S = 0.001
-
-
-class TransferHandle:
-    """One transfer under way. ``wait`` from a thread, ``await`` from asyncio, or a callback."""
-
-    def __init__(self) -> None:
-        self._done = threading.Event()
-        self._result: TransferResult | None = None
-        self._error: TransferError | DeadlineExceeded | None = None
-        self._callbacks: list[Callable[[TransferHandle], None]] = []
-        self._lock = threading.Lock()
-        self.cancelled = False
-
-    def done(self) -> bool:
-        """True once there is a result or an error."""
-        return self._done.is_set()
-
-    def cancel(self) -> None:
-        """Ask it to end; takes effect between two pieces."""
-        self.cancelled = True
-
-    def wait(self, timeout_s: float | None = None) -> TransferResult:
-        """The result. Raises the transfer's error, or ``TimeoutError`` when it is still under way."""
-        if not self._done.wait(timeout_s):
-            raise TimeoutError(f"the transfer is still under way after {timeout_s} s")
-        if self._error is not None:
-            raise self._error
-        if self._result is None:
-            raise TransferError("the transfer ended without a result")
-        return self._result
-
-    def add_done_callback(self, callback: Callable[[TransferHandle], None]) -> None:
-        """Call it once the transfer has ended; at once when it already has."""
-        with self._lock:
-            if not self.done():
-                self._callbacks.append(callback)
-                return
-        callback(self)
-
-    def __await__(self) -> Generator[Any, None, TransferResult]:
-        loop = asyncio.get_running_loop()
-        ended: asyncio.Future[None] = loop.create_future()
-
-        def wake(_: TransferHandle) -> None:
-            loop.call_soon_threadsafe(lambda: None if ended.done() else ended.set_result(None))
-
-        self.add_done_callback(wake)
-        yield from ended
-        return self.wait(0)
-
-    def settle(self, result: TransferResult | None, error: TransferError | DeadlineExceeded | None) -> None:
-        """End it. Called by the agent alone."""
-        with self._lock:
-            self._result, self._error = result, error
-            self._done.set()
-            callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback(self)
-
-
-@dataclass(frozen=True)
-class _Fetch:
-    peer: AgentRef
-    src: tuple[int, ...]
-    dst: tuple[int, ...]
-    end: float
-    handle: TransferHandle = field(default_factory=TransferHandle)
+_KNOWN_S = 5.0
+"""How long an unknown peer may take to appear."""
+_PUBLISH_S = 15.0
 
 
 class TransferAgent:
@@ -114,96 +51,56 @@ class TransferAgent:
         self.epoch = Epoch(uuid.uuid4().hex)
         self.ref = AgentRef(AgentName(config.name), self.epoch)
         self.directory = Directory()
-        self._backends: list[Backend] = []
-        self._record: AgentRecord | None = None
+        self._assembly = Assembly([], None)
         self._checksums = BlockChecksums([])
-        self._queue: queue.SimpleQueue[_Fetch | None] = queue.SimpleQueue()
-        self._poster: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._worker = Worker(config.name, config.grace_s)
         self._publisher: threading.Thread | None = None
         self._stop_publishing: Callable[[], object] = lambda: None
+        self._poisoned: dict[int, int] = {}
+        self._poison_lock = threading.Lock()
 
     @property
     def lanes(self) -> tuple[str, ...]:
         """The ways this agent can move blocks, best first."""
-        return tuple(backend.lane for backend in self._backends)
+        return tuple(backend.lane for backend in self._assembly.backends)
 
     def start(self, pools: Sequence[KVPool]) -> None:
-        """Register the pools and publish. Raises ``TransferUnavailable`` or ``TransferError``."""
-        config = self._config
-        lanes.apply(config.transport)
-        regions = [region_of(pool) for pool in pools]
-        available, why = nixl_is_available()
-        if available:
-            lane = f"nixl/ucx/{config.transport}"
-            name = f"{config.name}/{self.epoch}"
-            on_device = bool(pools) and pools[0].tensor.is_cuda
-            own_thread = on_device or config.transport in _PASSIVE_WORK
-            self._backends.append(NixlBackend(name, regions, config.piece_bytes, lane, own_thread))
-        else:
-            logger.warning("NIXL is not used: %s; falling back to plain TCP", why)
-        self._backends.append(TcpBackend(self.epoch, pools, config.advertise_host))
+        """Register the pools and publish. Raises ``ConfigError``, ``TransferUnavailable``, ``TransferError``."""
+        self._config.validate()
+        self._assembly = assemble(self._config, self.epoch, pools, self.directory)
         self._checksums = BlockChecksums(pools)
-        described = [backend.describe() for backend in self._backends]
-        self._record = AgentRecord(
-            name=config.name,
-            epoch=self.epoch,
-            blob=next((blob for blob, _ in described if blob), b""),
-            tcp_address=next((address for _, address in described if address), ""),
-            fingerprint=config.fingerprint,
-            block_size=config.block_size,
-            dtype=config.dtype,
-            layers=config.layers,
-            num_blocks=pools[0].num_blocks if pools else 0,
-            tp_rank=config.tp_rank,
-            tp_size=config.tp_size,
-            regions=tuple(
-                RegionRecord(
-                    r.name,
-                    r.tensor.device.type,
-                    r.tensor.device.index or 0,
-                    tuple((s.address, s.stride, s.length) for s in r.segments),
-                )
-                for r in regions
-            ),
-            lanes=self.lanes,
-        )
-        self._poster = threading.Thread(target=self._post_loop, name="kv-post", daemon=True)
-        self._poster.start()
+        self._worker.start(self._assembly.backends)
         self._publish()
 
     def _publish(self) -> None:
         config = self._config
-        store: RecordStore
-        if config.etcd_endpoints:
-            store = EtcdStore(
-                config.etcd_endpoints, config.namespace, config.lease_ttl_s, config.etcd_user, config.etcd_password
-            )
-        else:
-            store = MemoryStore(config.namespace)
+        store = store_of(config)
+        record = self._record()
         published = threading.Event()
 
-        def run() -> None:
-            asyncio.run(self._keep_published(store, published.set))
+        async def keep() -> None:
+            loop = asyncio.get_running_loop()
+            task = asyncio.ensure_future(store.run(record, self.directory, published.set))
+            self._stop_publishing = lambda: loop.call_soon_threadsafe(task.cancel)
+            try:
+                await task
+            except asyncio.CancelledError:
+                logger.debug("agent %s is withdrawn", config.name)
 
-        self._publisher = threading.Thread(target=run, name="kv-records", daemon=True)
+        self._publisher = threading.Thread(target=lambda: asyncio.run(keep()), name="kv-records", daemon=True)
         self._publisher.start()
-        if not published.wait(15.0):
+        if not published.wait(_PUBLISH_S):
+            where = ", ".join(config.etcd_endpoints) or config.nats_url
+            self.close()
             raise TransferError(
-                f"the record of agent {config.name} could not be published at {list(config.etcd_endpoints)}: "
-                "is etcd running, and are the credentials right?"
+                f"the record of agent {config.name} could not be published at {where}: is the server running, "
+                "and are the credentials right?"
             )
 
-    async def _keep_published(self, store: RecordStore, published: Callable[[], None]) -> None:
-        if self._record is None:
-            return
-        loop = asyncio.get_running_loop()
-        task = asyncio.ensure_future(store.run(self._record, self.directory, published))
-        self._stop_publishing = lambda: loop.call_soon_threadsafe(task.cancel)
-        try:
-            await task
-        except asyncio.CancelledError:
-            logger.debug("agent %s is withdrawn", self._config.name)
+    def _record(self) -> AgentRecord:
+        if self._assembly.record is None:
+            raise TransferError("the agent has not been started")
+        return self._assembly.record
 
     def fetch(
         self,
@@ -213,12 +110,37 @@ class TransferAgent:
         *,
         request_id: str,
         deadline_s: float,
+        checksums: Sequence[int] = (),
+        on_done: Callback | None = None,
     ) -> TransferHandle:
-        """Copy the peer's blocks into ours, pairwise. ``request_id`` is for logs."""
-        work = _Fetch(peer, tuple(src_blocks), tuple(dst_blocks), time.monotonic() + deadline_s)
-        logger.debug("request %s: fetching %d blocks from %s", request_id, len(work.src), peer.name)
-        self._queue.put(work)
-        return work.handle
+        """Copy the peer's blocks into ours, pairwise.
+
+        ``checksums`` are the peer's, of the last blocks or of all: they are compared after arrival
+        (``IntegrityError`` names what differs) as far as ``integrity`` asks for it.
+        """
+        logger.debug("request %s: fetching %d blocks from %s", request_id, len(src_blocks), peer.name)
+        return self._submit(peer, dst_blocks, src_blocks, request_id, deadline_s, on_done, False, checksums)
+
+    def push(
+        self,
+        peer: AgentRef,
+        src_blocks: Sequence[int],
+        dst_blocks: Sequence[int],
+        *,
+        request_id: str,
+        deadline_s: float,
+        on_done: Callback | None = None,
+    ) -> TransferHandle:
+        """Copy our blocks into the peer's, pairwise."""
+        logger.debug("request %s: pushing %d blocks to %s", request_id, len(src_blocks), peer.name)
+        return self._submit(peer, src_blocks, dst_blocks, request_id, deadline_s, on_done, True)
+
+    def warm_up(self, peer: AgentRef, deadline_s: float = 60.0) -> TransferHandle:
+        """Connect to a peer ahead of the first transfer: first contact can take seconds."""
+        handle = TransferHandle()
+        end = time.monotonic() + deadline_s
+        self._worker.submit(Job(self._warm_up(peer, end), handle, end))
+        return handle
 
     def checksums(self, blocks: Sequence[int]) -> tuple[int, ...]:
         """One checksum for each of our blocks, over all pools."""
@@ -228,69 +150,123 @@ class TransferAgent:
         """Names of all agents that have published, ours included."""
         return self.directory.names()
 
-    def _post_loop(self) -> None:
-        while True:
-            try:
-                work = self._queue.get(timeout=_PROGRESS_S)
-            except queue.Empty:
-                for backend in self._backends:
-                    backend.progress()
-                continue
-            if work is None:
-                return
-            try:
-                result = self._run(work)
-            except (TransferError, DeadlineExceeded) as error:
-                work.handle.settle(None, error)
-            except Exception as error:
-                # The posting thread must survive whatever a library raises, or every later fetch hangs.
-                logger.exception("a transfer from %s failed", work.peer.name)
-                work.handle.settle(None, TransferError(str(error)))
-            else:
-                work.handle.settle(result, None)
+    def poisoned_blocks(self) -> frozenset[int]:
+        """Blocks into which a peer that hangs may still write: do not use them yet."""
+        with self._poison_lock:
+            return frozenset(self._poisoned)
 
-    def _run(self, work: _Fetch) -> TransferResult:
-        if work.handle.cancelled:
-            raise TransferCancelled("cancelled before it began")
-        left = work.end - time.monotonic()
-        if left <= 0:
-            raise DeadlineExceeded("the deadline passed while earlier transfers were under way")
-        if self._record is None:
-            raise TransferError("the agent has not been started")
-        self._check_blocks(work, self._record)
-        peer = self._peer(work.peer, left)
-        self._record.require_pairable(peer)
-        if any(not 0 <= block < peer.num_blocks for block in work.src):
-            raise TransferError(f"agent {peer.name} has {peer.num_blocks} blocks; asked for {max(work.src)}")
-        backend = next((b for b in self._backends if b.reaches(peer)), None)
-        if backend is None:
-            raise TransferError(f"no common lane with agent {peer.name}: {self.lanes} here, {peer.lanes} there")
-        left = work.end - time.monotonic()
-        return backend.read(peer, work.src, work.dst, left, lambda: work.handle.cancelled)
+    def _submit(
+        self,
+        peer: AgentRef,
+        ours: Sequence[int],
+        theirs: Sequence[int],
+        request_id: str,
+        deadline_s: float,
+        on_done: Callback | None,
+        push: bool,
+        checksums: Sequence[int] = (),
+    ) -> TransferHandle:
+        handle = TransferHandle()
+        if on_done is not None:
+            handle.add_done_callback(on_done)
+        end = time.monotonic() + deadline_s
+        steps = self._run(peer, ours, theirs, request_id, end, handle, push, checksums)
+        self._worker.submit(Job(steps, handle, end))
+        return handle
 
-    def _check_blocks(self, work: _Fetch, record: AgentRecord) -> None:
-        if len(work.src) != len(work.dst):
-            raise TransferError(f"{len(work.src)} source blocks for {len(work.dst)} of ours")
-        if len(set(work.dst)) != len(work.dst):
-            raise TransferError("a local block is named twice")
-        if any(not 0 <= block < record.num_blocks for block in work.dst):
-            raise TransferError(f"a local block is not among our {record.num_blocks}")
+    def _run(
+        self,
+        ref: AgentRef,
+        ours: Sequence[int],
+        theirs: Sequence[int],
+        request_id: str,
+        end: float,
+        handle: TransferHandle,
+        push: bool,
+        checksums: Sequence[int],
+    ) -> Steps:
+        near, far = np.asarray(ours, np.int64), np.asarray(theirs, np.int64)
+        self._check(near, self._record(), unique=not push)
+        if len(near) != len(far):
+            raise TransferError(f"{len(near)} blocks of ours for {len(far)} of agent {ref.name}")
+        peer = yield from self._peer(ref, end)
+        self._record().require_pairable(peer)
+        self._check(far, peer, unique=push)
 
-    def _peer(self, ref: AgentRef, timeout_s: float) -> AgentRecord:
-        record = self.directory.wait(ref.name, min(timeout_s, 5.0))
-        if record is None:
-            raise PeerUnknown(f"no record of agent {ref.name}; known: {', '.join(self.known_peers()) or 'none'}")
+        def arrived(size: int) -> None:
+            handle.progress += size
+
+        copy = Copy(peer, near, far, request_id, end, arrived, lambda: self._poison(handle, () if push else near))
+        if not len(near):
+            return TransferResult(lane=self._backend(peer).lane)
+        result = yield from (self._backend(peer).push(copy) if push else self._backend(peer).fetch(copy))
+        return self._verified(result, near, checksums)
+
+    def _warm_up(self, ref: AgentRef, end: float) -> Steps:
+        peer = yield from self._peer(ref, end)
+        self._record().require_pairable(peer)
+        empty = np.empty(0, np.int64)
+        return (yield from self._backend(peer).warm_up(Copy(peer, empty, empty, "", end)))
+
+    def _check(self, blocks: Ints, owner: AgentRecord, unique: bool) -> None:
+        bad = blocks[(blocks < 0) | (blocks >= owner.num_blocks)]
+        if len(bad):
+            raise TransferError(f"agent {owner.name} has {owner.num_blocks} blocks; {int(bad[0])} is none of them")
+        if unique and len(np.unique(blocks)) != len(blocks):
+            raise TransferError(f"a block of agent {owner.name} is named twice as a destination")
+
+    def _peer(self, ref: AgentRef, end: float) -> Generator[bool, None, AgentRecord]:
+        until = min(end, time.monotonic() + _KNOWN_S)
+        while (record := self.directory.get(ref.name)) is None:
+            if time.monotonic() > until:
+                known = ", ".join(self.known_peers()) or "none"
+                raise PeerUnknown(f"no record of agent {ref.name}; known: {known}")
+            yield False
         if record.epoch != ref.epoch:
             raise StaleEpoch(f"agent {ref.name} is in epoch {record.epoch}, the offer is of {ref.epoch}")
         return record
 
+    def _backend(self, peer: AgentRecord) -> Backend:
+        for backend in self._assembly.backends:
+            if backend.reaches(peer):
+                return backend
+        raise TransferError(f"no common lane with agent {peer.name}: {self.lanes} here, {peer.lanes} there")
+
+    def _verified(self, result: TransferResult, blocks: Ints, checksums: Sequence[int]) -> TransferResult:
+        if not checksums or self._config.integrity is Integrity.OFF:
+            return result
+        if len(checksums) > len(blocks):
+            raise TransferError(f"{len(checksums)} checksums for {len(blocks)} blocks")
+        count = len(checksums) if self._config.integrity is Integrity.FULL else min(len(checksums), 2)
+        tail = [int(block) for block in blocks[-count:]]
+        found = self._checksums.of(tail)
+        wrong = [b for b, here, there in zip(tail, found, checksums[-count:], strict=True) if here != there]
+        if wrong:
+            raise IntegrityError(f"blocks {wrong} are not what the source has")
+        return dataclasses.replace(result, verified_blocks=count)
+
+    def _poison(self, handle: TransferHandle, blocks: Ints | tuple[()]) -> Callable[[], None]:
+        named = tuple(int(block) for block in blocks)
+        handle.poisoned_blocks = named
+        with self._poison_lock:
+            for block in named:
+                self._poisoned[block] = self._poisoned.get(block, 0) + 1
+
+        def safe() -> None:
+            with self._poison_lock:
+                for block in named:
+                    self._poisoned[block] -= 1
+                    if not self._poisoned[block]:
+                        del self._poisoned[block]
+
+        return safe
+
     def close(self) -> None:
-        """Withdraw the record, finish what is under way, give the pools back."""
+        """Withdraw the record, end what is under way, give the pools back. Idempotent."""
         self._stop_publishing()
-        self._queue.put(None)
-        for thread in (self._publisher, self._poster):
-            if thread is not None:
-                thread.join(5.0)
-        for backend in self._backends:
+        if self._publisher is not None:
+            self._publisher.join(5.0)
+        self._worker.stop()
+        for backend in self._assembly.backends:
             backend.close()
-        self._backends.clear()
+        self._assembly = Assembly([], None)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checksums of KV blocks, over all pools of an agent, computed where the memory is.
 
-The sum is a 61-bit linear hash: words of the block times odd position weights, summed with 64-bit
-wrap-around. It finds every changed word and every swap of unequal words; it is no protection against an
-adversary, who would have to sit on the transport itself.
+The sum is a linear hash: words of the block times odd position weights, summed with 64-bit wrap-around. It
+finds every changed word and every swap of unequal words; it is no protection against an adversary, who would
+have to sit on the transport itself. Callable from any thread.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from collections.abc import Sequence
 import torch
 
 from components.transfer.config import KVPool
+
+_AT_ONCE_BYTES = 64 << 20
+"""Bound of the temporary words of one step."""
 
 
 class BlockChecksums:
@@ -24,20 +27,26 @@ class BlockChecksums:
 
     def of(self, blocks: Sequence[int]) -> tuple[int, ...]:
         """One checksum (63 bits, unsigned) for each block."""
-        if not blocks:
-            return ()
-        total: torch.Tensor | None = None
+        if not blocks or not self._pools:
+            return (0,) * len(blocks)
+        largest = max(p.tensor.numel() * p.tensor.element_size() // p.num_blocks for p in self._pools)
+        step = max(1, _AT_ONCE_BYTES // largest)
+        sums: list[int] = []
+        for start in range(0, len(blocks), step):
+            sums.extend(self._sum(blocks[start : start + step]).tolist())
+        return tuple(value & 0x7FFF_FFFF_FFFF_FFFF for value in sums)
+
+    def _sum(self, blocks: Sequence[int]) -> torch.Tensor:
+        device = self._pools[0].tensor.device
+        index = torch.tensor(list(blocks), dtype=torch.int64, device=device)
+        total = torch.zeros(len(blocks), dtype=torch.int64, device=device)
         for position, pool in enumerate(self._pools):
-            index = torch.tensor(list(blocks), device=pool.tensor.device)
             rows = pool.tensor.index_select(pool.block_dim, index).movedim(pool.block_dim, 0)
             data = rows.reshape(len(blocks), -1).contiguous().view(torch.uint8)
             word = next(t for t in (torch.int64, torch.int32, torch.int16, torch.uint8) if _fits(data, t))
             words = data.view(word).to(torch.int64)
-            part = (words * self._weight(words.shape[1], words.device)).sum(dim=1) * (2 * position + 1)
-            total = part if total is None else total + part
-        if total is None:
-            return (0,) * len(blocks)
-        return tuple(value & 0x7FFF_FFFF_FFFF_FFFF for value in total.tolist())
+            total += (words * self._weight(words.shape[1], device)).sum(dim=1) * (2 * position + 1)
+        return total
 
     def _weight(self, length: int, device: torch.device) -> torch.Tensor:
         key = (length, device)

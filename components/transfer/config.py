@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain values of the transfer component: what an agent is told, what a transfer gives back."""
+"""Plain values of the transfer component: what an agent is told, what a transfer gives back.
+
+Nothing here has a life cycle or a thread. Bad values raise ``ConfigError`` when the agent starts.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import msgspec
+
+from components.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +26,36 @@ class Transport(StrEnum):
     NVLINK = "nvlink"
     TCP = "tcp"
     SHM = "shm"
+
+
+class Strategy(StrEnum):
+    """How blocks travel: who moves them, and whether scattered blocks are gathered first."""
+
+    AUTO = "auto"
+    READ = "read"
+    """The destination reads the source's blocks where they are."""
+    WRITE = "write"
+    """The source writes into the destination's blocks, asked by it."""
+    STAGED = "staged"
+    """Gathered into a buffer, written as one piece, scattered at the destination."""
+
+
+class Integrity(StrEnum):
+    """Which blocks are compared with the source's checksums after they arrived."""
+
+    OFF = "off"
+    TAIL = "tail"
+    FULL = "full"
+
+
+class StoreKind(StrEnum):
+    """Where agent records live."""
+
+    AUTO = "auto"
+    """etcd when it has endpoints, else NATS when it has a URL, else this process's memory."""
+    ETCD = "etcd"
+    NATS = "nats"
+    MEMORY = "memory"
 
 
 @dataclass(frozen=True)
@@ -38,12 +73,28 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     """Unique in the namespace; a restarted worker keeps it and gets a new epoch."""
+    store: StoreKind = StoreKind.AUTO
     etcd_endpoints: tuple[str, ...] = ()
-    """URLs of etcd; empty keeps records in this process (tests)."""
+    """URLs of etcd; empty and without NATS, records stay in this process (tests)."""
     etcd_user: str = ""
     etcd_password: str = ""
+    etcd_ca: str = ""
+    """PEM file with the authority of etcd's certificate; turns TLS on."""
+    etcd_cert: str = ""
+    etcd_key: str = ""
+    nats_url: str = ""
+    """NATS server: holds the records (JetStream) without etcd, carries change notices beside etcd."""
+    nats_credentials: str = ""
+    """NATS ``.creds`` file."""
+    nats_ca: str = ""
     namespace: str = "dynamo"
     transport: Transport = Transport.AUTO
+    backends: tuple[str, ...] = ("nixl", "local", "cuda_ipc", "tcp")
+    """Ways of moving blocks that may be used, best first."""
+    strategy: Strategy = Strategy.AUTO
+    direct_bytes: int = 0
+    """Mean length of a run of blocks from which direct descriptors beat staging; 0: the measured default
+    of the memory and lane. ``python -m benchmarks.transfer --calibrate`` finds it for a host."""
     advertise_host: str = "127.0.0.1"
     """Where peers reach this host, for lanes that need an address of ours."""
     lease_ttl_s: int = 10
@@ -52,59 +103,43 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Tokens per KV block."""
     dtype: str = ""
     layers: int = 0
+    kv_heads: int = 0
+    """KV heads on this rank; 0 when the engine does not say."""
+    head_size: int = 0
     tp_rank: int = 0
     tp_size: int = 1
+    integrity: Integrity = Integrity.TAIL
     piece_bytes: int = 32 << 20
     """Bytes posted at once: shared-memory copies happen inside the post."""
+    staging_bytes: int = 0
+    """Bound of the registered staging memory; 0: 1 GiB on a GPU, 64 MiB on a host."""
+    grace_s: float = 1.0
+    """How long a failed transfer may wait for its last piece to stand still, beyond its deadline."""
+
+    def validate(self) -> None:
+        """Raise ``ConfigError`` naming the value that cannot be used."""
+        known = {"nixl", "local", "cuda_ipc", "tcp"}
+        if not self.name or "/" in self.name or len(self.name) > 200:
+            raise ConfigError(f"agent name {self.name!r}: 1 to 200 characters without '/'")
+        if not self.backends or set(self.backends) - known:
+            raise ConfigError(f"backends {self.backends}: choose from {sorted(known)}")
+        if not 0 <= self.tp_rank < self.tp_size:
+            raise ConfigError(f"tp_rank {self.tp_rank} is not below tp_size {self.tp_size}")
+        if self.piece_bytes < 1 << 16 or self.lease_ttl_s < 1:
+            raise ConfigError("piece_bytes must be 65536 or more, lease_ttl_s 1 or more")
 
 
 @dataclass(frozen=True)
 class TransferResult:
-    """What a finished transfer did. Times in seconds; ``lane`` is the backend and transport used."""
+    """What a finished transfer did. Times in seconds, of the side that moved the bytes."""
 
     bytes: int = 0
     descriptors: int = 0
+    """Memory ranges that were posted, after neighbours were merged."""
     prep_s: float = 0.0
     post_s: float = 0.0
     wire_s: float = 0.0
     lane: str = ""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Equal pieces of memory, one for each block, ``stride`` bytes apart."""
-
-    address: int
-    stride: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Region:
-    """One registered tensor and the segments that its blocks are made of."""
-
-    name: str
-    tensor: torch.Tensor = field(compare=False, repr=False)
-    segments: tuple[Segment, ...] = ()
-
-
-def region_of(pool: KVPool) -> Region:
-    """Segments of a pool, from its strides.
-
-    Whatever lies outside the block axis (K and V planes, say) gives one segment each; what lies
-    inside must be contiguous.
-    """
-    tensor = pool.tensor
-    size = tensor.element_size()
-    stride = tensor.stride(pool.block_dim) * size
-    offsets = [0]
-    inner = 1
-    for axis, (length, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        if axis == pool.block_dim or length == 1:
-            continue
-        if step * size > stride:
-            offsets = [base + i * step * size for base in offsets for i in range(length)]
-        else:
-            inner *= length
-    segments = tuple(Segment(tensor.data_ptr() + off, stride, inner * size) for off in offsets)
-    return Region(pool.name, tensor, segments)
+    """The backend and transport that were really used."""
+    strategy: Strategy = Strategy.READ
+    verified_blocks: int = 0

@@ -16,7 +16,9 @@ from components.engine.protocol import AgentRef, Epoch
 from components.errors import IncompatibleLayout, MigrateError, PeerUnknown, StaleEpoch, TransferError
 from components.transfer import AgentConfig, KVPool, TransferAgent
 from components.transfer.control.record import decode
-from components.transfer.data.base import runs
+import numpy as np
+from components.transfer.layout import runs
+from components.transfer.assemble import Assembly
 from components.transfer.data.tcp import TcpBackend
 
 BLOCKS = 16
@@ -57,7 +59,7 @@ class Two:
 def two(request: pytest.FixtureRequest) -> Iterator[Two]:
     pair = Two(LAYOUTS[request.param.removesuffix(", tcp")])
     if request.param.endswith("tcp"):
-        pair.dst._backends = [b for b in pair.dst._backends if isinstance(b, TcpBackend)]
+        pair.dst._assembly = Assembly([b for b in pair.dst._assembly.backends if isinstance(b, TcpBackend)], pair.dst._assembly.record)
     yield pair
     pair.close()
 
@@ -119,14 +121,12 @@ def test_a_checksum_notices_any_changed_word(changed: int, layer: int, place: in
     assert [a != b for a, b in zip(before, after, strict=True)] == [i == changed for i in range(BLOCKS)]
 
 
-@given(
-    st.binary(max_size=300)
-    | st.recursive(st.integers(-(2**63), 2**64 - 1), lambda x: st.lists(x, max_size=3)).map(msgspec.msgpack.encode)
-)
+@given(st.binary(max_size=300) | st.recursive(st.integers(-(2**63), 2**64 - 1), lambda x: st.lists(x, max_size=3)).map(msgspec.msgpack.encode))
 def test_any_bytes_as_a_record_give_an_error_and_no_more(data: bytes) -> None:
     with pytest.raises(MigrateError):
         decode(data)
 
 
 def test_neighbouring_blocks_become_one_run() -> None:
-    assert runs([4, 5, 6, 9, 1], [0, 1, 2, 3, 4]) == [(4, 0, 3), (9, 3, 1), (1, 4, 1)]
+    found = runs(np.array([4, 5, 6, 9, 1]), np.array([0, 1, 2, 3, 4]))
+    assert [part.tolist() for part in found] == [[4, 9, 1], [0, 3, 4], [3, 1, 1]]

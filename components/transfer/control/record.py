@@ -14,6 +14,7 @@ MAX_RECORD_BYTES = 4 << 20
 """A NIXL blob is some kilobytes; anything much larger is not ours."""
 
 _Short = Annotated[str, msgspec.Meta(max_length=512)]
+_Blob = Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)]
 
 
 class RegionRecord(msgspec.Struct, frozen=True):
@@ -22,26 +23,36 @@ class RegionRecord(msgspec.Struct, frozen=True):
     name: _Short
     device: _Short
     device_id: int
-    segments: tuple[tuple[int, int, int], ...]
+    order: Annotated[str, msgspec.Meta(max_length=4096)]
+    """Axes inside a block in memory order; see ``layout.Region``."""
+    segments: Annotated[tuple[tuple[int, int, int], ...], msgspec.Meta(max_length=4096)]
 
 
-class AgentRecord(msgspec.Struct, frozen=True, tag="agent/1"):
+class AgentRecord(msgspec.Struct, frozen=True, tag="agent/2"):
     """What a peer must know of an agent. Layout fields must be equal on both sides."""
 
     name: _Short
     epoch: _Short
-    blob: Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)]
+    started: float
+    """Unix time at which this life began: orders the lives of one name."""
+    host: _Short
+    """Identifies the machine, for lanes that do not leave it."""
+    blob: _Blob
     """NIXL agent metadata; empty when the agent has no NIXL."""
     tcp_address: _Short
     """``host:port`` of the plain TCP lane; empty when it is off."""
+    ipc: Annotated[tuple[_Blob, ...], msgspec.Meta(max_length=4096)]
+    """CUDA IPC handles of the pools; empty when that lane is off."""
     fingerprint: _Short
     block_size: int
     dtype: _Short
     layers: int
+    kv_heads: int
+    head_size: int
     num_blocks: int
     tp_rank: int
     tp_size: int
-    regions: tuple[RegionRecord, ...]
+    regions: Annotated[tuple[RegionRecord, ...], msgspec.Meta(max_length=4096)]
     lanes: tuple[_Short, ...]
 
     @property
@@ -49,17 +60,25 @@ class AgentRecord(msgspec.Struct, frozen=True, tag="agent/1"):
         """Name and epoch."""
         return AgentRef(AgentName(self.name), Epoch(self.epoch))
 
+    @property
+    def key(self) -> str:
+        """Name of this life, as NIXL knows it."""
+        return f"{self.name}/{self.epoch}"
+
     def require_pairable(self, peer: AgentRecord) -> None:
         """Raise ``IncompatibleLayout`` naming the first field that differs."""
-        for field in ("fingerprint", "block_size", "dtype", "layers", "tp_size"):
+        for field in ("fingerprint", "block_size", "dtype", "layers", "kv_heads", "head_size", "tp_size", "tp_rank"):
             ours, theirs = getattr(self, field), getattr(peer, field)
             if ours != theirs:
                 raise IncompatibleLayout(
                     f"agents {self.name} and {peer.name} differ in {field}: {ours!r} here, {theirs!r} there"
                 )
-        shape = [[length for _, _, length in r.segments] for r in self.regions]
-        if shape != [[length for _, _, length in r.segments] for r in peer.regions]:
+        if _shape(self) != _shape(peer):
             raise IncompatibleLayout(f"agents {self.name} and {peer.name} lay their KV blocks out differently")
+
+
+def _shape(record: AgentRecord) -> list[tuple[str, list[int]]]:
+    return [(r.order, [length for _, _, length in r.segments]) for r in record.regions]
 
 
 _decoder = msgspec.msgpack.Decoder(AgentRecord)

@@ -1,18 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every way of moving blocks offers.
 
-Contract: ``read`` is called from one posting thread and blocks it until all bytes are here or it raises a
-``TransferError``; once it has returned or raised, nothing writes to the local blocks any more. ``cancelled``
-is asked between pieces. The agent owns the deadline and passes what is left of it.
+Contract: ``fetch`` and ``push`` give a generator that the agent's worker thread steps. It yields ``True`` after
+it did something and ``False`` when it waits for others, returns the result, or raises a ``TransferError``.
+The worker owns deadline and cancel: it throws them into the generator, once. Whatever way the generator
+ends, nothing writes to the destination blocks afterwards, unless ``Copy.poison`` has named them.
+All calls come from the worker thread; a backend that has to block does so on threads of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from components.transfer.config import Region, TransferResult
+from components.transfer.config import TransferResult
 from components.transfer.control.record import AgentRecord
+from components.transfer.layout import Ints
+
+Steps = Generator[bool, None, TransferResult]
+
+
+def _ignore(_: int) -> None:
+    """Nobody follows this copy."""
+
+
+def _harmless() -> Callable[[], None]:
+    return lambda: None
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Block pairs to copy between us and a peer."""
+
+    peer: AgentRecord
+    ours: Ints
+    theirs: Ints
+    request_id: str
+    end: float
+    """When it must be over, on ``time.monotonic``."""
+    arrived: Callable[[int], None] = field(default=_ignore)
+    """Told of every piece's bytes."""
+    poison: Callable[[], Callable[[], None]] = field(default=_harmless)
+    """Called when a hanging peer may write later; what it gives is called once that is over."""
 
 
 class Backend(Protocol):
@@ -23,58 +53,26 @@ class Backend(Protocol):
         """What is reported as the lane."""
         ...
 
-    def describe(self) -> tuple[bytes, str]:
-        """NIXL blob and TCP address for our record; the one that does not apply is empty."""
-        ...
-
     def reaches(self, peer: AgentRecord) -> bool:
         """True when this backend can talk to the peer."""
         ...
 
-    def read(
-        self,
-        peer: AgentRecord,
-        src_blocks: Sequence[int],
-        dst_blocks: Sequence[int],
-        timeout_s: float,
-        cancelled: Callable[[], bool],
-    ) -> TransferResult:
+    def fetch(self, copy: Copy) -> Steps:
         """Copy the peer's blocks into ours, pairwise."""
         ...
 
-    def progress(self) -> None:
-        """Called every millisecond or so by the posting thread while it has nothing to copy."""
+    def push(self, copy: Copy) -> Steps:
+        """Copy our blocks into the peer's, pairwise."""
+        ...
+
+    def warm_up(self, copy: Copy) -> Steps:
+        """Connect to the peer, moving no block."""
+        ...
+
+    def progress(self) -> list[Generator[bool, None, None]]:
+        """Called often by the worker thread. Gives new work that peers asked for."""
         ...
 
     def close(self) -> None:
         """Give everything back. Nothing may be called afterwards."""
         ...
-
-
-def runs(src: Sequence[int], dst: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Merge neighbouring pairs: (first source block, first local block, count)."""
-    merged: list[tuple[int, int, int]] = []
-    for s, d in zip(src, dst, strict=True):
-        if merged and s == merged[-1][0] + merged[-1][2] and d == merged[-1][1] + merged[-1][2]:
-            merged[-1] = (merged[-1][0], merged[-1][1], merged[-1][2] + 1)
-        else:
-            merged.append((s, d, 1))
-    return merged
-
-
-def extents(
-    regions: Sequence[Region], peer: AgentRecord, pairs: Sequence[tuple[int, int, int]]
-) -> list[tuple[int, int, int]]:
-    """Memory to copy, as (remote address, local address, bytes), merged where blocks touch."""
-    result = []
-    for region, other in zip(regions, peer.regions, strict=True):
-        for mine, (base, stride, length) in zip(region.segments, other.segments, strict=True):
-            dense = mine.stride == mine.length and stride == length
-            for src, dst, count in pairs:
-                if dense:
-                    result.append((base + src * stride, mine.address + dst * mine.stride, count * length))
-                    continue
-                for i in range(count):
-                    remote, local = base + (src + i) * stride, mine.address + (dst + i) * mine.stride
-                    result.append((remote, local, length))
-    return result

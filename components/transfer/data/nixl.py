@@ -1,24 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks over NIXL with its UCX backend.
+"""One NIXL agent with its UCX backend: registered memory, posted transfers, notifications.
 
-Threading: ``read`` runs on the agent's posting thread. Same-host copies happen inside NIXL's post call,
-so large transfers are posted in pieces: the thread gives the interpreter back between them.
+Threading: all calls on the agent's worker thread; NIXL itself is not locked. Same-host copies happen inside
+NIXL's post call, so transfers are posted in pieces and the interpreter is given back between them.
+Errors: ``TransferError``. A piece that is under way when its transfer fails is waited for until the worker's
+grace ends; only then is it handed to ``linger``, which keeps its memory until NIXL has let go of it.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from components.errors import DeadlineExceeded, TransferCancelled, TransferError
-from components.transfer.config import Region, TransferResult
+import numpy as np
+import torch
+
+from components.errors import TransferError, TransferUnavailable
 from components.transfer.control.record import AgentRecord
-from components.transfer.data.base import extents, runs
+from components.transfer.layout import Ints, pieces
 
 logger = logging.getLogger(__name__)
+
+_WINDOW = 2
+"""Pieces under way at once: one on the wire while the next is being posted."""
 
 
 @cache
@@ -31,137 +40,204 @@ def nixl_is_available() -> tuple[bool, str]:
     return True, ""
 
 
-class NixlBackend:
-    """One NIXL agent with all pools registered."""
+@dataclass
+class Moved:
+    """Figures of one move, filled as it goes."""
 
-    def __init__(self, name: str, regions: Sequence[Region], piece_bytes: int, lane: str, own_thread: bool) -> None:
+    bytes: int = 0
+    descriptors: int = 0
+    prep_s: float = 0.0
+    post_s: float = 0.0
+    wire_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Posted:
+    handle: Any
+    bytes: int
+
+
+class NixlLink:
+    """See the module docstring."""
+
+    def __init__(self, name: str, memory: Sequence[torch.Tensor], piece_bytes: int, own_thread: bool) -> None:
         from nixl._api import nixl_agent, nixl_agent_config
 
         # NIXL's progress thread spins: a whole core for each agent, which a small host does not have.
         self._agent: Any = nixl_agent(name, nixl_agent_config(enable_prog_thread=own_thread, backends=["UCX"]))
-        self._regions = list(regions)
+        if "UCX" not in self._agent.backends:
+            raise TransferUnavailable("NIXL has no UCX plugin here: reinstall the nixl package")
         self._piece_bytes = piece_bytes
-        self._lane = lane
-        self._peers: dict[tuple[str, str], str] = {}
-        tensors = [region.tensor for region in regions]
-        self._on_device = bool(tensors) and tensors[0].is_cuda
-        self._device_id = tensors[0].device.index or 0 if self._on_device else 0
-        self._memory = "VRAM" if self._on_device else "DRAM"
-        self._registered = self._agent.register_memory(tensors)
+        self._peers: dict[str, str] = {}
+        self._lingering: list[tuple[Any, Callable[[], None]]] = []
+        first = memory[0]
+        self.memory = "VRAM" if first.is_cuda else "DRAM"
+        self.device_id = (first.device.index or 0) if first.is_cuda else 0
+        try:
+            self._registered = self._agent.register_memory(list(memory))
+        except Exception as error:
+            raise TransferUnavailable(f"NIXL cannot register the KV pools: {error}") from error
 
-    @property
-    def lane(self) -> str:
-        """``nixl/ucx`` and the transport that was asked for."""
-        return self._lane
+    def blob(self) -> bytes:
+        """Metadata that peers need."""
+        return bytes(self._agent.get_agent_metadata())
 
-    def describe(self) -> tuple[bytes, str]:
-        """Our NIXL blob."""
-        return bytes(self._agent.get_agent_metadata()), ""
-
-    def reaches(self, peer: AgentRecord) -> bool:
-        """True when the peer has NIXL as well."""
-        return bool(peer.blob)
-
-    def read(
-        self,
-        peer: AgentRecord,
-        src_blocks: Sequence[int],
-        dst_blocks: Sequence[int],
-        timeout_s: float,
-        cancelled: Callable[[], bool],
-    ) -> TransferResult:
-        """See ``Backend``."""
-        end = time.monotonic() + timeout_s
-        started = time.perf_counter()
-        remote_name = self._add(peer)
-        remote_memory = "VRAM" if peer.regions[0].device == "cuda" else "DRAM"
-        remote_id = peer.regions[0].device_id
-        memory = extents(self._regions, peer, runs(src_blocks, dst_blocks))
-        prep = time.perf_counter() - started
-        post = wire = 0.0
-        for piece in _pieces(memory, self._piece_bytes):
-            if cancelled():
-                raise TransferCancelled(f"the transfer from {peer.name} was cancelled")
-            began = time.perf_counter()
-            local = self._agent.get_xfer_descs([(at, n, self._device_id) for _, at, n in piece], self._memory)
-            remote = self._agent.get_xfer_descs([(r, n, remote_id) for r, _, n in piece], remote_memory)
-            try:
-                handle = self._agent.initialize_xfer("READ", local, remote, remote_name, b"")
-            except Exception as error:
-                self._forget(peer)
-                raise TransferError(f"NIXL refused a transfer from {peer.name}: {error}") from error
-            ready = time.perf_counter()
-            prep += ready - began
-            try:
-                state = self._agent.transfer(handle)
-                posted = time.perf_counter()
-                state = self._wait(handle, state, end, peer)
-            except DeadlineExceeded:
-                raise
-            except Exception as error:
-                self._forget(peer)
-                raise TransferError(f"NIXL lost the transfer from {peer.name}: {error}") from error
-            finally:
-                # Releasing aborts what is still under way, so that nothing lands in our blocks later.
-                self._agent.release_xfer_handle(handle)
-            if state != "DONE":
-                self._forget(peer)
-                raise TransferError(f"NIXL ended the transfer from {peer.name} in state {state}")
-            post += posted - ready
-            wire += time.perf_counter() - posted
-        total = sum(length for _, _, length in memory)
-        return TransferResult(total, len(memory), prep, post, wire, self._lane)
-
-    def _wait(self, handle: Any, state: str, end: float, peer: AgentRecord) -> str:
-        pause = 20e-6
-        while state == "PROC":
-            if time.monotonic() > end:
-                self._forget(peer)
-                raise DeadlineExceeded(f"no answer from agent {peer.name} within the deadline")
-            time.sleep(pause)
-            pause = min(pause * 1.5, 1e-3)
-            state = self._agent.check_xfer_state(handle)
-        return state
-
-    def _add(self, peer: AgentRecord) -> str:
-        key = (peer.name, peer.epoch)
-        if key not in self._peers:
+    def add(self, peer: AgentRecord) -> str:
+        """Load a peer's metadata, once."""
+        if peer.key not in self._peers:
             try:
                 name = self._agent.add_remote_agent(peer.blob)
             except Exception as error:
                 raise TransferError(f"NIXL cannot use the metadata of agent {peer.name}: {error}") from error
-            self._peers[key] = name.decode() if isinstance(name, bytes) else name
-        return self._peers[key]
+            self._peers[peer.key] = name.decode() if isinstance(name, bytes) else name
+            self._forget_older(peer)
+        return self._peers[peer.key]
 
-    def _forget(self, peer: AgentRecord) -> None:
-        name = self._peers.pop((peer.name, peer.epoch), None)
+    def _forget_older(self, peer: AgentRecord) -> None:
+        for key in [k for k in self._peers if k.startswith(f"{peer.name}/") and k != peer.key]:
+            self.forget(key)
+
+    def forget(self, key: str) -> None:
+        """Drop a peer's metadata; it is loaded again when needed."""
+        name = self._peers.pop(key, None)
         if name is not None:
             try:
                 self._agent.remove_remote_agent(name)
             except Exception as error:
                 logger.debug("removing agent %s: %s", name, error)
 
-    def progress(self) -> None:
-        """Answer peers that are connecting or reading."""
-        self._agent.get_new_notifs()
+    def move(
+        self,
+        operation: str,
+        peer: AgentRecord,
+        memory: Ints,
+        moved: Moved,
+        arrived: Callable[[int], None],
+        linger: Callable[[], Callable[[], None]],
+        notice: bytes = b"",
+    ) -> Generator[bool, None, None]:
+        """READ or WRITE the extents (ours, theirs, bytes). ``notice`` reaches the peer after the last byte."""
+        name = self.add(peer)
+        groups = pieces(memory, self._piece_bytes)
+        flying: deque[_Posted] = deque()
+        begun, posted_before = time.perf_counter(), moved.post_s + moved.prep_s
+        try:
+            for number, group in enumerate(groups):
+                last = number == len(groups) - 1
+                flying.append(self._post(operation, peer, name, group, moved, notice if last else b""))
+                yield True
+                while len(flying) >= _WINDOW and not self._settled(flying, peer, arrived):
+                    yield False
+            while flying:
+                if not self._settled(flying, peer, arrived):
+                    yield False
+        except GeneratorExit:
+            self._abandon(flying, linger)
+            raise
+        except BaseException:
+            yield from self._stand_still(flying, linger)
+            raise
+        moved.wire_s += time.perf_counter() - begun - (moved.post_s + moved.prep_s - posted_before)
+
+    def _post(self, operation: str, peer: AgentRecord, name: str, group: Ints, moved: Moved, notice: bytes) -> _Posted:
+        start = time.perf_counter()
+        remote = peer.regions[0]
+        far_memory = "VRAM" if remote.device == "cuda" else "DRAM"
+        near = np.stack([group[:, 0], group[:, 2], np.full(len(group), self.device_id)], axis=1)
+        far = np.stack([group[:, 1], group[:, 2], np.full(len(group), remote.device_id)], axis=1)
+        try:
+            handle = self._agent.initialize_xfer(
+                operation,
+                self._agent.get_xfer_descs(near.astype(np.uint64), self.memory),
+                self._agent.get_xfer_descs(far.astype(np.uint64), far_memory),
+                name,
+                notice,
+            )
+            ready = time.perf_counter()
+            state = self._agent.transfer(handle, notice)
+        except Exception as error:
+            self.forget(peer.key)
+            raise TransferError(f"NIXL refused a transfer with {peer.name}: {error}") from error
+        moved.prep_s += ready - start
+        moved.post_s += time.perf_counter() - ready
+        size = int(group[:, 2].sum())
+        moved.bytes += size
+        moved.descriptors += len(group)
+        if state == "ERR":
+            self._release(handle)
+            self.forget(peer.key)
+            raise TransferError(f"NIXL could not post a transfer with {peer.name}")
+        return _Posted(handle, size)
+
+    def _settled(self, flying: deque[_Posted], peer: AgentRecord, arrived: Callable[[int], None]) -> bool:
+        try:
+            state = self._agent.check_xfer_state(flying[0].handle)
+        except Exception as error:
+            state = f"{type(error).__name__}: {error}"
+        if state == "PROC":
+            return False
+        done = flying.popleft()
+        self._release(done.handle)
+        if state != "DONE":
+            self.forget(peer.key)
+            raise TransferError(f"the connection with {peer.name} broke: {state}")
+        arrived(done.bytes)
+        return True
+
+    def _stand_still(
+        self, flying: deque[_Posted], linger: Callable[[], Callable[[], None]]
+    ) -> Generator[bool, None, None]:
+        # Cancelling a remote copy does not stop the peer: only its end says that our memory is quiet.
+        try:
+            while flying:
+                if self._in_progress(flying[0].handle):
+                    yield False
+                else:
+                    self._release(flying.popleft().handle)
+        finally:
+            self._abandon(flying, linger)
+
+    def _abandon(self, flying: deque[_Posted], linger: Callable[[], Callable[[], None]]) -> None:
+        if flying:
+            settled = linger()
+            self._lingering.extend((posted.handle, settled) for posted in flying)
+            flying.clear()
+
+    def _in_progress(self, handle: Any) -> bool:
+        try:
+            return bool(self._agent.check_xfer_state(handle) == "PROC")
+        except Exception:
+            return False
+
+    def _release(self, handle: Any) -> None:
+        try:
+            self._agent.release_xfer_handle(handle)
+        except Exception as error:
+            logger.debug("releasing a NIXL transfer: %s", error)
+
+    def notify(self, peer: AgentRecord, message: bytes) -> None:
+        """Send a message. Raises ``TransferError`` when the peer cannot be reached."""
+        try:
+            self._agent.send_notif(self.add(peer), message)
+        except TransferError:
+            raise
+        except Exception as error:
+            self.forget(peer.key)
+            raise TransferError(f"agent {peer.name} cannot be reached: {error}") from error
+
+    def poll(self) -> dict[str, list[bytes]]:
+        """Answer peers that are connecting or reading; new messages by sender."""
+        for item in list(self._lingering):
+            if not self._in_progress(item[0]):
+                self._release(item[0])
+                self._lingering.remove(item)
+                item[1]()
+        found: dict[str, list[bytes]] = self._agent.get_new_notifs()
+        return found
 
     def close(self) -> None:
         """Deregister the pools."""
+        for key in list(self._peers):
+            self.forget(key)
         self._agent.deregister_memory(self._registered)
         self._agent = None
-
-
-def _pieces(memory: list[tuple[int, int, int]], limit: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Groups of at most ``limit`` bytes; longer extents are cut."""
-    piece: list[tuple[int, int, int]] = []
-    size = 0
-    for remote, local, length in memory:
-        while length:
-            take = min(length, limit - size)
-            piece.append((remote, local, take))
-            remote, local, length, size = remote + take, local + take, length - take, size + take
-            if size == limit:
-                yield piece
-                piece, size = [], 0
-    if piece:
-        yield piece

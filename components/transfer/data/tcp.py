@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks over plain TCP, for hosts without NIXL.
 
-Wire format: one msgpack ``_Ask`` behind a 4-byte length, then the asked extents' bytes, in order. The server
-only reads memory of registered pools: block numbers are checked, addresses never come from the wire.
-Threading: a daemon thread accepts, one more serves each connection; ``read`` runs on the posting thread.
-Host memory only: tensors on devices are staged by ``tensor.cpu()`` block by block.
+Wire format: a 4-byte length and one msgpack ``_Ask``, an answer byte, then rows of the asked blocks, segment by
+segment (to the client for a fetch; to the server, which answers once more at the end, for a push).
+The server only touches registered pools: block numbers are checked, addresses never come from the wire.
+Threading: a daemon thread accepts, one serves each connection, one runs each of our transfers; each has its
+deadline on the socket. Rows are received into a buffer of their own and copied to blocks when they are whole.
 """
 
 from __future__ import annotations
@@ -14,97 +15,148 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Annotated
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Annotated, Any
 
 import msgspec
 import torch
 
-from components.errors import DeadlineExceeded, TransferCancelled, TransferError
-from components.transfer.config import KVPool, TransferResult
+from components.errors import DeadlineExceeded, MigrateError, TransferCancelled, TransferError
+from components.transfer.config import Strategy, TransferResult
 from components.transfer.control.record import AgentRecord
+from components.transfer.data.base import Copy, Steps
+from components.transfer.layout import Ints, Region
+from components.transfer.session.messages import MAX_BLOCKS, pack, unpack
 
 logger = logging.getLogger(__name__)
-_MAX_ASK = 8 << 20
+_MAX_ASK = 4 * MAX_BLOCKS + 1024
 _LENGTH = struct.Struct("!I")
-_REFUSED = b"\x00"
-_GRANTED = b"\x01"
+_REFUSED, _GRANTED = b"\x00", b"\x01"
+_SERVE_S = 60.0
+_CHUNK_BYTES = 8 << 20
 
 
 class _Ask(msgspec.Struct, frozen=True):
     epoch: Annotated[str, msgspec.Meta(max_length=128)]
-    pool: Annotated[int, msgspec.Meta(ge=0)]
-    blocks: Annotated[tuple[Annotated[int, msgspec.Meta(ge=0)], ...], msgspec.Meta(max_length=1 << 20)]
+    push: bool
+    blocks: Annotated[bytes, msgspec.Meta(max_length=4 * MAX_BLOCKS)]
 
 
 _decoder = msgspec.msgpack.Decoder(_Ask)
 
 
 class TcpBackend:
-    """Serves our blocks and reads those of others."""
+    """Serves our blocks, fetches and pushes those of others."""
 
-    def __init__(self, epoch: str, pools: Sequence[KVPool], advertise_host: str) -> None:
+    lane = "tcp/sockets"
+
+    def __init__(self, epoch: str, regions: Sequence[Region], host: str) -> None:
         self._epoch = epoch
-        self._pools = list(pools)
-        self._server = socket.create_server((advertise_host, 0))
-        self._address = f"{advertise_host}:{self._server.getsockname()[1]}"
+        self._rows = [row for region in regions for row in region.rows]
+        self._server = socket.create_server((host, 0))
+        self.address = f"{host}:{self._server.getsockname()[1]}"
+        self._pool = ThreadPoolExecutor(4, thread_name_prefix="kv-tcp-out")
         threading.Thread(target=self._accept, name="kv-tcp", daemon=True).start()
-
-    @property
-    def lane(self) -> str:
-        """Always ``tcp``."""
-        return "tcp"
-
-    def describe(self) -> tuple[bytes, str]:
-        """Our address."""
-        return b"", self._address
 
     def reaches(self, peer: AgentRecord) -> bool:
         """True when the peer serves this lane."""
         return bool(peer.tcp_address)
 
-    def read(
-        self,
-        peer: AgentRecord,
-        src_blocks: Sequence[int],
-        dst_blocks: Sequence[int],
-        timeout_s: float,
-        cancelled: Callable[[], bool],
-    ) -> TransferResult:
+    def fetch(self, copy: Copy) -> Steps:
         """See ``Backend``."""
-        started = time.perf_counter()
-        end = time.monotonic() + timeout_s
-        total = 0
-        host, _, port = peer.tcp_address.rpartition(":")
-        try:
-            with socket.create_connection((host, int(port)), timeout=timeout_s) as sock:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                for number, pool in enumerate(self._pools):
-                    if cancelled():
-                        raise TransferCancelled(f"the transfer from {peer.name} was cancelled")
-                    ask = msgspec.msgpack.encode(_Ask(peer.epoch, number, tuple(src_blocks)))
-                    sock.settimeout(max(0.001, end - time.monotonic()))
-                    sock.sendall(_LENGTH.pack(len(ask)) + ask)
-                    if _receive(sock, 1, end) != _GRANTED:
-                        raise TransferError(f"agent {peer.name} refused: other epoch or unknown blocks")
-                    total += self._store(pool, dst_blocks, sock, end)
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"no answer from agent {peer.name} at {peer.tcp_address}") from error
-        except OSError as error:
-            raise TransferError(f"agent {peer.name} at {peer.tcp_address}: {error}") from error
-        wire = time.perf_counter() - started
-        return TransferResult(total, len(self._pools), wire_s=wire, lane=self.lane)
+        return self._on_thread(copy, self._fetch)
 
-    def _store(self, pool: KVPool, blocks: Sequence[int], sock: socket.socket, end: float) -> int:
-        shape = [len(blocks), *(n for axis, n in enumerate(pool.tensor.shape) if axis != pool.block_dim)]
-        flat = torch.empty(shape, dtype=pool.tensor.dtype).view(torch.uint8)
-        view = memoryview(flat.reshape(-1).numpy())
-        _receive_into(sock, view, end)
-        rows = flat.view(pool.tensor.dtype).to(pool.tensor.device).movedim(0, pool.block_dim)
-        pool.tensor.index_copy_(
-            pool.block_dim, torch.tensor(list(blocks), dtype=torch.int64, device=pool.tensor.device), rows
-        )
-        return len(view)
+    def push(self, copy: Copy) -> Steps:
+        """See ``Backend``."""
+        return self._on_thread(copy, self._push)
+
+    def warm_up(self, copy: Copy) -> Steps:
+        """Try a connection."""
+        return self._on_thread(copy, self._fetch)
+
+    def _on_thread(self, copy: Copy, work: Callable[[Copy, threading.Event], int]) -> Steps:
+        stop = threading.Event()
+        begun = time.perf_counter()
+        future: Future[int] = self._pool.submit(self._guarded, copy, work, stop)
+        try:
+            while not future.done():
+                yield False
+        except MigrateError:
+            stop.set()
+            while not future.done():
+                yield False
+            raise
+        finally:
+            if not future.done():
+                settled = copy.poison()
+                future.add_done_callback(lambda _: settled())
+        total = future.result()
+        strategy = Strategy.WRITE if work == self._push else Strategy.READ
+        wire = time.perf_counter() - begun
+        return TransferResult(total, len(self._rows), wire_s=wire, lane=self.lane, strategy=strategy)
+
+    def _guarded(self, copy: Copy, work: Callable[[Copy, threading.Event], int], stop: threading.Event) -> int:
+        where = f"agent {copy.peer.name} at {copy.peer.tcp_address}"
+        try:
+            return work(copy, stop)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"no answer from {where}") from error
+        except (OSError, ValueError) as error:
+            raise TransferError(f"{where}: {error}") from error
+
+    def _connect(self, copy: Copy, push: bool) -> socket.socket:
+        host, _, port = copy.peer.tcp_address.rpartition(":")
+        sock = socket.create_connection((host, int(port)), timeout=_left(copy.end))
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            ask = msgspec.msgpack.encode(_Ask(copy.peer.epoch, push, pack(copy.theirs)))
+            sock.sendall(_LENGTH.pack(len(ask)) + ask)
+            if _receive(sock, 1, copy.end) != _GRANTED:
+                raise TransferError(f"agent {copy.peer.name} refused: other epoch or unknown blocks")
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _fetch(self, copy: Copy, stop: threading.Event) -> int:
+        with self._connect(copy, push=False) as sock:
+            return self._receive_rows(sock, copy.ours, copy.end, stop, copy.arrived)
+
+    def _push(self, copy: Copy, stop: threading.Event) -> int:
+        with self._connect(copy, push=True) as sock:
+            total = self._send_rows(sock, copy.ours, copy.end, stop, copy.arrived)
+            if _receive(sock, 1, copy.end) != _GRANTED:
+                raise TransferError(f"agent {copy.peer.name} could not store the blocks")
+            return total
+
+    def _receive_rows(
+        self, sock: socket.socket, blocks: Ints, end: float, stop: threading.Event, arrived: Callable[[int], None]
+    ) -> int:
+        total = 0
+        for row in self._rows:
+            for part in _parts(blocks, row):
+                buffer = torch.empty((len(part), row.shape[1]), dtype=torch.uint8)
+                _receive_into(sock, _bytes_of(buffer), end)
+                _check(stop)
+                row.index_copy_(0, part.to(row.device), buffer.to(row.device))
+                total += buffer.numel()
+                arrived(buffer.numel())
+        return total
+
+    def _send_rows(
+        self, sock: socket.socket, blocks: Ints, end: float, stop: threading.Event, arrived: Callable[[int], None]
+    ) -> int:
+        total = 0
+        for row in self._rows:
+            for part in _parts(blocks, row):
+                _check(stop)
+                data = row.index_select(0, part.to(row.device)).cpu()
+                sock.settimeout(_left(end))
+                sock.sendall(_bytes_of(data))
+                total += data.numel()
+                arrived(data.numel())
+        return total
 
     def _accept(self) -> None:
         while True:
@@ -112,38 +164,54 @@ class TcpBackend:
                 connection, _ = self._server.accept()
             except OSError:
                 return
-            threading.Thread(target=self._serve, args=(connection,), name="kv-tcp-peer", daemon=True).start()
+            threading.Thread(target=self._serve, args=(connection,), name="kv-tcp-in", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
         with connection:
-            connection.settimeout(60.0)
             try:
-                while head := connection.recv(_LENGTH.size, socket.MSG_WAITALL):
-                    (length,) = _LENGTH.unpack(head)
-                    if length > _MAX_ASK:
-                        return
-                    ask = _decoder.decode(_receive(connection, length, time.monotonic() + 60.0))
-                    self._answer(connection, ask)
-            except (OSError, struct.error, msgspec.DecodeError, TransferError) as error:
-                logger.warning("closing a KV connection: %s", error)
+                end = time.monotonic() + _SERVE_S
+                (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size, end))
+                if length > _MAX_ASK:
+                    raise TransferError(f"a request of {length} bytes is too long")
+                self._answer(connection, _decoder.decode(_receive(connection, length, end)), end)
+            except (OSError, msgspec.DecodeError, MigrateError) as error:
+                logger.debug("a KV connection ended: %s", error)
 
-    def _answer(self, connection: socket.socket, ask: _Ask) -> None:
-        known = ask.epoch == self._epoch and ask.pool < len(self._pools)
-        if not known or any(block >= self._pools[ask.pool].num_blocks for block in ask.blocks):
+    def _answer(self, connection: socket.socket, ask: _Ask, end: float) -> None:
+        blocks = unpack(ask.blocks)
+        if ask.epoch != self._epoch or (len(blocks) and int(blocks.max()) >= self._rows[0].shape[0]):
             connection.sendall(_REFUSED)
             return
-        pool = self._pools[ask.pool]
-        index = torch.tensor(list(ask.blocks), dtype=torch.int64, device=pool.tensor.device)
-        rows = pool.tensor.index_select(pool.block_dim, index).movedim(pool.block_dim, 0).contiguous().cpu()
         connection.sendall(_GRANTED)
-        connection.sendall(memoryview(rows.view(torch.uint8).reshape(-1).numpy()))
+        never = threading.Event()
+        if ask.push:
+            self._receive_rows(connection, blocks, end, never, lambda _: None)
+            connection.sendall(_GRANTED)
+        else:
+            self._send_rows(connection, blocks, end, never, lambda _: None)
 
-    def progress(self) -> None:
+    def progress(self) -> list[Generator[bool, None, None]]:
         """Nothing to do: threads of our own serve."""
+        return []
 
     def close(self) -> None:
         """Stop serving."""
+        # Closing alone does not wake a thread that waits in accept.
+        try:
+            self._server.shutdown(socket.SHUT_RDWR)
+        except OSError as error:
+            logger.debug("closing the KV server: %s", error)
         self._server.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _left(end: float) -> float:
+    return max(0.001, end - time.monotonic())
+
+
+def _check(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise TransferCancelled("the transfer was stopped")
 
 
 def _receive(sock: socket.socket, count: int, end: float) -> bytes:
@@ -155,8 +223,19 @@ def _receive(sock: socket.socket, count: int, end: float) -> bytes:
 def _receive_into(sock: socket.socket, view: memoryview, end: float) -> None:
     done = 0
     while done < len(view):
-        sock.settimeout(max(0.001, end - time.monotonic()))
+        sock.settimeout(_left(end))
         got = sock.recv_into(view[done:])
         if not got:
             raise TransferError("the connection was closed in the middle of a block")
         done += got
+
+
+def _parts(blocks: Ints, row: torch.Tensor) -> list[torch.Tensor]:
+    """Block ids in groups of bounded bytes."""
+    step = max(1, _CHUNK_BYTES // row.shape[1])
+    return [torch.from_numpy(blocks[start : start + step]) for start in range(0, len(blocks), step)]
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    flat: Any = tensor.reshape(-1).numpy()
+    return memoryview(flat)

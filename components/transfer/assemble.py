@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts an agent together: which lanes this host and installation have, and the record that says so.
+
+Called once, at start. Raises ``TransferUnavailable`` when a named transport or every way is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.errors import TransferUnavailable
+from components.transfer import lanes
+from components.transfer.config import AgentConfig, KVPool, Strategy, Transport
+from components.transfer.control.directory import Directory
+from components.transfer.control.record import AgentRecord, RegionRecord
+from components.transfer.data.base import Backend
+from components.transfer.data.local import IpcBackend, LocalBackend
+from components.transfer.data.nixl import NixlLink, nixl_is_available
+from components.transfer.data.staging import Staging
+from components.transfer.data.tcp import TcpBackend
+from components.transfer.layout import Region, region_of
+from components.transfer.session.exchange import Exchange
+
+logger = logging.getLogger(__name__)
+
+_PASSIVE_WORK = frozenset({Transport.TCP, Transport.IB, Transport.NVLINK})
+"""Lanes on which the side that is read from takes part in moving the bytes."""
+_STAGING_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """An agent's lanes, best first, and its record."""
+
+    backends: list[Backend]
+    record: AgentRecord | None
+
+
+def host_id() -> str:
+    """The same for all processes of one machine, containers included."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.is_file() else socket.gethostname()
+
+
+def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory: Directory) -> Assembly:
+    """Register the pools with every lane that is wanted and there."""
+    lanes.check(config.transport)
+    regions = [region_of(pool) for pool in pools]
+    if not regions:
+        raise TransferUnavailable("an agent needs at least one KV pool")
+    if len({r.tensor.device for r in regions}) != 1 or len({r.rows[0].shape[0] for r in regions}) != 1:
+        raise TransferUnavailable("all KV pools of an agent must be on one device and have equally many blocks")
+    host = host_id()
+    backends: list[Backend] = []
+    blob, address, ipc = b"", "", ()
+    for name in config.backends:
+        if name == "nixl" and (exchange := _nixl(config, epoch, regions, directory)) is not None:
+            backends.append(exchange)
+            blob = exchange.link.blob()
+        elif name == "local":
+            backends.append(LocalBackend(epoch, regions))
+        elif name == "cuda_ipc" and regions[0].tensor.is_cuda and (own := _ipc(host, regions)) is not None:
+            backends.append(own)
+            ipc = own.handles()
+        elif name == "tcp":
+            tcp = TcpBackend(epoch, regions, config.advertise_host)
+            backends.append(tcp)
+            address = tcp.address
+    if not backends:
+        raise TransferUnavailable(f"none of the backends {config.backends} is there: {nixl_is_available()[1]}")
+    record = AgentRecord(
+        name=config.name,
+        epoch=epoch,
+        started=time.time(),
+        host=host,
+        blob=blob,
+        tcp_address=address,
+        ipc=ipc,
+        fingerprint=config.fingerprint,
+        block_size=config.block_size,
+        dtype=config.dtype,
+        layers=config.layers,
+        kv_heads=config.kv_heads,
+        head_size=config.head_size,
+        num_blocks=regions[0].rows[0].shape[0],
+        tp_rank=config.tp_rank,
+        tp_size=config.tp_size,
+        regions=tuple(_published(region) for region in regions),
+        lanes=tuple(backend.lane for backend in backends),
+    )
+    return Assembly(backends, record)
+
+
+def _published(region: Region) -> RegionRecord:
+    device = region.tensor.device
+    segments = tuple((s.address, s.stride, s.length) for s in region.segments)
+    return RegionRecord(region.name, device.type, device.index or 0, region.order, segments)
+
+
+def _nixl(config: AgentConfig, epoch: str, regions: list[Region], directory: Directory) -> Exchange | None:
+    available, why = nixl_is_available()
+    if not available:
+        logger.warning("NIXL is not used: %s; falling back to other lanes", why)
+        return None
+    lanes.apply(config.transport)
+    device = regions[0].tensor.device.type
+    staging = None
+    if _may_stage(config, device):
+        staging = Staging(regions, config.staging_bytes or _STAGING_BYTES.get(device, 64 << 20))
+    memory = [region.tensor for region in regions] + ([staging.buffer] if staging else [])
+    own_thread = device == "cuda" or config.transport in _PASSIVE_WORK
+    link = NixlLink(f"{config.name}/{epoch}", memory, config.piece_bytes, own_thread)
+    return Exchange(config, epoch, link, regions, staging, directory, lambda: lanes.observed(config.transport))
+
+
+def _may_stage(config: AgentConfig, device: str) -> bool:
+    if config.strategy is Strategy.AUTO:
+        return device == "cuda" or config.transport is Transport.TCP or config.direct_bytes > 0
+    return config.strategy is Strategy.STAGED
+
+
+def _ipc(host: str, regions: list[Region]) -> IpcBackend | None:
+    backend = IpcBackend(host, regions)
+    try:
+        backend.handles()
+    except RuntimeError as error:
+        logger.info("device memory cannot be shared between processes: %s", error)
+        return None
+    return backend

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The local copy of all agent records: what a peer knows while the store is away.
+
+Thread-safe; ``wait`` blocks. An older life of an agent never replaces a newer one, whatever order events
+come in.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection
+
+from components.transfer.control.record import AgentRecord
+
+
+class Directory:
+    """Records by agent name."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, AgentRecord] = {}
+        self._changed = threading.Condition()
+
+    def put(self, record: AgentRecord) -> None:
+        """A record appeared or changed."""
+        with self._changed:
+            known = self._records.get(record.name)
+            if known is not None and known.epoch != record.epoch and known.started > record.started:
+                return
+            self._records[record.name] = record
+            self._changed.notify_all()
+
+    def remove(self, name: str) -> None:
+        """An agent is gone."""
+        with self._changed:
+            self._records.pop(name, None)
+            self._changed.notify_all()
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Drop all other agents."""
+        with self._changed:
+            for name in set(self._records) - set(names):
+                del self._records[name]
+            self._changed.notify_all()
+
+    def get(self, name: str) -> AgentRecord | None:
+        """The newest known record of an agent."""
+        with self._changed:
+            return self._records.get(name)
+
+    def names(self) -> list[str]:
+        """All known agents."""
+        with self._changed:
+            return sorted(self._records)
+
+    def wait(self, name: str, timeout_s: float) -> AgentRecord | None:
+        """The record of an agent, waiting for it to appear."""
+        with self._changed:
+            self._changed.wait_for(lambda: name in self._records, timeout_s)
+            return self._records.get(name)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Agent records over NATS: as the store (JetStream KV with a time to live), or as notices beside etcd.
+
+``NatsStore`` puts the record again every third of the lease time; NATS drops it when that stops. NATS tells
+watchers of puts and deletes but not of expiry, so every agent drops records it has not seen for a lease time
+while the server was there. ``Notices`` publishes a record to all agents at once and answers nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Callable
+from typing import Any
+
+import nats
+from nats.aio.msg import Msg
+from nats.js.api import KeyValueConfig
+from nats.js.errors import BucketNotFoundError
+
+from components.errors import MigrateError
+from components.transfer.config import AgentConfig
+from components.transfer.control.directory import Directory
+from components.transfer.control.record import AgentRecord, decode, encode
+from components.transfer.control.store import first_of, forever, quietly
+
+logger = logging.getLogger(__name__)
+_CALL_S = 5.0
+
+
+async def _connect(config: AgentConfig) -> Any:
+    options: dict[str, Any] = {"allow_reconnect": False, "connect_timeout": 5, "max_reconnect_attempts": 1}
+    if config.nats_credentials:
+        options["user_credentials"] = config.nats_credentials
+    if config.nats_ca:
+        options["tls"] = ssl.create_default_context(cafile=config.nats_ca)
+
+    async def log(error: Exception) -> None:
+        logger.debug("NATS: %s", error)
+
+    return await asyncio.wait_for(nats.connect(config.nats_url, error_cb=log, **options), _CALL_S)
+
+
+def _learn(directory: Directory, value: bytes) -> AgentRecord | None:
+    try:
+        record = decode(value)
+    except MigrateError as error:
+        logger.warning("ignoring a record from NATS: %s", error)
+        return None
+    directory.put(record)
+    return record
+
+
+class NatsStore:
+    """Records in a JetStream KV bucket, one for each namespace."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        self._config = config
+        self._bucket = "dynamo-migrate-" + "".join(c if c.isalnum() or c in "-_" else "_" for c in config.namespace)
+        self._ttl_s = config.lease_ttl_s
+
+    async def run(self, record: AgentRecord, directory: Directory, published: Callable[[], None]) -> None:
+        """See ``RecordStore``."""
+        where = f"NATS at {self._config.nats_url}"
+        await forever(where, lambda: self._session(record, directory, published))
+
+    async def _session(self, record: AgentRecord, directory: Directory, published: Callable[[], None]) -> None:
+        client = await _connect(self._config)
+        key = record.name.encode().hex()
+        bucket = None
+        try:
+            bucket = await self._open(client.jetstream(timeout=_CALL_S))
+            await bucket.put(key, encode(record))
+            published()
+            seen: dict[str, float] = {}
+            await first_of(
+                self._keep(bucket, key, record), self._watch(bucket, directory, seen), self._expire(directory, seen)
+            )
+        finally:
+            if bucket is not None:
+                await quietly(asyncio.wait_for(bucket.delete(key), 2.0))
+            await quietly(client.close())
+
+    async def _open(self, stream: Any) -> Any:
+        try:
+            return await stream.key_value(self._bucket)
+        except BucketNotFoundError:
+            return await stream.create_key_value(KeyValueConfig(self._bucket, ttl=float(self._ttl_s), history=1))
+
+    async def _keep(self, bucket: Any, key: str, record: AgentRecord) -> None:
+        while True:
+            await asyncio.sleep(self._ttl_s / 3)
+            await bucket.put(key, encode(record))
+
+    async def _watch(self, bucket: Any, directory: Directory, seen: dict[str, float]) -> None:
+        watcher = await bucket.watchall()
+        async for entry in watcher:
+            if entry is None:
+                continue
+            name = bytes.fromhex(entry.key).decode()
+            if entry.operation in ("DEL", "PURGE"):
+                seen.pop(name, None)
+                directory.remove(name)
+            elif _learn(directory, entry.value or b"") is not None:
+                seen[name] = asyncio.get_running_loop().time()
+        raise MigrateError("the watch ended")
+
+    async def _expire(self, directory: Directory, seen: dict[str, float]) -> None:
+        while True:
+            await asyncio.sleep(self._ttl_s / 2)
+            now = asyncio.get_running_loop().time()
+            for name in [n for n, at in seen.items() if now - at > 1.5 * self._ttl_s]:
+                del seen[name]
+                directory.remove(name)
+
+
+class Notices:
+    """Tells other agents of our record at once, beside etcd; loss is harmless."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        self._config = config
+        self._subject = f"dynamo-migrate.{config.namespace}.agents".replace(" ", "_")
+        self._again = asyncio.Event()
+
+    def announce(self) -> None:
+        """Publish the record once more."""
+        self._again.set()
+
+    async def run(self, record: AgentRecord, directory: Directory) -> None:
+        """Publish and listen until cancelled."""
+        await forever(f"NATS at {self._config.nats_url}", lambda: self._session(record, directory))
+
+    async def _session(self, record: AgentRecord, directory: Directory) -> None:
+        client = await _connect(self._config)
+
+        async def heard(message: Msg) -> None:
+            _learn(directory, message.data)
+
+        try:
+            await client.subscribe(self._subject, cb=heard)
+            while client.is_connected:
+                await client.publish(self._subject, encode(record))
+                self._again.clear()
+                await quietly(asyncio.wait_for(self._again.wait(), self._config.lease_ttl_s))
+            raise MigrateError("the connection was closed")
+        finally:
+            await quietly(client.close())

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bounded, registered buffers in which scattered blocks become one piece of memory.
+
+A slot holds a chunk of blocks, laid out segment by segment, each segment's blocks next to each other. Half of
+the slots send and half receive, so that two agents that fetch from each other cannot starve.
+Threading: worker thread only. On CUDA all work is queued on a stream of its own; ``Gate.ready`` tells when it
+is done. The caller guarantees that the engine's writes to the blocks have ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from components.transfer.data import kernels
+from components.transfer.layout import Ints, Region, block_bytes
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Completion of a gather or scatter."""
+
+    event: torch.cuda.Event | None
+
+    def ready(self) -> bool:
+        """True once the copy has ended."""
+        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
+
+
+class Staging:
+    """Slots of equal size and the copies between them and the pools."""
+
+    def __init__(self, regions: Sequence[Region], limit_bytes: int, slots: int = 4) -> None:
+        self._rows = [rows for region in regions for rows in region.rows]
+        self.device = self._rows[0].device
+        self.block_bytes = block_bytes(regions)
+        # A slot has room for one block at least, whatever the limit says.
+        self.blocks_per_slot = max(1, limit_bytes // slots // self.block_bytes)
+        self.slot_bytes = -(-self.blocks_per_slot * self.block_bytes // 512) * 512
+        self.buffer = torch.empty(slots * self.slot_bytes, dtype=torch.uint8, device=self.device)
+        half = slots // 2
+        self._free = {"send": list(range(half)), "receive": list(range(half, slots))}
+        self._stream = _stream(self.device)
+        self._copier = kernels.copier(self._rows)
+
+    def address(self, slot: int) -> int:
+        """Where a slot begins."""
+        return int(self.buffer.data_ptr()) + slot * self.slot_bytes
+
+    def acquire(self, side: str, count: int) -> list[int]:
+        """Up to ``count`` free slots of a side; may be empty."""
+        free = self._free[side]
+        taken, self._free[side] = free[:count], free[count:]
+        return taken
+
+    def release(self, side: str, slots: Sequence[int]) -> None:
+        """Give slots back."""
+        self._free[side].extend(slots)
+
+    def chunks(self, count: int, slot_bytes: int) -> list[tuple[int, int]]:
+        """Block ranges that fill a slot of ours and one of ``slot_bytes`` at the peer."""
+        size = max(1, min(self.blocks_per_slot, slot_bytes // self.block_bytes))
+        return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def index(self, blocks: Ints) -> torch.Tensor:
+        """Block ids where the copies need them; made once for each transfer."""
+        return torch.from_numpy(blocks).to(self.device)
+
+    def gather(self, blocks: torch.Tensor, slot: int) -> Gate:
+        """Copy blocks into a slot."""
+        return self._run(blocks, slot, gather=True)
+
+    def scatter(self, blocks: torch.Tensor, slot: int) -> Gate:
+        """Copy a slot into blocks."""
+        return self._run(blocks, slot, gather=False)
+
+    def _run(self, blocks: torch.Tensor, slot: int, gather: bool) -> Gate:
+        start = slot * self.slot_bytes
+        buffer = self.buffer[start : start + self.slot_bytes]
+        if self._stream is None:
+            self._copier(blocks, buffer, gather)
+            return Gate(None)
+        with torch.cuda.stream(self._stream):
+            self._copier(blocks, buffer, gather)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._stream)
+        return Gate(event)
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

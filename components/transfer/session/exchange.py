@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The NIXL way of moving blocks: READ, WRITE on request, or staged, chosen for each transfer.
+
+Implements ``Backend``; the messages and their order are in ``messages.py``. Runs on the worker thread.
+READ is for host memory, WRITE for device memory in long runs (a remote GET of device memory without NVLink
+falls back to TCP), staging for device memory in short runs and for wires that pay for each descriptor.
+A source writes for an ``Ask`` only while its budget lasts and always says ``Ended``: the destination fails a
+transfer only after that word, or after the worker's grace, and then names the blocks as poisoned. Staged
+transfers cannot be poisoned: the peer writes into our slots, never into our blocks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from components.errors import DeadlineExceeded, MigrateError, TransferError, from_code
+from components.transfer.config import AgentConfig, Strategy, TransferResult, Transport
+from components.transfer.control.directory import Directory
+from components.transfer.control.record import AgentRecord
+from components.transfer.data.base import Copy, Steps
+from components.transfer.data.nixl import Moved, NixlLink
+from components.transfer.data.staging import Staging
+from components.transfer.layout import Ints, Region, Segment, extents, runs
+from components.transfer.session import messages as wire
+from components.transfer.session.serve import serve_ask, serve_invite
+
+logger = logging.getLogger(__name__)
+
+_DIRECT_BYTES = {"cuda": 2 << 20, "cpu": 0}
+"""Mean run from which direct descriptors beat staging, as measured (docs/transfer.md)."""
+_DIRECT_TCP_BYTES = 0
+
+
+@dataclass
+class Inbox:
+    """What came for one transfer of ours."""
+
+    landed: set[int] = field(default_factory=set)
+    freed: set[int] = field(default_factory=set)
+    ended: wire.Ended | None = None
+    stopped: bool = False
+    greeted: bool = False
+
+
+class Exchange:
+    """See the module docstring."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        epoch: str,
+        link: NixlLink,
+        regions: Sequence[Region],
+        staging: Staging | None,
+        directory: Directory,
+        lane: Callable[[], str],
+    ) -> None:
+        self._config = config
+        self._epoch = epoch
+        self.link = link
+        self.segments = [segment for region in regions for segment in region.segments]
+        self.num_blocks = regions[0].rows[0].shape[0]
+        self.staging = staging
+        self._directory = directory
+        self._lane = lane
+        self._ids = itertools.count(secrets.randbits(60))
+        self.inboxes: dict[tuple[str, int], Inbox] = {}
+        self._quarantine: dict[tuple[str, int], Callable[[], None]] = {}
+
+    @property
+    def lane(self) -> str:
+        """Backend and the transport that UCX really chose, where it tells."""
+        return self._lane()
+
+    def reaches(self, peer: AgentRecord) -> bool:
+        """True when the peer has NIXL as well."""
+        return bool(peer.blob)
+
+    def fetch(self, copy: Copy) -> Steps:
+        """See ``Backend``."""
+        strategy = self.choose(copy)
+        if strategy is Strategy.READ:
+            return self._direct(copy, "READ", Strategy.READ)
+        if strategy is Strategy.STAGED and self.staging is not None:
+            return self._fetch_staged(copy, self.staging)
+        return self._ask_direct(copy)
+
+    def push(self, copy: Copy) -> Steps:
+        """See ``Backend``."""
+        if self.choose(copy) is Strategy.STAGED:
+            return self._invite(copy)
+        return self._direct(copy, "WRITE", Strategy.WRITE)
+
+    def fetch_invited(self, copy: Copy) -> Steps:
+        """Fetch for a peer that pushes: staged, since it would have written by itself otherwise."""
+        return self._ask_direct(copy) if self.staging is None else self._fetch_staged(copy, self.staging)
+
+    def choose(self, copy: Copy) -> Strategy:
+        """The strategy for these blocks."""
+        if self._config.strategy is not Strategy.AUTO:
+            return self._config.strategy
+        device = copy.peer.regions[0].device if copy.peer.regions[0].device == "cuda" else self._device()
+        limit = self._config.direct_bytes or _DIRECT_BYTES.get(device, 0)
+        if device == "cpu" and self._config.transport is Transport.TCP:
+            limit = self._config.direct_bytes or _DIRECT_TCP_BYTES
+        if limit and self.staging is not None and len(copy.ours) and self._mean_run(copy) < limit:
+            return Strategy.STAGED
+        return Strategy.READ if device == "cpu" else Strategy.WRITE
+
+    def _device(self) -> str:
+        return "cuda" if self.link.memory == "VRAM" else "cpu"
+
+    def _mean_run(self, copy: Copy) -> float:
+        per_block = sum(s.length for s in self.segments) / len(self.segments)
+        return per_block * len(copy.ours) / max(1, len(runs(copy.theirs, copy.ours)[0]))
+
+    def memory(self, copy: Copy) -> Ints:
+        """Extents of the copy's blocks on both sides."""
+        theirs = [Segment(*s) for region in copy.peer.regions for s in region.segments]
+        return extents(self.segments, theirs, copy.ours, copy.theirs)
+
+    def _direct(self, copy: Copy, operation: str, strategy: Strategy) -> Steps:
+        start = time.perf_counter()
+        memory = self.memory(copy)
+        moved = Moved(prep_s=time.perf_counter() - start)
+        yield from self.link.move(operation, copy.peer, memory, moved, copy.arrived, copy.poison)
+        return self.result(moved, strategy)
+
+    def result(self, moved: Moved | wire.Ended, strategy: Strategy) -> TransferResult:
+        """Figures of a move as a result."""
+        return TransferResult(
+            moved.bytes, moved.descriptors, moved.prep_s, moved.post_s, moved.wire_s, self.lane, strategy
+        )
+
+    def _open(self, peer: AgentRecord) -> tuple[int, Inbox]:
+        number = next(self._ids)
+        inbox = self.inboxes[peer.key, number] = Inbox()
+        return number, inbox
+
+    def send(self, peer: AgentRecord, message: wire.Message) -> None:
+        """Send a message to a peer."""
+        self.link.notify(peer, wire.encode(message))
+
+    def _ask(self, copy: Copy, number: int, slots: tuple[int, ...], slot_bytes: int) -> wire.Ask:
+        dst = b"" if slots else wire.pack(copy.ours)
+        budget = max(1, int((copy.end - time.monotonic()) * 1000))
+        request = copy.request_id[:1024]
+        return wire.Ask(number, copy.peer.epoch, request, wire.pack(copy.theirs), dst, slots, slot_bytes, budget)
+
+    def _ask_direct(self, copy: Copy) -> Steps:
+        number, inbox = self._open(copy.peer)
+        asked = False
+        try:
+            self.send(copy.peer, self._ask(copy, number, (), 0))
+            asked = True
+            yield True
+            yield from self._until(copy, number, inbox, lambda: _over(inbox))
+            ended = _require(inbox)
+            copy.arrived(ended.bytes)
+            return self.result(ended, Strategy.WRITE)
+        finally:
+            if asked and inbox.ended is None:
+                self._quarantine[copy.peer.key, number] = copy.poison()
+            del self.inboxes[copy.peer.key, number]
+
+    def _until(self, copy: Copy, number: int, inbox: Inbox, done: Callable[[], bool]) -> Generator[bool, None, None]:
+        # When this transfer fails the source is told, and its last word is waited for.
+        try:
+            while not done():
+                record = self._directory.get(copy.peer.name)
+                if record is None or record.epoch != copy.peer.epoch:
+                    raise TransferError(f"agent {copy.peer.name} is gone")
+                yield False
+        except MigrateError:
+            self._stop(copy.peer, number)
+            while inbox.ended is None:
+                yield False
+            raise
+
+    def _stop(self, peer: AgentRecord, number: int) -> None:
+        try:
+            self.send(peer, wire.Stop(number))
+        except TransferError as error:
+            logger.debug("agent %s could not be told to stop: %s", peer.name, error)
+
+    def _fetch_staged(self, copy: Copy, staging: Staging) -> Steps:
+        while not (slots := staging.acquire("receive", 2)):
+            yield False
+        number, inbox = self._open(copy.peer)
+        asked = False
+        try:
+            addresses = tuple(staging.address(slot) for slot in slots)
+            self.send(copy.peer, self._ask(copy, number, addresses, staging.slot_bytes))
+            asked = True
+            yield True
+            index = staging.index(copy.ours)
+            for chunk, (first, last) in enumerate(staging.chunks(len(copy.ours), staging.slot_bytes)):
+                yield from self._until(copy, number, inbox, partial(_here, inbox, chunk))
+                if chunk not in inbox.landed:
+                    _require(inbox)
+                    raise TransferError(f"agent {copy.peer.name} ended a transfer too early")
+                gate = staging.scatter(index[first:last], slots[chunk % len(slots)])
+                while not gate.ready():
+                    yield False
+                self.send(copy.peer, wire.Freed(number, chunk))
+                copy.arrived((last - first) * staging.block_bytes)
+            yield from self._until(copy, number, inbox, lambda: _over(inbox))
+            return self.result(_require(inbox), Strategy.STAGED)
+        finally:
+            if asked and inbox.ended is None:
+                # A hanging peer may still write into these slots: they come back with its last word.
+                self._quarantine[copy.peer.key, number] = lambda: staging.release("receive", slots)
+            else:
+                staging.release("receive", slots)
+            del self.inboxes[copy.peer.key, number]
+
+    def _invite(self, copy: Copy) -> Steps:
+        number, inbox = self._open(copy.peer)
+        try:
+            budget = max(1, int((copy.end - time.monotonic()) * 1000))
+            src, dst = wire.pack(copy.ours), wire.pack(copy.theirs)
+            request = copy.request_id[:1024]
+            self.send(copy.peer, wire.Invite(number, copy.peer.epoch, request, src, dst, budget))
+            yield True
+            yield from self._until(copy, number, inbox, lambda: _over(inbox))
+            ended = _require(inbox)
+            copy.arrived(ended.bytes)
+            return self.result(ended, Strategy.STAGED)
+        finally:
+            del self.inboxes[copy.peer.key, number]
+
+    def warm_up(self, copy: Copy) -> Steps:
+        """Load metadata, connect both ways."""
+        number, inbox = self._open(copy.peer)
+        start = time.perf_counter()
+        try:
+            self.send(copy.peer, wire.Hello(number, reply=True))
+            while not inbox.greeted:
+                yield False
+            return TransferResult(wire_s=time.perf_counter() - start, lane=self.lane)
+        finally:
+            del self.inboxes[copy.peer.key, number]
+
+    def progress(self) -> list[Generator[bool, None, None]]:
+        """See ``Backend``."""
+        new = []
+        for sender, batch in self.link.poll().items():
+            for data in batch:
+                try:
+                    service = self._receive(sender, wire.decode(data))
+                except TransferError as error:
+                    logger.warning("a message from %s: %s", sender, error)
+                    continue
+                if service is not None:
+                    new.append(service)
+        return new
+
+    def _receive(self, sender: str, message: wire.Message) -> Generator[bool, None, None] | None:
+        inbox = self.inboxes.get((sender, message.id))
+        match message:
+            case wire.Ask():
+                return self._with_peer(sender, message)
+            case wire.Invite():
+                return self._with_peer(sender, message)
+            case wire.Hello(reply=True):
+                return self._with_peer(sender, message)
+            case wire.Hello() if inbox is not None:
+                inbox.greeted = True
+            case wire.Landed() if inbox is not None:
+                inbox.landed.add(message.chunk)
+            case wire.Freed() if inbox is not None:
+                inbox.freed.add(message.chunk)
+            case wire.Ended() if inbox is not None:
+                inbox.ended = message
+            case wire.Stop() if inbox is not None:
+                inbox.stopped = True
+            case wire.Ended() if (sender, message.id) in self._quarantine:
+                self._quarantine.pop((sender, message.id))()
+            case _:
+                logger.debug("agent %s: %s for a transfer that is over", sender, type(message).__name__)
+        return None
+
+    def _with_peer(self, sender: str, message: wire.Ask | wire.Invite | wire.Hello) -> Generator[bool, None, None]:
+        # A peer that has just started may ask before its record has reached us.
+        name, _, epoch = sender.rpartition("/")
+        end = time.monotonic() + 5.0
+        inbox = self.inboxes[sender, message.id] = Inbox()
+        try:
+            while (peer := self._directory.get(name)) is None or peer.epoch != epoch:
+                if time.monotonic() > end:
+                    logger.warning("agent %s sent a request but has published no record", sender)
+                    return
+                yield False
+            if isinstance(message, wire.Hello):
+                self.send(peer, wire.Hello(message.id, reply=False))
+            elif message.epoch != self._epoch:
+                text = f"agent {self._config.name} is in epoch {self._epoch}"
+                self.send(peer, wire.Ended(message.id, "stale_epoch", text))
+            elif isinstance(message, wire.Invite):
+                yield from serve_invite(self, peer, message, inbox)
+            else:
+                yield from serve_ask(self, peer, message, inbox)
+        except TransferError as error:
+            logger.warning("serving agent %s: %s", sender, error)
+        finally:
+            self.inboxes.pop((sender, message.id), None)
+
+    def check_blocks(self, blocks: Ints) -> None:
+        """Raise ``TransferError`` when a block is not one of ours."""
+        if len(blocks) and int(np.max(blocks)) >= self.num_blocks:
+            raise TransferError(f"agent {self._config.name} has {self.num_blocks} blocks, not {int(np.max(blocks))}")
+
+    def close(self) -> None:
+        """See ``Backend``."""
+        self.link.close()
+
+
+def _over(inbox: Inbox) -> bool:
+    return inbox.ended is not None
+
+
+def _here(inbox: Inbox, chunk: int) -> bool:
+    return chunk in inbox.landed or inbox.ended is not None
+
+
+def _require(inbox: Inbox) -> wire.Ended:
+    if inbox.ended is None:
+        raise TransferError("the peer did not say how the transfer ended")
+    if inbox.ended.code:
+        error = from_code(inbox.ended.code, inbox.ended.message)
+        raise error if isinstance(error, TransferError | DeadlineExceeded) else TransferError(str(error))
+    return inbox.ended

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages between two agents, carried as NIXL notifications.
+
+    destination                              source
+    Ask(src, slots | dst) ---------------->  checks, then for each chunk: gather, WRITE
+    <-------------------- Landed(chunk) ---  (rides on the WRITE: it arrives after the bytes)
+    scatter, Freed(chunk) ---------------->  may overwrite that slot
+    <-------------------------- Ended ----   nothing will be written any more
+    Stop ----------------------------->      answered with Ended
+
+    Invite(src, dst)                         a source asks the destination to send it an Ask
+
+``decode`` bounds sizes and raises ``TransferError``; what it returns may still name unknown blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+import numpy as np
+
+from components.errors import TransferError
+from components.transfer.layout import Ints
+
+MAX_MESSAGE_BYTES = 16 << 20
+MAX_BLOCKS = 1 << 20
+
+_Id = Annotated[int, msgspec.Meta(ge=0)]
+_Text = Annotated[str, msgspec.Meta(max_length=1024)]
+_Blocks = Annotated[bytes, msgspec.Meta(max_length=4 * MAX_BLOCKS)]
+
+
+class Ask(msgspec.Struct, frozen=True, tag="ask"):
+    """Write these blocks of yours to me: into ``slots`` in turn, or, without slots, into blocks ``dst``."""
+
+    id: _Id
+    epoch: _Text
+    """Whom it is meant for: refused by any other life of that agent."""
+    request_id: _Text
+    src: _Blocks
+    dst: _Blocks
+    slots: Annotated[tuple[_Id, ...], msgspec.Meta(max_length=64)]
+    slot_bytes: _Id
+    budget_ms: _Id
+
+
+class Landed(msgspec.Struct, frozen=True, tag="landed"):
+    """A chunk is in its slot."""
+
+    id: _Id
+    chunk: _Id
+
+
+class Freed(msgspec.Struct, frozen=True, tag="freed"):
+    """A chunk's slot may be written again."""
+
+    id: _Id
+    chunk: _Id
+
+
+class Ended(msgspec.Struct, frozen=True, tag="ended"):
+    """The source will write no more for this id. ``code`` is empty or that of an error."""
+
+    id: _Id
+    code: _Text = ""
+    message: _Text = ""
+    bytes: int = 0
+    descriptors: int = 0
+    prep_s: float = 0.0
+    post_s: float = 0.0
+    wire_s: float = 0.0
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """Write no more for this id, and say so."""
+
+    id: _Id
+
+
+class Invite(msgspec.Struct, frozen=True, tag="invite"):
+    """Fetch these blocks of mine into those of yours, and tell me how it ended."""
+
+    id: _Id
+    epoch: _Text
+    request_id: _Text
+    src: _Blocks
+    dst: _Blocks
+    budget_ms: _Id
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """Warms the connection; ``reply`` asks for one back."""
+
+    id: _Id
+    reply: bool
+
+
+Message = Ask | Landed | Freed | Ended | Stop | Invite | Hello
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    """The message as msgpack."""
+    return msgspec.msgpack.encode(message)
+
+
+def decode(data: bytes) -> Message:
+    """Read a message. Raises ``TransferError`` on anything malformed or too large."""
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise TransferError(f"a message of {len(data)} bytes is larger than {MAX_MESSAGE_BYTES}")
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise TransferError(f"not a message of an agent: {error}") from error
+
+
+def pack(blocks: Ints) -> bytes:
+    """Block ids as 32-bit little-endian integers."""
+    return bytes(blocks.astype("<u4").tobytes())
+
+
+def unpack(data: bytes) -> Ints:
+    """Reverse of ``pack``."""
+    if len(data) % 4:
+        raise TransferError("a block list is cut off")
+    return np.frombuffer(data, "<u4").astype(np.int64)

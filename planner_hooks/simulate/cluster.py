@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The event loop: arrivals are dispatched, workers run, the planner ticks, requests move, workers come and go.
+
+Dispatch is what a router does without migration: round robin, sessions pinned to workers, or Dynamo's KV router (fewest
+prompt tokens to compute plus fewest active tokens). The policies see columns as they would see live ones, and a plan is
+carried out as the router would: reserve at the destination, copy while the source decodes, cut over, release.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+
+import msgspec
+import numpy as np
+
+from planner_hooks.estimate import RemainingEstimate
+from planner_hooks.plan import Move, Plan, Policy
+from planner_hooks.policies.consolidate import emptying_cost
+from planner_hooks.simulate.model import WorkerModel
+from planner_hooks.simulate.traces import Arrival
+from planner_hooks.simulate.worker import NOT_YET, Request, Worker
+from planner_hooks.snapshot import Snapshot
+
+
+class Dispatch(StrEnum):
+    """Which worker a new request goes to."""
+
+    ROUND_ROBIN = "round-robin"
+    STICKY = "sticky"
+    KV = "kv"
+
+
+class Scaling(msgspec.Struct, frozen=True):
+    """A planner that keeps the mean KV usage between two values."""
+
+    low: float = 0.45
+    high: float = 0.75
+    interval_s: float = 10.0
+    startup_s: float = 20.0
+    min_workers: int = 1
+
+
+class Cluster:
+    """One run. ``policy`` None means that nothing ever moves."""
+
+    def __init__(
+        self,
+        model: WorkerModel,
+        workers: int,
+        dispatch: Dispatch = Dispatch.ROUND_ROBIN,
+        policy: Policy | None = None,
+        scaling: Scaling | None = None,
+        tick_s: float = 1.0,
+    ) -> None:
+        self.model = model
+        self.time_s = 0.0
+        self.workers: list[Worker] = []
+        self.all_workers: list[Worker] = []
+        self.finished: list[Request] = []
+        self.rejected = 0
+        self.moves = 0
+        self.failed_moves = 0
+        self.bytes_moved = 0
+        self.by_policy: Counter[str] = Counter()
+        self.decision_s: list[float] = []
+        self._dispatch = dispatch
+        self._policy = policy
+        self._scaling = scaling
+        self._tick_s = tick_s
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = itertools.count()
+        self._turn = itertools.count()
+        self._remaining = RemainingEstimate()
+        self._routed = np.zeros(0)
+        self._holders: defaultdict[int, set[int]] = defaultdict(set)
+        self._unfinished = 0
+        self._starting = 0
+        for _ in range(workers):
+            self._add_worker()
+
+    # Events
+
+    def _at(self, time_s: float, call: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (time_s, next(self._count), call))
+
+    def run(self, arrivals: Sequence[Arrival], drain_limit_s: float = 600.0) -> None:
+        """Simulate until everything has finished, or ``drain_limit_s`` after the last arrival."""
+        feed = iter(arrivals)
+        self._unfinished = len(arrivals)
+        self._feed(feed)
+        end = arrivals[-1].time_s + drain_limit_s
+        if self._policy is not None:
+            self._at(self._tick_s, self._tick)
+        if self._scaling is not None:
+            self._at(self._scaling.interval_s, self._scale)
+        while self._events and self._unfinished > 0:
+            self.time_s, _, call = heapq.heappop(self._events)
+            if self.time_s > end:
+                break
+            call()
+        for worker in self.workers:
+            worker.gone_s = min(worker.gone_s, self.time_s)
+
+    def _feed(self, feed: object) -> None:
+        arrival: Arrival | None = next(feed, None)  # type: ignore[call-overload]
+        if arrival is None:
+            return
+
+        def arrive() -> None:
+            self._arrive(arrival)
+            self._feed(feed)
+
+        self._at(arrival.time_s, arrive)
+
+    def _arrive(self, arrival: Arrival) -> None:
+        room = int(0.9 * self.model.capacity_tokens) - arrival.prompt_tokens
+        if room < 1:
+            self.rejected += 1
+            self._unfinished -= 1
+            return
+        arrival = msgspec.structs.replace(arrival, output_tokens=min(arrival.output_tokens, room))
+        worker = self._place(arrival)
+        worker.advance(self.time_s)
+        worker.enqueue(Request(next(self._count), arrival))
+        self._routed[worker.key] += arrival.prompt_tokens
+        self._changed(worker)
+
+    def _changed(self, worker: Worker) -> None:
+        """After a change from outside: what can happen at once does, the next event is scheduled."""
+        if not worker.running and worker.prefill is None:
+            worker.settle()
+        self._schedule(worker)
+
+    def _schedule(self, worker: Worker) -> None:
+        worker.version += 1
+        version, due = worker.version, worker.next_event()
+        if due is None:
+            return
+
+        def happen() -> None:
+            if worker.version != version:
+                return
+            worker.run_to_event()
+            self._collect(worker)
+            self._schedule(worker)
+
+        self._at(max(due, self.time_s), happen)
+
+    def _collect(self, worker: Worker) -> None:
+        for request in worker.done:
+            self._remaining.finished(request.arrival.output_tokens)
+            self._routed[worker.key] -= request.arrival.prompt_tokens
+            self._unfinished -= 1
+        self.finished += worker.done
+        worker.done.clear()
+        if worker.leaving and worker.empty and self._scaling is not None and worker in self.workers:
+            self.workers.remove(worker)
+            worker.gone_s = self.time_s
+
+    # Dispatch
+
+    def _place(self, arrival: Arrival) -> Worker:
+        fit = [worker for worker in self.workers if not worker.leaving] or self.workers
+        if self._dispatch is Dispatch.ROUND_ROBIN:
+            return fit[next(self._turn) % len(fit)]
+        if self._dispatch is Dispatch.STICKY:
+            return fit[(arrival.session * 2654435761 >> 7) % len(fit)]
+        return self._least_cost(arrival)
+
+    def _least_cost(self, arrival: Arrival) -> Worker:
+        """As Dynamo's KV router: prompt tokens still to compute plus active prompt tokens that it has sent there."""
+        open_to = np.array([worker.gone_s == NOT_YET and not worker.leaving for worker in self.all_workers])
+        cost = np.where(open_to, self._routed, np.inf)
+        best = int(np.argmin(cost))
+        least = cost[best] + arrival.prompt_tokens
+        for key in self._holders.get(arrival.prefix[0], ()) if arrival.prefix else ():
+            cached = self.all_workers[key].overlap(arrival) * self.model.prefix_block_tokens
+            total = cost[key] + max(1, arrival.prompt_tokens - cached)
+            if total < least:
+                best, least = key, total
+        if arrival.prefix:
+            self._holders[arrival.prefix[0]].add(best)
+        return self.all_workers[best]
+
+    # Planner
+
+    def _tick(self) -> None:
+        if self._policy is None:
+            return
+        snapshot, rows = self.snapshot()
+        began = time.perf_counter()
+        plan = self._policy.plan(snapshot)
+        self.decision_s.append(time.perf_counter() - began)
+        self._carry_out(plan, rows)
+        self._at(self.time_s + self._tick_s, self._tick)
+
+    def snapshot(self) -> tuple[Snapshot, list[Request]]:
+        """Columns of this moment, and the request behind each row."""
+        rows: list[Request] = []
+        owner: list[int] = []
+        running: list[int] = []
+        for i, worker in enumerate(self.workers):
+            worker.advance(self.time_s)
+            rows += worker.running
+            running.append(len(worker.running))
+            rows += worker.waiting
+            owner += [i] * (len(worker.running) + len(worker.waiting))
+        index = {worker: i for i, worker in enumerate(self.workers)}
+        count = len(self.workers)
+        runs = np.array([r.worker is not None and r in r.worker.running for r in rows], dtype=bool)
+        generated = np.array([self.workers[o].generated(r) for r, o in zip(rows, owner, strict=True)], dtype=float)
+        need = generated + np.array([r.arrival.prompt_tokens for r in rows], dtype=float)
+        queued = np.bincount(np.array(owner, dtype=int)[~runs], weights=need[~runs], minlength=count).astype(float)
+
+        def column(values: Sequence[float]) -> np.ndarray:
+            return np.array(values, dtype=float)
+
+        workers = self.workers
+        snapshot = Snapshot(
+            time_s=self.time_s,
+            worker_ids=tuple(w.name for w in workers),
+            w_capacity=np.full(count, float(self.model.capacity_tokens)),
+            w_held=column([w.held for w in workers]),
+            w_queued=queued,
+            w_running=column([len(w.running) + (w.prefill is not None) for w in workers]),
+            w_waiting=column([len(w.waiting) for w in workers]),
+            w_max_seqs=np.full(count, float(self.model.max_seqs)),
+            w_step_s=column([w.mean_step_s() for w in workers]),
+            w_fresh=np.ones(count, dtype=bool),
+            w_leaving=np.array([w.leaving for w in workers], dtype=bool),
+            w_inbound=np.zeros(count),
+            w_outbound=column([sum(r.need for r in w.running if r.moving) if w.moves else 0.0 for w in workers]),
+            w_moves=np.array([w.moves for w in workers], dtype=np.int32),
+            request_ids=rows,  # type: ignore[arg-type]
+            r_worker=np.array(owner, dtype=np.int32),
+            r_kv=np.where(runs, need, 0.0),
+            r_need=need,
+            r_remaining=self._remaining.of(generated),
+            r_priority=np.array([r.arrival.priority for r in rows], dtype=np.int32),
+            r_running=runs,
+            r_waiting=~runs,
+            r_free=np.array([not r.moving for r in rows], dtype=bool),
+            r_since_move=self.time_s - column([r.last_move_s for r in rows]),
+            r_came_from=np.array([index.get(r.came_from, count) if r.moved else count for r in rows], dtype=np.int32),  # type: ignore[arg-type]
+            bytes_per_token=float(self.model.kv_bytes_per_token),
+            bytes_per_s=self.model.bytes_per_s,
+            overhead_s=self.model.overhead_s,
+            downtime_s=self.model.downtime_s,
+            pairs=Counter(
+                (index[r.worker], index[r.target])  # type: ignore[index]
+                for w in workers
+                if w.moves
+                for r in w.running
+                if r.moving and r.target in index
+            ),
+        )
+        return snapshot, rows
+
+    def _carry_out(self, plan: Plan, rows: list[Request]) -> None:
+        names = {worker.name: worker for worker in self.workers}
+        for name in plan.retire:
+            names[name].leaving = True
+        for name in plan.release:
+            names[name].leaving = False
+        touched: set[Worker] = set()
+        for move in plan.moves:
+            request, src, dst = rows[move.row], names[move.src], names[move.dst]
+            self._begin(move, request, src, dst, touched)
+        for worker in touched:
+            self._changed(worker)
+
+    def _begin(self, move: Move, request: Request, src: Worker, dst: Worker, touched: set[Worker]) -> None:
+        if request in src.waiting:
+            src.remove(request)
+            self._arrived(request, src, dst, move)
+            dst.enqueue(request)
+            touched |= {src, dst}
+            return
+        need = request.arrival.prompt_tokens + src.generated(request)
+        if dst.held + need > (1.0 - self.model.watermark) * self.model.capacity_tokens:
+            self.failed_moves += 1
+            return
+        dst.reserved += need
+        request.moving, request.target = True, dst
+        for worker in (src, dst):
+            worker.moves += 1
+        touched |= {src, dst}
+        sharing = max(src.moves, dst.moves)
+        bytes_moved = need * self.model.kv_bytes_per_token
+        takes = self.model.overhead_s + bytes_moved * sharing / self.model.bytes_per_s
+        epoch = request.epoch
+        self._at(self.time_s + takes, lambda: self._cut_over(move, request, src, dst, need, epoch))
+
+    def _cut_over(self, move: Move, request: Request, src: Worker, dst: Worker, reserved: int, epoch: int) -> None:
+        src.advance(self.time_s)
+        dst.advance(self.time_s)
+        request.moving = False
+        need = request.arrival.prompt_tokens + src.generated(request)
+        lost = request.epoch != epoch or request.worker is not src or request not in src.running
+        if lost or dst.held - reserved + need > self.model.capacity_tokens or dst not in self.workers:
+            dst.reserved -= reserved
+            self.failed_moves += 1
+            self._end_of_move(src, dst)
+            return
+        src.remove(request)
+        dst.reserved += need - reserved
+        request.stalled_since = self.time_s
+        self.bytes_moved += need * self.model.kv_bytes_per_token
+        self._arrived(request, src, dst, move)
+        request.worker = dst
+
+        def join() -> None:
+            dst.advance(self.time_s)
+            dst.reserved -= need
+            dst.join(request)
+            self._end_of_move(src, dst)
+
+        self._at(self.time_s + self.model.downtime_s, join)
+
+    def _end_of_move(self, src: Worker, dst: Worker) -> None:
+        for worker in (src, dst):
+            worker.moves -= 1
+            self._changed(worker)
+            self._collect(worker)
+
+    def _arrived(self, request: Request, src: Worker, dst: Worker, move: Move) -> None:
+        self._routed[src.key] -= request.arrival.prompt_tokens
+        self._routed[dst.key] += request.arrival.prompt_tokens
+        self.moves += 1
+        self.by_policy[move.policy] += 1
+        request.moved += 1
+        request.came_from, request.last_move_s = src, self.time_s
+
+    # Scaling
+
+    def _add_worker(self) -> None:
+        worker = Worker(len(self.all_workers), self.model, self.time_s)
+        self.workers.append(worker)
+        self.all_workers.append(worker)
+        self._routed = np.append(self._routed, 0.0)
+
+    def _scale(self) -> None:
+        scaling = self._scaling
+        if scaling is None:
+            return
+        stay = [worker for worker in self.workers if not worker.leaving]
+        load = sum(worker.held + worker.queued_tokens() for worker in self.workers) / self.model.capacity_tokens
+        mean = load / max(1, len(stay) + self._starting)
+        if mean > scaling.high:
+            # Take leaving workers back first: they need no start-up.
+            wanted = math.ceil(load / scaling.high) - len(stay) - self._starting
+            for worker in [w for w in self.workers if w.leaving][: max(0, wanted)]:
+                worker.leaving = False
+                wanted -= 1
+            for _ in range(max(0, wanted)):
+                self._starting += 1
+                self._at(self.time_s + scaling.startup_s, self._started)
+        elif mean < scaling.low and len(stay) > scaling.min_workers and not self._starting:
+            self._retire_one(stay, load)
+        self._at(self.time_s + scaling.interval_s, self._scale)
+
+    def _retire_one(self, stay: list[Worker], load: float) -> None:
+        scaling = self._scaling
+        if scaling is None or load / (len(stay) - 1) > scaling.high:
+            return
+        snapshot, _ = self.snapshot()
+        cost = emptying_cost(snapshot, np.arange(len(self.workers)))
+        victim = min(stay, key=lambda worker: float(cost[self.workers.index(worker)]))
+        victim.leaving = True
+        self._collect(victim)
+
+    def _started(self) -> None:
+        self._starting -= 1
+        self._add_worker()
+
+    def worker_hours(self) -> float:
+        """Time that workers existed."""
+        return sum((min(w.gone_s, self.time_s) - w.born_s) / 3600 for w in self.all_workers)

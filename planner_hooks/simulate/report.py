@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of a simulated run. Requests that never finished count as infinitely late."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import numpy as np
+
+from planner_hooks.simulate.cluster import Cluster
+from planner_hooks.simulate.model import Slo
+
+
+class Report(msgspec.Struct, frozen=True):
+    """One run. Times in milliseconds; ``goodput`` is the share of requests that kept both promises."""
+
+    requests: int
+    unfinished: int
+    ttft_p50_ms: float
+    ttft_p99_ms: float
+    tpot_p50_ms: float
+    tpot_p99_ms: float
+    stall_p99_ms: float
+    """Longest time without a token, by preemption or migration."""
+    goodput: float
+    preemptions: int
+    migrations: int
+    failed_migrations: int
+    gb_moved: float
+    worker_hours: float
+    decision_ms: float
+
+
+def report(cluster: Cluster, arrivals: int, slo: Slo, warmup_s: float = 0.0) -> Report:
+    """What came of a run; requests that arrived in the warm-up are left out."""
+    done = [r for r in cluster.finished if r.arrival.time_s >= warmup_s]
+    missing = arrivals - cluster.rejected - len(cluster.finished)
+    ttft = np.array([r.first_s - r.arrival.time_s for r in done] + [math.inf] * missing)
+    tpot = np.array(
+        [(r.done_s - r.first_s) / (r.arrival.output_tokens - 1) for r in done if r.arrival.output_tokens > 1]
+    )
+    good = sum(
+        r.first_s - r.arrival.time_s <= slo.ttft_s
+        and (r.done_s - r.first_s) <= slo.tpot_s * max(1, r.arrival.output_tokens - 1)
+        for r in done
+    )
+    stall = np.array([r.stall_s for r in done])
+
+    def at(values: np.ndarray, percent: float) -> float:
+        return 1e3 * float(np.percentile(values, percent, method="higher")) if len(values) else 0.0
+
+    return Report(
+        requests=len(done),
+        unfinished=missing,
+        ttft_p50_ms=at(ttft, 50),
+        ttft_p99_ms=at(ttft, 99),
+        tpot_p50_ms=at(tpot, 50),
+        tpot_p99_ms=at(tpot, 99),
+        stall_p99_ms=at(stall, 99),
+        goodput=good / max(1, len(done) + missing),
+        preemptions=sum(w.preemptions for w in cluster.all_workers),
+        migrations=cluster.moves,
+        failed_migrations=cluster.failed_moves,
+        gb_moved=cluster.bytes_moved / 1e9,
+        worker_hours=cluster.worker_hours(),
+        decision_ms=1e3 * float(np.median(cluster.decision_s)) if cluster.decision_s else 0.0,
+    )

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests to simulate: made up, or read from published trace files.
+
+Formats
+    Azure      CSV: TIMESTAMP, ContextTokens, GeneratedTokens (AzurePublicDataset, LLM inference 2023 and 2024)
+    BurstGPT   CSV: Timestamp, Model, Request tokens, Response tokens, ...
+    Mooncake   JSON lines: {"timestamp": ms, "input_length", "output_length", "hash_ids"}; Dynamo's replay reads it too
+
+Raises ``ConfigError`` for files that are none of these.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from components.errors import ConfigError
+
+
+class Arrival(msgspec.Struct, frozen=True):
+    """One request as a client sends it."""
+
+    time_s: float
+    prompt_tokens: int
+    output_tokens: int
+    priority: int = 0
+    prefix: tuple[int, ...] = ()
+    """Hash ids of the prompt's leading blocks."""
+    session: int = 0
+
+
+class Shape(StrEnum):
+    """How synthetic load is distributed."""
+
+    EVEN = "even"
+    """Equal lengths, smooth arrivals."""
+    HEAVY = "heavy"
+    """Log-normal prompts and Pareto outputs, Poisson arrivals."""
+    STICKY = "sticky"
+    """As heavy; sessions stay with their worker, and some sessions send far more than others."""
+    WAVE = "wave"
+    """As heavy; the rate swings between a quarter and the whole."""
+
+
+def synthetic(shape: Shape, rate: float, duration_s: float, seed: int = 0, important: float = 0.02) -> list[Arrival]:
+    """Requests at ``rate`` per second (peak rate for ``WAVE``)."""
+    rng = np.random.default_rng(seed)
+    count = max(1, int(rate * duration_s))
+    if shape is Shape.EVEN:
+        times = np.arange(count) / rate
+        return [Arrival(float(t), 512, 256) for t in times]
+    times = np.cumsum(rng.exponential(1.0 / rate, count))
+    if shape is Shape.WAVE:
+        share = 0.625 - 0.375 * np.cos(2 * np.pi * times / max(duration_s, 1.0) * 2)
+        times = times[rng.random(count) < share]
+    count = len(times)
+    prompts = np.clip(rng.lognormal(6.2, 1.0, count), 16, 16_000).astype(int)
+    outputs = np.clip((rng.pareto(1.6, count) + 1) * 110, 8, 6000).astype(int)
+    priorities = (rng.random(count) < important).astype(int)
+    weights = 1.0 / np.arange(1, 513) ** 0.8
+    sessions = rng.choice(512, count, p=weights / weights.sum())
+    columns = (times, prompts, outputs, priorities, sessions)
+    return [
+        Arrival(float(t), int(p), int(o), int(c), prefix=(int(s),) if p >= 512 else (), session=int(s))
+        for t, p, o, c, s in zip(*columns, strict=True)
+    ]
+
+
+def mean_work(shape: Shape) -> tuple[float, float]:
+    """Mean prompt and output tokens of a shape."""
+    sample = synthetic(shape, 1000.0, 20.0)
+    return float(np.mean([a.prompt_tokens for a in sample])), float(np.mean([a.output_tokens for a in sample]))
+
+
+def read(path: Path, speedup: float = 1.0) -> list[Arrival]:
+    """A trace file; ``speedup`` divides all times."""
+    try:
+        with path.open(newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            if first.lstrip().startswith("{"):
+                found = [_mooncake(json.loads(line)) for line in file if line.strip()]
+            else:
+                rows = csv.DictReader(file)
+                columns = {name.strip() for name in rows.fieldnames or ()}
+                if {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= columns:
+                    found = [_azure(row) for row in rows]
+                elif {"Timestamp", "Request tokens", "Response tokens"} <= columns:
+                    found = [_burstgpt(row) for row in rows]
+                else:
+                    raise ConfigError(f"{path} has columns {sorted(columns)}: not an Azure or BurstGPT trace")
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no trace file {path}") from error
+    except (KeyError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is not a trace this reads: {error!r}") from error
+    found = sorted((a for a in found if a.output_tokens > 0 and a.prompt_tokens > 0), key=lambda a: a.time_s)
+    if not found:
+        raise ConfigError(f"{path} holds no request with both prompt and output tokens")
+    begin = found[0].time_s
+    return [msgspec.structs.replace(a, time_s=(a.time_s - begin) / speedup) for a in found]
+
+
+def _azure(row: dict[str, str]) -> Arrival:
+    # Seven digits of a second; Python reads six.
+    stamp = row["TIMESTAMP"].strip()
+    whole, _, fraction = stamp.partition(".")
+    zone = fraction[len(fraction.rstrip("+-:0123456789")) :] if fraction else ""
+    digits = fraction[: len(fraction) - len(zone)] if zone else fraction
+    seconds = datetime.fromisoformat(whole).timestamp() + float(f"0.{digits[:9].split('+')[0] or 0}")
+    return Arrival(seconds, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+
+
+def _burstgpt(row: dict[str, str]) -> Arrival:
+    return Arrival(float(row["Timestamp"]), int(row["Request tokens"]), int(row["Response tokens"]))
+
+
+def _mooncake(row: dict[str, object]) -> Arrival:
+    hashes = row.get("hash_ids") or ()
+    if not isinstance(hashes, list | tuple):
+        raise TypeError("hash_ids is no list")
+    prefix = tuple(int(h) for h in hashes)
+    return Arrival(
+        float(str(row["timestamp"])) / 1e3,
+        int(str(row["input_length"])),
+        int(str(row["output_length"])),
+        prefix=prefix,
+        session=prefix[0] if prefix else 0,
+    )

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One simulated worker: all running requests advance in lock-step, one token each per forward step.
+
+Between two changes of the batch nothing but the KV grows, so that many steps are skipped in closed form: the state is
+a step counter, and a request's tokens follow from the step at which it joined. ``advance`` brings the worker to the
+last step boundary before a time; changes happen at boundaries only. ``next_event`` says when something happens by
+itself: a request ends, a prefill completes, KV runs out, or a waiting request can be looked at.
+
+As in vLLM: first come, first served; a prompt is computed in chunks beside the decoding; when KV runs out the youngest
+request is preempted, loses its KV and is computed again later.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, deque
+from heapq import heappop, heappush
+
+from planner_hooks.simulate.model import WorkerModel
+from planner_hooks.simulate.traces import Arrival
+
+NOT_YET = math.inf
+
+
+class Request:
+    """One request over its whole life."""
+
+    __slots__ = (
+        "arrival", "came_from", "done_s", "epoch", "first_s", "generated", "joined", "key", "last_move_s",
+        "moved", "moving", "preempted", "stall_s", "stalled_since", "target", "worker",
+    )  # fmt: skip
+
+    def __init__(self, key: int, arrival: Arrival) -> None:
+        self.key = key
+        self.arrival = arrival
+        self.worker: Worker | None = None
+        self.generated = 0
+        """Tokens before it joined the batch it is in."""
+        self.joined = 0
+        """Step at which it joined."""
+        self.epoch = 0
+        """Changes with every leaving of a batch; older heap entries mean nothing."""
+        self.first_s = NOT_YET
+        self.done_s = NOT_YET
+        self.stalled_since = NOT_YET
+        self.stall_s = 0.0
+        self.preempted = 0
+        self.moved = 0
+        self.moving = False
+        self.target: Worker | None = None
+        self.came_from: Worker | None = None
+        self.last_move_s = -math.inf
+
+    @property
+    def need(self) -> int:
+        """KV tokens to continue outside a batch."""
+        return self.arrival.prompt_tokens + self.generated
+
+
+class Worker:
+    """See the module docstring."""
+
+    def __init__(self, key: int, model: WorkerModel, time_s: float = 0.0) -> None:
+        self.key = key
+        self.name = f"w{key}"
+        self.model = model
+        self.time_s = time_s
+        self.steps = 0
+        self.kv = 0
+        """Tokens of the running batch."""
+        self.reserved = 0
+        """Tokens set aside: the prompt being computed, and landing requests."""
+        self.running: dict[Request, None] = {}
+        self.waiting: deque[Request] = deque()
+        self.prefill: Request | None = None
+        self.prefill_end = 0
+        self.prefill_tokens = 0
+        self.moves = 0
+        self.leaving = False
+        self.born_s = time_s
+        self.gone_s = NOT_YET
+        self.version = 0
+        self.done: list[Request] = []
+        self.preemptions = 0
+        self._seen_at = (0, time_s)
+        self._ends: list[tuple[int, int, int, Request]] = []
+        self._prefixes: OrderedDict[int, None] = OrderedDict()
+
+    # Time
+
+    def step_s(self) -> float:
+        """Duration of the next step."""
+        step = self.model.step
+        chunk = min(self.model.chunk_tokens, self.prefill_tokens) if self.prefill else 0
+        seconds = step.base_s + step.per_seq_s * len(self.running) + step.per_kv_token_s * self.kv
+        return (seconds + step.per_prefill_token_s * chunk) * (1.0 + self.model.interference * self.moves)
+
+    def mean_step_s(self) -> float:
+        """Mean duration of the steps since the last call; 0 when there were none."""
+        (steps, time_s), self._seen_at = self._seen_at, (self.steps, self.time_s)
+        return (self.time_s - time_s) / (self.steps - steps) if self.steps > steps and self.running else 0.0
+
+    def _growth_s(self) -> float:
+        """By how much each step is longer than the one before."""
+        slow = 1.0 + self.model.interference * self.moves
+        return self.model.step.per_kv_token_s * len(self.running) * slow
+
+    def _steps_take_s(self, count: int) -> float:
+        return count * self.step_s() + self._growth_s() * count * (count - 1) / 2
+
+    def _skip(self, count: int) -> None:
+        self.time_s += self._steps_take_s(count)
+        self.steps += count
+        self.kv += count * len(self.running)
+
+    def advance(self, time_s: float) -> None:
+        """Complete all steps that end by ``time_s``, but none beyond the next event."""
+        if not self.running and self.prefill is None:
+            self.time_s = max(self.time_s, time_s)
+            return
+        left = time_s - self.time_s
+        first, growth = self.step_s(), self._growth_s()
+        if left < first:
+            return
+        if growth > 0:
+            slope = first - growth / 2
+            count = int((-slope + math.sqrt(slope * slope + 2 * growth * left)) / growth)
+        else:
+            count = int(left / first)
+        limit = self._next_step()
+        if limit is not None:
+            count = min(count, limit - self.steps)
+        self._skip(max(0, count))
+
+    def _next_step(self) -> int | None:
+        """Step boundary of the next event, or None when nothing happens by itself."""
+        found = []
+        while self._ends and self._ends[0][2] != self._ends[0][3].epoch:
+            heappop(self._ends)
+        if self._ends:
+            found.append(self._ends[0][0])
+        if self.prefill is not None:
+            found.append(self.prefill_end)
+        if self.running:
+            room = self.model.capacity_tokens - self.kv - self.reserved
+            found.append(self.steps + max(0, room // len(self.running)) + 1)
+        if self._can_admit():
+            found.append(self.steps + 1)
+        return min(found) if found else None
+
+    def next_event(self) -> float | None:
+        """Time of the next event."""
+        step = self._next_step()
+        return None if step is None else self.time_s + self._steps_take_s(max(0, step - self.steps))
+
+    def run_to_event(self) -> None:
+        """Go to the next event and let it happen."""
+        step = self._next_step()
+        if step is not None:
+            self._skip(max(0, step - self.steps))
+        self.settle()
+
+    # Changes at a step boundary
+
+    def settle(self) -> None:
+        """Everything that is due at this boundary: ends, prefill, lack of KV, admission."""
+        self.version += 1
+        if self.prefill is not None and self.prefill_end <= self.steps:
+            request, self.prefill = self.prefill, None
+            self.reserved -= request.need
+            request.generated = max(1, request.generated)
+            self.join(request)
+        while self._ends and self._ends[0][0] <= self.steps:
+            _, _, epoch, request = heappop(self._ends)
+            if epoch == request.epoch:
+                self._leave(request)
+                request.done_s = self.time_s
+                self.done.append(request)
+        while self.kv + self.reserved > self.model.capacity_tokens and (self.running or self.prefill):
+            self._preempt()
+        self._admit()
+
+    def join(self, request: Request) -> None:
+        """A request whose KV is here continues with its next token."""
+        request.worker = self
+        if request.first_s == NOT_YET:
+            request.first_s = self.time_s
+        if request.stalled_since != NOT_YET:
+            request.stall_s += self.time_s - request.stalled_since
+            request.stalled_since = NOT_YET
+        request.joined = self.steps
+        request.epoch += 1
+        self.running[request] = None
+        self.kv += request.need
+        end = self.steps + max(0, request.arrival.output_tokens - request.generated)
+        heappush(self._ends, (end, request.key, request.epoch, request))
+
+    def _leave(self, request: Request) -> None:
+        request.generated = self.generated(request)
+        del self.running[request]
+        request.epoch += 1
+        self.kv -= request.need
+
+    def generated(self, request: Request) -> int:
+        """Output tokens so far, wherever the request is."""
+        if request in self.running:
+            return request.generated + self.steps - request.joined
+        return request.generated
+
+    def _preempt(self) -> None:
+        if self.prefill is not None:
+            request, self.prefill = self.prefill, None
+            self.reserved -= request.need
+        else:
+            request = next(reversed(self.running))
+            self._leave(request)
+        request.preempted += 1
+        self.preemptions += 1
+        if request.first_s != NOT_YET:
+            request.stalled_since = self.time_s
+        self.waiting.appendleft(request)
+
+    def _can_admit(self) -> bool:
+        if self.prefill is not None or not self.waiting:
+            return False
+        limit = (1.0 - self.model.watermark) * self.model.capacity_tokens
+        fits = self.kv + self.reserved + self.waiting[0].need <= limit or not (self.running or self.reserved)
+        return fits and len(self.running) < self.model.max_seqs
+
+    def _admit(self) -> None:
+        if not self._can_admit():
+            return
+        request = self.waiting[0]
+        self.waiting.popleft()
+        self.prefill = request
+        self.reserved += request.need
+        cached = self.overlap(request.arrival) * self.model.prefix_block_tokens
+        self.prefill_tokens = max(1, request.need - min(cached, request.need - 1))
+        self.prefill_end = self.steps + math.ceil(self.prefill_tokens / self.model.chunk_tokens)
+        self._remember(request.arrival)
+
+    def enqueue(self, request: Request) -> None:
+        """A request arrives, or is sent here without KV."""
+        request.worker = self
+        self.waiting.append(request)
+
+    def remove(self, request: Request) -> None:
+        """The request has left for another worker, with its KV or without."""
+        if request in self.running:
+            self._leave(request)
+        else:
+            self.waiting.remove(request)
+
+    # Prefix cache
+
+    def overlap(self, arrival: Arrival) -> int:
+        """Leading prefix blocks that are still here."""
+        count = 0
+        for block in arrival.prefix:
+            if block not in self._prefixes:
+                break
+            count += 1
+        return count
+
+    def _remember(self, arrival: Arrival) -> None:
+        for block in arrival.prefix:
+            self._prefixes[block] = None
+            self._prefixes.move_to_end(block)
+        while len(self._prefixes) > self.model.prefix_blocks:
+            self._prefixes.popitem(last=False)
+
+    # For dispatch and snapshots
+
+    @property
+    def held(self) -> int:
+        """KV tokens in use."""
+        return self.kv + self.reserved
+
+    def queued_tokens(self) -> int:
+        """KV that waiting requests will need."""
+        return sum(request.need for request in self.waiting)
+
+    @property
+    def empty(self) -> bool:
+        """Has it nothing to do and nothing on its way in?"""
+        return not (self.running or self.waiting or self.prefill or self.reserved or self.moves)
