@@ -117,7 +117,7 @@ def test_a_migrated_stream_gives_the_text_of_an_unmigrated_one(
         moved = graph.complete(prompt, 1500, **sampling)
         output, _ = mover.communicate(timeout=60)
     move = json.loads(output)
-    assert move["ok"] and move["mode"] == mode, move
+    assert move["ok"] and move["mode"] == mode, output
     assert 0 < move["tokens"] < 1500
     assert moved == graph.complete(prompt, 1500, **sampling)
 

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,11 +16,10 @@ from hypothesis import strategies as st
 from components.engine.protocol import AgentRef, Epoch
 from components.errors import IncompatibleLayout, MigrateError, PeerUnknown, StaleEpoch, TransferError
 from components.transfer import AgentConfig, KVPool, TransferAgent
-from components.transfer.control.record import decode
-import numpy as np
-from components.transfer.layout import runs
 from components.transfer.assemble import Assembly
+from components.transfer.control.record import decode
 from components.transfer.data.tcp import TcpBackend
+from components.transfer.layout import runs
 
 BLOCKS = 16
 LAYOUTS = {"block first": (BLOCKS, 2, 8, 4), "planes first": (2, BLOCKS, 8, 4), "latent": (BLOCKS, 8, 6)}
@@ -59,7 +59,8 @@ class Two:
 def two(request: pytest.FixtureRequest) -> Iterator[Two]:
     pair = Two(LAYOUTS[request.param.removesuffix(", tcp")])
     if request.param.endswith("tcp"):
-        pair.dst._assembly = Assembly([b for b in pair.dst._assembly.backends if isinstance(b, TcpBackend)], pair.dst._assembly.record)
+        whole = pair.dst._assembly
+        pair.dst._assembly = Assembly([b for b in whole.backends if isinstance(b, TcpBackend)], whole.record)
     yield pair
     pair.close()
 
@@ -121,7 +122,10 @@ def test_a_checksum_notices_any_changed_word(changed: int, layer: int, place: in
     assert [a != b for a, b in zip(before, after, strict=True)] == [i == changed for i in range(BLOCKS)]
 
 
-@given(st.binary(max_size=300) | st.recursive(st.integers(-(2**63), 2**64 - 1), lambda x: st.lists(x, max_size=3)).map(msgspec.msgpack.encode))
+@given(
+    st.binary(max_size=300)
+    | st.recursive(st.integers(-(2**63), 2**64 - 1), lambda x: st.lists(x, max_size=3)).map(msgspec.msgpack.encode)
+)
 def test_any_bytes_as_a_record_give_an_error_and_no_more(data: bytes) -> None:
     with pytest.raises(MigrateError):
         decode(data)

@@ -91,10 +91,11 @@ def finish_reason(reason: str | None) -> FinishReason | None:
 
 def logprobs_of(rows: Any, token_ids: tuple[int, ...]) -> tuple[TokenLogprob, ...]:
     """vLLM's list of {token id: Logprob} as protocol structs, best alternatives first."""
-    if not rows:
+    if not rows or not token_ids:
         return ()
     result = []
-    for token_id, row in zip(token_ids, list(rows)[-len(token_ids) :], strict=True):
+    # An output that vLLM joined with the end of an aborted request repeats older rows behind the new ones.
+    for token_id, row in zip(token_ids, list(rows)[: len(token_ids)], strict=True):
         best = sorted(row.items(), key=lambda item: item[1].rank or 0)
         result.append(
             TokenLogprob(
