@@ -23,7 +23,7 @@ from collections.abc import Callable, Generator, Sequence
 import numpy as np
 
 from components.engine.protocol import AgentName, AgentRef, Epoch
-from components.errors import IntegrityError, PeerUnknown, StaleEpoch, TransferError
+from components.errors import IncompatibleLayout, IntegrityError, MigrateError, PeerUnknown, StaleEpoch, TransferError
 from components.transfer.assemble import Assembly, assemble
 from components.transfer.checksum import BlockChecksums
 from components.transfer.config import AgentConfig, Integrity, KVPool, TransferResult
@@ -50,7 +50,7 @@ class TransferAgent:
         self._config = config
         self.epoch = Epoch(uuid.uuid4().hex)
         self.ref = AgentRef(AgentName(config.name), self.epoch)
-        self.directory = Directory()
+        self.directory = Directory(self._meet)
         self._assembly = Assembly([], None)
         self._checksums = BlockChecksums([])
         self._worker = Worker(config.name, config.grace_s)
@@ -201,6 +201,24 @@ class TransferAgent:
             return TransferResult(lane=self._backend(peer).lane)
         result = yield from (self._backend(peer).push(copy) if push else self._backend(peer).fetch(copy))
         return self._verified(result, near, checksums)
+
+    def _meet(self, record: AgentRecord) -> None:
+        """Connect to every peer as soon as it is known: its first transfer shall not wait for that."""
+        own = self._assembly.record
+        if own is None or record.name == own.name:
+            return
+        try:
+            own.require_pairable(record)
+        except IncompatibleLayout:
+            return  # Said again, with its reason, to whoever asks for a transfer.
+
+        def met(handle: TransferHandle) -> None:
+            try:
+                logger.debug("agent %s connected in %.3f s", record.name, handle.wait(0).wire_s)
+            except MigrateError as error:
+                logger.info("agent %s is not connected yet: %s", record.name, error)
+
+        self.warm_up(record.ref).add_done_callback(met)
 
     def _warm_up(self, ref: AgentRef, end: float) -> Steps:
         peer = yield from self._peer(ref, end)

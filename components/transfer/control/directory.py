@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The local copy of all agent records: what a peer knows while the store is away.
 
-Thread-safe; ``wait`` blocks. An older life of an agent never replaces a newer one, whatever order events
+Thread-safe; ``wait`` blocks; ``on_new`` is told of every new life of an agent, on the thread that learnt of it. An older life of an agent never replaces a newer one, whatever order events
 come in.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from components.transfer.control.record import AgentRecord
 
@@ -16,9 +16,10 @@ from components.transfer.control.record import AgentRecord
 class Directory:
     """Records by agent name."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_new: Callable[[AgentRecord], None] = lambda _: None) -> None:
         self._records: dict[str, AgentRecord] = {}
         self._changed = threading.Condition()
+        self._on_new = on_new
 
     def put(self, record: AgentRecord) -> None:
         """A record appeared or changed."""
@@ -28,6 +29,8 @@ class Directory:
                 return
             self._records[record.name] = record
             self._changed.notify_all()
+        if known is None or known.epoch != record.epoch:
+            self._on_new(record)
 
     def remove(self, name: str) -> None:
         """An agent is gone."""
