@@ -113,6 +113,7 @@ class VLLMEngine:
         )
         try:
             args = AsyncEngineArgs(
+                distributed_executor_backend=_executor(self._options.engine_args),
                 kv_transfer_config=transfer,
                 worker_extension_cls="components.engine.vllm.runner_state.WorkerExtension",
                 **self._options.engine_args,
@@ -324,6 +325,15 @@ class VLLMEngine:
     def _drop(self, request_id: RequestId) -> None:
         self._stop_lease(request_id)
         self._live.pop(request_id, None)
+
+
+def _executor(engine_args: dict[str, Any]) -> str | None:
+    """Where the model runs. On CPUs vLLM starts a process of its own and spins on two cores to talk to it."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and engine_args.get("tensor_parallel_size", 1) == 1:
+        return "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+    return None
 
 
 def _given(value: T | None) -> T:
