@@ -30,7 +30,7 @@ class Graph:
     def __init__(self, folder: Path) -> None:
         self.port = free_port()
         self.log = folder / "serve.log"
-        self.environment = dict(os.environ) | {"XDG_RUNTIME_DIR": str(folder), "VLLM_SLEEP_WHEN_IDLE": "1"}
+        self.environment = dict(os.environ) | {"XDG_RUNTIME_DIR": str(folder), "VLLM_SLEEP_WHEN_IDLE": "1", "ETCD_LEASE_TTL": "60"}
         command = [sys.executable, "-m", "components.cli", "serve", "graphs.disagg:Frontend"]
         command += ["-f", "configs/disagg.yaml", "--port", str(self.port), "--Common.model=tiny-llama"]
         self._output = self.log.open("wb")
