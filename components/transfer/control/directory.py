@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The local copy of all agent records: what a peer knows while the store is away.
 
-Thread-safe; ``wait`` blocks; ``on_new`` is told of every new life of an agent, on the thread that learnt of it. An older life of an agent never replaces a newer one, whatever order events
-come in.
+Thread-safe; ``wait`` blocks; ``on_new`` is told of every new life of an agent, on the thread that learnt of it.
+An older life of an agent never replaces a newer one, whatever order events come in.
 """
 
 from __future__ import annotations

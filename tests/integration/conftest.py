@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One served graph for all tests of a session that need one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.integration.graphs import Graph
+
+
+@pytest.fixture(scope="session")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
+    graph = Graph(tmp_path_factory.mktemp("graph"))
+    try:
+        graph.wait()
+        yield graph
+        assert graph.stop() == []
+        assert graph.process.returncode == 0
+    finally:
+        if graph.process.poll() is None:
+            graph.stop()

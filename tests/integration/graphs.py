@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A running ``dynamo serve`` for tests, and what they do with it.
+
+``DYNAMO_MIGRATE_TEST_MODEL`` chooses the model (default ``tiny-llama``; ``smollm2`` is a real one, and slower).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+from tests.conftest import free_port
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "Once upon a time, in a small house by the sea, there lived an old clock maker. " * 12
+MODEL = os.environ.get("DYNAMO_MIGRATE_TEST_MODEL", "tiny-llama")
+
+
+class Graph:
+    """A running ``dynamo serve`` and a client of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        self.log = folder / "serve.log"
+        self.environment = dict(os.environ) | {
+            "XDG_RUNTIME_DIR": str(folder),
+            "VLLM_SLEEP_WHEN_IDLE": "1",
+            "ETCD_LEASE_TTL": "60",
+        }
+        command = [sys.executable, "-m", "components.cli", "serve", "graphs.disagg:Frontend"]
+        command += ["-f", "configs/disagg.yaml", "--port", str(self.port), f"--Common.model={MODEL}"]
+        self._output = self.log.open("wb")
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=self.environment, stdout=self._output, stderr=subprocess.STDOUT
+        )
+        self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
+
+    def wait(self, timeout_s: float = 280) -> None:
+        end = time.monotonic() + timeout_s
+        while f"serving {MODEL}".encode() not in self.log.read_bytes():
+            if self.process.poll() is not None or time.monotonic() > end:
+                pytest.fail(f"the graph did not start:\n{self.log.read_text(errors='replace')[-4000:]}")
+            time.sleep(0.5)
+
+    def command(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "components.cli", *arguments]
+        return subprocess.run(
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout_s
+        )
+
+    @contextmanager
+    def mover(self, mode: str) -> Iterator[subprocess.Popen[str]]:
+        """A process that waits for the next request on a decode worker and moves it to the other one."""
+        command = [sys.executable, "-m", "tests.integration.move_next", mode]
+        process = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+    def complete(self, prompt: str, count: int, **more: object) -> str:
+        reply = self.client.completions.create(
+            model=MODEL, prompt=prompt, max_tokens=count, extra_body={"ignore_eos": True}, **more
+        )
+        assert reply.usage is not None and reply.usage.completion_tokens == count
+        assert reply.choices[0].finish_reason == "length"
+        return reply.choices[0].text
+
+    def stop(self) -> list[psutil.Process]:
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(120)
+        self._output.close()
+        return [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
+
+    def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = json.loads(self.command("status", "--json").stdout)
+        return status
+
+    def worker_process(self, replica: int) -> psutil.Process:
+        """The process of a decode worker, not those of its engine."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            if process.cmdline()[-2:] == ["-m", "components.worker.decode"]:
+                environment = process.environ()
+                if environment.get("DYN_MIGRATE_REPLICA") == str(replica):
+                    return process
+        raise LookupError(f"no decode worker {replica}")
+
+    def replica_of(self, worker: str) -> int:
+        """Number of a decode worker in the plan, from its name in ``dynamo status``."""
+        agents = next(w["agents"] for w in self.status()["workers"] if w["worker"] == worker)
+        return int(agents[0].split("-backend-")[1].split("-")[0])
+
+    def wait_until_idle(self, workers: int = 3, timeout_s: float = 90) -> None:
+        """Until all workers are there and hold no block. Fails with what is left."""
+        end = time.monotonic() + timeout_s
+        while True:
+            status = self.status()
+            left = [w for w in status["workers"] if w["stats"]["free_blocks"] != w["stats"]["total_blocks"]]
+            if not status["streams"] and not left and len(status["workers"]) == workers:
+                return
+            if time.monotonic() > end:
+                pytest.fail(f"not idle: {status['streams']} {left} {len(status['workers'])} workers")
+            time.sleep(0.5)
