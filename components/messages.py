@@ -97,6 +97,8 @@ class RouterCall(msgspec.Struct, frozen=True, omit_defaults=True):
     op: RouterOp
     request_id: str = ""
     worker: str = ""
+    source: str = ""
+    """A migration that was planned elsewhere only begins while the request is still on this worker."""
     mode: Mode = Mode.LIVE
     timeout_s: float = 60.0
 
@@ -121,6 +123,8 @@ class MoveRecord(msgspec.Struct, frozen=True):
     added_stall_s: float = 0.0
     """Downtime less the request's median gap between tokens before it."""
     total_s: float = 0.0
+    ended_at: float = 0.0
+    """Unix time."""
 
 
 class StreamInfo(msgspec.Struct, frozen=True):
@@ -147,6 +151,11 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     lanes: tuple[str, ...] = ()
     stats: EngineStats | None = None
     requests: tuple[RequestInfo, ...] = ()
+    block_size: int = 0
+    max_num_seqs: int = 0
+    kv_bytes_per_token: int = 0
+    report_age_s: float = 0.0
+    """Time since the worker has last told its state."""
 
 
 class RouterReply(msgspec.Struct, frozen=True):

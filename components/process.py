@@ -57,13 +57,18 @@ def ready() -> None:
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
     """Run a component's main; errors of this package end it with one line and exit code 2."""
+    run_blocking(lambda: asyncio.run(main()))  # type: ignore[arg-type]
+
+
+def run_blocking(main: Callable[[], None]) -> None:
+    """The same for a main that brings its own loop."""
     logging.basicConfig(
         level=os.environ.get("DYN_MIGRATE_LOG", "INFO").upper(), format="%(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("components").setLevel(os.environ.get("DYN_MIGRATE_LOG", "INFO").upper())
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        asyncio.run(main())  # type: ignore[arg-type]
+        main()
     except MigrateError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)

@@ -44,7 +44,7 @@ async def hand_over(stream: Stream, worker: Worker, frozen: Frozen) -> None:
         await stream.release(old)
 
 
-async def migrate(stream: Stream, target: Worker, mode: Mode, max_rounds: int) -> MoveRecord:
+async def migrate(stream: Stream, target: Worker, mode: Mode, max_rounds: int, planned_source: str = "") -> MoveRecord:
     """Move a request. Never raises: the record says what happened, the request goes on either way."""
     async with stream.lock:
         source = stream.owner
@@ -61,6 +61,8 @@ async def migrate(stream: Stream, target: Worker, mode: Mode, max_rounds: int) -
             return msgspec.structs.replace(record, reason="the request has ended")
         if target is source.worker:
             return msgspec.structs.replace(record, reason="the request is already there")
+        if planned_source and not source.worker.name.endswith(planned_source):
+            return msgspec.structs.replace(record, reason=f"the request has left worker {planned_source}")
         if source.worker.role == "prefill":
             return msgspec.structs.replace(record, reason="the request is still in prefill")
         source.worker.moving += 1
@@ -74,7 +76,7 @@ async def migrate(stream: Stream, target: Worker, mode: Mode, max_rounds: int) -
         finally:
             source.worker.moving -= 1
             target.moving -= 1
-        return msgspec.structs.replace(record, total_s=time.monotonic() - begun)
+        return msgspec.structs.replace(record, total_s=time.monotonic() - begun, ended_at=time.time())
 
 
 class _Move:

@@ -46,10 +46,10 @@ class RouterClient:
             moves=tuple(m for r in replies for m in r.moves),
         )
 
-    async def migrate(self, request_id: str, worker: str, mode: Mode = Mode.LIVE) -> MoveRecord:
-        """Move one request."""
+    async def migrate(self, request_id: str, worker: str, mode: Mode = Mode.LIVE, source: str = "") -> MoveRecord:
+        """Move one request; with ``source`` only while it is there."""
         error: MigrateError = RequestNotFound(f"no request {request_id!r} is running")
-        for reply in await self._all(RouterCall(RouterOp.MIGRATE, request_id, worker, mode)):
+        for reply in await self._all(RouterCall(RouterOp.MIGRATE, request_id, worker, source, mode)):
             if reply.moves:
                 return reply.moves[0]
             if reply.error is not None:

@@ -143,12 +143,13 @@ class RouterService:
 
     # Moving
 
-    async def move(self, stream: Stream, target: Worker, mode: Mode) -> MoveRecord:
+    async def move(self, stream: Stream, target: Worker, mode: Mode, planned_source: str = "") -> MoveRecord:
         """Move a request, falling back to the next mode when one fails for good."""
-        record = await migrate(stream, target, mode, self._config.max_precopy_rounds)
+        rounds = self._config.max_precopy_rounds
+        record = await migrate(stream, target, mode, rounds, planned_source)
         if not record.ok and mode is Mode.LIVE and not record.reason.startswith(("no_room", "not_migratable", "the ")):
             reason = record.reason
-            record = await migrate(stream, target, Mode.STOP_AND_COPY, self._config.max_precopy_rounds)
+            record = await migrate(stream, target, Mode.STOP_AND_COPY, rounds)
             record = msgspec.structs.replace(record, reason=reason)
         self.moves.append(record)
         logger.info(
@@ -219,7 +220,8 @@ class RouterService:
                 if stream is None:
                     known = ", ".join(list(self.streams)[:5]) or "none"
                     raise RequestNotFound(f"no request {call.request_id!r} is running; running: {known}")
-                return RouterReply(moves=(await self.move(stream, self.pool.find(call.worker), call.mode),))
+                target = self.pool.find(call.worker)
+                return RouterReply(moves=(await self.move(stream, target, call.mode, call.source),))
             case RouterOp.DRAIN:
                 return RouterReply(moves=tuple(await self.drain(self.pool.find(call.worker), call.timeout_s)))
             case RouterOp.UNDRAIN:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ class Worker:
         self.held_back = False
         """Set by ``dynamo drain``: no new requests, whatever the worker itself says."""
         self.state = WorkerReply()
+        self.reported = time.monotonic()
         self.moving = 0
         self._generate = generate
         self._control = control
@@ -95,6 +97,10 @@ class Worker:
             lanes=info.lanes if info else (),
             stats=self.state.stats,
             requests=self.state.requests,
+            block_size=info.block_size if info else 0,
+            max_num_seqs=info.max_num_seqs if info else 0,
+            kv_bytes_per_token=info.kv_bytes_per_token if info else 0,
+            report_age_s=time.monotonic() - self.reported,
         )
 
 
@@ -135,6 +141,7 @@ class WorkerPool:
     async def _refresh(self, worker: Worker) -> None:
         try:
             worker.state = await worker.call(WorkerOp.INFO, timeout_s=30.0)
+            worker.reported = time.monotonic()
         except MigrateError as error:
             logger.debug("worker %s did not report: %s", worker.name, error)
             return

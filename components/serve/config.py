@@ -48,6 +48,14 @@ class RouterConfig(ComponentConfig):
     replay_limit: int = Field(3, ge=0, description="Times a request is replayed after losing its worker")
 
 
+class PlannerConfig(ComponentConfig):
+    """Dynamo's planner with the migration plugin."""
+
+    policy_file: str = Field("configs/policy.yaml", description="Policies that decide migrations; see docs/planner.md")
+    interval_s: int = Field(2, ge=1, description="Seconds between two decisions")
+    planner_args: dict[str, Any] = Field(default_factory=dict, description="Further keys for Dynamo's planner")
+
+
 class WorkerConfig(ComponentConfig):
     """An engine worker: prefill, decode or both."""
 

@@ -22,6 +22,7 @@ from components.engine.protocol import Engine, EngineInfo, FinishReason, Generat
 from components.errors import DeadlineExceeded, InvalidRequest, MigrateError, RequestNotFound
 from components.messages import Generate, WorkerCall, WorkerOp, WorkerReply, pack, unpack
 from components.serve.config import WorkerConfig, load_component_config
+from components.worker.metrics import publish_forward_pass
 
 logger = logging.getLogger(__name__)
 
@@ -187,10 +188,12 @@ async def serve(component: str) -> None:
         process.ready()
         logger.info("%s serves %s: %d KV blocks of %d tokens", name, info.model, info.num_blocks, info.block_size)
         health = asyncio.ensure_future(_watch_health(engine))
+        metrics = asyncio.ensure_future(publish_forward_pass(engine, runtime.endpoint(f"{prefix}.generate")))
         await asyncio.wait([asyncio.ensure_future(stop.wait()), health, *serving], return_when=asyncio.FIRST_COMPLETED)
         if health.done():
             health.result()
         health.cancel()
+        metrics.cancel()
         if stop.is_set():
             await service.drained(config.drain_grace_s)
     finally:

@@ -31,7 +31,7 @@ MODEL = os.environ.get("DYNAMO_MIGRATE_TEST_MODEL", "tiny-llama")
 class Graph:
     """A running ``dynamo serve`` and a client of it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = "disagg", overrides: tuple[str, ...] = ()) -> None:
         self.port = free_port()
         self.log = folder / "serve.log"
         self.environment = dict(os.environ) | {
@@ -39,8 +39,8 @@ class Graph:
             "VLLM_SLEEP_WHEN_IDLE": "1",
             "ETCD_LEASE_TTL": "60",
         }
-        command = [sys.executable, "-m", "components.cli", "serve", "graphs.disagg:Frontend"]
-        command += ["-f", "configs/disagg.yaml", "--port", str(self.port), f"--Common.model={MODEL}"]
+        command = [sys.executable, "-m", "components.cli", "serve", f"graphs.{name}:Frontend"]
+        command += ["-f", f"configs/{name}.yaml", "--port", str(self.port), f"--Common.model={MODEL}", *overrides]
         self._output = self.log.open("wb")
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=self.environment, stdout=self._output, stderr=subprocess.STDOUT

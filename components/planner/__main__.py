@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs Dynamo's planner: ``python -m components.planner``. Its file is written from this component's keys.
+
+The planner runs in its virtual environment and is advisory: it proposes numbers of workers and logs them, nobody
+carries them out; migrations are carried out. ``planner-args`` overrides any key of the planner's own file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from components import process
+from components.errors import ConfigError
+from components.serve.config import PlannerConfig, load_component_config
+from planner_hooks.config import load
+
+
+def planner_file(config: PlannerConfig, namespace: str) -> dict[str, Any]:
+    """Keys of Dynamo 1.4's ``PlannerConfig``."""
+    plugin = {
+        "module": "planner_hooks.plugin",
+        "class": "MigrationPlugin",
+        "plugin_id": "migration",
+        "plugin_type": "propose",
+        "priority": 50,
+        "kwargs": {"policy_file": config.policy_file},
+    }
+    return {
+        "environment": "virtual",
+        "namespace": namespace,
+        "backend": "vllm",
+        "mode": "disagg",
+        "model_name": config.served_model_name or config.model,
+        "prefill_engine_num_gpu": 1,
+        "decode_engine_num_gpu": 1,
+        "optimization_target": "load",
+        "prefill_scale_up_queue_tokens": 100_000,
+        "prefill_scale_down_queue_tokens": 1,
+        "decode_scale_up_kv_rate": 90,
+        "decode_scale_down_kv_rate": 1,
+        "advisory": True,
+        "load_adjustment_interval_seconds": config.interval_s,
+        "scheduling": {"scale_interval_seconds": config.interval_s},
+        "pre_deployment_sweeping_mode": "none",
+        "live_dashboard_port": 0,
+        "report_interval_hours": None,
+        "plugin_registration": {
+            "auth": {"trusted_sources": ["allow_unauthenticated"]},
+            "in_process_plugins": [plugin],
+        },
+    } | config.planner_args
+
+
+def main() -> None:
+    """Hand over to Dynamo's planner, in this process."""
+    config = load_component_config(PlannerConfig)
+    try:
+        from dynamo.planner.__main__ import main as run
+    except ImportError as error:
+        raise ConfigError(f"Dynamo's planner cannot be imported ({error}): install the extra 'planner'") from error
+    load(Path(config.policy_file))  # A wrong file ends here, with one line, before the planner's own start.
+    os.environ.setdefault("DYN_EVENT_PLANE", "zmq")
+    # The planner drops and renews its watches all the time, and Dynamo's store reports each as an error.
+    os.environ["DYN_LOG"] = os.environ.get("DYN_LOG", "warn") + ",dynamo_runtime::storage::kv=off"
+    sys.argv = ["planner", "--config", json.dumps(planner_file(config, process.namespace()))]
+    run()
+
+
+process.run_blocking(main)

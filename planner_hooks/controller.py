@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Observes, plans, and carries plans out through the routers; keeps what became of each move.
+
+Life cycle: ``tick`` once for every decision; ``close`` waits for nothing and cancels what is under way (the routers
+end their part themselves). One asyncio loop; a tick never waits for a migration.
+Errors: ``tick`` raises ``MigrateError`` when no router answers; a failed move is an outcome.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+import msgspec
+from prometheus_client import Counter as Metric
+
+from components.errors import MigrateError
+from components.messages import Mode, MoveRecord, RouterReply
+from planner_hooks.config import PolicyFile
+from planner_hooks.observe import Observer
+from planner_hooks.plan import HoldReason, Move, Plan
+from planner_hooks.snapshot import ActiveMove, Capture, Snapshot
+
+logger = logging.getLogger(__name__)
+MOVES = Metric("dynamo_migrate_planner_moves", "Moves that policies planned", ["policy", "outcome"])
+HOLDS = Metric("dynamo_migrate_planner_holds", "What policies left alone", ["policy", "reason"])
+
+
+class Commands(Protocol):
+    """What the controller needs of ``components.router.client.RouterClient``."""
+
+    async def status(self) -> RouterReply:
+        """Workers, streams and recent migrations."""
+        ...
+
+    async def migrate(self, request_id: str, worker: str, mode: Mode, source: str) -> MoveRecord:
+        """Move one request."""
+        ...
+
+    async def drain(self, worker: str, timeout_s: float) -> list[MoveRecord]:
+        """Empty a worker; it gets no new requests."""
+        ...
+
+    async def undrain(self, worker: str) -> None:
+        """Give it requests again."""
+        ...
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What became of a planned move."""
+
+    move: Move
+    ok: bool
+    reason: str = ""
+    downtime_s: float = 0.0
+    total_s: float = 0.0
+    gap_before: float = 0.0
+    """KV share in use at the source less that at the destination, when the move was planned."""
+    gap_after: float | None = None
+    """The same at the first decision after it: the gain that was really had."""
+
+
+class Controller:
+    """See the module docstring."""
+
+    def __init__(
+        self, policy: PolicyFile, commands: Commands, observer: Observer, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._config = policy.controller
+        self._policy = policy.build()
+        self._commands = commands
+        self._observer = observer
+        self._clock = clock
+        self._active: dict[str, ActiveMove] = {}
+        self._backoff: dict[tuple[str, str], float] = {}
+        self._retired: set[str] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.outcomes: deque[Outcome] = deque(maxlen=self._config.history)
+        self.ticks = 0
+
+    async def tick(self) -> Plan:
+        """One decision; its moves go on after this returns."""
+        capture = self._observer.capture(await self._commands.status(), self._active.values())
+        self._settle_gaps(capture)
+        plan = self._policy.plan(Snapshot.of(capture, self._config.limits.stale_after_s))
+        self.ticks += 1
+        for hold in plan.holds:
+            HOLDS.labels(hold.policy, hold.reason).inc()
+        for move in plan.moves:
+            self._begin(move, _gap(capture, move))
+        for worker in plan.retire:
+            if worker not in self._retired and not self._config.dry_run:
+                self._retired.add(worker)
+                self._spawn(self._drain(worker))
+        for worker in self._retired & set(plan.release):
+            self._retired.discard(worker)
+            self._spawn(self._commands.undrain(worker))
+        return plan
+
+    def _begin(self, move: Move, gap: float) -> None:
+        what = f"{move.request_id} from {move.src} to {move.dst} ({move.policy}: {move.reason})"
+        if self._config.dry_run:
+            logger.info("would move %s", what)
+            MOVES.labels(move.policy, HoldReason.DRY_RUN).inc()
+            return
+        if self._backoff.get((move.src, move.dst), 0.0) > self._clock():
+            HOLDS.labels(move.policy, HoldReason.COOLDOWN).inc()
+            return
+        logger.info("moving %s", what)
+        self._active[move.request_id] = ActiveMove(move.request_id, move.src, move.dst, move.tokens)
+        self._spawn(self._carry_out(move, gap))
+
+    async def _carry_out(self, move: Move, gap: float) -> None:
+        try:
+            record = await asyncio.wait_for(
+                self._commands.migrate(move.request_id, move.dst, move.mode, move.src), self._config.migration_timeout_s
+            )
+            outcome = Outcome(move, record.ok, record.reason, record.downtime_s, record.total_s, gap)
+        except TimeoutError:
+            outcome = Outcome(move, False, f"not over after {self._config.migration_timeout_s:g} s", gap_before=gap)
+        except MigrateError as error:
+            outcome = Outcome(move, False, f"{error.code}: {error}", gap_before=gap)
+        finally:
+            self._active.pop(move.request_id, None)
+        self.outcomes.append(outcome)
+        MOVES.labels(move.policy, "done" if outcome.ok else "failed").inc()
+        if not outcome.ok:
+            # The request may simply have ended: only its pair rests, and not for long.
+            self._backoff[move.src, move.dst] = self._clock() + self._config.failure_backoff_s
+            logger.info("request %s stayed on %s: %s", move.request_id, move.src, outcome.reason)
+
+    async def _drain(self, worker: str) -> None:
+        try:
+            await self._commands.drain(worker, self._config.drain_timeout_s)
+        except MigrateError as error:
+            logger.warning("worker %s is not empty: %s", worker, error)
+
+    def _settle_gaps(self, capture: Capture) -> None:
+        for at, outcome in enumerate(self.outcomes):
+            if outcome.ok and outcome.gap_after is None:
+                self.outcomes[at] = msgspec.structs.replace(outcome, gap_after=_gap(capture, outcome.move))
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def summary(self) -> str:
+        """One line for the log."""
+        counts = Counter("done" if outcome.ok else "failed" for outcome in self.outcomes)
+        return f"{self.ticks} decisions, {counts['done']} moves done, {counts['failed']} failed"
+
+    async def idle(self) -> None:
+        """Wait until nothing that was begun is under way."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for task in self._tasks:
+            task.cancel()
+
+
+def _gap(capture: Capture, move: Move) -> float:
+    share = {view.worker: view.held_tokens / max(1, view.capacity_tokens) for view in capture.workers}
+    return share.get(move.src, 0.0) - share.get(move.dst, 0.0)

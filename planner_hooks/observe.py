@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what the routers tell to a ``Capture``: worker loads, the per-request table, and what past moves have cost.
+
+Keeps what one status does not say: output lengths of requests that have ended, when and where each request was
+moved. One asyncio loop. Errors are those of ``RouterClient``.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from components.engine.protocol import RequestInfo
+from components.messages import MoveRecord, RouterReply, WorkerInfo
+from planner_hooks.estimate import RemainingEstimate
+from planner_hooks.rules import Cost
+from planner_hooks.snapshot import NEVER_S, ActiveMove, Capture, RequestView, WorkerView
+
+_MEASURED = 50
+"""Migrations that the measured cost is taken from."""
+
+
+class Observer:
+    """Call ``capture`` with every status, in order."""
+
+    def __init__(self, cost: Cost, clock: Callable[[], float] = time.time) -> None:
+        self._cost = cost
+        self._clock = clock
+        self._remaining = RemainingEstimate()
+        self._outputs: dict[str, int] = {}
+
+    def capture(self, status: RouterReply, active: Iterable[ActiveMove] = ()) -> Capture:
+        """Everything that policies see."""
+        now = self._clock()
+        streams = {stream.request_id: stream for stream in status.streams}
+        for gone in set(self._outputs) - set(streams):
+            self._remaining.finished(self._outputs.pop(gone))
+        self._outputs |= {name: stream.output_tokens for name, stream in streams.items()}
+        moved = {move.request_id: move for move in status.moves if move.ok}
+        decode = [worker for worker in status.workers if worker.role == "decode"]
+        requests = []
+        for worker in decode:
+            for row in worker.requests:
+                stream = streams.get(row.request_id)
+                if stream is not None and stream.worker == worker.worker:
+                    requests.append(self._request(worker, row, moved.get(row.request_id), stream.moving, now))
+        bytes_per_s, overhead_s, downtime_s = self._measured([move for move in status.moves if move.ok and move.bytes])
+        return Capture(
+            time_s=now,
+            workers=tuple(_worker(worker) for worker in decode),
+            requests=tuple(requests),
+            active=tuple(active),
+            bytes_per_s=bytes_per_s,
+            overhead_s=overhead_s,
+            downtime_s=downtime_s,
+        )
+
+    def _request(
+        self, worker: WorkerInfo, row: RequestInfo, move: MoveRecord | None, moving: bool, now: float
+    ) -> RequestView:
+        expected = float(self._remaining.of(np.array([float(row.output_tokens)]))[0])
+        if row.max_tokens is not None:
+            expected = min(expected, max(0.0, row.max_tokens - row.output_tokens))
+        return RequestView(
+            request_id=row.request_id,
+            worker=worker.worker,
+            phase=row.phase,
+            need_tokens=row.prompt_tokens + row.output_tokens,
+            kv_tokens=row.kv_blocks * worker.block_size,
+            remaining_tokens=expected,
+            # vLLM counts the other way: its smaller numbers are more important.
+            priority=-row.priority,
+            not_migratable=row.not_migratable,
+            since_move_s=now - move.ended_at if move else NEVER_S,
+            came_from=move.source if move else "",
+            moving=moving,
+        )
+
+    def _measured(self, moves: list[MoveRecord]) -> tuple[float, float, float]:
+        """Bytes per second, fixed seconds and downtime of the last migrations; the file's values before any."""
+        moves = moves[-_MEASURED:]
+        if not moves:
+            return self._cost.bytes_per_s, self._cost.overhead_s, self._cost.downtime_s
+        # The quickest one was hardly more than overhead; what others took longer, they spent on their bytes.
+        overhead = min(move.total_s for move in moves)
+        beyond = sum(move.total_s - overhead for move in moves)
+        size = sum(move.bytes for move in moves)
+        speed = size / beyond if beyond > 1e-3 else self._cost.bytes_per_s
+        return speed, overhead, statistics.median(move.downtime_s for move in moves)
+
+
+def _worker(worker: WorkerInfo) -> WorkerView:
+    stats = worker.stats
+    if stats is None:
+        return WorkerView(worker.worker, capacity_tokens=0, report_age_s=NEVER_S)
+    return WorkerView(
+        worker=worker.worker,
+        capacity_tokens=stats.total_blocks * worker.block_size,
+        held_tokens=(stats.total_blocks - stats.free_blocks) * worker.block_size,
+        queued_tokens=stats.queued_prefill_tokens,
+        running=stats.running,
+        waiting=stats.waiting,
+        max_seqs=worker.max_num_seqs,
+        step_s=stats.step_s,
+        draining=worker.draining,
+        report_age_s=worker.report_age_s,
+        kv_bytes_per_token=worker.kv_bytes_per_token,
+    )

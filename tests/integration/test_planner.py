@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dynamo's own planner with the migration plugin, on a running graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.integration.graphs import PROMPT, Graph
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+POLICY = """
+limits: {cooldown-s: 0, no-return-s: 600}
+cost: {min-gain: 0}
+policies:
+  drain: {}
+  balance: {high: 0.1, start-gap: 0.15, stop-gap: 0.05}
+"""
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
+    folder = tmp_path_factory.mktemp("planner")
+    policy = folder / "policy.yaml"
+    policy.write_text(POLICY)
+    graph = Graph(folder, "planner", (f"--Planner.policy-file={policy}", "--Planner.interval-s=1"))
+    try:
+        graph.wait()
+        yield graph
+        assert graph.stop() == []
+    finally:
+        if graph.process.poll() is None:
+            graph.stop()
+
+
+def test_the_planner_evens_out_two_workers(planned: Graph) -> None:
+    first, second = [w["worker"] for w in planned.status()["workers"] if w["role"] == "decode"]
+    prompts = [f"{i} {PROMPT}" for i in range(6)]
+    expected = [planned.complete(prompt, 1000, temperature=0) for prompt in prompts]
+    assert planned.command("drain", second).returncode == 0
+    with ThreadPoolExecutor(6) as pool:
+        texts = [pool.submit(planned.complete, prompt, 1000, temperature=0) for prompt in prompts]
+        while sum(s["worker"] == first for s in planned.status()["streams"]) < 6:
+            assert not any(text.done() for text in texts)
+        assert planned.command("undrain", second).returncode == 0
+        assert [text.result(180) for text in texts] == expected
+    moves = [m for m in planned.status()["moves"] if m["ok"]]
+    assert moves
+    assert {(m["source"], m["target"]) for m in moves} == {(first, second)}
+    assert "moves planned" in planned.log.read_text(errors="replace")
