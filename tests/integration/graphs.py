@@ -12,8 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Graph:
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=self.environment, stdout=self._output, stderr=subprocess.STDOUT
         )
+        self._remote: subprocess.Popen[str] | None = None
         self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
 
     def wait(self, timeout_s: float = 280) -> None:
@@ -60,18 +61,37 @@ class Graph:
             command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout_s
         )
 
-    @contextmanager
-    def mover(self, mode: str) -> Iterator[subprocess.Popen[str]]:
-        """A process that waits for the next request on a decode worker and moves it to the other one."""
-        command = [sys.executable, "-m", "tests.integration.move_next", mode]
-        process = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, text=True)
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            yield process
-        finally:
-            process.kill()
-            process.wait()
+    def ask(self, *call: str) -> Any:
+        """A call to the router; see ``remote.py``."""
+        if self._remote is None:
+            self._remote = subprocess.Popen(
+                [sys.executable, "-m", "tests.integration.remote"],
+                cwd=ROOT,
+                env=self.environment | {"DYN_LOG": "error"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        assert self._remote.stdin is not None and self._remote.stdout is not None
+        self._remote.stdin.write(json.dumps(call) + "\n")
+        self._remote.stdin.flush()
+        return json.loads(self._remote.stdout.readline())
+
+    def under_way(
+        self, prompts: list[str], length: int, act: Callable[[dict[str, str]], None], **more: Any
+    ) -> list[str]:
+        """Texts of requests during which ``act`` was called with {request id: worker}, once all of them decode."""
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            texts = [pool.submit(self.complete, prompt, length, **more) for prompt in prompts]
+            while True:
+                status = self.status()
+                decode = {w["worker"] for w in status["workers"] if w["role"] == "decode"}
+                streams = [s for s in status["streams"] if s["worker"] in decode and s["output_tokens"] > 5]
+                if len(streams) == len(prompts):
+                    act({s["request_id"]: s["worker"] for s in streams})
+                    break
+                assert not any(text.done() for text in texts), [text.result() for text in texts if text.done()]
+            return [text.result(240) for text in texts]
 
     def complete(self, prompt: str, count: int, **more: object) -> str:
         reply = self.client.completions.create(
@@ -82,6 +102,9 @@ class Graph:
         return reply.choices[0].text
 
     def stop(self) -> list[psutil.Process]:
+        if self._remote is not None:
+            self._remote.kill()
+            self._remote.wait()
         family = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(120)
@@ -89,7 +112,7 @@ class Graph:
         return [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
 
     def status(self) -> dict[str, Any]:
-        status: dict[str, Any] = json.loads(self.command("status", "--json").stdout)
+        status: dict[str, Any] = self.ask("status")
         return status
 
     def worker_process(self, replica: int) -> psutil.Process:

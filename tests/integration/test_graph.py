@@ -34,12 +34,16 @@ def test_a_migrated_stream_gives_the_text_of_an_unmigrated_one(
     graph: Graph, mode: str, sampling: dict[str, float]
 ) -> None:
     prompt = f"{mode} {sampling} {PROMPT}"
-    with graph.mover(mode) as mover:
-        moved = graph.complete(prompt, 1500, **sampling)
-        output, _ = mover.communicate(timeout=60)
-    move = json.loads(output)
-    assert move["ok"] and move["mode"] == mode, output
-    assert 0 < move["tokens"] < 1500
+    moves = []
+
+    def move(where: dict[str, str]) -> None:
+        [(request, source)] = where.items()
+        workers = [w["worker"] for w in graph.status()["workers"] if w["role"] == "decode"]
+        moves.append(graph.ask("migrate", request, next(w for w in workers if w != source), mode))
+
+    [moved] = graph.under_way([prompt], 1500, move, **sampling)
+    assert moves[0]["ok"] and moves[0]["mode"] == mode, json.dumps(moves[0])
+    assert 0 < moves[0]["tokens"] < 1500
     assert moved == graph.complete(prompt, 1500, **sampling)
 
 

@@ -4,33 +4,13 @@
 from __future__ import annotations
 
 import signal
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.integration.graphs import MODEL, PROMPT, Graph
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
-LENGTH = 1200
-
-
-def under_way(graph: Graph, prompts: list[str], disturb: Callable[[dict[str, str]], None]) -> list[str]:
-    """Texts of requests during which ``disturb`` was called with {request id: worker}, once all decode."""
-    with ThreadPoolExecutor(len(prompts) + 1) as pool:
-        texts = [pool.submit(graph.complete, prompt, LENGTH, temperature=0) for prompt in prompts]
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
-            status = graph.status()
-            decode = {w["worker"] for w in status["workers"] if w["role"] == "decode"}
-            where = {s["request_id"]: s["worker"] for s in status["streams"] if s["worker"] in decode}
-            if len(where) == len(prompts):
-                disturb(where)
-                break
-        else:
-            pytest.fail("the requests did not reach the decode workers")
-        return [text.result(180) for text in texts]
+LENGTH = 2000
 
 
 def test_a_killed_worker_costs_no_token(graph: Graph) -> None:
@@ -42,7 +22,7 @@ def test_a_killed_worker_costs_no_token(graph: Graph) -> None:
         for process in [*victim.children(recursive=True), victim]:
             process.kill()
 
-    assert under_way(graph, prompts, kill) == expected
+    assert graph.under_way(prompts, LENGTH, kill, temperature=0) == expected
     # The supervisor starts it again; it comes back as a new epoch and can be moved to.
     graph.wait_until_idle(timeout_s=180)
 
@@ -55,7 +35,7 @@ def test_a_stopped_worker_drains_first(graph: Graph) -> None:
         graph.worker_process(graph.replica_of(next(iter(where.values())))).send_signal(signal.SIGTERM)
 
     before = len(graph.status()["moves"])
-    assert under_way(graph, prompts, stop) == expected
+    assert graph.under_way(prompts, LENGTH, stop, temperature=0) == expected
     assert len(graph.status()["moves"]) > before
     graph.wait_until_idle(timeout_s=180)
 
@@ -67,15 +47,14 @@ def test_drain_empties_a_worker_and_undrain_brings_it_back(graph: Graph) -> None
 
     def drain(where: dict[str, str]) -> None:
         victim.append(next(iter(where.values())))
-        done = graph.command("drain", victim[0])
-        assert done.returncode == 0, done.stderr
+        assert all(move["ok"] for move in graph.ask("drain", victim[0]))
         assert not [s for s in graph.status()["streams"] if s["worker"] == victim[0]]
 
     try:
-        assert under_way(graph, prompts, drain) == expected
+        assert graph.under_way(prompts, LENGTH, drain, temperature=0) == expected
         assert next(w["draining"] for w in graph.status()["workers"] if w["worker"] == victim[0])
     finally:
-        graph.command("undrain", victim[0])
+        graph.ask("undrain", victim[0])
     graph.wait_until_idle()
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -39,14 +38,13 @@ def test_the_planner_evens_out_two_workers(planned: Graph) -> None:
     first, second = [w["worker"] for w in planned.status()["workers"] if w["role"] == "decode"]
     prompts = [f"{i} {PROMPT}" for i in range(6)]
     expected = [planned.complete(prompt, 1000, temperature=0) for prompt in prompts]
-    assert planned.command("drain", second).returncode == 0
-    with ThreadPoolExecutor(6) as pool:
-        texts = [pool.submit(planned.complete, prompt, 1000, temperature=0) for prompt in prompts]
-        while sum(s["worker"] == first for s in planned.status()["streams"]) < 6:
-            assert not any(text.done() for text in texts)
-        assert planned.command("undrain", second).returncode == 0
-        assert [text.result(180) for text in texts] == expected
+    assert planned.ask("drain", second) == []
+
+    def bring_back(where: dict[str, str]) -> None:
+        assert set(where.values()) == {first}
+        planned.ask("undrain", second)
+
+    assert planned.under_way(prompts, 1000, bring_back, temperature=0) == expected
     moves = [m for m in planned.status()["moves"] if m["ok"]]
     assert moves
     assert {(m["source"], m["target"]) for m in moves} == {(first, second)}
-    assert "moves planned" in planned.log.read_text(errors="replace")
