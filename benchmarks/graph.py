@@ -42,20 +42,21 @@ def served(target: str, config: str, *overrides: str, log: Path | None = None) -
         with path.open("wb") as output:
             process = subprocess.Popen([*command, *overrides], env=environment, stdout=output, stderr=output)
             try:
-                _wait(process, port, path)
+                _wait(process, port, path, Path(folder))
                 yield port
             finally:
                 process.send_signal(signal.SIGTERM)
                 process.wait(120)
 
 
-def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+def _wait(process: subprocess.Popen[bytes], port: int, log: Path, folder: Path) -> None:
     end = time.monotonic() + START_S
     while time.monotonic() < end:
         if process.poll() is not None:
             raise MigrateError(f"the graph did not start:\n{log.read_text(errors='replace')[-3000:]}")
         try:
-            if httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=2).json().get("data"):
+            reply = httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=2)
+            if reply.json().get("data") and list(folder.glob("*/*.json")):
                 return
         except (httpx.HTTPError, ValueError):
             pass

@@ -77,4 +77,6 @@ async def _run(report: Report, lengths: list[int], moves: int, port: int) -> Non
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()
