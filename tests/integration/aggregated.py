@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one plain vLLM engine answers, as the truth to compare a graph with.
+
+Reads {"model", "prompts": [...], "chats": [...], "max_tokens"} as JSON; writes the texts, prompts
+first, to the file that is its argument.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Generate greedily, one request at a time."""
+    from vllm import LLM, SamplingParams
+
+    task = json.load(sys.stdin)
+    llm = LLM(task["model"], max_model_len=4096, block_size=32, enforce_eager=True, max_num_seqs=1, seed=0)
+    greedy = SamplingParams(temperature=0, max_tokens=task["max_tokens"])
+    texts = [output.outputs[0].text for output in llm.generate(task["prompts"], greedy, use_tqdm=False)]
+    chats = [[{"role": "user", "content": text}] for text in task["chats"]]
+    texts += [output.outputs[0].text for output in llm.chat(chats, greedy, use_tqdm=False)]
+    Path(sys.argv[1]).write_text(json.dumps(texts))
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)
