@@ -75,7 +75,7 @@ class TransferAgent:
     def _publish(self) -> None:
         config = self._config
         store = store_of(config)
-        record = self._record()
+        record = self.record
         published = threading.Event()
 
         async def keep() -> None:
@@ -97,7 +97,9 @@ class TransferAgent:
                 "and are the credentials right?"
             )
 
-    def _record(self) -> AgentRecord:
+    @property
+    def record(self) -> AgentRecord:
+        """What peers are told of this agent. Raises ``TransferError`` before ``start``."""
         if self._assembly.record is None:
             raise TransferError("the agent has not been started")
         return self._assembly.record
@@ -186,11 +188,11 @@ class TransferAgent:
         checksums: Sequence[int],
     ) -> Steps:
         near, far = np.asarray(ours, np.int64), np.asarray(theirs, np.int64)
-        self._check(near, self._record(), unique=not push)
+        self._check(near, self.record, unique=not push)
         if len(near) != len(far):
             raise TransferError(f"{len(near)} blocks of ours for {len(far)} of agent {ref.name}")
         peer = yield from self._peer(ref, end)
-        self._record().require_pairable(peer)
+        self.record.require_pairable(peer)
         self._check(far, peer, unique=push)
 
         def arrived(size: int) -> None:
@@ -222,7 +224,7 @@ class TransferAgent:
 
     def _warm_up(self, ref: AgentRef, end: float) -> Steps:
         peer = yield from self._peer(ref, end)
-        self._record().require_pairable(peer)
+        self.record.require_pairable(peer)
         empty = np.empty(0, np.int64)
         return (yield from self._backend(peer).warm_up(Copy(peer, empty, empty, "", end)))
 
