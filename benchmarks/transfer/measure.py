@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.transfer.peer import Shape, pools, settings, source
-from components.errors import TransferError
+from components.errors import MigrateError, TransferError
 from components.transfer import KVPool, Strategy, TransferAgent, TransferHandle, TransferResult
 from components.transfer.control.record import AgentRecord, decode, encode
 from components.transfer.data.base import Steps
@@ -25,7 +25,7 @@ from components.transfer.layout import Segment
 from components.transfer.session.exchange import Exchange
 from components.transfer.session.worker import Job
 
-_DEADLINE_S = 120.0
+_DEADLINE_S = 20.0
 
 
 class Row(msgspec.Struct):
@@ -144,7 +144,7 @@ def measure(
             row.post_s.append(result.post_s)
             row.wire_s.append(result.wire_s)
             row.descriptors, row.lane = result.descriptors, f"{result.lane} {result.strategy}"
-    except (TransferError, TimeoutError) as error:
+    except (MigrateError, TimeoutError) as error:
         row.error = str(error)
         return row
     if compare and case.agent.checksums(dst) != case.call("checksums", src):

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _PASSIVE_WORK = frozenset({Transport.TCP, Transport.IB, Transport.NVLINK})
 """Lanes on which the side that is read from takes part in moving the bytes."""
+_PIECE_BYTES = {"cuda": 256 << 20, "cpu": 32 << 20}
 _STAGING_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
 
 
@@ -114,7 +115,8 @@ def _nixl(config: AgentConfig, epoch: str, regions: list[Region], directory: Dir
         staging = Staging(regions, config.staging_bytes or _STAGING_BYTES.get(device, 64 << 20))
     memory = [region.tensor for region in regions] + ([staging.buffer] if staging else [])
     own_thread = device == "cuda" or config.transport in _PASSIVE_WORK
-    link = NixlLink(f"{config.name}/{epoch}", memory, config.piece_bytes, own_thread)
+    piece = config.piece_bytes or _PIECE_BYTES.get(device, 32 << 20)
+    link = NixlLink(f"{config.name}/{epoch}", memory, piece, own_thread)
     return Exchange(config, epoch, link, regions, staging, directory, lambda: lanes.observed(config.transport))
 
 

@@ -109,8 +109,8 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tp_rank: int = 0
     tp_size: int = 1
     integrity: Integrity = Integrity.TAIL
-    piece_bytes: int = 32 << 20
-    """Bytes posted at once: shared-memory copies happen inside the post."""
+    piece_bytes: int = 0
+    """Bytes posted at once; 0: 32 MiB of host memory, whose copies happen inside the post, 256 MiB on a GPU."""
     staging_bytes: int = 0
     """Bound of the registered staging memory; 0: 1 GiB on a GPU, 64 MiB on a host."""
     grace_s: float = 1.0
@@ -125,8 +125,8 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f"backends {self.backends}: choose from {sorted(known)}")
         if not 0 <= self.tp_rank < self.tp_size:
             raise ConfigError(f"tp_rank {self.tp_rank} is not below tp_size {self.tp_size}")
-        if self.piece_bytes < 1 << 16 or self.lease_ttl_s < 1:
-            raise ConfigError("piece_bytes must be 65536 or more, lease_ttl_s 1 or more")
+        if 0 < self.piece_bytes < 1 << 16 or self.piece_bytes < 0 or self.lease_ttl_s < 1:
+            raise ConfigError("piece_bytes must be 0, or 65536 and more; lease_ttl_s 1 or more")
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ and ``buffer``, where segment follows segment. On CUDA it queues work on the cur
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 Copier = Callable[[torch.Tensor, torch.Tensor, bool], None]
+Mover = Callable[[torch.Tensor, torch.Tensor], None]
 _WORD = 8
 _TILE_WORDS = 2048
 
@@ -27,6 +27,33 @@ def copier(rows: Sequence[torch.Tensor]) -> Copier:
         except ImportError:
             pass
     return _torch_copier(rows)
+
+
+_movers: dict[tuple[int, ...], Mover | None] = {}
+"""Kernels are compiled once for a pair of agents, not once for a transfer."""
+
+
+def mover(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> Mover | None:
+    """One kernel that copies blocks of one set of CUDA pools straight into those of another.
+
+    Called with (source blocks, target blocks), both int64 on the device. None where it cannot be had.
+    """
+    key = tuple(row.data_ptr() for row in (*source, *target))
+    if key not in _movers:
+        _movers[key] = _new_mover(source, target)
+    return _movers[key]
+
+
+def _new_mover(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> Mover | None:
+    rows = [*source, *target]
+    lengths = {row.shape[1] for row in rows}
+    aligned = all(row.data_ptr() % 16 == 0 and row.stride(0) % 16 == 0 for row in rows)
+    if not (all(row.is_cuda for row in rows) and len(lengths) == 1 and aligned and next(iter(lengths)) % 16 == 0):
+        return None
+    try:
+        return _triton_mover(source, target)
+    except ImportError:
+        return None
 
 
 def _torch_copier(rows: Sequence[torch.Tensor]) -> Copier:
@@ -59,7 +86,7 @@ def _triton_copier(rows: Sequence[torch.Tensor]) -> Copier:
     import triton.language as tl
 
     @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-    def move(table: Any, index: Any, buffer: Any, blocks: Any, words: Any, GATHER: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    def move(table, index, buffer, blocks, words, GATHER: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
         pair = tl.program_id(0).to(tl.int64)
         segment = pair // blocks
         number = pair % blocks
@@ -76,7 +103,7 @@ def _triton_copier(rows: Sequence[torch.Tensor]) -> Copier:
             tl.store(pool + at, tl.load(slot + at, mask=mask), mask=mask)
 
     words = rows[0].shape[1] // _WORD
-    table = torch.tensor([[row.data_ptr(), row.stride(0)] for row in rows], device=rows[0].device)
+    table = _table(rows, rows[0].device)
 
     def run(blocks: torch.Tensor, buffer: torch.Tensor, gather: bool) -> None:
         grid = (len(rows) * len(blocks), triton.cdiv(words, _TILE_WORDS))
@@ -90,5 +117,38 @@ def _triton_copier(rows: Sequence[torch.Tensor]) -> Copier:
             TILE=_TILE_WORDS,
             num_warps=8,
         )
+
+    return run
+
+
+def _table(rows: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Address and stride of every segment, for a kernel."""
+    return torch.tensor([[row.data_ptr(), row.stride(0)] for row in rows], device=device)
+
+
+def _triton_mover(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> Mover:
+    import triton
+    import triton.language as tl
+
+    @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+    def move(sources, targets, take, put, blocks, words, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+        pair = tl.program_id(0).to(tl.int64)
+        segment = pair // blocks
+        number = pair % blocks
+        near = tl.load(sources + 2 * segment) + tl.load(take + number) * tl.load(sources + 2 * segment + 1)
+        far = tl.load(targets + 2 * segment) + tl.load(put + number) * tl.load(targets + 2 * segment + 1)
+        at = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        mask = at < words
+        begin = tl.multiple_of(near, 16).to(tl.pointer_type(tl.int64))
+        end = tl.multiple_of(far, 16).to(tl.pointer_type(tl.int64))
+        tl.store(end + at, tl.load(begin + at, mask=mask), mask=mask)
+
+    device = target[0].device
+    words = target[0].shape[1] // _WORD
+    tables = [_table(rows, device) for rows in (source, target)]
+
+    def run(take: torch.Tensor, put: torch.Tensor) -> None:
+        grid = (len(target) * len(take), triton.cdiv(words, _TILE_WORDS))
+        move[grid](*tables, take, put, len(take), words, TILE=_TILE_WORDS, num_warps=8)
 
     return run

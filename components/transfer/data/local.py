@@ -17,6 +17,7 @@ import torch
 from components.errors import TransferError
 from components.transfer.config import Strategy, TransferResult
 from components.transfer.control.record import AgentRecord
+from components.transfer.data import kernels
 from components.transfer.data.base import Copy, Steps
 from components.transfer.layout import Region
 
@@ -28,6 +29,15 @@ def _copy_rows(copy: Copy, src: Sequence[torch.Tensor], dst: Sequence[torch.Tens
     ours, theirs = torch.from_numpy(copy.ours), torch.from_numpy(copy.theirs)
     here, there = (ours, theirs) if push else (theirs, ours)
     total = 0
+    lengths = {row.shape[1] for row in (*src, *dst)}
+    if len(src) == len(dst) and len(lengths) == 1 and (move := kernels.mover(src, dst)) is not None:
+        move(here.to(dst[0].device), there.to(dst[0].device))
+        total = len(here) * sum(row.shape[1] for row in dst)
+        yield True
+        yield from _finished(dst[0])
+        copy.arrived(total)
+        strategy = Strategy.WRITE if push else Strategy.READ
+        return TransferResult(total, len(src) * len(here), lane=lane, strategy=strategy)
     for source, target in zip(src, dst, strict=True):
         if source.shape[1] != target.shape[1]:
             raise TransferError(f"blocks of agent {copy.peer.name} have another size")
@@ -40,12 +50,17 @@ def _copy_rows(copy: Copy, src: Sequence[torch.Tensor], dst: Sequence[torch.Tens
             yield True
     for tensor in (src[0], dst[0]):
         if tensor.is_cuda:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(tensor.device))
-            while not event.query():
-                yield False
+            yield from _finished(tensor)
     strategy = Strategy.WRITE if push else Strategy.READ
     return TransferResult(total, len(src) * len(copy.ours), lane=lane, strategy=strategy)
+
+
+def _finished(tensor: torch.Tensor) -> Generator[bool, None, None]:
+    """Wait for what was queued on the tensor's device."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(tensor.device))
+    while not event.query():
+        yield False
 
 
 def _nothing() -> Generator[bool, None, TransferResult]:

@@ -293,6 +293,7 @@ class Exchange:
         name, _, epoch = sender.rpartition("/")
         end = time.monotonic() + 5.0
         inbox = self.inboxes[sender, message.id] = Inbox()
+        peer: AgentRecord | None = None
         try:
             while (peer := self._directory.get(name)) is None or peer.epoch != epoch:
                 if time.monotonic() > end:
@@ -310,6 +311,11 @@ class Exchange:
                 yield from serve_ask(self, peer, message, inbox)
         except TransferError as error:
             logger.warning("serving agent %s: %s", sender, error)
+        except Exception as error:
+            # Whatever a kernel or library raised: a peer that is not told waits until its deadline.
+            logger.exception("serving agent %s", sender)
+            if peer is not None:
+                self.send(peer, wire.Ended(message.id, TransferError.code, f"{type(error).__name__}: {error}"[:1024]))
         finally:
             self.inboxes.pop((sender, message.id), None)
 

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _BUSY_S = 20e-6
 """Pause of a thread that waits for a peer: far below the time of a chunk."""
+_STEP_S = 60e-6
+"""Longest pause while something is under way: a staged chunk waits for five or six of them."""
 _ALERT_S = 200e-6
 _ALERT_FOR_S = 0.5
 """For so long after the last transfer a next one is expected soon."""
@@ -87,7 +89,7 @@ class Worker:
                 pause, self._last_work = _BUSY_S, self._clock()
             elif self._jobs or self._services:
                 time.sleep(pause)
-                pause = min(pause * 1.3, _ALERT_S)
+                pause = min(pause * 1.1, _STEP_S)
 
     def _take(self, block: bool) -> bool:
         taken = False
