@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from components.cli import move, serve
+from components.cli import move, policy, serve
 from components.errors import MigrateError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 serve.register(app)
 move.register(app)
+policy.register(app)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -48,3 +49,12 @@ def test_the_planner_evens_out_two_workers(planned: Graph) -> None:
     moves = [m for m in planned.status()["moves"] if m["ok"]]
     assert moves
     assert {(m["source"], m["target"]) for m in moves} == {(first, second)}
+
+
+def test_explain_shows_the_live_system_and_a_saved_one(planned: Graph, tmp_path: Path) -> None:
+    saved = str(tmp_path / "seen.json")
+    live = planned.command("policy", "explain", "--save", saved, "--json")
+    assert live.returncode == 0, live.stderr
+    again = planned.command("policy", "explain", "--snapshot", saved, "--json")
+    assert json.loads(again.stdout) == json.loads(live.stdout)
+    assert "balance" in json.loads(live.stdout)

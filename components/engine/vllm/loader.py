@@ -23,6 +23,8 @@ from components.errors import DeadlineExceeded, IntegrityError, MigrateError
 from components.transfer import AgentConfig, KVPool, TransferAgent, TransferHandle, TransferResult
 
 logger = logging.getLogger(__name__)
+_QUIET_S = 30.0
+"""How long a failed copy may keep a step from recomputing its blocks."""
 
 
 def layout_fingerprint(vllm_config: Any, pools: list[KVPool]) -> str:
@@ -128,8 +130,20 @@ class Loader:
         for job in meta.jobs:
             if job.wait and job.job_id in self._flying:
                 self._settle(job.job_id)
-        for job_id in [i for i, (_, handle, _) in self._flying.items() if handle is None or handle.done()]:
+        for job_id in [i for i, (_, handle, _) in self._flying.items() if handle is None or self._quiet(handle)]:
             self._settle(job_id)
+
+    def _quiet(self, handle: TransferHandle) -> bool:
+        """Over, and no peer that hangs may still write into its blocks."""
+        return handle.done() and not set(handle.poisoned_blocks) & self.agent.poisoned_blocks()
+
+    def _wait_until_quiet(self, handle: TransferHandle) -> None:
+        end = time.monotonic() + _QUIET_S
+        while not self._quiet(handle):
+            if time.monotonic() > end:
+                # Recomputing into these blocks could give wrong tokens: end this engine, the router replays.
+                raise RuntimeError("a peer that hangs may still write into KV blocks of this engine")
+            time.sleep(0.001)
 
     def _settle(self, job_id: int) -> None:
         job, handle, started = self._flying.pop(job_id)
@@ -139,6 +153,7 @@ class Loader:
                 moved = handle.wait(max(0.0, job.deadline_s - (time.monotonic() - started)) + 1.0)
             except (MigrateError, TimeoutError) as error:
                 handle.cancel()
+                self._wait_until_quiet(handle)
                 known = error if isinstance(error, MigrateError) else DeadlineExceeded(str(error))
                 self._fail(job, known, job.dst_blocks)
                 return
