@@ -86,6 +86,8 @@ class TransferAgent:
                 await task
             except asyncio.CancelledError:
                 logger.debug("agent %s is withdrawn", config.name)
+            finally:
+                self._stop_publishing = lambda: None
 
         self._publisher = threading.Thread(target=lambda: asyncio.run(keep()), name="kv-records", daemon=True)
         self._publisher.start()
@@ -283,7 +285,8 @@ class TransferAgent:
 
     def close(self) -> None:
         """Withdraw the record, end what is under way, give the pools back. Idempotent."""
-        self._stop_publishing()
+        stop, self._stop_publishing = self._stop_publishing, lambda: None
+        stop()
         if self._publisher is not None:
             self._publisher.join(5.0)
         self._worker.stop()
