@@ -19,7 +19,8 @@ _TLS: dict[Transport, str | None] = {
     Transport.IB: "rc,dc,cuda_copy",
     Transport.NVLINK: "cuda_ipc,cuda_copy,sm,self,tcp",
     Transport.TCP: "tcp,cuda_copy,self",
-    Transport.SHM: "sm,cuda_copy,self",
+    # UCX makes no endpoint without a transport that notices a dead peer: tcp does that, sm moves the bytes.
+    Transport.SHM: "sm,cuda_copy,self,tcp",
 }
 RDMA_DEVICES = Path("/sys/class/infiniband")
 NVIDIA_DEVICES = Path("/proc/driver/nvidia/gpus")

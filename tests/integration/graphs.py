@@ -31,13 +31,14 @@ MODEL = os.environ.get("DYNAMO_MIGRATE_TEST_MODEL", "tiny-llama")
 class Graph:
     """A running ``dynamo serve`` and a client of it."""
 
-    def __init__(self, folder: Path, name: str = "disagg", overrides: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, name: str = "disagg", overrides: tuple[str, ...] = (), **environment: str) -> None:
         self.port = free_port()
         self.log = folder / "serve.log"
         self.environment = dict(os.environ) | {
             "XDG_RUNTIME_DIR": str(folder),
             "VLLM_SLEEP_WHEN_IDLE": "1",
             "ETCD_LEASE_TTL": "60",
+            **environment,
         }
         command = [sys.executable, "-m", "components.cli", "serve", f"graphs.{name}:Frontend"]
         command += ["-f", f"configs/{name}.yaml", "--port", str(self.port), f"--Common.model={MODEL}", *overrides]
@@ -81,6 +82,7 @@ class Graph:
         self, prompts: list[str], length: int, act: Callable[[dict[str, str]], None], **more: Any
     ) -> list[str]:
         """Texts of requests during which ``act`` was called with {request id: worker}, once all of them decode."""
+        self.status()  # The connection stands before the first token comes.
         with ThreadPoolExecutor(len(prompts)) as pool:
             texts = [pool.submit(self.complete, prompt, length, **more) for prompt in prompts]
             while True:
