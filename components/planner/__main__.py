@@ -67,7 +67,7 @@ def main() -> None:
     # The planner drops and renews its watches all the time, and Dynamo's store reports each as an error.
     os.environ["DYN_LOG"] = os.environ.get("DYN_LOG", "warn") + ",dynamo_runtime::storage::kv=off"
     sys.argv = ["planner", "--config", json.dumps(planner_file(config, process.namespace()))]
-    run()
+    run()  # type: ignore[no-untyped-call]
 
 
 process.run_blocking(main)

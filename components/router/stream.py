@@ -196,9 +196,8 @@ class Stream:
                 left = end - time.monotonic()
                 if left <= 0:
                     raise DeadlineExceeded(f"no token from worker {leg.worker.name} within {self.deadline_s:g} s")
-                await asyncio.wait(
-                    [cut.downtime, ended], timeout=min(left, _LATE_S), return_when=asyncio.FIRST_COMPLETED
-                )
+                either: list[asyncio.Future[Any]] = [cut.downtime, ended]
+                await asyncio.wait(either, timeout=min(left, _LATE_S), return_when=asyncio.FIRST_COMPLETED)
                 if leg.ended.is_set() and leg.error is not None and not cut.downtime.done():
                     raise leg.error
                 if self._early or leg.ended.is_set():

@@ -96,7 +96,7 @@ class Child:
     def _family(self) -> list[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):
             if self.handle is not None:
-                return psutil.Process(self.handle.pid).children(recursive=True)
+                return list(psutil.Process(self.handle.pid).children(recursive=True))
         return []
 
 

@@ -57,7 +57,7 @@ class RunnerState:
         request = self._runner.requests.get(vllm_id)
         if request is None or request.generator is None:
             return b""
-        return request.generator.get_state().numpy().tobytes()
+        return bytes(request.generator.get_state().numpy().tobytes())
 
     def set_rng_state(self, vllm_id: str, state: bytes) -> None:
         """Turn a generator back, after a step whose token was thrown away."""

@@ -163,7 +163,7 @@ class MigrationMixin:
                 continue
             if record.request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
                 self.finished_recving_kv_req_ids.add(vllm_id)
-        return super().finish_requests(ids, finished_status)
+        return list(super().finish_requests(ids, finished_status))
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         self.preemptions_total += 1
@@ -329,7 +329,7 @@ class MigrationMixin:
     def _has_room(self, record: Record) -> bool:
         needed = -(-record.request.num_tokens // self.block_size) + 1
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        return free >= needed and len(self.running) < self.max_num_running_reqs
+        return bool(free >= needed and len(self.running) < self.max_num_running_reqs)
 
     def _extend(self, record: Record, offer: KVOffer, tokens: tuple[int, ...]) -> None:
         landing = self._landing(record)
@@ -481,7 +481,7 @@ class MigrationMixin:
     def _settle_commit(self, record: Record, job: Job, failed: bool) -> None:
         landing = self._landing(record)
         request = record.request
-        if landing.offer is not landing.commit.offer and landing.commit is not None:
+        if landing.commit is not None and landing.offer is not landing.commit.offer:
             # This was a pre-copy round that the commit overtook: now the tail.
             self._adopt(landing, landing.commit.offer)
             self._copy_tail(record, wait=False)
