@@ -32,7 +32,7 @@ from components.transfer.control.record import AgentRecord
 from components.transfer.control.store import store_of
 from components.transfer.data.base import Backend, Copy, Steps
 from components.transfer.handle import TransferHandle
-from components.transfer.layout import Ints
+from components.transfer.layout import Ints, pair_up, parts_of
 from components.transfer.session.worker import Job, Worker
 
 logger = logging.getLogger(__name__)
@@ -119,6 +119,8 @@ class TransferAgent:
     ) -> TransferHandle:
         """Copy the peer's blocks into ours, pairwise.
 
+        Of a peer with longer or shorter blocks, the lists name as many tokens on both sides; the last of the longer
+        blocks may be covered in part.
         ``checksums`` are the peer's, of the last blocks or of all: they are compared after arrival
         (``IntegrityError`` names what differs) as far as ``integrity`` asks for it.
         """
@@ -146,9 +148,17 @@ class TransferAgent:
         self._worker.submit(Job(self._warm_up(peer, end), handle, end))
         return handle
 
-    def checksums(self, blocks: Sequence[int]) -> tuple[int, ...]:
-        """One checksum for each of our blocks, over all pools."""
-        return self._checksums.of(blocks)
+    def checksums(self, blocks: Sequence[int], tokens: int = 0) -> tuple[int, ...]:
+        """One checksum for each of our blocks, over all pools.
+
+        With ``tokens``, one for every so many tokens of the blocks: what a peer with shorter blocks can compare.
+        """
+        parts = 1
+        if tokens and tokens != self._config.block_size:
+            parts = self._config.block_size // tokens
+            if parts * tokens != self._config.block_size or not all(r.token_bytes for r in self.record.regions):
+                raise TransferError(f"blocks of {self._config.block_size} tokens cannot be cut into {tokens}")
+        return self._checksums.of(parts_of(np.asarray(blocks, np.int64), parts).tolist(), parts)
 
     def known_peers(self) -> list[str]:
         """Names of all agents that have published, ours included."""
@@ -189,22 +199,27 @@ class TransferAgent:
         push: bool,
         checksums: Sequence[int],
     ) -> Steps:
-        near, far = np.asarray(ours, np.int64), np.asarray(theirs, np.int64)
-        self._check(near, self.record, unique=not push)
-        if len(near) != len(far):
-            raise TransferError(f"{len(near)} blocks of ours for {len(far)} of agent {ref.name}")
+        mine, others = np.asarray(ours, np.int64), np.asarray(theirs, np.int64)
+        self._check(mine, self.record, unique=not push)
+        if ref == self.ref:
+            raise TransferError(f"agent {ref.name} cannot transfer to itself")
         peer = yield from self._peer(ref, end)
         self.record.require_pairable(peer)
-        self._check(far, peer, unique=push)
+        self._check(others, peer, unique=push)
+        near, far, unit = pair_up(mine, self.record.block_size, others, peer.block_size)
+        handle.total = len(near) * self.record.block_bytes // (self.record.block_size // unit if unit else 1)
 
         def arrived(size: int) -> None:
             handle.progress += size
 
-        copy = Copy(peer, near, far, request_id, end, arrived, lambda: self._poison(handle, () if push else near))
+        def poison() -> Callable[[], None]:
+            return self._poison(handle, () if push else mine)
+
+        copy = Copy(peer, near, far, request_id, end, arrived, poison, unit)
         if not len(near):
             return TransferResult(lane=self._backend(peer).lane)
         result = yield from (self._backend(peer).push(copy) if push else self._backend(peer).fetch(copy))
-        return self._verified(result, near, checksums)
+        return self._verified(result, near, checksums, unit)
 
     def _meet(self, record: AgentRecord) -> None:
         """Connect to every peer as soon as it is known: its first transfer shall not wait for that."""
@@ -254,14 +269,14 @@ class TransferAgent:
                 return backend
         raise TransferError(f"no common lane with agent {peer.name}: {self.lanes} here, {peer.lanes} there")
 
-    def _verified(self, result: TransferResult, blocks: Ints, checksums: Sequence[int]) -> TransferResult:
+    def _verified(self, result: TransferResult, blocks: Ints, checksums: Sequence[int], unit: int) -> TransferResult:
         if not checksums or self._config.integrity is Integrity.OFF:
             return result
         if len(checksums) > len(blocks):
             raise TransferError(f"{len(checksums)} checksums for {len(blocks)} blocks")
         count = len(checksums) if self._config.integrity is Integrity.FULL else min(len(checksums), 2)
         tail = [int(block) for block in blocks[-count:]]
-        found = self._checksums.of(tail)
+        found = self._checksums.of(tail, self._config.block_size // unit if unit else 1)
         wrong = [b for b, here, there in zip(tail, found, checksums[-count:], strict=True) if here != there]
         if wrong:
             raise IntegrityError(f"blocks {wrong} are not what the source has")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.errors import TransferUnavailable
+from components.errors import ConfigError, TransferUnavailable
 from components.transfer import lanes
 from components.transfer.config import AgentConfig, KVPool, Strategy, Transport
 from components.transfer.control.directory import Directory
@@ -52,6 +52,7 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
     """Register the pools with every lane that is wanted and there."""
     lanes.check(config.transport)
     regions = [region_of(pool) for pool in pools]
+    _check_tokens(config, pools)
     if not regions:
         raise TransferUnavailable("an agent needs at least one KV pool")
     if len({r.tensor.device for r in regions}) != 1 or len({r.rows[0].shape[0] for r in regions}) != 1:
@@ -64,12 +65,12 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
             backends.append(exchange)
             blob = exchange.link.blob()
         elif name == "local":
-            backends.append(LocalBackend(epoch, regions))
-        elif name == "cuda_ipc" and regions[0].tensor.is_cuda and (own := _ipc(host, regions)) is not None:
+            backends.append(LocalBackend(epoch, regions, config.block_size))
+        elif name == "cuda_ipc" and regions[0].tensor.is_cuda and (own := _ipc(config, host, regions)) is not None:
             backends.append(own)
             ipc = own.handles()
         elif name == "tcp":
-            tcp = TcpBackend(epoch, regions, config.advertise_host)
+            tcp = TcpBackend(epoch, regions, config.advertise_host, config.block_size)
             backends.append(tcp)
             address = tcp.address
     if not backends:
@@ -97,10 +98,19 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
     return Assembly(backends, record)
 
 
+def _check_tokens(config: AgentConfig, pools: Sequence[KVPool]) -> None:
+    for pool in pools:
+        if pool.token_dim is not None and pool.tensor.shape[pool.token_dim] != config.block_size:
+            raise ConfigError(
+                f"pool {pool.name}: axis {pool.token_dim} of shape {tuple(pool.tensor.shape)} has not block_size = "
+                f"{config.block_size} tokens"
+            )
+
+
 def _published(region: Region) -> RegionRecord:
     device = region.tensor.device
     segments = tuple((s.address, s.stride, s.length) for s in region.segments)
-    return RegionRecord(region.name, device.type, device.index or 0, region.order, segments)
+    return RegionRecord(region.name, device.type, device.index or 0, region.order, region.token_bytes, segments)
 
 
 def _nixl(config: AgentConfig, epoch: str, regions: list[Region], directory: Directory) -> Exchange | None:
@@ -126,8 +136,8 @@ def _may_stage(config: AgentConfig, device: str) -> bool:
     return config.strategy is Strategy.STAGED
 
 
-def _ipc(host: str, regions: list[Region]) -> IpcBackend | None:
-    backend = IpcBackend(host, regions)
+def _ipc(config: AgentConfig, host: str, regions: list[Region]) -> IpcBackend | None:
+    backend = IpcBackend(host, regions, config.block_size)
     try:
         backend.handles()
     except RuntimeError as error:

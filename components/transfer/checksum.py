@@ -25,23 +25,23 @@ class BlockChecksums:
         self._pools = list(pools)
         self._weights: dict[tuple[int, torch.device], torch.Tensor] = {}
 
-    def of(self, blocks: Sequence[int]) -> tuple[int, ...]:
-        """One checksum (63 bits, unsigned) for each block."""
+    def of(self, blocks: Sequence[int], parts: int = 1) -> tuple[int, ...]:
+        """One checksum (63 bits, unsigned) for each block, or for each of the numbered ``parts`` of blocks."""
         if not blocks or not self._pools:
             return (0,) * len(blocks)
         largest = max(p.tensor.numel() * p.tensor.element_size() // p.num_blocks for p in self._pools)
         step = max(1, _AT_ONCE_BYTES // largest)
         sums: list[int] = []
         for start in range(0, len(blocks), step):
-            sums.extend(self._sum(blocks[start : start + step]).tolist())
+            sums.extend(self._sum(blocks[start : start + step], parts).tolist())
         return tuple(value & 0x7FFF_FFFF_FFFF_FFFF for value in sums)
 
-    def _sum(self, blocks: Sequence[int]) -> torch.Tensor:
+    def _sum(self, blocks: Sequence[int], parts: int) -> torch.Tensor:
         device = self._pools[0].tensor.device
         index = torch.tensor(list(blocks), dtype=torch.int64, device=device)
         total = torch.zeros(len(blocks), dtype=torch.int64, device=device)
         for position, pool in enumerate(self._pools):
-            rows = pool.tensor.index_select(pool.block_dim, index).movedim(pool.block_dim, 0)
+            rows = _select(pool, index, parts)
             data = rows.reshape(len(blocks), -1).contiguous().view(torch.uint8)
             word = next(t for t in (torch.int64, torch.int32, torch.int16, torch.uint8) if _fits(data, t))
             words = data.view(word).to(torch.int64)
@@ -54,6 +54,15 @@ class BlockChecksums:
             steps = torch.arange(1, length + 1, dtype=torch.int64, device=device)
             self._weights[key] = (steps * 0x9E37_79B9_7F4A_7C1) | 1
         return self._weights[key]
+
+
+def _select(pool: KVPool, index: torch.Tensor, parts: int) -> torch.Tensor:
+    """Blocks, or parts of blocks, first; the other axes in the order of the pool's tensor."""
+    if parts == 1 or pool.token_dim is None:
+        return pool.tensor.index_select(pool.block_dim, index).movedim(pool.block_dim, 0)
+    pieces = pool.tensor.unflatten(pool.token_dim, (parts, -1))
+    block_dim = pool.block_dim + (pool.block_dim > pool.token_dim)
+    return pieces.movedim((block_dim, pool.token_dim), (0, 1))[index // parts, index % parts]
 
 
 def _fits(data: torch.Tensor, word: torch.dtype) -> bool:

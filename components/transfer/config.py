@@ -66,6 +66,8 @@ class KVPool:
     tensor: torch.Tensor
     num_blocks: int
     block_dim: int
+    token_dim: int | None = None
+    """The axis that counts the tokens of a block. Known, it allows peers with blocks of a multiple of ours."""
 
 
 class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -31,6 +31,8 @@ class TransferHandle:
         self.cancelled = False
         self.progress = 0
         """Bytes that have arrived so far."""
+        self.total = 0
+        """Bytes to move; 0 until the peer is known."""
         self.poisoned_blocks: tuple[int, ...] = ()
         """After a failure: destination blocks into which a peer that hangs may still write.
         Empty almost always; ``TransferAgent.poisoned_blocks`` says when they are safe again."""

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from components.errors import ConfigError
+from components.errors import ConfigError, TransferError
 from components.transfer.config import KVPool
 
 Ints = npt.NDArray[np.int64]
@@ -24,11 +24,27 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Segment:
-    """Equal pieces of memory, one for each block, ``stride`` bytes apart."""
+    """Equal pieces of memory, one for each block, ``stride`` bytes apart.
+
+    A block may be cut into ``parts`` of ``length`` bytes that lie ``gap`` bytes apart; the index then counts parts.
+    """
 
     address: int
     stride: int
     length: int
+    parts: int = 1
+    gap: int = 0
+
+    def at(self, index: Ints) -> Ints:
+        """Addresses of blocks, or of parts of blocks."""
+        if self.parts == 1:
+            return self.address + index * self.stride
+        return self.address + (index // self.parts) * self.stride + (index % self.parts) * self.gap
+
+    @property
+    def dense(self) -> bool:
+        """True when neighbours in number are neighbours in memory."""
+        return self.stride == self.parts * self.length and (self.parts == 1 or self.gap == self.length)
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,8 @@ class Region:
     order: str
     """Axes inside a block in memory order with their lengths: equal on both sides or bytes get mixed up."""
     tensor: torch.Tensor = field(compare=False, repr=False)
+    token_bytes: int = 0
+    """Bytes of a token inside a segment, where tokens follow each other densely; 0 when that is not so."""
     segments: tuple[Segment, ...] = ()
     rows: tuple[torch.Tensor, ...] = field(default=(), compare=False, repr=False)
 
@@ -46,16 +64,19 @@ class Region:
 def region_of(pool: KVPool) -> Region:
     """Segments of a pool. Raises ``ConfigError`` when a block's bytes have holes."""
     tensor, axis = pool.tensor, pool.block_dim
+    if pool.token_dim is not None and (pool.token_dim == axis or not 0 <= pool.token_dim < tensor.dim()):
+        raise ConfigError(f"pool {pool.name}: axis {pool.token_dim} of shape {tuple(tensor.shape)} counts no tokens")
     if not 0 <= axis < tensor.dim() or tensor.shape[axis] != pool.num_blocks or pool.num_blocks < 1:
         raise ConfigError(f"pool {pool.name}: axis {axis} of shape {tuple(tensor.shape)} does not count its blocks")
     size = tensor.element_size()
     step = tensor.stride(axis)
-    offsets, inner, order = [0], 1, []
+    offsets, inner, order, token = [0], 1, [], 0
     axes = [a for a in range(tensor.dim()) if a != axis and tensor.shape[a] > 1]
     for a in sorted(axes, key=lambda a: tensor.stride(a)):
         length, stride = tensor.shape[a], tensor.stride(a)
-        order.append(f"{a}:{length}")
+        order.append(f"{a}:{'tokens' if a == pool.token_dim else length}")
         if stride == inner and (pool.num_blocks == 1 or stride < step):
+            token = inner * size if a == pool.token_dim else token
             inner *= length
         else:
             # An axis outside the dense part: each index of it is a segment of its own (K and V planes).
@@ -68,7 +89,69 @@ def region_of(pool: KVPool) -> Region:
         for offset in offsets
     )
     segments = tuple(Segment(tensor.data_ptr() + o * size, step * size, inner * size) for o in offsets)
-    return Region(pool.name, ",".join(reversed(order)), tensor, segments, rows)
+    return Region(pool.name, ",".join(reversed(order)), tensor, token, segments, rows)
+
+
+def cut(segment: Segment, token_bytes: int, block_size: int, unit: int) -> list[Segment]:
+    """The segment's blocks cut into parts of ``unit`` tokens, one segment for each run of tokens inside a block."""
+    length = unit * token_bytes
+    return [
+        Segment(segment.address + start, segment.stride, length, block_size // unit, length)
+        for start in range(0, segment.length, block_size * token_bytes)
+    ]
+
+
+def rows_of(regions: Sequence[Region], block_size: int, unit: int) -> list[torch.Tensor]:
+    """Views (blocks, bytes) of all segments; with a ``unit`` of tokens (blocks, parts, bytes)."""
+    if not unit:
+        return [row for region in regions for row in region.rows]
+    views = []
+    for region in regions:
+        for row in region.rows:
+            length = unit * region.token_bytes
+            shape = (row.shape[0], block_size // unit, length)
+            for start in range(0, row.shape[1], block_size * region.token_bytes):
+                at = row.storage_offset() + start
+                views.append(torch.as_strided(row, shape, (row.stride(0), length, 1), at))
+    return views
+
+
+def take(row: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Blocks or parts of a view as (count, bytes)."""
+    if row.dim() == 2:
+        return row.index_select(0, index)
+    return row[index // row.shape[1], index % row.shape[1]]
+
+
+def put(row: torch.Tensor, index: torch.Tensor, data: torch.Tensor) -> None:
+    """Reverse of ``take``."""
+    if row.dim() == 2:
+        row.index_copy_(0, index, data)
+    else:
+        row[index // row.shape[1], index % row.shape[1]] = data
+
+
+def pair_up(ours: Ints, our_size: int, theirs: Ints, their_size: int) -> tuple[Ints, Ints, int]:
+    """Block lists as pairs, and their unit in tokens: 0 for whole blocks of equal size.
+
+    Of unequal sizes one is a multiple of the other: the longer blocks are cut, and the last one may be covered in
+    part. Raises ``TransferError`` for lists that do not fit.
+    """
+    if our_size == their_size:
+        if len(ours) != len(theirs):
+            raise TransferError(f"{len(ours)} blocks of ours for {len(theirs)} of the peer")
+        return ours, theirs, 0
+    unit, parts = min(our_size, their_size), max(our_size, their_size) // min(our_size, their_size)
+    long, short = (ours, theirs) if our_size > their_size else (theirs, ours)
+    if -(-len(short) // parts) != len(long):
+        raise TransferError(f"{len(short)} blocks of {unit} tokens do not fit {len(long)} of {parts * unit}")
+    whole = parts_of(long, parts)[: len(short)]
+    return (whole, short, unit) if our_size > their_size else (short, whole, unit)
+
+
+def parts_of(blocks: Ints, parts: int) -> Ints:
+    """Numbers of all parts of blocks, in order."""
+    return (blocks[:, None] * parts + np.arange(parts)).reshape(-1)
 
 
 def block_bytes(regions: Sequence[Region]) -> int:
@@ -90,11 +173,11 @@ def extents(ours: Sequence[Segment], theirs: Sequence[Segment], our_blocks: Ints
     merged = runs(their_blocks, our_blocks)
     parts = []
     for mine, other in zip(ours, theirs, strict=True):
-        if mine.stride == mine.length and other.stride == other.length:
+        if mine.dense and other.dense:
             far, near, counts = merged
         else:
             far, near, counts = their_blocks, our_blocks, np.ones(len(our_blocks), np.int64)
-        columns = (mine.address + near * mine.stride, other.address + far * other.stride, counts * mine.length)
+        columns = (mine.at(near), other.at(far), counts * mine.length)
         parts.append(np.stack(columns, axis=1))
     return np.concatenate(parts) if parts else np.empty((0, 3), np.int64)
 

@@ -31,7 +31,7 @@ def _harmless() -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class Copy:
-    """Block pairs to copy between us and a peer."""
+    """Block pairs to copy between us and a peer; with a ``unit``, pairs of parts of so many tokens."""
 
     peer: AgentRecord
     ours: Ints
@@ -43,6 +43,7 @@ class Copy:
     """Told of every piece's bytes."""
     poison: Callable[[], Callable[[], None]] = field(default=_harmless)
     """Called when a hanging peer may write later; what it gives is called once that is over."""
+    unit: int = 0
 
 
 class Backend(Protocol):

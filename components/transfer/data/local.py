@@ -8,7 +8,8 @@ one kernel, also scattered to scattered. Errors: ``TransferError``.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any, ClassVar, NoReturn
 
 import msgspec
@@ -19,7 +20,7 @@ from components.transfer.config import Strategy, TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data import kernels
 from components.transfer.data.base import Copy, Steps
-from components.transfer.layout import Region
+from components.transfer.layout import Region, put, rows_of, take
 
 _STEP_BLOCKS = 64
 
@@ -29,8 +30,7 @@ def _copy_rows(copy: Copy, src: Sequence[torch.Tensor], dst: Sequence[torch.Tens
     ours, theirs = torch.from_numpy(copy.ours), torch.from_numpy(copy.theirs)
     here, there = (ours, theirs) if push else (theirs, ours)
     total = 0
-    lengths = {row.shape[1] for row in (*src, *dst)}
-    if len(src) == len(dst) and len(lengths) == 1 and (move := kernels.mover(src, dst)) is not None:
+    if not copy.unit and len(src) == len(dst) and (move := kernels.mover(src, dst)) is not None:
         move(here.to(dst[0].device), there.to(dst[0].device))
         total = len(here) * sum(row.shape[1] for row in dst)
         yield True
@@ -39,12 +39,12 @@ def _copy_rows(copy: Copy, src: Sequence[torch.Tensor], dst: Sequence[torch.Tens
         strategy = Strategy.WRITE if push else Strategy.READ
         return TransferResult(total, len(src) * len(here), lane=lane, strategy=strategy)
     for source, target in zip(src, dst, strict=True):
-        if source.shape[1] != target.shape[1]:
+        if source.shape[-1] != target.shape[-1]:
             raise TransferError(f"blocks of agent {copy.peer.name} have another size")
         for start in range(0, len(here), _STEP_BLOCKS):
-            take, put = here[start : start + _STEP_BLOCKS], there[start : start + _STEP_BLOCKS]
-            part = source.index_select(0, take.to(source.device)).to(target.device)
-            target.index_copy_(0, put.to(target.device), part)
+            near, far = here[start : start + _STEP_BLOCKS], there[start : start + _STEP_BLOCKS]
+            part = take(source, near.to(source.device)).to(target.device)
+            put(target, far.to(target.device), part)
             total += part.numel()
             copy.arrived(part.numel())
             yield True
@@ -71,11 +71,12 @@ def _nothing() -> Generator[bool, None, TransferResult]:
 class LocalBackend:
     """Copies between agents of this process."""
 
-    _agents: ClassVar[dict[str, Sequence[torch.Tensor]]] = {}
+    _agents: ClassVar[dict[str, Callable[[int], list[torch.Tensor]]]] = {}
+    """Views of an agent's memory by unit."""
 
-    def __init__(self, epoch: str, regions: Sequence[Region]) -> None:
+    def __init__(self, epoch: str, regions: Sequence[Region], block_size: int) -> None:
         self._epoch = epoch
-        self._rows = [row for region in regions for row in region.rows]
+        self._rows = partial(rows_of, list(regions), block_size)
         self._agents[epoch] = self._rows
 
     @property
@@ -89,11 +90,13 @@ class LocalBackend:
 
     def fetch(self, copy: Copy) -> Steps:
         """See ``Backend``."""
-        return _copy_rows(copy, self._agents[copy.peer.epoch], self._rows, False, self.lane)
+        source = self._agents[copy.peer.epoch]
+        return _copy_rows(copy, source(copy.unit), self._rows(copy.unit), False, self.lane)
 
     def push(self, copy: Copy) -> Steps:
         """See ``Backend``."""
-        return _copy_rows(copy, self._rows, self._agents[copy.peer.epoch], True, self.lane)
+        target = self._agents[copy.peer.epoch]
+        return _copy_rows(copy, self._rows(copy.unit), target(copy.unit), True, self.lane)
 
     def warm_up(self, copy: Copy) -> Steps:
         """Nothing to connect."""
@@ -129,8 +132,9 @@ class IpcBackend:
 
     lane = "cuda_ipc/memcpy"
 
-    def __init__(self, host: str, regions: Sequence[Region]) -> None:
+    def __init__(self, host: str, regions: Sequence[Region], block_size: int) -> None:
         self._host = host
+        self._block_size = block_size
         self._regions = list(regions)
         self._rows = [row for region in regions for row in region.rows]
         self._mapped: dict[str, list[torch.Tensor]] = {}
@@ -140,8 +144,9 @@ class IpcBackend:
         return tuple(msgspec.msgpack.encode(_Handle(*r.tensor.untyped_storage()._share_cuda_())) for r in self._regions)
 
     def reaches(self, peer: AgentRecord) -> bool:
-        """True for another process's device memory on this host."""
-        return bool(peer.ipc) and peer.host == self._host and len(peer.ipc) == len(peer.regions)
+        """True for another process's device memory on this host, in blocks of our size."""
+        here = peer.host == self._host and peer.block_size == self._block_size
+        return here and bool(peer.ipc) and len(peer.ipc) == len(peer.regions)
 
     def _map(self, peer: AgentRecord) -> list[torch.Tensor]:
         if peer.epoch not in self._mapped:

@@ -26,7 +26,7 @@ from components.errors import DeadlineExceeded, MigrateError, TransferCancelled,
 from components.transfer.config import Strategy, TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data.base import Copy, Steps
-from components.transfer.layout import Ints, Region
+from components.transfer.layout import Ints, Region, put, rows_of, take
 from components.transfer.session.messages import MAX_BLOCKS, pack, unpack
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ class _Ask(msgspec.Struct, frozen=True):
     epoch: Annotated[str, msgspec.Meta(max_length=128)]
     push: bool
     blocks: Annotated[bytes, msgspec.Meta(max_length=4 * MAX_BLOCKS)]
+    unit: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Tokens of the parts that ``blocks`` numbers; 0: whole blocks."""
 
 
 _decoder = msgspec.msgpack.Decoder(_Ask)
@@ -51,9 +53,10 @@ class TcpBackend:
 
     lane = "tcp/sockets"
 
-    def __init__(self, epoch: str, regions: Sequence[Region], host: str) -> None:
+    def __init__(self, epoch: str, regions: Sequence[Region], host: str, block_size: int) -> None:
         self._epoch = epoch
-        self._rows = [row for region in regions for row in region.rows]
+        self._block_size = block_size
+        self._regions = list(regions)
         self._server = socket.create_server((host, 0))
         self.address = f"{host}:{self._server.getsockname()[1]}"
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="kv-tcp-out")
@@ -94,7 +97,10 @@ class TcpBackend:
         total = future.result()
         strategy = Strategy.WRITE if work == self._push else Strategy.READ
         wire = time.perf_counter() - begun
-        return TransferResult(total, len(self._rows), wire_s=wire, lane=self.lane, strategy=strategy)
+        return TransferResult(total, len(self._rows(copy.unit)), wire_s=wire, lane=self.lane, strategy=strategy)
+
+    def _rows(self, unit: int) -> list[torch.Tensor]:
+        return rows_of(self._regions, self._block_size, unit)
 
     def _guarded(self, copy: Copy, work: Callable[[Copy, threading.Event], int], stop: threading.Event) -> int:
         where = f"agent {copy.peer.name} at {copy.peer.tcp_address}"
@@ -110,7 +116,7 @@ class TcpBackend:
         sock = socket.create_connection((host, int(port)), timeout=_left(copy.end))
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            ask = msgspec.msgpack.encode(_Ask(copy.peer.epoch, push, pack(copy.theirs)))
+            ask = msgspec.msgpack.encode(_Ask(copy.peer.epoch, push, pack(copy.theirs), copy.unit))
             sock.sendall(_LENGTH.pack(len(ask)) + ask)
             if _receive(sock, 1, copy.end) != _GRANTED:
                 raise TransferError(f"agent {copy.peer.name} refused: other epoch or unknown blocks")
@@ -121,37 +127,49 @@ class TcpBackend:
 
     def _fetch(self, copy: Copy, stop: threading.Event) -> int:
         with self._connect(copy, push=False) as sock:
-            return self._receive_rows(sock, copy.ours, copy.end, stop, copy.arrived)
+            return self._receive_rows(sock, copy.ours, copy.unit, copy.end, stop, copy.arrived)
 
     def _push(self, copy: Copy, stop: threading.Event) -> int:
         with self._connect(copy, push=True) as sock:
-            total = self._send_rows(sock, copy.ours, copy.end, stop, copy.arrived)
+            total = self._send_rows(sock, copy.ours, copy.unit, copy.end, stop, copy.arrived)
             if _receive(sock, 1, copy.end) != _GRANTED:
                 raise TransferError(f"agent {copy.peer.name} could not store the blocks")
             return total
 
     def _receive_rows(
-        self, sock: socket.socket, blocks: Ints, end: float, stop: threading.Event, arrived: Callable[[int], None]
+        self,
+        sock: socket.socket,
+        blocks: Ints,
+        unit: int,
+        end: float,
+        stop: threading.Event,
+        arrived: Callable[[int], None],
     ) -> int:
         total = 0
-        for row in self._rows:
+        for row in self._rows(unit):
             for part in _parts(blocks, row):
-                buffer = torch.empty((len(part), row.shape[1]), dtype=torch.uint8)
+                buffer = torch.empty((len(part), row.shape[-1]), dtype=torch.uint8)
                 _receive_into(sock, _bytes_of(buffer), end)
                 _check(stop)
-                row.index_copy_(0, part.to(row.device), buffer.to(row.device))
+                put(row, part.to(row.device), buffer.to(row.device))
                 total += buffer.numel()
                 arrived(buffer.numel())
         return total
 
     def _send_rows(
-        self, sock: socket.socket, blocks: Ints, end: float, stop: threading.Event, arrived: Callable[[int], None]
+        self,
+        sock: socket.socket,
+        blocks: Ints,
+        unit: int,
+        end: float,
+        stop: threading.Event,
+        arrived: Callable[[int], None],
     ) -> int:
         total = 0
-        for row in self._rows:
+        for row in self._rows(unit):
             for part in _parts(blocks, row):
                 _check(stop)
-                data = row.index_select(0, part.to(row.device)).cpu()
+                data = take(row, part.to(row.device)).cpu()
                 sock.settimeout(_left(end))
                 sock.sendall(_bytes_of(data))
                 total += data.numel()
@@ -179,16 +197,22 @@ class TcpBackend:
 
     def _answer(self, connection: socket.socket, ask: _Ask, end: float) -> None:
         blocks = unpack(ask.blocks)
-        if ask.epoch != self._epoch or (len(blocks) and int(blocks.max()) >= self._rows[0].shape[0]):
+        if ask.epoch != self._epoch or not self._have(blocks, ask.unit):
             connection.sendall(_REFUSED)
             return
         connection.sendall(_GRANTED)
         never = threading.Event()
         if ask.push:
-            self._receive_rows(connection, blocks, end, never, lambda _: None)
+            self._receive_rows(connection, blocks, ask.unit, end, never, lambda _: None)
             connection.sendall(_GRANTED)
         else:
-            self._send_rows(connection, blocks, end, never, lambda _: None)
+            self._send_rows(connection, blocks, ask.unit, end, never, lambda _: None)
+
+    def _have(self, blocks: Ints, unit: int) -> bool:
+        if unit and (self._block_size % unit or not all(region.token_bytes for region in self._regions)):
+            return False
+        count = self._regions[0].rows[0].shape[0] * (self._block_size // unit if unit else 1)
+        return not len(blocks) or int(blocks.max()) < count
 
     def progress(self) -> list[Generator[bool, None, None]]:
         """Nothing to do: threads of our own serve."""
@@ -232,7 +256,7 @@ def _receive_into(sock: socket.socket, view: memoryview, end: float) -> None:
 
 def _parts(blocks: Ints, row: torch.Tensor) -> list[torch.Tensor]:
     """Block ids in groups of bounded bytes."""
-    step = max(1, _CHUNK_BYTES // row.shape[1])
+    step = max(1, _CHUNK_BYTES // row.shape[-1])
     return [torch.from_numpy(blocks[start : start + step]) for start in range(0, len(blocks), step)]
 
 

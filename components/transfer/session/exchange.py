@@ -28,7 +28,7 @@ from components.transfer.control.record import AgentRecord
 from components.transfer.data.base import Copy, Steps
 from components.transfer.data.nixl import Moved, NixlLink
 from components.transfer.data.staging import Staging
-from components.transfer.layout import Ints, Region, Segment, extents, runs
+from components.transfer.layout import Ints, Region, Segment, cut, extents, runs
 from components.transfer.session import messages as wire
 from components.transfer.session.serve import serve_ask, serve_invite
 
@@ -66,6 +66,7 @@ class Exchange:
         self._config = config
         self._epoch = epoch
         self.link = link
+        self._regions = list(regions)
         self.segments = [segment for region in regions for segment in region.segments]
         self.num_blocks = regions[0].rows[0].shape[0]
         self.staging = staging
@@ -101,17 +102,21 @@ class Exchange:
 
     def fetch_invited(self, copy: Copy) -> Steps:
         """Fetch for a peer that pushes: staged, since it would have written by itself otherwise."""
-        return self._ask_direct(copy) if self.staging is None else self._fetch_staged(copy, self.staging)
+        if self.staging is None or copy.unit:
+            return self._ask_direct(copy)
+        return self._fetch_staged(copy, self.staging)
 
     def choose(self, copy: Copy) -> Strategy:
         """The strategy for these blocks."""
+        if self._config.strategy is Strategy.STAGED and copy.unit:
+            return Strategy.WRITE  # Slots hold whole blocks.
         if self._config.strategy is not Strategy.AUTO:
             return self._config.strategy
         device = copy.peer.regions[0].device if copy.peer.regions[0].device == "cuda" else self._device()
         limit = self._config.direct_bytes or _DIRECT_BYTES.get(device, 0)
         if device == "cpu" and self._config.transport is Transport.TCP:
             limit = self._config.direct_bytes or _DIRECT_TCP_BYTES
-        if limit and self.staging is not None and len(copy.ours) and self._mean_run(copy) < limit:
+        if limit and self.staging is not None and not copy.unit and len(copy.ours) and self._mean_run(copy) < limit:
             return Strategy.STAGED
         return Strategy.READ if device == "cpu" else Strategy.WRITE
 
@@ -124,8 +129,12 @@ class Exchange:
 
     def memory(self, copy: Copy) -> Ints:
         """Extents of the copy's blocks on both sides."""
-        theirs = [Segment(*s) for region in copy.peer.regions for s in region.segments]
-        return extents(self.segments, theirs, copy.ours, copy.theirs)
+        ours = self.segments if not copy.unit else self._cut(copy.unit)
+        return extents(ours, copy.peer.segments(copy.unit), copy.ours, copy.theirs)
+
+    def _cut(self, unit: int) -> list[Segment]:
+        size = self._config.block_size
+        return [part for r in self._regions for s in r.segments for part in cut(s, r.token_bytes, size, unit)]
 
     def _direct(self, copy: Copy, operation: str, strategy: Strategy) -> Steps:
         start = time.perf_counter()
@@ -153,7 +162,8 @@ class Exchange:
         dst = b"" if slots else wire.pack(copy.ours)
         budget = max(1, int((copy.end - time.monotonic()) * 1000))
         request = copy.request_id[:1024]
-        return wire.Ask(number, copy.peer.epoch, request, wire.pack(copy.theirs), dst, slots, slot_bytes, budget)
+        src = wire.pack(copy.theirs)
+        return wire.Ask(number, copy.peer.epoch, request, src, dst, slots, slot_bytes, budget, copy.unit)
 
     def _ask_direct(self, copy: Copy) -> Steps:
         number, inbox = self._open(copy.peer)
@@ -228,7 +238,7 @@ class Exchange:
             budget = max(1, int((copy.end - time.monotonic()) * 1000))
             src, dst = wire.pack(copy.ours), wire.pack(copy.theirs)
             request = copy.request_id[:1024]
-            self.send(copy.peer, wire.Invite(number, copy.peer.epoch, request, src, dst, budget))
+            self.send(copy.peer, wire.Invite(number, copy.peer.epoch, request, src, dst, budget, copy.unit))
             yield True
             yield from self._until(copy, number, inbox, lambda: _over(inbox))
             ended = _require(inbox)
@@ -319,10 +329,14 @@ class Exchange:
         finally:
             self.inboxes.pop((sender, message.id), None)
 
-    def check_blocks(self, blocks: Ints) -> None:
-        """Raise ``TransferError`` when a block is not one of ours."""
-        if len(blocks) and int(np.max(blocks)) >= self.num_blocks:
-            raise TransferError(f"agent {self._config.name} has {self.num_blocks} blocks, not {int(np.max(blocks))}")
+    def check_blocks(self, blocks: Ints, peer: AgentRecord, unit: int) -> None:
+        """Raise ``TransferError`` when a block, or part of one, is not ours, or the unit is not the pair's."""
+        size = self._config.block_size
+        if unit != (0 if size == peer.block_size else min(size, peer.block_size)):
+            raise TransferError(f"parts of {unit} tokens: blocks are of {size} here, of {peer.block_size} there")
+        count = self.num_blocks * (size // unit if unit else 1)
+        if len(blocks) and int(np.max(blocks)) >= count:
+            raise TransferError(f"agent {self._config.name} has {count} blocks, not {int(np.max(blocks))}")
 
     def close(self) -> None:
         """See ``Backend``."""

@@ -43,6 +43,8 @@ class Ask(msgspec.Struct, frozen=True, tag="ask"):
     slots: Annotated[tuple[_Id, ...], msgspec.Meta(max_length=64)]
     slot_bytes: _Id
     budget_ms: _Id
+    unit: _Id = 0
+    """Tokens of the parts that ``src`` and ``dst`` number; 0: whole blocks."""
 
 
 class Landed(msgspec.Struct, frozen=True, tag="landed"):
@@ -87,6 +89,7 @@ class Invite(msgspec.Struct, frozen=True, tag="invite"):
     src: _Blocks
     dst: _Blocks
     budget_ms: _Id
+    unit: _Id = 0
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):

@@ -47,11 +47,11 @@ def serve_invite(exchange: Exchange, peer: AgentRecord, invite: wire.Invite, inb
     """Fetch what the peer wants to push, and tell it how that ended."""
     try:
         theirs, ours = wire.unpack(invite.src), wire.unpack(invite.dst)
-        exchange.check_blocks(ours)
-        if len(ours) != len(theirs) or (len(theirs) and int(theirs.max()) >= peer.num_blocks):
+        exchange.check_blocks(ours, peer, invite.unit)
+        if len(ours) != len(theirs) or (len(theirs) and int(theirs.max()) >= peer.count(invite.unit)):
             raise TransferError("the block lists of the invitation do not fit")
         end = time.monotonic() + invite.budget_ms / 1000
-        copy = Copy(peer, ours, theirs, invite.request_id, end)
+        copy = Copy(peer, ours, theirs, invite.request_id, end, unit=invite.unit)
         result = yield from _bounded(exchange.fetch_invited(copy), inbox, invite.budget_ms)
         answer = _ended(invite.id, result)
     except MigrateError as error:
@@ -87,16 +87,16 @@ def _why_stop(inbox: Inbox, end: float) -> MigrateError | None:
 
 def _write(exchange: Exchange, peer: AgentRecord, ask: wire.Ask, inbox: Inbox, moved: Moved) -> Flow:
     src = wire.unpack(ask.src)
-    exchange.check_blocks(src)
+    exchange.check_blocks(src, peer, ask.unit)
     if ask.slots:
-        if exchange.staging is None:
+        if exchange.staging is None or ask.unit:
             raise TransferError("this agent has no staging memory")
         yield from _write_staged(exchange, exchange.staging, peer, ask, src, inbox, moved)
         return
     dst = wire.unpack(ask.dst)
-    if len(dst) != len(src) or (len(dst) and int(dst.max()) >= peer.num_blocks):
+    if len(dst) != len(src) or (len(dst) and int(dst.max()) >= peer.count(ask.unit)):
         raise TransferError("the block lists of the request do not fit")
-    copy = Copy(peer, src, dst, ask.request_id, 0.0)
+    copy = Copy(peer, src, dst, ask.request_id, 0.0, unit=ask.unit)
     yield from exchange.link.move("WRITE", peer, exchange.memory(copy), moved, copy.arrived, copy.poison)
 
 
