@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine protocol over paged KV blocks and no model; see the package.
+
+Life cycle: ``start`` makes the KV tensors, registers them with a transfer agent and starts the step loop; ``stop``
+ends everything. Threading: one asyncio loop; only the agent has threads.
+Time-outs: the caller's, except one: a frozen or landing request whose owner is silent for ``lease_s`` is ended here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from components.engine.paged.blocks import BlockPool
+from components.engine.paged.landing import LandingZone
+from components.engine.paged.model import PagedKV, generator_of, salt_of
+from components.engine.paged.request import Active
+from components.engine.paged.scheduler import Scheduler
+from components.engine.protocol import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    Frozen,
+    GenerateOutput,
+    GenerateRequest,
+    KVOffer,
+    LandingStatus,
+    RequestId,
+    RequestInfo,
+    RequestPhase,
+)
+from components.errors import ConfigError, DeadlineExceeded, InvalidRequest, WorkerLost
+from components.transfer import AgentConfig, TransferAgent
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PagedOptions:
+    """Sizes and speeds of the engine."""
+
+    agent: dict[str, Any]
+    """Fields of ``components.transfer.AgentConfig``; layout fields are filled in here."""
+    model: str = "paged"
+    num_blocks: int = 256
+    block_size: int = 16
+    """Tokens per KV block."""
+    max_model_len: int = 1024
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 512
+    layers: int = 2
+    words: int = 4
+    """64-bit words per token and layer."""
+    vocab_size: int = 32000
+    step_s: float = 0.0
+    """Duration of a step; 0 goes as fast as it can."""
+    seed: int = 0
+    prefix_caching: bool = True
+    integrity: str = "tail"
+    """Checksums: ``tail`` (last two blocks), ``full`` or ``off``."""
+    copy_deadline_s: float = 30.0
+    lease_s: float = 60.0
+
+    def validate(self) -> None:
+        """Raise ``ConfigError`` naming the value that cannot be used."""
+        sizes = ("num_blocks", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "layers")
+        for name in (*sizes, "words", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}: 1 or more")
+        if self.integrity not in ("tail", "full", "off"):
+            raise ConfigError(f"integrity = {self.integrity!r}: tail, full or off")
+        if self.max_model_len > self.num_blocks * self.block_size:
+            raise ConfigError(
+                f"max_model_len = {self.max_model_len} does not fit into {self.num_blocks} KV blocks of "
+                f"{self.block_size} tokens: lower it or raise num_blocks"
+            )
+
+
+@dataclass
+class _Parts:
+    """What exists between ``start`` and ``stop``."""
+
+    info: EngineInfo
+    agent: TransferAgent
+    scheduler: Scheduler
+    landings: LandingZone
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class PagedEngine:
+    """``components.engine.protocol.Engine`` without a model."""
+
+    def __init__(self, options: PagedOptions) -> None:
+        self._options = options
+        self._parts: _Parts | None = None
+        self._loop: asyncio.Task[None] | None = None
+        self._arrivals = itertools.count()
+        self._step_s = 0.0
+
+    async def start(self) -> EngineInfo:
+        """Make the KV blocks and publish them. Raises ``ConfigError``, ``TransferError``."""
+        options = self._options
+        options.validate()
+        kv = PagedKV(options.num_blocks, options.block_size, options.layers, options.words, options.vocab_size)
+        pool = BlockPool(options.num_blocks, options.prefix_caching)
+        scheduler = Scheduler(kv, pool, options.max_num_seqs, options.max_num_batched_tokens)
+        layout = (options.model, options.block_size, options.layers, options.words, options.vocab_size, options.seed)
+        fingerprint = hashlib.sha256(repr(layout).encode()).hexdigest()[:32]
+        settings = {**options.agent, "fingerprint": fingerprint, "block_size": options.block_size}
+        agent = TransferAgent(AgentConfig(**settings, dtype="int64", layers=options.layers))
+        await asyncio.get_running_loop().run_in_executor(None, agent.start, kv.pools())
+        scheduler.agents = (agent.ref,)
+        scheduler.checksums = lambda blocks: agent.checksums(self._checked(blocks))
+        info = EngineInfo(
+            model=options.model,
+            fingerprint=fingerprint,
+            block_size=options.block_size,
+            num_blocks=options.num_blocks,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            agents=scheduler.agents,
+            lanes=agent.lanes,
+            kv_bytes_per_token=kv.bytes_per_token,
+        )
+        landings = LandingZone(scheduler, agent, options.copy_deadline_s, self._wake)
+        self._parts = _Parts(info, agent, scheduler, landings)
+        self._loop = asyncio.ensure_future(self._run(self._parts))
+        return info
+
+    def _checked(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        return {"full": blocks, "tail": blocks[-2:], "off": ()}[self._options.integrity]
+
+    async def stop(self) -> None:
+        """End all requests and give everything back. Idempotent."""
+        parts, self._parts = self._parts, None
+        if parts is None:
+            return
+        if self._loop is not None:
+            self._loop.cancel()
+        self._end_all(parts, "the engine was stopped")
+        await parts.landings.close()
+        await asyncio.get_running_loop().run_in_executor(None, parts.agent.close)
+
+    def _end_all(self, parts: _Parts, why: str) -> None:
+        for active in list(parts.scheduler.requests.values()):
+            self._end(active, FinishReason.ERROR, (WorkerLost.code, why))
+
+    @property
+    def _live(self) -> _Parts:
+        if self._parts is None:
+            raise WorkerLost("the engine does not run")
+        return self._parts
+
+    async def check_health(self) -> None:
+        """Raise ``WorkerLost`` when the engine can no longer serve."""
+        if self._live and (self._loop is None or self._loop.done()):
+            raise WorkerLost("the engine's step loop has ended")
+
+    # Steps
+
+    async def _run(self, parts: _Parts) -> None:
+        try:
+            while True:
+                began = time.monotonic()
+                if not parts.scheduler.begin():
+                    parts.wake.clear()
+                    await parts.wake.wait()
+                    continue
+                await asyncio.sleep(self._options.step_s)
+                parts.scheduler.end()
+                self._renew_frozen(parts)
+                self._step_s = time.monotonic() - began
+        except Exception as error:
+            logger.exception("the step loop has failed")
+            self._end_all(parts, f"the engine's step loop has failed: {error}")
+
+    def _renew_frozen(self, parts: _Parts) -> None:
+        """Requests that have just frozen by themselves wait for their new owner from now on."""
+        for active in parts.scheduler.requests.values():
+            if active.frozen is not None and active.lease is None:
+                self._renew_lease(active)
+
+    def _wake(self) -> None:
+        if self._parts is not None:
+            self._parts.wake.set()
+
+    # Requests
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateOutput]:
+        """See the protocol. Raises ``InvalidRequest``, ``NoRoom`` or ``IncompatibleLayout`` before anything started."""
+        active = self._enter(request)
+        try:
+            while True:
+                output = await active.out.get()
+                yield output
+                if output.finish_reason is not None:
+                    return
+        finally:
+            self._stop_lease(active)
+            if not active.ended:
+                self._end(active, FinishReason.CANCELLED)
+
+    def _enter(self, request: GenerateRequest) -> Active:
+        parts, options, sampling = self._live, self._options, request.sampling
+        room = options.max_model_len - len(request.prompt_token_ids)
+        if request.request_id in parts.scheduler.requests:
+            raise InvalidRequest(f"request id {request.request_id} is in use in this engine")
+        if not request.prompt_token_ids or room <= 0:
+            raise InvalidRequest(
+                f"the prompt has {len(request.prompt_token_ids)} tokens; 1 to {options.max_model_len - 1} are possible"
+            )
+        if sampling.n != 1 or request.lora_name is not None:
+            raise InvalidRequest("this engine has no LoRA adapters and gives one answer to a request")
+        active = Active(
+            request=request,
+            tokens=[*request.prompt_token_ids, *request.output_token_ids],
+            born=time.monotonic(),
+            arrival=next(self._arrivals),
+            phase=RequestPhase.WAITING,
+            max_outputs=min(room, room if sampling.max_tokens is None else sampling.max_tokens),
+            salt=salt_of(sampling, options.seed),
+            generator=generator_of(sampling, len(request.output_token_ids)),
+        )
+        if active.num_outputs >= active.max_outputs:
+            raise InvalidRequest(f"{active.num_outputs} tokens were generated, {active.max_outputs} are allowed")
+        if request.landing is not None:
+            parts.landings.reserve(active, request.landing)
+            self._renew_lease(active)
+        parts.scheduler.requests[request.request_id] = active
+        self._wake()
+        return active
+
+    def _end(self, active: Active, reason: FinishReason, error: tuple[str, str] | None = None) -> None:
+        self._stop_lease(active)
+        if self._parts is not None:
+            self._parts.scheduler.end_request(active, reason, error)
+            self._wake()
+        elif not active.ended:
+            active.ended = True
+            active.finish(reason, error)
+
+    async def abort(self, request_id: RequestId) -> None:
+        """End a request in any phase; unknown ids are ignored."""
+        active = self._live.scheduler.requests.get(request_id)
+        if active is not None:
+            self._end(active, FinishReason.CANCELLED)
+
+    async def release(self, request_id: RequestId) -> None:
+        """Another engine goes on with the request: free its blocks here."""
+        active = self._live.scheduler.requests.get(request_id)
+        if active is not None:
+            self._end(active, FinishReason.FROZEN)
+
+    async def offer(self, request_id: RequestId) -> KVOffer:
+        """The full, computed blocks of a request."""
+        return self._live.scheduler.offer(self._live.scheduler.get(request_id), whole_blocks=True)
+
+    async def freeze(self, request_id: RequestId) -> Frozen:
+        """Stop generating and return the state."""
+        active = self._live.scheduler.get(request_id)
+        frozen = await self._live.scheduler.freeze(active)
+        if not active.ended:
+            self._renew_lease(active)
+        return frozen
+
+    async def resume(self, request_id: RequestId) -> None:
+        """Go on generating."""
+        active = self._live.scheduler.get(request_id)
+        self._stop_lease(active)
+        self._live.scheduler.resume(active)
+        self._wake()
+
+    async def landing_status(self, request_id: RequestId) -> LandingStatus:
+        """Progress of a landing request."""
+        active = self._live.scheduler.get(request_id)
+        if active.landing is not None:
+            self._renew_lease(active)
+        return self._live.landings.status(active)
+
+    async def extend(self, request_id: RequestId, offer: KVOffer, tokens: tuple[int, ...]) -> None:
+        """Another pre-copy round."""
+        active = self._live.scheduler.get(request_id)
+        self._renew_lease(active)
+        self._live.landings.extend(active, offer, tokens)
+
+    async def commit(self, request_id: RequestId, frozen: Frozen) -> None:
+        """Copy what is missing and run."""
+        active = self._live.scheduler.get(request_id)
+        self._live.landings.commit(active, frozen)
+        self._stop_lease(active)
+
+    async def requests(self) -> list[RequestInfo]:
+        """The per-request table."""
+        now = time.monotonic()
+        return [active.describe(now) for active in self._live.scheduler.requests.values()]
+
+    async def stats(self) -> EngineStats:
+        """Load at this moment."""
+        return self._live.scheduler.stats(self._step_s)
+
+    async def check_integrity(self) -> None:
+        """Raise ``SessionError`` when blocks and requests do not add up."""
+        self._live.scheduler.verify(self._live.landings.flying)
+
+    # Leases
+
+    def _renew_lease(self, active: Active) -> None:
+        self._stop_lease(active)
+        loop = asyncio.get_running_loop()
+        active.lease = loop.call_later(self._options.lease_s, self._lease_over, active)
+
+    def _stop_lease(self, active: Active) -> None:
+        if active.lease is not None:
+            active.lease.cancel()
+            active.lease = None
+
+    def _lease_over(self, active: Active) -> None:
+        message = f"its owner was silent for {self._options.lease_s:g} s while the request was on the move"
+        logger.warning("request %s ended: %s", active.request_id, message)
+        self._end(active, FinishReason.ERROR, (DeadlineExceeded.code, message))

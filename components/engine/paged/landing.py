@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The destination's side: reserve blocks, copy rounds while the source decodes, then the tail, then run.
+
+What cannot be copied or proven is recomputed. A round holds the blocks it writes until nothing can land in them any
+more, so that an aborted request never gives away a block that still changes.
+
+Threading: one asyncio loop; a round is a task that waits for the agent's thread.
+Time-outs: ``deadline_s`` for each round. Errors: ``NoRoom``, ``SessionError``, ``IncompatibleLayout`` from the
+calls; a failed round is part of the status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from components.engine.paged.request import Active, Landing
+from components.engine.paged.scheduler import Scheduler
+from components.engine.protocol import FinishReason, Frozen, KVOffer, LandingStatus, RequestPhase
+from components.errors import (
+    IncompatibleLayout,
+    IntegrityError,
+    MigrateError,
+    NoRoom,
+    SessionError,
+    TransferError,
+)
+from components.transfer import TransferAgent, TransferHandle, TransferResult
+
+logger = logging.getLogger(__name__)
+_QUIET_S = 30.0
+"""How long a failed copy may keep its request from recomputing the blocks."""
+
+
+class LandingZone:
+    """Takes requests in for one engine."""
+
+    def __init__(self, scheduler: Scheduler, agent: TransferAgent, deadline_s: float, wake: Callable[[], None]) -> None:
+        self._scheduler = scheduler
+        self._agent = agent
+        self._deadline_s = deadline_s
+        self._wake = wake
+        self._rounds: set[asyncio.Task[None]] = set()
+        self.flying: Counter[int] = Counter()
+        """Blocks that copies hold."""
+
+    def reserve(self, active: Active, offer: KVOffer) -> None:
+        """Blocks for the offer, and the first round. Raises ``NoRoom`` with nothing reserved."""
+        scheduler = self._scheduler
+        if offer.block_size != scheduler.block_size:
+            raise IncompatibleLayout(f"KV blocks of {offer.block_size} tokens; here they have {scheduler.block_size}")
+        if scheduler.seats() >= scheduler.max_num_seqs:
+            raise NoRoom(f"all {scheduler.max_num_seqs} request slots are in use")
+        size = scheduler.block_size
+        whole = min(offer.num_tokens, len(active.tokens) - 1) // size
+        scheduler.take_prefix(active, whole * size)
+        local = len(active.blocks)
+        try:
+            # One block beyond: a request that lands only to be preempted at once is better off where it is.
+            if scheduler.pool.free < whole - local + 1:
+                raise NoRoom(f"{whole - local + 1} KV blocks are needed, {scheduler.pool.free} are free")
+            scheduler.grow(active, whole * size)
+        except NoRoom:
+            scheduler.pool.drop(active.blocks)
+            active.blocks, active.computed = [], 0
+            raise
+        active.landing = Landing(offer, local_blocks=local, landed_blocks=local)
+        active.phase = RequestPhase.LANDING
+        self._start_round(active, whole)
+
+    def status(self, active: Active) -> LandingStatus:
+        """Progress, or how it went."""
+        if active.landing is not None:
+            return active.landing.status(self._scheduler.block_size)
+        return active.landed or LandingStatus(reserved=True)
+
+    def extend(self, active: Active, offer: KVOffer, tokens: tuple[int, ...]) -> None:
+        """Another round. Raises ``SessionError`` while the one before is still being copied, ``NoRoom``."""
+        landing = self._landing(active)
+        if landing.round is not None or landing.commit is not None:
+            raise SessionError("the previous round is still being copied")
+        self._require_same_tokens(active, tokens)
+        whole = offer.num_tokens // self._scheduler.block_size
+        self._scheduler.grow(active, whole * self._scheduler.block_size)
+        self._adopt_tokens(active, tokens)
+        self._adopt_offer(landing, offer)
+        self._start_round(active, whole)
+
+    def commit(self, active: Active, frozen: Frozen) -> None:
+        """Copy the tail and run. Raises ``NoRoom`` or ``SessionError`` with nothing changed."""
+        landing = self._landing(active)
+        if landing.commit is not None:
+            return
+        self._require_same_tokens(active, frozen.output_token_ids)
+        self._scheduler.grow(active, frozen.offer.num_tokens)
+        self._adopt_tokens(active, frozen.output_token_ids)
+        if frozen.rng_state:
+            active.generator = int.from_bytes(frozen.rng_state, "little")
+        landing.commit = frozen
+        if landing.round is None:
+            self._start_tail(active, frozen)
+
+    def _landing(self, active: Active) -> Landing:
+        if active.landing is None:
+            raise SessionError(f"request {active.request_id} is not landing")
+        return active.landing
+
+    def _require_same_tokens(self, active: Active, tokens: tuple[int, ...]) -> None:
+        if active.outputs != tokens[: active.num_outputs]:
+            raise SessionError("the source's tokens differ from those this request started with")
+
+    def _adopt_tokens(self, active: Active, tokens: tuple[int, ...]) -> None:
+        active.tokens += tokens[active.num_outputs :]
+
+    def _adopt_offer(self, landing: Landing, offer: KVOffer) -> None:
+        """Take a newer offer. Blocks copied from another place than it names prove nothing."""
+        copied = slice(landing.local_blocks, landing.landed_blocks)
+        moved = offer.block_ids[copied] != landing.offer.block_ids[copied]
+        if offer.generation != landing.offer.generation or offer.agents != landing.offer.agents or moved:
+            landing.landed_blocks = landing.local_blocks
+        landing.offer = offer
+
+    # Rounds
+
+    def _start_tail(self, active: Active, frozen: Frozen) -> None:
+        landing = self._landing(active)
+        self._adopt_offer(landing, frozen.offer)
+        if frozen.offer.num_tokens <= landing.local_blocks * self._scheduler.block_size:
+            # The source has less than we: it was preempted, or our prefix cache has it all.
+            self._run(active, landing.local_blocks * self._scheduler.block_size)
+        else:
+            self._start_round(active, len(frozen.offer.block_ids))
+
+    def _start_round(self, active: Active, upto: int) -> None:
+        landing = self._landing(active)
+        first = landing.landed_blocks
+        src = landing.offer.block_ids[first:upto]
+        dst = active.blocks[first : first + len(src)]
+        if not src and landing.commit is None:
+            return
+        landing.rounds += 1
+        self._scheduler.pool.hold(dst)
+        self.flying.update(dst)
+        landing.round = asyncio.ensure_future(self._round(active, landing, src, dst))
+        self._rounds.add(landing.round)
+        landing.round.add_done_callback(self._rounds.discard)
+
+    async def _round(self, active: Active, landing: Landing, src: tuple[int, ...], dst: list[int]) -> None:
+        moved, error, quiet = TransferResult(), None, True
+        try:
+            if src:
+                handle = landing.handle = self._agent.fetch(
+                    landing.offer.agents[0], src, dst, request_id=active.request_id, deadline_s=self._deadline_s
+                )
+                try:
+                    moved = await handle
+                except MigrateError as failed:
+                    error = failed
+                    logger.warning("KV blocks of request %s did not arrive: %s", active.request_id, failed)
+                    quiet = await self._until_quiet(handle)
+        finally:
+            landing.handle = landing.round = None
+            if quiet:
+                self._scheduler.pool.drop(dst)
+                self.flying.subtract(dst)
+            else:
+                # Never usable again in this life; the request ends below.
+                logger.error("blocks %s are given up: a peer that hangs may still write into them", dst)
+        if active.ended:
+            return
+        landing.bytes += moved.bytes
+        landing.descriptors += moved.descriptors
+        landing.post_s += moved.post_s
+        landing.wire_s += moved.wire_s
+        landing.lane = moved.lane or landing.lane
+        if error is None:
+            landing.landed_blocks += len(dst)
+        else:
+            landing.error = (error.code, str(error))
+        if not quiet:
+            self._scheduler.end_request(active, FinishReason.ERROR, (TransferError.code, str(error)))
+        elif landing.commit is not None:
+            self._settle_commit(active, landing, landing.commit, failed=error is not None)
+        self._wake()
+
+    async def _until_quiet(self, handle: TransferHandle) -> bool:
+        end = time.monotonic() + _QUIET_S
+        while set(handle.poisoned_blocks) & self._agent.poisoned_blocks():
+            if time.monotonic() > end:
+                return False
+            await asyncio.sleep(0.001)
+        return True
+
+    def _settle_commit(self, active: Active, landing: Landing, frozen: Frozen, failed: bool) -> None:
+        if landing.offer is not frozen.offer:
+            # This was a round that the commit overtook: now the tail.
+            self._start_tail(active, frozen)
+            return
+        wrong = None if failed else self._first_wrong_block(active, landing, frozen)
+        if wrong is not None:
+            landing.error = (IntegrityError.code, f"block {wrong} differs from what the source has")
+            logger.warning("request %s: %s", active.request_id, landing.error[1])
+            landing.landed_blocks = wrong
+        good = landing.landed_blocks * self._scheduler.block_size
+        self._run(active, min(good, frozen.offer.num_tokens))
+
+    def _first_wrong_block(self, active: Active, landing: Landing, frozen: Frozen) -> int | None:
+        """Position of the first checked block with other bytes than at the source."""
+        total, count = len(frozen.offer.block_ids), len(frozen.checksums)
+        # What our own prefix cache had was computed here.
+        checked = range(max(total - count, landing.local_blocks), total)
+        found = self._agent.checksums([active.blocks[i] for i in checked])
+        there = frozen.checksums[count - len(checked) :]
+        return next((i for i, a, b in zip(checked, found, there, strict=True) if a != b), None)
+
+    def _run(self, active: Active, computed: int) -> None:
+        """The landing is over: decode, or recompute what is missing first."""
+        landing = self._landing(active)
+        active.landed = landing.status(self._scheduler.block_size)
+        active.landing = None
+        active.computed = min(computed, len(active.tokens) - 1)
+        self._scheduler.remember(active)
+        self._scheduler.run(active)
+        self._wake()
+
+    async def close(self) -> None:
+        """Wait for rounds whose requests have ended."""
+        if self._rounds:
+            await asyncio.wait(self._rounds, timeout=self._deadline_s)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One request in the engine, and the destination's side of its move.
+
+An ``Active`` lives from the first pull of ``generate`` to its last output. Exactly one of these holds: it waits,
+it runs, it is frozen, it is landing, it has ended. Threading: one asyncio loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from components.engine.paged.blocks import Hash
+from components.engine.protocol import (
+    FinishReason,
+    Frozen,
+    GenerateOutput,
+    GenerateRequest,
+    KVOffer,
+    LandingStatus,
+    RequestId,
+    RequestInfo,
+    RequestPhase,
+    TokenLogprob,
+)
+from components.transfer import TransferHandle
+
+
+@dataclass
+class Landing:
+    """Which of the source's blocks are, or will be, in which of ours."""
+
+    offer: KVOffer
+    """The newest offer; its block ids are what has been asked for so far."""
+    local_blocks: int = 0
+    """Blocks at the front that our own prefix cache had."""
+    landed_blocks: int = 0
+    """Blocks whose copy has succeeded, counted from the front without a gap; never below ``local_blocks``."""
+    handle: TransferHandle | None = None
+    """The copy in flight."""
+    round: asyncio.Task[None] | None = None
+    commit: Frozen | None = None
+    rounds: int = 0
+    bytes: int = 0
+    descriptors: int = 0
+    post_s: float = 0.0
+    wire_s: float = 0.0
+    lane: str = ""
+    error: tuple[str, str] | None = None
+
+    def status(self, block_size: int) -> LandingStatus:
+        """Progress so far."""
+        return LandingStatus(
+            reserved=True,
+            landed_tokens=self.landed_blocks * block_size,
+            landed_generation=self.offer.generation,
+            in_flight=self.round is not None,
+            rounds=self.rounds,
+            bytes=self.bytes,
+            descriptors=self.descriptors,
+            post_s=self.post_s,
+            wire_s=self.wire_s,
+            lane=self.lane,
+            error=self.error,
+        )
+
+
+@dataclass(eq=False)
+class Active:
+    """See the module docstring."""
+
+    request: GenerateRequest
+    tokens: list[int]
+    """Prompt and output."""
+    born: float
+    arrival: int
+    phase: RequestPhase
+    max_outputs: int
+    salt: int
+    generator: int
+    """State of the request's own generator; 0 when it has none."""
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    """Tokens whose KV is in ``blocks``."""
+    hashes: list[Hash] = field(default_factory=list)
+    generation: int = 0
+    """Times that the blocks were given up; see ``KVOffer``."""
+    preemptions: int = 0
+    cached_tokens: int = 0
+    frozen: Frozen | None = None
+    waiters: list[asyncio.Future[Frozen]] = field(default_factory=list)
+    """Freeze calls that wait for the step in flight."""
+    landing: Landing | None = None
+    landed: LandingStatus | None = None
+    """How the landing went, once it is over."""
+    lease: asyncio.TimerHandle | None = None
+    out: asyncio.Queue[GenerateOutput] = field(default_factory=asyncio.Queue)
+    ended: bool = False
+
+    @property
+    def request_id(self) -> RequestId:
+        """The caller's id."""
+        return self.request.request_id
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """All tokens generated so far, wherever."""
+        return tuple(self.tokens[len(self.request.prompt_token_ids) :])
+
+    @property
+    def num_outputs(self) -> int:
+        """How many."""
+        return len(self.tokens) - len(self.request.prompt_token_ids)
+
+    def emit(self, token: int, logprobs: tuple[TokenLogprob, ...], reason: FinishReason | None) -> None:
+        """A new token leaves through the stream."""
+        first = self.num_outputs - 1 == len(self.request.output_token_ids)
+        stop = token if reason is FinishReason.STOP else None
+        cached = self.cached_tokens if first else 0
+        output = GenerateOutput(self.num_outputs - 1, (token,), logprobs, reason, stop, self.frozen, None, cached)
+        self.out.put_nowait(output)
+
+    def finish(self, reason: FinishReason, error: tuple[str, str] | None = None) -> None:
+        """The last output, without a token."""
+        self.out.put_nowait(GenerateOutput(self.num_outputs, finish_reason=reason, error=error))
+
+    def describe(self, now: float) -> RequestInfo:
+        """Row of the per-request table."""
+        return RequestInfo(
+            request_id=self.request_id,
+            phase=self.phase,
+            prompt_tokens=len(self.request.prompt_token_ids),
+            output_tokens=self.num_outputs,
+            kv_blocks=len(self.blocks),
+            age_s=now - self.born,
+            priority=self.request.priority,
+            max_tokens=self.request.sampling.max_tokens,
+            preemptions=self.preemptions,
+            not_migratable=self.request.sampling.why_not_migratable(),
+        )

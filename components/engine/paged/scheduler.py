@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which requests run in a step, who gives blocks up, and how a request is frozen and goes on.
+
+A step is ``begin`` (admit, reserve blocks, preempt), the engine's pause, ``end`` (write KV, choose tokens). Calls in
+between see a step in flight: ``freeze`` waits for its end, an aborted request is simply left out.
+A frozen or landing request keeps its blocks whatever happens; only running ones are preempted.
+
+Threading: one asyncio loop. Errors: ``SessionError`` for a call that does not fit the request's phase,
+``NotMigratable``, ``RequestNotFound``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Callable
+
+from components.engine.paged.blocks import BlockPool, chain
+from components.engine.paged.model import PagedKV
+from components.engine.paged.request import Active
+from components.engine.protocol import (
+    AgentRef,
+    EngineStats,
+    FinishReason,
+    Frozen,
+    KVOffer,
+    RequestId,
+    RequestPhase,
+    TokenLogprob,
+)
+from components.errors import NoRoom, NotMigratable, RequestNotFound, SessionError
+
+_WAITING = (RequestPhase.WAITING, RequestPhase.PREEMPTED)
+_RUNNING = (RequestPhase.PREFILL, RequestPhase.DECODE)
+
+
+class Scheduler:
+    """Requests of one engine; see the module docstring."""
+
+    def __init__(self, kv: PagedKV, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.kv = kv
+        self.pool = pool
+        self.block_size = kv.block_size
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.requests: dict[RequestId, Active] = {}
+        self.preemptions_total = 0
+        self.scheduled_prefill_tokens = 0
+        self.agents: tuple[AgentRef, ...] = ()
+        self.checksums: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda blocks: ()
+        """Checksums of those of a frozen request's blocks that are to be checked."""
+        self._batch: dict[Active, int] = {}
+
+    # Requests come and go
+
+    def get(self, request_id: RequestId) -> Active:
+        """A request of this engine. Raises ``RequestNotFound``."""
+        active = self.requests.get(request_id)
+        if active is None:
+            raise RequestNotFound(f"request {request_id} is not in this engine")
+        return active
+
+    def take_prefix(self, active: Active, upto: int) -> None:
+        """Hold the cached blocks of the first ``upto`` tokens; the last token is always computed."""
+        blocks = self.pool.cached(self.hashes(active)[: min(upto, len(active.tokens) - 1) // self.block_size])
+        self.pool.hold(blocks)
+        active.blocks = blocks
+        active.computed = len(blocks) * self.block_size
+
+    def hashes(self, active: Active) -> list[bytes]:
+        """Content hashes of the full blocks of all tokens."""
+        active.hashes = chain(active.tokens, self.block_size, active.request.cache_salt, active.hashes)
+        return active.hashes
+
+    def grow(self, active: Active, num_tokens: int) -> None:
+        """Blocks for so many tokens. Raises ``NoRoom`` and changes nothing when they do not fit."""
+        missing = -(-num_tokens // self.block_size) - len(active.blocks)
+        if missing > 0:
+            active.blocks = active.blocks + self.pool.allocate(missing)
+
+    def end_request(self, active: Active, reason: FinishReason, error: tuple[str, str] | None = None) -> None:
+        """The last output, and all blocks back. Idempotent."""
+        if not active.ended:
+            active.finish(reason, error)
+            self.remove(active)
+
+    def remove(self, active: Active) -> None:
+        """Forget a request and free its blocks. A copy in flight keeps its own hold on those it writes."""
+        active.ended = True
+        self.requests.pop(active.request_id, None)
+        if active.landing is not None and active.landing.handle is not None:
+            active.landing.handle.cancel()
+        self._fail_waiters(active, RequestNotFound(f"request {active.request_id} has just finished"))
+        self.pool.drop(active.blocks)
+        active.blocks = []
+
+    def seats(self) -> int:
+        """Requests that run or will run as soon as their KV is here."""
+        return sum(1 for a in self.requests.values() if a.phase in _RUNNING or a.phase is RequestPhase.LANDING)
+
+    def run(self, active: Active) -> None:
+        """Running from now on, with the KV it has."""
+        prefill = active.computed < len(active.tokens) - 1
+        active.phase = RequestPhase.PREFILL if prefill else RequestPhase.DECODE
+
+    # Steps
+
+    def begin(self) -> bool:
+        """Choose what the step computes. False when there is nothing to do."""
+        self._admit()
+        budget = self.max_num_batched_tokens
+        self._batch = {}
+        for active in sorted(self._in_phase(_RUNNING), key=_decode_first):
+            count = min(len(active.tokens) - active.computed, budget)
+            if count > 0 and active.phase in _RUNNING and self._make_room(active, count):
+                self._batch[active] = count
+                budget -= count
+        self.scheduled_prefill_tokens = sum(n for a, n in self._batch.items() if a.phase is RequestPhase.PREFILL)
+        return bool(self._batch)
+
+    def _in_phase(self, phases: tuple[RequestPhase, ...]) -> list[Active]:
+        return [a for a in self.requests.values() if a.phase in phases]
+
+    def _admit(self) -> None:
+        seats = self.seats()
+        for active in sorted(self._in_phase(_WAITING), key=_rank):
+            self.take_prefix(active, len(active.tokens))
+            # One block beyond what the tokens need, or the first decode step would preempt it again.
+            needed = -(-len(active.tokens) // self.block_size) - len(active.blocks)
+            spare = 1 if self.seats() else 0
+            if seats >= self.max_num_seqs or self.pool.free < needed + spare:
+                self.pool.drop(active.blocks)
+                active.blocks, active.computed = [], 0
+                return
+            if active.phase is RequestPhase.WAITING:
+                active.cached_tokens = min(active.computed, len(active.request.prompt_token_ids))
+            self.run(active)
+            seats += 1
+
+    def _make_room(self, active: Active, count: int) -> bool:
+        while True:
+            try:
+                self.grow(active, active.computed + count)
+                return True
+            except NoRoom:
+                victim = max(self._in_phase(_RUNNING), key=_rank)
+                self._batch.pop(victim, None)
+                self.preempt(victim)
+                if victim is active:
+                    return False
+
+    def preempt(self, active: Active) -> None:
+        """Give the blocks up and wait in line; everything is computed again later."""
+        self.preemptions_total += 1
+        active.preemptions += 1
+        active.generation += 1
+        active.phase = RequestPhase.PREEMPTED
+        self.pool.drop(active.blocks)
+        active.blocks, active.computed = [], 0
+
+    def end(self) -> None:
+        """Compute what ``begin`` chose, less what has ended meanwhile."""
+        batch, self._batch = self._batch, {}
+        for active, count in batch.items():
+            if active.ended or active.phase not in _RUNNING:
+                continue
+            for position in range(active.computed, active.computed + count):
+                self.kv.write(active.tokens[position], position, active.blocks)
+            active.computed += count
+            self.remember(active)
+            self.run(active)
+            if active.computed == len(active.tokens):
+                self._add_token(active)
+            if active.waiters and not active.ended:
+                self._freeze_now(active)
+
+    def remember(self, active: Active) -> None:
+        """Let others find the full blocks."""
+        full = active.computed // self.block_size
+        for block, content in zip(active.blocks[:full], self.hashes(active)[:full], strict=True):
+            self.pool.remember(block, content)
+
+    def _add_token(self, active: Active) -> None:
+        sampling = active.request.sampling
+        token = self.kv.next_token(active.computed, active.blocks, active.salt, active.generator)
+        active.tokens.append(token)
+        if sampling.seed is not None:
+            active.generator = active.generator + 1 & (1 << 64) - 1
+        self.run(active)
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if sampling.logprobs is not None:
+            value = math.log((token + 1) / (1 << 32))
+            logprobs = (TokenLogprob(value, 1, ((token, value),) * min(1, sampling.logprobs)),)
+        reason = self._why_end(active, token)
+        freeze_after = active.request.freeze_after
+        if reason is None and freeze_after is not None and active.num_outputs == freeze_after:
+            self._freeze_now(active)
+        active.emit(token, logprobs, reason)
+        if reason is not None:
+            self.remove(active)
+
+    def _why_end(self, active: Active, token: int) -> FinishReason | None:
+        sampling, request = active.request.sampling, active.request
+        if active.num_outputs >= sampling.min_tokens:
+            at_eos = not sampling.ignore_eos and token in request.eos_token_ids
+            if at_eos or token in sampling.stop_token_ids:
+                return FinishReason.STOP
+        return FinishReason.LENGTH if active.num_outputs >= active.max_outputs else None
+
+    # Freezing
+
+    def offer(self, active: Active, whole_blocks: bool) -> KVOffer:
+        """Blocks of a request that can be read now."""
+        computed = active.computed if active.phase in (*_RUNNING, RequestPhase.FROZEN) else 0
+        if whole_blocks:
+            computed -= computed % self.block_size
+        count = -(-computed // self.block_size)
+        return KVOffer(
+            request_id=active.request_id,
+            agents=self.agents,
+            block_size=self.block_size,
+            block_ids=tuple(active.blocks[:count]),
+            num_tokens=computed,
+            generation=active.generation,
+        )
+
+    async def freeze(self, active: Active) -> Frozen:
+        """Stop after the step in flight. Raises what the module docstring names."""
+        if active.frozen is not None:
+            return active.frozen
+        why = active.request.sampling.why_not_migratable()
+        if why is not None:
+            raise NotMigratable(why)
+        if active.landing is not None:
+            raise SessionError(f"request {active.request_id} is itself still landing here")
+        if active not in self._batch:
+            return self._freeze_now(active)
+        waiter: asyncio.Future[Frozen] = asyncio.get_running_loop().create_future()
+        active.waiters.append(waiter)
+        return await waiter
+
+    def _freeze_now(self, active: Active) -> Frozen:
+        active.phase = RequestPhase.FROZEN
+        offer = self.offer(active, whole_blocks=False)
+        seeded = active.request.sampling.seed is not None
+        active.frozen = Frozen(
+            offer=offer,
+            output_token_ids=active.outputs,
+            rng_state=active.generator.to_bytes(8, "little") if seeded else b"",
+            checksums=self.checksums(offer.block_ids),
+        )
+        for waiter in active.waiters:
+            if not waiter.done():
+                waiter.set_result(active.frozen)
+        active.waiters.clear()
+        return active.frozen
+
+    def resume(self, active: Active) -> None:
+        """Go on after ``freeze``; a request that was not frozen simply goes on."""
+        self._fail_waiters(active, SessionError(f"request {active.request_id} was resumed meanwhile"))
+        if active.frozen is None:
+            return
+        active.frozen = None
+        if not active.blocks:
+            active.phase = RequestPhase.PREEMPTED if active.preemptions else RequestPhase.WAITING
+        elif self.seats() < self.max_num_seqs:
+            self.run(active)
+        else:
+            # Its place was taken meanwhile: wait in line, recomputing later, rather than overfill.
+            self.preempt(active)
+
+    def _fail_waiters(self, active: Active, error: Exception) -> None:
+        for waiter in active.waiters:
+            if not waiter.done():
+                waiter.set_exception(error)
+        active.waiters.clear()
+
+    def stats(self, step_s: float) -> EngineStats:
+        """Load at this moment; ``step_s`` is the duration of the last step."""
+        phases = Counter(active.phase for active in self.requests.values())
+        queued = self._in_phase(_WAITING)
+        return EngineStats(
+            running=phases[RequestPhase.PREFILL] + phases[RequestPhase.DECODE],
+            waiting=len(queued),
+            frozen=phases[RequestPhase.FROZEN],
+            landing=phases[RequestPhase.LANDING],
+            free_blocks=self.pool.free,
+            total_blocks=self.pool.total,
+            decode_kv_tokens=sum(a.computed for a in self._in_phase((RequestPhase.DECODE,))),
+            queued_prefill_tokens=sum(len(a.tokens) for a in queued),
+            scheduled_prefill_tokens=self.scheduled_prefill_tokens,
+            preemptions_total=self.preemptions_total,
+            step_s=step_s,
+        )
+
+    def verify(self, flying: Counter[int]) -> None:
+        """Raise ``SessionError`` unless blocks and requests add up. ``flying`` are held by copies."""
+        expected = Counter(flying)
+        for active in self.requests.values():
+            expected.update(active.blocks)
+            if active.ended or active.computed > len(active.blocks) * self.block_size:
+                raise SessionError(f"request {active.request_id} has ended or claims more KV than it has blocks")
+            if active.blocks and active.phase in _WAITING:
+                raise SessionError(f"request {active.request_id} holds blocks while {active.phase}")
+        self.pool.verify(expected)
+
+
+def _rank(active: Active) -> tuple[int, int]:
+    return active.request.priority, active.arrival
+
+
+def _decode_first(active: Active) -> tuple[bool, int, int]:
+    return active.phase is RequestPhase.PREFILL, *_rank(active)
