@@ -59,7 +59,8 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
         raise TransferUnavailable("all KV pools of an agent must be on one device and have equally many blocks")
     host = host_id()
     backends: list[Backend] = []
-    blob, address, ipc = b"", "", ()
+    blob, address = b"", ""
+    ipc: tuple[bytes, ...] = ()
     for name in config.backends:
         if name == "nixl" and (exchange := _nixl(config, epoch, regions, directory)) is not None:
             backends.append(exchange)

@@ -60,9 +60,11 @@ def _select(pool: KVPool, index: torch.Tensor, parts: int) -> torch.Tensor:
     """Blocks, or parts of blocks, first; the other axes in the order of the pool's tensor."""
     if parts == 1 or pool.token_dim is None:
         return pool.tensor.index_select(pool.block_dim, index).movedim(pool.block_dim, 0)
-    pieces = pool.tensor.unflatten(pool.token_dim, (parts, -1))
+    shape = pool.tensor.shape
+    pieces = pool.tensor.view(*shape[: pool.token_dim], parts, -1, *shape[pool.token_dim + 1 :])
     block_dim = pool.block_dim + (pool.block_dim > pool.token_dim)
-    return pieces.movedim((block_dim, pool.token_dim), (0, 1))[index // parts, index % parts]
+    found: torch.Tensor = pieces.movedim((block_dim, pool.token_dim), (0, 1))[index // parts, index % parts]
+    return found
 
 
 def _fits(data: torch.Tensor, word: torch.dtype) -> bool:

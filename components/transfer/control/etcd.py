@@ -54,8 +54,9 @@ class EtcdStore:
     async def _session(self, record: AgentRecord, directory: Directory, published: Callable[[], None]) -> None:
         from etcd3aio.client import Etcd3Client
 
-        tls = {name: value for name, value in self._tls.items() if value is not None}
-        async with Etcd3Client(self._endpoints, **tls) as client:
+        tls: dict[str, Any] = {name: value for name, value in self._tls.items() if value is not None}
+        opened: Any = Etcd3Client(self._endpoints, **tls)
+        async with opened as client:
             if self._user:
                 reply = await client.auth.authenticate(self._user, self._password)
                 client.set_token(reply.token)

@@ -57,9 +57,9 @@ def _copy_rows(copy: Copy, src: Sequence[torch.Tensor], dst: Sequence[torch.Tens
 
 def _finished(tensor: torch.Tensor) -> Generator[bool, None, None]:
     """Wait for what was queued on the tensor's device."""
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(tensor.device))
-    while not event.query():
+    while not event.query():  # type: ignore[no-untyped-call]
         yield False
 
 
@@ -141,7 +141,8 @@ class IpcBackend:
 
     def handles(self) -> tuple[bytes, ...]:
         """What peers need to map our pools."""
-        return tuple(msgspec.msgpack.encode(_Handle(*r.tensor.untyped_storage()._share_cuda_())) for r in self._regions)
+        storages: list[Any] = [region.tensor.untyped_storage() for region in self._regions]
+        return tuple(msgspec.msgpack.encode(_Handle(*storage._share_cuda_())) for storage in storages)
 
     def reaches(self, peer: AgentRecord) -> bool:
         """True for another process's device memory on this host, in blocks of our size."""
