@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from components.transfer import AgentConfig, KVPool, TransferAgent
+from components.transfer import AgentConfig, KVPool, TransferAgent, move_to_shared_memory
 from components.transfer.control.record import decode, encode
 
 
@@ -54,6 +54,7 @@ def pools(shape: Shape, blocks: int, device: str, seed: int) -> list[KVPool]:
         tensor = torch.empty(size, dtype=torch.bfloat16, device=device)
         tensor.view(torch.int16).random_(generator=generator)
         made.append(KVPool(f"layer.{layer}", tensor, blocks, 0))
+    move_to_shared_memory(made)
     return made
 
 

@@ -17,6 +17,7 @@ from components.transfer.agent import TransferAgent
 from components.transfer.config import AgentConfig, Integrity, KVPool, StoreKind, Strategy, TransferResult, Transport
 from components.transfer.copying import CacheCopy, transfer_kv_cache
 from components.transfer.data.nixl import nixl_is_available
+from components.transfer.data.shared import move_to_shared_memory
 from components.transfer.handle import TransferHandle
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "TransferHandle",
     "TransferResult",
     "Transport",
+    "move_to_shared_memory",
     "nixl_is_available",
     "transfer_kv_cache",
 ]

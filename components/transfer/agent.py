@@ -19,11 +19,20 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Sequence
+from typing import Literal
 
 import numpy as np
 
 from components.engine.protocol import AgentName, AgentRef, Epoch
-from components.errors import IncompatibleLayout, IntegrityError, MigrateError, PeerUnknown, StaleEpoch, TransferError
+from components.errors import (
+    IncompatibleLayout,
+    IntegrityError,
+    MigrateError,
+    PeerUnknown,
+    StaleEpoch,
+    TransferCancelled,
+    TransferError,
+)
 from components.transfer.assemble import Assembly, assemble
 from components.transfer.checksum import BlockChecksums
 from components.transfer.config import AgentConfig, Integrity, KVPool, TransferResult
@@ -218,7 +227,7 @@ class TransferAgent:
         copy = Copy(peer, near, far, request_id, end, arrived, poison, unit)
         if not len(near):
             return TransferResult(lane=self._backend(peer).lane)
-        result = yield from (self._backend(peer).push(copy) if push else self._backend(peer).fetch(copy))
+        result = yield from self._on_a_lane(copy, "push" if push else "fetch")
         return self._verified(result, near, checksums, unit)
 
     def _meet(self, record: AgentRecord) -> None:
@@ -243,7 +252,19 @@ class TransferAgent:
         peer = yield from self._peer(ref, end)
         self.record.require_pairable(peer)
         empty = np.empty(0, np.int64)
-        return (yield from self._backend(peer).warm_up(Copy(peer, empty, empty, "", end)))
+        return (yield from self._on_a_lane(Copy(peer, empty, empty, "", end), "warm_up"))
+
+    def _on_a_lane(self, copy: Copy, what: Literal["fetch", "push", "warm_up"]) -> Steps:
+        """Use the best lane; the next one when that lane says that it does not reach the peer after all."""
+        while True:
+            backend = self._backend(copy.peer)
+            ways = {"fetch": backend.fetch, "push": backend.push, "warm_up": backend.warm_up}
+            try:
+                return (yield from ways[what](copy))
+            except TransferError as error:
+                if isinstance(error, TransferCancelled) or backend.reaches(copy.peer):
+                    raise
+                logger.warning("agent %s: %s; using another lane", copy.peer.name, error)
 
     def _check(self, blocks: Ints, owner: AgentRecord, unique: bool) -> None:
         bad = blocks[(blocks < 0) | (blocks >= owner.num_blocks)]

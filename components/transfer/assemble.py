@@ -19,8 +19,11 @@ from components.transfer.config import AgentConfig, KVPool, Strategy, Transport
 from components.transfer.control.directory import Directory
 from components.transfer.control.record import AgentRecord, RegionRecord
 from components.transfer.data.base import Backend
+from components.transfer.data.hostcopy import HostCopier, copier_is_available, threads_for
 from components.transfer.data.local import IpcBackend, LocalBackend
+from components.transfer.data.mapped import MappedBackend
 from components.transfer.data.nixl import NixlLink, nixl_is_available
+from components.transfer.data.shared import shared_storages
 from components.transfer.data.staging import Staging
 from components.transfer.data.tcp import TcpBackend
 from components.transfer.layout import Region, region_of
@@ -59,10 +62,13 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
         raise TransferUnavailable("all KV pools of an agent must be on one device and have equally many blocks")
     host = host_id()
     backends: list[Backend] = []
-    blob, address = b"", ""
+    blob, address, scope = b"", "", ""
     ipc: tuple[bytes, ...] = ()
     for name in config.backends:
-        if name == "nixl" and (exchange := _nixl(config, epoch, regions, directory)) is not None:
+        if name == "mapped" and (mapped := _mapped(config, epoch, host, regions, pools)) is not None:
+            backends.append(mapped)
+            scope = mapped.scope
+        elif name == "nixl" and (exchange := _nixl(config, epoch, regions, directory)) is not None:
             backends.append(exchange)
             blob = exchange.link.blob()
         elif name == "local":
@@ -95,6 +101,7 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
         tp_size=config.tp_size,
         regions=tuple(_published(region) for region in regions),
         lanes=tuple(backend.lane for backend in backends),
+        scope=scope,
     )
     return Assembly(backends, record)
 
@@ -112,6 +119,23 @@ def _published(region: Region) -> RegionRecord:
     device = region.tensor.device
     segments = tuple((s.address, s.stride, s.length) for s in region.segments)
     return RegionRecord(region.name, device.type, device.index or 0, region.order, region.token_bytes, segments)
+
+
+def _mapped(
+    config: AgentConfig, epoch: str, host: str, regions: list[Region], pools: Sequence[KVPool]
+) -> MappedBackend | None:
+    # A transport or strategy that was asked for by name is NIXL's.
+    if config.transport not in (Transport.AUTO, Transport.SHM) or config.strategy is not Strategy.AUTO:
+        return None
+    storages = shared_storages(pools)
+    if not storages:
+        return None
+    available, why = copier_is_available()
+    if not available:
+        logger.info("the pools are in shared memory, but %s; using other lanes", why)
+        return None
+    copier = HostCopier(threads_for(config.copy_threads))
+    return MappedBackend(host, epoch, regions, storages, config.block_size, copier)
 
 
 def _nixl(config: AgentConfig, epoch: str, regions: list[Region], directory: Directory) -> Exchange | None:

@@ -91,8 +91,11 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nats_ca: str = ""
     namespace: str = "dynamo"
     transport: Transport = Transport.AUTO
-    backends: tuple[str, ...] = ("nixl", "local", "cuda_ipc", "tcp")
-    """Ways of moving blocks that may be used, best first."""
+    backends: tuple[str, ...] = ("mapped", "nixl", "local", "cuda_ipc", "tcp")
+    """Ways of moving blocks that may be used, best first. ``mapped`` is there for host pools in shared memory,
+    with transport auto or shm and strategy auto."""
+    copy_threads: int = 0
+    """Threads of the ``mapped`` way; 0: one for each core, eight at most, behind the engine's in priority."""
     strategy: Strategy = Strategy.AUTO
     direct_bytes: int = 0
     """Mean length of a run of blocks from which direct descriptors beat staging; 0: the measured default
@@ -120,13 +123,15 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def validate(self) -> None:
         """Raise ``ConfigError`` naming the value that cannot be used."""
-        known = {"nixl", "local", "cuda_ipc", "tcp"}
+        known = {"mapped", "nixl", "local", "cuda_ipc", "tcp"}
         if not self.name or "/" in self.name or len(self.name) > 200:
             raise ConfigError(f"agent name {self.name!r}: 1 to 200 characters without '/'")
         if not self.backends or set(self.backends) - known:
             raise ConfigError(f"backends {self.backends}: choose from {sorted(known)}")
         if not 0 <= self.tp_rank < self.tp_size:
             raise ConfigError(f"tp_rank {self.tp_rank} is not below tp_size {self.tp_size}")
+        if not 0 <= self.copy_threads <= 256:
+            raise ConfigError(f"copy_threads {self.copy_threads} is not within 0 and 256")
         if 0 < self.piece_bytes < 1 << 16 or self.piece_bytes < 0 or self.lease_ttl_s < 1:
             raise ConfigError("piece_bytes must be 0, or 65536 and more; lease_ttl_s 1 or more")
 

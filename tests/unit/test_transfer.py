@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from components.engine.protocol import AgentRef, Epoch
 from components.errors import IncompatibleLayout, MigrateError, PeerUnknown, StaleEpoch, TransferError
-from components.transfer import AgentConfig, KVPool, TransferAgent
+from components.transfer import AgentConfig, KVPool, TransferAgent, move_to_shared_memory
 from components.transfer.assemble import Assembly
 from components.transfer.control.record import decode
 from components.transfer.data.tcp import TcpBackend
@@ -40,9 +40,11 @@ def agent(name: str, namespace: str, parts: list[KVPool], **more: object) -> Tra
 class Two:
     """A source and a destination of the same layout."""
 
-    def __init__(self, shape: tuple[int, ...], **more: object) -> None:
+    def __init__(self, shape: tuple[int, ...], shared: bool = False, **more: object) -> None:
         namespace = uuid.uuid4().hex
         self.src_pools, self.dst_pools = pools(shape, 1), pools(shape, 2)
+        if shared:
+            assert move_to_shared_memory(self.src_pools) == move_to_shared_memory(self.dst_pools) == ""
         self.src = agent("src", namespace, self.src_pools)
         self.dst = agent("dst", namespace, self.dst_pools, **more)
 
@@ -55,10 +57,12 @@ class Two:
         self.dst.close()
 
 
-@pytest.fixture(scope="module", params=[*LAYOUTS, "block first, tcp"])
+@pytest.fixture(scope="module", params=[*LAYOUTS, "block first, tcp", "planes first, mapped", "latent, mapped"])
 def two(request: pytest.FixtureRequest) -> Iterator[Two]:
-    pair = Two(LAYOUTS[request.param.removesuffix(", tcp")])
-    if request.param.endswith("tcp"):
+    layout, _, lane = request.param.partition(", ")
+    pair = Two(LAYOUTS[layout], shared=lane == "mapped")
+    assert (pair.dst.lanes[0] == "shm/mapped") == (lane == "mapped")
+    if lane == "tcp":
         whole = pair.dst._assembly
         pair.dst._assembly = Assembly([b for b in whole.backends if isinstance(b, TcpBackend)], whole.record)
     yield pair

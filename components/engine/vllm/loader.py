@@ -20,7 +20,15 @@ from components.engine.protocol import AgentRef
 from components.engine.vllm.records import Job, JobResult, StepMetadata
 from components.engine.vllm.runner_state import RunnerState
 from components.errors import DeadlineExceeded, IntegrityError, MigrateError
-from components.transfer import AgentConfig, KVPool, TransferAgent, TransferHandle, TransferResult
+from components.transfer import (
+    AgentConfig,
+    KVPool,
+    TransferAgent,
+    TransferHandle,
+    TransferResult,
+    Transport,
+    move_to_shared_memory,
+)
 
 logger = logging.getLogger(__name__)
 _QUIET_S = 30.0
@@ -85,6 +93,7 @@ class Loader:
             # Attention backends differ in where the block axis is; its length is unique.
             block_dim = next(a for a, size in enumerate(tensor.shape) if size == self._num_blocks)
             pools.append(KVPool(name=name, tensor=tensor, num_blocks=self._num_blocks, block_dim=block_dim))
+        self._share(pools)
         self.fingerprint = layout_fingerprint(self._config, pools)
         pool_bytes = sum(p.tensor.numel() * p.tensor.element_size() for p in pools)
         block_size = self._config.cache_config.block_size
@@ -101,6 +110,14 @@ class Loader:
         }
         self._agent = TransferAgent(AgentConfig(**settings))
         self._agent.start(pools)
+
+    def _share(self, pools: list[KVPool]) -> None:
+        """Move host pools to where workers of this host can map them, before anything has taken their addresses."""
+        transport = Transport(self._extra["agent"].get("transport", Transport.AUTO))
+        if pools[0].tensor.is_cuda or transport not in (Transport.AUTO, Transport.SHM):
+            return
+        if reason := move_to_shared_memory(pools):
+            logger.info("KV blocks are not mapped between workers: %s", reason)
 
     def install(self, meta: StepMetadata) -> None:
         """Tell the model runner of requests that were generated elsewhere."""

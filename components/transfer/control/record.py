@@ -57,6 +57,8 @@ class AgentRecord(msgspec.Struct, frozen=True, tag="agent/3"):
     tp_size: int
     regions: Annotated[tuple[RegionRecord, ...], msgspec.Meta(max_length=4096)]
     lanes: tuple[_Short, ...]
+    scope: _Short = ""
+    """Network namespace and user of an agent whose pools are in shared memory; empty when they are not."""
 
     @property
     def ref(self) -> AgentRef:

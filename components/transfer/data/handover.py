@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hand-over of shared host memory between two agents of one host, and the mapping of a peer's.
+
+An agent listens on a socket in Linux's abstract namespace whose name is made of its epoch: a record can name no file.
+It gives descriptors of its pools to processes of its own user, as the kernel names them; the peer maps them. The
+connection stays open: its end says that the agent has gone.
+Threading: a thread accepts, one waits on each connection. ``map_peer`` blocks for five seconds at most. Errors:
+``TransferError``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from components.errors import TransferError
+from components.transfer.data.shared import SharedStorage
+from components.transfer.layout import Ints
+
+logger = logging.getLogger(__name__)
+_MAX_ANSWER = 1 << 20
+_FDS_AT_ONCE = 128
+_CALL_S = 5.0
+_PEER = struct.Struct("3i")
+_LENGTH = struct.Struct("!I")
+
+
+class _Ask(msgspec.Struct, frozen=True):
+    epoch: str
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    storages: tuple[tuple[int, int], ...]
+    """Address at the owner and bytes of each; the descriptors follow in this order."""
+
+
+def _name(epoch: str) -> str:
+    return f"\0dynamo-migrate/{epoch}"
+
+
+class Giver:
+    """Hands our storages to peers."""
+
+    def __init__(self, epoch: str, storages: Sequence[SharedStorage]) -> None:
+        self._epoch = epoch
+        self._storages = list(storages)
+        self._open: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._server.bind(_name(epoch))
+        self._server.listen()
+        threading.Thread(target=self._accept, name="kv-shm", daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._server.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), name="kv-shm-in", daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            with self._lock:
+                if self._closed:
+                    return
+                self._open.add(connection)
+            try:
+                self._give(connection)
+                connection.settimeout(None)
+                connection.recv(1)  # Until the peer has gone, or we close.
+            except (OSError, msgspec.DecodeError, TransferError) as error:
+                logger.warning("a process that wanted to map our KV pools: %s", error)
+            finally:
+                with self._lock:
+                    self._open.discard(connection)
+
+    def _give(self, connection: socket.socket) -> None:
+        _, user, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        if user != os.geteuid():
+            raise TransferError(f"user {user} may not have memory of user {os.geteuid()}")
+        end = time.monotonic() + _CALL_S
+        ask = msgspec.msgpack.decode(_read(connection, end), type=_Ask)
+        if ask.epoch != self._epoch:
+            raise TransferError("it asked for another life of this agent")
+        answer = msgspec.msgpack.encode(_Answer(tuple((s.address, s.size) for s in self._storages)))
+        connection.sendall(_LENGTH.pack(len(answer)) + answer)
+        for start in range(0, len(self._storages), _FDS_AT_ONCE):
+            part = self._storages[start : start + _FDS_AT_ONCE]
+            socket.send_fds(connection, [b"f"], [storage.fd for storage in part])
+
+    def close(self) -> None:
+        """Stop giving; peers learn that we have gone."""
+        with self._lock:
+            self._closed = True
+            still = list(self._open)
+        for sock in (self._server, *still):
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError as error:
+                logger.debug("closing a socket: %s", error)
+        self._server.close()
+
+
+class Mapping:
+    """A peer's storages in our address space."""
+
+    def __init__(self, name: str, connection: socket.socket, storages: Sequence[tuple[int, int]], mapped: list[int]):
+        self.name = name
+        self._connection = connection
+        order = np.argsort([address for address, _ in storages])
+        self._begin = np.array([storages[n][0] for n in order], np.int64)
+        self._end = np.array([sum(storages[n]) for n in order], np.int64)
+        self._shift = np.array([mapped[n] - storages[n][0] for n in order], np.int64)
+        self._pieces = [(address, size) for address, (_, size) in zip(mapped, storages, strict=True)]
+        self.users = 0
+
+    def translate(self, addresses: Ints, sizes: Ints) -> Ints:
+        """Where memory of the peer is for us. Raises ``TransferError`` for what is not inside of it."""
+        at = np.searchsorted(self._begin, addresses, "right") - 1
+        if len(at) and (at.min() < 0 or bool(np.any(addresses + sizes > self._end[at]))):
+            raise TransferError(f"agent {self.name} names memory outside of what it shares")
+        moved: Ints = addresses + self._shift[at]
+        return moved
+
+    def alive(self) -> bool:
+        """False once the peer's process or agent has ended."""
+        try:
+            return self._connection.recv(1, socket.MSG_PEEK) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Unmap. The caller vouches that nobody reads or writes there."""
+        self._connection.close()
+        for address, size in self._pieces:
+            _libc.munmap(address, size)
+        self._pieces = []
+
+
+def map_peer(name: str, epoch: str, end: float) -> Mapping:
+    """Ask a peer on this host for its storages and map them, page tables filled. Blocks until ``end`` at most."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    fds: list[int] = []
+    mapped: list[int] = []
+    sizes: list[int] = []
+    try:
+        end = min(end, time.monotonic() + _CALL_S)
+        connection.settimeout(max(0.001, end - time.monotonic()))
+        connection.connect(_name(epoch))
+        _, user, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        if user != os.geteuid():
+            raise TransferError(f"the process at that address belongs to user {user}")
+        ask = msgspec.msgpack.encode(_Ask(epoch))
+        connection.sendall(_LENGTH.pack(len(ask)) + ask)
+        answer = msgspec.msgpack.decode(_read(connection, end), type=_Answer)
+        for start in range(0, len(answer.storages), _FDS_AT_ONCE):
+            count = min(_FDS_AT_ONCE, len(answer.storages) - start)
+            mark, got, _, _ = socket.recv_fds(connection, 1, count)
+            fds.extend(got)
+            if not mark or len(got) != count:
+                raise TransferError("it gave too few descriptors")
+        for fd, (_, size) in zip(fds, answer.storages, strict=True):
+            mapped.append(_map(fd, size))
+            sizes.append(size)
+        connection.setblocking(False)
+        return Mapping(name, connection, answer.storages, mapped)
+    except (OSError, msgspec.DecodeError, TransferError) as error:
+        connection.close()
+        for address, size in zip(mapped, sizes, strict=True):
+            _libc.munmap(address, size)
+        raise TransferError(f"memory of agent {name} cannot be mapped: {error}") from error
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+_libc: Any = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_FAILED = ctypes.c_void_p(-1).value
+
+
+def _map(fd: int, size: int) -> int:
+    # Python's own mmap would keep a descriptor for each storage of each peer.
+    if size < 1 or os.fstat(fd).st_size < size:
+        raise TransferError("a descriptor has fewer bytes than were promised")
+    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+    address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+    if address == _FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return int(address)
+
+
+def _read(connection: socket.socket, end: float) -> bytes:
+    (length,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size, end))
+    if length > _MAX_ANSWER:
+        raise TransferError(f"a message of {length} bytes is too long")
+    return _exactly(connection, length, end)
+
+
+def _exactly(connection: socket.socket, count: int, end: float) -> bytes:
+    data = b""
+    while len(data) < count:
+        connection.settimeout(max(0.001, end - time.monotonic()))
+        part = connection.recv(count - len(data))
+        if not part:
+            raise TransferError("the connection was closed")
+        data += part
+    return data

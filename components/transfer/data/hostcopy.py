@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies between host addresses on threads of their own, without the interpreter lock.
+
+One pass over the bytes, compiled once by Numba (which vLLM brings along): a copy never holds the lock that an
+engine's thread in the same process wants. The threads have a lower priority than the engine's: they use cores that
+are idle, and take a quarter of one that computes.
+``HostCopier`` may be used from any thread. The caller vouches for the addresses.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from components.transfer.layout import Ints
+
+logger = logging.getLogger(__name__)
+_MAX_THREADS = 8
+_NICE = 5
+
+
+def threads_for(configured: int) -> int:
+    """Copying threads: as configured, or one for each core that this process may use, at most eight."""
+    return configured or min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+
+
+@cache
+def copier_is_available() -> tuple[bool, str]:
+    """(True, "") or (False, why not)."""
+    try:
+        _compiled()
+    except ImportError as error:
+        return False, f"numba cannot be imported: {error}"
+    return True, ""
+
+
+@cache
+def _compiled() -> Callable[[Ints, Ints, Ints], None]:
+    from llvmlite import ir
+    from numba import njit, types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+
+    @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+    def copy_bytes(typing: Any, target: Any, source: Any, size: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            pointer = ir.IntType(8).as_pointer()
+            to, origin = (builder.inttoptr(address, pointer) for address in arguments[:2])
+            cgutils.raw_memcpy(builder, to, origin, arguments[2], 1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), emit
+
+    @njit(["void(int64[::1], int64[::1], int64[::1])"], nogil=True, boundscheck=False)  # type: ignore[untyped-decorator,unused-ignore]
+    def copy_all(targets: Ints, sources: Ints, sizes: Ints) -> None:
+        for n in range(len(sizes)):
+            copy_bytes(targets[n], sources[n], sizes[n])
+
+    compiled: Callable[[Ints, Ints, Ints], None] = copy_all
+    return compiled
+
+
+class HostCopier:
+    """See the module docstring."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._run = _compiled()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kv-copy", initializer=_step_back)
+
+    def submit(self, targets: Ints, sources: Ints, sizes: Ints) -> Future[None]:
+        """Copy ``sizes`` bytes from each of ``sources`` to each of ``targets``."""
+        columns = [np.ascontiguousarray(column, np.int64) for column in (targets, sources, sizes)]
+        return self._pool.submit(self._run, *columns)
+
+    def close(self) -> None:
+        """End the threads once what was submitted is done."""
+        self._pool.shutdown(wait=True)
+
+
+def _step_back() -> None:
+    """Give this thread a lower priority than the engine's. Linux counts priorities by thread."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICE)
+    except OSError as error:
+        logger.debug("the copying threads keep their priority: %s", error)

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks between processes of one host whose pools are in shared memory: one copy, from blocks to blocks.
+
+A peer's pools are mapped once, when it is first met; from then on a fetch reads its blocks where they are and a push
+writes into them. Copies run on the threads of ``HostCopier`` in bounded pieces: a cancelled transfer stands still
+after the pieces under way, some milliseconds. A peer that ended is noticed before the result is given, and its memory
+is unmapped as soon as nobody copies any more.
+Threading: worker thread; mapping and copying on threads of their own. Errors: ``TransferError``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+
+from components.errors import TransferError
+from components.transfer.config import Strategy, TransferResult
+from components.transfer.control.record import AgentRecord
+from components.transfer.data.base import Copy, Steps
+from components.transfer.data.handover import Giver, Mapping, map_peer
+from components.transfer.data.hostcopy import HostCopier
+from components.transfer.data.shared import SharedStorage, scope
+from components.transfer.layout import Region, Segment, cut, extents, pieces
+
+logger = logging.getLogger(__name__)
+_Flying = deque[tuple[Future[None], int]]
+_PIECE_BYTES = 8 << 20
+_LOOK_S = 0.25
+"""How often mapped peers are looked after."""
+
+
+class MappedBackend:
+    """See the module docstring."""
+
+    lane = "shm/mapped"
+
+    def __init__(
+        self,
+        host: str,
+        epoch: str,
+        regions: Sequence[Region],
+        storages: Sequence[SharedStorage],
+        block_size: int,
+        copier: HostCopier,
+    ) -> None:
+        self._host = host
+        self._regions = list(regions)
+        self._block_size = block_size
+        self._copier = copier
+        self._giver = Giver(epoch, storages)
+        self.scope = scope()
+        self._mapper = ThreadPoolExecutor(2, thread_name_prefix="kv-map")
+        self._mappings: dict[str, Future[Mapping]] = {}
+        self._lingering: list[tuple[list[Future[None]], Callable[[], None]]] = []
+        self._refused: set[str] = set()
+        self._looked = 0.0
+
+    def reaches(self, peer: AgentRecord) -> bool:
+        """True for an agent of this host, network namespace and user that shares its pools."""
+        here = peer.host == self._host and peer.scope == self.scope
+        return here and bool(self.scope) and peer.epoch not in self._refused
+
+    def fetch(self, copy: Copy) -> Steps:
+        """See ``Backend``."""
+        return self._copy(copy, push=False)
+
+    def push(self, copy: Copy) -> Steps:
+        """See ``Backend``."""
+        return self._copy(copy, push=True)
+
+    def warm_up(self, copy: Copy) -> Steps:
+        """Map the peer's memory."""
+        begun = time.perf_counter()
+        yield from self._mapping(copy)
+        return TransferResult(wire_s=time.perf_counter() - begun, lane=self.lane)
+
+    def _mapping(self, copy: Copy) -> Generator[bool, None, Mapping]:
+        peer = copy.peer
+        if peer.epoch not in self._mappings:
+            self._mappings[peer.epoch] = self._mapper.submit(map_peer, peer.name, peer.epoch, copy.end)
+        while not self._mappings[peer.epoch].done():
+            yield False
+        future = self._mappings[peer.epoch]
+        try:
+            mapping = future.result()
+            if mapping.alive():
+                return mapping
+        except TransferError:
+            # It published that it shares: another lane has to serve this life of it.
+            self._refused.add(peer.epoch)
+            self._mappings.pop(peer.epoch, None)
+            raise
+        raise TransferError(f"agent {peer.name} is gone")
+
+    def _segments(self, unit: int) -> list[Segment]:
+        if not unit:
+            return [segment for region in self._regions for segment in region.segments]
+        size = self._block_size
+        return [part for r in self._regions for s in r.segments for part in cut(s, r.token_bytes, size, unit)]
+
+    def _copy(self, copy: Copy, push: bool) -> Steps:
+        begun = time.perf_counter()
+        mapping = yield from self._mapping(copy)
+        mapping.users += 1
+        flying: _Flying = deque()
+        try:
+            memory = extents(self._segments(copy.unit), copy.peer.segments(copy.unit), copy.ours, copy.theirs)
+            theirs = mapping.translate(memory[:, 1], memory[:, 2])
+            memory[:, 1] = theirs
+            groups = pieces(memory, _PIECE_BYTES)
+            prepared = time.perf_counter()
+            for group in groups:
+                while len(flying) > 2 * self._copier.threads and not _landed(flying, copy.arrived):
+                    yield False
+                targets, sources = (group[:, 1], group[:, 0]) if push else (group[:, 0], group[:, 1])
+                job = self._copier.submit(targets, sources, group[:, 2])
+                flying.append((job, int(group[:, 2].sum())))
+                yield True
+            while flying:
+                if not _landed(flying, copy.arrived):
+                    yield False
+            if not mapping.alive():
+                raise TransferError(f"agent {copy.peer.name} is gone")
+            wire = time.perf_counter() - prepared
+            strategy = Strategy.WRITE if push else Strategy.READ
+            size = int(memory[:, 2].sum())
+            descriptors = sum(len(group) for group in groups)
+            return TransferResult(size, descriptors, prepared - begun, 0.0, wire, self.lane, strategy)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            while flying:
+                if not _landed(flying, copy.arrived):
+                    yield False
+            raise
+        finally:
+            self._let_go(mapping, flying, copy)
+
+    def _let_go(self, mapping: Mapping, flying: _Flying, copy: Copy) -> None:
+        if not flying:
+            mapping.users -= 1
+            return
+        # Only when the worker's grace ended before a piece did: its blocks are named until the last one stands still.
+        settled = copy.poison()
+
+        def quiet() -> None:
+            mapping.users -= 1
+            settled()
+
+        self._lingering.append(([job for job, _ in flying], quiet))
+
+    def progress(self) -> list[Generator[bool, None, None]]:
+        """Nobody asks over this lane; unmap peers that have gone."""
+        for item in list(self._lingering):
+            if all(job.done() for job in item[0]):
+                self._lingering.remove(item)
+                item[1]()
+        now = time.monotonic()
+        if self._mappings and now - self._looked > _LOOK_S:
+            self._looked = now
+            for epoch, future in list(self._mappings.items()):
+                if future.done() and future.exception() is None:
+                    mapping = future.result()
+                    if not mapping.users and not mapping.alive():
+                        del self._mappings[epoch]
+                        mapping.close()
+        return []
+
+    def close(self) -> None:
+        """Stop sharing, unmap all peers."""
+        self._giver.close()
+        self._copier.close()
+        self._mapper.shutdown(wait=True, cancel_futures=True)
+        for future in self._mappings.values():
+            with suppress(Exception):
+                future.result().close()
+        self._mappings.clear()
+
+
+def _landed(flying: _Flying, arrived: Callable[[int], None]) -> bool:
+    """Take the oldest piece off when it is done."""
+    job, size = flying[0]
+    if not job.done():
+        return False
+    flying.popleft()
+    job.result()
+    arrived(size)
+    return True
