@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from components.cli import move, policy, serve
+from components.cli import doctor, move, policy, serve
 from components.errors import MigrateError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 serve.register(app)
 move.register(app)
 policy.register(app)
+doctor.register(app)
 
 
 def main() -> None:

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dynamo doctor``: is this machine ready, and what to do where it is not?"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from components.doctor.check import Check, State, exit_code
+from components.transfer.config import Transport
+
+_STYLE = {State.OK: "green", State.SKIP: "dim", State.WARN: "yellow", State.FAIL: "bold red"}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("doctor")(doctor)
+
+
+def doctor(
+    transport: Annotated[Transport, typer.Option("--nixl-transport", help="lane to test")] = Transport.AUTO,
+    port: Annotated[int, typer.Option("-p", "--port", help="HTTP port that must be free")] = 8000,
+    quick: Annotated[bool, typer.Option("--quick", help="leave the test transfer out")] = False,
+    json: Annotated[bool, typer.Option("--json", help="machine-readable output")] = False,
+) -> None:
+    """Check this machine and installation; exit code 1 when something will not work.
+
+    dynamo doctor --nixl-transport ib
+    """
+    checks = look(transport, port, quick)
+    if json:
+        print(msgspec.json.format(msgspec.json.encode(checks)).decode())
+    else:
+        show(checks, Console())
+    sys.stdout.flush()
+    # NIXL's native library may abort in the interpreter's finalisation.
+    os._exit(exit_code(checks))
+
+
+def look(transport: Transport, port: int, quick: bool) -> list[Check]:
+    """All lines, in the order in which one would repair them."""
+    from components.doctor import host, judge, services, transfer
+
+    facts = host.gather()
+    checks = judge.judge(facts, transport) + services.services(os.environ, port)
+    if not quick and not facts.nixl_error:
+        checks.append(transfer.transfer(transport))
+    return checks
+
+
+def show(checks: list[Check], console: Console) -> None:
+    """A table for people, each line that is not well followed by its fix."""
+    table = Table()
+    for column in ("check", "", "found", "fix"):
+        table.add_column(column, overflow="fold")
+    for check in checks:
+        style = _STYLE[check.state]
+        table.add_row(check.name, f"[{style}]{check.state}[/]", check.found, check.fix)
+    console.print(table)
+    bad = sum(check.state is State.FAIL for check in checks)
+    console.print(f"[bold red]{bad} checks fail[/]" if bad else "[bold green]ready[/]")

