@@ -59,7 +59,7 @@ class PlannerConfig(ComponentConfig):
 class WorkerConfig(ComponentConfig):
     """An engine worker: prefill, decode or both."""
 
-    engine: Literal["vllm"] = Field("vllm", description="Inference engine")
+    engine: Literal["vllm", "paged"] = Field("vllm", description="Inference engine; paged has KV blocks but no model")
     max_model_len: int = Field(4096, ge=16, description="Longest prompt and answer together, in tokens")
     block_size: int = Field(32, ge=8, description="Tokens per KV block")
     kv_memory_gib: float = Field(1.0, gt=0, description="Memory for KV blocks per worker, in GiB")
@@ -74,7 +74,7 @@ class WorkerConfig(ComponentConfig):
     advertise_host: str = Field("127.0.0.1", description="Address under which other hosts reach this worker")
     drain_grace_s: float = Field(60.0, ge=0, description="Seconds to move requests away after SIGTERM")
     seed: int = Field(0, description="Seed of the engine")
-    engine_args: dict[str, Any] = Field(default_factory=dict, description="Further arguments for vLLM, as they are")
+    engine_args: dict[str, Any] = Field(default_factory=dict, description="Further arguments for the engine, as they are")
 
 
 T = TypeVar("T", bound=ComponentConfig)

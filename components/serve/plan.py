@@ -155,11 +155,14 @@ def _device_environment(name: str, config: WorkerConfig, replica: int) -> dict[s
                 f"{name}.devices[{replica}] has {len(mine)} GPUs, tensor-parallel-size is {config.tensor_parallel_size}"
             )
         return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, mine)), "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    if config.engine == "paged":
+        return threads
     return {
         # vLLM reads whole GiB; below one it rounds up and max-num-blocks keeps the promise.
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(config.kv_memory_gib))),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        **threads,
     }
 
 

@@ -22,41 +22,10 @@ from components.engine.protocol import Engine, EngineInfo, FinishReason, Generat
 from components.errors import DeadlineExceeded, InvalidRequest, MigrateError, RequestNotFound
 from components.messages import Generate, WorkerCall, WorkerOp, WorkerReply, pack, unpack
 from components.serve.config import WorkerConfig, load_component_config
+from components.worker.engines import build_engine
 from components.worker.metrics import publish_forward_pass
 
 logger = logging.getLogger(__name__)
-
-
-def build_engine(config: WorkerConfig, name: str) -> Engine:
-    """The engine that the configuration asks for."""
-    from components.engine.vllm.engine import VLLMEngine, VLLMOptions
-
-    cpu = not config.devices
-    engine_args: dict[str, Any] = {
-        "model": config.model,
-        "served_model_name": config.served_model_name or None,
-        "max_model_len": config.max_model_len,
-        "block_size": config.block_size,
-        "dtype": config.dtype,
-        "tensor_parallel_size": config.tensor_parallel_size,
-        "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": config.max_num_batched_tokens,
-        "enable_prefix_caching": config.enable_prefix_caching,
-        "enforce_eager": config.enforce_eager,
-        "seed": config.seed,
-    }
-    if not cpu:
-        engine_args["kv_cache_memory_bytes"] = int(config.kv_memory_gib * (1 << 30))
-    agent = {
-        "name": name,
-        "etcd_endpoints": os.environ.get("ETCD_ENDPOINTS", "http://127.0.0.1:2379").split(","),
-        "etcd_user": os.environ.get("ETCD_AUTH_USERNAME", ""),
-        "etcd_password": os.environ.get("ETCD_AUTH_PASSWORD", ""),
-        "namespace": process.namespace(),
-        "transport": os.environ.get("DYN_MIGRATE_TRANSPORT", "auto"),
-        "advertise_host": config.advertise_host,
-    }
-    return VLLMEngine(VLLMOptions(engine_args | config.engine_args, agent, integrity=config.integrity))
 
 
 class WorkerService:
