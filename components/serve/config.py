@@ -74,7 +74,9 @@ class WorkerConfig(ComponentConfig):
     advertise_host: str = Field("127.0.0.1", description="Address under which other hosts reach this worker")
     drain_grace_s: float = Field(60.0, ge=0, description="Seconds to move requests away after SIGTERM")
     seed: int = Field(0, description="Seed of the engine")
-    engine_args: dict[str, Any] = Field(default_factory=dict, description="Further arguments for the engine, as they are")
+    engine_args: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments for the engine, as they are"
+    )
 
 
 T = TypeVar("T", bound=ComponentConfig)

@@ -27,9 +27,15 @@ ROOT = Path(__file__).parents[2]
 PROMPT = "Once upon a time, in a small house by the sea, there lived an old clock maker. " * 12
 MODEL = os.environ.get("DYNAMO_MIGRATE_TEST_MODEL", "tiny-llama")
 
+PAGED = (
+    "--Common.engine=paged",
+    "--PrefillWorker.engine-args={step_s: 0.002}",
+    "--DecodeWorker.engine-args={step_s: 0.004, lease_s: 20}",
+)
+
 
 class Graph:
-    """A running ``dynamo serve`` and a client of it."""
+    """A running ``dynamo serve`` and a client of it. ``PAGED`` overrides start it in seconds, without a model."""
 
     def __init__(self, folder: Path, name: str = "disagg", overrides: tuple[str, ...] = (), **environment: str) -> None:
         self.port = free_port()
@@ -102,6 +108,11 @@ class Graph:
         assert reply.usage is not None and reply.usage.completion_tokens == count
         assert reply.choices[0].finish_reason == "length"
         return reply.choices[0].text
+
+    def complete_all(self, prompts: list[str], count: int, **more: object) -> list[str]:
+        """``complete`` of all prompts at once."""
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(lambda prompt: self.complete(prompt, count, **more), prompts))
 
     def stop(self) -> list[psutil.Process]:
         if self._remote is not None:

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole served graph in seconds: Dynamo's frontend, our router and workers, etcd, NATS and NIXL; no model.
+
+The engine is the paged one, whose tokens follow from its KV bytes: text that is equal came from the right bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from tests.integration.graphs import MODEL, PAGED, PROMPT, Graph
+
+pytestmark = pytest.mark.integration
+LENGTH = 400
+
+
+@pytest.fixture(scope="module")
+def paged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
+    graph = Graph(tmp_path_factory.mktemp("paged"), overrides=PAGED, ETCD_LEASE_TTL="10")
+    try:
+        graph.wait(60)
+        yield graph
+        assert graph.stop() == []
+        assert graph.process.returncode == 0
+    finally:
+        if graph.process.poll() is None:
+            graph.stop()
+
+
+def other(graph: Graph, worker: str) -> str:
+    """A decode worker that is not this one."""
+    return next(w["worker"] for w in graph.status()["workers"] if w["role"] == "decode" and w["worker"] != worker)
+
+
+def test_openai_client_chat_and_completions(paged: Graph) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20, "temperature": 0}
+    whole = paged.client.chat.completions.create(**body)
+    parts = list(paged.client.chat.completions.create(**body, stream=True))
+    text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert text == whole.choices[0].message.content != ""
+    with pytest.raises(openai.BadRequestError):
+        paged.client.completions.create(model=MODEL, prompt="word " * 6000, max_tokens=5)
+
+
+@pytest.mark.parametrize("mode", ["live", "stop-and-copy", "replay"])
+def test_a_migrated_stream_gives_the_text_of_an_unmigrated_one(paged: Graph, mode: str) -> None:
+    prompts = [f"{mode} {PROMPT}", f"{mode} again {PROMPT}"]
+    expected = paged.complete_all(prompts, LENGTH, temperature=0.8, seed=3)
+    moves = []
+
+    def move(where: dict[str, str]) -> None:
+        for request, source in where.items():
+            moves.append(paged.ask("migrate", request, other(paged, source), mode))
+
+    assert paged.under_way(prompts, LENGTH, move, temperature=0.8, seed=3) == expected
+    assert [(m["ok"], m["mode"]) for m in moves] == [(True, mode)] * 2, moves
+    paged.wait_until_idle()
+
+
+def test_drain_and_undrain(paged: Graph) -> None:
+    prompts = [f"drained {i} {PROMPT}" for i in range(4)]
+    expected = paged.complete_all(prompts, LENGTH, temperature=0)
+    victim: list[str] = []
+
+    def drain(where: dict[str, str]) -> None:
+        victim.append(next(iter(where.values())))
+        assert all(move["ok"] for move in paged.ask("drain", victim[0]))
+
+    try:
+        assert paged.under_way(prompts, LENGTH, drain, temperature=0) == expected
+    finally:
+        paged.ask("undrain", victim[0])
+    paged.wait_until_idle()
+
+
+def test_a_client_that_goes_away_frees_its_blocks(paged: Graph) -> None:
+    stream = paged.client.completions.create(
+        model=MODEL, prompt=PROMPT, max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
+    )
+    for number, _ in enumerate(stream):
+        if number == 20:
+            stream.close()
+            break
+    paged.wait_until_idle(timeout_s=20)
+
+
+def test_a_killed_worker_costs_no_token(paged: Graph) -> None:
+    prompts = [f"killed {i} {PROMPT}" for i in range(4)]
+    expected = paged.complete_all(prompts, LENGTH, temperature=0)
+
+    def kill(where: dict[str, str]) -> None:
+        os.kill(paged.worker_process(paged.replica_of(next(iter(where.values())))).pid, signal.SIGKILL)
+
+    assert paged.under_way(prompts, LENGTH, kill, temperature=0) == expected
+    paged.wait_until_idle()
