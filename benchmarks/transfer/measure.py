@@ -118,7 +118,7 @@ def stock(case: Pair, src: list[int], dst: list[int]) -> TransferResult:
     def steps() -> Steps:
         moved = Moved()
         yield from exchange.link.move("READ", case.peer, memory, moved, lambda _: None, lambda: lambda: None)
-        return exchange.result(moved, Strategy.READ)
+        return exchange.result(moved, Strategy.READ, exchange.lane_of("READ", case.peer))
 
     handle = TransferHandle()
     case.agent._worker.submit(Job(steps(), handle, time.monotonic() + _DEADLINE_S))

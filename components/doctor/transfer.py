@@ -8,7 +8,6 @@ uses (``UCX_PROTO_INFO``), and those lines are read here. Nothing is raised; the
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 
@@ -19,31 +18,15 @@ from components.doctor.probe import MARK, Measured
 from components.errors import TransferUnavailable
 from components.transfer import lanes
 from components.transfer.config import Transport
+from components.transfer.data.ucx import lanes_used
 
 _TIMEOUT_S = 90.0
-_TABLE = re.compile(r"\|\s*\S+ (?P<where>self|intra-node|inter-node) cfg#\d+ \| (?P<what>[^|]+?)\s*\|\s*$")
-_ROW = re.compile(r"\|\s*(?P<range>\d+(?:\.\.\w+)?)\s*\|\s*(?P<how>[^|]+?)\s*\|\s*(?P<lane>[^|]+?)\s*\|\s*$")
 _EXPECTED = {
     Transport.IB: ("rc", "dc"),
     Transport.NVLINK: ("cuda_ipc",),
     Transport.TCP: ("tcp",),
     Transport.SHM: ("cma", "sysv", "posix", "knem", "xpmem"),
 }
-
-
-def lanes_used(output: str) -> tuple[str, ...]:
-    """Lanes of large remote reads between two processes, from UCX's protocol tables; empty when it printed none."""
-    found: list[str] = []
-    reading = False
-    for line in output.splitlines():
-        table = _TABLE.search(line)
-        if table:
-            reading = table["where"] != "self" and "remote memory read" in table["what"]
-            continue
-        row = _ROW.search(line)
-        if reading and row and row["range"].endswith("inf"):
-            found += [lane for lane in re.findall(r"\w+/[\w:.-]+", row["lane"]) if lane not in found]
-    return tuple(found)
 
 
 def transfer(transport: Transport) -> Check:

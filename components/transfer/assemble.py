@@ -68,7 +68,7 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
         if name == "mapped" and (mapped := _mapped(config, epoch, host, regions, pools)) is not None:
             backends.append(mapped)
             scope = mapped.scope
-        elif name == "nixl" and (exchange := _nixl(config, epoch, regions, directory)) is not None:
+        elif name == "nixl" and (exchange := _nixl(config, epoch, host, regions, directory)) is not None:
             backends.append(exchange)
             blob = exchange.link.blob()
         elif name == "local":
@@ -138,7 +138,7 @@ def _mapped(
     return MappedBackend(host, epoch, regions, storages, config.block_size, copier)
 
 
-def _nixl(config: AgentConfig, epoch: str, regions: list[Region], directory: Directory) -> Exchange | None:
+def _nixl(config: AgentConfig, epoch: str, host: str, regions: list[Region], directory: Directory) -> Exchange | None:
     available, why = nixl_is_available()
     if not available:
         logger.warning("NIXL is not used: %s; falling back to other lanes", why)
@@ -152,7 +152,7 @@ def _nixl(config: AgentConfig, epoch: str, regions: list[Region], directory: Dir
     own_thread = device == "cuda" or config.transport in _PASSIVE_WORK
     piece = config.piece_bytes or _PIECE_BYTES.get(device, 32 << 20)
     link = NixlLink(f"{config.name}/{epoch}", memory, piece, own_thread)
-    return Exchange(config, epoch, link, regions, staging, directory, lambda: lanes.observed(config.transport))
+    return Exchange(config, epoch, link, regions, staging, directory, host)
 
 
 def _may_stage(config: AgentConfig, device: str) -> bool:

@@ -51,8 +51,3 @@ def apply(transport: Transport) -> None:
     """Check the host and set this process's variables."""
     check(transport)
     os.environ.update(environment(transport, os.environ))
-
-
-def observed(transport: Transport) -> str:
-    """The lane as it is reported: NIXL's backend, and the UCX transports that were asked for."""
-    return f"nixl/ucx/{transport}"

@@ -22,12 +22,15 @@ import torch
 
 from components.errors import TransferError, TransferUnavailable
 from components.transfer.control.record import AgentRecord
+from components.transfer.data import ucx
 from components.transfer.layout import Ints, pieces
 
 logger = logging.getLogger(__name__)
 
 _WINDOW = 2
 """Pieces under way at once: one on the wire while the next is being posted."""
+_LOOK_S = 5.0
+"""How often UCX's warnings are passed on."""
 
 
 @cache
@@ -64,11 +67,13 @@ class NixlLink:
         from nixl._api import nixl_agent, nixl_agent_config
 
         # NIXL's progress thread spins: a whole core for each agent, which a small host does not have.
-        self._agent: Any = nixl_agent(name, nixl_agent_config(enable_prog_thread=own_thread, backends=["UCX"]))
+        with ucx.log.listening():
+            self._agent: Any = nixl_agent(name, nixl_agent_config(enable_prog_thread=own_thread, backends=["UCX"]))
         if "UCX" not in self._agent.backends:
             raise TransferUnavailable("NIXL has no UCX plugin here: reinstall the nixl package")
         self._piece_bytes = piece_bytes
         self._peers: dict[str, str] = {}
+        self._looked = 0.0
         self._lingering: list[tuple[Any, Callable[[], None]]] = []
         first = memory[0]
         self.memory = "VRAM" if first.is_cuda else "DRAM"
@@ -232,6 +237,10 @@ class NixlLink:
                 self._release(item[0])
                 self._lingering.remove(item)
                 item[1]()
+        now = time.monotonic()
+        if now - self._looked > _LOOK_S:
+            self._looked = now
+            ucx.log.drain()
         found: dict[str, list[bytes]] = self._agent.get_new_notifs()
         return found
 

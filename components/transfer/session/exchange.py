@@ -25,6 +25,7 @@ from components.errors import DeadlineExceeded, MigrateError, TransferError, fro
 from components.transfer.config import AgentConfig, Strategy, TransferResult, Transport
 from components.transfer.control.directory import Directory
 from components.transfer.control.record import AgentRecord
+from components.transfer.data import ucx
 from components.transfer.data.base import Copy, Steps
 from components.transfer.data.nixl import Moved, NixlLink
 from components.transfer.data.staging import Staging
@@ -61,7 +62,7 @@ class Exchange:
         regions: Sequence[Region],
         staging: Staging | None,
         directory: Directory,
-        lane: Callable[[], str],
+        host: str,
     ) -> None:
         self._config = config
         self._epoch = epoch
@@ -71,15 +72,17 @@ class Exchange:
         self.num_blocks = regions[0].rows[0].shape[0]
         self.staging = staging
         self._directory = directory
-        self._lane = lane
+        self._host = host
         self._ids = itertools.count(secrets.randbits(60))
         self.inboxes: dict[tuple[str, int], Inbox] = {}
         self._quarantine: dict[tuple[str, int], Callable[[], None]] = {}
 
-    @property
-    def lane(self) -> str:
-        """Backend and the transport that UCX really chose, where it tells."""
-        return self._lane()
+    lane = "nixl/ucx"
+
+    def lane_of(self, operation: str, peer: AgentRecord) -> str:
+        """Backend and the transports that UCX really chose, where it tells."""
+        chosen = ucx.log.lane(operation, same_host=peer.host == self._host)
+        return f"{self.lane}/{chosen}" if chosen else self.lane
 
     def reaches(self, peer: AgentRecord) -> bool:
         """True when the peer has NIXL as well."""
@@ -141,13 +144,11 @@ class Exchange:
         memory = self.memory(copy)
         moved = Moved(prep_s=time.perf_counter() - start)
         yield from self.link.move(operation, copy.peer, memory, moved, copy.arrived, copy.poison)
-        return self.result(moved, strategy)
+        return self.result(moved, strategy, self.lane_of(operation, copy.peer))
 
-    def result(self, moved: Moved | wire.Ended, strategy: Strategy) -> TransferResult:
+    def result(self, moved: Moved | wire.Ended, strategy: Strategy, lane: str) -> TransferResult:
         """Figures of a move as a result."""
-        return TransferResult(
-            moved.bytes, moved.descriptors, moved.prep_s, moved.post_s, moved.wire_s, self.lane, strategy
-        )
+        return TransferResult(moved.bytes, moved.descriptors, moved.prep_s, moved.post_s, moved.wire_s, lane, strategy)
 
     def _open(self, peer: AgentRecord) -> tuple[int, Inbox]:
         number = next(self._ids)
@@ -175,7 +176,7 @@ class Exchange:
             yield from self._until(copy, number, inbox, lambda: _over(inbox))
             ended = _require(inbox)
             copy.arrived(ended.bytes)
-            return self.result(ended, Strategy.WRITE)
+            return self.result(ended, Strategy.WRITE, ended.lane or self.lane)
         finally:
             if asked and inbox.ended is None:
                 self._quarantine[copy.peer.key, number] = copy.poison()
@@ -223,7 +224,8 @@ class Exchange:
                 self.send(copy.peer, wire.Freed(number, chunk))
                 copy.arrived((last - first) * staging.block_bytes)
             yield from self._until(copy, number, inbox, lambda: _over(inbox))
-            return self.result(_require(inbox), Strategy.STAGED)
+            ended = _require(inbox)
+            return self.result(ended, Strategy.STAGED, ended.lane or self.lane)
         finally:
             if asked and inbox.ended is None:
                 # A hanging peer may still write into these slots: they come back with its last word.
@@ -243,7 +245,7 @@ class Exchange:
             yield from self._until(copy, number, inbox, lambda: _over(inbox))
             ended = _require(inbox)
             copy.arrived(ended.bytes)
-            return self.result(ended, Strategy.STAGED)
+            return self.result(ended, Strategy.STAGED, ended.lane or self.lane)
         finally:
             del self.inboxes[copy.peer.key, number]
 

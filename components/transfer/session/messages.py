@@ -72,6 +72,8 @@ class Ended(msgspec.Struct, frozen=True, tag="ended"):
     prep_s: float = 0.0
     post_s: float = 0.0
     wire_s: float = 0.0
+    lane: _Text = ""
+    """Transports that UCX chose at the side that wrote."""
 
 
 class Stop(msgspec.Struct, frozen=True, tag="stop"):

@@ -37,7 +37,7 @@ def serve_ask(exchange: Exchange, peer: AgentRecord, ask: wire.Ask, inbox: Inbox
     answer = wire.Ended(ask.id)
     try:
         yield from _bounded(_write(exchange, peer, ask, inbox, moved), inbox, ask.budget_ms)
-        answer = _ended(ask.id, moved)
+        answer = _ended(ask.id, moved, exchange.lane_of("WRITE", peer))
     except MigrateError as error:
         answer = wire.Ended(ask.id, error.code, str(error)[:1024])
     exchange.send(peer, answer)
@@ -53,14 +53,14 @@ def serve_invite(exchange: Exchange, peer: AgentRecord, invite: wire.Invite, inb
         end = time.monotonic() + invite.budget_ms / 1000
         copy = Copy(peer, ours, theirs, invite.request_id, end, unit=invite.unit)
         result = yield from _bounded(exchange.fetch_invited(copy), inbox, invite.budget_ms)
-        answer = _ended(invite.id, result)
+        answer = _ended(invite.id, result, result.lane)
     except MigrateError as error:
         answer = wire.Ended(invite.id, error.code, str(error)[:1024])
     exchange.send(peer, answer)
 
 
-def _ended(number: int, done: Moved | TransferResult) -> wire.Ended:
-    return wire.Ended(number, "", "", done.bytes, done.descriptors, done.prep_s, done.post_s, done.wire_s)
+def _ended(number: int, done: Moved | TransferResult, lane: str) -> wire.Ended:
+    return wire.Ended(number, "", "", done.bytes, done.descriptors, done.prep_s, done.post_s, done.wire_s, lane)
 
 
 def _bounded(steps: Generator[bool, None, T], inbox: Inbox, budget_ms: int) -> Generator[bool, None, T]:

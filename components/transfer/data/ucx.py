@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What UCX says of itself: the transports that it chose, and its warnings.
+
+UCX prints, for every connection, which transports each kind of operation uses (``UCX_PROTO_INFO``). ``UcxLog`` has it
+print into memory, without a file, and reads that. The variables are set only while a NIXL agent is made: a child
+process must not inherit the descriptor. Where the user has set them, UCX prints where the user wants it and the lane
+stays unknown. Threading: one lock; any thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+logger = logging.getLogger(__name__)
+
+_TABLE = re.compile(r"\|\s*\S+ (?P<where>self|intra-node|inter-node) cfg#\d+ \| (?P<what>[^|]+?)\s*\|\s*$")
+_ROW = re.compile(r"\|\s*(?P<range>\d+(?:\.\.\w+)?)\s*\|\s*(?P<how>[^|]+?)\s*\|\s*(?P<lane>[^|]+?)\s*\|\s*$")
+_LANE = re.compile(r"\w+/[\w:.-]+")
+_TROUBLE = re.compile(r"UCX\s+(?:WARN|ERROR|FATAL)\s+(?P<text>.*)")
+_OPERATIONS = {"remote memory read": "READ", "remote memory write": "WRITE"}
+_libc = ctypes.CDLL(None)
+
+
+class Tables:
+    """Protocol tables, read line by line: lanes of large operations by place and operation."""
+
+    def __init__(self) -> None:
+        self.lanes: dict[tuple[str, str], tuple[str, ...]] = {}
+        self._reading: tuple[str, str] | None = None
+
+    def read(self, line: str) -> None:
+        """Take in one line of UCX's output."""
+        if table := _TABLE.search(line):
+            operation = next((o for what, o in _OPERATIONS.items() if what in table["what"]), None)
+            self._reading = (table["where"], operation) if operation else None
+        elif self._reading and (row := _ROW.search(line)) and row["range"].endswith("inf"):
+            self.lanes[self._reading] = tuple(dict.fromkeys(_LANE.findall(row["lane"])))
+
+
+def lanes_used(output: str) -> tuple[str, ...]:
+    """Lanes of large remote reads between two processes; empty when UCX printed none."""
+    tables = Tables()
+    for line in output.splitlines():
+        tables.read(line)
+    found = [tables.lanes.get((where, "READ"), ()) for where in ("intra-node", "inter-node")]
+    return tuple(dict.fromkeys(lane for lanes in found for lane in lanes))
+
+
+class UcxLog:
+    """See the module docstring. One for each process: UCX opens its log once."""
+
+    def __init__(self) -> None:
+        self._fd: int | None = None
+        self._offset = 0
+        self._rest = b""
+        self._tables = Tables()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Have a NIXL agent that is made inside tell of its lanes."""
+        if "UCX_PROTO_INFO" in os.environ or "UCX_LOG_FILE" in os.environ:
+            yield
+            return
+        with self._lock:
+            if self._fd is None:
+                self._fd = os.memfd_create("ucx-log")
+            os.environ["UCX_PROTO_INFO"] = "y"
+            os.environ["UCX_LOG_FILE"] = f"/proc/self/fd/{self._fd}"
+            try:
+                yield
+            finally:
+                del os.environ["UCX_PROTO_INFO"], os.environ["UCX_LOG_FILE"]
+
+    def lane(self, operation: str, same_host: bool) -> str:
+        """Transports of large READs or WRITEs, as ``cma`` or ``rc_mlx5+cuda_ipc``; empty when UCX has not said."""
+        place = "intra-node" if same_host else "inter-node"
+        if (place, operation) not in self._tables.lanes:
+            self.drain()
+        with self._lock:
+            lanes = self._tables.lanes.get((place, operation), ())
+        return "+".join(dict.fromkeys(lane.partition("/")[0] for lane in lanes))
+
+    def drain(self) -> None:
+        """Read what is new; pass warnings on."""
+        if self._fd is None:
+            return
+        # UCX writes through a buffer of the C library.
+        _libc.fflush(None)
+        with self._lock:
+            while data := os.pread(self._fd, 1 << 16, self._offset):
+                self._offset += len(data)
+                *lines, self._rest = (self._rest + data).split(b"\n")
+                for line in lines:
+                    self._line(line.decode(errors="replace"))
+
+    def _line(self, line: str) -> None:
+        if trouble := _TROUBLE.search(line):
+            logger.warning("UCX: %s", trouble["text"])
+        else:
+            self._tables.read(line)
+
+
+log = UcxLog()
+"""Of this process."""
