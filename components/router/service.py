@@ -146,6 +146,7 @@ class RouterService:
     async def move(self, stream: Stream, target: Worker, mode: Mode, planned_source: str = "") -> MoveRecord:
         """Move a request, falling back to the next mode when one fails for good."""
         rounds = self._config.max_precopy_rounds
+        mode = max(mode, Mode(self._config.migration_mode), key=list(Mode).index)
         record = await migrate(stream, target, mode, rounds, planned_source)
         if not record.ok and mode is Mode.LIVE and not record.reason.startswith(("no_room", "not_migratable", "the ")):
             reason = record.reason

@@ -44,6 +44,9 @@ class RouterConfig(ComponentConfig):
     local_prefill_max_tokens: int = Field(0, ge=0, description="Prompts up to this long skip the prefill workers")
     max_migrations_per_worker: int = Field(4, ge=1, description="Migrations that one worker takes part in at once")
     max_precopy_rounds: int = Field(6, ge=1, description="Rounds of copying before the source is frozen anyway")
+    migration_mode: Literal["live", "stop-and-copy", "replay"] = Field(
+        "live", description="Best way to move a request; replay recomputes its KV, as Dynamo's own migration does"
+    )
     step_deadline_s: float = Field(20.0, gt=0, description="Seconds that one step of a migration may take")
     replay_limit: int = Field(3, ge=0, description="Times a request is replayed after losing its worker")
 

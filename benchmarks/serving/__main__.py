@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m benchmarks.serving --quick``: every system in turn, then ``benchmarks/report.md``."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+
+from benchmarks.graph import machine
+from benchmarks.serving.actions import Action, moves, rolling_restart, scale_down
+from benchmarks.serving.load import Control, Load
+from benchmarks.serving.metrics import Event, Run, Slo, duration
+from benchmarks.serving.overhead import measure
+from benchmarks.serving.report import Report, merge, write_report
+from benchmarks.serving.systems import Kind, System, running
+from benchmarks.serving.workloads import Scale, Workload, arrivals
+from components.errors import MigrateError
+from components.transfer import Transport
+
+_ACTIONS: dict[Workload, Action] = {
+    Workload.MOVED: moves,
+    Workload.RESTART: rolling_restart,
+    Workload.SCALE_DOWN: scale_down,
+}
+_OPEN = [Workload.STEADY, Workload.BURSTY, Workload.SKEWED, Workload.MIXED]
+# The scale-down comes last: nobody brings the worker back.
+_PLAN: dict[Kind, list[Workload]] = {
+    Kind.VLLM: _OPEN,
+    Kind.STOCK: [*_OPEN, Workload.LONG, Workload.RESTART, Workload.SCALE_DOWN],
+    Kind.STOCK_RETRY: [Workload.LONG, Workload.RESTART, Workload.SCALE_DOWN],
+    Kind.OURS: [*_OPEN, Workload.LONG, Workload.MOVED, Workload.RESTART, Workload.SCALE_DOWN],
+    Kind.PLANNER: [*_OPEN, Workload.LONG],
+    Kind.REPLAY: [*_OPEN, Workload.LONG, Workload.MOVED],
+}
+_RESULTS = Path("benchmarks/results/serving-cpu.json")
+_REPORT = Path("benchmarks/report.md")
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="short loads: about ten minutes on two cores")] = False,
+    systems: Annotated[str, typer.Option(help="joined by commas; empty takes all, 'overhead' is one of them")] = "",
+    workloads: Annotated[str, typer.Option(help="joined by commas; empty takes all")] = "",
+    model: Annotated[str, typer.Option(help="as in configs/disagg.yaml")] = "tiny-llama",
+    rate: Annotated[float, typer.Option(help="requests per second")] = 3.0,
+    repeats: Annotated[int, typer.Option(help="times each workload is run on each system")] = 0,
+    trace: Annotated[Path | None, typer.Option(help="lengths from an Azure, BurstGPT or Mooncake trace")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    transport: Annotated[Transport, typer.Option("--nixl-transport")] = Transport.AUTO,
+    json: Annotated[Path, typer.Option("--json", help="file for the raw samples")] = _RESULTS,
+    add: Annotated[bool, typer.Option("--add", help="keep the runs of other systems that the file holds")] = False,
+    report: Annotated[Path, typer.Option("--report", help="Markdown file; plots go beside the raw samples")] = _REPORT,
+    report_only: Annotated[bool, typer.Option("--report-only", help="run nothing, write the report again")] = False,
+    logs: Annotated[Path | None, typer.Option(help="folder to keep all logs in")] = None,
+) -> None:
+    """Serve the same seeded arrivals with each system and compare."""
+    console = Console()
+    if not report_only:
+        scale = Scale(rate, 8.0 if quick else 20.0, restart_s=60.0 if quick else 100.0, seed=seed)
+        scale = msgspec.structs.replace(scale, trace=str(trace or ""))
+        found = Report(machine(), model, transport.value, scale, Slo(), time.strftime("%Y-%m-%d"))
+        chosen = [Workload(word) for word in workloads.split(",") if word]
+        with tempfile.TemporaryDirectory(prefix="dynamo-migrate-bench-") as scratch, Load(Path(scratch)) as load:
+            if load.read() != "ready":
+                raise MigrateError("vllm bench serve did not start")
+            _run(found, load, systems, chosen, repeats or (1 if quick else 3), 4 if quick else 0, logs, console)
+        json.parent.mkdir(parents=True, exist_ok=True)
+        if add and json.is_file():
+            found = merge(msgspec.json.decode(json.read_bytes(), type=Report), found)
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=0))
+    write_report(msgspec.json.decode(json.read_bytes(), type=Report), report, json)
+    console.print(f"{report} is written from {json}")
+
+
+def _run(
+    found: Report,
+    load: Load,
+    systems: str,
+    chosen: list[Workload],
+    repeats: int,
+    at_once: int,
+    logs: Path | None,
+    console: Console,
+) -> None:
+    names = [word.strip() for word in systems.split(",") if word.strip()]
+    for kind, planned in _PLAN.items():
+        if names and kind.value not in names:
+            continue
+        todo = [w for w in planned if not chosen or w in chosen]
+        try:
+            with running(kind, found.model, Transport(found.transport), logs) as system:
+                console.print(f"{kind}: up")
+                _system(found, load, system, todo, repeats, console)
+        except MigrateError as error:
+            console.print(f"[red]{kind}: {error}")
+            found.errors.append(f"{kind}: {error}")
+    if not names or "overhead" in names:
+        levels = [at_once] if at_once else [1, 2, 4, 8]
+        arguments = (load, found.model, Transport(found.transport), levels, max(2, repeats), found.scale.seed, logs)
+        try:
+            found.overhead, found.hop = measure(*arguments, console.print)
+        except MigrateError as error:
+            console.print(f"[red]overhead: {error}")
+            found.errors.append(f"overhead: {error}")
+
+
+def _system(found: Report, load: Load, system: System, todo: list[Workload], repeats: int, console: Console) -> None:
+    load.run(system, arrivals(Workload.STEADY, Scale(4.0, 2.0)), found.scale.seed)  # Warm up.
+    once = (Workload.RESTART, Workload.SCALE_DOWN)
+    control = Control(system) if system.kind.ours else None
+    try:
+        for repeat in range(repeats):
+            for workload in todo:
+                if workload in once and repeat < repeats - 1:
+                    continue
+                run = _one(found, load, system, control, workload, repeat)
+                found.runs.append(run)
+                failed = sum(s.failed for s in run.samples)
+                console.print(
+                    f"{system.kind}: {workload}: {len(run.samples)} requests, {failed} failed, "
+                    f"{len(run.moves)} moves, {run.duration_s:.1f} s"
+                )
+    finally:
+        if control is not None:
+            control.__exit__(None, None, None)
+
+
+def _one(found: Report, load: Load, system: System, control: Control | None, workload: Workload, repeat: int) -> Run:
+    over = threading.Event()
+    events: list[Event] = []
+    failures: list[BaseException] = []
+
+    def act() -> None:
+        try:
+            events.extend(_ACTIONS[workload](system, control, over))
+        except (MigrateError, OSError) as error:
+            failures.append(error)
+
+    known = {(m.request_id, m.ended_at) for m in control.status().moves} if control else set()
+    retried, alive = system.retried(), system.worker_seconds()
+    actor = threading.Thread(target=act)
+    if workload in _ACTIONS:
+        actor.start()
+    samples = load.run(system, arrivals(workload, found.scale), found.scale.seed)
+    alive = system.worker_seconds() - alive
+    over.set()
+    if workload in _ACTIONS:
+        actor.join()
+    if failures:
+        raise MigrateError(f"{workload}: {failures[0]}")
+    made = [m for m in control.status().moves if (m.request_id, m.ended_at) not in known] if control else []
+    return Run(
+        *(system.kind.value, workload.value, repeat, samples, duration(samples)),
+        worker_s=alive,
+        retried=system.retried() - retried,
+        events=events,
+        moves=made,
+    )
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()
+    os._exit(0)

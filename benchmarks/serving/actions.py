@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens to a system while requests run: migrations, a rolling restart, a scale-down.
+
+Each action is called in a thread of its own with an event that says that the load is over; it returns what it did.
+A restarted worker starts with low priority and gets the normal one once it serves: here its start competes with its
+neighbours for two cores, where in a cluster it has a machine of its own. All systems are treated alike.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+
+from benchmarks.serving.load import Control
+from benchmarks.serving.metrics import Event
+from benchmarks.serving.systems import Part, System, raise_priority
+
+Action = Callable[[System, Control | None, threading.Event], list[Event]]
+_LEAD_S = 3.0
+"""Time of undisturbed load before the first action."""
+
+
+def moves(system: System, control: Control | None, over: threading.Event) -> list[Event]:
+    """Move one running request every second to another decode worker."""
+    events: list[Event] = []
+    chooser = random.Random(0)
+    while control is not None and not over.wait(1.0):
+        status = control.status()
+        decode = [w.worker for w in status.workers if w.role == "decode" and not w.draining]
+        running = [s for s in status.streams if s.worker in decode and s.output_tokens > 4 and not s.moving]
+        if not running or len(decode) < 2:
+            continue
+        stream = chooser.choice(running)
+        target = chooser.choice([worker for worker in decode if worker != stream.worker])
+        began = time.perf_counter()
+        record = control.migrate(stream.request_id, target)
+        if record is not None:
+            events.append(Event("move" if record.ok else f"failed move: {record.reason}", began, time.perf_counter()))
+    return events
+
+
+def rolling_restart(system: System, control: Control | None, over: threading.Event) -> list[Event]:
+    """SIGTERM to each worker in turn; the next one follows when the new one serves."""
+    events: list[Event] = []
+    over.wait(_LEAD_S)
+    for part in system.workers:
+        if over.is_set():
+            events.append(Event(f"no load left to restart {part.name} under", time.perf_counter(), time.perf_counter()))
+            continue
+        events += _restart(system, control, part)
+        over.wait(2.0)
+    return events
+
+
+def _restart(system: System, control: Control | None, part: Part) -> list[Event]:
+    began = time.perf_counter()
+    system.terminate(part)
+    ended = time.perf_counter()
+    system.start(part, nice=19)
+    system.wait_ready([part])
+    while control is not None and sum(w.stats is not None for w in control.status().workers) < len(system.workers):
+        time.sleep(0.2)
+    raise_priority(part)
+    return [Event(f"{part.name} ends", began, ended), Event(f"{part.name} starts", ended, time.perf_counter())]
+
+
+def scale_down(system: System, control: Control | None, over: threading.Event) -> list[Event]:
+    """SIGTERM to the last decode worker, which stays away."""
+    over.wait(_LEAD_S)
+    part = [p for p in system.workers if p.role != "prefill"][-1]
+    began = time.perf_counter()
+    system.terminate(part)
+    return [Event(f"{part.name} ends", began, time.perf_counter())]

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Router and connector against the same workers without them, both systems up at once, their runs in turn.
+
+Without: Dynamo's frontend and two aggregated ``dynamo.vllm``. With: the same frontend, this package's router, two
+aggregated workers with its connector. The client keeps a number of requests running; nothing migrates.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.serving.load import Load
+from benchmarks.serving.metrics import Run, duration
+from benchmarks.serving.systems import Kind, System, running
+from benchmarks.serving.workloads import together
+from components.errors import MigrateError
+from components.transfer import Transport
+
+_PROMPT, _OUTPUT = 96, 48
+
+
+class Hop(msgspec.Struct):
+    """Times of tokens from the sending of each request, in seconds; see ``hop.py``."""
+
+    direct: list[list[float]] = []
+    routed: list[list[float]] = []
+
+
+def measure(
+    load: Load,
+    model: str,
+    transport: Transport,
+    levels: list[int],
+    repeats: int,
+    seed: int,
+    logs: Path | None,
+    say: Callable[[str], None],
+) -> tuple[list[Run], Hop]:
+    """Runs of both systems at each number of requests at once, and the hop's samples."""
+    runs: list[Run] = []
+    with ExitStack() as stack:
+        systems = [
+            stack.enter_context(running(kind, model, transport, logs)) for kind in (Kind.STOCK_AGG, Kind.OURS_AGG)
+        ]
+        say("overhead: both systems are up")
+        for system in systems:
+            load.run(system, together(8, _PROMPT, _OUTPUT), seed, 4)  # Warm up.
+        for repeat in range(repeats):
+            for at_once in levels:
+                # The order changes with each repeat, so that a drift of the machine favours none.
+                for system in systems if repeat % 2 == 0 else reversed(systems):
+                    samples = load.run(system, together(max(16, 4 * at_once), _PROMPT, _OUTPUT), seed, at_once)
+                    run = Run(system.kind.value, "closed loop", repeat, samples, duration(samples), at_once=at_once)
+                    runs.append(run)
+                    say(f"overhead: {system.kind}, {at_once} at once, repeat {repeat + 1}: {run.duration_s:.1f} s")
+        hop = _hop(systems[1], 20 * repeats)
+    return runs, hop
+
+
+def _hop(system: System, count: int) -> Hop:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.serving.hop", str(count)],
+        env=dict(os.environ) | system.servers | {"DYN_LOG": "error"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if done.returncode != 0:
+        raise MigrateError(f"the hop's child failed:\n{done.stderr[-2000:]}")
+    return msgspec.convert(json.loads(done.stdout.splitlines()[-1]), Hop)
