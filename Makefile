@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint
+.PHONY: bench report help install demo test test-slow lint
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -20,3 +20,11 @@ lint: install ## ruff and mypy
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
+
+bench: install ## serving under load, every system in turn: ten minutes on two cores
+	@.venv/bin/pip install -q -e '.[bench]'
+	@.venv/bin/python -m benchmarks.serving --quick
+
+report: install ## benchmarks/report.md and its plots again, from the raw samples
+	@.venv/bin/pip install -q -e '.[bench]'
+	@.venv/bin/python -m benchmarks.serving --report-only
