@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The serving benchmark's arrivals and figures: what is sent is the same for all, what is lost is counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.graph import machine
+from benchmarks.serving.metrics import Event, Run, Sample, Slo, figures
+from benchmarks.serving.profile import self_time
+from benchmarks.serving.report import Report, merge, write_report
+from benchmarks.serving.systems import Kind
+from benchmarks.serving.workloads import CHUNK, Scale, Workload, arrivals, write
+from benchmarks.soak.memory import Life
+
+SCALE = Scale(rate=4.0, duration_s=10.0)
+
+
+def sample(ttft: float = 0.1, gaps: int = 9, tokens: int = 10, gap: float = 0.01, error: str = "") -> Sample:
+    return Sample(0.0, ttft, (gap,) * gaps, tokens, 10, 8, error)
+
+
+@pytest.mark.parametrize("workload", list(Workload))
+def test_arrivals_are_the_same_each_time_and_in_order(workload: Workload) -> None:
+    requests = arrivals(workload, SCALE)
+    assert requests == arrivals(workload, SCALE)
+    assert [r.time_s for r in requests] == sorted(r.time_s for r in requests)
+    assert all(4 <= r.prompt_tokens + r.output_tokens <= 4096 for r in requests)
+
+
+def test_workloads_differ_in_what_they_are_named_after() -> None:
+    steady, bursty = arrivals(Workload.STEADY, SCALE), arrivals(Workload.BURSTY, SCALE)
+    assert len({r.time_s for r in bursty}) * 6 == pytest.approx(len({r.time_s for r in steady}), abs=6)
+    longest = max(r.output_tokens for r in steady)
+    assert max(r.output_tokens for r in arrivals(Workload.SKEWED, SCALE)) > 4 * longest
+    assert max(r.prompt_tokens for r in arrivals(Workload.MIXED, SCALE)) > max(r.prompt_tokens for r in steady)
+
+
+def test_lengths_come_from_a_trace_file(tmp_path: Path) -> None:
+    trace = tmp_path / "azure.csv"
+    trace.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,64,20\n2023-11-16 18:15:47.1,30,7\n"
+    )
+    scale = Scale(rate=2.0, duration_s=4.0, trace=str(trace))
+    assert {(r.prompt_tokens, r.output_tokens) for r in arrivals(Workload.STEADY, scale)} == {(64, 20), (30, 7)}
+
+
+def test_prompts_of_a_trace_file_share_no_prefix(tmp_path: Path) -> None:
+    requests = arrivals(Workload.STEADY, SCALE)
+    write(requests, tmp_path / "a.jsonl", first_id=0)
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    ids = [number for row in rows for number in row["hash_ids"]]
+    assert len(set(ids)) == len(ids)
+    assert [row["input_length"] for row in rows] == [r.prompt_tokens for r in requests]
+    assert all(len(row["hash_ids"]) * CHUNK >= row["input_length"] for row in rows)
+
+
+def test_a_stream_that_breaks_in_the_middle_has_failed() -> None:
+    run = Run("migrate", "steady", 0, [sample(), sample(tokens=6, gaps=5), sample(error="x")], 2.0)
+    found = figures([run], Slo())
+    assert (found.requests, found.failed) == (3, 2)
+    assert found.goodput == pytest.approx(0.5)
+    assert found.tokens_s == pytest.approx(5.0)
+
+
+def test_goodput_counts_only_what_keeps_both_objectives() -> None:
+    run = Run("migrate", "steady", 0, [sample(), sample(ttft=2.0), sample(gap=0.2)], 1.0, worker_s=3.0)
+    found = figures([run], Slo(ttft_s=1.0, tpot_s=0.05))
+    assert found.failed == 0
+    assert found.good_share == pytest.approx(1 / 3)
+    assert found.worker_s_per_good == pytest.approx(3.0)
+    assert found.tpot[1] == pytest.approx(10.0)
+
+
+def test_report_names_what_failed_and_the_ratio(tmp_path: Path) -> None:
+    calm = Run(Kind.STOCK.value, Workload.LONG.value, 0, [sample()] * 4, 1.0, worker_s=1.0)
+    down = Run(Kind.STOCK.value, Workload.SCALE_DOWN.value, 0, [sample(gap=0.04)] * 3 + [sample(tokens=3)], 1.0)
+    down.events = [Event("decode2 ends", 0.0, 1.5)]
+    raw = tmp_path / "raw.json"
+    report = Report(machine(), "tiny-llama", "auto", SCALE, Slo(), "today", [calm, down], errors=["vllm: no\nmore"])
+    write_report(report, tmp_path / "report.md", raw)
+    text = (tmp_path / "report.md").read_text()
+    assert "| scale-down, dynamo | 1 of 4 | 0 | 4.00 |" in text
+    assert "- vllm: no" in text
+
+
+def test_merging_keeps_what_was_not_run_again() -> None:
+    old = Report({}, "m", "auto", SCALE, Slo(), "", [Run("a", "steady", 0, [], 1.0), Run("b", "steady", 0, [], 1.0)])
+    new = Report({}, "m", "auto", SCALE, Slo(), "", [Run("b", "steady", 0, [], 2.0)])
+    assert [(run.system, run.duration_s) for run in merge(old, new).runs] == [("a", 1.0), ("b", 2.0)]
+
+
+def test_profile_counts_the_innermost_function(tmp_path: Path) -> None:
+    raw = tmp_path / "spy.txt"
+    raw.write_text("main (/x/components/a.py);pack (/x/components/messages.py) 3\nmain (/x/components/a.py) 1\n")
+    profile = self_time(raw, "now", "Router0")
+    assert profile.top[0] == ("pack (x/components/messages.py)", 0.75)
+    assert profile.packages == {"components": 1.0}
+
+
+def test_memory_that_grows_is_not_flat() -> None:
+    times = [2.0 * n for n in range(400)]
+    assert Life("w", 1, times, [300.0 + (n % 3) for n in range(400)]).is_flat()
+    assert not Life("w", 1, times, [300.0 + 0.2 * n for n in range(400)]).is_flat()
