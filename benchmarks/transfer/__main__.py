@@ -15,20 +15,23 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.graph import machine
-from benchmarks.transfer.measure import Row, gloo, measure, pair, plain_copy
+from benchmarks.transfer.measure import PLAIN, Row, collective, measure, pair, plain_copy
+from benchmarks.transfer.nvlink import topology
 from benchmarks.transfer.peer import SHAPES
 from components.transfer import Strategy, Transport
 
-_STOCK: dict[str, Any] = {"strategy": Strategy.READ, "piece_bytes": 1 << 40}
+_NIXL: dict[str, Any] = {"backends": ("nixl",)}
 _METHODS: dict[str, dict[str, Any]] = {
     "auto": {},
-    "read": {"strategy": Strategy.READ},
-    "write": {"strategy": Strategy.WRITE},
-    "staged": {"strategy": Strategy.STAGED},
+    "read": _NIXL | {"strategy": Strategy.READ},
+    "write": _NIXL | {"strategy": Strategy.WRITE},
+    "staged": _NIXL | {"strategy": Strategy.STAGED},
     "cuda_ipc": {"backends": ("cuda_ipc",)},
+    "cuda_ipc push": {"backends": ("cuda_ipc",)},
     "tcp sockets": {"backends": ("tcp",)},
-    "stock": _STOCK,
+    "stock": _NIXL | {"strategy": Strategy.READ, "piece_bytes": 1 << 40},
 }
+_COLLECTIVES = ("gloo send/recv", "nccl send/recv", "nccl all-gather")
 
 
 class Report(msgspec.Struct):
@@ -37,16 +40,20 @@ class Report(msgspec.Struct):
     machine: dict[str, str]
     device: str
     transport: str
+    topology: str
     rows: list[Row]
 
 
 def main(
     shapes: Annotated[str, typer.Option(help=f"of {', '.join(SHAPES)}")] = "llama-3-70b,mixtral-8x22b,smollm2-135m",
     orders: Annotated[str, typer.Option(help="contiguous, fragmented, random")] = "contiguous,fragmented,random",
-    methods: Annotated[str, typer.Option(help=f"of {', '.join(_METHODS)}")] = "auto,read,write,staged,stock",
+    methods: Annotated[
+        str, typer.Option(help=f"of {', '.join((*_METHODS, *_COLLECTIVES))}")
+    ] = "auto,read,write,staged,stock,gloo send/recv",
     megabytes: Annotated[int, typer.Option(help="KV bytes of one transfer")] = 1000,
     repeats: Annotated[int, typer.Option(help="timed transfers per case")] = 10,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    devices: Annotated[str, typer.Option(help="of source and destination, as in cuda:0,cuda:1")] = "",
     transport: Annotated[Transport, typer.Option("--nixl-transport")] = Transport.AUTO,
     quick: Annotated[bool, typer.Option("--quick", help="256 MB, two shapes, three repeats")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="file for the raw samples")] = None,
@@ -58,20 +65,23 @@ def main(
     """
     if quick:
         shapes, orders, megabytes, repeats = "llama-3-70b,smollm2-135m", "contiguous,random", 256, 3
-    report = Report(machine() | _gpu(device), device, transport.value, [])
-    jobs = [(SHAPES[s.strip()], m.strip()) for s in shapes.split(",") for m in ["plain copy", *methods.split(",")]]
+    source, _, destination = (devices or f"{device},{device}").partition(",")
+    ends = (source.strip(), destination.strip() or source.strip())
+    report = Report(machine() | _gpu(ends), "-".join(dict.fromkeys(ends)), transport.value, topology(), [])
+    jobs = [(SHAPES[s.strip()], m.strip()) for s in shapes.split(",") for m in [PLAIN, *methods.split(",")]]
     for shape, method in track(jobs, description="transfers"):
         count = max(1, megabytes * 1_000_000 // shape.block_bytes)
-        if method == "plain copy":
-            report.rows.append(plain_copy(shape, count, device, repeats))
+        if method == PLAIN:
+            report.rows.append(plain_copy(shape, count, ends, repeats))
             continue
         total = -(-2 * count // 8) * 8
-        more = _METHODS[method] | {"transport": transport}
-        with pair(shape, total, device, **more) as case:
+        if method in _COLLECTIVES:
+            with pair(shape, 8, ends, backends=("local", "tcp")) as case:
+                report.rows.append(collective(case, shape, count, repeats, *method.split(" ")))
+            continue
+        with pair(shape, total, ends, **(_METHODS[method] | {"transport": transport})) as case:
             for order in orders.split(","):
                 report.rows.append(measure(case, shape, order.strip(), method, count, repeats, total))
-            if method == "read" and device == "cpu":
-                report.rows.append(gloo(case, shape, count, repeats))
     show(report)
     if json is not None:
         json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
@@ -80,12 +90,14 @@ def main(
     os._exit(1 if any(row.error for row in report.rows) else 0)
 
 
-def _gpu(device: str) -> dict[str, str]:
-    if not device.startswith("cuda"):
+def _gpu(ends: tuple[str, str]) -> dict[str, str]:
+    if not ends[0].startswith("cuda"):
         return {}
     import torch
 
-    return {"gpu": torch.cuda.get_device_name()}
+    count = len(set(ends))
+    found = {"gpu": f"{count} x {torch.cuda.get_device_name(ends[0])}", "cuda": str(torch.version.cuda)}
+    return found | {"nccl": ".".join(map(str, torch.cuda.nccl.version()))}
 
 
 def _speed(row: Row) -> float:
@@ -97,9 +109,9 @@ def show(report: Report) -> None:
     where = report.machine.get("gpu", report.machine["cpu"])
     table = Table(title=f"{report.transport} on {where}")
     columns = ("ratio", "shape", "order", "method", "block B", "batch", "desc.", "GB/s", "avg ms", "P99 ms")
-    for column in (*columns, "prep ms", "post ms", "xfer ms", "lane"):
+    for column in (*columns, "prep ms", "post ms", "xfer ms", "NVLink MB", "lane"):
         table.add_column(column, justify="right")
-    ceiling = {row.shape: _speed(row) for row in report.rows if row.method == "plain copy"}
+    ceiling = {row.shape: _speed(row) for row in report.rows if row.method == PLAIN}
     for row in report.rows:
         if row.error:
             table.add_row("-", row.shape, row.order, row.method, str(row.block_bytes), str(row.blocks), row.error[:60])
@@ -113,6 +125,7 @@ def show(report: Report) -> None:
             f"{np.mean(ms):.1f}",
             f"{np.percentile(ms, 99):.1f}",
             *parts,
+            "-" if row.nvlink_bytes is None else f"{row.nvlink_bytes / 1e6:.0f}",
             row.lane,
         )
     Console().print(table)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One case: blocks of one order by one method between two processes, timed and compared."""
+"""One case: blocks of one order by one method between two processes, timed and compared.
+
+The destination is this process and the source another one. With a method that pushes it is the other way round.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
-import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +18,8 @@ import msgspec
 import numpy as np
 import torch
 
+from benchmarks.transfer.collective import task, times
+from benchmarks.transfer.nvlink import nvlink_bytes
 from benchmarks.transfer.peer import Shape, pools, settings, source
 from components.errors import MigrateError, TransferError
 from components.transfer import KVPool, Strategy, TransferAgent, TransferHandle, TransferResult
@@ -26,6 +31,7 @@ from components.transfer.session.exchange import Exchange
 from components.transfer.session.worker import Job
 
 _DEADLINE_S = 20.0
+PLAIN = "plain copy"
 
 
 class Row(msgspec.Struct):
@@ -44,6 +50,8 @@ class Row(msgspec.Struct):
     prep_s: list[float]
     post_s: list[float]
     wire_s: list[float]
+    nvlink_bytes: int | None = None
+    """Bytes of a transfer that passed the destination GPU's NVLinks; None where nobody counts them."""
     error: str = ""
 
 
@@ -66,17 +74,19 @@ class Pair:
     parts: list[KVPool]
     peer: AgentRecord
     call: Callable[[str, Any], Any]
+    device: str
+    """Of the destination."""
 
 
 @contextmanager
-def pair(shape: Shape, blocks: int, device: str, **more: Any) -> Iterator[Pair]:
-    """Both agents, connected."""
+def pair(shape: Shape, blocks: int, devices: tuple[str, str], **more: Any) -> Iterator[Pair]:
+    """Both agents, connected; ``devices`` are those of the source and of the destination."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=source, args=(theirs, shape, blocks, device, more), daemon=True)
+    process = context.Process(target=source, args=(theirs, shape, blocks, devices[0], more), daemon=True)
     process.start()
     agent = TransferAgent(settings(shape, "destination", **more))
-    parts = pools(shape, blocks, device, seed=2)
+    parts = pools(shape, blocks, devices[1], seed=2)
     try:
         agent.start(parts)
         if not ours.poll(300):
@@ -90,7 +100,7 @@ def pair(shape: Shape, blocks: int, device: str, **more: Any) -> Iterator[Pair]:
             ours.send((command, argument))
             return ours.recv()
 
-        yield Pair(agent, parts, peer, call)
+        yield Pair(agent, parts, peer, call, devices[1])
         call("end", None)
     finally:
         agent.close()
@@ -101,6 +111,11 @@ def pair(shape: Shape, blocks: int, device: str, **more: Any) -> Iterator[Pair]:
 def fetch(case: Pair, src: list[int], dst: list[int]) -> TransferResult:
     """As the engine does it."""
     return case.agent.fetch(case.peer.ref, src, dst, request_id="bench", deadline_s=_DEADLINE_S).wait(_DEADLINE_S + 5)
+
+
+def push(case: Pair, src: list[int], dst: list[int]) -> TransferResult:
+    """From this process into the other."""
+    return case.agent.push(case.peer.ref, dst, src, request_id="bench", deadline_s=_DEADLINE_S).wait(_DEADLINE_S + 5)
 
 
 def stock(case: Pair, src: list[int], dst: list[int]) -> TransferResult:
@@ -131,9 +146,11 @@ def measure(
     """Time a method and compare every byte that it moved, by checksum at both sides."""
     src, dst = order_of(order, count, total, 7), order_of(order, count, total, 8)
     row = Row(shape.name, order, method, shape.segment_bytes, count, count * shape.block_bytes, 0, "", [], [], [], [])
-    move = stock if method == "stock" else fetch
+    move = stock if method == "stock" else push if method.endswith("push") else fetch
     try:
         for repeat in range(repeats + 1):
+            if repeat == 1:
+                linked = nvlink_bytes(case.device)
             began = time.perf_counter()
             result = move(case, src, dst)
             took = time.perf_counter() - began
@@ -147,55 +164,59 @@ def measure(
     except (MigrateError, TimeoutError) as error:
         row.error = str(error)
         return row
+    after = nvlink_bytes(case.device)
+    if linked is not None and after is not None:
+        row.nvlink_bytes = (after - linked) // repeats
     if compare and case.agent.checksums(dst) != case.call("checksums", src):
         row.error = "the bytes differ"
     for pool in case.parts:
-        pool.tensor.view(torch.int16)[dst] = 0
+        words = pool.tensor.view(torch.int16)
+        words[dst] = torch.randint_like(words[:1], 1, 1000)
     return row
 
 
-def plain_copy(shape: Shape, count: int, device: str, repeats: int) -> Row:
-    """The same bytes from one tensor to another: the ceiling."""
+def plain_copy(shape: Shape, count: int, devices: tuple[str, str], repeats: int) -> Row:
+    """The same bytes from one tensor to another, by one process: the ceiling. Between GPUs, cudaMemcpyPeer."""
     size = count * shape.block_bytes
-    a, b = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    row = Row(
-        shape.name, "contiguous", "plain copy", shape.segment_bytes, count, size, 1, f"memcpy/{device}", [], [], [], []
-    )
+    a, b = (torch.zeros(size, dtype=torch.uint8, device=device) for device in devices)
+    lane = f"memcpy/{devices[0]}" if devices[0] == devices[1] else f"memcpy/{devices[0]}-{devices[1]}"
+    row = Row(shape.name, "contiguous", PLAIN, shape.segment_bytes, count, size, 1, lane, [], [], [], [])
     for repeat in range(repeats + 1):
-        _wait_for(device)
+        _wait_for(devices)
+        if repeat == 1:
+            linked = nvlink_bytes(devices[1])
         began = time.perf_counter()
         b.copy_(a)
-        _wait_for(device)
+        _wait_for(devices)
         if repeat:
             row.seconds.append(time.perf_counter() - began)
+    after = nvlink_bytes(devices[1])
+    if linked is not None and after is not None:
+        row.nvlink_bytes = (after - linked) // repeats
     return row
 
 
-def _wait_for(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+def _wait_for(devices: tuple[str, str]) -> None:
+    for device in devices:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
 
 
-def gloo(case: Pair, shape: Shape, count: int, repeats: int) -> Row:
-    """Gloo send and receive of the same bytes, contiguous, between the two processes."""
-    from torch import distributed
-
+def collective(case: Pair, shape: Shape, count: int, repeats: int, library: str, operation: str) -> Row:
+    """The same bytes, contiguous, by torch.distributed between the two processes."""
     size = count * shape.block_bytes
-    row = Row(shape.name, "contiguous", "gloo", shape.segment_bytes, count, size, 1, "gloo", [], [], [], [])
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        url = f"tcp://127.0.0.1:{sock.getsockname()[1]}"
-    import threading
-
-    other = threading.Thread(target=case.call, args=("gloo", (url, size, repeats + 1)))
+    name = f"{library} {operation}"
+    row = Row(shape.name, "contiguous", name, shape.segment_bytes, count, size, 1, library, [], [], [], [])
+    what = task(library, operation, size, repeats + 1)
+    other = threading.Thread(target=case.call, args=("collective", what))
     other.start()
-    distributed.init_process_group("gloo", init_method=url, rank=0, world_size=2)
-    data = torch.empty(size, dtype=torch.uint8)
-    for repeat in range(repeats + 1):
-        began = time.perf_counter()
-        distributed.recv(data, 1)
-        if repeat:
-            row.seconds.append(time.perf_counter() - began)
-    distributed.destroy_process_group()
-    other.join()
+    linked = nvlink_bytes(case.device)
+    try:
+        row.seconds = times(what, case.device)[1:]
+    except RuntimeError as error:
+        row.error = str(error)
+    after = nvlink_bytes(case.device)
+    if linked is not None and after is not None:
+        row.nvlink_bytes = (after - linked) // (repeats + 1)
+    other.join(60)
     return row

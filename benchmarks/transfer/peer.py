@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.transfer.collective import serve
 from components.transfer import AgentConfig, KVPool, TransferAgent, move_to_shared_memory
 from components.transfer.control.record import decode, encode
 
@@ -75,21 +76,10 @@ def source(pipe: Connection, shape: Shape, blocks: int, device: str, more: dict[
         command, argument = pipe.recv()
         if command == "checksums":
             pipe.send(agent.checksums(argument))
-        elif command == "gloo":
-            _send_over_gloo(argument)
+        elif command == "collective":
+            serve(argument, device)
             pipe.send(None)
         else:
             agent.close()
             pipe.send(None)
             return
-
-
-def _send_over_gloo(argument: tuple[str, int, int]) -> None:
-    from torch import distributed
-
-    url, size, count = argument
-    distributed.init_process_group("gloo", init_method=url, rank=1, world_size=2)
-    data = torch.zeros(size, dtype=torch.uint8)
-    for _ in range(count):
-        distributed.send(data, 0)
-    distributed.destroy_process_group()

@@ -20,7 +20,8 @@ from components.transfer.control.directory import Directory
 from components.transfer.control.record import AgentRecord, RegionRecord
 from components.transfer.data.base import Backend
 from components.transfer.data.hostcopy import HostCopier, copier_is_available, threads_for
-from components.transfer.data.local import IpcBackend, LocalBackend
+from components.transfer.data.ipc import IpcBackend
+from components.transfer.data.local import LocalBackend
 from components.transfer.data.mapped import MappedBackend
 from components.transfer.data.nixl import NixlLink, nixl_is_available
 from components.transfer.data.shared import shared_storages
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 _PASSIVE_WORK = frozenset({Transport.TCP, Transport.IB, Transport.NVLINK})
 """Lanes on which the side that is read from takes part in moving the bytes."""
 _PIECE_BYTES = {"cuda": 256 << 20, "cpu": 32 << 20}
+_STAGING_SLOTS = {"cuda": 8, "cpu": 4}
 _STAGING_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
 
 
@@ -43,6 +45,12 @@ class Assembly:
 
     backends: list[Backend]
     record: AgentRecord | None
+
+
+def _order(config: AgentConfig) -> list[str]:
+    """The backends as configured; a transport that was asked for by name comes before lanes that have none."""
+    named = config.transport is not Transport.AUTO
+    return sorted(config.backends, key=lambda name: named and name not in ("mapped", "nixl"))
 
 
 def host_id() -> str:
@@ -64,7 +72,7 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
     backends: list[Backend] = []
     blob, address, scope = b"", "", ""
     ipc: tuple[bytes, ...] = ()
-    for name in config.backends:
+    for name in _order(config):
         if name == "mapped" and (mapped := _mapped(config, epoch, host, regions, pools)) is not None:
             backends.append(mapped)
             scope = mapped.scope
@@ -147,9 +155,10 @@ def _nixl(config: AgentConfig, epoch: str, host: str, regions: list[Region], dir
     device = regions[0].tensor.device.type
     staging = None
     if _may_stage(config, device):
-        staging = Staging(regions, config.staging_bytes or _STAGING_BYTES.get(device, 64 << 20))
+        limit = config.staging_bytes or _STAGING_BYTES.get(device, 64 << 20)
+        staging = Staging(regions, limit, _STAGING_SLOTS.get(device, 4))
     memory = [region.tensor for region in regions] + ([staging.buffer] if staging else [])
-    own_thread = device == "cuda" or config.transport in _PASSIVE_WORK
+    own_thread = config.transport in _PASSIVE_WORK
     piece = config.piece_bytes or _PIECE_BYTES.get(device, 32 << 20)
     link = NixlLink(f"{config.name}/{epoch}", memory, piece, own_thread)
     return Exchange(config, epoch, link, regions, staging, directory, host)

@@ -91,9 +91,9 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nats_ca: str = ""
     namespace: str = "dynamo"
     transport: Transport = Transport.AUTO
-    backends: tuple[str, ...] = ("mapped", "nixl", "local", "cuda_ipc", "tcp")
+    backends: tuple[str, ...] = ("mapped", "cuda_ipc", "nixl", "local", "tcp")
     """Ways of moving blocks that may be used, best first. ``mapped`` is there for host pools in shared memory,
-    with transport auto or shm and strategy auto."""
+    with transport auto or shm and strategy auto. A transport other than ``auto`` puts NIXL before ``cuda_ipc``."""
     copy_threads: int = 0
     """Threads of the ``mapped`` way; 0: one for each core, eight at most, behind the engine's in priority."""
     strategy: Strategy = Strategy.AUTO

@@ -1,59 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gather and scatter of KV blocks: one Triton kernel on CUDA, torch's index copies elsewhere.
+"""Gather, scatter and block-to-block copies of KV blocks: Triton kernels on CUDA, torch's index copies elsewhere.
 
 A copier is called as ``copier(blocks, buffer, gather)`` and moves the blocks of all segments between the pools
-and ``buffer``, where segment follows segment. On CUDA it queues work on the current stream.
+and ``buffer``, where segment follows segment. A mover is called as ``mover(index)``: source blocks in the first
+row of ``index``, target blocks in the second. On CUDA both queue work on the current stream, which must be one
+of the device that the views name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 Copier = Callable[[torch.Tensor, torch.Tensor, bool], None]
-Mover = Callable[[torch.Tensor, torch.Tensor], None]
+Mover = Callable[[torch.Tensor], None]
 _WORD = 8
 _TILE_WORDS = 2048
+_WARPS = 8
 
 
 def copier(rows: Sequence[torch.Tensor]) -> Copier:
     """The fastest copier for these (blocks, bytes) views."""
-    lengths = {row.shape[1] for row in rows}
-    aligned = all(row.data_ptr() % 16 == 0 and row.stride(0) % 16 == 0 for row in rows)
-    if rows[0].is_cuda and len(lengths) == 1 and aligned and next(iter(lengths)) % 16 == 0:
-        try:
-            return _triton_copier(rows)
-        except ImportError:
-            pass
+    if len({row.shape[1] for row in rows}) == 1 and _kernels_take(rows):
+        return _triton_copier(rows)
     return _torch_copier(rows)
 
 
-_movers: dict[tuple[int, ...], Mover | None] = {}
-"""Kernels are compiled once for a pair of agents, not once for a transfer."""
+def mover(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> Mover:
+    """Copies blocks of one set of views straight into those of another on the same device.
 
-
-def mover(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> Mover | None:
-    """One kernel that copies blocks of one set of CUDA pools straight into those of another.
-
-    Called with (source blocks, target blocks), both int64 on the device. None where it cannot be had.
+    Kernels are compiled and tables made here: make a mover once for a pair of agents, not once for a transfer.
     """
-    key = tuple(row.data_ptr() for row in (*source, *target))
-    if key not in _movers:
-        _movers[key] = _new_mover(source, target)
-    return _movers[key]
+    pairs = list(zip(source, target, strict=True))
+    if _kernels_take([*source, *target]):
+        lengths = sorted({near.shape[1] for near, _ in pairs})
+        return _together([_triton_mover([p for p in pairs if p[0].shape[1] == n]) for n in lengths])
+    return _torch_mover(pairs)
 
 
-def _new_mover(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> Mover | None:
-    rows = [*source, *target]
-    lengths = {row.shape[1] for row in rows}
-    aligned = all(row.data_ptr() % 16 == 0 and row.stride(0) % 16 == 0 for row in rows)
-    if not (all(row.is_cuda for row in rows) and len(lengths) == 1 and aligned and next(iter(lengths)) % 16 == 0):
-        return None
-    try:
-        return _triton_mover(source, target)
-    except ImportError:
-        return None
+def _kernels_take(rows: Sequence[torch.Tensor]) -> bool:
+    if find_spec("triton") is None:
+        return False
+    whole = all(row.data_ptr() % 16 == 0 and row.stride(0) % 16 == 0 and row.shape[1] % 16 == 0 for row in rows)
+    return whole and rows[0].is_cuda and len({row.device for row in rows}) == 1
+
+
+def _together(movers: Sequence[Mover]) -> Mover:
+    if len(movers) == 1:
+        return movers[0]
+
+    def run(index: torch.Tensor) -> None:
+        for each in movers:
+            each(index)
+
+    return run
 
 
 def _torch_copier(rows: Sequence[torch.Tensor]) -> Copier:
@@ -74,6 +78,14 @@ def _torch_copier(rows: Sequence[torch.Tensor]) -> Copier:
     return run
 
 
+def _torch_mover(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Mover:
+    def run(index: torch.Tensor) -> None:
+        for near, far in pairs:
+            far.index_copy_(0, index[1], near.index_select(0, index[0]))
+
+    return run
+
+
 def _widen(row: torch.Tensor) -> torch.Tensor:
     for dtype, size in ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2)):
         if row.shape[1] % size == 0 and row.stride(0) % size == 0 and row.storage_offset() % size == 0:
@@ -81,12 +93,14 @@ def _widen(row: torch.Tensor) -> torch.Tensor:
     return row
 
 
-def _triton_copier(rows: Sequence[torch.Tensor]) -> Copier:
+@cache
+def _jit() -> tuple[Any, Any]:
+    """Both kernels. Sizes and lists that change with every call must not lead to new compilations."""
     import triton
     import triton.language as tl
 
-    @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-    def move(table, index, buffer, blocks, words, GATHER: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    @triton.jit(do_not_specialize=["index", "blocks"])  # type: ignore[untyped-decorator,unused-ignore]
+    def stage(table, index, buffer, blocks, words, GATHER: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
         pair = tl.program_id(0).to(tl.int64)
         segment = pair // blocks
         number = pair % blocks
@@ -102,53 +116,53 @@ def _triton_copier(rows: Sequence[torch.Tensor]) -> Copier:
         else:
             tl.store(pool + at, tl.load(slot + at, mask=mask), mask=mask)
 
-    words = rows[0].shape[1] // _WORD
-    table = _table(rows, rows[0].device)
-
-    def run(blocks: torch.Tensor, buffer: torch.Tensor, gather: bool) -> None:
-        grid = (len(rows) * len(blocks), triton.cdiv(words, _TILE_WORDS))
-        move[grid](
-            table,
-            blocks,
-            buffer.view(torch.int64),
-            len(blocks),
-            words,
-            GATHER=gather,
-            TILE=_TILE_WORDS,
-            num_warps=8,
-        )
-
-    return run
-
-
-def _table(rows: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Address and stride of every segment, for a kernel."""
-    return torch.tensor([[row.data_ptr(), row.stride(0)] for row in rows], device=device)
-
-
-def _triton_mover(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> Mover:
-    import triton
-    import triton.language as tl
-
-    @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-    def move(sources, targets, take, put, blocks, words, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    @triton.jit(do_not_specialize=["index", "blocks"])  # type: ignore[untyped-decorator,unused-ignore]
+    def move(sources, targets, index, blocks, words, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
         pair = tl.program_id(0).to(tl.int64)
         segment = pair // blocks
         number = pair % blocks
-        near = tl.load(sources + 2 * segment) + tl.load(take + number) * tl.load(sources + 2 * segment + 1)
-        far = tl.load(targets + 2 * segment) + tl.load(put + number) * tl.load(targets + 2 * segment + 1)
+        take = tl.load(index + number)
+        put = tl.load(index + blocks + number)
+        near = tl.load(sources + 2 * segment) + take * tl.load(sources + 2 * segment + 1)
+        far = tl.load(targets + 2 * segment) + put * tl.load(targets + 2 * segment + 1)
         at = tl.program_id(1) * TILE + tl.arange(0, TILE)
         mask = at < words
         begin = tl.multiple_of(near, 16).to(tl.pointer_type(tl.int64))
         end = tl.multiple_of(far, 16).to(tl.pointer_type(tl.int64))
         tl.store(end + at, tl.load(begin + at, mask=mask), mask=mask)
 
-    device = target[0].device
-    words = target[0].shape[1] // _WORD
-    tables = [_table(rows, device) for rows in (source, target)]
+    return stage, move
 
-    def run(take: torch.Tensor, put: torch.Tensor) -> None:
-        grid = (len(target) * len(take), triton.cdiv(words, _TILE_WORDS))
-        move[grid](*tables, take, put, len(take), words, TILE=_TILE_WORDS, num_warps=8)
+
+def _grid(segments: int, blocks: int, words: int) -> tuple[int, int]:
+    return segments * blocks, -(-words // _TILE_WORDS)
+
+
+def _triton_copier(rows: Sequence[torch.Tensor]) -> Copier:
+    kernel, _ = _jit()
+    words = rows[0].shape[1] // _WORD
+    table = _table(rows)
+
+    def run(blocks: torch.Tensor, buffer: torch.Tensor, gather: bool) -> None:
+        grid, count = _grid(len(rows), len(blocks), words), len(blocks)
+        slot = buffer.view(torch.int64)
+        kernel[grid](table, blocks, slot, count, words, GATHER=gather, TILE=_TILE_WORDS, num_warps=_WARPS)
 
     return run
+
+
+def _triton_mover(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Mover:
+    _, kernel = _jit()
+    words = pairs[0][0].shape[1] // _WORD
+    sources, targets = (_table(rows) for rows in zip(*pairs, strict=True))
+
+    def run(index: torch.Tensor) -> None:
+        grid, count = _grid(len(pairs), index.shape[1], words), index.shape[1]
+        kernel[grid](sources, targets, index, count, words, TILE=_TILE_WORDS, num_warps=_WARPS)
+
+    return run
+
+
+def _table(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Address and stride of every segment, for a kernel."""
+    return torch.tensor([[row.data_ptr(), row.stride(0)] for row in rows], device=rows[0].device)

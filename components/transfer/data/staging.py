@@ -28,6 +28,11 @@ class Gate:
         """True once the copy has ended."""
         return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
 
+    def wait(self) -> None:
+        """Return once it has ended."""
+        if self.event is not None:
+            self.event.synchronize()
+
 
 class Staging:
     """Slots of equal size and the copies between them and the pools."""
@@ -40,8 +45,9 @@ class Staging:
         self.blocks_per_slot = max(1, limit_bytes // slots // self.block_bytes)
         self.slot_bytes = -(-self.blocks_per_slot * self.block_bytes // 512) * 512
         self.buffer = torch.empty(slots * self.slot_bytes, dtype=torch.uint8, device=self.device)
-        half = slots // 2
-        self._free = {"send": list(range(half)), "receive": list(range(half, slots))}
+        self.side = slots // 2
+        """Slots for each direction; one transfer takes all that are free."""
+        self._free = {"send": list(range(self.side)), "receive": list(range(self.side, slots))}
         self._stream = _stream(self.device)
         self._copier = kernels.copier(self._rows)
 
@@ -66,7 +72,10 @@ class Staging:
 
     def index(self, blocks: Ints) -> torch.Tensor:
         """Block ids where the copies need them; made once for each transfer."""
-        return torch.from_numpy(blocks).to(self.device)
+        if self._stream is None:
+            return torch.from_numpy(blocks)
+        with torch.cuda.stream(self._stream):
+            return torch.from_numpy(blocks).to(self.device, non_blocking=True)
 
     def gather(self, blocks: torch.Tensor, slot: int) -> Gate:
         """Copy blocks into a slot."""
@@ -92,4 +101,5 @@ class Staging:
 def _stream(device: torch.device) -> torch.cuda.Stream | None:
     if device.type != "cuda":
         return None
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    # Of high priority, and never behind the engine's steps in the default stream.
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]

@@ -17,7 +17,6 @@ import secrets
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 
@@ -31,6 +30,7 @@ from components.transfer.data.nixl import Moved, NixlLink
 from components.transfer.data.staging import Staging
 from components.transfer.layout import Ints, Region, Segment, cut, extents, runs
 from components.transfer.session import messages as wire
+from components.transfer.session.emptying import Emptying
 from components.transfer.session.serve import serve_ask, serve_invite
 
 logger = logging.getLogger(__name__)
@@ -203,30 +203,23 @@ class Exchange:
             logger.debug("agent %s could not be told to stop: %s", peer.name, error)
 
     def _fetch_staged(self, copy: Copy, staging: Staging) -> Steps:
-        while not (slots := staging.acquire("receive", 2)):
+        while not (slots := staging.acquire("receive", staging.side)):
             yield False
         number, inbox = self._open(copy.peer)
+        emptying = Emptying(staging, copy, slots, lambda chunk: self.send(copy.peer, wire.Freed(number, chunk)))
         asked = False
         try:
             addresses = tuple(staging.address(slot) for slot in slots)
             self.send(copy.peer, self._ask(copy, number, addresses, staging.slot_bytes))
             asked = True
             yield True
-            index = staging.index(copy.ours)
-            for chunk, (first, last) in enumerate(staging.chunks(len(copy.ours), staging.slot_bytes)):
-                yield from self._until(copy, number, inbox, partial(_here, inbox, chunk))
-                if chunk not in inbox.landed:
-                    _require(inbox)
-                    raise TransferError(f"agent {copy.peer.name} ended a transfer too early")
-                gate = staging.scatter(index[first:last], slots[chunk % len(slots)])
-                while not gate.ready():
-                    yield False
-                self.send(copy.peer, wire.Freed(number, chunk))
-                copy.arrived((last - first) * staging.block_bytes)
-            yield from self._until(copy, number, inbox, lambda: _over(inbox))
+            yield from self._until(copy, number, inbox, lambda: _emptied(inbox, emptying))
             ended = _require(inbox)
+            if not emptying.done:
+                raise TransferError(f"agent {copy.peer.name} ended a transfer too early")
             return self.result(ended, Strategy.STAGED, ended.lane or self.lane)
         finally:
+            emptying.settle()
             if asked and inbox.ended is None:
                 # A hanging peer may still write into these slots: they come back with its last word.
                 self._quarantine[copy.peer.key, number] = lambda: staging.release("receive", slots)
@@ -349,8 +342,10 @@ def _over(inbox: Inbox) -> bool:
     return inbox.ended is not None
 
 
-def _here(inbox: Inbox, chunk: int) -> bool:
-    return chunk in inbox.landed or inbox.ended is not None
+def _emptied(inbox: Inbox, emptying: Emptying) -> bool:
+    emptying.step(inbox.landed)
+    ended = inbox.ended
+    return ended is not None and (bool(ended.code) or emptying.idle)
 
 
 def _require(inbox: Inbox) -> wire.Ended:

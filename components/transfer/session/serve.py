@@ -2,13 +2,14 @@
 """The source's side of an ``Ask``: check it, write the blocks, always say how it ended.
 
 A generator on the worker thread; ends by itself when the asked budget is over, when the peer says ``Stop``
-or when the peer cannot be reached. Two chunks are under way at once: one is gathered while the other flies.
+or when the peer cannot be reached. Every free slot is used: some chunks are gathered while others fly.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,7 +20,7 @@ from components.transfer.config import TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data.base import Copy
 from components.transfer.data.nixl import Moved
-from components.transfer.data.staging import Staging
+from components.transfer.data.staging import Gate, Staging
 from components.transfer.layout import Ints
 from components.transfer.session import messages as wire
 
@@ -109,36 +110,41 @@ def _write_staged(
     inbox: Inbox,
     moved: Moved,
 ) -> Flow:
-    while not (slots := staging.acquire("send", 2)):
+    while not (slots := staging.acquire("send", staging.side)):
         yield False
     chunks = staging.chunks(len(src), ask.slot_bytes)
     index = staging.index(src)
-    writes: list[Flow] = []
+    free, number, posted = list(slots), 0, 0
+    gathered: deque[tuple[int, Gate]] = deque()
+    writes: list[tuple[int, Flow]] = []
     quiet = False
     try:
-        for number, (first, last) in enumerate(chunks):
-            slot = slots[number % len(slots)]
-            # Our slot must have been written out before it is filled again.
-            while len(writes) >= len(slots):
-                yield _step(writes)
-            gate = staging.gather(index[first:last], slot)
-            while not gate.ready():
-                yield _step(writes) if writes else False
+        while posted < len(chunks) or writes:
+            worked = False
+            while free and number < len(chunks):
+                slot = free.pop(0)
+                gathered.append((slot, staging.gather(index[slice(*chunks[number])], slot)))
+                number, worked = number + 1, True
             # The peer's slot must have been emptied before it is written again.
-            while number >= len(ask.slots) and number - len(ask.slots) not in inbox.freed:
-                yield _step(writes) if writes else False
-            size = (last - first) * staging.block_bytes
-            extent = np.array([[staging.address(slot), ask.slots[number % len(ask.slots)], size]], np.int64)
-            notice = wire.encode(wire.Landed(ask.id, number))
-            write = exchange.link.move("WRITE", peer, extent, moved, _drop, _harmless, notice)
-            next(write, None)
-            writes.append(write)
-            yield True
-        while writes:
-            yield _step(writes)
+            emptied = posted < len(ask.slots) or posted - len(ask.slots) in inbox.freed
+            if gathered and emptied and gathered[0][1].ready():
+                slot, _ = gathered.popleft()
+                size = (chunks[posted][1] - chunks[posted][0]) * staging.block_bytes
+                extent = np.array([[staging.address(slot), ask.slots[posted % len(ask.slots)], size]], np.int64)
+                notice = wire.encode(wire.Landed(ask.id, posted))
+                writes.append((slot, exchange.link.move("WRITE", peer, extent, moved, _drop, _harmless, notice)))
+                posted, worked = posted + 1, True
+            for slot, write in list(writes):
+                try:
+                    worked |= next(write)
+                except StopIteration:
+                    writes.remove((slot, write))
+                    free.append(slot)
+                    worked = True
+            yield worked
         quiet = True
     except MigrateError as error:
-        for write in writes:
+        for _, write in writes:
             try:
                 pending = write.throw(error)
                 while True:
@@ -151,14 +157,6 @@ def _write_staged(
     finally:
         if quiet:
             staging.release("send", slots)
-
-
-def _step(writes: list[Flow]) -> bool:
-    try:
-        return next(writes[0])
-    except StopIteration:
-        writes.pop(0)
-        return True
 
 
 def _drop(_: int) -> None:

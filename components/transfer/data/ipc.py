@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks between device memory of two processes of one host, over CUDA IPC: one kernel, also scattered to scattered.
+
+Life cycle: a peer's pools are mapped once, when the pair first asks ``reaches``; where that cannot be done (another
+container, no peer access between the GPUs) the reason is logged once and the pair takes its next lane.
+They are mapped into *our* device, so a peer's device need not be visible to this process.
+Threading: worker thread; the kernel is queued on a stream of its own and polled. A transfer that fails while its
+kernel runs waits for it; one that may not wait any longer names its blocks as poisoned until the kernel has ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from components.errors import MigrateError, TransferError
+from components.transfer.config import Strategy, TransferResult
+from components.transfer.control.record import AgentRecord
+from components.transfer.data import kernels
+from components.transfer.data.base import Copy, Steps
+from components.transfer.layout import Region
+
+logger = logging.getLogger(__name__)
+
+_PROCESS = uuid.uuid4().hex
+"""CUDA cannot map memory of the same process."""
+
+
+class _Handle(msgspec.Struct, frozen=True, array_like=True):
+    """torch's CUDA IPC handle of a storage; ``start`` is where the pool begins in it, in bytes."""
+
+    device: int
+    handle: bytes
+    size: int
+    offset: int
+    ref_handle: bytes
+    ref_offset: int
+    event_handle: bytes
+    event_sync: bool
+    process: str
+    start: int
+
+
+_handle = msgspec.msgpack.Decoder(_Handle)
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """A peer's memory, seen from our device, and the kernels for both directions."""
+
+    fetch: kernels.Mover
+    push: kernels.Mover
+    rows: Sequence[torch.Tensor]
+    """Held so that nothing is unmapped under a running kernel."""
+
+
+class IpcBackend:
+    """See the module docstring."""
+
+    lane = "cuda_ipc/kernel"
+
+    def __init__(self, host: str, regions: Sequence[Region], block_size: int) -> None:
+        self._host = host
+        self._block_size = block_size
+        self._regions = list(regions)
+        self._rows = [row for region in regions for row in region.rows]
+        self._block_bytes = sum(row.shape[1] for row in self._rows)
+        self._device = self._rows[0].device
+        # Of high priority, and never behind the engine's steps in the default stream.
+        self._stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
+        self._peers: dict[str, _Mapped | None] = {}
+        self._lingering: list[tuple[torch.cuda.Event, Callable[[], None], _Mapped]] = []
+
+    def handles(self) -> tuple[bytes, ...]:
+        """What peers need to map our pools. Raises ``RuntimeError`` where memory cannot be shared."""
+        return tuple(self._handle_of(region.tensor) for region in self._regions)
+
+    def _handle_of(self, tensor: torch.Tensor) -> bytes:
+        storage: Any = tensor.untyped_storage()
+        shared: tuple[Any, ...] = storage._share_cuda_()
+        return msgspec.msgpack.encode((*shared, _PROCESS, tensor.data_ptr() - storage.data_ptr()))
+
+    def reaches(self, peer: AgentRecord) -> bool:
+        """True when the peer's device memory is mapped here."""
+        if peer.host != self._host or peer.block_size != self._block_size or len(peer.ipc) != len(self._regions):
+            return False
+        return self._map(peer) is not None
+
+    def _map(self, peer: AgentRecord) -> _Mapped | None:
+        if peer.key not in self._peers:
+            for key in [k for k in self._peers if k.startswith(f"{peer.name}/")]:
+                del self._peers[key]
+            try:
+                self._peers[peer.key] = self._new_mapping(peer)
+            except (MigrateError, RuntimeError, ValueError) as error:
+                logger.info("device memory of agent %s is not mapped: %s", peer.name, error)
+                self._peers[peer.key] = None
+        return self._peers[peer.key]
+
+    def _new_mapping(self, peer: AgentRecord) -> _Mapped:
+        parts = [self._rows_of(peer, number) for number in range(len(peer.ipc))]
+        rows = [row for part in parts for row in part]
+        with torch.cuda.device(self._device):
+            return _Mapped(kernels.mover(rows, self._rows), kernels.mover(self._rows, rows), rows)
+
+    def _rows_of(self, peer: AgentRecord, number: int) -> list[torch.Tensor]:
+        try:
+            parts = _handle.decode(peer.ipc[number])
+        except msgspec.DecodeError as error:
+            raise TransferError(f"its record is malformed: {error}") from error
+        if parts.process == _PROCESS:
+            raise TransferError("it lives in this process")
+        new: Any = torch.UntypedStorage._new_shared_cuda
+        values = [getattr(parts, name) for name in _Handle.__struct_fields__]
+        storage = new(self._device.index, *values[1:8])
+        flat = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
+        segments = peer.regions[number].segments
+        base = min(address for address, _, _ in segments) - parts.start
+        return [
+            torch.as_strided(flat, (peer.num_blocks, length), (stride, 1), address - base)
+            for address, stride, length in segments
+        ]
+
+    def fetch(self, copy: Copy) -> Steps:
+        """See ``Backend``."""
+        return self._move(copy, push=False)
+
+    def push(self, copy: Copy) -> Steps:
+        """See ``Backend``."""
+        return self._move(copy, push=True)
+
+    def _move(self, copy: Copy, push: bool) -> Steps:
+        mapped = self._map(copy.peer)
+        if mapped is None:
+            raise TransferError(f"device memory of agent {copy.peer.name} is not mapped")
+        begun = time.perf_counter()
+        pairs = np.stack([copy.ours, copy.theirs] if push else [copy.theirs, copy.ours])
+        with torch.cuda.stream(self._stream):
+            index = torch.from_numpy(pairs).to(self._device, non_blocking=True)
+            (mapped.push if push else mapped.fetch)(index)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._stream)
+        queued = time.perf_counter()
+        yield True
+        yield from self._ended(event, copy, mapped)
+        size = len(copy.ours) * self._block_bytes
+        copy.arrived(size)
+        return TransferResult(
+            size,
+            len(self._rows) * len(copy.ours),
+            post_s=queued - begun,
+            wire_s=time.perf_counter() - queued,
+            lane=self.lane,
+            strategy=Strategy.WRITE if push else Strategy.READ,
+        )
+
+    def _ended(self, event: torch.cuda.Event, copy: Copy, mapped: _Mapped) -> Generator[bool, None, None]:
+        try:
+            while not event.query():  # type: ignore[no-untyped-call]
+                yield False
+        except MigrateError:
+            yield from self._ended(event, copy, mapped)
+            raise
+        except GeneratorExit:
+            self._lingering.append((event, copy.poison(), mapped))
+            raise
+
+    def warm_up(self, copy: Copy) -> Steps:
+        """Map the peer's memory and compile the kernels."""
+        begun = time.perf_counter()
+        yield from self._move(copy, push=False)
+        return TransferResult(wire_s=time.perf_counter() - begun, lane=self.lane)
+
+    def progress(self) -> list[Generator[bool, None, None]]:
+        """Nobody asks over this lane; kernels of transfers that were given up are looked after."""
+        for item in list(self._lingering):
+            if item[0].query():  # type: ignore[no-untyped-call]
+                self._lingering.remove(item)
+                item[1]()
+        return []
+
+    def close(self) -> None:
+        """Unmap, once no kernel of ours runs any more."""
+        self._stream.synchronize()
+        self._peers.clear()

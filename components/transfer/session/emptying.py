@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The destination's side of a staged transfer: scatter what has landed, tell the source which slots are free again.
+
+Stepped by the worker thread until ``done``. ``settle`` must be called at the end, however that comes: it waits for
+copies that are still queued (some milliseconds at most), since they write into the destination's blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from components.transfer.data.base import Copy
+from components.transfer.data.staging import Gate, Staging
+
+
+class Emptying:
+    """Chunks of one transfer on their way from the slots into the blocks."""
+
+    def __init__(self, staging: Staging, copy: Copy, slots: Sequence[int], freed: Callable[[int], None]) -> None:
+        self._staging = staging
+        self._copy = copy
+        self._slots = slots
+        self._freed = freed
+        self._chunks = staging.chunks(len(copy.ours), staging.slot_bytes)
+        self._index = staging.index(copy.ours)
+        self._next = 0
+        self._flying: list[tuple[int, Gate]] = []
+
+    @property
+    def done(self) -> bool:
+        """True once every chunk is in its blocks."""
+        return self._next == len(self._chunks) and not self._flying
+
+    @property
+    def idle(self) -> bool:
+        """True when nothing is being copied; set right after ``step`` it means that no chunk has landed either."""
+        return not self._flying
+
+    def step(self, landed: Collection[int]) -> None:
+        """Queue copies of chunks that have landed, and look after those that were queued."""
+        while self._next < len(self._chunks) and self._next in landed:
+            first, last = self._chunks[self._next]
+            slot = self._slots[self._next % len(self._slots)]
+            self._flying.append((self._next, self._staging.scatter(self._index[first:last], slot)))
+            self._next += 1
+        while self._flying and self._flying[0][1].ready():
+            chunk, _ = self._flying.pop(0)
+            first, last = self._chunks[chunk]
+            if chunk + len(self._slots) < len(self._chunks):
+                self._freed(chunk)
+            self._copy.arrived((last - first) * self._staging.block_bytes)
+
+    def settle(self) -> None:
+        """Wait for what is queued."""
+        for _, gate in self._flying:
+            gate.wait()

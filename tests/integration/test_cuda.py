@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV blocks between two processes with CUDA memory: on one GPU, and between two where there are two."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from benchmarks.transfer.measure import Pair, fetch, pair, push
+from benchmarks.transfer.peer import Shape
+from components.errors import MigrateError
+from components.transfer import Strategy
+from components.transfer.data.nixl import nixl_is_available
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+SHAPE = Shape("small", layers=4, kv_heads=2, head_size=64)
+BLOCKS = 64
+NIXL = {"backends": ("nixl",), "staging_bytes": 8 * 16 * SHAPE.block_bytes}
+LANES = {
+    "auto": {},
+    "cuda_ipc": {"backends": ("cuda_ipc",)},
+    "write": NIXL | {"strategy": Strategy.WRITE},
+    "staged": NIXL | {"strategy": Strategy.STAGED},
+    "tcp": {"backends": ("tcp",)},
+}
+DEVICES = {"one GPU": ("cuda:0", "cuda:0"), "two GPUs": ("cuda:0", "cuda:1"), "back": ("cuda:1", "cuda:0")}
+
+
+@pytest.fixture(scope="module", params=[f"{lane}, {where}" for lane in LANES for where in DEVICES])
+def two(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    lane, _, where = request.param.partition(", ")
+    if torch.cuda.device_count() < len(set(DEVICES[where])):
+        pytest.skip("needs two GPUs")
+    if LANES[lane].get("backends") == ("nixl",) and not nixl_is_available()[0]:
+        pytest.skip(nixl_is_available()[1])
+    with pair(SHAPE, BLOCKS, DEVICES[where], **LANES[lane]) as case:
+        yield case
+
+
+@pytest.mark.parametrize("count", [1, 17, BLOCKS])
+def test_scattered_blocks_arrive_and_no_others_change(two: Pair, count: int) -> None:
+    src, dst = random.sample(range(BLOCKS), count), random.sample(range(BLOCKS), count)
+    others = sorted(set(range(BLOCKS)) - set(dst))
+    for pool in two.parts:
+        pool.tensor.view(torch.int16)[dst] = 7
+    before = two.agent.checksums(others)
+    fetch(two, src, dst)
+    assert two.agent.checksums(dst) == two.call("checksums", src)
+    assert two.agent.checksums(others) == before
+
+
+def test_pushed_blocks_arrive(two: Pair) -> None:
+    src, dst = random.sample(range(BLOCKS), 33), random.sample(range(BLOCKS), 33)
+    for pool in two.parts:
+        pool.tensor.view(torch.int16)[dst].random_()
+    push(two, src, dst)
+    assert two.agent.checksums(dst) == two.call("checksums", src)
+
+
+def test_a_transfer_that_is_out_of_time_leaves_the_pair_usable(two: Pair) -> None:
+    blocks = list(range(BLOCKS))
+    handle = two.agent.fetch(two.peer.ref, blocks, blocks, request_id="late", deadline_s=0.0)
+    with pytest.raises(MigrateError):
+        handle.wait(10)
+    fetch(two, blocks, blocks)
+    assert two.agent.checksums(blocks) == two.call("checksums", blocks)
