@@ -57,7 +57,7 @@ def measure(
             for at_once in levels:
                 # The order changes with each repeat, so that a drift of the machine favours none.
                 for system in systems if repeat % 2 == 0 else reversed(systems):
-                    samples = load.run(system, together(max(16, 4 * at_once), _PROMPT, _OUTPUT), seed, at_once)
+                    samples = load.run(system, together(max(16, 8 * at_once), _PROMPT, _OUTPUT), seed, at_once)
                     run = Run(system.kind.value, "closed loop", repeat, samples, duration(samples), at_once=at_once)
                     runs.append(run)
                     say(f"overhead: {system.kind}, {at_once} at once, repeat {repeat + 1}: {run.duration_s:.1f} s")

@@ -15,6 +15,7 @@ from benchmarks.serving.overhead import Hop
 from benchmarks.serving.profile import Profile
 from benchmarks.serving.systems import Kind
 from benchmarks.serving.workloads import Scale, Workload
+from benchmarks.soak.report import Report as SoakReport
 
 _TITLES = {
     Kind.VLLM: "one `vllm serve`",
@@ -80,7 +81,10 @@ def write_report(report: Report, path: Path, raw: Path) -> None:
         f"TPOT {1e3 * report.slo.tpot_s:g} ms.",
         "",
         "All systems share the same two cores, so that more workers are not more compute here: compare systems with "
-        "the same number of workers, and ratios before milliseconds.",
+        "the same number of workers, and ratios before milliseconds. Stock Dynamo is the unchanged `dynamo.vllm` of "
+        "the versions above; only one image function that needs torchvision is replaced by a placeholder "
+        "(`benchmarks/serving/stock_worker.py`). All engines have the same arguments and run the model in "
+        "their own process.",
         "",
     ]
     lines += _overhead(report)
@@ -88,6 +92,7 @@ def write_report(report: Report, path: Path, raw: Path) -> None:
     lines += _open(report)
     lines += _saved(report)
     lines += _moved(report)
+    lines += _soak(raw.parent)
     lines += _profiles(report)
     lines += _formulas()
     if report.errors:
@@ -220,8 +225,9 @@ def _open(report: Report) -> list[str]:
         if rows:
             header = ["system", "good", "goodput /s", "failed", "tokens/s", "TTFT", "TPOT", "ITL", "E2E", "moves"]
             lines += [f"### {workload}", "", *_table(header, rows)]
-    lines += [f"- `{kind}`: {title}" for kind, title in _TITLES.items()]
-    return [*lines, ""]
+    shown = {run.system for run in report.runs}
+    lines += [f"- `{kind}`: {title}" for kind, title in _TITLES.items() if kind in shown]
+    return [*lines, ""] if shown else []
 
 
 def _saved(report: Report) -> list[str]:
@@ -269,6 +275,22 @@ def _moved(report: Report) -> list[str]:
         return []
     header = ["system, workload", "moves", "not made", "MB of KV", "whole move p50 ms", "added stall p50 ms"]
     return ["## Migrations", "", "Prefill hand-offs are not counted.", "", *_table(header, rows)]
+
+
+def _soak(folder: Path) -> list[str]:
+    raw = folder / "soak-cpu.json"
+    if not raw.is_file():
+        return []
+    report = msgspec.json.decode(raw.read_bytes(), type=SoakReport)
+    lines = [
+        "## Soak",
+        "",
+        "`python -m benchmarks.soak --minutes 30`: a migration every second, a restart every 5 minutes.",
+    ]
+    picture = (
+        ["![resident memory of each process](results/soak-rss.png)", ""] if (folder / "soak-rss.png").is_file() else []
+    )
+    return [*lines, "", *report.lines(), *picture]
 
 
 def _profiles(report: Report) -> list[str]:

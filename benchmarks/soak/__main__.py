@@ -19,7 +19,8 @@ from rich.console import Console
 from benchmarks.graph import machine
 from benchmarks.serving.load import Control
 from benchmarks.serving.systems import Kind, Part, System, running
-from benchmarks.soak.memory import Life, Memory, plot
+from benchmarks.soak.memory import Memory, plot
+from benchmarks.soak.report import Report
 from benchmarks.soak.traffic import Traffic, bodies
 from components.transfer import Transport
 
@@ -27,35 +28,6 @@ _STEP_S = 0.02
 """Of the engine without a model, which would otherwise be done before anything can be moved."""
 _IDLE_S = 60.0
 """How long workers may take to be empty after the last request."""
-
-
-class Report(msgspec.Struct):
-    """What came of a soak."""
-
-    machine: dict[str, str]
-    engine: str
-    model: str
-    transport: str
-    minutes: float
-    finished: int = 0
-    dropped: int = 0
-    tokens: int = 0
-    moves: int = 0
-    not_made: dict[str, int] = {}
-    """Moves that were not made, by reason; the requests went on where they were."""
-    restarts_s: list[float] = []
-    errors: list[str] = []
-    changed: list[str] = []
-    leaks: list[str] = []
-    grown: list[str] = []
-    worst_gap_ms: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """p50, p99 and maximum over requests of a request's largest gap between tokens."""
-    lives: list[Life] = []
-
-    @property
-    def passed(self) -> bool:
-        """Nothing was lost and nothing grew."""
-        return not (self.errors or self.changed or self.leaks or self.grown) and self.finished > 0
 
 
 class Soak:
