@@ -32,28 +32,29 @@ class Profile(msgspec.Struct, frozen=True):
     when: str
     process: str
     samples: int
+    seconds: int
     top: tuple[tuple[str, float], ...]
-    packages: dict[str, float] = {}
+    """By self time."""
+    ours: tuple[tuple[str, float], ...] = ()
+    """By the innermost function of this package on the stack, with all that it calls."""
 
 
-def self_time(path: Path, when: str, process: str) -> Profile:
+def self_time(path: Path, when: str, process: str, seconds: int) -> Profile:
     """Read py-spy's raw format: ``frame;frame;frame count`` per line."""
     functions: collections.Counter[str] = collections.Counter()
-    packages: collections.Counter[str] = collections.Counter()
+    ours: collections.Counter[str] = collections.Counter()
     for line in path.read_text().splitlines():
         stack, _, count = line.rpartition(" ")
         frames = stack.split(";")
         functions[_short(frames[-1])] += int(count)
-        # Whose code asked for it: the innermost frame of this package, else of vLLM, else of whoever it is.
-        for owner in ("components/", "vllm/", "dynamo/"):
-            if any(owner in frame for frame in frames):
-                packages[owner.rstrip("/")] += int(count)
-                break
-        else:
-            packages["other"] += int(count)
+        mine = [frame for frame in frames if "/components/" in frame]
+        if mine:
+            ours[_short(mine[-1])] += int(count)
     total = max(1, functions.total())
     top = tuple((name, count / total) for name, count in functions.most_common(15))
-    return Profile(when, process, total, top, {name: count / total for name, count in packages.items()})
+    return Profile(
+        when, process, total, seconds, top, tuple((name, count / total) for name, count in ours.most_common(15))
+    )
 
 
 def _short(frame: str) -> str:
@@ -94,11 +95,13 @@ def main(
             spies = [_record(part, seconds, files[part.name]) for part in chosen]
             while any(spy.poll() is None for spy in spies):
                 load.run(system, together(32, 96, 96), 0, 8)
-            profiles = [self_time(files[part.name], when, part.name) for part in chosen]
+            profiles = [self_time(files[part.name], when, part.name, seconds) for part in chosen]
     for profile in profiles:
-        console.print(f"[bold]{profile.when}: {profile.process}[/], {profile.samples} samples, {profile.packages}")
-        for name, share in profile.top:
-            console.print(f"  {share:6.1%}  {name}", markup=False)
+        console.print(f"[bold]{profile.when}: {profile.process}[/], {profile.samples} samples with the GIL")
+        for title, rows in (("self time", profile.top), ("of this package, with callees", profile.ours)):
+            console.print(f"  {title}")
+            for name, share in rows:
+                console.print(f"  {share:6.1%}  {name}", markup=False)
     if json.is_file():
         report = msgspec.json.decode(json.read_bytes(), type=Report)
         report.profiles = [p for p in report.profiles if p.when != when] + profiles

@@ -296,10 +296,15 @@ def _soak(folder: Path) -> list[str]:
 def _profiles(report: Report) -> list[str]:
     lines = []
     for profile in report.profiles:
-        rows = [[f"`{name}`", f"{100 * share:.1f}%"] for name, share in profile.top[:5]]
-        lines += [f"### {profile.when}: {profile.process}", "", *_table(["function", "share of samples"], rows)]
+        rows = [
+            [f"`{name}`", f"{100 * share:.1f}%", f"`{mine}`", f"{100 * part:.1f}%"]
+            for (name, share), (mine, part) in zip(profile.top[:5], profile.ours[:5], strict=False)
+        ]
+        header = ["self time", "share", "of this package, with callees", "share"]
+        title = f"### {profile.process}, {profile.when}: {profile.samples} samples with the GIL in {profile.seconds} s"
+        lines += [title, "", *_table(header, rows)]
     if lines:
-        note = "`python -m benchmarks.serving.profile`: py-spy on a loaded graph, samples that hold the GIL, self time."
+        note = "`python -m benchmarks.serving.profile`: py-spy at 200 Hz on a loaded graph, the five largest of each."
         lines = ["## Profile of the hot path", "", note, "", *lines]
     return lines
 

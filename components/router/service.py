@@ -86,8 +86,7 @@ class RouterService:
         return min(lengths)
 
     async def _watch_client(self, stream: Stream, context: Any) -> None:
-        while not context.is_stopped():
-            await asyncio.sleep(0.1)
+        await context.async_killed_or_stopped()
         await stream.close()
         stream.outputs.put_nowait(GenerateOutput(len(stream.tokens), finish_reason=FinishReason.CANCELLED))
 

@@ -82,8 +82,7 @@ class WorkerService:
         raise DeadlineExceeded("the engine did not take the request in")
 
     async def _abort_when_stopped(self, context: Any, request_id: RequestId) -> None:
-        while not context.is_stopped():
-            await asyncio.sleep(0.1)
+        await context.async_killed_or_stopped()
         await self._engine.abort(request_id)
 
     async def control(self, payload: Any) -> AsyncIterator[dict[str, str]]:
