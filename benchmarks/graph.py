@@ -64,6 +64,11 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path, folder: Path) 
     raise MigrateError(f"the graph was not ready after {START_S:g} s")
 
 
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this program like any error does, with everything that it has started."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def machine() -> dict[str, str]:
     """Processor, memory and versions."""
     model = platform.processor() or platform.machine()

@@ -14,7 +14,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from benchmarks.graph import machine
+from benchmarks.graph import end_on_sigterm, machine
 from benchmarks.serving.actions import Action, moves, rolling_restart, scale_down
 from benchmarks.serving.load import Control, Load
 from benchmarks.serving.metrics import Event, Run, Slo, duration
@@ -63,9 +63,10 @@ def main(
     logs: Annotated[Path | None, typer.Option(help="folder to keep all logs in")] = None,
 ) -> None:
     """Serve the same seeded arrivals with each system and compare."""
+    end_on_sigterm()
     console = Console()
     if not report_only:
-        scale = Scale(rate, 8.0 if quick else 20.0, restart_s=60.0 if quick else 100.0, seed=seed)
+        scale = Scale(rate, 8.0 if quick else 20.0, restart_s=90.0 if quick else 120.0, seed=seed)
         scale = msgspec.structs.replace(scale, trace=str(trace or ""))
         found = Report(machine(), model, transport.value, scale, Slo(), time.strftime("%Y-%m-%d"))
         chosen = [Workload(word) for word in workloads.split(",") if word]

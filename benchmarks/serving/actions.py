@@ -18,6 +18,7 @@ from benchmarks.serving.metrics import Event
 from benchmarks.serving.systems import Part, System, raise_priority
 
 Action = Callable[[System, Control | None, threading.Event], list[Event]]
+_NICE = 10
 _LEAD_S = 3.0
 """Time of undisturbed load before the first action."""
 
@@ -42,10 +43,10 @@ def moves(system: System, control: Control | None, over: threading.Event) -> lis
 
 
 def rolling_restart(system: System, control: Control | None, over: threading.Event) -> list[Event]:
-    """SIGTERM to each worker in turn; the next one follows when the new one serves."""
+    """SIGTERM to each worker in turn, decode workers first; the next one follows when the new one serves."""
     events: list[Event] = []
     over.wait(_LEAD_S)
-    for part in system.workers:
+    for part in sorted(system.workers, key=lambda part: part.role == "prefill"):
         if over.is_set():
             events.append(Event(f"no load left to restart {part.name} under", time.perf_counter(), time.perf_counter()))
             continue
@@ -58,7 +59,7 @@ def _restart(system: System, control: Control | None, part: Part) -> list[Event]
     began = time.perf_counter()
     system.terminate(part)
     ended = time.perf_counter()
-    system.start(part, nice=19)
+    system.start(part, nice=_NICE)
     system.wait_ready([part])
     while control is not None and sum(w.stats is not None for w in control.status().workers) < len(system.workers):
         time.sleep(0.2)

@@ -19,6 +19,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from benchmarks.graph import end_on_sigterm
 from benchmarks.serving.load import Load
 from benchmarks.serving.systems import Kind, Part, running
 from benchmarks.serving.workloads import together
@@ -83,6 +84,7 @@ def main(
     """Profile every process of the graph under load."""
     from benchmarks.serving.report import Report
 
+    end_on_sigterm()
     console = Console()
     profiles = []
     with tempfile.TemporaryDirectory(prefix="dynamo-migrate-bench-") as scratch, Load(Path(scratch)) as load:

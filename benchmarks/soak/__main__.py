@@ -16,7 +16,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from benchmarks.graph import machine
+from benchmarks.graph import end_on_sigterm, machine
 from benchmarks.serving.load import Control
 from benchmarks.serving.systems import Kind, Part, System, running
 from benchmarks.soak.memory import Memory, plot
@@ -153,6 +153,7 @@ def main(
     logs: Annotated[Path | None, typer.Option(help="folder to keep all logs in")] = None,
 ) -> None:
     """Serve, move and restart for a long time, and look for anything that is lost, changed or left behind."""
+    end_on_sigterm()
     console = Console()
     report = Report(machine(), engine, model, transport.value, minutes)
     overrides = [f"--Common.engine={engine}"]
