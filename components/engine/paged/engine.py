@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from components.engine.paged.blocks import BlockPool
+from components.engine.paged.device import DeviceKV
 from components.engine.paged.landing import LandingZone
 from components.engine.paged.model import PagedKV, generator_of, salt_of
 from components.engine.paged.request import Active
@@ -57,6 +58,8 @@ class PagedOptions:
     layers: int = 2
     words: int = 4
     """64-bit words per token and layer."""
+    device: str = "cpu"
+    """Where the KV tensors are: cpu, or a GPU as in cuda:0."""
     vocab_size: int = 32000
     step_s: float = 0.0
     """Duration of a step; 0 goes as fast as it can."""
@@ -107,7 +110,8 @@ class PagedEngine:
         """Make the KV blocks and publish them. Raises ``ConfigError``, ``TransferError``."""
         options = self._options
         options.validate()
-        kv = PagedKV(options.num_blocks, options.block_size, options.layers, options.words, options.vocab_size)
+        sizes = (options.num_blocks, options.block_size, options.layers, options.words, options.vocab_size)
+        kv = PagedKV(*sizes) if options.device == "cpu" else DeviceKV(options.device, *sizes)
         pool = BlockPool(options.num_blocks, options.prefix_caching)
         scheduler = Scheduler(kv, pool, options.max_num_seqs, options.max_num_batched_tokens)
         layout = (options.model, options.block_size, options.layers, options.words, options.vocab_size, options.seed)

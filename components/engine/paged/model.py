@@ -23,16 +23,16 @@ import torch
 from components.engine.protocol import Sampling
 from components.transfer import KVPool
 
-_MASK = (1 << 64) - 1
-_STEP = 0x9E37_79B9_7F4A_7C15
+MASK = (1 << 64) - 1
+STEP = 0x9E37_79B9_7F4A_7C15
 Words = npt.NDArray[np.uint64]
 
 
 def mix(value: int) -> int:
     """A 64-bit number whose every bit depends on every bit of ``value`` (splitmix64)."""
-    value = (value + _STEP) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58_476D_1CE4_E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D0_49BB_1331_11EB) & _MASK
+    value = (value + STEP) & MASK
+    value = ((value ^ (value >> 30)) * 0xBF58_476D_1CE4_E5B9) & MASK
+    value = ((value ^ (value >> 27)) * 0x94D0_49BB_1331_11EB) & MASK
     return value ^ (value >> 31)
 
 
@@ -45,7 +45,7 @@ def generator_of(sampling: Sampling, drawn: int) -> int:
     """State of the request's own generator after ``drawn`` tokens; 0 when it has none."""
     if sampling.seed is None:
         return 0
-    return mix(sampling.seed) + drawn & _MASK
+    return mix(sampling.seed) + drawn & MASK
 
 
 class PagedKV:
@@ -57,7 +57,7 @@ class PagedKV:
         shape = (num_blocks, block_size, words)
         self._tensors = [torch.zeros(shape, dtype=torch.int64) for _ in range(layers)]
         self._planes: list[Words] = [tensor.numpy().view(np.uint64) for tensor in self._tensors]
-        self._spread = np.arange(1, words + 1, dtype=np.uint64) * np.uint64(_STEP) | np.uint64(1)
+        self._spread = np.arange(1, words + 1, dtype=np.uint64) * np.uint64(STEP) | np.uint64(1)
         self._weights = np.empty(0, dtype=np.uint64)
 
     def pools(self) -> list[KVPool]:
@@ -93,10 +93,10 @@ class PagedKV:
             read = plane[index].reshape(-1)[: num_tokens * plane.shape[2]]
             # Odd weights: a change of a single word can never cancel out.
             total += int((read * self._odd(len(read))).sum()) * (2 * number + 1)
-        return mix((total ^ salt ^ mix(generator)) & _MASK) % self._vocab_size
+        return mix((total ^ salt ^ mix(generator)) & MASK) % self._vocab_size
 
     def _odd(self, length: int) -> Words:
         if len(self._weights) < length:
             steps = np.arange(1, 2 * length + 1, dtype=np.uint64)
-            self._weights = steps * np.uint64(_STEP & ~0xFF) | np.uint64(1)
+            self._weights = steps * np.uint64(STEP & ~0xFF) | np.uint64(1)
         return self._weights[:length]

@@ -121,7 +121,8 @@ def _write_staged(
     try:
         while posted < len(chunks) or writes:
             worked = False
-            while free and number < len(chunks):
+            # One at a time: the first chunk shall fly while the next one is gathered.
+            if free and number < len(chunks) and len(gathered) < 2:
                 slot = free.pop(0)
                 gathered.append((slot, staging.gather(index[slice(*chunks[number])], slot)))
                 number, worked = number + 1, True
