@@ -8,10 +8,22 @@ import itertools
 from multiprocessing.connection import Connection
 from typing import Any
 
+import msgspec
+
 from components.engine.paged import PagedEngine, PagedOptions
 from components.engine.protocol import Frozen, GenerateOutput, GenerateRequest, KVOffer, LandingStatus, RequestId
 from components.errors import MigrateError, RequestNotFound
 from components.transfer.control.record import decode, encode
+
+_ARGUMENTS: dict[str, Any] = {
+    "meet": tuple[bytes],
+    "generate": tuple[GenerateRequest],
+    "landing_status": tuple[RequestId],
+    "extend": tuple[RequestId, KVOffer, tuple[int, ...]],
+    "commit": tuple[RequestId, Frozen],
+    "stop": tuple[()],
+}
+"""Requests travel as msgpack, as they do between workers: the sampling options must be the same to the last byte."""
 
 
 class Remote:
@@ -60,7 +72,7 @@ class Remote:
     async def _call(self, name: str, *arguments: Any) -> Any:
         number = next(self._calls)
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
-        self._pipe.send((number, name, arguments))
+        self._pipe.send((number, name, msgspec.msgpack.encode(arguments)))
         return await answer
 
     def _receive(self) -> None:
@@ -88,8 +100,9 @@ async def _serve(pipe: Connection, options: PagedOptions) -> None:
         async for output in engine.generate(request):
             pipe.send((0, request.request_id, output))
 
-    async def answer(number: int, name: str, arguments: tuple[Any, ...]) -> None:
+    async def answer(number: int, name: str, data: bytes) -> None:
         value: Any = None
+        arguments = msgspec.msgpack.decode(data, type=_ARGUMENTS[name])
         try:
             if name == "meet":
                 engine._live.agent.directory.put(decode(arguments[0]))
