@@ -29,10 +29,12 @@ from components.engine.paged import PagedEngine, PagedOptions
 from components.engine.protocol import GenerateOutput, GenerateRequest, RequestId, Sampling
 from components.messages import Mode
 
-_OUTPUTS = 48
+_OUTPUTS = 96
 _BEFORE = 16
 """Tokens before the move begins."""
 _ROUNDS = 4
+_STEP_S = 0.02
+"""Added to each step, in the place of the model's weights."""
 _LANES = {"auto": {}, "nixl": {"backends": ("nixl",)}}
 
 
@@ -86,6 +88,7 @@ def options(device: str, name: str, longest: int, lane: str) -> PagedOptions:
         max_model_len=longest + _OUTPUTS,
         layers=80,
         words=512,
+        step_s=_STEP_S,
         prefix_caching=False,
     )
 
@@ -214,8 +217,8 @@ def show(report: Report) -> None:
 
 def main(
     devices: Annotated[str, typer.Option(help="of source and target")] = "cuda:0,cuda:1",
-    prompts: Annotated[str, typer.Option(help="lengths in tokens")] = "512,1024,3040",
-    repeats: Annotated[int, typer.Option(help="moves for each case")] = 5,
+    prompts: Annotated[str, typer.Option(help="lengths in tokens")] = "1024,3040",
+    repeats: Annotated[int, typer.Option(help="moves for each case")] = 4,
     lanes: Annotated[str, typer.Option(help=f"of {', '.join(_LANES)}")] = "auto,nixl",
     json: Annotated[Path | None, typer.Option("--json", help="file for the raw samples")] = None,
 ) -> None:

@@ -48,14 +48,24 @@ def serve(what: Task, device: str) -> None:
 
 
 def _run(what: Task, device: str, rank: int) -> list[float]:
-    if device.startswith("cuda"):
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
         torch.cuda.set_device(device)
-    distributed.init_process_group(what.library, init_method=what.url, rank=rank, world_size=2, timeout=_TIMEOUT)
+    distributed.init_process_group(
+        what.library,
+        init_method=what.url,
+        rank=rank,
+        world_size=2,
+        timeout=_TIMEOUT,
+        # Without it NCCL guesses the GPU from the rank, and hangs when that is another one.
+        device_id=torch.device(device) if on_gpu else None,
+    )
+    ready = torch.zeros(1, device=device)
     data = torch.full((what.size,), rank, dtype=torch.uint8, device=device)
     parts = [torch.empty_like(data) for _ in range(2)] if what.operation == "all-gather" else []
     seconds = []
     for _ in range(what.count):
-        distributed.barrier()
+        distributed.all_reduce(ready)
         _wait(device)
         began = time.perf_counter()
         if parts:
