@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes metrics in a registry of the component's own, and adds the registry to its ``/metrics``.
+
+Dynamo calls us from a thread of its own when somebody scrapes; collectors must only read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from components.metrics.names import PREFIX, Kind, Metric
+
+Family = CounterMetricFamily | GaugeMetricFamily
+
+
+def counter(metric: Metric, registry: CollectorRegistry) -> Counter:
+    """A counter; without labels it shows 0 at once."""
+    return Counter(f"{PREFIX}_{metric.name}", metric.help, metric.labels, registry=registry)
+
+
+def histogram(metric: Metric, registry: CollectorRegistry) -> Histogram:
+    """A histogram with the metric's buckets."""
+    name = f"{PREFIX}_{metric.name}"
+    return Histogram(name, metric.help, metric.labels, registry=registry, buckets=metric.buckets)
+
+
+def family(metric: Metric, values: dict[tuple[str, ...], float]) -> Family:
+    """What a collector gives for a metric that is read and not counted."""
+    kind = CounterMetricFamily if metric.kind is Kind.COUNTER else GaugeMetricFamily
+    found: Family = kind(f"{PREFIX}_{metric.name}", metric.help, labels=metric.labels)
+    for labels, value in values.items():
+        found.add_metric(labels, value)
+    return found
+
+
+def expose(registry: CollectorRegistry, endpoint: Any, namespace: str, component: str, name: str = "generate") -> None:
+    """Add the registry to the process's ``/metrics``, with Dynamo's labels."""
+    from dynamo.common.utils.prometheus import register_engine_metrics_callback
+
+    register_engine_metrics_callback(
+        endpoint=endpoint,
+        registry=registry,
+        namespace_name=namespace,
+        component_name=component,
+        endpoint_name=name,
+    )

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of all metrics of this package. Plain values: importing this starts nothing.
+
+Dynamo's prefix for components is ``dynamo_component``; ours all begin with ``dynamo_component_live_migration``,
+because Dynamo's own ``model_migration`` means a retry after a failure. Dynamo adds the labels ``dynamo_namespace``,
+``dynamo_component``, ``dynamo_endpoint`` and ``worker_id`` to each of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+PREFIX = "dynamo_component_live_migration"
+_SHORT = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)
+_TINY = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 2.0)
+_LONG = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 120.0, 300.0)
+
+
+class Kind(StrEnum):
+    """Prometheus' types."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric. ``name`` is without the prefix and without ``_total``."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def full_name(self) -> str:
+        """As Prometheus stores it; a histogram's series end in ``_bucket``, ``_sum`` and ``_count``."""
+        return f"{PREFIX}_{self.name}" + ("_total" if self.kind is Kind.COUNTER else "")
+
+
+# Of the router, which drives every migration.
+MOVES = Metric("moves", Kind.COUNTER, "Migrations that ended, by mode and outcome (done, failed)", ("mode", "outcome"))
+REFUSALS = Metric("refusals", Kind.COUNTER, "Migrations that were refused before anything changed", ("reason",))
+FALLBACKS = Metric("fallbacks", Kind.COUNTER, "Migrations that went on in a simpler mode", ("mode", "reason"))
+DOWNTIME = Metric(
+    "downtime_seconds", Kind.HISTOGRAM, "Last token from the source to first from the target", ("mode",), _SHORT
+)
+STALL = Metric("stall_seconds", Kind.HISTOGRAM, "Downtime less the usual gap between tokens", ("mode",), _SHORT)
+DURATION = Metric("duration_seconds", Kind.HISTOGRAM, "Whole migration, pre-copy included", ("mode",), _LONG)
+ROUNDS = Metric("rounds", Kind.HISTOGRAM, "Rounds of copying of one migration", ("mode",), (1, 2, 3, 4, 5, 6, 8, 12))
+BYTES = Metric("bytes", Kind.COUNTER, "KV bytes that migrations moved", ("mode", "lane"))
+DESCRIPTORS = Metric("descriptors", Kind.COUNTER, "Memory ranges that were posted", ("lane",))
+POST = Metric("post_seconds", Kind.HISTOGRAM, "Time of one migration spent in posting transfers", ("lane",), _TINY)
+WIRE = Metric("wire_seconds", Kind.HISTOGRAM, "Time of one migration spent waiting for bytes", ("lane",), _SHORT)
+INTEGRITY = Metric("integrity_failures", Kind.COUNTER, "Migrations whose bytes were wrong and were recomputed")
+HANDOFFS = Metric("handoffs", Kind.COUNTER, "Hand-offs from prefill to decode, by outcome", ("outcome",))
+HANDOFF = Metric("handoff_seconds", Kind.HISTOGRAM, "End of prefill to first token of the decode worker", (), _SHORT)
+LOCAL_PREFILLS = Metric(
+    "local_prefills", Kind.COUNTER, "Prompts computed on a decode worker (no_worker, short, not_migratable)", ("reason",)
+)
+REPLAYS = Metric("replays", Kind.COUNTER, "Requests replayed after the loss of their worker", ("reason",))
+DRAINS = Metric("drains", Kind.COUNTER, "Drains of a worker, by outcome (done, failed)", ("outcome",))
+DRAIN = Metric("drain_seconds", Kind.HISTOGRAM, "Time to empty a worker", (), _LONG)
+STREAMS = Metric("streams", Kind.GAUGE, "Client streams (running, moving)", ("state",))
+WORKERS = Metric("workers", Kind.GAUGE, "Workers that the router knows (ready, draining)", ("role", "state"))
+
+# Of a worker.
+KV_BLOCKS = Metric("kv_blocks", Kind.GAUGE, "KV blocks of this worker (used, free)", ("state",))
+REQUESTS = Metric("requests", Kind.GAUGE, "Requests on this worker (running, waiting, frozen, landing)", ("phase",))
+STEP = Metric("step_seconds", Kind.GAUGE, "Duration of the engine's last step")
+PREEMPTIONS = Metric("preemptions", Kind.COUNTER, "Requests that lost their blocks to others")
+LEASES = Metric("leases_expired", Kind.COUNTER, "Requests ended here because their owner was silent too long")
+
+ROUTER = (
+    *(MOVES, REFUSALS, FALLBACKS, DOWNTIME, STALL, DURATION, ROUNDS, BYTES, DESCRIPTORS, POST, WIRE, INTEGRITY),
+    *(HANDOFFS, HANDOFF, LOCAL_PREFILLS, REPLAYS, DRAINS, DRAIN, STREAMS, WORKERS),
+)
+WORKER = (KV_BLOCKS, REQUESTS, STEP, PREEMPTIONS, LEASES)
