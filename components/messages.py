@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -89,6 +89,28 @@ class RouterOp(StrEnum):
     MIGRATE = "migrate"
     DRAIN = "drain"
     UNDRAIN = "undrain"
+    REPORT = "report"
+
+
+class Verdict(StrEnum):
+    """What a planner made of something."""
+
+    MOVE = "move"
+    RETIRE = "retire"
+    LEAVE = "leave"
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """One decision of a planner, with its reason, for people to read."""
+
+    at: float
+    """Unix time."""
+    policy: str
+    verdict: Verdict
+    reason: str
+    request_id: str = ""
+    source: str = ""
+    target: str = ""
 
 
 class RouterCall(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -101,6 +123,8 @@ class RouterCall(msgspec.Struct, frozen=True, omit_defaults=True):
     """A migration that was planned elsewhere only begins while the request is still on this worker."""
     mode: Mode = Mode.LIVE
     timeout_s: float = 60.0
+    decisions: Annotated[tuple[Decision, ...], msgspec.Meta(max_length=200)] = ()
+    """With ``REPORT``: what a planner has just decided."""
 
 
 class MoveRecord(msgspec.Struct, frozen=True):
@@ -117,6 +141,8 @@ class MoveRecord(msgspec.Struct, frozen=True):
     rounds: int = 0
     bytes: int = 0
     descriptors: int = 0
+    post_s: float = 0.0
+    wire_s: float = 0.0
     lane: str = ""
     downtime_s: float = 0.0
     """Last token from the source to first token from the target."""
@@ -125,6 +151,33 @@ class MoveRecord(msgspec.Struct, frozen=True):
     total_s: float = 0.0
     ended_at: float = 0.0
     """Unix time."""
+
+
+class EventKind(StrEnum):
+    """What happens to a request, in the order of a usual life."""
+
+    ARRIVED = "arrived"
+    PREFILL = "prefill"
+    """It was given to a prefill worker."""
+    DECODE = "decode"
+    """It was given to a decode worker, which also computes its prompt."""
+    COPYING = "copying"
+    """Its blocks are being copied to a worker while the old one goes on."""
+    FROZEN = "frozen"
+    SWITCHED = "switched"
+    """The worker owns it now."""
+    STAYS = "stays"
+    """The move failed, the old worker owns it again."""
+    REPLAYED = "replayed"
+    ENDED = "ended"
+
+
+class StreamEvent(msgspec.Struct, frozen=True):
+    """One step in the life of a request; ``at`` is Unix time."""
+
+    at: float
+    kind: EventKind
+    worker: str = ""
 
 
 class StreamInfo(msgspec.Struct, frozen=True):
@@ -138,6 +191,7 @@ class StreamInfo(msgspec.Struct, frozen=True):
     moving: bool = False
     moves: int = 0
     replays: int = 0
+    events: tuple[StreamEvent, ...] = ()
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):
@@ -156,6 +210,8 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     kv_bytes_per_token: int = 0
     report_age_s: float = 0.0
     """Time since the worker has last told its state."""
+    tokens_total: int = 0
+    """Tokens that this router has had from it."""
 
 
 class RouterReply(msgspec.Struct, frozen=True):
@@ -165,6 +221,10 @@ class RouterReply(msgspec.Struct, frozen=True):
     workers: tuple[WorkerInfo, ...] = ()
     streams: tuple[StreamInfo, ...] = ()
     moves: tuple[MoveRecord, ...] = ()
+    ended: tuple[StreamInfo, ...] = ()
+    """The last requests that are over."""
+    decisions: tuple[Decision, ...] = ()
+    """The planner's last moves, and what it leaves alone now."""
 
 
 T = TypeVar("T", bound=msgspec.Struct)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from components.router.client import RouterClient
 from planner_hooks.config import load
 from planner_hooks.controller import Controller
 from planner_hooks.observe import Observer
+from planner_hooks.report import decisions
 
 logger = logging.getLogger(__name__)
 _CONNECT_S = 30.0
@@ -37,6 +39,7 @@ class MigrationPlugin:
     def __init__(self, policy_file: str) -> None:
         self._policy = load(Path(policy_file))
         self._controller: Controller | None = None
+        self._client: RouterClient | None = None
         self._deciding: asyncio.Task[None] | None = None
 
     async def Propose(self, request: Any) -> Any:  # noqa: N802 (Dynamo looks the method up by this name)
@@ -50,13 +53,14 @@ class MigrationPlugin:
 
     async def _decide(self) -> None:
         try:
-            if self._controller is None:
+            if self._controller is None or self._client is None:
                 # The planner's own runtime already serves this port; the plugin is not given that runtime.
                 os.environ.pop("DYN_SYSTEM_PORT", None)
-                client = RouterClient(process.connect())
-                await asyncio.wait_for(client.connect(), _CONNECT_S)
-                self._controller = Controller(self._policy, client, Observer(self._policy.controller.cost))
+                self._client = RouterClient(process.connect())
+                await asyncio.wait_for(self._client.connect(), _CONNECT_S)
+                self._controller = Controller(self._policy, self._client, Observer(self._policy.controller.cost))
             plan = await self._controller.tick()
+            await self._client.report(decisions(plan, time.time()))
             if plan.moves or plan.retire:
                 logger.info("%d moves planned; %s", len(plan.moves), self._controller.summary())
         except (MigrateError, TimeoutError) as error:

@@ -243,6 +243,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     queued_prefill_tokens: int = 0
     scheduled_prefill_tokens: int = 0
     preemptions_total: int = 0
+    leases_expired_total: int = 0
+    """Requests ended because their owner was silent while they were on the move."""
     step_s: float = 0.0
     """Duration of the last forward step."""
 

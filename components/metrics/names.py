@@ -59,7 +59,10 @@ INTEGRITY = Metric("integrity_failures", Kind.COUNTER, "Migrations whose bytes w
 HANDOFFS = Metric("handoffs", Kind.COUNTER, "Hand-offs from prefill to decode, by outcome", ("outcome",))
 HANDOFF = Metric("handoff_seconds", Kind.HISTOGRAM, "End of prefill to first token of the decode worker", (), _SHORT)
 LOCAL_PREFILLS = Metric(
-    "local_prefills", Kind.COUNTER, "Prompts computed on a decode worker (no_worker, short, not_migratable)", ("reason",)
+    "local_prefills",
+    Kind.COUNTER,
+    "Prompts computed on decode workers (no_worker, short, not_migratable)",
+    ("reason",),
 )
 REPLAYS = Metric("replays", Kind.COUNTER, "Requests replayed after the loss of their worker", ("reason",))
 DRAINS = Metric("drains", Kind.COUNTER, "Drains of a worker, by outcome (done, failed)", ("outcome",))

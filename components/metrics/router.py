@@ -25,9 +25,7 @@ _REFUSED = (NoRoom.code, NotMigratable.code, "refused")
 class RouterMetrics:
     """See the module docstring. ``registry`` is what is exported."""
 
-    def __init__(
-        self, streams: Callable[[], Collection[Stream]], workers: Callable[[], Collection[Worker]]
-    ) -> None:
+    def __init__(self, streams: Callable[[], Collection[Stream]], workers: Callable[[], Collection[Worker]]) -> None:
         self.registry = registry = CollectorRegistry()
         self._moves = counter(names.MOVES, registry)
         self._refusals = counter(names.REFUSALS, registry)
@@ -110,9 +108,7 @@ class RouterMetrics:
 class _Now(Collector):
     """Gauges that are read when somebody scrapes, on Dynamo's thread."""
 
-    def __init__(
-        self, streams: Callable[[], Collection[Stream]], workers: Callable[[], Collection[Worker]]
-    ) -> None:
+    def __init__(self, streams: Callable[[], Collection[Stream]], workers: Callable[[], Collection[Worker]]) -> None:
         self._streams = streams
         self._workers = workers
 
@@ -121,6 +117,10 @@ class _Now(Collector):
         streams = list(self._streams())
         moving = sum(stream.lock.locked() for stream in streams)
         yield family(names.STREAMS, {("running",): len(streams) - moving, ("moving",): moving})
-        workers = Counter((w.role, "ready" if w.available else "draining") for w in list(self._workers()))
-        every = {(role, state): 0.0 for role in ("prefill", "decode") for state in ("ready", "draining")}
+        workers: Counter[tuple[str, ...]] = Counter(
+            (w.role, "ready" if w.available else "draining") for w in list(self._workers())
+        )
+        every: dict[tuple[str, ...], float] = {
+            (role, state): 0.0 for role in ("prefill", "decode") for state in ("ready", "draining")
+        }
         yield family(names.WORKERS, {**every, **workers})

@@ -20,7 +20,7 @@ import msgspec
 
 from components.engine.protocol import Frozen, KVOffer, LandingStatus
 from components.errors import DeadlineExceeded, MigrateError, NotMigratable, RequestNotFound, SessionError
-from components.messages import Generate, Mode, MoveRecord, WorkerOp
+from components.messages import EventKind, Generate, Mode, MoveRecord, WorkerOp
 from components.router.leg import Leg
 from components.router.stream import Stream
 from components.router.workers import Worker
@@ -123,9 +123,12 @@ class _Move:
         return msgspec.structs.replace(
             record,
             ok=True,
+            reason=": ".join(self._status.error) if self._status.error else "",
             rounds=self._status.rounds,
             bytes=self._status.bytes,
             descriptors=self._status.descriptors,
+            post_s=self._status.post_s,
+            wire_s=self._status.wire_s,
             lane=self._status.lane,
             downtime_s=downtime,
             added_stall_s=max(0.0, downtime - gap),
@@ -144,6 +147,7 @@ class _Move:
     async def _pre_copy(self) -> Leg:
         """Copy full blocks while the source decodes, until what is left is about one block."""
         offer = await self._offer()
+        self._stream.note(EventKind.COPYING, self._target)
         leg = self._stream.open(self._target, landing=offer)
         try:
             status = await self._landed(leg)
@@ -174,6 +178,7 @@ class _Move:
         reply = await self._source.worker.call(WorkerOp.FREEZE, self._request_id, timeout_s=self._stream.deadline_s)
         if reply.frozen is None:
             raise SessionError("the source froze the request without giving its state")
+        self._stream.note(EventKind.FROZEN, self._source.worker)
         return reply.frozen
 
     async def _landed(self, leg: Leg) -> LandingStatus:

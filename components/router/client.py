@@ -11,7 +11,7 @@ from typing import Any
 
 from components import process
 from components.errors import MigrateError, RequestNotFound, WorkerLost, from_code
-from components.messages import Mode, MoveRecord, RouterCall, RouterOp, RouterReply, pack, unpack
+from components.messages import Decision, Mode, MoveRecord, RouterCall, RouterOp, RouterReply, pack, unpack
 
 
 class RouterClient:
@@ -44,7 +44,16 @@ class RouterClient:
             workers=replies[0].workers,
             streams=tuple(s for r in replies for s in r.streams),
             moves=tuple(m for r in replies for m in r.moves),
+            ended=tuple(s for r in replies for s in r.ended),
+            decisions=tuple(d for r in replies for d in r.decisions),
         )
+
+    async def report(self, decisions: tuple[Decision, ...]) -> None:
+        """Tell one router what a planner has just decided, so that people can see it."""
+        for instance in self._client.instance_ids()[:1]:
+            call = RouterCall(RouterOp.REPORT, decisions=decisions)
+            async for _ in await self._client.direct(pack(call), instance, annotated=False):
+                pass
 
     async def migrate(self, request_id: str, worker: str, mode: Mode = Mode.LIVE, source: str = "") -> MoveRecord:
         """Move one request; with ``source`` only while it is there."""

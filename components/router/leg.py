@@ -40,6 +40,7 @@ class Leg:
                 if output.error is not None:
                     self.error = from_code(*output.error)
                     break
+                self.worker.tokens += len(output.token_ids)
                 self._stream.take(self, output)
                 if output.finish_reason is not None:
                     break

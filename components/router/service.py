@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
@@ -20,7 +21,23 @@ import msgspec
 from components import process
 from components.engine.protocol import FinishReason, Frozen, GenerateOutput
 from components.errors import DeadlineExceeded, InvalidRequest, MigrateError, NoRoom, RequestNotFound
-from components.messages import Mode, MoveRecord, RouterCall, RouterOp, RouterReply, WorkerOp, pack, unpack
+from components.messages import (
+    Decision,
+    EventKind,
+    Mode,
+    MoveRecord,
+    RouterCall,
+    RouterOp,
+    RouterReply,
+    StreamInfo,
+    Verdict,
+    WorkerOp,
+    pack,
+    unpack,
+)
+from components.metrics.export import expose
+from components.metrics.router import RouterMetrics
+from components.metrics.traces import export
 from components.migration.move import hand_over, migrate
 from components.router.openai import Responder, default_sampling, to_request
 from components.router.stream import Stream
@@ -40,6 +57,10 @@ class RouterService:
         self.pool = WorkerPool(runtime, process.namespace(), self._worker_drains)
         self.streams: dict[str, Stream] = {}
         self.moves: deque[MoveRecord] = deque(maxlen=1000)
+        self.ended: deque[StreamInfo] = deque(maxlen=200)
+        self._decisions: deque[Decision] = deque(maxlen=200)
+        self._left_alone: tuple[Decision, ...] = ()
+        self.metrics = RouterMetrics(self.streams.values, self.pool.workers.values)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def generate(self, payload: Any, context: Any) -> AsyncIterator[dict[str, Any]]:
@@ -77,6 +98,9 @@ class RouterService:
             watch.cancel()
             self.streams.pop(request.request_id, None)
             await stream.close()
+            stream.note(EventKind.ENDED)
+            self.ended.append(stream.describe())
+            export(self.ended[-1])
 
     def max_model_len(self) -> int:
         """Longest prompt and answer that every worker takes. Raises ``NoRoom`` before any has reported."""
@@ -95,11 +119,18 @@ class RouterService:
         single = stream.request.sampling.why_not_migratable() is not None
         if length > self._config.local_prefill_max_tokens and not single:
             try:
-                stream.owner = stream.open(self.pool.pick("prefill"), freeze_after=1)
+                worker = self.pool.pick("prefill")
+                stream.note(EventKind.PREFILL, worker)
+                stream.owner = stream.open(worker, freeze_after=1)
                 return
             except NoRoom as error:
+                self.metrics.prefilled_locally("no_worker")
                 logger.warning("request %s is prefilled on a decode worker: %s", stream.request.request_id, error)
-        stream.owner = stream.open(self.pool.pick("decode"))
+        else:
+            self.metrics.prefilled_locally("not_migratable" if single else "short")
+        worker = self.pool.pick("decode")
+        stream.note(EventKind.DECODE, worker)
+        stream.owner = stream.open(worker)
 
     async def _hand_over(self, stream: Stream, frozen: Frozen) -> None:
         """Prefill is done: find a decode worker, or let the prefill worker go on when there is none."""
@@ -113,10 +144,13 @@ class RouterService:
                     with contextlib.suppress(MigrateError):  # Its leg tells the loss of the worker.
                         await source.worker.call(WorkerOp.RESUME, stream.request.request_id)
                     return
+                began = time.monotonic()
                 try:
                     await hand_over(stream, worker, frozen)
+                    self.metrics.handed_off(time.monotonic() - began, True)
                     return
                 except MigrateError as error:
+                    self.metrics.handed_off(time.monotonic() - began, False)
                     logger.warning("hand-off of %s to %s: %s", stream.request.request_id, worker.name, error)
                     tried += (worker.instance,)
 
@@ -126,6 +160,7 @@ class RouterService:
             raise error
         exclude = (stream.owner.worker.instance,) if stream.owner else ()
         logger.warning("request %s is replayed: %s", stream.request.request_id, error)
+        self.metrics.replayed(error.code)
         for attempt in range(20):
             try:
                 worker = self.pool.pick("decode", exclude)
@@ -149,9 +184,11 @@ class RouterService:
         record = await migrate(stream, target, mode, rounds, planned_source)
         if not record.ok and mode is Mode.LIVE and not record.reason.startswith(("no_room", "not_migratable", "the ")):
             reason = record.reason
+            self.metrics.fell_back(mode, reason)
             record = await migrate(stream, target, Mode.STOP_AND_COPY, rounds)
             record = msgspec.structs.replace(record, reason=reason)
         self.moves.append(record)
+        self.metrics.moved(record)
         logger.info(
             "request %s: %s from %s to %s %s, downtime %.1f ms, added stall %.1f ms, %d bytes over %s %s",
             *(record.request_id, record.mode, record.source, record.target, "done" if record.ok else "failed"),
@@ -174,6 +211,16 @@ class RouterService:
 
     async def drain(self, worker: Worker, timeout_s: float) -> list[MoveRecord]:
         """Move every request of ours away from a worker. Raises ``DeadlineExceeded`` when some stay."""
+        began = time.monotonic()
+        try:
+            moved = await self._drain(worker, timeout_s)
+        except MigrateError:
+            self.metrics.drained(time.monotonic() - began, False)
+            raise
+        self.metrics.drained(time.monotonic() - began, True)
+        return moved
+
+    async def _drain(self, worker: Worker, timeout_s: float) -> list[MoveRecord]:
         worker.held_back = True
         limit = asyncio.Semaphore(self._config.max_migrations_per_worker)
         moved: list[MoveRecord] = []
@@ -214,6 +261,8 @@ class RouterService:
                     workers=tuple(w.describe() for w in self.pool.workers.values()),
                     streams=tuple(s.describe() for s in self.streams.values()),
                     moves=tuple(self.moves),
+                    ended=tuple(self.ended),
+                    decisions=(*self._decisions, *self._left_alone),
                 )
             case RouterOp.MIGRATE:
                 stream = self.streams.get(call.request_id)
@@ -226,6 +275,10 @@ class RouterService:
                 return RouterReply(moves=tuple(await self.drain(self.pool.find(call.worker), call.timeout_s)))
             case RouterOp.UNDRAIN:
                 self.pool.find(call.worker).held_back = False
+                return RouterReply()
+            case RouterOp.REPORT:
+                self._decisions.extend(d for d in call.decisions if d.verdict is not Verdict.LEAVE)
+                self._left_alone = tuple(d for d in call.decisions if d.verdict is Verdict.LEAVE)
                 return RouterReply()
         raise InvalidRequest(f"unknown call {call.op}")
 
@@ -249,6 +302,7 @@ async def serve() -> None:
         await asyncio.sleep(0.1)
     prefix = f"{process.edge_namespace()}.router"
     endpoint = runtime.endpoint(f"{prefix}.generate")
+    expose(service.metrics.registry, endpoint, process.edge_namespace(), "router")
     serving = [
         asyncio.ensure_future(endpoint.serve_endpoint(service.generate)),
         asyncio.ensure_future(runtime.endpoint(f"{prefix}.control").serve_endpoint(service.control)),

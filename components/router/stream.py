@@ -21,17 +21,19 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from typing import Any
 
 import msgspec
 
 from components.engine.protocol import Frozen, GenerateOutput, GenerateRequest, KVOffer
 from components.errors import DeadlineExceeded, MigrateError, SessionError, WorkerLost
-from components.messages import Generate, StreamInfo, WorkerOp
+from components.messages import EventKind, Generate, StreamEvent, StreamInfo, WorkerOp
 from components.router.leg import Cut, Leg, Timing
 from components.router.workers import Worker
 
 logger = logging.getLogger(__name__)
+_MAX_EVENTS = 256
 _LATE_S = 1.0
 """How long tokens of the old owner may lag behind those of the new one before they are taken from its state."""
 
@@ -52,6 +54,8 @@ class Stream:
         self.deadline_s = step_deadline_s
         """For each step of a migration."""
         self._born = time.monotonic()
+        self._events: deque[StreamEvent] = deque(maxlen=_MAX_EVENTS)
+        self.note(EventKind.ARRIVED)
         self._early: list[GenerateOutput] = []
         self._promised: tuple[int, ...] = ()
         """Tokens that the old owner made; taken as they are should it die before it delivered them."""
@@ -133,6 +137,10 @@ class Stream:
             self._deliver(GenerateOutput(len(self.tokens), missing))
         self._deliver_early()
 
+    def note(self, kind: EventKind, worker: Worker | None = None) -> None:
+        """Remember a step in the request's life, for people."""
+        self._events.append(StreamEvent(time.time(), kind, worker.name if worker else ""))
+
     def describe(self) -> StreamInfo:
         """Row for ``dynamo status``."""
         return StreamInfo(
@@ -144,6 +152,7 @@ class Stream:
             moving=self.lock.locked(),
             moves=self.moves,
             replays=self.replays,
+            events=tuple(self._events),
         )
 
     async def close(self) -> None:
@@ -158,6 +167,7 @@ class Stream:
     def switch(self, leg: Leg, frozen: Frozen) -> None:
         """Make a leg the owner, on probation. ``frozen`` is the state it starts from."""
         self._old, self.owner = self.owner, leg
+        self.note(EventKind.SWITCHED, leg.worker)
         self._promised = frozen.output_token_ids
         self._cut = Cut(len(frozen.output_token_ids), asyncio.get_running_loop().create_future())
         held, leg.held = leg.held, []
@@ -169,6 +179,7 @@ class Stream:
     def switch_back(self, source: Leg | None) -> None:
         """The new owner failed on probation: the old one owns the request again."""
         self.owner, self._old, self._cut = source, None, None
+        self.note(EventKind.STAYS, source.worker if source else None)
         self._early.clear()
         if source is not None and source.ended.is_set() and not self.finished:
             self.outputs.put_nowait(source.error or WorkerLost(f"worker {source.worker.name} has ended the request"))
@@ -179,6 +190,7 @@ class Stream:
         self._early.clear()
         self.replays += 1
         self.owner = self.open(worker)
+        self.note(EventKind.REPLAYED, worker)
         return lost
 
     async def first_token(self, leg: Leg) -> float:

@@ -36,6 +36,7 @@ class Worker:
         self.state = WorkerReply()
         self.reported = time.monotonic()
         self.moving = 0
+        self.tokens = 0
         self._generate = generate
         self._control = control
 
@@ -101,6 +102,7 @@ class Worker:
             max_num_seqs=info.max_num_seqs if info else 0,
             kv_bytes_per_token=info.kv_bytes_per_token if info else 0,
             report_age_s=time.monotonic() - self.reported,
+            tokens_total=self.tokens,
         )
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 from components.engine.protocol import Engine
 from components.errors import MigrateError
+from components.metrics.worker import WorkerMetrics
 
 logger = logging.getLogger(__name__)
 _INTERVAL_S = 0.5
 
 
-async def publish_forward_pass(engine: Engine, endpoint: Any) -> None:
+async def publish_forward_pass(engine: Engine, endpoint: Any, shown: WorkerMetrics) -> None:
     """Publish the engine's load twice a second until cancelled; a failing engine is somebody else's to notice."""
     from dynamo.llm import FpmDirectPublisher
 
@@ -27,6 +28,7 @@ async def publish_forward_pass(engine: Engine, endpoint: Any) -> None:
             except MigrateError as error:
                 logger.debug("no forward-pass metrics: %s", error)
                 continue
+            shown.stats = stats
             publisher.publish(
                 dp_rank=0,
                 scheduled_num_prefill_requests=int(stats.scheduled_prefill_tokens > 0),

@@ -21,6 +21,8 @@ from components import process
 from components.engine.protocol import Engine, EngineInfo, FinishReason, GenerateOutput, RequestId
 from components.errors import DeadlineExceeded, InvalidRequest, MigrateError, RequestNotFound
 from components.messages import Generate, WorkerCall, WorkerOp, WorkerReply, pack, unpack
+from components.metrics.export import expose
+from components.metrics.worker import WorkerMetrics
 from components.serve.config import WorkerConfig, load_component_config
 from components.worker.engines import build_engine
 from components.worker.metrics import publish_forward_pass
@@ -148,15 +150,17 @@ async def serve(component: str) -> None:
     runtime = process.connect()
     service = WorkerService(engine, info)
     prefix = f"{process.namespace()}.{component}"
+    endpoint, shown = runtime.endpoint(f"{prefix}.generate"), WorkerMetrics()
+    expose(shown.registry, endpoint, process.namespace(), component)
     serving = [
         asyncio.ensure_future(runtime.endpoint(f"{prefix}.control").serve_endpoint(service.control)),
-        asyncio.ensure_future(runtime.endpoint(f"{prefix}.generate").serve_endpoint(service.generate)),
+        asyncio.ensure_future(endpoint.serve_endpoint(service.generate)),
     ]
     try:
         process.ready()
         logger.info("%s serves %s: %d KV blocks of %d tokens", name, info.model, info.num_blocks, info.block_size)
         health = asyncio.ensure_future(_watch_health(engine))
-        metrics = asyncio.ensure_future(publish_forward_pass(engine, runtime.endpoint(f"{prefix}.generate")))
+        metrics = asyncio.ensure_future(publish_forward_pass(engine, endpoint, shown))
         await asyncio.wait([asyncio.ensure_future(stop.wait()), health, *serving], return_when=asyncio.FIRST_COMPLETED)
         if health.done():
             health.result()

@@ -17,6 +17,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from components.engine.paged.blocks import BlockPool
 from components.engine.paged.device import DeviceKV
 from components.engine.paged.landing import LandingZone
@@ -105,6 +107,7 @@ class PagedEngine:
         self._loop: asyncio.Task[None] | None = None
         self._arrivals = itertools.count()
         self._step_s = 0.0
+        self._leases_expired = 0
 
     async def start(self) -> EngineInfo:
         """Make the KV blocks and publish them. Raises ``ConfigError``, ``TransferError``."""
@@ -307,7 +310,8 @@ class PagedEngine:
 
     async def stats(self) -> EngineStats:
         """Load at this moment."""
-        return self._live.scheduler.stats(self._step_s)
+        stats = self._live.scheduler.stats(self._step_s)
+        return msgspec.structs.replace(stats, leases_expired_total=self._leases_expired)
 
     async def check_integrity(self) -> None:
         """Raise ``SessionError`` when blocks and requests do not add up."""
@@ -328,4 +332,5 @@ class PagedEngine:
     def _lease_over(self, active: Active) -> None:
         message = f"its owner was silent for {self._options.lease_s:g} s while the request was on the move"
         logger.warning("request %s ended: %s", active.request_id, message)
+        self._leases_expired += 1
         self._end(active, FinishReason.ERROR, (DeadlineExceeded.code, message))

@@ -80,6 +80,7 @@ class VLLMEngine:
         self._llm: Any = None
         self._info: EngineInfo | None = None
         self._live: dict[RequestId, _Live] = {}
+        self._leases_expired = 0
 
     @property
     def info(self) -> EngineInfo:
@@ -282,7 +283,8 @@ class VLLMEngine:
 
     async def stats(self) -> EngineStats:
         """Load at this moment."""
-        return _given((await self._call(Call(Op.STATS))).stats)
+        stats = _given((await self._call(Call(Op.STATS))).stats)
+        return msgspec.structs.replace(stats, leases_expired_total=self._leases_expired)
 
     async def check_integrity(self) -> None:
         """Raise ``SessionError`` when blocks and requests do not add up."""
@@ -318,6 +320,7 @@ class VLLMEngine:
     def _lease_over(self, request_id: RequestId) -> None:
         message = f"its owner was silent for {self._options.lease_s:g} s while the request was on the move"
         logger.warning("request %s ended: %s", request_id, message)
+        self._leases_expired += 1
         error = (DeadlineExceeded.code, message)
         task = asyncio.ensure_future(self._end(request_id, FinishReason.ERROR, error))
         task.add_done_callback(lambda done: done.exception())
