@@ -69,6 +69,8 @@ class WorkerReply(msgspec.Struct, frozen=True, omit_defaults=True):
     stats: EngineStats | None = None
     requests: tuple[RequestInfo, ...] = ()
     draining: bool = False
+    metrics: str = ""
+    """host:port of the worker's Prometheus metrics."""
     offer: KVOffer | None = None
     frozen: Frozen | None = None
     landing: LandingStatus | None = None
@@ -212,6 +214,8 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     """Time since the worker has last told its state."""
     tokens_total: int = 0
     """Tokens that this router has had from it."""
+    metrics: str = ""
+    """host:port of its Prometheus metrics."""
 
 
 class RouterReply(msgspec.Struct, frozen=True):
@@ -225,6 +229,8 @@ class RouterReply(msgspec.Struct, frozen=True):
     """The last requests that are over."""
     decisions: tuple[Decision, ...] = ()
     """The planner's last moves, and what it leaves alone now."""
+    metrics: tuple[str, ...] = ()
+    """host:port of each router's Prometheus metrics."""
 
 
 T = TypeVar("T", bound=msgspec.Struct)

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from components.cli import doctor, move, policy, serve
+from components.cli import doctor, move, policy, serve, top
 from components.errors import MigrateError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ serve.register(app)
 move.register(app)
 policy.register(app)
 doctor.register(app)
+top.register(app)
 
 
 def main() -> None:

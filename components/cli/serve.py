@@ -18,7 +18,9 @@ from rich.console import Console
 
 from components import models
 from components.cli.live import State, forget, remember
+from components.dashboard.launch import beside, page_port
 from components.errors import ConfigError
+from components.metrics.export import reachable
 from components.serve.graph import load
 from components.serve.plan import Plan, make_plan, parse_overrides, read_yaml
 from components.serve.servers import Servers, answers
@@ -29,6 +31,7 @@ _EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 Graph = Annotated[str, typer.Argument(help="graph and entry, e.g. graphs.disagg:Frontend")]
 Config = Annotated[Path | None, typer.Option("-f", "--config-file", help="YAML: component names and their keys")]
 NixlTransport = Annotated[Transport, typer.Option("--nixl-transport", help="lane that KV blocks take")]
+Page = Annotated[int | None, typer.Option("--dashboard", help="port of the web page; 0: none; default: next free")]
 Port = Annotated[int | None, typer.Option("-p", "--port", help="HTTP port of the frontend")]
 
 
@@ -64,6 +67,7 @@ def serve(
     config: Config = None,
     nixl_transport: NixlTransport = Transport.AUTO,
     port: Port = None,
+    dashboard: Page = None,
     only: Annotated[str, typer.Option(help="start only these components, joined by commas")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan as JSON and start nothing")] = False,
 ) -> None:
@@ -75,7 +79,7 @@ def serve(
     if dry_run:
         print(plan.shown())
         return
-    asyncio.run(_serve(plan, Console(), None))
+    asyncio.run(_serve(plan, Console(), None, dashboard))
 
 
 def demo(
@@ -84,6 +88,7 @@ def demo(
     config: Config = Path("configs/disagg.yaml"),
     nixl_transport: NixlTransport = Transport.AUTO,
     port: Port = None,
+    dashboard: Page = None,
     once: Annotated[bool, typer.Option("--once", help="stop after the first answer")] = False,
 ) -> None:
     """Start a graph, send one chat request, show its text and timing, then keep serving."""
@@ -94,10 +99,10 @@ def demo(
         await chat(plan, console)
         return once
 
-    asyncio.run(_serve(plan, console, first_request))
+    asyncio.run(_serve(plan, console, first_request, dashboard))
 
 
-async def _serve(plan: Plan, console: Console, then: Any) -> None:
+async def _serve(plan: Plan, console: Console, then: Any, dashboard: int | None) -> None:
     serves_http = any(p.component == "Frontend" for p in plan.processes)
     if serves_http and answers("127.0.0.1", plan.port, 0.5):
         raise ConfigError(f"port {plan.port} is in use: stop what listens there, or choose another with --port")
@@ -108,7 +113,13 @@ async def _serve(plan: Plan, console: Console, then: Any) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, supervisor.stop)
     jobs: list[asyncio.Task[None]] = []
+    shown = page_port(dashboard, plan.port) if serves_http else 0
     state = State(plan.namespace, variables["ETCD_ENDPOINTS"], plan.port, os.getpid())
+
+    async def page() -> None:
+        frontend = f"{reachable(plan.host)}:{plan.port}"
+        async with beside(shown, plan.host, frontend, variables | {"DYN_NAMESPACE": plan.namespace}):
+            await asyncio.Event().wait()
 
     async def after() -> None:
         if then is not None and await then():
@@ -118,11 +129,17 @@ async def _serve(plan: Plan, console: Console, then: Any) -> None:
         remember(state)
         if serves_http:
             console.print(f"[bold green]serving[/] {plan.model} on http://{plan.host}:{plan.port}/v1 (Ctrl-C stops)")
+            if shown:
+                console.print(f"[bold green]watch it[/] on http://{plan.host}:{shown} or with: dynamo top")
+                jobs.append(asyncio.ensure_future(page()))
         jobs.append(asyncio.ensure_future(after()))
 
     try:
         await supervisor.run(on_ready)
     finally:
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
         forget(state)
         servers.stop()
 

@@ -6,9 +6,10 @@ Dynamo calls us from a thread of its own when somebody scrapes; collectors must 
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from components.metrics.names import PREFIX, Kind, Metric
@@ -36,10 +37,23 @@ def family(metric: Metric, values: dict[tuple[str, ...], float]) -> Family:
     return found
 
 
+def reachable(host: str) -> str:
+    """The name under which Prometheus reaches a process that listens on ``host``; ``DYN_MIGRATE_METRICS_HOST`` wins."""
+    return os.environ.get("DYN_MIGRATE_METRICS_HOST") or ("127.0.0.1" if host == "0.0.0.0" else host)
+
+
+def address(host: str = "127.0.0.1") -> str:
+    """host:port of this process's ``/metrics``; empty when it has none."""
+    port = os.environ.get("DYN_SYSTEM_PORT", "")
+    return f"{reachable(host)}:{port}" if port else ""
+
+
 def expose(registry: CollectorRegistry, endpoint: Any, namespace: str, component: str, name: str = "generate") -> None:
     """Add the registry to the process's ``/metrics``, with Dynamo's labels."""
     from dynamo.common.utils.prometheus import register_engine_metrics_callback
 
+    # One gauge for each counter, with the time of its birth: nobody reads them.
+    disable_created_metrics()
     register_engine_metrics_callback(
         endpoint=endpoint,
         registry=registry,

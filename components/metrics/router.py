@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry
 from prometheus_client.registry import Collector
 
-from components.errors import IntegrityError, NoRoom, NotMigratable
+from components.errors import (
+    DeadlineExceeded,
+    IntegrityError,
+    NoRoom,
+    NotMigratable,
+    Refused,
+    TransferError,
+    WorkerLost,
+)
 from components.messages import Mode, MoveRecord
 from components.metrics import names
 from components.metrics.export import Family, counter, family, histogram
@@ -19,7 +27,7 @@ if TYPE_CHECKING:
     from components.router.stream import Stream
     from components.router.workers import Worker
 
-_REFUSED = (NoRoom.code, NotMigratable.code, "refused")
+_REFUSED = (NoRoom.code, NotMigratable.code, Refused.code)
 
 
 class RouterMetrics:
@@ -57,6 +65,12 @@ class RouterMetrics:
             self._drains.labels(outcome)
         for reason in ("no_worker", "short", "not_migratable"):
             self._local.labels(reason)
+        for code in _REFUSED:
+            self._refusals.labels(code)
+        for code in (TransferError.code, DeadlineExceeded.code):
+            self._fallbacks.labels(Mode.LIVE, code)
+        for code in (WorkerLost.code, DeadlineExceeded.code):
+            self._replays.labels(code)
 
     def moved(self, record: MoveRecord) -> None:
         """A migration has ended."""

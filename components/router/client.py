@@ -46,6 +46,7 @@ class RouterClient:
             moves=tuple(m for r in replies for m in r.moves),
             ended=tuple(s for r in replies for s in r.ended),
             decisions=tuple(d for r in replies for d in r.decisions),
+            metrics=tuple(m for r in replies for m in r.metrics),
         )
 
     async def report(self, decisions: tuple[Decision, ...]) -> None:

@@ -35,7 +35,7 @@ from components.messages import (
     pack,
     unpack,
 )
-from components.metrics.export import expose
+from components.metrics.export import address, expose
 from components.metrics.router import RouterMetrics
 from components.metrics.traces import export
 from components.migration.move import hand_over, migrate
@@ -263,6 +263,7 @@ class RouterService:
                     moves=tuple(self.moves),
                     ended=tuple(self.ended),
                     decisions=(*self._decisions, *self._left_alone),
+                    metrics=tuple(filter(None, (address(),))),
                 )
             case RouterOp.MIGRATE:
                 stream = self.streams.get(call.request_id)

@@ -103,6 +103,7 @@ class Worker:
             kv_bytes_per_token=info.kv_bytes_per_token if info else 0,
             report_age_s=time.monotonic() - self.reported,
             tokens_total=self.tokens,
+            metrics=self.state.metrics,
         )
 
 

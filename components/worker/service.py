@@ -21,7 +21,7 @@ from components import process
 from components.engine.protocol import Engine, EngineInfo, FinishReason, GenerateOutput, RequestId
 from components.errors import DeadlineExceeded, InvalidRequest, MigrateError, RequestNotFound
 from components.messages import Generate, WorkerCall, WorkerOp, WorkerReply, pack, unpack
-from components.metrics.export import expose
+from components.metrics.export import address, expose
 from components.metrics.worker import WorkerMetrics
 from components.serve.config import WorkerConfig, load_component_config
 from components.worker.engines import build_engine
@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 class WorkerService:
     """The two endpoints of a worker."""
 
-    def __init__(self, engine: Engine, info: EngineInfo) -> None:
+    def __init__(self, engine: Engine, info: EngineInfo, metrics: str = "") -> None:
+        self._metrics = metrics
         self._engine = engine
         self._info = info
         self.draining = False
@@ -103,6 +104,7 @@ class WorkerService:
                     stats=await engine.stats(),
                     requests=tuple(await engine.requests()),
                     draining=self.draining,
+                    metrics=self._metrics,
                 )
             case WorkerOp.OFFER:
                 return WorkerReply(offer=await engine.offer(request_id))
@@ -148,7 +150,7 @@ async def serve(component: str) -> None:
     engine = build_engine(config, name)
     info = await engine.start()
     runtime = process.connect()
-    service = WorkerService(engine, info)
+    service = WorkerService(engine, info, address(config.advertise_host))
     prefix = f"{process.namespace()}.{component}"
     endpoint, shown = runtime.endpoint(f"{prefix}.generate"), WorkerMetrics()
     expose(shown.registry, endpoint, process.namespace(), component)

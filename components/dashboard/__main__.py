@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serves the web page of a running system until SIGTERM: ``python -m components.dashboard --port 8001``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+
+from components import process
+from components.cli.live import join
+from components.dashboard.sample import Sampler
+from components.dashboard.server import Page, serve
+from components.router.client import RouterClient
+
+
+async def main() -> None:
+    """Connect, listen, wait."""
+    parser = argparse.ArgumentParser(prog="python -m components.dashboard", description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8001, help="port to listen on")
+    parser.add_argument("--frontend", default="", help="host:port of Dynamo's frontend, for Prometheus' targets")
+    arguments = parser.parse_args()
+    join()
+    stop = process.on_stop()
+    client = RouterClient(process.connect())
+    await client.connect()
+    sampler = Sampler(client)
+    sampling = asyncio.ensure_future(sampler.run())
+    runner = await serve(Page(sampler, arguments.frontend), arguments.host, arguments.port)
+    process.ready()
+    await stop.wait()
+    sampling.cancel()
+    await runner.cleanup()
+
+
+if __name__ == "__main__":
+    process.run(main)

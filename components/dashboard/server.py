@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The web page, as a process of its own: ``python -m components.dashboard --port 8001``.
+
+    /            the page
+    /api/state   the newest sample and the history, once
+    /api/stream  every new sample as a server-sent event
+    /targets     where Prometheus finds all metrics (its HTTP service discovery)
+
+It only reads: nothing here moves or drains. No address of another host is loaded (the page's policy forbids it).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from components.dashboard.sample import Sampler
+
+STATIC = Path(__file__).parent / "static"
+_HEADERS = {"Content-Security-Policy": "default-src 'self'", "X-Content-Type-Options": "nosniff"}
+
+
+class Page:
+    """The handlers. ``frontend`` is Dynamo's own HTTP address, whose metrics are listed too."""
+
+    def __init__(self, sampler: Sampler, frontend: str = "") -> None:
+        self._sampler = sampler
+        self._frontend = frontend
+
+    def application(self) -> web.Application:
+        """For ``aiohttp``."""
+        application = web.Application()
+        application.add_routes(
+            [
+                web.get("/", self.index),
+                web.get("/api/state", self.state),
+                web.get("/api/stream", self.stream),
+                web.get("/targets", self.targets),
+                web.static("/static", STATIC),
+            ]
+        )
+        application.on_response_prepare.append(_secure)
+        return application
+
+    async def index(self, _: web.Request) -> web.FileResponse:
+        """The page."""
+        return web.FileResponse(STATIC / "index.html")
+
+    async def state(self, _: web.Request) -> web.Response:
+        """Everything at once."""
+        sampler = self._sampler
+        everything = {"error": sampler.error, "latest": sampler.latest, "history": list(sampler.history)}
+        return web.Response(body=msgspec.json.encode(everything), content_type="application/json")
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        """Sample after sample until the browser goes."""
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+        await response.prepare(request)
+        while True:
+            await self._sampler.next()
+            sample = {"error": self._sampler.error, "latest": self._sampler.latest}
+            try:
+                await response.write(b"data: " + msgspec.json.encode(sample) + b"\n\n")
+            except ConnectionError:
+                return response
+
+    async def targets(self, _: web.Request) -> web.Response:
+        """Prometheus' HTTP service discovery."""
+        groups: list[dict[str, Any]] = []
+        if self._frontend:
+            groups.append({"targets": [self._frontend], "labels": {"component": "frontend"}})
+        latest = self._sampler.latest
+        if latest is not None:
+            groups += [{"targets": [a], "labels": {"component": "router"}} for a in latest.status.metrics]
+            for worker in latest.status.workers:
+                if worker.metrics:
+                    groups.append({"targets": [worker.metrics], "labels": {"component": worker.role}})
+        return web.json_response(groups)
+
+
+async def _secure(_: web.Request, response: web.StreamResponse) -> None:
+    response.headers.update(_HEADERS)
+
+
+async def serve(page: Page, host: str, port: int) -> web.AppRunner:
+    """Listen. Raises ``OSError`` when the port is taken. Close the result with ``cleanup``."""
+    runner = web.AppRunner(page.application(), shutdown_timeout=1.0)
+    await runner.setup()
+    await web.TCPSite(runner, host, port).start()
+    return runner

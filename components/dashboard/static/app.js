@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+// The page: reads /api/state once, then every sample from /api/stream. Only this file touches the document.
+import { bars } from "./lives.js";
+import { chart } from "./charts.js";
+
+const HISTORY = 600;
+const points = [];
+const tokens = chart(document.getElementById("tokens"), (v) => v.toFixed(0));
+const kv = chart(document.getElementById("kv"), (v) => `${(100 * v).toFixed(0)} %`, [0, 1]);
+
+const element = (name, text = "", className = "") => {
+  const made = document.createElement(name);
+  made.textContent = text;
+  if (className) made.className = className;
+  return made;
+};
+
+function meter(share) {
+  const made = document.createElement("meter");
+  Object.assign(made, { min: 0, max: 1, high: 0.9, low: 0.7, optimum: 0, value: share });
+  made.title = `${(100 * share).toFixed(0)} %`;
+  return made;
+}
+
+function table(id, columns, rows, empty) {
+  const head = element("tr");
+  head.append(...columns.map((column) => element("th", column)));
+  const body = rows.map((cells) => {
+    const row = element("tr");
+    for (const cell of cells) {
+      const made = cell instanceof Element && cell.tagName === "TD" ? cell : element("td");
+      if (cell instanceof Element && made !== cell) made.append(cell);
+      if (!(cell instanceof Element)) made.textContent = cell;
+      row.append(made);
+    }
+    return row;
+  });
+  if (!body.length) body.push(element("tr", empty, "empty"));
+  document.getElementById(id).replaceChildren(head, ...body);
+}
+
+function summary(point) {
+  const pairs = {
+    "tokens/s": point.tokens_per_s.toFixed(0), requests: point.streams, waiting: point.waiting, moving: point.moving,
+  };
+  document.getElementById("summary").replaceChildren(...Object.entries(pairs).map(([name, value]) => {
+    const pair = element("div");
+    pair.append(element("dt", name), element("dd", String(value)));
+    return pair;
+  }));
+}
+
+function workers({ point, status }) {
+  const infos = new Map(status.workers.map((worker) => [worker.worker, worker]));
+  table("workers", ["worker", "role", "KV use", "", "running", "waiting", "tokens/s", "step", "lanes", ""],
+    point.workers.map((load) => {
+      const info = infos.get(load.worker);
+      return [load.worker, load.role, meter(load.kv_use), `${(100 * load.kv_use).toFixed(0)} %`, load.running, load.waiting,
+        load.tokens_per_s.toFixed(0), info.stats ? `${(1e3 * info.stats.step_s).toFixed(1)} ms` : "?",
+        info.lanes.join(", "), element("td", info.draining ? "draining" : "", "draining")];
+    }), "no workers");
+}
+
+function moves(all) {
+  const last = [...all].sort((a, b) => b.ended_at - a.ended_at).slice(0, 12);
+  const most = Math.max(1, ...last.map((move) => move.bytes));
+  const rounds = Math.max(1, ...last.map((move) => move.rounds));
+  table("moves", ["request", "from", "to", "mode", "result", "downtime", "added stall", "rounds", "", "MB", "", "lane"],
+    last.map((move) => [move.request_id, move.source, move.target, move.mode,
+      element("td", move.ok ? "done" : "failed", move.ok ? "done" : "failed"),
+      `${(1e3 * move.downtime_s).toFixed(1)} ms`, `${(1e3 * move.added_stall_s).toFixed(1)} ms`,
+      move.rounds, meter(move.rounds / rounds), (move.bytes / 1e6).toFixed(1), meter(move.bytes / most),
+      element("td", [move.lane, move.reason].filter(Boolean).join(" "), "long")]), "none yet");
+}
+
+function decisions(all) {
+  const moved = all.filter((d) => d.verdict !== "leave").slice(-8).reverse();
+  const left = all.filter((d) => d.verdict === "leave").slice(0, 8);
+  table("decisions", ["policy", "decision", "request", "from", "to", "why"],
+    [...moved, ...left].map((d) => [d.policy, d.verdict, d.request_id, d.source, d.target, element("td", d.reason, "long")]),
+    "no planner reports here");
+}
+
+function charts() {
+  const at = points.map((point) => point.at);
+  const names = [...new Set(points.flatMap((point) => point.workers.map((load) => load.worker)))].sort();
+  const of = (worker, key) => points.map((point) => point.workers.find((load) => load.worker === worker)?.[key] ?? null);
+  tokens(at, names, names.map((name) => of(name, "tokens_per_s")));
+  kv(at, names, names.map((name) => of(name, "kv_use")));
+}
+
+function show({ error, latest }) {
+  const line = document.getElementById("error");
+  line.hidden = !error;
+  line.textContent = error;
+  if (!latest) return;
+  if (!points.length || points.at(-1).at !== latest.point.at) points.push(latest.point);
+  points.splice(0, points.length - HISTORY);
+  summary(latest.point);
+  workers(latest);
+  moves(latest.status.moves);
+  decisions(latest.status.decisions);
+  bars(document.getElementById("timeline"), [...latest.status.streams, ...latest.status.ended], latest.point.at);
+  charts();
+  document.body.dataset.samples = points.length;
+}
+
+async function start() {
+  const state = await (await fetch("/api/state")).json();
+  points.push(...state.history);
+  show(state);
+  const stream = new EventSource("/api/stream");
+  stream.onmessage = (event) => show(JSON.parse(event.data));
+  stream.onerror = () => show({ error: "no connection to the launcher", latest: null });
+}
+
+start();

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What people see of a served graph under load: metrics, dashboards, alerts, ``dynamo top`` and the web page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+from components.metrics import names
+from tests.integration.browser import chromium
+from tests.integration.graphs import PAGED, PROMPT, ROOT, Graph
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+DEPLOY = ROOT / "deploy"
+PANELS = json.loads((DEPLOY / "grafana/dashboards/migration.json").read_text())["panels"]
+RULES = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())["groups"][0]["rules"]
+EXPRESSIONS = {p["title"]: [t["expr"] for t in p["targets"]] for p in PANELS if "targets" in p}
+EXPRESSIONS |= {rule["alert"]: [rule["expr"]] for rule in RULES}
+
+
+@pytest.fixture(scope="module")
+def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
+    """A graph in which a request was moved live, one by replay, and a worker was drained."""
+    graph = Graph(tmp_path_factory.mktemp("observed"), overrides=PAGED)
+    try:
+        graph.wait(120)
+
+        def act(where: dict[str, str]) -> None:
+            (first, there), (second, _) = list(where.items())[:2]
+            for request, mode in ((first, "live"), (second, "replay")):
+                target = next(w["worker"] for w in decoding(graph) if w["worker"] != where[request])
+                assert graph.ask("migrate", request, target, mode)["ok"]
+            graph.ask("drain", there)
+            graph.ask("undrain", there)
+
+        graph.under_way([f"{i} {PROMPT}" for i in range(3)], 1500, act, temperature=0)
+        yield graph
+    finally:
+        assert graph.stop() == []
+
+
+def decoding(graph: Graph) -> list[dict[str, str]]:
+    return [w for w in graph.status()["workers"] if w["role"] == "decode"]
+
+
+def page_of(graph: Graph) -> str:
+    found = re.search(r"watch it on (http://\S+)", graph.log.read_text())
+    assert found, graph.log.read_text()[-2000:]
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+def scraped(busy: Graph) -> str:
+    """All metrics of the graph, found as Prometheus finds them."""
+    groups = httpx.get(f"{page_of(busy)}/targets").json()
+    assert sorted(group["labels"]["component"] for group in groups) == [
+        "decode",
+        "decode",
+        "frontend",
+        "prefill",
+        "router",
+    ]
+    return "\n".join(httpx.get(f"http://{group['targets'][0]}/metrics").text for group in groups)
+
+
+@pytest.mark.parametrize("metric", (*names.ROUTER, *names.WORKER), ids=lambda metric: metric.name)
+def test_every_metric_is_exported_with_dynamos_labels(metric: names.Metric, scraped: str) -> None:
+    series = metric.full_name + ("_count" if metric.kind is names.Kind.HISTOGRAM else "")
+    lines = [line for line in scraped.splitlines() if re.match(rf"{series}[{{ ]", line)]
+    assert lines
+    for label in (*metric.labels, "dynamo_namespace", "dynamo_component", "dynamo_endpoint"):
+        assert f'{label}="' in lines[0]
+
+
+@pytest.mark.parametrize("where", EXPRESSIONS)
+def test_no_panel_and_no_alert_is_without_data(where: str, scraped: str) -> None:
+    for expression in EXPRESSIONS[where]:
+        for name in re.findall(r"\bdynamo_\w+", re.sub(r"by \([^)]*\)", "", expression)):
+            assert re.search(rf"^{name}[{{ ]", scraped, re.M), f"{name} of {where} is not exported"
+
+
+def test_counts_are_those_of_what_happened(scraped: str) -> None:
+    def total(name: str, **labels: str) -> float:
+        found = re.findall(rf"^{names.PREFIX}_{name}{{([^}}]*)}} (\S+)$", scraped, re.M)
+        return sum(float(v) for text, v in found if all(f'{k}="{x}"' in text for k, x in labels.items()))
+
+    assert total("moves_total", mode="live", outcome="done") >= 1
+    assert total("moves_total", mode="replay", outcome="done") == 1
+    assert total("drains_total", outcome="done") == 1
+    assert total("handoffs_total", outcome="done") == 3
+    assert total("bytes_total", mode="live") > 0
+    assert total("downtime_seconds_count", mode="live") == total("moves_total", mode="live", outcome="done")
+
+
+def test_status_tells_the_life_of_each_request(busy: Graph) -> None:
+    ended = busy.status()["ended"]
+    kinds = [[event["kind"] for event in stream["events"]] for stream in ended]
+    assert all(life[0] == "arrived" and life[-1] == "ended" for life in kinds)
+    assert any("copying" in life and "frozen" in life for life in kinds)
+    for stream in ended:
+        times = [event["at"] for event in stream["events"]]
+        assert times == sorted(times)
+
+
+def test_top_shows_workers_and_migrations(busy: Graph) -> None:
+    done = busy.command("top", "--once")
+    assert done.returncode == 0, done.stderr
+    for word in ("tokens/s", "decode", "prefill", "last migrations", "done"):
+        assert word in done.stdout
+
+
+def test_the_page_shows_the_same_in_a_browser(busy: Graph) -> None:
+    with chromium() as browser, ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(busy.complete, f"page {i} {PROMPT}", 2500, temperature=0) for i in range(3)]
+        browser.get(page_of(busy))
+        wait = WebDriverWait(browser, 30)
+        wait.until(lambda b: int(b.find_element(By.TAG_NAME, "body").get_attribute("data-samples") or 0) >= 4)
+        wait.until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "#timeline rect.decode")) >= 3)
+        rows = browser.find_elements(By.CSS_SELECTOR, "#workers tr")
+        assert len(rows) == 4
+        assert browser.find_elements(By.CSS_SELECTOR, "#moves td.done")
+        assert len(browser.find_elements(By.CSS_SELECTOR, ".chart canvas")) == 2
+        assert browser.find_elements(By.CSS_SELECTOR, "#timeline rect.copying")
+        if folder := os.environ.get("DYNAMO_MIGRATE_SCREENSHOTS"):
+            browser.save_screenshot(str(Path(folder) / "dashboard.png"))
+        browser.refresh()  # The history comes back at once.
+        wait.until(lambda b: int(b.find_element(By.TAG_NAME, "body").get_attribute("data-samples") or 0) >= 4)
+        severe = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+        assert severe == []
+        for text in running:
+            text.result(120)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files under ``deploy/``: what can be checked without building an image or having a cluster."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from components.serve.config import RouterConfig, WorkerConfig, parse
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+GRAPH = yaml.safe_load((DEPLOY / "kubernetes/graph.yaml").read_text())
+SERVICES: dict[str, Any] = GRAPH["spec"]["services"]
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+    command = ["hadolint", "-c", str(DEPLOY / "hadolint.yaml"), str(DEPLOY / "Dockerfile")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_dockerfile_copies_what_exists_and_installs_known_extras() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    assert set(re.findall(r" AS (\w+)", text)) == {"cpu", "cuda"}
+    for line in re.findall(r"^COPY (.+) \S+$", text, re.M):
+        assert all((ROOT / name).exists() for name in line.split()), line
+    extras = (ROOT / "pyproject.toml").read_text()
+    for names in re.findall(r"'\.\[([\w,]+)\]'", text):
+        assert all(re.search(rf"^{name} = \[", extras, re.M) for name in names.split(","))
+
+
+def test_compose_mounts_files_that_exist_and_depends_on_known_services() -> None:
+    for name, service in COMPOSE["services"].items():
+        assert "image" in service or (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert source in COMPOSE["volumes"] or (DEPLOY / source).exists(), (name, volume)
+        assert set(service.get("depends_on", {})) <= set(COMPOSE["services"])
+
+
+def test_compose_serves_a_graph_that_the_launcher_accepts() -> None:
+    from components.serve.graph import load
+    from components.serve.plan import make_plan, parse_overrides, read_yaml
+    from components.transfer.config import Transport
+
+    command = COMPOSE["services"]["graph"]["command"]
+    overrides = [argument for argument in command if re.match(r"--\w+\.", argument)]
+    plan = make_plan(load(command[1]), read_yaml(ROOT / command[3]), parse_overrides(overrides), Transport.SHM, {})
+    assert plan.host == "0.0.0.0" and plan.port == 8000
+
+
+def test_promtool_accepts_the_alert_rules() -> None:
+    if shutil.which("promtool") is None:
+        pytest.skip("no promtool here: apt-get install prometheus")
+    command = ["promtool", "check", "rules", str(DEPLOY / "prometheus/alerts.yml")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_pods_of_the_graph_are_valid_kubernetes(name: str) -> None:
+    spec = dict(SERVICES[name]["extraPodSpec"])
+    container = {"name": "main"} | spec.pop("mainContainer")
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": spec | {"containers": [container]}}
+    kubernetes_validate.validate(pod, "1.34", strict=True)
+
+
+@pytest.mark.parametrize("name", [name for name in SERVICES if name.endswith("Worker")])
+def test_workers_drain_before_they_end_and_have_rdma(name: str) -> None:
+    service = SERVICES[name]
+    pod, container = service["extraPodSpec"], service["extraPodSpec"]["mainContainer"]
+    config = next(e["value"] for e in container["env"] if e["name"] == "DYN_MIGRATE_CONFIG")
+    worker = parse(WorkerConfig, name, json.loads(config))
+    assert pod["terminationGracePeriodSeconds"] > worker.drain_grace_s
+    assert "kill -TERM 1" in container["lifecycle"]["preStop"]["exec"]["command"][2]
+    assert service["resources"]["limits"]["custom"]["rdma/ib"] == "2"
+    assert int(service["resources"]["limits"]["gpu"]) == worker.tensor_parallel_size
+    assert container["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
+    assert Path(ROOT / f"components/worker/{container['command'][2].rpartition('.')[2]}.py").is_file()
+
+
+def test_the_router_has_a_valid_configuration() -> None:
+    [config] = SERVICES["Router"]["extraPodSpec"]["mainContainer"]["env"]
+    assert parse(RouterConfig, "Router", json.loads(config["value"])).model
