@@ -58,9 +58,7 @@ def main() -> None:
     result = handle.wait(15)
 
     print(f"{result.bytes / 1e6:.1f} MB in {result.descriptors} descriptors over {result.lane}")
-    print(
-        f"post {result.post_s * 1e3:.2f} ms, wire {result.wire_s * 1e3:.2f} ms, {result.verified_blocks} blocks verified"
-    )
+    print(f"post {result.post_s * 1e3:.2f} ms, wire {result.wire_s * 1e3:.2f} ms, {result.verified_blocks} verified")
     for number, layer in enumerate(layers):
         if not bool((layer[:3] == number + 1).all()) or bool(layer[3:].any()):
             raise SystemExit(f"layer {number} is not what was sent")
