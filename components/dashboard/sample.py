@@ -99,8 +99,8 @@ class Sampler:
         rates = dict.fromkeys(totals, 0.0)
         if self._before is not None:
             then, before = self._before
-            for worker, total in totals.items():
-                rates[worker] = max(0, total - before.get(worker, total)) / max(0.1, now - then)
+            for name, total in totals.items():
+                rates[name] = max(0, total - before.get(name, total)) / max(0.1, now - then)
         self._before = (now, totals)
         loads = []
         for worker in sorted(status.workers, key=lambda w: (w.role, w.worker)):
