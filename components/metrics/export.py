@@ -53,7 +53,7 @@ def expose(registry: CollectorRegistry, endpoint: Any, namespace: str, component
     from dynamo.common.utils.prometheus import register_engine_metrics_callback
 
     # One gauge for each counter, with the time of its birth: nobody reads them.
-    disable_created_metrics()
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     register_engine_metrics_callback(
         endpoint=endpoint,
         registry=registry,

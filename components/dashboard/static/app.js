@@ -22,6 +22,12 @@ function meter(share) {
   return made;
 }
 
+function share(value) {
+  const made = document.createElement("progress");
+  Object.assign(made, { max: 1, value });
+  return made;
+}
+
 function table(id, columns, rows, empty) {
   const head = element("tr");
   head.append(...columns.map((column) => element("th", column)));
@@ -66,10 +72,10 @@ function moves(all) {
   const most = Math.max(1, ...last.map((move) => move.bytes));
   const rounds = Math.max(1, ...last.map((move) => move.rounds));
   table("moves", ["request", "from", "to", "mode", "result", "downtime", "added stall", "rounds", "", "MB", "", "lane"],
-    last.map((move) => [move.request_id, move.source, move.target, move.mode,
+    last.map((move) => [move.request_id.slice(0, 13), move.source, move.target, move.mode,
       element("td", move.ok ? "done" : "failed", move.ok ? "done" : "failed"),
       `${(1e3 * move.downtime_s).toFixed(1)} ms`, `${(1e3 * move.added_stall_s).toFixed(1)} ms`,
-      move.rounds, meter(move.rounds / rounds), (move.bytes / 1e6).toFixed(1), meter(move.bytes / most),
+      move.rounds, share(move.rounds / rounds), (move.bytes / 1e6).toPrecision(3), share(move.bytes / most),
       element("td", [move.lane, move.reason].filter(Boolean).join(" "), "long")]), "none yet");
 }
 
@@ -77,7 +83,7 @@ function decisions(all) {
   const moved = all.filter((d) => d.verdict !== "leave").slice(-8).reverse();
   const left = all.filter((d) => d.verdict === "leave").slice(0, 8);
   table("decisions", ["policy", "decision", "request", "from", "to", "why"],
-    [...moved, ...left].map((d) => [d.policy, d.verdict, d.request_id, d.source, d.target, element("td", d.reason, "long")]),
+    [...moved, ...left].map((d) => [d.policy, d.verdict, d.request_id.slice(0, 13), d.source, d.target, element("td", d.reason, "long")]),
     "no planner reports here");
 }
 
