@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 _PASSIVE_WORK = frozenset({Transport.TCP, Transport.IB, Transport.NVLINK})
 """Lanes on which the side that is read from takes part in moving the bytes."""
 _PIECE_BYTES = {"cuda": 256 << 20, "cpu": 32 << 20}
-_STAGING_SLOTS = {"cuda": 8, "cpu": 4}
 _STAGING_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
 
 
@@ -156,7 +155,7 @@ def _nixl(config: AgentConfig, epoch: str, host: str, regions: list[Region], dir
     staging = None
     if _may_stage(config, device):
         limit = config.staging_bytes or _STAGING_BYTES.get(device, 64 << 20)
-        staging = Staging(regions, limit, _STAGING_SLOTS.get(device, 4))
+        staging = Staging(regions, limit)
     memory = [region.tensor for region in regions] + ([staging.buffer] if staging else [])
     own_thread = config.transport in _PASSIVE_WORK
     piece = config.piece_bytes or _PIECE_BYTES.get(device, 32 << 20)
