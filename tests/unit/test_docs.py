@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation: links lead somewhere, code blocks are right, the reference is current."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+import yaml
+
+from components.cli import app
+from scripts.reference import TARGET, text
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^[ ]*```(\w+)\n(.*?)^[ ]*```", re.M | re.S)
+IDS = [page.name for page in PAGES]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [code for kind, code in FENCE.findall(page.read_text()) if kind == language]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_links_lead_to_files_that_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_python_and_yaml_blocks_are_right(page: Path) -> None:
+    for code in blocks(page, "python"):
+        compile(code, str(page), "exec", flags=0x2000)  # Top-level await, as in a notebook.
+    for code in blocks(page, "yaml"):
+        yaml.safe_load(code)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_commands_in_blocks_exist_with_their_options(page: Path) -> None:
+    for code in blocks(page, "sh"):
+        for line in code.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["dynamo"]:
+                check_dynamo(words[1:])
+            elif words[:2] == ["python", "-m"]:
+                assert importlib.util.find_spec(words[2]), line
+            elif words[:1] == ["make"]:
+                assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), line
+
+
+def check_dynamo(words: list[str]) -> None:
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        name = words.pop(0)
+        assert name in command.commands, name
+        command = command.commands[name]
+    known = {option for given in command.params for option in given.opts}
+    for word in words:
+        option = word.partition("=")[0]
+        if option.startswith("-") and "." not in option:
+            assert option in known, f"{command.name} has no {option}"
+        if word.startswith("configs/"):
+            assert (ROOT / word).is_file(), word
+
+
+def test_the_policy_of_the_tutorial_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from planner_hooks.config import parse
+    from planner_hooks.snapshot import Snapshot
+    from tests.unit.planner_hooks.clusters import cluster, request
+
+    page = ROOT / "docs" / "tutorial-policy.md"
+    [code], [settings] = blocks(page, "python"), blocks(page, "yaml")
+    (tmp_path / "my_policies").mkdir()
+    (tmp_path / "my_policies" / "relieve.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    policy = parse(yaml.safe_load(settings)).build("relieve")
+    crowded = cluster([request(f"r{i}", "w0", 2900) for i in range(3)])
+    assert policy.plan(Snapshot.of(crowded)).moves
+    assert not policy.plan(Snapshot.of(cluster([request("r", "w0", 100)]))).moves
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    assert TARGET.read_text() == text(), "run: python -m scripts.reference"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(re.findall(r": ([\w.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
+    assert listed == {page.name for page in PAGES[1:]}
