@@ -34,6 +34,9 @@ _ALERT_S = 100e-6
 _ALERT_FOR_S = 0.5
 """For so long after the last transfer a next one is expected soon."""
 _IDLE_S = 1e-3
+_QUIET_AFTER_S = 2.0
+_QUIET_S = 4e-3
+"""Nobody has moved anything for a while: each look at the peers takes the GIL from the engine's steps."""
 
 
 @dataclass
@@ -98,8 +101,7 @@ class Worker:
 
     def _take(self, block: bool) -> bool:
         taken = False
-        alert = self._clock() - self._last_work < _ALERT_FOR_S
-        wait = (_ALERT_S if alert else _IDLE_S) if block else 0.0
+        wait = self._pause() if block else 0.0
         while True:
             try:
                 job = self._queue.get(block=wait > 0, timeout=wait or None)
@@ -109,6 +111,12 @@ class Worker:
             if job is not None:
                 self._jobs.append(job)
                 taken = True
+
+    def _pause(self) -> float:
+        quiet = self._clock() - self._last_work
+        if quiet < _ALERT_FOR_S:
+            return _ALERT_S
+        return _IDLE_S if quiet < _QUIET_AFTER_S else _QUIET_S
 
     def _progress(self) -> bool:
         worked = False
