@@ -88,6 +88,9 @@ def write_report(report: Report, path: Path, raw: Path) -> None:
         "",
     ]
     lines += _overhead(report)
+    for other in sorted(raw.parent.glob("serving-overhead-*.json")):
+        # The same with another model: its steps decide how much of them the rest is.
+        lines += _overhead(msgspec.json.decode(other.read_bytes(), type=Report))
     lines += _disturbed(report)
     lines += _open(report)
     lines += _saved(report)
@@ -122,7 +125,7 @@ def _overhead(report: Report) -> list[str]:
     if not report.overhead:
         return []
     lines = [
-        "## Router and connector without migrations",
+        f"## Router and connector without migrations: {report.model}",
         "",
         f"With: {_TITLES[Kind.OURS_AGG]}. Without: {_TITLES[Kind.STOCK_AGG]}. Both up at once, runs in turn. "
         "Goal: throughput at least 0.98, p99 TTFT at most 1.05. Median of the repeats, lowest to highest in brackets; "
