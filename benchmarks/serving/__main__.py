@@ -7,6 +7,7 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -70,14 +71,19 @@ def main(
         scale = msgspec.structs.replace(scale, trace=str(trace or ""))
         found = Report(machine(), model, transport.value, scale, Slo(), time.strftime("%Y-%m-%d"))
         chosen = [Workload(word) for word in workloads.split(",") if word]
+        before = msgspec.json.decode(json.read_bytes(), type=Report) if add and json.is_file() else None
+
+        def keep() -> None:
+            # After every run: what was measured survives whatever happens to the next one.
+            whole = merge(before, found) if before else found
+            json.parent.mkdir(parents=True, exist_ok=True)
+            json.write_bytes(msgspec.json.format(msgspec.json.encode(whole), indent=0))
+
         with tempfile.TemporaryDirectory(prefix="dynamo-migrate-bench-") as scratch, Load(Path(scratch)) as load:
             if load.read() != "ready":
                 raise MigrateError("vllm bench serve did not start")
-            _run(found, load, systems, chosen, repeats or (1 if quick else 3), 4 if quick else 0, logs, console)
-        json.parent.mkdir(parents=True, exist_ok=True)
-        if add and json.is_file():
-            found = merge(msgspec.json.decode(json.read_bytes(), type=Report), found)
-        json.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=0))
+            _run(found, load, systems, chosen, repeats or (1 if quick else 3), 4 if quick else 0, logs, console, keep)
+        keep()
     write_report(msgspec.json.decode(json.read_bytes(), type=Report), report, json)
     console.print(f"{report} is written from {json}")
 
@@ -91,6 +97,7 @@ def _run(
     at_once: int,
     logs: Path | None,
     console: Console,
+    keep: Callable[[], None],
 ) -> None:
     names = [word.strip() for word in systems.split(",") if word.strip()]
     for kind, planned in _PLAN.items():
@@ -100,7 +107,7 @@ def _run(
         try:
             with running(kind, found.model, Transport(found.transport), logs) as system:
                 console.print(f"{kind}: up")
-                _system(found, load, system, todo, repeats, console)
+                _system(found, load, system, todo, repeats, console, keep)
         except MigrateError as error:
             console.print(f"[red]{kind}: {error}")
             found.errors.append(f"{kind}: {error}")
@@ -122,7 +129,15 @@ def _run(
             found.errors.append(f"overhead: {error}")
 
 
-def _system(found: Report, load: Load, system: System, todo: list[Workload], repeats: int, console: Console) -> None:
+def _system(
+    found: Report,
+    load: Load,
+    system: System,
+    todo: list[Workload],
+    repeats: int,
+    console: Console,
+    keep: Callable[[], None],
+) -> None:
     load.run(system, arrivals(Workload.STEADY, Scale(4.0, 2.0)), found.scale.seed)  # Warm up.
     once = (Workload.RESTART, Workload.SCALE_DOWN)
     control = Control(system) if system.kind.ours else None
@@ -133,6 +148,7 @@ def _system(found: Report, load: Load, system: System, todo: list[Workload], rep
                     continue
                 run = _one(found, load, system, control, workload, repeat)
                 found.runs.append(run)
+                keep()
                 failed = sum(s.failed for s in run.samples)
                 console.print(
                     f"{system.kind}: {workload}: {len(run.samples)} requests, {failed} failed, "

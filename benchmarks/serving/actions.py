@@ -18,7 +18,7 @@ from benchmarks.serving.metrics import Event
 from benchmarks.serving.systems import Part, System, raise_priority
 
 Action = Callable[[System, Control | None, threading.Event], list[Event]]
-_NICE = 10
+_NICE = 5
 _LEAD_S = 3.0
 """Time of undisturbed load before the first action."""
 

@@ -48,11 +48,11 @@ class Report(msgspec.Struct):
 def merge(old: Report, new: Report) -> Report:
     """The new runs, and the old ones of pairs of system and workload that were not run again."""
     again = {(run.system, run.workload) for run in new.runs}
-    new.runs = [run for run in old.runs if (run.system, run.workload) not in again] + new.runs
+    kept = [run for run in old.runs if (run.system, run.workload) not in again]
+    merged = msgspec.structs.replace(new, runs=kept + new.runs, profiles=new.profiles or old.profiles)
     if not new.overhead:
-        new.overhead, new.hop = old.overhead, old.hop
-    new.profiles = new.profiles or old.profiles
-    return new
+        merged.overhead, merged.hop = old.overhead, old.hop
+    return merged
 
 
 def _of(report: Report, kind: Kind, workload: Workload) -> list[Run]:

@@ -142,6 +142,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="length")] = 30.0,
     engine: Annotated[str, typer.Option(help="vllm, or paged: real KV blocks and transfers without a model")] = "vllm",
     model: Annotated[str, typer.Option(help="as in configs/disagg.yaml")] = "tiny-llama",
+    distinct: Annotated[int, typer.Option(help="different requests, each of which is first answered in peace")] = 40,
     at_once: Annotated[int, typer.Option(help="requests that run at once")] = 6,
     every_s: Annotated[float, typer.Option(help="seconds between migrations")] = 1.0,
     restart_s: Annotated[float, typer.Option(help="seconds between restarts of a worker")] = 300.0,
@@ -164,7 +165,7 @@ def main(
         running(Kind.OURS, model, transport, logs or Path(scratch), tuple(overrides)) as system,
     ):
         console.print(f"up: {', '.join(part.name for part in system.parts)}")
-        asyncio.run(_soak(system, report, at_once, every_s, restart_s, longest, seed, console))
+        asyncio.run(_soak(system, report, distinct, at_once, every_s, restart_s, longest, seed, console))
     json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=0))
     plot(report.lives, report.restarts_s, picture)
     for title, found in (
@@ -186,6 +187,7 @@ def main(
 async def _soak(
     system: System,
     report: Report,
+    distinct: int,
     at_once: int,
     every_s: float,
     restart_s: float,
@@ -193,7 +195,7 @@ async def _soak(
     seed: int,
     console: Console,
 ) -> None:
-    traffic = Traffic(system.url, bodies(report.model, 40, seed, longest), seed)
+    traffic = Traffic(system.url, bodies(report.model, distinct, seed, longest), seed)
     await Soak(system, report, traffic, console).run(at_once, every_s, restart_s)
     await traffic.close()
     tally = traffic.tally
