@@ -46,9 +46,12 @@ def self_time(path: Path, when: str, process: str, seconds: int) -> Profile:
     ours: collections.Counter[str] = collections.Counter()
     for line in path.read_text().splitlines():
         stack, _, count = line.rpartition(" ")
-        frames = stack.split(";")
+        frames = [frame for frame in stack.split(";") if not frame.startswith("process ")]
+        if not frames:
+            continue
         functions[_short(frames[-1])] += int(count)
-        mine = [frame for frame in frames if "/components/" in frame]
+        # What only ``asyncio.run`` of this package is under is the event loop's.
+        mine = [frame for frame in frames if "/components/" in frame and "/components/process.py" not in frame]
         if mine:
             ours[_short(mine[-1])] += int(count)
     total = max(1, functions.total())

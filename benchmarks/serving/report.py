@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -301,7 +302,9 @@ def _profiles(report: Report) -> list[str]:
     for profile in report.profiles:
         rows = [
             [f"`{name}`", f"{100 * share:.1f}%", f"`{mine}`", f"{100 * part:.1f}%"]
-            for (name, share), (mine, part) in zip(profile.top[:5], profile.ours[:5], strict=False)
+            for (name, share), (mine, part) in itertools.zip_longest(
+                profile.top[:5], profile.ours[:5], fillvalue=("-", 0.0)
+            )
         ]
         header = ["self time", "share", "of this package, with callees", "share"]
         title = f"### {profile.process}, {profile.when}: {profile.samples} samples with the GIL in {profile.seconds} s"
