@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -25,6 +26,8 @@ top.register(app)
 
 def main() -> None:
     """Entry point: errors of this package become one line and exit code 2."""
+    # As with ``python -m``: graphs and policies of the user's own folder can be named.
+    sys.path.insert(0, os.getcwd())
     try:
         app()
     except MigrateError as error:

@@ -20,6 +20,8 @@ from components.messages import Mode, MoveRecord, RouterReply
 from components.router.client import RouterClient
 
 T = TypeVar("T")
+_WHOLE = {"worker": 8, "from": 8, "to": 8, "request": 36}
+"""Ids are arguments of other commands: a narrow terminal must not cut them."""
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 
 
@@ -66,7 +68,7 @@ def _tables(reply: RouterReply) -> None:
     console = Console()
     table = Table(title="workers")
     for column in ("worker", "role", "running", "waiting", "KV use", "epoch", "lanes", ""):
-        table.add_column(column)
+        table.add_column(column, min_width=_WHOLE.get(column))
     for w in reply.workers:
         s = w.stats
         used = f"{1 - s.free_blocks / max(1, s.total_blocks):.0%}" if s else "?"
@@ -76,7 +78,7 @@ def _tables(reply: RouterReply) -> None:
     console.print(table)
     table = Table(title="requests")
     for column in ("request", "worker", "prompt", "output", "age s", "moves", "replays"):
-        table.add_column(column)
+        table.add_column(column, min_width=_WHOLE.get(column))
     for r in reply.streams:
         numbers = (str(r.prompt_tokens), str(r.output_tokens), f"{r.age_s:.1f}", str(r.moves), str(r.replays))
         table.add_row(r.request_id, r.worker, *numbers)
@@ -87,7 +89,7 @@ def _tables(reply: RouterReply) -> None:
 def _moves(moves: list[MoveRecord]) -> None:
     table = Table(title="migrations")
     for column in ("request", "from", "to", "mode", "result", "downtime ms", "added stall ms", "rounds", "MB", "lane"):
-        table.add_column(column)
+        table.add_column(column, min_width=_WHOLE.get(column))
     for m in moves:
         result = "done" if m.ok else m.reason
         numbers = (f"{m.downtime_s * 1e3:.1f}", f"{m.added_stall_s * 1e3:.1f}", str(m.rounds), f"{m.bytes / 1e6:.1f}")
