@@ -18,7 +18,7 @@ OUTPUT = """
 [1.0] [vm:1:1]   | ucp_context_0 inter-node cfg#2 | remote memory write by ucp_put*(multi) from cuda/GPU0 memory to cuda |
 [1.0] [vm:1:1]   |                        0..2047 | short                                           | tcp/eth0 |
 [1.0] [vm:1:1]   |                      2048..inf | zero-copy              | 50% on rc_mlx5/mlx5_0:1 and 50% on rc_mlx5/mlx5_1:1 |
-"""
+"""  # noqa: E501
 
 
 def test_lanes_by_place_and_operation() -> None:
