@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,12 @@ SERVICES: dict[str, Any] = GRAPH["spec"]["services"]
 
 
 def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
-    command = ["hadolint", "-c", str(DEPLOY / "hadolint.yaml"), str(DEPLOY / "Dockerfile")]
+    command = [
+        str(Path(sys.executable).with_name("hadolint")),
+        "-c",
+        str(DEPLOY / "hadolint.yaml"),
+        str(DEPLOY / "Dockerfile"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
