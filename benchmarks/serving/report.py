@@ -172,11 +172,13 @@ def _overhead(report: Report) -> list[str]:
 
 def _disturbed(report: Report) -> list[str]:
     rows = []
-    for kind in (Kind.OURS, Kind.STOCK, Kind.STOCK_RETRY, Kind.REPLAY):
-        calm = _of(report, kind, Workload.LONG)
-        for workload in (Workload.RESTART, Workload.SCALE_DOWN, Workload.MOVED):
-            runs = _of(report, kind, workload)
-            if not (runs and calm):
+    kinds = (Kind.OURS, Kind.STOCK, Kind.STOCK_RETRY, Kind.REPLAY)
+    # Each with the undisturbed run of the same repeat: the machine may have been another one in another repeat.
+    for kind, workload in itertools.product(kinds, (Workload.RESTART, Workload.SCALE_DOWN, Workload.MOVED)):
+        for run in _of(report, kind, workload):
+            calm = [other for other in _of(report, kind, Workload.LONG) if other.repeat == run.repeat]
+            runs = [run]
+            if not calm:
                 continue
             now, before = figures(runs, report.slo), figures(calm, report.slo)
             ends = [e.end_s - e.begin_s for run in runs for e in run.events if e.what.endswith(" ends")]
