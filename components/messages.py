@@ -40,6 +40,7 @@ class WorkerOp(StrEnum):
     ABORT = "abort"
     LANDING = "landing"
     EXTEND = "extend"
+    EXPECT_COMMIT = "expect-commit"
     COMMIT = "commit"
     CHECK = "check"
 
@@ -59,6 +60,7 @@ class WorkerCall(msgspec.Struct, frozen=True, omit_defaults=True):
     offer: KVOffer | None = None
     tokens: tuple[int, ...] = ()
     frozen: Frozen | None = None
+    hold_s: float = 0.0
 
 
 class WorkerReply(msgspec.Struct, frozen=True, omit_defaults=True):

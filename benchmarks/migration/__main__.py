@@ -29,6 +29,7 @@ _OUTPUT = 1500
 def main(
     lengths: Annotated[str, typer.Option(help="prompt lengths in tokens")] = "256,1024,2048,4096,6144",
     moves: Annotated[int, typer.Option(help="migrations per length and mode")] = 20,
+    modes: Annotated[str, typer.Option(help=f"of {', '.join(Mode)}")] = ",".join(Mode),
     model: Annotated[str, typer.Option(help="as in configs/disagg.yaml")] = "smollm2",
     transport: Annotated[Transport, typer.Option("--nixl-transport")] = Transport.AUTO,
     quick: Annotated[bool, typer.Option("--quick", help="256 and 1024 tokens, 6 migrations each")] = False,
@@ -47,7 +48,7 @@ def main(
     report = Report(machine(), model, transport.value, [], [], [])
     with served("graphs.disagg:Frontend", "configs/disagg.yaml", *overrides, f"--nixl-transport={transport}") as port:
         join()
-        asyncio.run(_run(report, chosen, count, port))
+        asyncio.run(_run(report, chosen, [Mode(word.strip()) for word in modes.split(",")], count, port))
     console = Console()
     show(report, console)
     if json is not None:
@@ -57,16 +58,16 @@ def main(
     os._exit(0 if report.samples and not report.failed else 1)
 
 
-async def _run(report: Report, lengths: list[int], moves: int, port: int) -> None:
+async def _run(report: Report, lengths: list[int], modes: list[Mode], moves: int, port: int) -> None:
     from transformers import AutoTokenizer
 
     client = RouterClient(process.connect())
     await client.connect()
     bench = Bench(client, port, report.model, AutoTokenizer.from_pretrained(models.resolve(report.model)))
     with Progress() as progress:
-        task = progress.add_task("migrations", total=len(lengths) * len(Mode))
+        task = progress.add_task("migrations", total=len(lengths) * len(modes))
         for tokens in lengths:
-            for mode in Mode:
+            for mode in modes:
                 progress.update(task, description=f"{tokens} tokens, {mode}")
                 samples, neighbours, failed = await bench.run(tokens, mode, moves, _OUTPUT)
                 report.samples += samples

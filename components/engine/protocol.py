@@ -302,6 +302,14 @@ class Engine(Protocol):
         """Another pre-copy round. ``tokens`` are all output tokens so far."""
         ...
 
+    async def expect_commit(self, request_id: RequestId, hold_s: float) -> None:
+        """A commit follows: begin no step before it, or for ``hold_s`` at most. Returns when the wait is over.
+
+        The source freezes meanwhile. A commit that arrives in the middle of a step waits for its end, half a step on
+        average, and then the request takes a step of its own; one that is waited for takes only the latter.
+        """
+        ...
+
     async def commit(self, request_id: RequestId, frozen: Frozen) -> None:
         """Copy what is still missing and run. What cannot be copied or proven is recomputed.
 

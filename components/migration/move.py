@@ -27,6 +27,8 @@ from components.router.workers import Worker
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.004
+_HOLD_STEPS = 1.25
+"""Gaps between tokens for which the target waits for the commit: a step of the source and the way to here."""
 
 
 async def hand_over(stream: Stream, worker: Worker, frozen: Frozen) -> None:
@@ -89,6 +91,7 @@ class _Move:
         self._max_rounds = max_rounds
         self._request_id = stream.request.request_id
         self._status = LandingStatus(reserved=False)
+        self._announcing: asyncio.Future[None] | None = None
 
     async def run(self, record: MoveRecord) -> MoveRecord:
         """All steps. Raises ``MigrateError`` once the request is back at the source."""
@@ -103,6 +106,8 @@ class _Move:
             if record.mode is Mode.LIVE:
                 leg = await self._pre_copy()
             gap = stream.timing.median_gap()
+            if leg is not None:
+                self._announce(gap)
             frozen = await self._freeze()
             if record.mode is Mode.REPLAY:
                 request = msgspec.structs.replace(stream.request, output_token_ids=frozen.output_token_ids)
@@ -173,6 +178,20 @@ class _Move:
         reach = len(self._stream.request.prompt_token_ids) + len(self._stream.tokens) - 1
         count = min(offer.num_tokens, reach) // offer.block_size
         return msgspec.structs.replace(offer, block_ids=offer.block_ids[:count], num_tokens=count * offer.block_size)
+
+    def _announce(self, gap: float) -> None:
+        """Have the target wait between two steps for the commit, while the source ends the step in flight."""
+
+        async def announce() -> None:
+            with contextlib.suppress(MigrateError):
+                await self._target.call(
+                    WorkerOp.EXPECT_COMMIT,
+                    self._request_id,
+                    hold_s=_HOLD_STEPS * gap,
+                    timeout_s=self._stream.deadline_s,
+                )
+
+        self._announcing = asyncio.ensure_future(announce())
 
     async def _freeze(self) -> Frozen:
         reply = await self._source.worker.call(WorkerOp.FREEZE, self._request_id, timeout_s=self._stream.deadline_s)

@@ -120,6 +120,8 @@ class WorkerService:
                 return WorkerReply(landing=await engine.landing_status(request_id))
             case WorkerOp.EXTEND if call.offer is not None:
                 await engine.extend(request_id, call.offer, call.tokens)
+            case WorkerOp.EXPECT_COMMIT:
+                await engine.expect_commit(request_id, call.hold_s)
             case WorkerOp.COMMIT if call.frozen is not None:
                 await engine.commit(request_id, call.frozen)
             case WorkerOp.CHECK:

@@ -297,6 +297,9 @@ class PagedEngine:
         self._renew_lease(active)
         self._live.landings.extend(active, offer, tokens)
 
+    async def expect_commit(self, request_id: RequestId, hold_s: float) -> None:
+        """Nothing to hold: landing requests join in the middle of a step's pause."""
+
     async def commit(self, request_id: RequestId, frozen: Frozen) -> None:
         """Copy what is missing and run."""
         active = self._live.scheduler.get(request_id)

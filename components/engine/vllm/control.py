@@ -10,6 +10,8 @@ Errors of this package travel as (code, message) in the reply, so that the calle
 
 from __future__ import annotations
 
+import queue
+import time
 from concurrent.futures import Future
 from enum import StrEnum
 from typing import Any
@@ -29,6 +31,10 @@ from components.errors import MigrateError, from_code
 
 MARKER = "dynamo_migrate"
 """Key under ``kv_transfer_params`` that carries a ``Marker`` into and a ``Frozen`` out of the core."""
+
+
+MAX_HOLD_S = 0.25
+"""Longest time for which an engine stands still for a commit, whatever it is asked for."""
 
 
 class Marker(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -51,6 +57,7 @@ class Op(StrEnum):
     RESUME = "resume"
     LANDING = "landing"
     EXTEND = "extend"
+    EXPECT_COMMIT = "expect-commit"
     COMMIT = "commit"
     REQUESTS = "requests"
     STATS = "stats"
@@ -65,6 +72,7 @@ class Call(msgspec.Struct, frozen=True, omit_defaults=True):
     offer: KVOffer | None = None
     tokens: tuple[int, ...] = ()
     frozen: Frozen | None = None
+    hold_s: float = 0.0
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -119,8 +127,12 @@ def _reply_of_error(error: MigrateError) -> bytes:
 
 def _kv_control(self: Any, data: bytes) -> bytes | Future[bytes]:
     """Added to vLLM's ``EngineCore``: runs one call in the scheduler, between two steps."""
+    call = _call_decoder.decode(data)
+    if call.op is Op.EXPECT_COMMIT:
+        _hold(self, call)
+        return encode(Reply())
     try:
-        result = self.scheduler.control(_call_decoder.decode(data), self.model_executor)
+        result = self.scheduler.control(call, self.model_executor)
     except MigrateError as error:
         return _reply_of_error(error)
     if isinstance(result, Reply):
@@ -138,6 +150,17 @@ def _kv_control(self: Any, data: bytes) -> bytes | Future[bytes]:
 
     result.add_done_callback(settle)
     return answer
+
+
+def _hold(core: Any, call: Call) -> None:
+    """Take in what clients send, and begin no step, until the expected commit is here or its time is over."""
+    end = time.monotonic() + min(call.hold_s, MAX_HOLD_S)
+    while core.scheduler.expects_commit(call.request_id) and (left := end - time.monotonic()) > 0:
+        try:
+            request = core.input_queue.get(timeout=left)
+        except queue.Empty:
+            return
+        core._handle_client_request(*request)
 
 
 def install() -> None:

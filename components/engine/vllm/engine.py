@@ -261,6 +261,10 @@ class VLLMEngine:
         await self._call(Call(Op.EXTEND, request_id, offer=offer, tokens=tokens))
         self._count_from(request_id, tokens)
 
+    async def expect_commit(self, request_id: RequestId, hold_s: float) -> None:
+        """Begin no step before the commit, or for ``hold_s`` at most."""
+        await self._call(Call(Op.EXPECT_COMMIT, request_id, hold_s=hold_s))
+
     async def commit(self, request_id: RequestId, frozen: Frozen) -> None:
         """Copy what is missing and run."""
         self._stop_lease(request_id)

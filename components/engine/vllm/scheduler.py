@@ -364,6 +364,11 @@ class MigrationMixin:
                 missing = -(-frozen.offer.num_tokens // self.block_size) - landing.landed_blocks
                 self._copy_tail(record, wait=self._can_wait(missing))
 
+    def expects_commit(self, request_id: RequestId) -> bool:
+        """True while a request has landed here and waits for its commit."""
+        record = self.records.get(request_id)
+        return record is not None and record.landing is not None and record.landing.commit is None
+
     def _landing(self, record: Record) -> Landing:
         if record.landing is None:
             raise SessionError(f"request {record.request_id} is not landing")
