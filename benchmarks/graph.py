@@ -33,8 +33,6 @@ def served(target: str, config: str, *overrides: str, log: Path | None = None) -
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = int(sock.getsockname()[1])
-    # A benchmark that is told to end takes its graph with it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="dynamo-migrate-bench-") as folder:
         os.environ["XDG_RUNTIME_DIR"] = folder
         # A benchmark that fills the machine must not lose its workers to a late keep-alive.

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.graph import machine, served
+from benchmarks.graph import end_on_sigterm, machine, served
 from benchmarks.migration.measure import Bench
 from benchmarks.migration.report import Report, plot, show
 from components import models, process
@@ -41,6 +41,7 @@ def main(
     Token replay is the algorithm of Dynamo's own request migration: the tokens go to another worker, which
     computes all KV again. Prefix caching is off, so that no mode finds the request's blocks at the target.
     """
+    end_on_sigterm()
     chosen = [256, 1024] if quick else [int(word) for word in lengths.split(",")]
     count = 6 if quick else moves
     limit = max(chosen) + _OUTPUT + 8

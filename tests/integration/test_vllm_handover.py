@@ -120,8 +120,11 @@ async def move(
             raise AssertionError("blocks never landed")
     else:
         await asyncio.sleep(0.05)
+    expecting = asyncio.create_task(target.expect_commit(request.request_id, 0.2)) if live else None
     frozen = await source.freeze(request.request_id)
     await target.commit(request.request_id, frozen)
+    if expecting is not None:
+        await expecting
     # What the source gave before it stopped may still be on its way to us.
     while len(client.tokens) < len(frozen.output_token_ids):
         client.take(await anext(stream))  # type: ignore[call-overload]
@@ -277,6 +280,29 @@ def test_what_cannot_travel_exactly_is_refused_with_the_reason(runner: asyncio.R
         assert len(client.tokens) == 30
         with pytest.raises(RequestNotFound):
             await pair.a.freeze(request.request_id)
+
+    runner.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_commit_that_never_comes_stops_nobody(runner: asyncio.Runner, pair: Pair) -> None:
+    async def scenario() -> None:
+        neighbour = request_of("neighbour", 40, SAMPLINGS["greedy"])
+        plain = await run(pair.b, neighbour)
+        request = request_of("expected", 200, SAMPLINGS["greedy"])
+        stream = pair.a.generate(request)
+        await take_until(stream, Client(), 5)
+        offer = await pair.a.offer(request.request_id)
+        landing = pair.b.generate(
+            GenerateRequest(request.request_id, request.prompt_token_ids, request.sampling, landing=offer)
+        )
+        waiting = asyncio.ensure_future(anext(landing))
+        beside = asyncio.ensure_future(run(pair.b, neighbour))
+        await asyncio.sleep(0.1)
+        await pair.b.expect_commit(request.request_id, 60.0)
+        await pair.b.abort(request.request_id)
+        assert (await waiting).finish_reason is FinishReason.CANCELLED
+        assert (await beside).tokens == plain.tokens
+        await pair.a.abort(request.request_id)
 
     runner.run(asyncio.wait_for(scenario(), 60))
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E501 (lines as UCX prints them)
 """The lane that is reported is the one in UCX's tables, of the right operation and place."""
 
 from __future__ import annotations
