@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import statistics
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from components.engine.protocol import GenerateOutput
+from components.engine.protocol import FinishReason, GenerateOutput
 from components.errors import MigrateError, WorkerLost, from_code
 from components.messages import Generate
 from components.router.workers import Worker
@@ -27,6 +28,10 @@ class Leg:
         self.error: MigrateError | None = None
         self.held: list[GenerateOutput] = []
         """What came before this leg was made the owner: its first token may overtake the commit's answer."""
+        self.dropped = False
+        """Nobody wants it any more: what still comes is the echo of its end."""
+        self.heard = time.monotonic()
+        """When it last gave something."""
         self._stream = stream
         worker.streams += 1
         self.task = asyncio.ensure_future(self._read(message))
@@ -37,8 +42,13 @@ class Leg:
         context = Context(f"{message.request.request_id}.{self.worker.name}")
         try:
             async for output in self.worker.generate(message, context):
+                self.heard = time.monotonic()
                 if output.error is not None:
                     self.error = from_code(*output.error)
+                    break
+                if output.finish_reason is FinishReason.CANCELLED:
+                    # Nobody asked for that, or nobody listens: an answer must not end in its middle.
+                    self.error = WorkerLost(f"worker {self.worker.name} has cancelled the request")
                     break
                 self.worker.tokens += len(output.token_ids)
                 self._stream.take(self, output)
@@ -55,6 +65,11 @@ class Leg:
             self.worker.streams -= 1
             self.ended.set()
             self._stream.leg_ended(self)
+
+    def give_up(self, reason: str) -> None:
+        """Take the worker for lost, although the connection stands."""
+        self.error = WorkerLost(reason)
+        self.task.cancel()
 
 
 @dataclass

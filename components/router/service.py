@@ -45,6 +45,8 @@ from components.router.workers import Worker, WorkerPool
 from components.serve.config import RouterConfig, load_component_config
 
 logger = logging.getLogger(__name__)
+_SHUN_ROUNDS = 10
+"""Half seconds to wait for a worker that has not just failed the request: a dead one stays listed for its lease."""
 
 
 class RouterService:
@@ -114,6 +116,13 @@ class RouterService:
         await stream.close()
         stream.outputs.put_nowait(GenerateOutput(len(stream.tokens), finish_reason=FinishReason.CANCELLED))
 
+    def _check_silence(self, stream: Stream) -> None:
+        """A stopped process or a cut cable breaks no connection: neither token nor report is what tells."""
+        leg, limit = stream.owner, self._config.silence_s
+        since = time.monotonic() - limit
+        if leg is not None and not leg.ended.is_set() and leg.heard < since and leg.worker.reported < since:
+            leg.give_up(f"worker {leg.worker.name} was silent for {limit:g} s")
+
     async def _start(self, stream: Stream) -> None:
         length = len(stream.request.prompt_token_ids)
         single = stream.request.sampling.why_not_migratable() is not None
@@ -158,17 +167,19 @@ class RouterService:
         """The owner is lost: replay elsewhere, or give the error to the client."""
         if isinstance(error, InvalidRequest) or stream.replays >= self._config.replay_limit:
             raise error
-        exclude = (stream.owner.worker.instance,) if stream.owner else ()
+        if stream.owner is not None:
+            stream.shunned.add(stream.owner.worker.instance)
         logger.warning("request %s is replayed: %s", stream.request.request_id, error)
         self.metrics.replayed(error.code)
         for attempt in range(20):
             try:
-                worker = self.pool.pick("decode", exclude)
+                worker = self.pool.pick("decode", tuple(stream.shunned))
             except NoRoom:
                 if attempt == 19:
                     raise
                 await asyncio.sleep(0.5)
-                exclude = ()
+                if attempt >= _SHUN_ROUNDS:
+                    stream.shunned.clear()
                 continue
             lost = stream.replace_owner(worker)
             if lost is not None and not lost.task.done():

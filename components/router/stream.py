@@ -49,6 +49,8 @@ class Stream:
         self.finished = False
         self.moves = 0
         self.replays = 0
+        self.shunned: set[int] = set()
+        """Workers that have failed this request."""
         self.timing = Timing()
         self.lock = asyncio.Lock()
         self.deadline_s = step_deadline_s
@@ -76,6 +78,8 @@ class Stream:
 
     def take(self, leg: Leg, output: GenerateOutput) -> None:
         """An output of any leg."""
+        if leg.dropped:
+            return
         if leg is self._old:
             if output.finish_reason is not None:
                 output = msgspec.structs.replace(output, finish_reason=None, frozen=None)
@@ -223,6 +227,7 @@ class Stream:
 
     async def abandon(self, leg: Leg) -> None:
         """End a leg that is not, or no longer, wanted."""
+        leg.dropped = True
         with contextlib.suppress(MigrateError):
             await leg.worker.call(WorkerOp.ABORT, self.request.request_id, timeout_s=5.0)
         leg.task.cancel()

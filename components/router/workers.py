@@ -19,6 +19,7 @@ from components.messages import Generate, WorkerCall, WorkerInfo, WorkerOp, Work
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.5
+_ROUND_S = 2.0
 
 
 class Worker:
@@ -36,6 +37,8 @@ class Worker:
         self.state = WorkerReply()
         self.reported = time.monotonic()
         self.moving = 0
+        self.asked = False
+        """A call for its state is under way."""
         self.tokens = 0
         self._generate = generate
         self._control = control
@@ -139,15 +142,21 @@ class WorkerPool:
                     self.workers[instance] = Worker(instance, role, generate, control)
         for gone in set(self.workers) - seen:
             del self.workers[gone]
-        await asyncio.gather(*(self._refresh(worker) for worker in self.workers.values()))
+        asking = [asyncio.ensure_future(self._refresh(w)) for w in self.workers.values() if not w.asked]
+        if asking:
+            # One that stands still must not keep the others' state from us.
+            await asyncio.wait(asking, timeout=_ROUND_S)
 
     async def _refresh(self, worker: Worker) -> None:
+        worker.asked = True
         try:
             worker.state = await worker.call(WorkerOp.INFO, timeout_s=30.0)
             worker.reported = time.monotonic()
         except MigrateError as error:
             logger.debug("worker %s did not report: %s", worker.name, error)
             return
+        finally:
+            worker.asked = False
         if worker.state.draining and not worker.draining:
             worker.draining = True
             self._on_drain(worker)

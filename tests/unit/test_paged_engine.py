@@ -155,7 +155,7 @@ async def test_what_cannot_run_is_refused_before_anything_started() -> None:
                 await anext(engine.generate(wrong))
         stream = engine.generate(request(count=100))
         await anext(stream)
-        with pytest.raises(InvalidRequest, match="in use"):
+        with pytest.raises(SessionError, match="in use"):
             await anext(engine.generate(request()))
         await engine.abort(R)
         await collect(stream)

@@ -257,3 +257,27 @@ async def test_a_request_in_prefill_is_not_moved() -> None:
 
 async def _raise(error: Exception) -> WorkerReply:
     raise error
+
+
+async def test_the_echo_of_an_abort_does_not_end_the_answer() -> None:
+    stream, source, target = await begin(deadline_s=0.1)
+
+    async def abort() -> None:
+        target.out.put_nowait(GenerateOutput(5, finish_reason=FinishReason.CANCELLED))
+        await asyncio.sleep(0.02)
+
+    async def resume() -> None:
+        source.out.put_nowait(token(3, 4, finish_reason=FinishReason.STOP))
+
+    target.on = {WorkerOp.ABORT: abort}  # type: ignore[dict-item]
+    source.on = {WorkerOp.RESUME: resume}  # type: ignore[dict-item]
+    record = await migrate(stream, target, Mode.LIVE, 4)  # type: ignore[arg-type]
+    assert record.reason.startswith("deadline")
+    assert await rest(stream) == expected(7)
+
+
+async def test_an_owner_that_cancels_unasked_counts_as_lost() -> None:
+    stream, source, _ = await begin()
+    source.out.put_nowait(GenerateOutput(3, finish_reason=FinishReason.CANCELLED))
+    with pytest.raises(WorkerLost, match="cancelled"):
+        await rest(stream)

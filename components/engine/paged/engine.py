@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,7 @@ from components.engine.protocol import (
     RequestInfo,
     RequestPhase,
 )
-from components.errors import ConfigError, DeadlineExceeded, InvalidRequest, WorkerLost
+from components.errors import ConfigError, DeadlineExceeded, InvalidRequest, SessionError, WorkerLost
 from components.transfer import AgentConfig, TransferAgent
 
 logger = logging.getLogger(__name__)
@@ -101,8 +101,10 @@ class _Parts:
 class PagedEngine:
     """``components.engine.protocol.Engine`` without a model."""
 
-    def __init__(self, options: PagedOptions) -> None:
+    def __init__(self, options: PagedOptions, agents: Callable[[AgentConfig], TransferAgent] = TransferAgent) -> None:
+        """``agents`` makes the transfer agent; simulations bring one without threads."""
         self._options = options
+        self._agents = agents
         self._parts: _Parts | None = None
         self._loop: asyncio.Task[None] | None = None
         self._arrivals = itertools.count()
@@ -120,7 +122,7 @@ class PagedEngine:
         layout = (options.model, options.block_size, options.layers, options.words, options.vocab_size, options.seed)
         fingerprint = hashlib.sha256(repr(layout).encode()).hexdigest()[:32]
         settings = {**options.agent, "fingerprint": fingerprint, "block_size": options.block_size}
-        agent = TransferAgent(AgentConfig(**settings, dtype="int64", layers=options.layers))
+        agent = self._agents(AgentConfig(**settings, dtype="int64", layers=options.layers))
         await asyncio.get_running_loop().run_in_executor(None, agent.start, kv.pools())
         scheduler.agents = (agent.ref,)
         scheduler.checksums = lambda blocks: agent.checksums(self._checked(blocks))
@@ -218,7 +220,7 @@ class PagedEngine:
         parts, options, sampling = self._live, self._options, request.sampling
         room = options.max_model_len - len(request.prompt_token_ids)
         if request.request_id in parts.scheduler.requests:
-            raise InvalidRequest(f"request id {request.request_id} is in use in this engine")
+            raise SessionError(f"request id {request.request_id} is in use in this engine")
         if not request.prompt_token_ids or room <= 0:
             raise InvalidRequest(
                 f"the prompt has {len(request.prompt_token_ids)} tokens; 1 to {options.max_model_len - 1} are possible"

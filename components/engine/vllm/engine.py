@@ -161,7 +161,7 @@ class VLLMEngine:
     async def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateOutput]:
         """See the protocol. Raises ``InvalidRequest`` before anything was started."""
         if request.request_id in self._live:
-            raise InvalidRequest(f"request id {request.request_id} is in use in this engine")
+            raise SessionError(f"request id {request.request_id} is in use in this engine")
         if request.lora_name is not None:
             raise InvalidRequest(f"no LoRA adapter {request.lora_name!r} is loaded in this engine")
         params = to_vllm(request, self.info.max_model_len)
