@@ -32,7 +32,7 @@ _WEATHERS = [
     Weather(late=0.03, late_s=15.0, calls_only=True),
     Weather(late=0.02, late_s=4.0),
     Weather(overtaken=0.05),
-    Weather(lost=0.005, twice=0.05, overtaken=0.02),
+    Weather(lost=0.02, twice=0.1, overtaken=0.05, calls_only=True),
 ]
 _OPS = [WorkerOp.OFFER, WorkerOp.LANDING, WorkerOp.EXTEND, WorkerOp.FREEZE, WorkerOp.COMMIT, WorkerOp.RELEASE]
 

@@ -38,6 +38,7 @@ from components.errors import (
     InvalidRequest,
     MigrateError,
     RequestNotFound,
+    SessionError,
     WorkerLost,
 )
 
