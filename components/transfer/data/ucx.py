@@ -80,11 +80,13 @@ class UcxLog:
 
     def lane(self, operation: str, same_host: bool) -> str:
         """Transports of large READs or WRITEs, as ``cma`` or ``rc_mlx5+cuda_ipc``; empty when UCX has not said."""
-        place = "intra-node" if same_host else "inter-node"
-        if (place, operation) not in self._tables.lanes:
+        # Between network namespaces of one host UCX may speak of two nodes.
+        places = ("intra-node", "inter-node") if same_host else ("inter-node", "intra-node")
+        if (places[0], operation) not in self._tables.lanes:
             self.drain()
         with self._lock:
-            lanes = self._tables.lanes.get((place, operation), ())
+            found = [self._tables.lanes.get((place, operation), ()) for place in places]
+        lanes = found[0] or found[1]
         return "+".join(dict.fromkeys(lane.partition("/")[0] for lane in lanes))
 
     def drain(self) -> None:
