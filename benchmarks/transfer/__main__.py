@@ -61,7 +61,8 @@ def main(
 ) -> None:
     """GB/s of KV transfers between two processes on one host, beside a plain copy and stock descriptors.
 
-    Every transfer's bytes are compared by checksum. The ratio is to the plain copy of the same bytes.
+    Every transfer's bytes are compared by checksum. The ratio is to a plain copy of the same bytes, on a CPU timed in
+    turn with the transfers.
     """
     if quick:
         shapes, orders, megabytes, repeats = "llama-3-70b,smollm2-135m", "contiguous,random", 256, 3
@@ -104,6 +105,10 @@ def _speed(row: Row) -> float:
     return row.total_bytes / float(np.median(row.seconds)) / 1e9 if row.seconds else float("nan")
 
 
+def _plain_speed(row: Row) -> float:
+    return row.total_bytes / float(np.median(row.plain_s)) / 1e9 if row.plain_s else 0.0
+
+
 def show(report: Report) -> None:
     """Columns as nixlbench names them; ratio first."""
     where = report.machine.get("gpu", report.machine["cpu"])
@@ -119,7 +124,7 @@ def show(report: Report) -> None:
         ms = [1e3 * s for s in row.seconds]
         parts = [f"{1e3 * float(np.mean(x)):.2f}" if x else "-" for x in (row.prep_s, row.post_s, row.wire_s)]
         table.add_row(
-            f"{_speed(row) / ceiling[row.shape]:.2f}",
+            f"{_speed(row) / (_plain_speed(row) or ceiling[row.shape]):.2f}",
             *(row.shape, row.order, row.method, str(row.block_bytes), str(row.blocks), str(row.descriptors)),
             f"{_speed(row):.2f}",
             f"{np.mean(ms):.1f}",
@@ -128,7 +133,7 @@ def show(report: Report) -> None:
             "-" if row.nvlink_bytes is None else f"{row.nvlink_bytes / 1e6:.0f}",
             row.lane,
         )
-    Console().print(table)
+    Console(width=max(180, Console().width)).print(table)
 
 
 def plot(report: Report, path: Path) -> None:

@@ -50,6 +50,8 @@ class Row(msgspec.Struct):
     prep_s: list[float]
     post_s: list[float]
     wire_s: list[float]
+    plain_s: list[float] = []
+    """On a CPU: a plain copy of the same bytes within one process, timed in turn with the transfers."""
     nvlink_bytes: int | None = None
     """Bytes of a transfer that passed the destination GPU's NVLinks; None where nobody counts them."""
     error: str = ""
@@ -146,6 +148,7 @@ def measure(
     """Time a method and compare every byte that it moved, by checksum at both sides."""
     src, dst = order_of(order, count, total, 7), order_of(order, count, total, 8)
     row = Row(shape.name, order, method, shape.segment_bytes, count, count * shape.block_bytes, 0, "", [], [], [], [])
+    plain = HostCopy(count * shape.block_bytes) if case.device == "cpu" else None
     move = stock if method == "stock" else push if method.endswith("push") else fetch
     try:
         for repeat in range(repeats + 1):
@@ -154,9 +157,11 @@ def measure(
             began = time.perf_counter()
             result = move(case, src, dst)
             took = time.perf_counter() - began
+            alone = [plain.seconds()] if plain else []
             if repeat == 0:
                 continue  # The first one pays for page faults and lazy connections.
             row.seconds.append(took)
+            row.plain_s += alone
             row.prep_s.append(result.prep_s)
             row.post_s.append(result.post_s)
             row.wire_s.append(result.wire_s)
@@ -173,6 +178,19 @@ def measure(
         words = pool.tensor.view(torch.int16)
         words[dst] = torch.randint_like(words[:1], 1, 1000)
     return row
+
+
+class HostCopy:
+    """A plain copy within this process, timed beside transfers: what else the machine does slows both."""
+
+    def __init__(self, size: int) -> None:
+        self._from, self._to = (torch.zeros(size, dtype=torch.uint8) for _ in range(2))
+
+    def seconds(self) -> float:
+        """One copy."""
+        began = time.perf_counter()
+        self._to.copy_(self._from)
+        return time.perf_counter() - began
 
 
 def plain_copy(shape: Shape, count: int, devices: tuple[str, str], repeats: int) -> Row:

@@ -95,7 +95,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Ways of moving blocks that may be used, best first. ``mapped`` is there for host pools in shared memory,
     with transport auto or shm and strategy auto. A transport other than ``auto`` puts NIXL before ``cuda_ipc``."""
     copy_threads: int = 0
-    """Threads of the ``mapped`` way; 0: one for each core, eight at most, behind the engine's in priority."""
+    """Threads of the ``mapped`` way; 0: one for each core, eight at most. Fewer where engines need every core."""
     strategy: Strategy = Strategy.AUTO
     direct_bytes: int = 0
     """Mean length of a run of blocks from which direct descriptors beat staging; 0: the measured default

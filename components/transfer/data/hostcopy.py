@@ -2,16 +2,13 @@
 """Copies between host addresses on threads of their own, without the interpreter lock.
 
 One pass over the bytes, compiled once by Numba (which vLLM brings along): a copy never holds the lock that an
-engine's thread in the same process wants. The threads have a lower priority than the engine's: they use cores that
-are idle, and take a quarter of one that computes.
+engine's thread in the same process wants, and memory is read and written once.
 ``HostCopier`` may be used from any thread. The caller vouches for the addresses.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -21,9 +18,7 @@ import numpy as np
 
 from components.transfer.layout import Ints
 
-logger = logging.getLogger(__name__)
 _MAX_THREADS = 8
-_NICE = 5
 
 
 def threads_for(configured: int) -> int:
@@ -73,7 +68,7 @@ class HostCopier:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._run = _compiled()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kv-copy", initializer=_step_back)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kv-copy")
 
     def submit(self, targets: Ints, sources: Ints, sizes: Ints) -> Future[None]:
         """Copy ``sizes`` bytes from each of ``sources`` to each of ``targets``."""
@@ -83,11 +78,3 @@ class HostCopier:
     def close(self) -> None:
         """End the threads once what was submitted is done."""
         self._pool.shutdown(wait=True)
-
-
-def _step_back() -> None:
-    """Give this thread a lower priority than the engine's. Linux counts priorities by thread."""
-    try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICE)
-    except OSError as error:
-        logger.debug("the copying threads keep their priority: %s", error)
