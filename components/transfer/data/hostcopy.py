@@ -19,6 +19,8 @@ import numpy as np
 from components.transfer.layout import Ints
 
 _MAX_THREADS = 8
+_STEP_BYTES = 64 << 10
+"""One call of the C library's copy. Above some megabytes it goes around the caches, which was a quarter slower here."""
 
 
 def threads_for(configured: int) -> int:
@@ -53,10 +55,13 @@ def _compiled() -> Callable[[Ints, Ints, Ints], None]:
 
         return types.void(types.int64, types.int64, types.int64), emit
 
+    step = _STEP_BYTES
+
     @njit(["void(int64[::1], int64[::1], int64[::1])"], nogil=True, boundscheck=False)  # type: ignore[untyped-decorator,unused-ignore]
     def copy_all(targets: Ints, sources: Ints, sizes: Ints) -> None:
         for n in range(len(sizes)):
-            copy_bytes(targets[n], sources[n], sizes[n])
+            for start in range(0, sizes[n], step):
+                copy_bytes(targets[n] + start, sources[n] + start, min(step, sizes[n] - start))
 
     compiled: Callable[[Ints, Ints, Ints], None] = copy_all
     return compiled
