@@ -9,9 +9,10 @@ snapshot.py, plan.py    what a policy is given and what it answers
 rules.py, ledger.py     limits and costs that all policies share; bookkeeping of one plan
 policies/               one policy per file; compose.py runs several
 config.py               the policy file
-observe.py, client.py   live state of routers and workers
+observe.py, metrics.py  live state of routers and workers, forward-pass metrics
 controller.py           carries plans out
 scaledown.py            holds a reduction until its victims are empty
+decider.py              one decision for all plugins of a process
 plugin.py, server.py    Dynamo planner plugin, in-process and over gRPC
 simulate/               the same policies on simulated workers
 """

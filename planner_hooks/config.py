@@ -24,7 +24,7 @@ from planner_hooks.plan import Policy
 from planner_hooks.policies import BUILT_IN
 from planner_hooks.policies.base import PolicyConfig
 from planner_hooks.policies.compose import Composed
-from planner_hooks.rules import Rules, dashed
+from planner_hooks.rules import Rules, ScaleDownRules, dashed
 
 
 class ControllerConfig(Rules):
@@ -37,6 +37,7 @@ class ControllerConfig(Rules):
     failure_backoff_s: float = Field(
         default=5.0, ge=0, description="Seconds without new moves on a pair where one failed"
     )
+    scale_down: ScaleDownRules = ScaleDownRules()
     history: int = Field(default=1000, ge=1, description="Outcomes that are kept for dynamo policy explain")
 
 

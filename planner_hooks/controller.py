@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol
 
 import msgspec
@@ -77,7 +77,10 @@ class Controller:
         self._clock = clock
         self._active: dict[str, ActiveMove] = {}
         self._backoff: dict[tuple[str, str], float] = {}
-        self._retired: set[str] = set()
+        self.retired: set[str] = set()
+        """Workers that are to go by a policy's wish."""
+        self.seen: Snapshot | None = None
+        """What the last decision was made on."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self.outcomes: deque[Outcome] = deque(maxlen=self._config.history)
         self.ticks = 0
@@ -86,20 +89,35 @@ class Controller:
         """One decision; its moves go on after this returns."""
         capture = self._observer.capture(await self._commands.status(), self._active.values())
         self._settle_gaps(capture)
-        plan = self._policy.plan(Snapshot.of(capture, self._config.limits.stale_after_s))
+        self.seen = Snapshot.of(capture, self._config.limits.stale_after_s)
+        self.retired &= set(self.seen.worker_ids)
+        plan = self._policy.plan(self.seen)
         self.ticks += 1
         for hold in plan.holds:
             HOLDS.labels(hold.policy, hold.reason).inc()
         for move in plan.moves:
             self._begin(move, _gap(capture, move))
-        for worker in plan.retire:
-            if worker not in self._retired and not self._config.dry_run:
-                self._retired.add(worker)
-                self._spawn(self._drain(worker))
-        for worker in self._retired & set(plan.release):
-            self._retired.discard(worker)
-            self._spawn(self._commands.undrain(worker))
+        if not self._config.dry_run:
+            new = set(plan.retire) - self.retired
+            self.retired |= new
+            self.retire(sorted(new))
+        self.release(sorted(self.retired & set(plan.release)))
+        self.retired -= set(plan.release)
         return plan
+
+    def retire(self, workers: Iterable[str]) -> None:
+        """Begin to empty workers; they get no new requests."""
+        for worker in workers:
+            if self._config.dry_run:
+                logger.info("would empty worker %s", worker)
+            else:
+                self._spawn(self._drain(worker))
+
+    def release(self, workers: Iterable[str]) -> None:
+        """Give workers requests again."""
+        for worker in workers:
+            if not self._config.dry_run:
+                self._spawn(self._undrain(worker))
 
     def _begin(self, move: Move, gap: float) -> None:
         what = f"{move.request_id} from {move.src} to {move.dst} ({move.policy}: {move.reason})"
@@ -138,6 +156,12 @@ class Controller:
             await self._commands.drain(worker, self._config.drain_timeout_s)
         except MigrateError as error:
             logger.warning("worker %s is not empty: %s", worker, error)
+
+    async def _undrain(self, worker: str) -> None:
+        try:
+            await self._commands.undrain(worker)
+        except MigrateError as error:
+            logger.warning("worker %s is not taken back: %s", worker, error)
 
     def _settle_gaps(self, capture: Capture) -> None:
         for at, outcome in enumerate(self.outcomes):

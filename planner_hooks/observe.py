@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
 from components.engine.protocol import RequestInfo
 from components.messages import MoveRecord, RouterReply, WorkerInfo
 from planner_hooks.estimate import RemainingEstimate
+from planner_hooks.metrics import Heard
 from planner_hooks.rules import Cost
 from planner_hooks.snapshot import NEVER_S, ActiveMove, Capture, RequestView, WorkerView
 
@@ -31,6 +32,11 @@ class Observer:
         self._clock = clock
         self._remaining = RemainingEstimate()
         self._outputs: dict[str, int] = {}
+        self._heard = Heard()
+
+    def join(self, engines: Mapping[str, bytes]) -> None:
+        """Take the planner's forward-pass metrics in; a worker whose metrics stop counts as stale."""
+        self._heard.update(engines, self._clock())
 
     def capture(self, status: RouterReply, active: Iterable[ActiveMove] = ()) -> Capture:
         """Everything that policies see."""
@@ -50,7 +56,7 @@ class Observer:
         bytes_per_s, overhead_s, downtime_s = self._measured([move for move in status.moves if move.ok and move.bytes])
         return Capture(
             time_s=now,
-            workers=tuple(_worker(worker) for worker in decode),
+            workers=tuple(self._worker(worker, now) for worker in decode),
             requests=tuple(requests),
             active=tuple(active),
             bytes_per_s=bytes_per_s,
@@ -79,6 +85,24 @@ class Observer:
             moving=moving,
         )
 
+    def _worker(self, worker: WorkerInfo, now: float) -> WorkerView:
+        stats = worker.stats
+        if stats is None:
+            return WorkerView(worker.worker, capacity_tokens=0, report_age_s=NEVER_S)
+        return WorkerView(
+            worker=worker.worker,
+            capacity_tokens=stats.total_blocks * worker.block_size,
+            held_tokens=(stats.total_blocks - stats.free_blocks) * worker.block_size,
+            queued_tokens=max(stats.queued_prefill_tokens, self._heard.queued_tokens.get(worker.worker, 0)),
+            running=stats.running,
+            waiting=stats.waiting,
+            max_seqs=worker.max_num_seqs,
+            step_s=stats.step_s,
+            draining=worker.draining,
+            report_age_s=max(worker.report_age_s, self._heard.age_s(worker.worker, now)),
+            kv_bytes_per_token=worker.kv_bytes_per_token,
+        )
+
     def _measured(self, moves: list[MoveRecord]) -> tuple[float, float, float]:
         """Bytes per second, fixed seconds and downtime of the last migrations; the file's values before any."""
         moves = moves[-_MEASURED:]
@@ -90,22 +114,3 @@ class Observer:
         size = sum(move.bytes for move in moves)
         speed = size / beyond if beyond > 1e-3 else self._cost.bytes_per_s
         return speed, overhead, statistics.median(move.downtime_s for move in moves)
-
-
-def _worker(worker: WorkerInfo) -> WorkerView:
-    stats = worker.stats
-    if stats is None:
-        return WorkerView(worker.worker, capacity_tokens=0, report_age_s=NEVER_S)
-    return WorkerView(
-        worker=worker.worker,
-        capacity_tokens=stats.total_blocks * worker.block_size,
-        held_tokens=(stats.total_blocks - stats.free_blocks) * worker.block_size,
-        queued_tokens=stats.queued_prefill_tokens,
-        running=stats.running,
-        waiting=stats.waiting,
-        max_seqs=worker.max_num_seqs,
-        step_s=stats.step_s,
-        draining=worker.draining,
-        report_age_s=worker.report_age_s,
-        kv_bytes_per_token=worker.kv_bytes_per_token,
-    )

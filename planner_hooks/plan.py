@@ -43,6 +43,10 @@ class HoldReason(StrEnum):
     WORLD_CHANGED = "world-changed"
     """The request or a worker was not as planned when the move was to begin."""
     DRY_RUN = "dry-run"
+    DELAYED = "delayed"
+    """A reduction has not been proposed for long enough."""
+    DRAINING = "draining"
+    """A reduction waits until its victim is empty."""
 
 
 class Move(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -1,70 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The planner's side: a PROPOSE plugin whose every call is one decision about migrations.
-
-Configured in the planner's file, nothing of Dynamo is changed (configs/planner.yaml, docs/planner.md):
+"""The planner's side: two plugins, configured in the planner's file; nothing of Dynamo is changed.
 
     plugin_registration:
       in_process_plugins:
         - {module: planner_hooks.plugin, class: MigrationPlugin, plugin_id: migration, plugin_type: propose,
-           priority: 50, kwargs: {policy_file: configs/policy.yaml}}
+           priority: 5, needs: [observations.fpm, observations.workers], kwargs: {policy_file: configs/policy.yaml}}
+        - {module: planner_hooks.plugin, class: ScaleDownPlugin, plugin_id: scale-down, plugin_type: constrain,
+           priority: 5, needs: [observations.fpm, observations.workers],
+           kwargs: {policy_file: configs/policy.yaml, decode_workers: [1, 4]}}
 
-It never changes the planner's own proposal (it answers "accept") and never makes it wait: the decision runs beside
-the call. A missing router or a failed decision is logged and tried again at the next tick.
+MigrationPlugin     each call is one decision about migrations, made beside the call. It accepts the proposal, but for
+                    workers that a policy has retired: so many fewer are proposed.
+ScaleDownPlugin     keeps the numbers within their bounds, and holds a reduction until its victims are empty.
+
+Neither makes the planner wait. Both raise ``ConfigError`` at their start when the policy file is wrong.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import os
-import time
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from components import process
-from components.errors import MigrateError
-from components.router.client import RouterClient
-from planner_hooks.config import load
-from planner_hooks.controller import Controller
-from planner_hooks.observe import Observer
-from planner_hooks.report import decisions
-
-logger = logging.getLogger(__name__)
-_CONNECT_S = 30.0
+from planner_hooks.decider import Decider
 
 
 class MigrationPlugin:
-    """Loaded by Dynamo's planner. Raises ``ConfigError`` at its start when the policy file is wrong."""
+    """Loaded by Dynamo's planner for the stage PROPOSE."""
 
-    def __init__(self, policy_file: str) -> None:
-        self._policy = load(Path(policy_file))
-        self._controller: Controller | None = None
-        self._client: RouterClient | None = None
-        self._deciding: asyncio.Task[None] | None = None
+    def __init__(self, policy_file: str, replay_tokens: int = 0) -> None:
+        self._decider = Decider.shared(policy_file, replay_tokens)
 
     async def Propose(self, request: Any) -> Any:  # noqa: N802 (Dynamo looks the method up by this name)
-        """Accept the proposal as it is; decide about migrations beside it."""
-        from dynamo.planner.plugins.types import AcceptResult, ProposeStageResponse
+        """Decide about migrations; accept, or propose as many workers fewer as were retired."""
+        from dynamo.planner.plugins.types import (
+            AcceptResult,
+            ComponentTarget,
+            OverrideResult,
+            OverrideType,
+            ProposeStageResponse,
+        )
 
         process.ready()
-        if self._deciding is None or self._deciding.done():
-            self._deciding = asyncio.ensure_future(self._decide())
-        return ProposeStageResponse(accept=AcceptResult())
+        observations = request.context.observations if request.context else None
+        self._decider.begin(_engines(observations))
+        ready = _ready(observations, "decode")
+        retired = self._decider.retired()
+        if not retired or ready is None:
+            return ProposeStageResponse(accept=AcceptResult())
+        fewer = ComponentTarget(
+            sub_component_type="decode", replicas=max(1, ready - retired), type=OverrideType.AT_MOST
+        )
+        return ProposeStageResponse(override=OverrideResult(targets=[fewer], reason=f"{retired} workers are retired"))
 
-    async def _decide(self) -> None:
-        try:
-            if self._controller is None or self._client is None:
-                # The planner's own runtime already serves this port; the plugin is not given that runtime.
-                os.environ.pop("DYN_SYSTEM_PORT", None)
-                self._client = RouterClient(process.connect())
-                await asyncio.wait_for(self._client.connect(), _CONNECT_S)
-                self._controller = Controller(self._policy, self._client, Observer(self._policy.controller.cost))
-            plan = await self._controller.tick()
-            await self._client.report(decisions(plan, time.time()))
-            if plan.moves or plan.retire:
-                logger.info("%d moves planned; %s", len(plan.moves), self._controller.summary())
-        except (MigrateError, TimeoutError) as error:
-            logger.warning("no decision about migrations: %s", error or "no router answers")
-        except Exception:
-            # The planner must go on whatever Dynamo's client raises here.
-            logger.exception("no decision about migrations")
+
+class ScaleDownPlugin:
+    """Loaded by Dynamo's planner for the stage CONSTRAIN. Bounds are (fewest, most); without them numbers stay."""
+
+    def __init__(
+        self,
+        policy_file: str,
+        decode_workers: Sequence[int] | None = None,
+        prefill_workers: Sequence[int] | None = None,
+        replay_tokens: int = 0,
+    ) -> None:
+        self._decider = Decider.shared(policy_file, replay_tokens)
+        self._bounds = {"decode": _pair(decode_workers), "prefill": _pair(prefill_workers)}
+
+    async def Constrain(self, request: Any) -> Any:  # noqa: N802 (Dynamo looks the method up by this name)
+        """Bounds for each role whose count is known."""
+        from dynamo.planner.plugins.types import (
+            AcceptResult,
+            ComponentTarget,
+            ConstrainStageResponse,
+            OverrideResult,
+            OverrideType,
+        )
+
+        context = request.context
+        proposed = {t.sub_component_type: t.replicas for t in context.proposal.targets} if context.proposal else {}
+        targets, reasons = [], []
+        for role, bounds in self._bounds.items():
+            ready = _ready(context.observations, role)
+            if ready is None:
+                continue
+            wanted = proposed.get(role)
+            answer = self._decider.bound(role, bounds, ready if wanted is None else wanted, ready)
+            reasons += [f"{role}: {answer.reason}"] if answer.reason else []
+            for count, kind in ((answer.at_least, OverrideType.AT_LEAST), (answer.at_most, OverrideType.AT_MOST)):
+                targets.append(ComponentTarget(sub_component_type=role, replicas=count, type=kind))
+        if not targets:
+            return ConstrainStageResponse(accept=AcceptResult())
+        return ConstrainStageResponse(override=OverrideResult(targets=targets, reason="; ".join(reasons)))
+
+
+def _pair(bounds: Sequence[int] | None) -> tuple[int, int] | None:
+    return (int(bounds[0]), int(bounds[1])) if bounds else None
+
+
+def _engines(observations: Any) -> Mapping[str, bytes] | None:
+    return observations.fpm.decode_engines if observations is not None and observations.fpm is not None else None
+
+
+def _ready(observations: Any, role: str) -> int | None:
+    if observations is None or observations.workers is None:
+        return None
+    ready: int | None = getattr(observations.workers, f"ready_{role}")
+    return ready

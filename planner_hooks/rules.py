@@ -84,6 +84,25 @@ class Headroom(Section):
     )
 
 
+class ScaleDownRules(Section):
+    """When the planner may have fewer decode workers."""
+
+    delay_s: float = Field(default=30.0, ge=0, description="Seconds for which a reduction must have been proposed")
+    max_usage: float = Field(default=0.7, gt=0, le=1, description="Mean usage that the remaining workers may have")
+    give_up_usage: float = Field(
+        default=0.85, gt=0, le=1, description="Mean usage of the remaining ones from which victims are taken back"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.give_up_usage <= self.max_usage:
+            raise ValueError(
+                f"give-up-usage ({self.give_up_usage:g}) must be above max-usage ({self.max_usage:g}), "
+                "or victims would be chosen and taken back in turn"
+            )
+        return self
+
+
 class Rules(Section):
     """Limits, cost and headroom together, with the arithmetic that all policies share."""
 

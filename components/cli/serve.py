@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,7 @@ from components.errors import ConfigError
 from components.metrics.export import reachable
 from components.serve.graph import load
 from components.serve.plan import Plan, make_plan, parse_overrides, read_yaml
+from components.serve.scale import connected
 from components.serve.servers import Servers, answers
 from components.serve.supervisor import Supervisor
 from components.transfer.config import Transport
@@ -79,7 +81,15 @@ def serve(
     if dry_run:
         print(plan.shown())
         return
-    asyncio.run(_serve(plan, Console(), None, dashboard))
+    _run(plan, Console(), None, dashboard)
+
+
+def _run(plan: Plan, console: Console, then: Any, dashboard: int | None) -> None:
+    asyncio.run(_serve(plan, console, then, dashboard))
+    if plan.bounds:
+        # Dynamo's native runtime may abort in the interpreter's finalisation.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def demo(
@@ -99,7 +109,7 @@ def demo(
         await chat(plan, console)
         return once
 
-    asyncio.run(_serve(plan, console, first_request, dashboard))
+    _run(plan, console, first_request, dashboard)
 
 
 async def _serve(plan: Plan, console: Console, then: Any, dashboard: int | None) -> None:
@@ -135,6 +145,10 @@ async def _serve(plan: Plan, console: Console, then: Any, dashboard: int | None)
         jobs.append(asyncio.ensure_future(after()))
 
     try:
+        if plan.bounds:
+            # Dynamo's runtime in this process reads where etcd is from here.
+            os.environ["ETCD_ENDPOINTS"] = variables["ETCD_ENDPOINTS"]
+            jobs.append(asyncio.ensure_future((await connected(plan, supervisor)).run()))
         await supervisor.run(on_ready)
     finally:
         for job in jobs:

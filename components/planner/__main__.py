@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs Dynamo's planner: ``python -m components.planner``. Its file is written from this component's keys.
 
-The planner runs in its virtual environment and is advisory: it proposes numbers of workers and logs them, nobody
-carries them out; migrations are carried out. ``planner-args`` overrides any key of the planner's own file.
+The planner runs in its virtual environment. With ``decode-workers`` or ``prefill-workers`` its numbers of workers are
+carried out by ``dynamo serve`` (components/serve/scale.py); without them it is advisory: numbers are logged, and only
+migrations are carried out. ``planner-args`` overrides any key of the planner's own file.
 """
 
 from __future__ import annotations
@@ -21,14 +22,20 @@ from planner_hooks.config import load
 
 def planner_file(config: PlannerConfig, namespace: str) -> dict[str, Any]:
     """Keys of Dynamo 1.4's ``PlannerConfig``."""
-    plugin = {
+    bounds = {"decode": config.decode_workers, "prefill": config.prefill_workers}
+    shared = {
         "module": "planner_hooks.plugin",
-        "class": "MigrationPlugin",
-        "plugin_id": "migration",
-        "plugin_type": "propose",
-        "priority": 50,
-        "kwargs": {"policy_file": config.policy_file},
+        "priority": 5,
+        "needs": ["observations.fpm", "observations.workers"],
     }
+    arguments = {"policy_file": config.policy_file}
+    plugins = [
+        shared | {"class": "MigrationPlugin", "plugin_id": "migration", "plugin_type": "propose", "kwargs": arguments},
+        shared
+        | {"class": "ScaleDownPlugin", "plugin_id": "scale-down", "plugin_type": "constrain"}
+        | {"kwargs": arguments | {f"{role}_workers": list(b) for role, b in bounds.items() if b is not None}},
+    ]
+    most = sum(b[1] for b in bounds.values() if b is not None)
     return {
         "environment": "virtual",
         "namespace": namespace,
@@ -40,9 +47,10 @@ def planner_file(config: PlannerConfig, namespace: str) -> dict[str, Any]:
         "optimization_target": "load",
         "prefill_scale_up_queue_tokens": 100_000,
         "prefill_scale_down_queue_tokens": 1,
-        "decode_scale_up_kv_rate": 90,
-        "decode_scale_down_kv_rate": 1,
-        "advisory": True,
+        "decode_scale_up_kv_rate": 100 * config.scale_up_usage,
+        "decode_scale_down_kv_rate": 100 * config.scale_down_usage,
+        "max_gpu_budget": most or -1,
+        "advisory": not most,
         "load_adjustment_interval_seconds": config.interval_s,
         "scheduling": {"scale_interval_seconds": config.interval_s},
         "pre_deployment_sweeping_mode": "none",
@@ -50,7 +58,7 @@ def planner_file(config: PlannerConfig, namespace: str) -> dict[str, Any]:
         "report_interval_hours": None,
         "plugin_registration": {
             "auth": {"trusted_sources": ["allow_unauthenticated"]},
-            "in_process_plugins": [plugin],
+            "in_process_plugins": plugins,
         },
     } | config.planner_args
 

@@ -252,7 +252,8 @@ class RouterService:
         end = asyncio.get_running_loop().time() + timeout_s
         while asyncio.get_running_loop().time() < end:
             here = [s for s in self.streams.values() if s.owner and s.owner.worker is worker and not s.finished]
-            if not here:
+            taken_back = not (worker.held_back or worker.draining)
+            if not here or taken_back:
                 return moved
             await asyncio.gather(*(leave(stream) for stream in here))
             await asyncio.sleep(0.05)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from components.errors import ConfigError
 
@@ -57,7 +57,24 @@ class PlannerConfig(ComponentConfig):
 
     policy_file: str = Field("configs/policy.yaml", description="Policies that decide migrations; see docs/planner.md")
     interval_s: int = Field(2, ge=1, description="Seconds between two decisions")
+    decode_workers: tuple[int, int] | None = Field(
+        None, description="Fewest and most decode workers; without it their number stays as it is"
+    )
+    prefill_workers: tuple[int, int] | None = Field(None, description="The same for prefill workers")
+    scale_up_usage: float = Field(0.85, gt=0, description="KV share of any decode worker that asks for another one")
+    scale_down_usage: float = Field(0.35, ge=0, description="KV share of every decode worker that asks for one fewer")
     planner_args: dict[str, Any] = Field(default_factory=dict, description="Further keys for Dynamo's planner")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for key, bounds in (("decode-workers", self.decode_workers), ("prefill-workers", self.prefill_workers)):
+            if bounds is not None and not 1 <= bounds[0] <= bounds[1]:
+                raise ValueError(f"{key} {list(bounds)}: write [fewest, most], at least 1 and in this order")
+        if self.scale_down_usage >= self.scale_up_usage:
+            raise ValueError(
+                f"scale-down-usage ({self.scale_down_usage:g}) must be below scale-up-usage ({self.scale_up_usage:g})"
+            )
+        return self
 
 
 class WorkerConfig(ComponentConfig):

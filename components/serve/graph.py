@@ -26,6 +26,11 @@ class Service:
     config: type[ComponentConfig]
     links: list[Service] = field(default_factory=list)
 
+    @property
+    def role(self) -> str:
+        """``prefill``, ``decode`` (workers that only do both count as these), or empty."""
+        return {"prefill": "prefill", "decode": "decode", "agg": "decode"}.get(self.module.rpartition(".")[2], "")
+
     def link(self, *others: Service) -> Service:
         """Depend on other components. Returns the last one, so that chains read left to right."""
         self.links += others

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel
 
 from components.errors import ConfigError
-from components.serve.config import FrontendConfig, WorkerConfig, nearest, parse
+from components.serve.config import ComponentConfig, FrontendConfig, PlannerConfig, WorkerConfig, nearest, parse
 from components.serve.graph import Service
 from components.transfer import lanes
 from components.transfer.config import Transport
@@ -28,6 +28,7 @@ class Process(BaseModel):
 
     component: str
     replica: int
+    role: str = ""
     command: list[str]
     environment: dict[str, str]
 
@@ -41,6 +42,10 @@ class Plan(BaseModel):
     host: str = "127.0.0.1"
     port: int = 8000
     processes: list[Process]
+    spare: list[Process] = []
+    """Workers that the planner may have started later."""
+    bounds: dict[str, tuple[int, int]] = {}
+    """Fewest and most workers by role, where the planner decides their number."""
 
     def shown(self) -> str:
         """As JSON, for ``--dry-run``."""
@@ -94,11 +99,15 @@ def make_plan(
             raise ConfigError(f"Common has no key {key!r}{nearest(key, sorted(known))}")
     namespace = environment.get("DYN_NAMESPACE", "dynamo")
     plan = Plan(namespace=namespace, transport=transport.value, model="", processes=[])
+    configs: dict[str, ComponentConfig] = {}
     for service in services:
         fields = {key.replace("-", "_") for key in service.config.model_fields}
         shared = {k: v for k, v in common.items() if k.replace("-", "_") in fields}
         own = values.get(service.name, {}) | overrides.get(service.name, {})
-        config = parse(service.config, service.name, shared | own)
+        configs[service.name] = parse(service.config, service.name, shared | own)
+    plan.bounds = _bounds(services, configs)
+    for service in services:
+        config = configs[service.name]
         plan.model = plan.model or config.served_model_name or config.model
         if isinstance(config, FrontendConfig):
             plan.host, plan.port = config.host, config.port
@@ -106,8 +115,33 @@ def make_plan(
             continue
         for replica in range(config.replicas):
             plan.processes.append(_process(service, config, replica, namespace, transport, environment))
+        for replica in range(config.replicas, plan.bounds.get(service.role, (0, 0))[1]):
+            plan.spare.append(_process(service, config, replica, namespace, transport, environment))
     _check_memory(plan)
     return plan
+
+
+def _bounds(services: list[Service], configs: dict[str, ComponentConfig]) -> dict[str, tuple[int, int]]:
+    """What the planner may decide. Its own configuration gets the numbers that stay as well."""
+    for service in services:
+        planner = configs[service.name]
+        if not isinstance(planner, PlannerConfig) or not (planner.decode_workers or planner.prefill_workers):
+            continue
+        found = {"decode": planner.decode_workers, "prefill": planner.prefill_workers}
+        for worker in services:
+            if not worker.role:
+                continue
+            count = configs[worker.name].replicas
+            low, high = found[worker.role] or (count, count)
+            if not low <= count <= high:
+                raise ConfigError(
+                    f"{worker.name}.replicas = {count} is outside {service.name}.{worker.role}-workers = "
+                    f"[{low}, {high}]: change one of them"
+                )
+            found[worker.role] = (low, high)
+        configs[service.name] = planner.model_copy(update={f"{role}_workers": b for role, b in found.items()})
+        return {role: bounds for role, bounds in found.items() if bounds is not None}
+    return {}
 
 
 def _process(
@@ -140,6 +174,7 @@ def _process(
     return Process(
         component=service.name,
         replica=replica,
+        role=service.role,
         command=["python", "-m", service.module, *arguments],
         environment=added,
     )
@@ -167,7 +202,7 @@ def _device_environment(name: str, config: WorkerConfig, replica: int) -> dict[s
 
 
 def _check_memory(plan: Plan) -> None:
-    asked = sum(int(p.environment.get("VLLM_CPU_KVCACHE_SPACE", 0)) for p in plan.processes)
+    asked = sum(int(p.environment.get("VLLM_CPU_KVCACHE_SPACE", 0)) for p in [*plan.processes, *plan.spare])
     total = psutil.virtual_memory().total / (1 << 30)
     if asked > 0.8 * total:
         raise ConfigError(

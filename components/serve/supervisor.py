@@ -41,6 +41,8 @@ class Child:
         self.ready_file = directory / f"{self.label}.ready"
         self.handle: asyncio.subprocess.Process | None = None
         self.restarts = 0
+        self.optional = False
+        """Started later by the planner's wish: the graph goes on without it."""
         self._console = console
         self._colour = next(_COLOURS)
 
@@ -112,7 +114,27 @@ class Supervisor:
         self._grace_s = grace_s
         self._directory = tempfile.TemporaryDirectory(prefix="dynamo-migrate-run-")
         self._stop = asyncio.Event()
+        self._leaving: list[Child] = []
         self.children = [Child(p, Path(self._directory.name), console) for p in plan.processes]
+
+    async def add(self, process: Process) -> Child:
+        """Start another process; it is watched like the others, but the graph does not end with it."""
+        if self._stop.is_set():
+            raise MigrateError(f"{process.component}.{process.replica} is not started: the graph is stopping")
+        child = Child(process, Path(self._directory.name), self._console)
+        child.optional = True
+        await child.start(self._environment | {"DYN_SYSTEM_PORT": str(system_port())})
+        self._say(child, "starting")
+        self.children.append(child)
+        return child
+
+    async def remove(self, child: Child) -> None:
+        """Stop one process for good; it may drain for the grace period."""
+        self.children.remove(child)
+        self._leaving.append(child)
+        self._say(child, "stopping")
+        await child.stop(self._grace_s)
+        self._leaving.remove(child)
 
     def stop(self) -> None:
         """End everything. May be called from a signal handler."""
@@ -127,14 +149,16 @@ class Supervisor:
             while not self._stop.is_set():
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stop.wait(), 0.5)
-                for child in self.children:
-                    if not child.alive and not self._stop.is_set():
+                for child in list(self.children):
+                    # One that is being removed may have gone from the list meanwhile.
+                    if child in self.children and not child.alive and not self._stop.is_set():
                         await self._restart(child, restart_limit)
         finally:
             for child in reversed(self.children):
                 if child.process.component in ("Frontend", "Router"):
                     await child.stop(10.0)
-            await asyncio.gather(*(child.stop(self._grace_s) for child in reversed(self.children)))
+            left = [*self._leaving, *reversed(self.children)]
+            await asyncio.gather(*(child.stop(self._grace_s) for child in left))
             self._directory.cleanup()
 
     async def _start_all(self) -> None:
@@ -169,6 +193,10 @@ class Supervisor:
 
     async def _restart(self, child: Child, limit: int) -> None:
         child.restarts += 1
+        if child.restarts > limit and child.optional:
+            self.children.remove(child)
+            self._say(child, f"has ended {child.restarts} times; going on without it")
+            return
         if child.restarts > limit:
             raise MigrateError(f"{child.label} has ended {child.restarts} times; giving up")
         delay = min(30.0, 0.5 * 2**child.restarts)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward-pass metrics of a worker on Dynamo's event plane, so that Dynamo's own planner sees its load."""
+"""What Dynamo's own planner reads of a worker: its model card (capacity) and its forward-pass metrics (load)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,36 @@ import asyncio
 import logging
 from typing import Any
 
-from components.engine.protocol import Engine
+from components.engine.protocol import Engine, EngineInfo
 from components.errors import MigrateError
 from components.metrics.worker import WorkerMetrics
+from components.serve.config import WorkerConfig
 
 logger = logging.getLogger(__name__)
 _INTERVAL_S = 0.5
+
+
+async def publish_card(endpoint: Any, config: WorkerConfig, info: EngineInfo, component: str) -> None:
+    """Register the worker's capacity under its own endpoint, which no frontend of a graph looks at."""
+    from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
+
+    limits = ModelRuntimeConfig()
+    limits.total_kv_blocks = info.num_blocks
+    limits.max_num_seqs = info.max_num_seqs
+    limits.max_num_batched_tokens = info.max_num_batched_tokens
+    limits.context_length = info.max_model_len
+    prefill = component == "prefill"
+    await register_model(
+        ModelInput.Tokens,
+        ModelType.Prefill if prefill else ModelType.Chat | ModelType.Completions,
+        endpoint,
+        config.model,
+        config.served_model_name or None,
+        worker_type=WorkerType.Prefill if prefill else WorkerType.Decode,
+        needs=[[WorkerType.Decode if prefill else WorkerType.Prefill]],
+        kv_cache_block_size=info.block_size,
+        runtime_config=limits,
+    )
 
 
 async def publish_forward_pass(engine: Engine, endpoint: Any, shown: WorkerMetrics) -> None:

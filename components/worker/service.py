@@ -25,7 +25,7 @@ from components.metrics.export import address, expose
 from components.metrics.worker import WorkerMetrics
 from components.serve.config import WorkerConfig, load_component_config
 from components.worker.engines import build_engine
-from components.worker.metrics import publish_forward_pass
+from components.worker.metrics import publish_card, publish_forward_pass
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +161,7 @@ async def serve(component: str) -> None:
         asyncio.ensure_future(endpoint.serve_endpoint(service.generate)),
     ]
     try:
+        await publish_card(runtime.endpoint(f"{prefix}.generate"), config, info, component)
         process.ready()
         logger.info("%s serves %s: %d KV blocks of %d tokens", name, info.model, info.num_blocks, info.block_size)
         health = asyncio.ensure_future(_watch_health(engine))

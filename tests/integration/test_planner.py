@@ -26,7 +26,11 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     folder = tmp_path_factory.mktemp("planner")
     policy = folder / "policy.yaml"
     policy.write_text(POLICY)
-    graph = Graph(folder, "planner", (f"--Planner.policy-file={policy}", "--Planner.interval-s=1"))
+    graph = Graph(
+        folder,
+        "planner",
+        (f"--Planner.policy-file={policy}", "--Planner.interval-s=1", "--Planner.decode-workers=[2,2]"),
+    )
     try:
         graph.wait()
         yield graph

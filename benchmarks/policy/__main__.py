@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m benchmarks.policy --quick --json out.json --plot out.png``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import psutil
+import typer
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.graph import machine
+from benchmarks.policy.report import Output, plot, show
+from benchmarks.policy.runs import cases, requests, run
+from benchmarks.policy.speed import cluster, measure
+from planner_hooks.config import parse
+from planner_hooks.simulate.model import Slo, WorkerModel
+from planner_hooks.snapshot import Snapshot
+
+_TICKS = 100_000
+
+
+def main(
+    sizes: Annotated[str, typer.Option(help="numbers of decode workers")] = "4,16,64,256,1024",
+    loads: Annotated[str, typer.Option(help="shares of the rate at which the cluster would be full")] = "0.6,0.8,0.95",
+    duration: Annotated[float, typer.Option(help="simulated seconds of clusters up to 64 workers")] = 150.0,
+    capacity_tokens: Annotated[int, typer.Option(help="KV of one worker")] = 50_000,
+    quick: Annotated[bool, typer.Option("--quick", help="4 and 16 workers at 80%, 100 seconds")] = False,
+    speed: Annotated[bool, typer.Option("--speed", help="only the time and memory of decisions")] = False,
+    json: Annotated[Path | None, typer.Option("--json", help="file for all figures")] = None,
+    picture: Annotated[Path | None, typer.Option("--plot", help="PNG or SVG file")] = None,
+) -> None:
+    """No migration, Dynamo's KV routing and each policy on the same simulated requests; time of one decision.
+
+    Step time and bandwidth are assumptions about an 8B model on one GPU (planner_hooks/simulate/model.py), not
+    measurements; the KV of a worker is what a 24 GB card has left beside the weights.
+    """
+    if quick:
+        sizes, loads, duration = "4,16", "0.8", 100.0
+    model, slo = WorkerModel(capacity_tokens=capacity_tokens), Slo()
+    output = Output(machine(), model, slo, [], [], [])
+    chosen = [] if speed else cases([int(n) for n in sizes.split(",")], [float(u) for u in loads.split(",")], duration)
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), TextColumn("{task.fields[what]}")) as progress:
+        task = progress.add_task("simulating", total=sum(len(c.variants) for c in chosen) + 2, what="")
+        for case in chosen:
+            arrivals = requests(case, model)
+            for variant in case.variants:
+                what = (
+                    f"{case.workers} workers, {case.shape}, {case.load:.0%}: {variant.name}, {len(arrivals)} requests"
+                )
+                progress.update(task, what=what)
+                output.results.append(run(case, variant, arrivals, model, slo))
+                progress.advance(task)
+                if json is not None:
+                    json.write_bytes(msgspec.json.format(msgspec.json.encode(output)))
+        progress.update(task, what="time of a decision")
+        output.speed = measure()
+        progress.advance(task)
+        progress.update(task, what=f"memory over {_TICKS if speed else _TICKS // 10:,} decisions")
+        output.memory_mib = memory(_TICKS if speed else _TICKS // 10)
+        progress.advance(task)
+    show(output, Console())
+    if json is not None:
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(output)))
+    if picture is not None:
+        plot(output, picture)
+
+
+def memory(ticks: int) -> list[tuple[int, float]]:
+    """Resident memory while the same policies decide again and again, on a small cluster."""
+    policy, capture = parse({}).build(), cluster(8, 100)
+    found, this = [], psutil.Process()
+    for tick in range(ticks + 1):
+        if tick % (ticks // 4) == 0:
+            found.append((tick, this.memory_info().rss / (1 << 20)))
+        policy.plan(Snapshot.of(capture))
+    return found
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

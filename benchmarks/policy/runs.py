@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is simulated: clusters, loads and the variants that are compared on the same requests.
+
+Loads
+    even      equal lengths, smooth arrivals, round robin: nothing to gain, so nothing may be lost
+    heavy     heavy-tailed lengths, Poisson arrivals, round robin
+    sticky    as heavy, sessions pinned to workers, some of them far busier than others: the uneven case
+    wave      as heavy, the rate swings between a quarter and the whole, twice: for worker-hours
+
+``kv-routing`` is Dynamo's KV router: the fewest prompt tokens to compute plus active tokens it has sent there.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from planner_hooks.config import parse
+from planner_hooks.plan import Policy
+from planner_hooks.simulate.cluster import Cluster, Dispatch, Scaling
+from planner_hooks.simulate.model import Slo, WorkerModel, saturation_rate
+from planner_hooks.simulate.report import Report, report
+from planner_hooks.simulate.traces import Arrival, Shape, synthetic
+
+EACH = ("balance", "defragment", "priority")
+"""Policies that a steady load can use; drain and consolidate need a number of workers that changes."""
+
+
+class Variant(msgspec.Struct, frozen=True):
+    """One way to run the cluster. ``policies`` empty means that nothing moves."""
+
+    name: str
+    policies: tuple[str, ...] = ()
+    kv_routing: bool = False
+    scaling: bool = False
+
+    def policy(self) -> Policy | None:
+        """The policy objects of the live system."""
+        if not self.policies:
+            return None
+        return parse({"interval-s": 1, "policies": {name: {} for name in self.policies}}).build()
+
+
+STEADY = (
+    Variant("no migration"),
+    Variant("kv-routing", kv_routing=True),
+    *(Variant(name, (name,)) for name in EACH),
+    Variant("all", ("defragment", "priority", "balance")),
+    Variant("all + kv-routing", ("defragment", "priority", "balance"), kv_routing=True),
+)
+WAVES = (
+    Variant("no migration"),
+    Variant("kv-routing", kv_routing=True),
+    Variant("scaling only", scaling=True),
+    Variant("scaling + drain", ("drain",), scaling=True),
+    Variant("scaling + consolidate", ("drain", "consolidate"), scaling=True),
+    Variant("scaling + all", ("drain", "consolidate", "defragment", "priority", "balance"), scaling=True),
+    Variant(
+        "scaling + all + kv-routing",
+        ("drain", "consolidate", "defragment", "priority", "balance"),
+        kv_routing=True,
+        scaling=True,
+    ),
+)
+
+
+class Case(msgspec.Struct, frozen=True):
+    """One cluster under one load; its variants get the same requests."""
+
+    workers: int
+    shape: Shape
+    load: float
+    """Share of the rate at which the cluster would be full."""
+    duration_s: float
+    seed: int = 1
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """What is compared."""
+        return WAVES if self.shape is Shape.WAVE else STEADY
+
+
+class Result(msgspec.Struct, frozen=True):
+    """One run."""
+
+    case: Case
+    variant: Variant
+    report: Report
+
+
+def requests(case: Case, model: WorkerModel) -> list[Arrival]:
+    """The requests of a case."""
+    sample = synthetic(Shape.HEAVY if case.shape is Shape.WAVE else case.shape, 1000.0, 20.0)
+    full = saturation_rate([a.prompt_tokens for a in sample], [a.output_tokens for a in sample], model)
+    return synthetic(case.shape, full * case.workers * case.load, case.duration_s, case.seed)
+
+
+def run(case: Case, variant: Variant, arrivals: list[Arrival], model: WorkerModel, slo: Slo) -> Result:
+    """Simulate one variant."""
+    own = Dispatch.STICKY if case.shape is Shape.STICKY else Dispatch.ROUND_ROBIN
+    dispatch = Dispatch.KV if variant.kv_routing else own
+    scaling = Scaling() if variant.scaling else None
+    cluster = Cluster(model, case.workers, dispatch, variant.policy(), scaling)
+    cluster.run(arrivals)
+    return Result(case, variant, report(cluster, len(arrivals), slo, 0.2 * case.duration_s))
+
+
+def cases(sizes: list[int], loads: list[float], duration_s: float) -> list[Case]:
+    """Large clusters are simulated for a shorter time: they have as many requests."""
+    found = []
+    for workers in sizes:
+        seconds = duration_s if workers <= 64 else max(45.0, duration_s / 3)
+        found += [Case(workers, shape, load, seconds) for shape in (Shape.STICKY, Shape.HEAVY) for load in loads]
+        found.append(Case(workers, Shape.EVEN, max(loads), seconds))
+        if workers <= 64:
+            found.append(Case(workers, Shape.WAVE, max(loads), 4 * duration_s))
+    return found

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carries out the numbers of workers that Dynamo's planner decides in its virtual environment.
+
+Life cycle: ``run`` until cancelled. Each round compares what was decided last with the processes that there are, and
+starts or stops one; a decision is acknowledged when both agree, and only then does the planner decide again. What was
+decided before this graph began is acknowledged and not carried out.
+
+Stopping loses nothing: a worker that the planner's plugin has emptied goes first, any other one is drained through the
+router before its process gets SIGTERM. Threading: one asyncio loop. Errors: a worker that cannot be started or
+drained is said and tried again later; nothing here ends the graph.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from typing import Any, Protocol
+
+from components import process
+from components.errors import MigrateError
+from components.messages import MoveRecord, RouterReply, WorkerInfo
+from components.serve.plan import Plan, Process
+from components.serve.supervisor import Child, Supervisor
+
+logger = logging.getLogger(__name__)
+POLL_S = 0.5
+_RETRY_S = 30.0
+_DRAIN_S = 300.0
+
+
+class Decisions(Protocol):
+    """Dynamo's ``VirtualConnectorClient``."""
+
+    async def get(self) -> Any:
+        """The last decision; ``decision_id`` is negative before the first one is complete."""
+        ...
+
+    async def complete(self, decision: Any) -> None:
+        """Acknowledge it."""
+        ...
+
+
+class Drains(Protocol):
+    """What is needed of ``RouterClient``."""
+
+    async def status(self) -> RouterReply:
+        """Workers and streams."""
+        ...
+
+    async def drain(self, worker: str, timeout_s: float) -> list[MoveRecord]:
+        """Empty a worker."""
+        ...
+
+
+class Scaler:
+    """See the module docstring."""
+
+    def __init__(self, plan: Plan, supervisor: Supervisor, decisions: Decisions, router: Drains) -> None:
+        self._bounds = plan.bounds
+        self._known = [p for p in [*plan.processes, *plan.spare] if p.role]
+        self._supervisor = supervisor
+        self._decisions = decisions
+        self._router = router
+        self._acknowledged = -1
+        self._retry_at = 0.0
+
+    async def run(self) -> None:
+        """Follow decisions until cancelled."""
+        first = await self._decisions.get()
+        if first.decision_id >= 0:
+            await self._decisions.complete(first)
+            self._acknowledged = first.decision_id
+        while True:
+            await asyncio.sleep(POLL_S)
+            try:
+                await self.follow()
+            except MigrateError as error:
+                logger.warning("number of workers: %s", error)
+                await asyncio.sleep(POLL_S)
+            except Exception:
+                # Dynamo's client raises what it likes; the graph must go on.
+                logger.exception("number of workers")
+                await asyncio.sleep(_RETRY_S)
+
+    async def follow(self) -> None:
+        """One round."""
+        decision = await self._decisions.get()
+        # The id is written after the numbers: a negative one means that they are not all there.
+        if decision.decision_id < 0 or decision.decision_id == self._acknowledged:
+            return
+        wanted = {"decode": decision.num_decode_workers, "prefill": decision.num_prefill_workers}
+        for role, (low, high) in self._bounds.items():
+            if wanted[role] >= 0 and not await self._agree(role, min(max(wanted[role], low), high)):
+                return
+        await self._decisions.complete(decision)
+        self._acknowledged = decision.decision_id
+
+    def _running(self, role: str) -> list[Child]:
+        return [child for child in self._supervisor.children if child.process.role == role]
+
+    async def _agree(self, role: str, wanted: int) -> bool:
+        running = self._running(role)
+        if len(running) < wanted:
+            await self._start_one(role, running)
+        elif len(running) > wanted:
+            await self._stop_one(role, running)
+        running = self._running(role)
+        return len(running) == wanted and all(child.ready_file.exists() for child in running)
+
+    async def _start_one(self, role: str, running: list[Child]) -> None:
+        if time.monotonic() < self._retry_at:
+            return
+        self._retry_at = time.monotonic() + _RETRY_S
+        taken = {(child.process.component, child.process.replica) for child in running}
+        free = [p for p in self._known if p.role == role and (p.component, p.replica) not in taken]
+        child = await self._supervisor.add(free[0])
+        while child in self._supervisor.children and not child.ready_file.exists():
+            await asyncio.sleep(0.1)
+        if child in self._supervisor.children:
+            self._retry_at = 0.0
+
+    async def _stop_one(self, role: str, running: list[Child]) -> None:
+        workers = [w for w in (await self._router.status()).workers if w.role == role]
+        names = {worker_name(child.process): child for child in running}
+        # With tensor parallelism each rank has an agent, whose name goes on with the rank.
+        found = [
+            (w, names[agent]) for w in workers for agent in {a.split("-tp")[0] for a in w.agents} if agent in names
+        ]
+        if not found:
+            # Started, but not known to the router yet; the youngest one has the least to lose.
+            await self._supervisor.remove(running[-1])
+            return
+        worker, child = min(found, key=lambda pair: _emptying(pair[0]))
+        if role == "decode":
+            await self._router.drain(worker.worker, _DRAIN_S)
+        logger.info("stopping worker %s (%s)", worker.worker, child.label)
+        await self._supervisor.remove(child)
+
+
+def worker_name(worker: Process) -> str:
+    """Name of a worker's agent, as ``components.worker`` makes it."""
+    component = "prefill" if worker.role == "prefill" else "backend"
+    return f"{socket.gethostname()}-{component}-{worker.replica}-{worker.component}"
+
+
+def _emptying(worker: WorkerInfo) -> tuple[bool, int]:
+    """Those that are leaving already first, then by what they hold."""
+    stats = worker.stats
+    return not worker.draining, stats.total_blocks - stats.free_blocks if stats else 0
+
+
+async def connected(plan: Plan, supervisor: Supervisor) -> Scaler:
+    """A scaler on Dynamo's runtime; ``ETCD_ENDPOINTS`` must be set in this process."""
+    from dynamo._core import VirtualConnectorClient
+
+    runtime = process.connect()
+    return Scaler(plan, supervisor, VirtualConnectorClient(runtime, plan.namespace), LateRouter(runtime))
+
+
+class LateRouter:
+    """The routers, looked for at the first call: they start after the scaler."""
+
+    def __init__(self, runtime: Any) -> None:
+        from components.router.client import RouterClient
+
+        self._client = RouterClient(runtime)
+        self._connected = False
+
+    async def _connect(self) -> None:
+        if not self._connected:
+            await asyncio.wait_for(self._client.connect(), 30.0)
+            self._connected = True
+
+    async def status(self) -> RouterReply:
+        """See ``RouterClient``."""
+        await self._connect()
+        return await self._client.status()
+
+    async def drain(self, worker: str, timeout_s: float) -> list[MoveRecord]:
+        """See ``RouterClient``."""
+        await self._connect()
+        return await self._client.drain(worker, timeout_s)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands behind the plugins: one controller and one scale-down for each policy file.
+
+Life cycle: ``Decider.shared`` gives all plugins of a process the same one; it connects to the routers with the first
+tick. ``begin`` starts a decision beside the caller and never waits. ``bound`` answers with what was seen last; what
+is older than ``limits.stale-after-s`` counts as not seen. One asyncio loop. Raises ``ConfigError`` at its start when
+the policy file is wrong; later failures are logged and tried again at the next tick.
+
+Replay: Dynamo's own simulator has workers of numbers only. With ``replay_tokens`` (their KV capacity) the snapshot is
+made up from forward-pass metrics, plans are counted and not carried out, victims count as empty a tick later, and
+time passes with the ticks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from components import process
+from components.errors import MigrateError
+from components.router.client import RouterClient
+from planner_hooks.config import load
+from planner_hooks.controller import HOLDS, MOVES, Controller
+from planner_hooks.metrics import made_up
+from planner_hooks.observe import Observer
+from planner_hooks.report import decisions
+from planner_hooks.scaledown import Bound, ScaleDown
+from planner_hooks.snapshot import Snapshot
+
+logger = logging.getLogger(__name__)
+_CONNECT_S = 30.0
+NAME = "scale-down"
+
+
+class Decider:
+    """See the module docstring."""
+
+    _shared: ClassVar[dict[tuple[str, int], Decider]] = {}
+
+    def __init__(self, policy_file: str, replay_tokens: int = 0) -> None:
+        self.policy = load(Path(policy_file))
+        self._replay_tokens = replay_tokens
+        self._replayed = self.policy.build()
+        self._observer = Observer(self.policy.controller.cost)
+        self._client: RouterClient | None = None
+        self._controller: Controller | None = None
+        self._deciding: asyncio.Task[None] | None = None
+        self._scale_down: dict[str, ScaleDown] = {}
+        self._seen: Snapshot | None = None
+        self._seen_at = 0.0
+        self.ticks = 0
+
+    @classmethod
+    def shared(cls, policy_file: str, replay_tokens: int = 0) -> Decider:
+        """The one decider of this process for a policy file."""
+        key = (str(Path(policy_file).resolve()), replay_tokens)
+        if key not in cls._shared:
+            cls._shared[key] = cls(policy_file, replay_tokens)
+        return cls._shared[key]
+
+    def begin(self, engines: Mapping[str, bytes] | None) -> None:
+        """Start a decision unless one is under way. ``engines`` are the planner's forward-pass metrics."""
+        self.ticks += 1
+        if engines is not None:
+            self._observer.join(engines)
+        if self._replay_tokens:
+            self._replay(engines or {})
+        elif self._deciding is None or self._deciding.done():
+            self._deciding = asyncio.ensure_future(self._decide())
+
+    def retired(self) -> int:
+        """Workers that a policy wants to be without."""
+        return len(self._controller.retired) if self._controller is not None else 0
+
+    def bound(self, role: str, bounds: tuple[int, int] | None, proposed: int, ready: int) -> Bound:
+        """What a proposal is clamped to; begins and ends the emptying of victims. Only decode workers are emptied."""
+        if role != "decode":
+            low, high = bounds or (ready, ready)
+            return Bound(low, max(low, high))
+        if role not in self._scale_down:
+            config = self.policy.controller
+            self._scale_down[role] = ScaleDown(config.scale_down, bounds, config.drain_timeout_s, self._now)
+        answer = self._scale_down[role].decide(proposed, ready, self._current())
+        if answer.reason is not None and proposed < ready:
+            HOLDS.labels(NAME, answer.reason).inc()
+        if answer.retire or answer.release or answer.at_most < ready:
+            logger.info(
+                "decode workers: %d are there, %d proposed, %d let through (%s); emptying %s, taking back %s",
+                *(ready, proposed, answer.at_most, answer.reason or "empty"),
+                *(", ".join(names) or "none" for names in (answer.retire, answer.release)),
+            )
+        if self._controller is not None:
+            self._controller.retire(answer.retire)
+            self._controller.release(answer.release)
+        return answer
+
+    def _now(self) -> float:
+        # Simulated time is not told to plugins: it passes with the ticks.
+        return self.ticks * self.policy.controller.interval_s if self._replay_tokens else time.monotonic()
+
+    def _current(self) -> Snapshot | None:
+        fresh = self._now() - self._seen_at <= self.policy.controller.limits.stale_after_s
+        return self._seen if fresh else None
+
+    async def _decide(self) -> None:
+        try:
+            if self._controller is None or self._client is None:
+                # The planner's own runtime already serves this port; the plugin is not given that runtime.
+                os.environ.pop("DYN_SYSTEM_PORT", None)
+                self._client = RouterClient(process.connect())
+                await asyncio.wait_for(self._client.connect(), _CONNECT_S)
+                self._controller = Controller(self.policy, self._client, self._observer)
+            plan = await self._controller.tick()
+            self._seen, self._seen_at = self._controller.seen, self._now()
+            await self._client.report(decisions(plan, time.time()))
+            if plan.moves or plan.retire:
+                logger.info("%d moves planned; %s", len(plan.moves), self._controller.summary())
+        except (MigrateError, TimeoutError) as error:
+            logger.warning("no decision about migrations: %s", error or "no router answers")
+        except Exception:
+            # The planner must go on whatever Dynamo's client raises here.
+            logger.exception("no decision about migrations")
+
+    def _replay(self, engines: Mapping[str, bytes]) -> None:
+        leaving = {victim for scale_down in self._scale_down.values() for victim in scale_down.victims}
+        self._seen = Snapshot.of(made_up(engines, self._replay_tokens, leaving))
+        self._seen_at = self._now()
+        for move in self._replayed.plan(self._seen).moves:
+            MOVES.labels(move.policy, "replayed").inc()

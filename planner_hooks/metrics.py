@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dynamo's forward-pass metrics as policies use them: when a worker was last heard of, and load without a router.
+
+Keys are ``<worker id>/<rank>``; the worker id is Dynamo's instance id in decimal, of which routers show the last
+eight hexadecimal digits. A payload that cannot be read counts as not received.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from components.engine.protocol import RequestPhase
+from planner_hooks.snapshot import Capture, RequestView, WorkerView
+
+logger = logging.getLogger(__name__)
+
+
+def decoded(engines: Mapping[str, bytes]) -> dict[str, list[Any]]:
+    """Metrics of all ranks by worker, as routers name them."""
+    from dynamo.common.forward_pass_metrics import decode
+
+    found: dict[str, list[Any]] = {}
+    for key, payload in engines.items():
+        worker = key.partition("/")[0]
+        metrics = decode(payload)
+        if metrics is None or not worker.isdecimal():
+            logger.debug("metrics of %s cannot be read", key)
+            continue
+        found.setdefault(f"{int(worker):016x}"[-8:], []).append(metrics)
+    return found
+
+
+class Heard:
+    """When each worker's metrics have last changed."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[tuple[int, ...], float]] = {}
+        self.queued_tokens: dict[str, int] = {}
+        """KV that each worker's preempted and waiting requests will need."""
+
+    def update(self, engines: Mapping[str, bytes], now: float) -> None:
+        """Take one tick's metrics in."""
+        seen = decoded(engines)
+        for worker, ranks in seen.items():
+            counters = tuple(rank.counter_id for rank in ranks)
+            if self._last.get(worker, ((), 0.0))[0] != counters:
+                self._last[worker] = (counters, now)
+            queues = [rank.queued_requests for rank in ranks]
+            self.queued_tokens[worker] = int(sum(q.sum_prefill_tokens + q.sum_decode_kv_tokens for q in queues))
+        # Gone for good, unless they are only late: those are remembered until they are far beyond any limit.
+        for worker in [w for w, (_, at) in self._last.items() if w not in seen and now - at > 600]:
+            del self._last[worker]
+            self.queued_tokens.pop(worker, None)
+
+    def age_s(self, worker: str, now: float) -> float:
+        """Seconds since news; 0 for a worker of which nothing was ever heard, whose router's report has to do."""
+        return now - self._last[worker][1] if worker in self._last else 0.0
+
+
+def made_up(engines: Mapping[str, bytes], capacity_tokens: int, leaving: Collection[str] = ()) -> Capture:
+    """Rows from sums: each running request gets the mean KV of its worker. Leaving workers have none any more."""
+    workers, requests = [], []
+    for worker, ranks in decoded(engines).items():
+        scheduled = [rank.scheduled_requests for rank in ranks]
+        queued = [rank.queued_requests for rank in ranks]
+        count = 0 if worker in leaving else sum(s.num_decode_requests for s in scheduled)
+        held = 0 if worker in leaving else int(sum(s.sum_decode_kv_tokens for s in scheduled))
+        waiting = sum(q.num_prefill_requests + q.num_decode_requests for q in queued)
+        workers.append(
+            WorkerView(
+                worker=worker,
+                capacity_tokens=capacity_tokens,
+                held_tokens=held,
+                queued_tokens=int(sum(q.sum_prefill_tokens + q.sum_decode_kv_tokens for q in queued)),
+                running=count,
+                waiting=0 if worker in leaving else waiting,
+                step_s=max(rank.wall_time for rank in ranks),
+                draining=worker in leaving,
+            )
+        )
+        requests += [
+            RequestView(f"{worker}-{i}", worker, RequestPhase.DECODE, held // count, held // count, 256.0)
+            for i in range(count)
+        ]
+    return Capture(0.0, tuple(workers), tuple(requests), synthetic=True)
