@@ -66,14 +66,15 @@ def planner_file(config: PlannerConfig, namespace: str) -> dict[str, Any]:
 def main() -> None:
     """Hand over to Dynamo's planner, in this process."""
     config = load_component_config(PlannerConfig)
+    os.environ.setdefault("DYN_EVENT_PLANE", "zmq")
+    # The planner drops and renews its watches all the time, and Dynamo's store reports each as an error.
+    # Read when Dynamo is imported.
+    os.environ["DYN_LOG"] = os.environ.get("DYN_LOG", "warn") + ",dynamo_runtime::storage::kv=off"
     try:
         from dynamo.planner.__main__ import main as run
     except ImportError as error:
         raise ConfigError(f"Dynamo's planner cannot be imported ({error}): install the extra 'planner'") from error
     load(Path(config.policy_file))  # A wrong file ends here, with one line, before the planner's own start.
-    os.environ.setdefault("DYN_EVENT_PLANE", "zmq")
-    # The planner drops and renews its watches all the time, and Dynamo's store reports each as an error.
-    os.environ["DYN_LOG"] = os.environ.get("DYN_LOG", "warn") + ",dynamo_runtime::storage::kv=off"
     sys.argv = ["planner", "--config", json.dumps(planner_file(config, process.namespace()))]
     run()  # type: ignore[no-untyped-call]
 

@@ -15,11 +15,11 @@ import pytest
 
 from tests.integration.graphs import PROMPT, Graph
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = pytest.mark.integration
 POLICY = """
 limits: {cooldown-s: 1, no-return-s: 60, max-destination-usage: 0.95}
 cost: {min-gain: 0}
-scale-down: {delay-s: 3}
+scale-down: {delay-s: 20}  # the load must be there first
 policies:
   drain: {}
   balance: {high: 0.1, start-gap: 0.15, stop-gap: 0.05}
@@ -58,21 +58,23 @@ class Load:
             thread.join()
 
 
-@pytest.fixture(scope="module")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
-    folder = tmp_path_factory.mktemp("scaling")
+ENGINES = {
+    "paged": (
+        "--Common.engine=paged",
+        "--PrefillWorker.engine-args={step_s: 0.002}",
+        "--DecodeWorker.engine-args={step_s: 0.004, lease_s: 20, num_blocks: 256}",
+    ),
+    "vllm": ("--DecodeWorker.engine-args={num_gpu_blocks_override: 256}",),
+}
+
+
+@pytest.fixture(scope="module", params=["paged", pytest.param("vllm", marks=pytest.mark.slow)])
+def planned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
+    folder = tmp_path_factory.mktemp(f"scaling-{request.param}")
     policy = folder / "policy.yaml"
     policy.write_text(POLICY)
-    graph = Graph(
-        folder,
-        "planner",
-        (
-            f"--Planner.policy-file={policy}",
-            "--Planner.interval-s=1",
-            "--Planner.scale-up-usage=0.6",
-            "--DecodeWorker.engine-args={num_gpu_blocks_override: 256}",
-        ),
-    )
+    planner = (f"--Planner.policy-file={policy}", "--Planner.interval-s=1", "--Planner.scale-up-usage=0.6")
+    graph = Graph(folder, "planner", (*planner, *ENGINES[request.param]))
     try:
         graph.wait()
         yield graph
