@@ -40,18 +40,18 @@ class Balance(BasePolicy[Config]):
 
     def decide(self, snapshot: Snapshot, ledger: Ledger) -> Plan:
         sources = snapshot.w_fresh & ~snapshot.w_leaving
-        gap = self.config.start_gap
+        high, gap = self.config.high, self.config.start_gap
         while not ledger.full:
             hot = np.where(sources & ledger.idle(), ledger.usage, -np.inf)
             src = int(np.argmax(hot))
             cold = np.where(ledger.can_take(), ledger.usage, np.inf)
             dst = int(np.argmin(cold))
-            if not (hot[src] >= self.config.high and hot[src] - cold[dst] >= gap):
+            if not (hot[src] >= high and hot[src] - cold[dst] >= gap):
                 if not ledger.moves:
                     ledger.hold(HoldReason.BALANCED, detail=self._spread(ledger))
                 return ledger.close()
             if self._move_one(ledger, src, cold):
-                gap = self.config.stop_gap
+                high, gap = 0.0, self.config.stop_gap
             else:
                 sources[src] = False
         ledger.hold(HoldReason.TICK_LIMIT)
