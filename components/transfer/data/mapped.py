@@ -82,9 +82,10 @@ class MappedBackend:
         peer = copy.peer
         if peer.epoch not in self._mappings:
             self._mappings[peer.epoch] = self._mapper.submit(map_peer, peer.name, peer.epoch, copy.end)
-        while not self._mappings[peer.epoch].done():
-            yield False
+        # Several transfers may wait for it, and the first that sees it fail takes it out of the table.
         future = self._mappings[peer.epoch]
+        while not future.done():
+            yield False
         try:
             mapping = future.result()
             if mapping.alive():
