@@ -99,7 +99,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     strategy: Strategy = Strategy.AUTO
     direct_bytes: int = 0
     """Mean length of a run of blocks from which direct descriptors beat staging; 0: the measured default
-    of the memory and lane. ``python -m benchmarks.transfer --calibrate`` finds it for a host."""
+    of the memory and lane (docs/measurements.md has the runs behind them)."""
     advertise_host: str = "127.0.0.1"
     """Where peers reach this host, for lanes that need an address of ours."""
     lease_ttl_s: int = 10
