@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -23,7 +24,7 @@ class PolicyConfig(Section):
 C = TypeVar("C", bound=PolicyConfig)
 
 
-class BasePolicy(Generic[C]):
+class BasePolicy(ABC, Generic[C]):
     """Subclasses name their configuration and write ``decide``."""
 
     name: ClassVar[str]
@@ -41,9 +42,10 @@ class BasePolicy(Generic[C]):
             return ledger.close()
         return self.decide(snapshot, ledger)
 
+    @abstractmethod
     def decide(self, snapshot: Snapshot, ledger: Ledger) -> Plan:
         """Moves through ``ledger.move``, reasons through ``ledger.hold``, then ``ledger.close``."""
-        raise NotImplementedError
+        ...
 
 
 def coldest_that_fits(ledger: Ledger, row: int, allowed: np.ndarray | None = None) -> int | None:
