@@ -114,6 +114,16 @@ class Graph:
         with ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(lambda prompt: self.complete(prompt, count, **more), prompts))
 
+    def leave_early(self, prompt: str, after: int) -> None:
+        """A client that closes its connection in the middle of an answer."""
+        stream = self.client.completions.create(
+            model=MODEL, prompt=prompt, max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
+        )
+        for number, _ in enumerate(stream):
+            if number == after:
+                stream.close()
+                break
+
     def stop(self) -> list[psutil.Process]:
         if self._remote is not None:
             self._remote.kill()

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.integration.graphs import MODEL, PROMPT, Graph
+from tests.integration.graphs import PROMPT, Graph
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 LENGTH = 2000
@@ -59,11 +59,5 @@ def test_drain_empties_a_worker_and_undrain_brings_it_back(graph: Graph) -> None
 
 
 def test_a_client_that_goes_away_frees_its_blocks(graph: Graph) -> None:
-    stream = graph.client.completions.create(
-        model=MODEL, prompt=PROMPT, max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
-    )
-    for number, _ in enumerate(stream):
-        if number == 20:
-            stream.close()
-            break
+    graph.leave_early(PROMPT, 20)
     graph.wait_until_idle(timeout_s=20)

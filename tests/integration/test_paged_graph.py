@@ -79,13 +79,7 @@ def test_drain_and_undrain(paged: Graph) -> None:
 
 
 def test_a_client_that_goes_away_frees_its_blocks(paged: Graph) -> None:
-    stream = paged.client.completions.create(
-        model=MODEL, prompt=PROMPT, max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
-    )
-    for number, _ in enumerate(stream):
-        if number == 20:
-            stream.close()
-            break
+    paged.leave_early(PROMPT, 20)
     paged.wait_until_idle(timeout_s=20)
 
 

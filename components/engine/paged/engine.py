@@ -300,7 +300,7 @@ class PagedEngine:
         self._live.landings.extend(active, offer, tokens)
 
     async def expect_commit(self, request_id: RequestId, hold_s: float) -> None:
-        """Nothing to hold: landing requests join in the middle of a step's pause."""
+        """Ignored: steps here are short pauses, and a commit waits for the end of one."""
 
     async def commit(self, request_id: RequestId, frozen: Frozen) -> None:
         """Copy what is missing and run."""
