@@ -10,6 +10,7 @@ copying.py   transfer_kv_cache: between devices of one process
 lanes.py     transports and what they need of the host
 control/     who may talk: records, and the stores they live in
 data/        how bytes move: NIXL, CUDA IPC, plain TCP, copies in one process
+parking/     KV put aside in host memory or files
 session/     how two agents agree on a transfer
 """
 
@@ -19,14 +20,19 @@ from components.transfer.copying import CacheCopy, transfer_kv_cache
 from components.transfer.data.nixl import nixl_is_available
 from components.transfer.data.shared import move_to_shared_memory
 from components.transfer.handle import TransferHandle
+from components.transfer.parking import Parking, ParkingStats, Place, Ticket
 
 __all__ = [
     "AgentConfig",
     "CacheCopy",
     "Integrity",
     "KVPool",
+    "Parking",
+    "ParkingStats",
+    "Place",
     "StoreKind",
     "Strategy",
+    "Ticket",
     "TransferAgent",
     "TransferHandle",
     "TransferResult",

@@ -42,6 +42,7 @@ from components.transfer.control.store import store_of
 from components.transfer.data.base import Backend, Copy, Steps
 from components.transfer.handle import TransferHandle
 from components.transfer.layout import Ints, pair_up, parts_of
+from components.transfer.parking.parking import Parking, parking_of
 from components.transfer.session.worker import Job, Worker
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class TransferAgent:
         self._assembly = Assembly([], None)
         self._checksums = BlockChecksums([])
         self._worker = Worker(config.name, config.grace_s)
+        self._parking: Parking | None = None
         self._publisher: threading.Thread | None = None
         self._stop_publishing: Callable[[], object] = lambda: None
         self._poisoned: dict[int, int] = {}
@@ -78,6 +80,9 @@ class TransferAgent:
         self._config.validate()
         self._assembly = assemble(self._config, self.epoch, pools, self.directory)
         self._checksums = BlockChecksums(pools)
+        self._parking = parking_of(
+            self._config, self.record, self._assembly.regions, self._checksums, self._submit_steps
+        )
         self._worker.start(self._assembly.backends)
         self._publish()
 
@@ -114,6 +119,13 @@ class TransferAgent:
         if self._assembly.record is None:
             raise TransferError("the agent has not been started")
         return self._assembly.record
+
+    @property
+    def parking(self) -> Parking:
+        """Where requests' KV can be put aside. Raises ``TransferError`` before ``start``."""
+        if self._parking is None:
+            raise TransferError("the agent has not been started")
+        return self._parking
 
     def fetch(
         self,
@@ -154,7 +166,7 @@ class TransferAgent:
         """Connect to a peer ahead of the first transfer: first contact can take seconds."""
         handle = TransferHandle()
         end = time.monotonic() + deadline_s
-        self._worker.submit(Job(self._warm_up(peer, end), handle, end))
+        self._submit_steps(self._warm_up(peer, end), handle, end)
         return handle
 
     def checksums(self, blocks: Sequence[int], tokens: int = 0) -> tuple[int, ...]:
@@ -194,8 +206,11 @@ class TransferAgent:
             handle.add_done_callback(on_done)
         end = time.monotonic() + deadline_s
         steps = self._run(peer, ours, theirs, request_id, end, handle, push, checksums)
-        self._worker.submit(Job(steps, handle, end))
+        self._submit_steps(steps, handle, end)
         return handle
+
+    def _submit_steps(self, steps: Steps, handle: TransferHandle, end: float) -> None:
+        self._worker.submit(Job(steps, handle, end))
 
     def _run(
         self,
@@ -209,12 +224,12 @@ class TransferAgent:
         checksums: Sequence[int],
     ) -> Steps:
         mine, others = np.asarray(ours, np.int64), np.asarray(theirs, np.int64)
-        self._check(mine, self.record, unique=not push)
+        self.record.require_blocks(mine, unique=not push)
         if ref == self.ref:
             raise TransferError(f"agent {ref.name} cannot transfer to itself")
         peer = yield from self._peer(ref, end)
         self.record.require_pairable(peer)
-        self._check(others, peer, unique=push)
+        peer.require_blocks(others, unique=push)
         near, far, unit = pair_up(mine, self.record.block_size, others, peer.block_size)
         handle.total = len(near) * self.record.block_bytes // (self.record.block_size // unit if unit else 1)
 
@@ -265,13 +280,6 @@ class TransferAgent:
                 if isinstance(error, TransferCancelled) or backend.reaches(copy.peer):
                     raise
                 logger.warning("agent %s: %s; using another lane", copy.peer.name, error)
-
-    def _check(self, blocks: Ints, owner: AgentRecord, unique: bool) -> None:
-        bad = blocks[(blocks < 0) | (blocks >= owner.num_blocks)]
-        if len(bad):
-            raise TransferError(f"agent {owner.name} has {owner.num_blocks} blocks; {int(bad[0])} is none of them")
-        if unique and len(np.unique(blocks)) != len(blocks):
-            raise TransferError(f"a block of agent {owner.name} is named twice as a destination")
 
     def _peer(self, ref: AgentRef, end: float) -> Generator[bool, None, AgentRecord]:
         until = min(end, time.monotonic() + _KNOWN_S)
@@ -326,6 +334,8 @@ class TransferAgent:
         if self._publisher is not None:
             self._publisher.join(5.0)
         self._worker.stop()
+        if self._parking is not None:
+            self._parking.close()
         for backend in self._assembly.backends:
             backend.close()
         self._assembly = Assembly([], None)

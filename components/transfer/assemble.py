@@ -44,6 +44,7 @@ class Assembly:
 
     backends: list[Backend]
     record: AgentRecord | None
+    regions: Sequence[Region] = ()
 
 
 def _order(config: AgentConfig) -> list[str]:
@@ -110,7 +111,7 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
         lanes=tuple(backend.lane for backend in backends),
         scope=scope,
     )
-    return Assembly(backends, record)
+    return Assembly(backends, record, regions)
 
 
 def _check_tokens(config: AgentConfig, pools: Sequence[KVPool]) -> None:

@@ -17,6 +17,8 @@ from components.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from components.transfer.parking.ticket import Ticket
+
 
 class Transport(StrEnum):
     """What ``--nixl-transport`` takes; see ``lanes.py`` for what each sets."""
@@ -121,6 +123,13 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     grace_s: float = 1.0
     """How long a failed transfer may wait for its last piece to stand still, beyond its deadline."""
 
+    park_host_bytes: int = 0
+    """Bound of host memory (pinned where the pools are on a GPU) for parked requests; 0: none is taken."""
+    park_dir: str = ""
+    """Folder for parked requests, writable by this user alone; empty: none. Agents may share one."""
+    park_dir_bytes: int = 8 << 30
+    """Bound of all files in ``park_dir``."""
+
     def validate(self) -> None:
         """Raise ``ConfigError`` naming the value that cannot be used."""
         known = {"mapped", "nixl", "local", "cuda_ipc", "tcp"}
@@ -134,6 +143,8 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f"copy_threads {self.copy_threads} is not within 0 and 256")
         if 0 < self.piece_bytes < 1 << 16 or self.piece_bytes < 0 or self.lease_ttl_s < 1:
             raise ConfigError("piece_bytes must be 0, or 65536 and more; lease_ttl_s 1 or more")
+        if self.park_host_bytes < 0 or self.park_dir_bytes < 0:
+            raise ConfigError("park_host_bytes and park_dir_bytes must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -150,3 +161,5 @@ class TransferResult:
     """The backend and transport that were really used."""
     strategy: Strategy = Strategy.READ
     verified_blocks: int = 0
+    ticket: Ticket | None = None
+    """Of a request that was parked or brought back; see ``parking``."""

@@ -6,10 +6,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import msgspec
+import numpy as np
 
 from components.engine.protocol import AgentName, AgentRef, Epoch
-from components.errors import IncompatibleLayout, MigrateError
-from components.transfer.layout import Segment, cut
+from components.errors import IncompatibleLayout, MigrateError, TransferError
+from components.transfer.layout import Ints, Segment, cut
 
 MAX_RECORD_BYTES = 4 << 20
 """A NIXL blob is some kilobytes; anything much larger is not ours."""
@@ -86,6 +87,14 @@ class AgentRecord(msgspec.Struct, frozen=True, tag="agent/3"):
             )
         if _shape(self, cut) != _shape(peer, cut):
             raise IncompatibleLayout(f"agents {self.name} and {peer.name} lay their KV blocks out differently")
+
+    def require_blocks(self, blocks: Ints, unique: bool) -> None:
+        """Raise ``TransferError`` for numbers that are none of this agent's blocks, or that are named twice."""
+        bad = blocks[(blocks < 0) | (blocks >= self.num_blocks)]
+        if len(bad):
+            raise TransferError(f"agent {self.name} has {self.num_blocks} blocks; {int(bad[0])} is none of them")
+        if unique and len(np.unique(blocks)) != len(blocks):
+            raise TransferError(f"a block of agent {self.name} is named twice as a destination")
 
     def _divides(self, peer: AgentRecord) -> bool:
         whole = self.block_size > 0 and peer.block_size % self.block_size == 0
