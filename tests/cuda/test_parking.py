@@ -37,7 +37,6 @@ def test_what_was_parked_comes_back(tmp_path: Path, place: Place, count: int) ->
     before = agent.checksums(others)
     back = agent.parking.restore(done.ticket, target, deadline_s=20).wait(30)
     assert agent.checksums(target) == sums and agent.checksums(others) == before
-    print(
-        f"{place}: {done.bytes / done.wire_s / 1e9:.1f} GB/s out, {back.bytes / back.wire_s / 1e9:.1f} back, {back.lane}"
-    )
+    speeds = [each.bytes / each.wire_s / 1e9 for each in (done, back)]
+    print(f"{place} over {back.lane}: {speeds[0]:.1f} GB/s out, {speeds[1]:.1f} back")
     agent.close()
