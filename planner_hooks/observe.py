@@ -47,12 +47,18 @@ class Observer:
         self._outputs |= {name: stream.output_tokens for name, stream in streams.items()}
         moved = {move.request_id: move for move in status.moves if move.ok}
         decode = [worker for worker in status.workers if worker.role == "decode"]
-        requests = []
-        for worker in decode:
-            for row in worker.requests:
-                stream = streams.get(row.request_id)
-                if stream is not None and stream.worker == worker.worker:
-                    requests.append(self._request(worker, row, moved.get(row.request_id), stream.moving, now))
+        rows = [
+            (worker, row, stream)
+            for worker in decode
+            for row in worker.requests
+            if (stream := streams.get(row.request_id)) is not None and stream.worker == worker.worker
+        ]
+        # For all at once: one call for each request would be most of the time of a large table.
+        remaining = self._remaining.of(np.array([row.output_tokens for _, row, _ in rows], dtype=float)).tolist()
+        requests = [
+            self._request(worker, row, moved.get(row.request_id), stream.moving, expected, now)
+            for (worker, row, stream), expected in zip(rows, remaining, strict=True)
+        ]
         bytes_per_s, overhead_s, downtime_s = self._measured([move for move in status.moves if move.ok and move.bytes])
         return Capture(
             time_s=now,
@@ -64,10 +70,10 @@ class Observer:
             downtime_s=downtime_s,
         )
 
+    @staticmethod
     def _request(
-        self, worker: WorkerInfo, row: RequestInfo, move: MoveRecord | None, moving: bool, now: float
+        worker: WorkerInfo, row: RequestInfo, move: MoveRecord | None, moving: bool, expected: float, now: float
     ) -> RequestView:
-        expected = float(self._remaining.of(np.array([float(row.output_tokens)]))[0])
         if row.max_tokens is not None:
             expected = min(expected, max(0.0, row.max_tokens - row.output_tokens))
         return RequestView(

@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long one decision of all policies takes, by cluster size, on one core.
+"""How long one decision of all policies takes, by cluster size, on one core, and what a live tick spends before it.
 
-``capture`` is the cost of turning the readable views into columns, which the live observer pays once per tick as
-well; the simulator builds columns directly.
+``decision`` is what a policy file costs: from a snapshot to a plan. A live tick first decodes the routers' answer,
+joins it to views (``observe``) and turns those into columns (``columns``); the simulator builds columns directly.
 """
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 import numpy as np
 
-from components.engine.protocol import RequestPhase
+from components.engine.protocol import EngineStats, RequestId, RequestInfo, RequestPhase
+from components.messages import RouterReply, StreamInfo, WorkerInfo, pack, unpack
 from planner_hooks.config import parse
+from planner_hooks.observe import Observer
+from planner_hooks.rules import Cost
 from planner_hooks.snapshot import Capture, RequestView, Snapshot, WorkerView
 
+_BLOCK = 16
 SIZES = ((4, 400), (16, 1600), (64, 6400), (256, 25_000), (1024, 100_000))
 
 
@@ -28,7 +34,9 @@ class Speed(msgspec.Struct, frozen=True):
     moves: int
     decision_ms: float
     decision_max_ms: float
-    capture_ms: float
+    columns_ms: float
+    observe_ms: float
+    decode_ms: float
 
 
 def cluster(workers: int, requests: int, seed: int = 0) -> Capture:
@@ -74,6 +82,38 @@ def cluster(workers: int, requests: int, seed: int = 0) -> Capture:
     return Capture(0.0, tuple(views), tuple(rows), bytes_per_s=10e9)
 
 
+def answer(capture: Capture) -> dict[str, str]:
+    """The same state as routers tell it, packed."""
+    rows: defaultdict[str, list[RequestInfo]] = defaultdict(list)
+    for r in capture.requests:
+        blocks = r.kv_tokens // _BLOCK
+        rows[r.worker].append(RequestInfo(RequestId(r.request_id), r.phase, r.need_tokens, 0, blocks, 1.0, -r.priority))
+    workers = tuple(
+        WorkerInfo(
+            worker=w.worker,
+            role="decode",
+            draining=w.draining,
+            stats=EngineStats(
+                running=w.running,
+                waiting=w.waiting,
+                frozen=0,
+                landing=0,
+                free_blocks=(w.capacity_tokens - w.held_tokens) // _BLOCK,
+                total_blocks=w.capacity_tokens // _BLOCK,
+                queued_prefill_tokens=w.queued_tokens,
+                step_s=w.step_s,
+            ),
+            requests=tuple(rows[w.worker]),
+            block_size=_BLOCK,
+            max_num_seqs=w.max_seqs,
+            kv_bytes_per_token=w.kv_bytes_per_token,
+        )
+        for w in capture.workers
+    )
+    streams = tuple(StreamInfo(r.request_id, r.worker, r.need_tokens, 0, 1.0) for r in capture.requests)
+    return pack(RouterReply(workers=workers, streams=streams))
+
+
 def timed(call: Callable[[], object], repeat: int) -> list[float]:
     """Milliseconds of each call."""
     found = []
@@ -99,6 +139,11 @@ def measure(repeat: int = 15) -> list[Speed]:
         decide()
         took = timed(decide, repeat)
         moves = len(policy.plan(snapshot).moves)
-        capture_ms = float(np.median(timed(lambda capture=capture: Snapshot.of(capture), 3)))  # type: ignore[misc]
-        rows.append(Speed(workers, requests, moves, float(np.median(took)), max(took), capture_ms))
+        columns = timed(partial(Snapshot.of, capture), 3)
+        packed = answer(capture)
+        reply, observer = unpack(packed, RouterReply), Observer(Cost())
+        decode = timed(partial(unpack, packed, RouterReply), 3)
+        observe = timed(partial(observer.capture, reply), 4)[1:]  # The first one learns all names.
+        others = (float(np.median(times)) for times in (columns, observe, decode))
+        rows.append(Speed(workers, requests, moves, float(np.median(took)), max(took), *others))
     return rows

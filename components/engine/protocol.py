@@ -199,7 +199,7 @@ class LandingStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     """(code, message) of the last failed round; the blocks it covered count as not landed."""
 
 
-class RequestInfo(msgspec.Struct, frozen=True):
+class RequestInfo(msgspec.Struct, frozen=True, gc=False):
     """One row of the per-request table that planners and ``dynamo status`` read."""
 
     request_id: RequestId
