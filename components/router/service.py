@@ -45,6 +45,7 @@ from components.router.workers import Worker, WorkerPool
 from components.serve.config import RouterConfig, load_component_config
 
 logger = logging.getLogger(__name__)
+_SILENCE_CHECK_S = 0.5
 _SHUN_ROUNDS = 10
 """Half seconds to wait for a worker that has not just failed the request: a dead one stays listed for its lease."""
 
@@ -115,6 +116,16 @@ class RouterService:
         await context.async_killed_or_stopped()
         await stream.close()
         stream.outputs.put_nowait(GenerateOutput(len(stream.tokens), finish_reason=FinishReason.CANCELLED))
+
+    async def run(self) -> None:
+        """Know the workers, and give up on those that fall silent, until cancelled."""
+        await asyncio.gather(self.pool.run(), self._watch_silence())
+
+    async def _watch_silence(self) -> None:
+        while True:
+            await asyncio.sleep(_SILENCE_CHECK_S)
+            for stream in self.streams.values():
+                self._check_silence(stream)
 
     def _check_silence(self, stream: Stream) -> None:
         """A stopped process or a cut cable breaks no connection: neither token nor report is what tells."""
@@ -306,7 +317,7 @@ async def serve() -> None:
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     runtime = process.connect()
     service = RouterService(config, runtime, tokenizer)
-    polling = asyncio.ensure_future(service.pool.run())
+    polling = asyncio.ensure_future(service.run())
     while not any(w.role == "decode" and w.available for w in service.pool.workers.values()):
         if polling.done():
             polling.result()

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import heapq
 import time
 from collections.abc import Callable, Coroutine
@@ -52,9 +53,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         super()._run_once()  # type: ignore[misc]
 
 
-def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run to the end in virtual time."""
+def run(main: Coroutine[Any, Any, T], unhandled: Callable[[str], None] = lambda text: None) -> T:
+    """Run to the end in virtual time. ``unhandled`` is told of errors in tasks and callbacks that nobody has seen."""
     loop = VirtualLoop()
+    loop.set_exception_handler(lambda _, told: unhandled(f"{told['message']}: {told.get('exception')!r}"))
     with mock.patch.object(time, "monotonic", loop.time):
         asyncio.set_event_loop(loop)
         try:
@@ -64,5 +66,8 @@ def run(main: Coroutine[Any, Any, T]) -> T:
             for task in tasks:
                 task.cancel()
             loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            # A task tells of an error that nobody has asked for only when it is collected.
+            del tasks
+            gc.collect()
             asyncio.set_event_loop(None)
             loop.close()

@@ -96,7 +96,7 @@ class Cluster:
 
     def connect(self) -> None:
         """The router looks for workers."""
-        self._polling = asyncio.ensure_future(self.router.pool.run())
+        self._polling = asyncio.ensure_future(self.router.run())
 
     async def new_worker(self, component: str, name: str) -> Host:
         """One more worker, registered at once."""

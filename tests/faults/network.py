@@ -35,14 +35,18 @@ class Weather:
 
 
 class Context:
-    """A request's context on the worker's side."""
+    """A request's context, as the endpoint that serves it sees it."""
 
     def __init__(self) -> None:
-        self.stopped = False
+        self._gone = asyncio.Event()
 
-    def is_stopped(self) -> bool:
-        """Has the caller gone?"""
-        return self.stopped
+    def stop(self) -> None:
+        """The caller goes."""
+        self._gone.set()
+
+    async def async_killed_or_stopped(self) -> bool:
+        """Wait until the caller has gone."""
+        return await self._gone.wait()
 
 
 class Host:
@@ -149,7 +153,7 @@ class _Endpoint:
                 yield value
         finally:
             broken.cancel()
-            asyncio.get_running_loop().call_later(self._network.delay(), setattr, context, "stopped", True)
+            asyncio.get_running_loop().call_later(self._network.delay(), context.stop)
 
     def _start(self, host: Host, payload: Any, context: Context, inbox: asyncio.Queue[Any]) -> None:
         task = asyncio.ensure_future(self._work(host, payload, context, inbox))

@@ -162,7 +162,7 @@ class Scenario:
                     name = chance.choice(names)
                     self._gone.add(name)
                     if name in cluster.contexts:
-                        cluster.contexts[name].stopped = True
+                        cluster.contexts[name].stop()
                 case "router":
                     self._router_died = True
                     cluster.kill_router()
@@ -203,7 +203,7 @@ def run(seed: int) -> Outcome:
     scenario = Scenario(seed)
     with quiet():
         try:
-            return clock.run(scenario.play())
+            return clock.run(scenario.play(), scenario.outcome.problems.append)
         except Exception as error:
             scenario.outcome.problems.append(f"{type(error).__name__}: {error}")
             return scenario.outcome

@@ -3,8 +3,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from random import Random
+
 import pytest
 
+from tests.faults import clock, network
+from tests.faults.cluster import Cluster, expected, payload, quiet
 from tests.faults.scenario import run
 
 _SHARE = 20
@@ -23,3 +28,24 @@ def test_a_thousand_more(first: int) -> None:
     for seed in range(first, first + 100):
         outcome = run(seed)
         assert outcome.problems == [], outcome
+
+
+def test_a_worker_that_stands_still_is_lost_although_discovery_still_lists_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "LEASE_S", 1e9)
+    body = payload([1, 2, 3], 60, 5)
+
+    async def play() -> tuple[list[int], str]:
+        cluster = Cluster(Random(1), network.Weather(), prefill=0, decode=2)
+        await cluster.start()
+        asking = cluster.job(cluster.ask("r", body))
+        await asyncio.sleep(0.3)
+        owner = cluster.router.streams["r"].owner
+        assert owner is not None
+        cluster.stall(cluster.network.hosts[owner.worker.instance], 1e6)
+        answer = await asyncio.wait_for(asking, 120.0)
+        await cluster.stop()
+        return answer.tokens, answer.error
+
+    with quiet():
+        tokens, error = clock.run(play())
+    assert (tokens, error) == (expected(body), "")
