@@ -43,15 +43,15 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def wait_for_port(port: int, timeout_s: float = 15.0) -> None:
-    """Return once something listens on the loopback port."""
+def wait_for_port(port: int, timeout_s: float = 15.0, host: str = "127.0.0.1") -> None:
+    """Return once something listens on the port."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         with socket.socket() as sock:
-            if sock.connect_ex(("127.0.0.1", port)) == 0:
+            if sock.connect_ex((host, port)) == 0:
                 return
         time.sleep(0.05)
-    raise TimeoutError(f"nothing listens on 127.0.0.1:{port} after {timeout_s:g} s")
+    raise TimeoutError(f"nothing listens on {host}:{port} after {timeout_s:g} s")
 
 
 @contextmanager
@@ -68,9 +68,9 @@ def running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextmanager
-def etcd_server(data: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+def etcd_server(data: Path, port: int, host: str = "127.0.0.1") -> Iterator[subprocess.Popen[bytes]]:
     """One etcd with its data in ``data``, listening on ``port``."""
-    client, peer = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{free_port()}"
+    client, peer = f"http://{host}:{port}", f"http://127.0.0.1:{free_port()}"
     command = [
         "etcd",
         *("--data-dir", str(data), "--name", "test", "--log-level", "error"),
@@ -79,15 +79,15 @@ def etcd_server(data: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
         *("--initial-cluster", f"test={peer}"),
     ]
     with running(command) as process:
-        wait_for_port(port)
+        wait_for_port(port, host=host)
         yield process
 
 
 @contextmanager
-def nats_server(data: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+def nats_server(data: Path, port: int, host: str = "127.0.0.1") -> Iterator[subprocess.Popen[bytes]]:
     """One NATS server with JetStream in ``data``, listening on ``port``."""
-    with running(["nats-server", "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", str(data)]) as process:
-        wait_for_port(port)
+    with running(["nats-server", "-a", host, "-p", str(port), "-js", "-sd", str(data)]) as process:
+        wait_for_port(port, host=host)
         yield process
 
 

@@ -125,9 +125,12 @@ class _Move:
         with contextlib.suppress(MigrateError):
             reply = await self._target.call(WorkerOp.LANDING, self._request_id)
             self._status = reply.landing or self._status
+        # The target computed what did not arrive: with no block at all, that is a replay.
+        recomputed = self._status.error and not self._status.bytes
         return msgspec.structs.replace(
             record,
             ok=True,
+            mode=Mode.REPLAY if recomputed else record.mode,
             reason=": ".join(self._status.error) if self._status.error else "",
             rounds=self._status.rounds,
             bytes=self._status.bytes,

@@ -101,6 +101,13 @@ class Graph:
                 assert not any(text.done() for text in texts), [text.result() for text in texts if text.done()]
             return [text.result(240) for text in texts]
 
+    def disturbed(self, prompts: list[str], length: int, act: Callable[[dict[str, str]], None], **more: Any) -> None:
+        """``under_way``, whose texts must be those of undisturbed requests.
+
+        These come after: before, they would leave all blocks in the workers' prefix caches, and nothing would move.
+        """
+        assert self.under_way(prompts, length, act, **more) == self.complete_all(prompts, length, **more)
+
     def complete(self, prompt: str, count: int, **more: object) -> str:
         reply = self.client.completions.create(
             model=MODEL, prompt=prompt, max_tokens=count, extra_body={"ignore_eos": True}, **more
@@ -128,6 +135,9 @@ class Graph:
         if self._remote is not None:
             self._remote.kill()
             self._remote.wait()
+        if self.process.poll() is not None:
+            self._output.close()
+            return []
         family = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(120)

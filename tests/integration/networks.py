@@ -13,19 +13,24 @@ import heapq
 import os
 import random
 import select
+import socket
 import struct
 import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import pytest
 
+T = TypeVar("T")
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
-_CLONE_NEWNET = 0x4000_0000
+_CLONE_NEWNET, _CLONE_NEWUTS, _CLONE_NEWNS = 0x4000_0000, 0x0400_0000, 0x0002_0000
+_MS_REC, _MS_SLAVE, _MNT_DETACH = 0x4000, 0x8_0000, 2
 _TUNSETIFF = 0x4004_54CA
 _IFF_TUN, _IFF_NO_PI = 0x0001, 0x1000
 
@@ -91,7 +96,7 @@ def slow_cable(delay_s: float, loss: float) -> Iterator[Cable]:
     """Joined by a cable with a delay each way, that loses packets at random."""
     with _namespaces() as names:
         try:
-            ends = [_tun(name) for name in names]
+            ends = [on_host(name, _tun) for name in names]
         except OSError as error:
             pytest.skip(f"no TUN devices here: {error}")
         for name, address in zip(names, ADDRESSES, strict=True):
@@ -109,31 +114,31 @@ def slow_cable(delay_s: float, loss: float) -> Iterator[Cable]:
                 os.close(end)
 
 
-def _tun(name: str) -> int:
-    """A TUN device inside a namespace. Only a thread of its own goes in, to make it."""
-    made: list[int] = []
-    failed: list[OSError] = []
+def on_host(name: str, call: Callable[[], T]) -> T:
+    """Run ``call`` in a namespace, under a host name of its own. Only a thread goes in; what it starts stays inside."""
 
-    def make() -> None:
-        try:
-            space = os.open(f"/run/netns/{name}", os.O_RDONLY)
-            try:
-                if ctypes.CDLL(None, use_errno=True).setns(space, _CLONE_NEWNET):
-                    raise OSError(ctypes.get_errno(), "setns")
-            finally:
-                os.close(space)
-            end = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-            fcntl.ioctl(end, _TUNSETIFF, struct.pack("16sH22x", b"kv0", _IFF_TUN | _IFF_NO_PI))
-            made.append(end)
-        except OSError as error:
-            failed.append(error)
+    def enter() -> T:
+        libc = ctypes.CDLL(None, use_errno=True)
+        space = os.open(f"/run/netns/{name}", os.O_RDONLY)
+        failed = libc.setns(space, _CLONE_NEWNET) or libc.unshare(_CLONE_NEWUTS | _CLONE_NEWNS)
+        os.close(space)
+        # UCX finds its network devices in /sys, which shows those of the namespace it was mounted in.
+        failed = failed or libc.mount(b"none", b"/", None, _MS_REC | _MS_SLAVE, None)
+        failed = failed or libc.umount2(b"/sys", _MNT_DETACH) or libc.mount(b"none", b"/sys", b"sysfs", 0, None)
+        if failed:
+            raise OSError(ctypes.get_errno(), "a thread cannot enter the namespace")
+        socket.sethostname(name)
+        return call()
 
-    thread = threading.Thread(target=make)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
-    return made[0]
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(enter).result()
+
+
+def _tun() -> int:
+    """A TUN device where the thread is."""
+    end = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+    fcntl.ioctl(end, _TUNSETIFF, struct.pack("16sH22x", b"kv0", _IFF_TUN | _IFF_NO_PI))
+    return end
 
 
 def _carry(cable: Cable, ends: list[int]) -> None:

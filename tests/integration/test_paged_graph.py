@@ -50,21 +50,19 @@ def test_openai_client_chat_and_completions(paged: Graph) -> None:
 @pytest.mark.parametrize("mode", ["live", "stop-and-copy", "replay"])
 def test_a_migrated_stream_gives_the_text_of_an_unmigrated_one(paged: Graph, mode: str) -> None:
     prompts = [f"{mode} {PROMPT}", f"{mode} again {PROMPT}"]
-    expected = paged.complete_all(prompts, LENGTH, temperature=0.8, seed=3)
     moves = []
 
     def move(where: dict[str, str]) -> None:
         for request, source in where.items():
             moves.append(paged.ask("migrate", request, other(paged, source), mode))
 
-    assert paged.under_way(prompts, LENGTH, move, temperature=0.8, seed=3) == expected
+    paged.disturbed(prompts, LENGTH, move, temperature=0.8, seed=3)
     assert [(m["ok"], m["mode"]) for m in moves] == [(True, mode)] * 2, moves
     paged.wait_until_idle()
 
 
 def test_drain_and_undrain(paged: Graph) -> None:
     prompts = [f"drained {i} {PROMPT}" for i in range(4)]
-    expected = paged.complete_all(prompts, LENGTH, temperature=0)
     victim: list[str] = []
 
     def drain(where: dict[str, str]) -> None:
@@ -72,7 +70,7 @@ def test_drain_and_undrain(paged: Graph) -> None:
         assert all(move["ok"] for move in paged.ask("drain", victim[0]))
 
     try:
-        assert paged.under_way(prompts, LENGTH, drain, temperature=0) == expected
+        paged.disturbed(prompts, LENGTH, drain, temperature=0)
     finally:
         paged.ask("undrain", victim[0])
     paged.wait_until_idle()
@@ -85,10 +83,9 @@ def test_a_client_that_goes_away_frees_its_blocks(paged: Graph) -> None:
 
 def test_a_killed_worker_costs_no_token(paged: Graph) -> None:
     prompts = [f"killed {i} {PROMPT}" for i in range(4)]
-    expected = paged.complete_all(prompts, LENGTH, temperature=0)
 
     def kill(where: dict[str, str]) -> None:
         os.kill(paged.worker_process(paged.replica_of(next(iter(where.values())))).pid, signal.SIGKILL)
 
-    assert paged.under_way(prompts, LENGTH, kill, temperature=0) == expected
+    paged.disturbed(prompts, LENGTH, kill, temperature=0)
     paged.wait_until_idle()
