@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from components.cli import doctor, move, policy, serve, top
+from components.cli import calibrate, doctor, move, policy, serve, top
 from components.errors import MigrateError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ serve.register(app)
 move.register(app)
 policy.register(app)
 doctor.register(app)
+calibrate.register(app)
 top.register(app)
 
 

@@ -92,6 +92,7 @@ class WorkerConfig(ComponentConfig):
     enable_prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prefixes")
     enforce_eager: bool = Field(True, description="No CUDA graphs and no compilation")
     integrity: Literal["tail", "full", "off"] = Field("tail", description="Which KV blocks are checksummed")
+    calibration: str = Field("", description="File of dynamo calibrate; empty takes measured defaults")
     advertise_host: str = Field("127.0.0.1", description="Address under which other hosts reach this worker")
     drain_grace_s: float = Field(60.0, ge=0, description="Seconds to move requests away after SIGTERM")
     seed: int = Field(0, description="Seed of the engine")

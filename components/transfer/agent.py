@@ -35,7 +35,7 @@ from components.errors import (
 )
 from components.transfer.assemble import Assembly, assemble
 from components.transfer.checksum import BlockChecksums
-from components.transfer.config import AgentConfig, Integrity, KVPool, TransferResult
+from components.transfer.config import AgentConfig, Integrity, KVPool, Strategy, TransferResult
 from components.transfer.control.directory import Directory
 from components.transfer.control.record import AgentRecord
 from components.transfer.control.store import store_of
@@ -136,6 +136,7 @@ class TransferAgent:
         request_id: str,
         deadline_s: float,
         checksums: Sequence[int] = (),
+        strategy: Strategy = Strategy.AUTO,
         on_done: Callback | None = None,
     ) -> TransferHandle:
         """Copy the peer's blocks into ours, pairwise.
@@ -143,10 +144,11 @@ class TransferAgent:
         Of a peer with longer or shorter blocks, the lists name as many tokens on both sides; the last of the longer
         blocks may be covered in part.
         ``checksums`` are the peer's, of the last blocks or of all: they are compared after arrival
-        (``IntegrityError`` names what differs) as far as ``integrity`` asks for it.
+        (``IntegrityError`` names what differs) as far as ``integrity`` asks for it. ``strategy`` is NIXL's, for this
+        transfer alone.
         """
         logger.debug("request %s: fetching %d blocks from %s", request_id, len(src_blocks), peer.name)
-        return self._submit(peer, dst_blocks, src_blocks, request_id, deadline_s, on_done, False, checksums)
+        return self._submit(peer, dst_blocks, src_blocks, request_id, deadline_s, on_done, False, checksums, strategy)
 
     def push(
         self,
@@ -200,12 +202,13 @@ class TransferAgent:
         on_done: Callback | None,
         push: bool,
         checksums: Sequence[int] = (),
+        strategy: Strategy = Strategy.AUTO,
     ) -> TransferHandle:
         handle = TransferHandle()
         if on_done is not None:
             handle.add_done_callback(on_done)
         end = time.monotonic() + deadline_s
-        steps = self._run(peer, ours, theirs, request_id, end, handle, push, checksums)
+        steps = self._run(peer, ours, theirs, request_id, end, handle, push, checksums, strategy)
         self._submit_steps(steps, handle, end)
         return handle
 
@@ -222,6 +225,7 @@ class TransferAgent:
         handle: TransferHandle,
         push: bool,
         checksums: Sequence[int],
+        strategy: Strategy,
     ) -> Steps:
         mine, others = np.asarray(ours, np.int64), np.asarray(theirs, np.int64)
         self.record.require_blocks(mine, unique=not push)
@@ -239,7 +243,7 @@ class TransferAgent:
         def poison() -> Callable[[], None]:
             return self._poison(handle, () if push else mine)
 
-        copy = Copy(peer, near, far, request_id, end, arrived, poison, unit)
+        copy = Copy(peer, near, far, request_id, end, arrived, poison, unit, strategy)
         if not len(near):
             return TransferResult(lane=self._backend(peer).lane)
         result = yield from self._on_a_lane(copy, "push" if push else "fetch")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from components.errors import ConfigError, TransferUnavailable
 from components.transfer import lanes
+from components.transfer.calibration import Calibration, load
 from components.transfer.config import AgentConfig, KVPool, Strategy, Transport
 from components.transfer.control.directory import Directory
 from components.transfer.control.record import AgentRecord, RegionRecord
@@ -70,7 +71,7 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
         raise TransferUnavailable("all KV pools of an agent must be on one device and have equally many blocks")
     host = host_id()
     backends: list[Backend] = []
-    blob, address, scope = b"", "", ""
+    blob, address, scope, stages = b"", "", "", False
     ipc: tuple[bytes, ...] = ()
     for name in _order(config):
         if name == "mapped" and (mapped := _mapped(config, epoch, host, regions, pools)) is not None:
@@ -78,7 +79,7 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
             scope = mapped.scope
         elif name == "nixl" and (exchange := _nixl(config, epoch, host, regions, directory)) is not None:
             backends.append(exchange)
-            blob = exchange.link.blob()
+            blob, stages = exchange.link.blob(), exchange.staging is not None
         elif name == "local":
             backends.append(LocalBackend(epoch, regions, config.block_size))
         elif name == "cuda_ipc" and regions[0].tensor.is_cuda and (own := _ipc(config, host, regions)) is not None:
@@ -110,6 +111,7 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
         regions=tuple(_published(region) for region in regions),
         lanes=tuple(backend.lane for backend in backends),
         scope=scope,
+        stages=stages,
     )
     return Assembly(backends, record, regions)
 
@@ -154,19 +156,20 @@ def _nixl(config: AgentConfig, epoch: str, host: str, regions: list[Region], dir
     lanes.apply(config.transport)
     device = regions[0].tensor.device.type
     staging = None
-    if _may_stage(config, device):
+    calibration = load(config.calibration)
+    if _may_stage(config, device, calibration):
         limit = config.staging_bytes or _STAGING_BYTES.get(device, 64 << 20)
         staging = Staging(regions, limit)
     memory = [region.tensor for region in regions] + ([staging.buffer] if staging else [])
     own_thread = config.transport in _PASSIVE_WORK
     piece = config.piece_bytes or _PIECE_BYTES.get(device, 32 << 20)
     link = NixlLink(f"{config.name}/{epoch}", memory, piece, own_thread)
-    return Exchange(config, epoch, link, regions, staging, directory, host)
+    return Exchange(config, epoch, link, regions, staging, directory, host, calibration)
 
 
-def _may_stage(config: AgentConfig, device: str) -> bool:
+def _may_stage(config: AgentConfig, device: str, calibration: Calibration) -> bool:
     if config.strategy is Strategy.AUTO:
-        return device == "cuda" or config.transport is Transport.TCP or config.direct_bytes > 0
+        return device == "cuda" or config.direct_bytes > 0 or calibration.stages(device)
     return config.strategy is Strategy.STAGED
 
 

@@ -102,6 +102,8 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     direct_bytes: int = 0
     """Mean length of a run of blocks from which direct descriptors beat staging; 0: the measured default
     of the memory and lane (docs/measurements.md has the runs behind them)."""
+    calibration: str = ""
+    """File of ``dynamo calibrate`` with such limits for this machine; ``direct_bytes`` wins over it."""
     advertise_host: str = "127.0.0.1"
     """Where peers reach this host, for lanes that need an address of ours."""
     lease_ttl_s: int = 10

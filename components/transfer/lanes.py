@@ -24,6 +24,7 @@ _TLS: dict[Transport, str | None] = {
 }
 RDMA_DEVICES = Path("/sys/class/infiniband")
 NVIDIA_DEVICES = Path("/proc/driver/nvidia/gpus")
+NVIDIA_CONTROL = Path("/dev/nvidiactl")
 
 
 def check(transport: Transport) -> None:
@@ -44,6 +45,9 @@ def environment(transport: Transport, current: Mapping[str, str]) -> dict[str, s
     tls = _TLS[transport]
     if tls is None or "UCX_TLS" in current:
         return {}
+    if not NVIDIA_DEVICES.is_dir() and not NVIDIA_CONTROL.exists():
+        # Without a GPU UCX warns of it at every start.
+        tls = ",".join(name for name in tls.split(",") if name != "cuda_copy")
     return {"UCX_TLS": tls}
 
 

@@ -24,6 +24,7 @@ def build_engine(config: WorkerConfig, name: str) -> Engine:
         "namespace": process.namespace(),
         "transport": os.environ.get("DYN_MIGRATE_TRANSPORT", "auto"),
         "advertise_host": config.advertise_host,
+        "calibration": config.calibration,
     }
     return _paged(config, agent) if config.engine == "paged" else _vllm(config, agent)
 

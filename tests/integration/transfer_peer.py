@@ -148,6 +148,12 @@ def _answer(agent: TransferAgent, parts: list[KVPool], command: str, arguments: 
         done = agent.fetch(peer.ref, src, dst, request_id="r", deadline_s=deadline_s, checksums=sums)
         result = done.wait(deadline_s + 30)
         return result.bytes, result.lane
+    elif command == "strategy":
+        name, blocks = arguments
+        peer = agent.directory.get(name)
+        assert peer is not None
+        done = agent.fetch(peer.ref, blocks, blocks, request_id="r", deadline_s=20)
+        return done.wait(30).strategy
     elif command == "checksums":
         return agent.checksums(*arguments)
     elif command == "refill":

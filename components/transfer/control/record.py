@@ -60,6 +60,8 @@ class AgentRecord(msgspec.Struct, frozen=True, tag="agent/3"):
     lanes: tuple[_Short, ...]
     scope: _Short = ""
     """Network namespace and user of an agent whose pools are in shared memory; empty when they are not."""
+    stages: bool = False
+    """True when it can gather blocks before it writes them."""
 
     @property
     def ref(self) -> AgentRef:

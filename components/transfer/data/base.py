@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from components.transfer.config import TransferResult
+from components.transfer.config import Strategy, TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.layout import Ints
 
@@ -44,6 +44,8 @@ class Copy:
     poison: Callable[[], Callable[[], None]] = field(default=_harmless)
     """Called when a hanging peer may write later; what it gives is called once that is over."""
     unit: int = 0
+    strategy: Strategy = Strategy.AUTO
+    """Asked for by the caller; ways that know only one ignore it."""
 
 
 class Backend(Protocol):

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from components.errors import DeadlineExceeded, MigrateError, TransferError, from_code
-from components.transfer.config import AgentConfig, Strategy, TransferResult, Transport
+from components.errors import DeadlineExceeded, MigrateError, TransferError, TransferUnavailable, from_code
+from components.transfer.calibration import Calibration
+from components.transfer.config import AgentConfig, Strategy, TransferResult
 from components.transfer.control.directory import Directory
 from components.transfer.control.record import AgentRecord
 from components.transfer.data import ucx
@@ -36,8 +37,7 @@ from components.transfer.session.serve import serve_ask, serve_invite
 logger = logging.getLogger(__name__)
 
 _DIRECT_BYTES = {"cuda": 2 << 20, "cpu": 0}
-"""Mean run from which direct descriptors beat staging, as measured (docs/transfer.md)."""
-_DIRECT_TCP_BYTES = 0
+"""Mean run from which direct descriptors beat staging where nobody has calibrated (docs/measurements.md)."""
 
 
 @dataclass
@@ -63,8 +63,10 @@ class Exchange:
         staging: Staging | None,
         directory: Directory,
         host: str,
+        calibration: Calibration,
     ) -> None:
         self._config = config
+        self._calibration = calibration
         self._epoch = epoch
         self.link = link
         self._regions = list(regions)
@@ -93,7 +95,9 @@ class Exchange:
         strategy = self.choose(copy)
         if strategy is Strategy.READ:
             return self._direct(copy, "READ", Strategy.READ)
-        if strategy is Strategy.STAGED and self.staging is not None:
+        if strategy is Strategy.STAGED:
+            if self.staging is None or not copy.peer.stages:
+                raise TransferUnavailable(f"agents {self._config.name} and {copy.peer.name} have no staging memory")
             return self._fetch_staged(copy, self.staging)
         return self._ask_direct(copy)
 
@@ -111,17 +115,24 @@ class Exchange:
 
     def choose(self, copy: Copy) -> Strategy:
         """The strategy for these blocks."""
-        if self._config.strategy is Strategy.STAGED and copy.unit:
+        asked = self._config.strategy if copy.strategy is Strategy.AUTO else copy.strategy
+        if asked is Strategy.STAGED and copy.unit:
             return Strategy.WRITE  # Slots hold whole blocks.
-        if self._config.strategy is not Strategy.AUTO:
-            return self._config.strategy
+        if asked is not Strategy.AUTO:
+            return asked
         device = copy.peer.regions[0].device if copy.peer.regions[0].device == "cuda" else self._device()
-        limit = self._config.direct_bytes or _DIRECT_BYTES.get(device, 0)
-        if device == "cpu" and self._config.transport is Transport.TCP:
-            limit = self._config.direct_bytes or _DIRECT_TCP_BYTES
-        if limit and self.staging is not None and not copy.unit and len(copy.ours) and self._mean_run(copy) < limit:
+        direct = Strategy.READ if device == "cpu" else Strategy.WRITE
+        can_stage = self.staging is not None and copy.peer.stages and not copy.unit and len(copy.ours)
+        if can_stage and self._mean_run(copy) < self._direct_bytes(device, direct, copy.peer):
             return Strategy.STAGED
-        return Strategy.READ if device == "cpu" else Strategy.WRITE
+        return direct
+
+    def _direct_bytes(self, device: str, direct: Strategy, peer: AgentRecord) -> int:
+        if self._config.direct_bytes:
+            return self._config.direct_bytes
+        lane = ucx.log.lane(direct.name, same_host=peer.host == self._host)
+        measured = self._calibration.direct_bytes(device, lane)
+        return _DIRECT_BYTES.get(device, 0) if measured is None else measured
 
     def _device(self) -> str:
         return "cuda" if self.link.memory == "VRAM" else "cpu"
