@@ -52,7 +52,7 @@ def test_a_lane_is_replaced_and_others_are_kept(tmp_path: Path) -> None:
     assert load("") == Calibration()
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b'{"type":"calibration/1","x":1}', b"\xff", b"[" * 10_000])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"type":"calibration/1","x":1}', b"\xff", b"[" * 10_000])
 def test_a_file_that_cannot_be_used_is_one_error_that_names_the_command(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "c.json"
     path.write_bytes(content)
