@@ -102,6 +102,8 @@ def demo(
     once: Annotated[bool, typer.Option("--once", help="stop after the first answer")] = False,
 ) -> None:
     """Start a graph, send one chat request, show its text and timing, then keep serving."""
+    # What vLLM warns of is of no use to a newcomer; ``dynamo serve`` shows it.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     plan = resolve(graph, config, nixl_transport, port, "", context.args)
     console = Console()
 
@@ -131,6 +133,12 @@ async def _serve(plan: Plan, console: Console, then: Any, dashboard: int | None)
         async with beside(shown, plan.host, frontend, variables | {"DYN_NAMESPACE": plan.namespace}):
             await asyncio.Event().wait()
 
+    async def keep_servers() -> None:
+        while True:
+            await asyncio.sleep(0.5)
+            for program in servers.revive():
+                console.print(f"[bold red]{program} has ended[/]; started again with its data")
+
     async def after() -> None:
         if then is not None and await then():
             supervisor.stop()
@@ -145,17 +153,22 @@ async def _serve(plan: Plan, console: Console, then: Any, dashboard: int | None)
         jobs.append(asyncio.ensure_future(after()))
 
     try:
+        jobs.append(asyncio.ensure_future(keep_servers()))
+        jobs[0].add_done_callback(lambda _: supervisor.stop())
         if plan.bounds:
             # Dynamo's runtime in this process reads where etcd is from here.
             os.environ["ETCD_ENDPOINTS"] = variables["ETCD_ENDPOINTS"]
             jobs.append(asyncio.ensure_future((await connected(plan, supervisor)).run()))
         await supervisor.run(on_ready)
     finally:
+        given_up = jobs[0].exception() if jobs and jobs[0].done() else None
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
         forget(state)
         servers.stop()
+    if given_up is not None:
+        raise given_up
 
 
 async def chat(plan: Plan, console: Console) -> None:

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 from pydantic import BaseModel
 
 from components.errors import ConfigError
+from components.serve import memory
 from components.serve.config import ComponentConfig, FrontendConfig, PlannerConfig, WorkerConfig, nearest, parse
 from components.serve.graph import Service
 from components.transfer import lanes
@@ -117,7 +117,7 @@ def make_plan(
             plan.processes.append(_process(service, config, replica, namespace, transport, environment))
         for replica in range(config.replicas, plan.bounds.get(service.role, (0, 0))[1]):
             plan.spare.append(_process(service, config, replica, namespace, transport, environment))
-    _check_memory(plan)
+    memory.check([(p.component, configs[p.component]) for p in [*plan.processes, *plan.spare]])
     return plan
 
 
@@ -191,21 +191,4 @@ def _device_environment(name: str, config: WorkerConfig, replica: int) -> dict[s
             )
         return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, mine)), "VLLM_USE_V2_MODEL_RUNNER": "0"}
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    if config.engine == "paged":
-        return threads
-    return {
-        # vLLM reads whole GiB; below one it rounds up and max-num-blocks keeps the promise.
-        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(config.kv_memory_gib))),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        **threads,
-    }
-
-
-def _check_memory(plan: Plan) -> None:
-    asked = sum(int(p.environment.get("VLLM_CPU_KVCACHE_SPACE", 0)) for p in [*plan.processes, *plan.spare])
-    total = psutil.virtual_memory().total / (1 << 30)
-    if asked > 0.8 * total:
-        raise ConfigError(
-            f"the workers ask for {asked} GiB of KV memory together, this host has {total:.0f} GiB: "
-            "lower kv-memory-gib or replicas"
-        )
+    return threads if config.engine == "paged" else {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **threads}

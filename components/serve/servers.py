@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """etcd and NATS for a graph: those that the environment names, or our own on free loopback ports.
 
-``ETCD_ENDPOINTS`` and ``NATS_SERVER`` win. Our own live in a temporary folder and end with the graph.
-Raises ``ConfigError`` when a named server does not answer or the programs are not installed.
+``ETCD_ENDPOINTS`` and ``NATS_SERVER`` win. Our own live in a temporary folder and end with the graph; one that dies is
+started again on its port with its data. Raises ``ConfigError`` when a named server does not answer or the programs
+are not installed, ``MigrateError`` when one of ours dies too often.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from components.errors import ConfigError
+from components.errors import ConfigError, MigrateError
+
+RESTARTS = 5
 
 
 def free_port() -> int:
@@ -45,6 +48,10 @@ def answers(host: str, port: int, timeout_s: float = 2.0) -> bool:
         return False
 
 
+def _popen(command: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
 class Servers:
     """The two servers of a graph. ``start`` gives the variables that its processes need."""
 
@@ -52,15 +59,21 @@ class Servers:
         self._temporary = None if data else tempfile.TemporaryDirectory(prefix="dynamo-migrate-")
         self._data = data or Path(self._temporary.name if self._temporary else ".")
         self.processes: list[subprocess.Popen[bytes]] = []
+        self._restarts = 0
 
     def start(self, environment: Mapping[str, str]) -> dict[str, str]:
-        """Check or start both."""
-        return {
-            "ETCD_ENDPOINTS": environment.get("ETCD_ENDPOINTS") or self._own_etcd(),
-            "NATS_SERVER": environment.get("NATS_SERVER") or self._own_nats(),
-        } | self._check(environment)
+        """Check those that are named, then start the others. What fails leaves nothing running."""
+        self._check(environment)
+        try:
+            return {
+                "ETCD_ENDPOINTS": environment.get("ETCD_ENDPOINTS") or self._own_etcd(),
+                "NATS_SERVER": environment.get("NATS_SERVER") or self._own_nats(),
+            }
+        except ConfigError:
+            self.stop()
+            raise
 
-    def _check(self, environment: Mapping[str, str]) -> dict[str, str]:
+    def _check(self, environment: Mapping[str, str]) -> None:
         for variable in ("ETCD_ENDPOINTS", "NATS_SERVER"):
             for url in filter(None, environment.get(variable, "").split(",")):
                 parts = urlsplit(url if "://" in url else f"//{url}")
@@ -69,7 +82,6 @@ class Servers:
                     raise ConfigError(
                         f"{variable} names {host}:{port}, where nothing answers: start it, or unset {variable}"
                     )
-        return {}
 
     def _own_etcd(self) -> str:
         client, peer = f"http://127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}"
@@ -95,14 +107,18 @@ class Servers:
                 f"{program} is not installed: apt-get install etcd-server nats-server, "
                 "or name running servers in ETCD_ENDPOINTS and NATS_SERVER"
             )
-        self.processes.append(
-            subprocess.Popen(
-                [program, *arguments],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        )
+        self.processes.append(_popen([program, *arguments]))
+
+    def revive(self) -> list[str]:
+        """Start those of our own that have died; returns their programs."""
+        dead = [process for process in self.processes if process.poll() is not None]
+        for process in dead:
+            command = [str(part) for part in process.args]  # type: ignore[union-attr]
+            self._restarts += 1
+            if self._restarts > RESTARTS:
+                raise MigrateError(f"{command[0]} has ended {RESTARTS} times; its data is in {self._data}")
+            self.processes[self.processes.index(process)] = _popen(command)
+        return [str(process.args[0]) for process in dead]  # type: ignore[index]
 
     def _wait(self, program: str, port: int, timeout_s: float = 20.0) -> None:
         end = time.monotonic() + timeout_s
@@ -110,7 +126,6 @@ class Servers:
             if answers("127.0.0.1", port, 0.5):
                 return
             time.sleep(0.05)
-        self.stop()
         raise ConfigError(f"{program} did not start within {timeout_s:g} s")
 
     def stop(self) -> None:

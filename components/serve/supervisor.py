@@ -108,7 +108,9 @@ class Supervisor:
     def __init__(self, plan: Plan, servers: dict[str, str], console: Console, grace_s: float = 90.0) -> None:
         self._plan = plan
         self._environment = dict(os.environ) | servers | {"PYTHONHASHSEED": "0"}
-        self._environment.setdefault("DYN_LOG", "warn")
+        # The second part: a text model "is not supported" by the routing of images.
+        self._environment.setdefault("DYN_LOG", "warn,mm_routing=off")
+        self._environment.setdefault("NIXL_LOG_LEVEL", "WARN")
         self._environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         self._console = console
         self._grace_s = grace_s

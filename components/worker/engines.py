@@ -44,9 +44,8 @@ def _vllm(config: WorkerConfig, agent: dict[str, Any]) -> Engine:
         "enable_prefix_caching": config.enable_prefix_caching,
         "enforce_eager": config.enforce_eager,
         "seed": config.seed,
+        "kv_cache_memory_bytes": int(config.kv_memory_gib * (1 << 30)),
     }
-    if config.devices:
-        engine_args["kv_cache_memory_bytes"] = int(config.kv_memory_gib * (1 << 30))
     return VLLMEngine(VLLMOptions(engine_args | config.engine_args, agent, integrity=config.integrity))
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 import openai
+import psutil
 import pytest
 
 from tests.integration.graphs import MODEL, PAGED, PROMPT, Graph
@@ -89,3 +91,21 @@ def test_a_killed_worker_costs_no_token(paged: Graph) -> None:
 
     paged.disturbed(prompts, LENGTH, kill, temperature=0)
     paged.wait_until_idle()
+
+
+@pytest.mark.parametrize("program", ["etcd", "nats-server"])
+def test_a_server_that_dies_is_started_again_and_costs_no_token(paged: Graph, program: str) -> None:
+    def servers() -> list[psutil.Process]:
+        return [c for c in psutil.Process(paged.process.pid).children() if c.name() == program]
+
+    def kill(_: dict[str, str]) -> None:
+        [before] = servers()
+        before.kill()
+        end = time.monotonic() + 20
+        while not [s for s in servers() if s != before]:
+            assert time.monotonic() < end, f"no new {program}"
+            time.sleep(0.2)
+
+    paged.disturbed([f"{program} {i} {PROMPT}" for i in range(2)], LENGTH, kill, temperature=0)
+    paged.wait_until_idle()
+    assert f"{program} has ended" in paged.log.read_text(errors="replace")

@@ -4,17 +4,24 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import socket
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
+import psutil
 import pytest
 
 from components.errors import ConfigError, TransferUnavailable
+from components.models import resolve
 from components.serve.graph import load
 from components.serve.plan import Plan, make_plan, parse_overrides, read_yaml
 from components.transfer import lanes
 from components.transfer.config import Transport
+from tests.conftest import free_port
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -66,6 +73,14 @@ def test_wrong_input_is_named_with_the_fix(arguments: list[str], message: str) -
         plan("disagg", *arguments)
 
 
+def test_a_kv_cache_too_small_for_one_request_is_refused(tiny_llama: str) -> None:
+    # 4 layers, 2 KV heads of 32, bfloat16: 1 KiB a token; 4,096 tokens are 4 MiB.
+    model = f"--Common.model={tiny_llama}"
+    with pytest.raises(ConfigError, match=r"holds 2097 tokens, and max-model-len = 4096: give at least 0.00391"):
+        plan("disagg", model, "--DecodeWorker.kv-memory-gib=0.002")
+    assert plan("disagg", model, "--DecodeWorker.kv-memory-gib=0.004").processes
+
+
 @pytest.mark.parametrize("target", ["graphs.disag:Frontend", "graphs.disagg:Frontent", "graphs.disagg"])
 def test_unknown_graphs_and_entries_are_refused(target: str) -> None:
     with pytest.raises(ConfigError):
@@ -78,8 +93,59 @@ def test_ib_without_a_device_says_what_is_missing(tmp_path: Path, monkeypatch: p
         plan("disagg", transport=Transport.IB)
 
 
-def test_the_command_ends_with_one_line_and_code_2() -> None:
-    command = [sys.executable, "-m", "components.cli", "serve", "graphs.nope:Frontend"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: there is no graph module")
+def failed(*arguments: str, **environment: str) -> str:
+    """The one line that a start which cannot be says; exit code 2, and no process left."""
+    command = [sys.executable, "-m", "components.cli", "serve", *arguments]
+    mark = uuid.uuid4().hex
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=dict(os.environ) | {"MARK": mark} | environment
+    )
+    assert done.returncode == 2, done.stderr
+    assert [p for p in psutil.process_iter() if mark in _environment(p).get("MARK", "")] == []
+    return done.stderr.strip().splitlines()[-1]
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
+
+
+def test_an_unknown_graph_ends_with_one_line_and_code_2() -> None:
+    assert failed("graphs.nope:Frontend").startswith("error: there is no graph module")
+
+
+def test_a_port_in_use_starts_nothing(tiny_llama: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = failed("graphs.disagg:Frontend", f"--port={port}", f"--Common.model={tiny_llama}")
+    assert line.startswith(f"error: port {port} is in use") and "--port" in line
+
+
+@pytest.mark.parametrize("variable", ["ETCD_ENDPOINTS", "NATS_SERVER"])
+def test_a_server_that_does_not_answer_starts_nothing(tiny_llama: str, variable: str) -> None:
+    where = f"127.0.0.1:{free_port()}"
+    url = f"http://{where}" if variable == "ETCD_ENDPOINTS" else f"nats://{where}"
+    line = failed("graphs.disagg:Frontend", f"--port={free_port()}", f"--Common.model={tiny_llama}", **{variable: url})
+    assert line.startswith(f"error: {variable} names {where}, where nothing answers")
+
+
+def test_a_half_written_model_is_refused(tiny_llama: str, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(tiny_llama, half)
+    weights = half / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match="model.safetensors is not whole.*copy it again"):
+        resolve(str(half))
+    weights.unlink()
+    with pytest.raises(ConfigError, match="safetensors missing"):
+        resolve(str(half))
+    weights.write_bytes(whole)
+    assert resolve(str(half)) == str(half)
+    (half / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002.safetensors"}}')
+    with pytest.raises(ConfigError, match="model-00002.safetensors missing"):
+        resolve(str(half))
+    with pytest.raises(ConfigError, match="there is no model folder"):
+        resolve(str(tmp_path / "absent"))

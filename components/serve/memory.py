@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is there memory for the KV blocks that a plan asks for? Looked at before anything starts.
+
+One token of full attention takes ``2 * layers * KV heads * head size * bytes of the dtype`` (keys and values), split
+over the tensor-parallel ranks; that is how vLLM sizes its blocks. Models whose ``config.json`` says it otherwise (MLA,
+sliding windows, names that are not folders) are left to vLLM. Raises ``ConfigError``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from components.errors import ConfigError
+from components.serve.config import ComponentConfig, WorkerConfig
+
+GIB = 1 << 30
+
+
+def check(processes: list[tuple[str, ComponentConfig]]) -> None:
+    """``processes``: component name and configuration of each process that will or may run on this host."""
+    workers = [(name, config) for name, config in processes if isinstance(config, WorkerConfig)]
+    for name, config in workers:
+        _check_one_request(name, config)
+    asked = sum(config.kv_memory_gib for _, config in workers if not config.devices)
+    total = psutil.virtual_memory().total / GIB
+    if asked > 0.8 * total:
+        raise ConfigError(
+            f"the workers ask for {asked:g} GiB of KV memory together, this host has {total:.0f} GiB: "
+            "lower kv-memory-gib or replicas"
+        )
+
+
+def _check_one_request(name: str, config: WorkerConfig) -> None:
+    """The longest request that is allowed must fit."""
+    size = bytes_per_token(config)
+    if size is None or config.engine != "vllm":
+        return
+    blocks = -(-config.max_model_len // config.block_size)
+    needed = blocks * config.block_size * size / GIB
+    if needed > config.kv_memory_gib:
+        raise ConfigError(
+            f"{name}.kv-memory-gib = {config.kv_memory_gib:g} holds {int(config.kv_memory_gib * GIB / size)} tokens, "
+            f"and max-model-len = {config.max_model_len}: give at least {needed:.3g}, or lower max-model-len"
+        )
+
+
+def bytes_per_token(config: WorkerConfig) -> float | None:
+    """KV bytes of one token on each rank; ``None`` where the model's folder does not say it."""
+    try:
+        model: dict[str, Any] = json.loads((Path(config.model) / "config.json").read_text())
+        heads = model["num_attention_heads"]
+        if "kv_lora_rank" in model or "kv_cache_dtype" in config.engine_args:
+            return None
+        kv_heads = model.get("num_key_value_heads") or heads
+        size = model.get("head_dim") or model["hidden_size"] // heads
+        # vLLM serves in two bytes unless it is told otherwise.
+        width = 4 if config.dtype in ("float32", "float") else 2
+        share = max(1, kv_heads // config.tensor_parallel_size)
+        return float(2 * model["num_hidden_layers"] * share * size * width)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
