@@ -53,7 +53,7 @@ def test_overrides_reach_the_component_and_replicas_multiply() -> None:
 
 def test_transport_sets_ucx_before_the_engine_starts() -> None:
     decode = plan("disagg", transport=Transport.TCP).processes[1]
-    assert decode.environment["UCX_TLS"] == "tcp,cuda_copy,self"
+    assert decode.environment["UCX_TLS"].split(",")[0] == "tcp"
     assert "UCX_TLS" not in plan("disagg").processes[1].environment
 
 

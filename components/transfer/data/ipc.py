@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from components.errors import MigrateError, TransferError
+from components.transfer import profiling
 from components.transfer.config import Strategy, TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data import kernels
@@ -143,15 +144,19 @@ class IpcBackend:
             raise TransferError(f"device memory of agent {copy.peer.name} is not mapped")
         begun = time.perf_counter()
         pairs = np.stack([copy.ours, copy.theirs] if push else [copy.theirs, copy.ours])
-        with torch.cuda.stream(self._stream):
+        size = len(copy.ours) * self._block_bytes
+        mark = profiling.begin("wire", size)
+        with profiling.span("post", size), torch.cuda.stream(self._stream):
             index = torch.from_numpy(pairs).to(self._device, non_blocking=True)
             (mapped.push if push else mapped.fetch)(index)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
         queued = time.perf_counter()
         yield True
-        yield from self._ended(event, copy, mapped)
-        size = len(copy.ours) * self._block_bytes
+        try:
+            yield from self._ended(event, copy, mapped)
+        finally:
+            profiling.end(mark)
         copy.arrived(size)
         return TransferResult(
             size,

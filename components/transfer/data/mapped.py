@@ -16,8 +16,10 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 
 from components.errors import TransferError
+from components.transfer import profiling
 from components.transfer.config import Strategy, TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data.base import Copy, Steps
@@ -118,8 +120,13 @@ class MappedBackend:
                 while len(flying) > 2 * self._copier.threads and not _landed(flying, copy.arrived):
                     yield False
                 targets, sources = (group[:, 1], group[:, 0]) if push else (group[:, 0], group[:, 1])
-                job = self._copier.submit(targets, sources, group[:, 2])
-                flying.append((job, int(group[:, 2].sum())))
+                size = int(group[:, 2].sum())
+                with profiling.span("post", size):
+                    mark = profiling.begin("wire", size)
+                    job = self._copier.submit(targets, sources, group[:, 2])
+                if mark is not None:
+                    job.add_done_callback(partial(_arrived, mark))
+                flying.append((job, size))
                 yield True
             while flying:
                 if not _landed(flying, copy.arrived):
@@ -180,6 +187,10 @@ class MappedBackend:
             with suppress(Exception):
                 future.result().close()
         self._mappings.clear()
+
+
+def _arrived(mark: object, _: Future[None]) -> None:
+    profiling.end(mark)
 
 
 def _landed(flying: _Flying, arrived: Callable[[int], None]) -> bool:

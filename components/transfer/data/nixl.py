@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from components.errors import TransferError, TransferUnavailable
+from components.transfer import profiling
 from components.transfer.control.record import AgentRecord
 from components.transfer.data import ucx
 from components.transfer.layout import Ints, pieces
@@ -58,6 +59,8 @@ class Moved:
 class _Posted:
     handle: Any
     bytes: int
+    mark: object
+    """Of the profiler."""
 
 
 class NixlLink:
@@ -74,7 +77,7 @@ class NixlLink:
         self._piece_bytes = piece_bytes
         self._peers: dict[str, str] = {}
         self._looked = 0.0
-        self._lingering: list[tuple[Any, Callable[[], None]]] = []
+        self._lingering: list[tuple[_Posted, Callable[[], None]]] = []
         first = memory[0]
         self.memory = "VRAM" if first.is_cuda else "DRAM"
         self.device_id = (first.device.index or 0) if first.is_cuda else 0
@@ -150,29 +153,33 @@ class NixlLink:
         far_memory = "VRAM" if remote.device == "cuda" else "DRAM"
         near = np.stack([group[:, 0], group[:, 2], np.full(len(group), self.device_id)], axis=1)
         far = np.stack([group[:, 1], group[:, 2], np.full(len(group), remote.device_id)], axis=1)
+        size = int(group[:, 2].sum())
+        mark = profiling.begin("wire", size)
         try:
-            handle = self._agent.initialize_xfer(
-                operation,
-                self._agent.get_xfer_descs(near.astype(np.uint64), self.memory),
-                self._agent.get_xfer_descs(far.astype(np.uint64), far_memory),
-                name,
-                notice,
-            )
-            ready = time.perf_counter()
-            state = self._agent.transfer(handle, notice)
+            with profiling.span("post", size):
+                handle = self._agent.initialize_xfer(
+                    operation,
+                    self._agent.get_xfer_descs(near.astype(np.uint64), self.memory),
+                    self._agent.get_xfer_descs(far.astype(np.uint64), far_memory),
+                    name,
+                    notice,
+                )
+                ready = time.perf_counter()
+                state = self._agent.transfer(handle, notice)
         except Exception as error:
+            profiling.end(mark)
             self.forget(peer.key)
             raise TransferError(f"NIXL refused a transfer with {peer.name}: {error}") from error
         moved.prep_s += ready - start
         moved.post_s += time.perf_counter() - ready
-        size = int(group[:, 2].sum())
         moved.bytes += size
         moved.descriptors += len(group)
+        posted = _Posted(handle, size, mark)
         if state == "ERR":
-            self._release(handle)
+            self._release(posted)
             self.forget(peer.key)
             raise TransferError(f"NIXL could not post a transfer with {peer.name}")
-        return _Posted(handle, size)
+        return posted
 
     def _settled(self, flying: deque[_Posted], peer: AgentRecord, arrived: Callable[[int], None]) -> bool:
         try:
@@ -182,7 +189,7 @@ class NixlLink:
         if state == "PROC":
             return False
         done = flying.popleft()
-        self._release(done.handle)
+        self._release(done)
         if state != "DONE":
             self.forget(peer.key)
             raise TransferError(f"the connection with {peer.name} broke: {state}")
@@ -198,14 +205,14 @@ class NixlLink:
                 if self._in_progress(flying[0].handle):
                     yield False
                 else:
-                    self._release(flying.popleft().handle)
+                    self._release(flying.popleft())
         finally:
             self._abandon(flying, linger)
 
     def _abandon(self, flying: deque[_Posted], linger: Callable[[], Callable[[], None]]) -> None:
         if flying:
             settled = linger()
-            self._lingering.extend((posted.handle, settled) for posted in flying)
+            self._lingering.extend((posted, settled) for posted in flying)
             flying.clear()
 
     def _in_progress(self, handle: Any) -> bool:
@@ -214,9 +221,10 @@ class NixlLink:
         except Exception:
             return False
 
-    def _release(self, handle: Any) -> None:
+    def _release(self, posted: _Posted) -> None:
+        profiling.end(posted.mark)
         try:
-            self._agent.release_xfer_handle(handle)
+            self._agent.release_xfer_handle(posted.handle)
         except Exception as error:
             logger.debug("releasing a NIXL transfer: %s", error)
 
@@ -233,7 +241,7 @@ class NixlLink:
     def poll(self) -> dict[str, list[bytes]]:
         """Answer peers that are connecting or reading; new messages by sender."""
         for item in list(self._lingering):
-            if not self._in_progress(item[0]):
+            if not self._in_progress(item[0].handle):
                 self._release(item[0])
                 self._lingering.remove(item)
                 item[1]()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from components.transfer import profiling
 from components.transfer.data import kernels
 from components.transfer.layout import Ints, Region, block_bytes
 
@@ -87,6 +88,10 @@ class Staging:
         return self._run(blocks, slot, gather=False)
 
     def _run(self, blocks: torch.Tensor, slot: int, gather: bool) -> Gate:
+        with profiling.span("gather" if gather else "scatter", len(blocks) * self.block_bytes):
+            return self._copy(blocks, slot, gather)
+
+    def _copy(self, blocks: torch.Tensor, slot: int, gather: bool) -> Gate:
         start = slot * self.slot_bytes
         buffer = self.buffer[start : start + self.slot_bytes]
         if self._stream is None:

@@ -20,6 +20,7 @@ from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 
+from components.transfer import profiling
 from components.transfer.parking.fileio import FileIO, file_io
 from components.transfer.parking.folder import Folder
 from components.transfer.parking.loading import Loader, host_memory
@@ -99,7 +100,7 @@ class FileShelf:
                 return self._loader.unload(index[slice(*chunks[number])], memory)
 
             def write(number: int, memory: torch.Tensor) -> _Pending:
-                return _Job(self._disk.submit(self._io.write, file.fd, number * self._loader.chunk_bytes, memory))
+                return self._queue(self._io.write, file, number * self._loader.chunk_bytes, memory)
 
             yield from self._pipeline(chunks, slots, gather, write, done)
             yield from self._wait(self._folder.commit, name, file.fd, end())
@@ -117,7 +118,7 @@ class FileShelf:
             yield from self._take(slots)
 
             def read(number: int, memory: torch.Tensor) -> _Pending:
-                return _Job(self._disk.submit(self._io.read, file.fd, number * size, memory))
+                return self._queue(self._io.read, file, number * size, memory)
 
             def scatter(number: int, memory: torch.Tensor) -> _Pending:
                 return self._loader.load(index[slice(*chunks[number])], memory)
@@ -129,6 +130,15 @@ class FileShelf:
     def drop(self, ticket: Ticket) -> Generator[bool, None, bool]:
         """Remove a file. False when there is none."""
         return (yield from self._wait(self._folder.remove, require_id(ticket)))
+
+    def _queue(
+        self, work: Callable[[int, int, torch.Tensor], None], file: _File, offset: int, memory: torch.Tensor
+    ) -> _Job:
+        def run() -> None:
+            with profiling.span("disk", memory.numel()):
+                work(file.fd, offset, memory)
+
+        return _Job(self._disk.submit(run))
 
     def _pipeline(
         self,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+from components.transfer import profiling
 from components.transfer.data import kernels
 from components.transfer.data.staging import Gate
 from components.transfer.layout import Ints, Region, block_bytes
@@ -56,10 +57,14 @@ class Loader:
         return self._copy(index, host, gather=False)
 
     def _copy(self, index: torch.Tensor, host: torch.Tensor, gather: bool) -> Gate:
+        size = len(index) * self.block_bytes
+        with profiling.span("gather" if gather else "scatter", size):
+            return self._queue(index, host, gather, size)
+
+    def _queue(self, index: torch.Tensor, host: torch.Tensor, gather: bool, size: int) -> Gate:
         if self._stream is None:
             self._copier(index, host, gather)
             return Gate(None)
-        size = len(index) * self.block_bytes
         near, far = self._buffer[:size], host[:size]
         with torch.cuda.stream(self._stream):
             if gather:

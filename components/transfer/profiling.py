@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NVTX ranges of a transfer's phases, for Nsight Systems: on with ``DYN_MIGRATE_NVTX=1``, nothing otherwise.
+
+``span`` marks work of the calling thread (gather, post, scatter, checksum); ``begin`` and ``end`` mark what goes on
+without it (wire, disk). Any thread. Uses the ``nvtx`` package, else torch's binding, else says once that there is none.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
+SWITCH = "DYN_MIGRATE_NVTX"
+DOMAIN = "dynamo-migrate"
+
+
+class Sink(Protocol):
+    """Where ranges go."""
+
+    def push(self, name: str) -> None:
+        """A range of this thread begins, inside those that it has begun."""
+        ...
+
+    def pop(self) -> None:
+        """Its innermost range ends."""
+        ...
+
+    def start(self, name: str) -> object:
+        """A range begins that may end on any thread, in any order."""
+        ...
+
+    def stop(self, mark: object) -> None:
+        """It ends."""
+        ...
+
+
+class _Package:
+    """The ``nvtx`` package: ranges in a domain of their own."""
+
+    def __init__(self) -> None:
+        import nvtx
+
+        self._domain: Any = nvtx.get_domain(DOMAIN)
+
+    def push(self, name: str) -> None:
+        self._domain.push_range(self._domain.get_event_attributes(message=name))
+
+    def pop(self) -> None:
+        self._domain.pop_range()
+
+    def start(self, name: str) -> object:
+        return self._domain.start_range(self._domain.get_event_attributes(message=name))
+
+    def stop(self, mark: object) -> None:
+        self._domain.end_range(mark)
+
+
+class _Torch:
+    """torch's binding: ranges in the default domain."""
+
+    def __init__(self) -> None:
+        from torch.cuda import nvtx
+
+        self._nvtx: Any = nvtx
+        nvtx.range_end(nvtx.range_start(DOMAIN))
+
+    def push(self, name: str) -> None:
+        self._nvtx.range_push(f"{DOMAIN}: {name}")
+
+    def pop(self) -> None:
+        self._nvtx.range_pop()
+
+    def start(self, name: str) -> object:
+        return self._nvtx.range_start(f"{DOMAIN}: {name}")
+
+    def stop(self, mark: object) -> None:
+        self._nvtx.range_end(mark)
+
+
+def sink_of(environment: str) -> Sink | None:
+    """What the switch's value asks for."""
+    if environment.lower() not in ("1", "true", "on", "yes"):
+        return None
+    for kind in (_Package, _Torch):
+        try:
+            return kind()
+        except (ImportError, RuntimeError) as error:
+            logger.debug("NVTX through %s: %s", kind.__name__, error)
+    logger.warning("%s is set, but there is neither the nvtx package nor CUDA: pip install nvtx", SWITCH)
+    return None
+
+
+_sink: Sink | None = sink_of(os.environ.get(SWITCH, ""))
+_nothing = nullcontext()
+
+
+def use(sink: Sink | None) -> Sink | None:
+    """Send ranges there from now on; gives the sink that was used before."""
+    global _sink
+    before, _sink = _sink, sink
+    return before
+
+
+def span(name: str, size: int = 0) -> AbstractContextManager[None]:
+    """A range of the calling thread around a block; ``size`` in bytes is told with its name."""
+    return _nothing if _sink is None else _span(_sink, _named(name, size))
+
+
+@contextmanager
+def _span(sink: Sink, name: str) -> Iterator[None]:
+    sink.push(name)
+    try:
+        yield
+    finally:
+        sink.pop()
+
+
+def begin(name: str, size: int = 0) -> object:
+    """A range that ``end`` ends, on whatever thread."""
+    sink = _sink
+    return None if sink is None else (sink, sink.start(_named(name, size)))
+
+
+def end(mark: object) -> None:
+    """End what ``begin`` began. Harmless for ranges that were begun while profiling was off."""
+    if isinstance(mark, tuple):
+        sink, started = mark
+        sink.stop(started)
+
+
+def _named(name: str, size: int) -> str:
+    return f"{name} {size / 1e6:.3g} MB" if size else name
