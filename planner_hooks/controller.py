@@ -129,7 +129,9 @@ class Controller:
             HOLDS.labels(move.policy, HoldReason.COOLDOWN).inc()
             return
         logger.info("moving %s", what)
-        self._active[move.request_id] = ActiveMove(move.request_id, move.src, move.dst, move.tokens)
+        self._active[move.request_id] = ActiveMove(
+            move.request_id, move.src, move.dst, move.tokens, copies=move.mode is not Mode.REPLAY
+        )
         self._spawn(self._carry_out(move, gap))
 
     async def _carry_out(self, move: Move, gap: float) -> None:

@@ -7,6 +7,9 @@ in the batch. A worker that leaves counts as infinitely loaded.
 
 A destination is checked against what it really holds plus all that was promised to it: room that its own
 outgoing requests will free is not counted before it is free.
+
+A request that waits has no KV: sending its tokens is all there is to its move. Limits for each worker and pair are
+about copies and leave it out; what it may do to a destination, and the number for each tick, hold for it as well.
 """
 
 from __future__ import annotations
@@ -72,9 +75,19 @@ class Ledger:
         return idle
 
     def can_take(self) -> Bools:
-        """Workers that may still be given something."""
+        """Workers that may still be given a running request."""
         free: Bools = self.snapshot.w_accepts & self.idle()
         return free
+
+    def takers(self, row: int) -> Bools:
+        """Workers that have room and a seat for a request, and that no limit and no return closes to it."""
+        s, limits = self.snapshot, self.rules.limits
+        fits: Bools = s.w_accepts.copy() if s.r_waiting[row] else self.can_take()
+        fits &= (self.room() >= s.r_need[row]) & (self.seats() >= 1)
+        fits[s.r_worker[row]] = False
+        if s.r_since_move[row] < limits.no_return_s and s.r_came_from[row] < len(fits):
+            fits[s.r_came_from[row]] = False
+        return fits
 
     def room(self) -> Floats:
         """Tokens that may still be promised to each worker."""
@@ -123,9 +136,10 @@ class Ledger:
         ok: Bools = (s.r_need[rows] <= room) & ~back
         return ok & bool(self._seats[worker] + 1 <= s.w_max_seqs[worker])
 
-    def pair_is_free(self, src: int, dst: int) -> bool:
-        """May another request go from one to the other?"""
-        return self._pairs[src, dst] < self.rules.limits.max_moves_per_pair and not self._pairs[dst, src]
+    def pair_is_free(self, src: int, dst: int, copies: bool = True) -> bool:
+        """May another request go from one to the other, with its KV or without any?"""
+        few = not copies or self._pairs[src, dst] < self.rules.limits.max_moves_per_pair
+        return few and (dst, src) not in self._pairs
 
     def why_not(self, row: int, dst: int) -> HoldReason | None:
         """The first rule that forbids a move, or None."""
@@ -146,11 +160,12 @@ class Ledger:
             return HoldReason.NO_RETURN
         if src == dst or s.w_leaving[dst]:
             return HoldReason.NO_DESTINATION
-        if self.busy(src) or self.busy(dst):
+        copies = not s.r_waiting[row]
+        if copies and (self.busy(src) or self.busy(dst)):
             return HoldReason.WORKER_LIMIT
-        if self._pairs[dst, src]:
+        if (dst, src) in self._pairs:
             return HoldReason.OPPOSITE
-        if self._pairs[src, dst] >= limits.max_moves_per_pair:
+        if copies and self._pairs[src, dst] >= limits.max_moves_per_pair:
             return HoldReason.PAIR_LIMIT
         full = self._promised[dst] + s.r_need[row] > limits.max_destination_usage * s.w_capacity[dst]
         if full or self._seats[dst] + 1 > s.w_max_seqs[dst]:
@@ -177,9 +192,10 @@ class Ledger:
         if s.r_priority[row] >= self.rules.headroom.priority:
             self._important[src] -= 1
             self._important[dst] += 1
-        self._w_moves[src] += 1
-        self._w_moves[dst] += 1
-        self._pairs[src, dst] += 1
+        copies = int(not s.r_waiting[row])
+        self._w_moves[src] += copies
+        self._w_moves[dst] += copies
+        self._pairs[src, dst] += copies  # The key is there even when nothing is copied: see ``Snapshot.pairs``.
         self._free[row] = False
         self.usage[src], self.usage[dst] = self._usage_of(src), self._usage_of(dst)
         self.moves.append(
@@ -190,7 +206,7 @@ class Ledger:
                 policy=self.policy,
                 reason=reason,
                 gain_s=gain_s,
-                cost_s=float(self.rules.cost_s(s, np.array([row]))[0]),
+                cost_s=0.0 if s.r_waiting[row] else float(self.rules.cost_s(s, np.array([row]))[0]),
                 # A request that waits has no KV to copy: sending its tokens is all there is to it.
                 mode=Mode.REPLAY if s.r_waiting[row] else Mode.LIVE,
                 tokens=int(need),

@@ -28,9 +28,11 @@ class Section(BaseModel):
 class Limits(Section):
     """What may go on at once."""
 
-    max_moves_per_tick: int = Field(default=64, ge=1, description="Moves that one decision may begin")
-    max_moves_per_worker: int = Field(default=4, ge=1, description="Migrations that a worker takes part in at once")
-    max_moves_per_pair: int = Field(default=2, ge=1, description="Migrations at once from one worker to another one")
+    max_moves_per_tick: int = Field(
+        default=256, ge=1, description="Moves that one decision may begin, waiting requests included"
+    )
+    max_moves_per_worker: int = Field(default=4, ge=1, description="Copies that a worker takes part in at once")
+    max_moves_per_pair: int = Field(default=2, ge=1, description="Copies at once from one worker to another one")
     cooldown_s: float = Field(default=10.0, ge=0, description="Seconds that a request stays after it was moved")
     no_return_s: float = Field(
         default=60.0, ge=0, description="Seconds in which it is not sent back to where it came from"
@@ -116,10 +118,11 @@ class Rules(Section):
         return ready & (snapshot.r_running[rows] | snapshot.r_waiting[rows])
 
     def cost_s(self, snapshot: Snapshot, rows: NDArray[np.int64]) -> Floats:
-        """Seconds of a worker's time that each move takes away."""
+        """Seconds of a worker's time that each move takes away; nothing for a request that has no KV yet."""
         per_token = snapshot.bytes_per_token or float(self.cost.kv_bytes_per_token)
         wire = snapshot.r_kv[rows] * (per_token / snapshot.bytes_per_s)
-        cost: Floats = snapshot.downtime_s + 2.0 * self.cost.disturbance * (snapshot.overhead_s + wire)
+        copy = snapshot.downtime_s + 2.0 * self.cost.disturbance * (snapshot.overhead_s + wire)
+        cost: Floats = np.where(snapshot.r_waiting[rows], 0.0, copy)
         return cost
 
     def lasts_s(self, snapshot: Snapshot, rows: NDArray[np.int64], worker: int) -> Floats:

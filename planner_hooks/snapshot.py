@@ -81,6 +81,8 @@ class ActiveMove(msgspec.Struct, frozen=True):
     src: str
     dst: str
     tokens: int = 0
+    copies: bool = True
+    """False for a request that waited when its move began: it has no KV."""
 
 
 class Capture(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -118,7 +120,7 @@ class Snapshot:
     w_outbound: Floats
     """Tokens on their way out, still part of ``w_held`` or ``w_queued``."""
     w_moves: Ints
-    """Migrations that the worker takes part in."""
+    """Migrations of KV that the worker takes part in."""
     request_ids: Sequence[str]
     r_worker: Ints
     r_kv: Floats
@@ -137,6 +139,7 @@ class Snapshot:
     overhead_s: float
     downtime_s: float
     pairs: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    """Migrations of KV under way by source and destination; 0 where only waiting requests go."""
     planned: int = 0
     """Moves planned in this tick so far."""
     synthetic: bool = False
@@ -186,9 +189,11 @@ class Snapshot:
             row, src, dst = move.row, self.index[move.src], self.index[move.dst]
             w_inbound[dst] += self.r_need[row]
             w_outbound[src] += self.r_need[row] if self.r_waiting[row] else self.r_kv[row]
-            w_moves[[src, dst]] += 1
+            copies = int(not self.r_waiting[row])
+            w_moves[src] += copies
+            w_moves[dst] += copies
             r_free[row] = False
-            pairs[src, dst] += 1
+            pairs[src, dst] += copies
         w_leaving[gone] = True
         return replace(
             self,
@@ -210,22 +215,24 @@ class Snapshot:
         moving = {move.request_id for move in capture.active}
         inbound, outbound = np.zeros(len(workers)), np.zeros(len(workers))
         moves, pairs = np.zeros(len(workers), dtype=np.int32), Counter[tuple[int, int]]()
-        sizes = {view.request_id: view.kv_tokens for view in rows if view.request_id in moving}
+        waits = (RequestPhase.WAITING, RequestPhase.PREEMPTED)
+        sizes = {
+            v.request_id: v.need_tokens if v.phase in waits else v.kv_tokens for v in rows if v.request_id in moving
+        }
         for move in capture.active:
             src, dst = index.get(move.src), index.get(move.dst)
             if src is not None:
-                moves[src] += 1
+                moves[src] += move.copies
                 outbound[src] += sizes.get(move.request_id, 0)
             if dst is not None:
-                moves[dst] += 1
+                moves[dst] += move.copies
                 inbound[dst] += move.tokens
             if src is not None and dst is not None:
-                pairs[src, dst] += 1
+                pairs[src, dst] += move.copies
 
         def column(values: Iterable[float]) -> Floats:
             return np.fromiter(values, dtype=np.float64)
 
-        waits = (RequestPhase.WAITING, RequestPhase.PREEMPTED)
         bytes_per_token = [view.kv_bytes_per_token for view in workers if view.kv_bytes_per_token]
         return Snapshot(
             time_s=capture.time_s,

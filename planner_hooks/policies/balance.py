@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """balance: from the worker with the highest virtual usage to the one with the lowest, while that pays.
 
+What waits goes first: it has no KV to copy, and starts at once where there is room. Then running requests move.
 Nothing happens below ``high`` or while the gap between the two is below ``start_gap``; once begun it goes on down to
 ``stop_gap``. Every move lowers the larger of the two usages, so that a static load comes to rest.
 """
 
 from __future__ import annotations
 
+from heapq import heapify, heappop, heappush
 from typing import Self
 
 import numpy as np
@@ -39,6 +41,7 @@ class Balance(BasePolicy[Config]):
     config_type = Config
 
     def decide(self, snapshot: Snapshot, ledger: Ledger) -> Plan:
+        self._spread_queues(ledger)
         sources = snapshot.w_fresh & ~snapshot.w_leaving
         high, gap = self.config.high, self.config.start_gap
         while not ledger.full:
@@ -57,9 +60,49 @@ class Balance(BasePolicy[Config]):
         ledger.hold(HoldReason.TICK_LIMIT)
         return ledger.close()
 
+    def _spread_queues(self, ledger: Ledger) -> None:
+        s = ledger.snapshot
+        queues = np.unique(s.r_worker[s.r_waiting & s.r_free])
+        queues = queues[s.w_accepts[queues] & (ledger.usage[queues] >= self.config.high)]
+        # Queues can be long: the coldest worker is kept at hand instead of being looked for anew.
+        cold = [(float(ledger.usage[dst]), int(dst)) for dst in np.flatnonzero(s.w_accepts)]
+        heapify(cold)
+        for src in queues[np.argsort(-ledger.usage[queues], kind="stable")].tolist():
+            rows = ledger.candidates(src)
+            gap = self.config.start_gap
+            for row in rows[s.r_waiting[rows]].tolist():
+                if ledger.full:
+                    return
+                here = float(ledger.usage[src])
+                dst = self._coldest(ledger, row, here, gap, cold)
+                if dst is None:
+                    break
+                there = float(ledger.usage[dst])
+                seconds = float(s.r_remaining[row]) * float(s.w_step_s[src] or self.rules.cost.default_step_s)
+                ledger.move(row, dst, f"it waits; usage {here:.2f} here, {there:.2f} there", (here - there) * seconds)
+                heappush(cold, (float(ledger.usage[dst]), dst))
+                gap = self.config.stop_gap
+
+    @staticmethod
+    def _coldest(ledger: Ledger, row: int, here: float, gap: float, cold: list[tuple[float, int]]) -> int | None:
+        """The coldest worker that may have a waiting request, taken off the heap; None leaves the heap as it was."""
+        passed, found = [], None
+        while found is None and cold and cold[0][0] <= here - gap and len(passed) < 8:
+            usage, dst = heappop(cold)
+            if usage != ledger.usage[dst]:
+                heappush(cold, (float(ledger.usage[dst]), dst))  # It was a source meanwhile.
+            elif ledger.why_not(row, dst) is None and ledger.usage_with(dst, np.array([row]))[0] < here:
+                found = dst
+            else:
+                passed.append((usage, dst))
+        for entry in passed:
+            heappush(cold, entry)
+        return found
+
     def _move_one(self, ledger: Ledger, src: int, cold: np.ndarray) -> bool:
         s, rules = ledger.snapshot, ledger.rules
         rows = ledger.candidates(src)
+        rows = rows[ledger.snapshot.r_running[rows]]
         if not len(rows):
             ledger.hold(HoldReason.NO_CANDIDATE, src)
             return False

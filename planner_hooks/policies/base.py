@@ -50,23 +50,18 @@ class BasePolicy(ABC, Generic[C]):
 
 def coldest_that_fits(ledger: Ledger, row: int, allowed: np.ndarray | None = None) -> int | None:
     """The least used worker that every rule allows for a request, or None."""
-    s, limits = ledger.snapshot, ledger.rules.limits
+    s = ledger.snapshot
     src = int(s.r_worker[row])
-    fits = ledger.can_take() & (ledger.room() >= s.r_need[row]) & (ledger.seats() >= 1)
-    fits[src] = False
-    if allowed is not None:
-        fits &= allowed
-    if s.r_since_move[row] < limits.no_return_s and s.r_came_from[row] < len(fits):
-        fits[s.r_came_from[row]] = False
+    fits = ledger.takers(row) if allowed is None else ledger.takers(row) & allowed
     workers = np.flatnonzero(fits)
     for worker in workers[np.argsort(ledger.usage[workers], kind="stable")[:16]]:
-        if ledger.pair_is_free(src, int(worker)):
+        if ledger.pair_is_free(src, int(worker), copies=not s.r_waiting[row]):
             return int(worker)
     return None
 
 
 def empty(ledger: Ledger, worker: int, reason: str, let_finish_s: float) -> None:
-    """Move everything off a worker that a destination can be found for, largest first.
+    """Move everything off a worker that a destination can be found for: what waits, then the largest first.
 
     Requests that will have ended within ``let_finish_s`` are left to do so.
     """
@@ -77,13 +72,13 @@ def empty(ledger: Ledger, worker: int, reason: str, let_finish_s: float) -> None
             ledger.hold(HoldReason.NO_CANDIDATE, worker, detail="what is left cannot move, or is moving")
         return
     lasts = ledger.rules.lasts_s(s, rows, worker)
-    order = np.argsort(-s.r_need[rows], kind="stable")
+    order = np.lexsort((-s.r_need[rows], ~s.r_waiting[rows]))
     stays = ledger.rules.cost_s(s, rows) + let_finish_s > lasts
     for at in order:
-        if ledger.full or ledger.busy(worker):
+        row = int(rows[at])
+        if ledger.full or (ledger.busy(worker) and not s.r_waiting[row]):
             ledger.hold(HoldReason.TICK_LIMIT if ledger.full else HoldReason.WORKER_LIMIT, worker)
             return
-        row = int(rows[at])
         if stays[at] and not s.r_waiting[row]:
             ledger.hold(HoldReason.NOT_WORTH, worker, row, "it ends soon by itself")
             continue

@@ -50,8 +50,10 @@ def check_plan(capture: Capture, file: PolicyFile) -> None:
         assert not dst.draining
         assert dst.worker not in plan.retire
         assert max(src.report_age_s, dst.report_age_s) <= limits.stale_after_s
-        per_worker.update((move.src, move.dst))
-        pairs[move.src, move.dst] += 1
+        copies = request.phase is RequestPhase.DECODE
+        if copies:
+            per_worker.update((move.src, move.dst))
+        pairs[move.src, move.dst] += copies
         arriving[move.dst] += request.need_tokens
         seats[move.dst] += 1
     assert all(count <= limits.max_moves_per_worker for count in per_worker.values())

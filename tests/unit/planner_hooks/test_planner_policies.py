@@ -44,6 +44,18 @@ def test_balance_counts_queued_demand_and_sends_the_waiting_request_without_kv()
     assert next(m for m in plan.moves if m.request_id == "q").mode is Mode.REPLAY
 
 
+def test_balance_spreads_a_queue_in_one_decision_whatever_copies_may_go_on() -> None:
+    running = [request(f"r{i}", "w0", 1000) for i in range(9)]
+    queue = [request(f"q{i}", "w0", 500, phase=RequestPhase.WAITING) for i in range(12)]
+    file = parse({"limits": {"max-moves-per-worker": 1, "max-moves-per-pair": 1}, "policies": {"balance": {}}})
+    plan = file.build().plan(Snapshot.of(cluster([*running, *queue], 3)))
+    sent = [m for m in plan.moves if m.request_id.startswith("q")]
+    assert len(sent) > 6
+    assert {m.dst for m in sent} == {"w1", "w2"}
+    assert all(m.cost_s == 0 for m in sent)
+    assert len(plan.moves) - len(sent) <= 1
+
+
 def test_balance_keeps_requests_that_end_before_the_move_pays() -> None:
     capture = cluster([request(f"r{i}", "w0", 1000, remaining_tokens=1.0) for i in range(8)])
     plan = decide("balance", capture)
