@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,15 +68,18 @@ def running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextmanager
-def etcd_server(data: Path, port: int, host: str = "127.0.0.1") -> Iterator[subprocess.Popen[bytes]]:
-    """One etcd with its data in ``data``, listening on ``port``."""
-    client, peer = f"http://{host}:{port}", f"http://127.0.0.1:{free_port()}"
+def etcd_server(
+    data: Path, port: int, host: str = "127.0.0.1", more: Sequence[str] = (), scheme: str = "http"
+) -> Iterator[subprocess.Popen[bytes]]:
+    """One etcd with its data in ``data``, listening on ``port``; ``more`` are arguments for it."""
+    client, peer = f"{scheme}://{host}:{port}", f"http://127.0.0.1:{free_port()}"
     command = [
         "etcd",
         *("--data-dir", str(data), "--name", "test", "--log-level", "error"),
         *("--listen-client-urls", client, "--advertise-client-urls", client),
         *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
         *("--initial-cluster", f"test={peer}"),
+        *more,
     ]
     with running(command) as process:
         wait_for_port(port, host=host)
@@ -84,9 +87,11 @@ def etcd_server(data: Path, port: int, host: str = "127.0.0.1") -> Iterator[subp
 
 
 @contextmanager
-def nats_server(data: Path, port: int, host: str = "127.0.0.1") -> Iterator[subprocess.Popen[bytes]]:
-    """One NATS server with JetStream in ``data``, listening on ``port``."""
-    with running(["nats-server", "-a", host, "-p", str(port), "-js", "-sd", str(data)]) as process:
+def nats_server(
+    data: Path, port: int, host: str = "127.0.0.1", more: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
+    """One NATS server with JetStream in ``data``, listening on ``port``; ``more`` are arguments for it."""
+    with running(["nats-server", "-a", host, "-p", str(port), "-js", "-sd", str(data), *more]) as process:
         wait_for_port(port, host=host)
         yield process
 

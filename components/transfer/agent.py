@@ -37,6 +37,8 @@ from components.transfer.assemble import Assembly, assemble
 from components.transfer.checksum import BlockChecksums
 from components.transfer.config import AgentConfig, Integrity, KVPool, Strategy, TransferResult
 from components.transfer.control.directory import Directory
+from components.transfer.control.endpoint import without_secrets
+from components.transfer.control.publication import Publication
 from components.transfer.control.record import AgentRecord
 from components.transfer.control.store import store_of
 from components.transfer.data.base import Backend, Copy, Steps
@@ -90,11 +92,11 @@ class TransferAgent:
         config = self._config
         store = store_of(config)
         record = self.record
-        published = threading.Event()
+        publication = Publication()
 
         async def keep() -> None:
             loop = asyncio.get_running_loop()
-            task = asyncio.ensure_future(store.run(record, self.directory, published.set))
+            task = asyncio.ensure_future(store.run(record, self.directory, publication))
             self._stop_publishing = lambda: loop.call_soon_threadsafe(task.cancel)
             try:
                 await task
@@ -105,13 +107,16 @@ class TransferAgent:
 
         self._publisher = threading.Thread(target=lambda: asyncio.run(keep()), name="kv-records", daemon=True)
         self._publisher.start()
-        if not published.wait(_PUBLISH_S):
-            where = ", ".join(config.etcd_endpoints) or config.nats_url
-            self.close()
-            raise TransferError(
-                f"the record of agent {config.name} could not be published at {where}: is the server running, "
-                "and are the credentials right?"
-            )
+        if publication.wait(_PUBLISH_S):
+            return
+        self.close()
+        if publication.hopeless and publication.trouble is not None:
+            raise publication.trouble
+        where = ", ".join(map(without_secrets, config.etcd_endpoints or (config.nats_url,)))
+        raise TransferError(
+            f"the record of agent {config.name} could not be published at {where} within {_PUBLISH_S:g} s: "
+            f"{publication.trouble or 'no answer'}; is the server running, and is the address right?"
+        )
 
     @property
     def record(self) -> AgentRecord:

@@ -72,6 +72,9 @@ class KVPool:
     """The axis that counts the tokens of a block. Known, it allows peers with blocks of a multiple of ours."""
 
 
+_SECRETS = ("etcd_password", "nats_password", "nats_token")
+
+
 class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything an agent needs to know before it starts."""
 
@@ -90,7 +93,13 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """NATS server: holds the records (JetStream) without etcd, carries change notices beside etcd."""
     nats_credentials: str = ""
     """NATS ``.creds`` file."""
+    nats_user: str = ""
+    nats_password: str = ""
+    nats_token: str = ""
     nats_ca: str = ""
+    """PEM file with the authority of the NATS server's certificate."""
+    nats_cert: str = ""
+    nats_key: str = ""
     namespace: str = "dynamo"
     transport: Transport = Transport.AUTO
     backends: tuple[str, ...] = ("mapped", "cuda_ipc", "nixl", "local", "tcp")
@@ -131,6 +140,11 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Folder for parked requests, writable by this user alone; empty: none. Agents may share one."""
     park_dir_bytes: int = 8 << 30
     """Bound of all files in ``park_dir``."""
+
+    def __repr__(self) -> str:
+        shown = {name: getattr(self, name) for name in self.__struct_fields__ if name not in _SECRETS}
+        shown["nats_url"] = "..." if "@" in self.nats_url else self.nats_url
+        return f"AgentConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def validate(self) -> None:
         """Raise ``ConfigError`` naming the value that cannot be used."""

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import re
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.errors import ConfigError, MigrateError
+from components.errors import ConfigError, MigrateError, TransferUnavailable
 from components.transfer.config import AgentConfig
 from components.transfer.control.directory import Directory
+from components.transfer.control.endpoint import Endpoint, resolve
 from components.transfer.control.nats import Notices
+from components.transfer.control.publication import Publication
 from components.transfer.control.record import AgentRecord, decode, encode
 from components.transfer.control.store import first_of, forever, quietly
 
@@ -26,49 +31,77 @@ logger = logging.getLogger(__name__)
 _DELETE = 1
 """``mvccpb.Event.EventType.DELETE``."""
 _CALL_S = 5.0
+_TLS_TROUBLE = re.compile(r"certificate|handshake|ssl|tls", re.IGNORECASE)
 
 
 class EtcdStore:
     """See the module docstring."""
 
     def __init__(self, config: AgentConfig) -> None:
-        self._endpoints = [endpoint.split("://", 1)[-1] for endpoint in config.etcd_endpoints]
+        self._endpoints = [Endpoint.of(url) for url in config.etcd_endpoints]
+        self._where = "etcd at " + ", ".join(f"{each.host}:{each.port}" for each in self._endpoints)
         self._prefix = f"/dynamo-migrate/{config.namespace}/agents/"
         self._range_end = self._prefix[:-1] + chr(ord(self._prefix[-1]) + 1)
         self._ttl_s = config.lease_ttl_s
         self._user, self._password = config.etcd_user, config.etcd_password
+        secure = any(each.secure for each in self._endpoints)
         self._tls = {
-            "ca_cert": _pem(config.etcd_ca),
+            "ca_cert": _pem(config.etcd_ca or (_system_authorities() if secure else "")),
             "cert_chain": _pem(config.etcd_cert),
             "cert_key": _pem(config.etcd_key),
         }
+        if self._tls["ca_cert"] is None and (config.etcd_cert or config.etcd_key):
+            raise ConfigError("etcd_cert and etcd_key need TLS: give etcd_ca, or https endpoints")
         self._notices = Notices(config) if config.nats_url else None
 
-    async def run(self, record: AgentRecord, directory: Directory, published: Callable[[], None]) -> None:
+    async def run(self, record: AgentRecord, directory: Directory, publication: Publication) -> None:
         """See ``RecordStore``."""
-        jobs = [forever(f"etcd at {self._endpoints}", lambda: self._session(record, directory, published))]
+        jobs = [forever(self._where, lambda: self._session(record, directory, publication), publication.failed)]
         if self._notices is not None:
             jobs.append(self._notices.run(record, directory))
         await first_of(*jobs)
 
-    async def _session(self, record: AgentRecord, directory: Directory, published: Callable[[], None]) -> None:
+    async def _session(self, record: AgentRecord, directory: Directory, publication: Publication) -> None:
         from etcd3aio.client import Etcd3Client
 
-        tls: dict[str, Any] = {name: value for name, value in self._tls.items() if value is not None}
-        opened: Any = Etcd3Client(self._endpoints, **tls)
+        options: dict[str, Any] = {name: value for name, value in self._tls.items() if value is not None}
+        if options:
+            options["tls_server_name"] = self._endpoints[0].host
+        opened: Any = Etcd3Client(await resolve(self._endpoints), **options)
         async with opened as client:
-            if self._user:
-                reply = await client.auth.authenticate(self._user, self._password)
-                client.set_token(reply.token)
-            lease = (await client.lease.grant(self._ttl_s, timeout=_CALL_S)).ID
+            with self._refusals():
+                if self._user:
+                    reply = await client.auth.authenticate(self._user, self._password, timeout=_CALL_S)
+                    client.set_token(reply.token)
+                lease = (await client.lease.grant(self._ttl_s, timeout=_CALL_S)).ID
             try:
-                await client.kv.put(self._prefix + record.name, encode(record), lease=lease, timeout=_CALL_S)
-                published()
+                with self._refusals():
+                    await client.kv.put(self._prefix + record.name, encode(record), lease=lease, timeout=_CALL_S)
+                publication.succeeded()
                 if self._notices is not None:
                     self._notices.announce()
                 await first_of(self._keep_alive(client, lease), self._watch(client, directory))
             finally:
                 await quietly(client.lease.revoke(lease, timeout=2.0, max_attempts=1))
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Say what is wrong with credentials or certificates; other errors pass."""
+        import grpc
+        from etcd3aio import errors
+
+        try:
+            yield
+        except (errors.EtcdUnauthenticatedError, errors.EtcdPermissionDeniedError, grpc.aio.AioRpcError) as error:
+            reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
+            fix = f"check etcd_user ({self._user!r}) and its password and roles for keys under {self._prefix}"
+            raise TransferUnavailable(f"{self._where} refuses this agent: {reason}; {fix}") from None
+        except errors.EtcdConnectionError as error:
+            if _TLS_TROUBLE.search(str(error)) is None:
+                raise
+            reason = "its certificate is not accepted" if self._tls["ca_cert"] else "it wants TLS"
+            fix = "check etcd_ca, etcd_cert, etcd_key and the host name in the certificate"
+            raise TransferUnavailable(f"{self._where}: {reason}; {fix} ({error})") from None
 
     async def _keep_alive(self, client: Any, lease: int) -> None:
         async with client.lease.keep_alive_context(lease, self._ttl_s) as keeper:
@@ -104,6 +137,14 @@ class EtcdStore:
             directory.put(decode(value))
         except MigrateError as error:
             logger.warning("ignoring a record under %s: %s", self._prefix, error)
+
+
+def _system_authorities() -> str:
+    paths = ssl.get_default_verify_paths()
+    found = paths.cafile or paths.openssl_cafile
+    if not Path(found).is_file():
+        raise ConfigError("https endpoints of etcd need etcd_ca: this system has no file of authorities")
+    return found
 
 
 def _pem(path: str) -> bytes | None:

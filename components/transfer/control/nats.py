@@ -10,36 +10,68 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import ssl
-from collections.abc import Callable
 from typing import Any
 
 import nats
+import nats.errors
 from nats.aio.msg import Msg
 from nats.js.api import KeyValueConfig
 from nats.js.errors import BucketNotFoundError
 
-from components.errors import MigrateError
+from components.errors import ConfigError, MigrateError, TransferUnavailable
 from components.transfer.config import AgentConfig
 from components.transfer.control.directory import Directory
+from components.transfer.control.endpoint import without_secrets
+from components.transfer.control.publication import Publication
 from components.transfer.control.record import AgentRecord, decode, encode
 from components.transfer.control.store import first_of, forever, quietly
 
 logger = logging.getLogger(__name__)
 _CALL_S = 5.0
+_REFUSED = re.compile(r"authoriz|authentic|permission|credential|nkey", re.IGNORECASE)
 
 
 async def _connect(config: AgentConfig) -> Any:
     options: dict[str, Any] = {"allow_reconnect": False, "connect_timeout": 5, "max_reconnect_attempts": 1}
     if config.nats_credentials:
         options["user_credentials"] = config.nats_credentials
-    if config.nats_ca:
-        options["tls"] = ssl.create_default_context(cafile=config.nats_ca)
+    if config.nats_user:
+        options |= {"user": config.nats_user, "password": config.nats_password}
+    if config.nats_token:
+        options["token"] = config.nats_token
+    if config.nats_ca or config.nats_cert:
+        options["tls"] = _context(config)
 
     async def log(error: Exception) -> None:
         logger.debug("NATS: %s", error)
 
-    return await asyncio.wait_for(nats.connect(config.nats_url, error_cb=log, **options), _CALL_S)
+    where = f"NATS at {without_secrets(config.nats_url)}"
+    try:
+        return await asyncio.wait_for(nats.connect(config.nats_url, error_cb=log, **options), _CALL_S)
+    except ssl.SSLError as error:
+        reason = getattr(error, "verify_message", "") or error.reason or "no TLS connection"
+        raise TransferUnavailable(f"{where}: {reason}; check nats_ca, nats_cert and the certificate's names") from None
+    except nats.errors.SecureConnRequiredError:
+        raise TransferUnavailable(f"{where} wants TLS: give nats_ca") from None
+    except nats.errors.Error as error:
+        if _REFUSED.search(str(error)) is None:
+            raise
+        fix = "check nats_user and nats_password, nats_token, or nats_credentials"
+        raise TransferUnavailable(f"{where} refuses this agent: {error}; {fix}") from None
+    except OSError as error:
+        raise MigrateError(f"no connection: {error.strerror or type(error).__name__}") from None
+
+
+def _context(config: AgentConfig) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=config.nats_ca or None)
+        if config.nats_cert:
+            context.load_cert_chain(config.nats_cert, config.nats_key or None)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"TLS files for NATS ({config.nats_ca}, {config.nats_cert}): {error}") from error
+    return context
 
 
 def _learn(directory: Directory, value: bytes) -> AgentRecord | None:
@@ -60,19 +92,19 @@ class NatsStore:
         self._bucket = "dynamo-migrate-" + "".join(c if c.isalnum() or c in "-_" else "_" for c in config.namespace)
         self._ttl_s = config.lease_ttl_s
 
-    async def run(self, record: AgentRecord, directory: Directory, published: Callable[[], None]) -> None:
+    async def run(self, record: AgentRecord, directory: Directory, publication: Publication) -> None:
         """See ``RecordStore``."""
-        where = f"NATS at {self._config.nats_url}"
-        await forever(where, lambda: self._session(record, directory, published))
+        where = f"NATS at {without_secrets(self._config.nats_url)}"
+        await forever(where, lambda: self._session(record, directory, publication), publication.failed)
 
-    async def _session(self, record: AgentRecord, directory: Directory, published: Callable[[], None]) -> None:
+    async def _session(self, record: AgentRecord, directory: Directory, publication: Publication) -> None:
         client = await _connect(self._config)
         key = record.name.encode().hex()
         bucket = None
         try:
             bucket = await self._open(client.jetstream(timeout=_CALL_S))
             await bucket.put(key, encode(record))
-            published()
+            publication.succeeded()
             seen: dict[str, float] = {}
             await first_of(
                 self._keep(bucket, key, record), self._watch(bucket, directory, seen), self._expire(directory, seen)
@@ -129,7 +161,8 @@ class Notices:
 
     async def run(self, record: AgentRecord, directory: Directory) -> None:
         """Publish and listen until cancelled."""
-        await forever(f"NATS at {self._config.nats_url}", lambda: self._session(record, directory))
+        where = f"NATS at {without_secrets(self._config.nats_url)}"
+        await forever(where, lambda: self._session(record, directory))
 
     async def _session(self, record: AgentRecord, directory: Directory) -> None:
         client = await _connect(self._config)

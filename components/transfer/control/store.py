@@ -17,6 +17,7 @@ from typing import ClassVar, Protocol
 from components.errors import ConfigError
 from components.transfer.config import AgentConfig, StoreKind
 from components.transfer.control.directory import Directory
+from components.transfer.control.publication import Publication
 from components.transfer.control.record import AgentRecord
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ _LAST_DELAY_S = 5.0
 class RecordStore(Protocol):
     """A place to publish one record and watch the others."""
 
-    async def run(self, record: AgentRecord, directory: Directory, published: Callable[[], None]) -> None:
+    async def run(self, record: AgentRecord, directory: Directory, publication: Publication) -> None:
         """Publish and watch until cancelled; withdraw the record then."""
         ...
 
@@ -43,7 +44,7 @@ class MemoryStore:
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
 
-    async def run(self, record: AgentRecord, directory: Directory, published: Callable[[], None]) -> None:
+    async def run(self, record: AgentRecord, directory: Directory, publication: Publication) -> None:
         """See ``RecordStore``."""
         with self._lock:
             everyone = self._shared.setdefault(self._namespace, [])
@@ -54,7 +55,7 @@ class MemoryStore:
                 directory.put(other)
             for member in everyone:
                 member.put(record)
-        published()
+        publication.succeeded()
         try:
             await asyncio.Event().wait()
         finally:
@@ -86,8 +87,14 @@ def store_of(config: AgentConfig) -> RecordStore:
     return NatsStore(config)
 
 
-async def forever(where: str, session: Callable[[], Awaitable[None]]) -> None:
-    """Run a session again whenever it ends; only cancelling ends this."""
+def _ignore(_: Exception) -> None:
+    """Nobody waits for this one."""
+
+
+async def forever(
+    where: str, session: Callable[[], Awaitable[None]], failed: Callable[[Exception], None] = _ignore
+) -> None:
+    """Run a session again whenever it ends; only cancelling ends this. ``failed`` is told why it ended."""
     delay = _FIRST_DELAY_S
     while True:
         began = asyncio.get_running_loop().time()
@@ -97,7 +104,8 @@ async def forever(where: str, session: Callable[[], Awaitable[None]]) -> None:
             raise
         except Exception as error:
             # Whatever the client library raises, known peers must go on working: keep trying.
-            logger.warning("%s: %s; trying again", where, error or type(error).__name__)
+            logger.warning("%s: %s; trying again", where, str(error) or type(error).__name__)
+            failed(error)
         if asyncio.get_running_loop().time() - began > _LAST_DELAY_S:
             delay = _FIRST_DELAY_S
         await asyncio.sleep(delay)
