@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one plain vLLM engine answers, as the truth to compare a graph with.
 
-Reads {"model", "prompts": [...], "chats": [...], "max_tokens"} as JSON; writes the texts, prompts
+Reads {"model", "dtype", "prompts": [...], "chats": [...], "max_tokens"} as JSON; writes the texts, prompts
 first, to the file that is its argument.
 """
 
@@ -18,7 +18,15 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     task = json.load(sys.stdin)
-    llm = LLM(task["model"], max_model_len=4096, block_size=32, enforce_eager=True, max_num_seqs=1, seed=0)
+    llm = LLM(
+        task["model"],
+        dtype=task["dtype"],
+        max_model_len=4096,
+        block_size=32,
+        enforce_eager=True,
+        max_num_seqs=1,
+        seed=0,
+    )
     greedy = SamplingParams(temperature=0, max_tokens=task["max_tokens"])
     texts = [output.outputs[0].text for output in llm.generate(task["prompts"], greedy, use_tqdm=False)]
     chats = [[{"role": "user", "content": text}] for text in task["chats"]]

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from components.models import resolve
-from tests.integration.graphs import MODEL, ROOT, Graph
+from tests.integration.graphs import DTYPE, MODEL, ROOT, Graph
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 COUNT = 24
@@ -24,7 +24,7 @@ CHATS = ["Hello", "Count from 1 to 20.", "Name a colour. " * 30, "Why is the sea
 @pytest.fixture(scope="module")
 def aggregated(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     answer = tmp_path_factory.mktemp("aggregated") / "texts.json"
-    task = {"model": resolve(MODEL), "prompts": PROMPTS, "chats": CHATS, "max_tokens": COUNT}
+    task = {"model": resolve(MODEL), "dtype": DTYPE, "prompts": PROMPTS, "chats": CHATS, "max_tokens": COUNT}
     environment = dict(os.environ) | {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
