@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import psutil
 import pytest
@@ -152,14 +154,27 @@ class Graph:
         status: dict[str, Any] = self.ask("status")
         return status
 
-    def worker_process(self, replica: int) -> psutil.Process:
-        """The process of a decode worker, not those of its engine."""
+    @property
+    def page(self) -> str:
+        """Where the launcher's web page is."""
+        found = re.search(r"watch it on (http://\S+)", self.log.read_text(errors="replace"))
+        assert found, self.log.read_text(errors="replace")[-2000:]
+        return found[1]
+
+    def metrics(self, component: str) -> str:
+        """All metrics of a component, found as Prometheus finds them."""
+        groups = httpx.get(f"{self.page}/targets").json()
+        places = [group["targets"][0] for group in groups if group["labels"]["component"] == component]
+        return "\n".join(httpx.get(f"http://{place}/metrics").text for place in places)
+
+    def worker_process(self, replica: int, kind: str = "decode") -> psutil.Process:
+        """The process of a worker, not those of its engine."""
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            if process.cmdline()[-2:] == ["-m", "components.worker.decode"]:
+            if process.cmdline()[-2:] == ["-m", f"components.worker.{kind}"]:
                 environment = process.environ()
                 if environment.get("DYN_MIGRATE_REPLICA") == str(replica):
                     return process
-        raise LookupError(f"no decode worker {replica}")
+        raise LookupError(f"no {kind} worker {replica}")
 
     def replica_of(self, worker: str) -> int:
         """Number of a decode worker in the plan, from its name in ``dynamo status``."""

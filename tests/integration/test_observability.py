@@ -53,24 +53,13 @@ def decoding(graph: Graph) -> list[dict[str, str]]:
     return [w for w in graph.status()["workers"] if w["role"] == "decode"]
 
 
-def page_of(graph: Graph) -> str:
-    found = re.search(r"watch it on (http://\S+)", graph.log.read_text())
-    assert found, graph.log.read_text()[-2000:]
-    return found[1]
-
-
 @pytest.fixture(scope="module")
 def scraped(busy: Graph) -> str:
     """All metrics of the graph, found as Prometheus finds them."""
-    groups = httpx.get(f"{page_of(busy)}/targets").json()
-    assert sorted(group["labels"]["component"] for group in groups) == [
-        "decode",
-        "decode",
-        "frontend",
-        "prefill",
-        "router",
-    ]
-    return "\n".join(httpx.get(f"http://{group['targets'][0]}/metrics").text for group in groups)
+    groups = httpx.get(f"{busy.page}/targets").json()
+    components = [group["labels"]["component"] for group in groups]
+    assert sorted(components) == ["decode", "decode", "frontend", "prefill", "router"]
+    return "\n".join(busy.metrics(component) for component in sorted(set(components)))
 
 
 @pytest.mark.parametrize("metric", (*names.ROUTER, *names.WORKER), ids=lambda metric: metric.name)
@@ -122,7 +111,7 @@ def test_top_shows_workers_and_migrations(busy: Graph) -> None:
 def test_the_page_shows_the_same_in_a_browser(busy: Graph) -> None:
     with chromium() as browser, ThreadPoolExecutor(3) as pool:
         running = [pool.submit(busy.complete, f"page {i} {PROMPT}", 2500, temperature=0) for i in range(3)]
-        browser.get(page_of(busy))
+        browser.get(busy.page)
         wait = WebDriverWait(browser, 30)
         wait.until(lambda b: int(b.find_element(By.TAG_NAME, "body").get_attribute("data-samples") or 0) >= 4)
         wait.until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "#timeline rect.decode")) >= 3)

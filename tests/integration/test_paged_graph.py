@@ -7,6 +7,7 @@ The engine is the paged one, whose tokens follow from its KV bytes: text that is
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -90,6 +91,18 @@ def test_a_killed_worker_costs_no_token(paged: Graph) -> None:
         os.kill(paged.worker_process(paged.replica_of(next(iter(where.values())))).pid, signal.SIGKILL)
 
     paged.disturbed(prompts, LENGTH, kill, temperature=0)
+    paged.wait_until_idle()
+
+
+def test_without_a_prefill_worker_the_decode_workers_prefill_and_say_so(paged: Graph) -> None:
+    expected = paged.complete(PROMPT, 20, temperature=0)
+    paged.worker_process(0, "prefill").kill()
+    # The router may not know yet: this one is replayed.
+    assert paged.complete(PROMPT, 20, temperature=0) == expected
+    while [w for w in paged.status()["workers"] if w["role"] == "prefill"]:
+        time.sleep(0.05)
+    assert paged.complete(PROMPT, 20, temperature=0) == expected
+    assert re.search(r'local_prefills_total{.*reason="no_worker".*} [1-9]', paged.metrics("router"))
     paged.wait_until_idle()
 
 
