@@ -131,6 +131,7 @@ async def _serve(plan: Plan, console: Console, then: Any, dashboard: int | None)
     async def page() -> None:
         frontend = f"{reachable(plan.host)}:{plan.port}"
         async with beside(shown, plan.host, frontend, variables | {"DYN_NAMESPACE": plan.namespace}):
+            console.print(f"[bold green]watch it[/] on http://{plan.host}:{shown} or with: dynamo top")
             await asyncio.Event().wait()
 
     async def keep_servers() -> None:
@@ -148,7 +149,6 @@ async def _serve(plan: Plan, console: Console, then: Any, dashboard: int | None)
         if serves_http:
             console.print(f"[bold green]serving[/] {plan.model} on http://{plan.host}:{plan.port}/v1 (Ctrl-C stops)")
             if shown:
-                console.print(f"[bold green]watch it[/] on http://{plan.host}:{shown} or with: dynamo top")
                 jobs.append(asyncio.ensure_future(page()))
         jobs.append(asyncio.ensure_future(after()))
 

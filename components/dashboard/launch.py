@@ -11,10 +11,12 @@ import asyncio
 import contextlib
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Mapping
 
 from components.serve.servers import answers
 
+_START_S = 30.0
 _STOP_S = 5.0
 _TRIES = 20
 
@@ -29,7 +31,7 @@ def page_port(wanted: int | None, frontend_port: int) -> int:
 
 @contextlib.asynccontextmanager
 async def beside(port: int, host: str, frontend: str, variables: Mapping[str, str]) -> AsyncIterator[None]:
-    """Run the page on ``port`` for the time of the block."""
+    """Run the page on ``port`` for the time of the block, which begins when it answers, or never will."""
     if not port:
         yield
         return
@@ -41,6 +43,11 @@ async def beside(port: int, host: str, frontend: str, variables: Mapping[str, st
         *command, "--frontend", frontend, env=environment, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
     )
     try:
+        end = time.monotonic() + _START_S
+        while child.returncode is None and time.monotonic() < end:
+            if await asyncio.to_thread(answers, "127.0.0.1" if host == "0.0.0.0" else host, port, 0.2):
+                break
+            await asyncio.sleep(0.1)
         yield
     finally:
         with contextlib.suppress(ProcessLookupError):

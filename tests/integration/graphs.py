@@ -156,9 +156,11 @@ class Graph:
 
     @property
     def page(self) -> str:
-        """Where the launcher's web page is."""
-        found = re.search(r"watch it on (http://\S+)", self.log.read_text(errors="replace"))
-        assert found, self.log.read_text(errors="replace")[-2000:]
+        """Where the launcher's web page is. It comes shortly after the graph."""
+        end = time.monotonic() + 30
+        while not (found := re.search(r"watch it on (http://\S+)", self.log.read_text(errors="replace"))):
+            assert time.monotonic() < end, self.log.read_text(errors="replace")[-2000:]
+            time.sleep(0.2)
         return found[1]
 
     def metrics(self, component: str) -> str:

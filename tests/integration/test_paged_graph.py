@@ -96,13 +96,12 @@ def test_a_killed_worker_costs_no_token(paged: Graph) -> None:
 
 def test_without_a_prefill_worker_the_decode_workers_prefill_and_say_so(paged: Graph) -> None:
     expected = paged.complete(PROMPT, 20, temperature=0)
-    paged.worker_process(0, "prefill").kill()
-    # The router may not know yet: this one is replayed.
-    assert paged.complete(PROMPT, 20, temperature=0) == expected
-    while [w for w in paged.status()["workers"] if w["role"] == "prefill"]:
-        time.sleep(0.05)
-    assert paged.complete(PROMPT, 20, temperature=0) == expected
-    assert re.search(r'local_prefills_total{.*reason="no_worker".*} [1-9]', paged.metrics("router"))
+    # It leaves in order, and needs seconds to come back.
+    paged.worker_process(0, "prefill").send_signal(signal.SIGTERM)
+    end = time.monotonic() + 20
+    while not re.search(r'local_prefills_total{.*reason="no_worker".*} [1-9]', paged.metrics("router")):
+        assert time.monotonic() < end, paged.metrics("router")
+        assert paged.complete(PROMPT, 20, temperature=0) == expected
     paged.wait_until_idle()
 
 
