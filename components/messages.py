@@ -25,6 +25,7 @@ from components.engine.protocol import (
     RequestInfo,
 )
 from components.errors import InvalidRequest
+from components.wire import UNREADABLE
 
 MAX_BYTES = 64 << 20
 
@@ -250,5 +251,5 @@ def unpack(payload: Any, kind: type[T]) -> T:
         raise InvalidRequest(f"not a {kind.__name__} message")
     try:
         return msgspec.msgpack.decode(base64.b64decode(text, validate=True), type=kind)
-    except (msgspec.DecodeError, binascii.Error, UnicodeDecodeError) as error:
+    except (binascii.Error, *UNREADABLE) as error:
         raise InvalidRequest(f"not a {kind.__name__} message: {error}") from error

@@ -15,9 +15,9 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from components import yamltext
 from components.errors import ConfigError
 from components.serve.config import nearest
 from planner_hooks.plan import Policy
@@ -106,8 +106,12 @@ def parse(values: dict[str, Any]) -> PolicyFile:
         raise ConfigError("policies: expected the policies' names, each with its settings below")
     policies = []
     for name, given in named.items():
+        if not isinstance(given, dict | None):
+            raise ConfigError(f"policies.{name}: expected keys and values, not {given!r}")
         given = dict(given or {})
         module = given.pop("module", None) or BUILT_IN.get(str(name))
+        if module is not None and (not isinstance(module, str) or module.startswith(".")):
+            raise ConfigError(f"policies.{name}.module = {module!r}: the full name of a Python module")
         if module is None:
             raise ConfigError(f"there is no policy {name!r}{nearest(str(name), list(BUILT_IN))}")
         config = _checked(_class_of(name, module).config_type, f"policies.{name}", given)
@@ -134,11 +138,9 @@ def _contradictions(controller: ControllerConfig, policies: dict[str, Any]) -> N
 def load(path: Path) -> PolicyFile:
     """Read a policy file."""
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yamltext.read(path) or {}
     except FileNotFoundError as error:
         raise ConfigError(f"there is no policy file {path}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: the top level must be limits, cost, headroom, policies and so on")
     return parse(values)

@@ -14,6 +14,7 @@ import psutil
 
 from components.errors import ConfigError
 from components.models import cache_folder
+from components.wire import UNREADABLE
 
 
 class State(msgspec.Struct, frozen=True):
@@ -52,7 +53,10 @@ def join() -> None:
         return
     found = []
     for path in sorted(_folder().glob("*.json"), key=lambda p: p.stat().st_mtime):
-        state = msgspec.json.decode(path.read_bytes(), type=State)
+        try:
+            state = msgspec.json.decode(path.read_bytes(), type=State)
+        except (OSError, *UNREADABLE):
+            continue  # Of a launcher that was killed while it wrote, or has just ended.
         if psutil.pid_exists(state.pid):
             found.append(state)
     if not found:

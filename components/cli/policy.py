@@ -17,6 +17,7 @@ from rich.table import Table
 from components import process
 from components.cli.live import join
 from components.errors import ConfigError, MigrateError
+from components.wire import UNREADABLE
 from planner_hooks.config import PolicyFile, load
 from planner_hooks.plan import Plan
 from planner_hooks.snapshot import Capture, Snapshot
@@ -67,7 +68,7 @@ def read(path: Path) -> Capture:
         return msgspec.json.decode(path.read_bytes(), type=Capture)
     except OSError as error:
         raise ConfigError(f"snapshot: {error}") from error
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise ConfigError(f"{path} is no snapshot ({error}): write one with --save") from error
 
 

@@ -247,6 +247,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     """Requests ended because their owner was silent while they were on the move."""
     step_s: float = 0.0
     """Duration of the last forward step."""
+    kv_refused: dict[str, int] = {}
+    """Copies whose blocks were not used but computed here, by error code."""
 
 
 class Engine(Protocol):

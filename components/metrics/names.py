@@ -76,9 +76,12 @@ REQUESTS = Metric("requests", Kind.GAUGE, "Requests on this worker (running, wai
 STEP = Metric("step_seconds", Kind.GAUGE, "Duration of the engine's last step")
 PREEMPTIONS = Metric("preemptions", Kind.COUNTER, "Requests that lost their blocks to others")
 LEASES = Metric("leases_expired", Kind.COUNTER, "Requests ended here because their owner was silent too long")
+KV_REFUSED = Metric(
+    "kv_refused", Kind.COUNTER, "Copies whose KV blocks were not used but computed again, by error code", ("reason",)
+)
 
 ROUTER = (
     *(MOVES, REFUSALS, FALLBACKS, DOWNTIME, STALL, DURATION, ROUNDS, BYTES, DESCRIPTORS, POST, WIRE, INTEGRITY),
     *(HANDOFFS, HANDOFF, LOCAL_PREFILLS, REPLAYS, DRAINS, DRAIN, STREAMS, WORKERS),
 )
-WORKER = (KV_BLOCKS, REQUESTS, STEP, PREEMPTIONS, LEASES)
+WORKER = (KV_BLOCKS, REQUESTS, STEP, PREEMPTIONS, LEASES, KV_REFUSED)

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.registry import Collector
 
 from components.engine.protocol import EngineStats
+from components.errors import IncompatibleLayout, IntegrityError, StaleEpoch
 from components.metrics import names
 from components.metrics.export import Family, family
 
@@ -33,3 +34,6 @@ class WorkerMetrics(Collector):
         yield family(names.STEP, {(): stats.step_s})
         yield family(names.PREEMPTIONS, {(): stats.preemptions_total})
         yield family(names.LEASES, {(): stats.leases_expired_total})
+        # Alerts need series from the start, not from the first event on.
+        refused = dict.fromkeys((IntegrityError.code, StaleEpoch.code, IncompatibleLayout.code), 0) | stats.kv_refused
+        yield family(names.KV_REFUSED, {(code,): count for code, count in refused.items()})

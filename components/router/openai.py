@@ -20,6 +20,35 @@ _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _OPTIONS = (*_DEFAULTS, "seed", "presence_penalty", "frequency_penalty", "n", "logit_bias")
 
 
+class _Stop(msgspec.Struct, frozen=True):
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: tuple[int, ...] | None = None
+    stop_token_ids_hidden: tuple[int, ...] | None = None
+
+
+class _Output(msgspec.Struct, frozen=True):
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+class _Routing(msgspec.Struct, frozen=True):
+    priority: int | None = None
+    lora_name: str | None = None
+    cache_salt: str | None = None
+
+
+class _Payload(msgspec.Struct, frozen=True):
+    """What of the frontend's request is read; the rest is for others."""
+
+    token_ids: tuple[int, ...] | None = None
+    sampling_options: dict[str, Any] | None = None
+    stop_conditions: _Stop | None = None
+    output_options: _Output | None = None
+    routing: _Routing | None = None
+
+
 def default_sampling(model: str) -> dict[str, Any]:
     """Sampling defaults that the model's makers recommend."""
     path = Path(model) / "generation_config.json"
@@ -31,7 +60,11 @@ def default_sampling(model: str) -> dict[str, Any]:
 
 def to_request(request_id: str, payload: dict[str, Any], defaults: dict[str, Any], max_len: int) -> GenerateRequest:
     """One request of the frontend."""
-    prompt = tuple(payload.get("token_ids") or ())
+    try:
+        given = msgspec.convert(payload, _Payload, strict=False)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"the request: {error}") from error
+    prompt = given.token_ids or ()
     if not prompt:
         raise InvalidRequest("the prompt is empty: send at least one token")
     if len(prompt) >= max_len:
@@ -39,35 +72,31 @@ def to_request(request_id: str, payload: dict[str, Any], defaults: dict[str, Any
             f"the prompt has {len(prompt)} tokens; this model's maximum context length is {max_len} tokens, "
             "prompt and answer together"
         )
-    options = payload.get("sampling_options") or {}
-    stop = payload.get("stop_conditions") or {}
-    output = payload.get("output_options") or {}
+    options, stop = given.sampling_options or {}, given.stop_conditions or _Stop()
+    output, routing = given.output_options or _Output(), given.routing or _Routing()
     fields: dict[str, Any] = dict(defaults)
     fields |= {key: options[key] for key in _OPTIONS if options.get(key) is not None}
-    if fields.get("logit_bias"):
-        fields["logit_bias"] = {int(token): float(bias) for token, bias in fields["logit_bias"].items()}
     if options.get("guided_decoding") is not None:
         fields["guided"] = msgspec.Raw(msgspec.json.encode(options["guided_decoding"]))
-    fields["max_tokens"] = min(stop.get("max_tokens") or max_len, max_len - len(prompt))
-    fields["min_tokens"] = stop.get("min_tokens") or 0
-    fields["ignore_eos"] = bool(stop.get("ignore_eos"))
-    fields["stop_token_ids"] = tuple({*(stop.get("stop_token_ids") or ()), *(stop.get("stop_token_ids_hidden") or ())})
-    fields["logprobs"] = output.get("logprobs")
-    fields["prompt_logprobs"] = output.get("prompt_logprobs")
+    fields["max_tokens"] = min(stop.max_tokens or max_len, max_len - len(prompt))
+    fields["min_tokens"] = stop.min_tokens or 0
+    fields["ignore_eos"] = bool(stop.ignore_eos)
+    fields["stop_token_ids"] = tuple({*(stop.stop_token_ids or ()), *(stop.stop_token_ids_hidden or ())})
+    fields["logprobs"] = output.logprobs
+    fields["prompt_logprobs"] = output.prompt_logprobs
     if fields.get("n", 1) != 1:
         raise InvalidRequest("n > 1 is not supported: send the request n times")
     try:
-        sampling = msgspec.convert(fields, Sampling, strict=False)
+        sampling = msgspec.convert(fields, Sampling, strict=False, str_keys=True)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"sampling parameters: {error}") from error
-    routing = payload.get("routing") or {}
     return GenerateRequest(
         request_id=RequestId(request_id),
         prompt_token_ids=prompt,
         sampling=sampling,
-        priority=int(routing.get("priority") or 0),
-        lora_name=routing.get("lora_name"),
-        cache_salt=routing.get("cache_salt"),
+        priority=routing.priority or 0,
+        lora_name=routing.lora_name,
+        cache_salt=routing.cache_salt,
     )
 
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
+from components import yamltext
 from components.errors import ConfigError
 from components.serve import memory
 from components.serve.config import ComponentConfig, FrontendConfig, PlannerConfig, WorkerConfig, nearest, parse
@@ -55,11 +55,9 @@ class Plan(BaseModel):
 def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     """The configuration file. Raises ``ConfigError`` naming the line that is wrong."""
     try:
-        data = yaml.safe_load(path.read_text()) or {}
+        data = yamltext.read(path) or {}
     except FileNotFoundError as error:
         raise ConfigError(f"there is no configuration file {path}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(data, dict) or not all(isinstance(v, dict) for v in data.values()):
         raise ConfigError(f"{path}: the top level must be component names, each with its keys below")
     return data
@@ -73,7 +71,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, dict[str, Any]]:
         component, dot, key = path.partition(".")
         if not (argument.startswith("--") and equals and dot):
             raise ConfigError(f"{argument!r} is no override: write --DecodeWorker.max-model-len=4096")
-        found.setdefault(component, {})[key] = yaml.safe_load(value)
+        found.setdefault(component, {})[key] = yamltext.parse(value, path)
     return found
 
 

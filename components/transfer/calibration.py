@@ -15,6 +15,7 @@ from typing import Annotated
 import msgspec
 
 from components.errors import ConfigError
+from components.wire import UNREADABLE
 
 _MAX_BYTES = 1 << 20
 NEVER = 1 << 62
@@ -96,7 +97,7 @@ def load(path: str) -> Calibration:
         return msgspec.json.decode(Path(path).read_bytes(), type=Calibration)
     except OSError as error:
         raise ConfigError(f"calibration {path}: {error.strerror}; write one with 'dynamo calibrate'") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise ConfigError(f"calibration {path}: {error}; write a new one with 'dynamo calibrate'") from error
 
 

@@ -56,7 +56,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 def run(main: Coroutine[Any, Any, T], unhandled: Callable[[str], None] = lambda text: None) -> T:
     """Run to the end in virtual time. ``unhandled`` is told of errors in tasks and callbacks that nobody has seen."""
     loop = VirtualLoop()
-    loop.set_exception_handler(lambda _, told: unhandled(f"{told['message']}: {told.get('exception')!r}"))
+    loop.set_exception_handler(
+        lambda _, told: unhandled(f"{told['message']}: {told.get('exception') or told.get('task')!r}")
+    )
     with mock.patch.object(time, "monotonic", loop.time):
         asyncio.set_event_loop(loop)
         try:

@@ -138,6 +138,7 @@ class _Endpoint:
         inbox: asyncio.Queue[Any] = asyncio.Queue()
         context = Context()
         broken = asyncio.ensure_future(host.broken.wait())
+        item: asyncio.Future[Any] | None = None
         for _ in range(self._network.copies(self._stream)):
             self._start(host, payload, context, inbox)
         try:
@@ -152,7 +153,8 @@ class _Endpoint:
                     return
                 yield value
         finally:
-            broken.cancel()
+            for waiting in filter(None, (broken, item)):
+                waiting.cancel()
             asyncio.get_running_loop().call_later(self._network.delay(), context.stop)
 
     def _start(self, host: Host, payload: Any, context: Context, inbox: asyncio.Queue[Any]) -> None:

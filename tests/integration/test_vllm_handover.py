@@ -328,3 +328,41 @@ def test_an_aborted_landing_leaves_no_block_behind(runner: asyncio.Runner, pair:
         assert len(client.tokens) == 150
 
     runner.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_source_that_has_given_the_blocks_to_others_is_not_believed(runner: asyncio.Runner, pair: Pair) -> None:
+    async def scenario() -> None:
+        request = request_of("given away", 700, SAMPLINGS["greedy"])
+        expected = await run(pair.a, request)
+        stream = pair.a.generate(request)
+        await take_until(stream, Client(), 5)
+        frozen = await pair.a.freeze(request.request_id)
+        await pair.a.abort(request.request_id)
+        for number in range(6):
+            others = request_of("x" * (number + 20), 1900, Sampling(temperature=0.0, max_tokens=2))
+            await run(pair.a, others)
+        before = (await pair.b.stats()).kv_refused.get("integrity", 0)
+        target = pair.b.generate(
+            GenerateRequest(
+                request.request_id,
+                request.prompt_token_ids,
+                request.sampling,
+                frozen.output_token_ids,
+                landing=frozen.offer,
+            )
+        )
+        first = asyncio.ensure_future(anext(target))
+        while True:
+            try:
+                await pair.b.commit(request.request_id, frozen)
+                break
+            except RequestNotFound:
+                await asyncio.sleep(0.01)
+        client = Client(list(frozen.output_token_ids))
+        client.take(await first)
+        async for output in target:
+            client.take(output)
+        assert client.tokens == expected.tokens
+        assert (await pair.b.stats()).kv_refused["integrity"] == before + 1
+
+    runner.run(asyncio.wait_for(scenario(), 120))

@@ -316,7 +316,8 @@ class PagedEngine:
     async def stats(self) -> EngineStats:
         """Load at this moment."""
         stats = self._live.scheduler.stats(self._step_s)
-        return msgspec.structs.replace(stats, leases_expired_total=self._leases_expired)
+        refused = dict(self._live.landings.refused)
+        return msgspec.structs.replace(stats, leases_expired_total=self._leases_expired, kv_refused=refused)
 
     async def check_integrity(self) -> None:
         """Raise ``SessionError`` when blocks and requests do not add up."""

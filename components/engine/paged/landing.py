@@ -46,6 +46,8 @@ class LandingZone:
         self._rounds: set[asyncio.Task[None]] = set()
         self.flying: Counter[int] = Counter()
         """Blocks that copies hold."""
+        self.refused: Counter[str] = Counter()
+        """Copies whose blocks were not used, by error code."""
 
     def reserve(self, active: Active, offer: KVOffer) -> None:
         """Blocks for the offer, and the first round. Raises ``NoRoom`` with nothing reserved."""
@@ -179,11 +181,11 @@ class LandingZone:
         if error is None:
             landing.landed_blocks += len(dst)
         else:
-            landing.error = (error.code, str(error))
+            self._refuse(landing, error)
         if not quiet:
             self._scheduler.end_request(active, FinishReason.ERROR, (TransferError.code, str(error)))
         elif landing.commit is not None:
-            self._settle_commit(active, landing, landing.commit, failed=error is not None)
+            self._settle_commit(active, landing, landing.commit)
         self._wake()
 
     async def _until_quiet(self, handle: TransferHandle) -> bool:
@@ -194,26 +196,37 @@ class LandingZone:
             await asyncio.sleep(0.001)
         return True
 
-    def _settle_commit(self, active: Active, landing: Landing, frozen: Frozen, failed: bool) -> None:
+    def _settle_commit(self, active: Active, landing: Landing, frozen: Frozen) -> None:
         if landing.offer is not frozen.offer:
             # This was a round that the commit overtook: now the tail.
             self._start_tail(active, frozen)
             return
-        wrong = None if failed else self._first_wrong_block(active, landing, frozen)
+        checked = self._checked(landing, frozen)
+        wrong = self._first_wrong_block(active, checked, frozen)
         if wrong is not None:
-            landing.error = (IntegrityError.code, f"block {wrong} differs from what the source has")
-            logger.warning("request %s: %s", active.request_id, landing.error[1])
-            landing.landed_blocks = wrong
+            error = IntegrityError(f"block {wrong} differs from what the source has")
+            logger.warning("request %s: %s", active.request_id, error)
+            self._refuse(landing, error)
+            # The checked blocks vouch for those before them: those of a source that has lost them are all wrong.
+            landing.landed_blocks = wrong if checked[0] == landing.local_blocks else landing.local_blocks
         good = landing.landed_blocks * self._scheduler.block_size
         self._run(active, min(good, frozen.offer.num_tokens))
 
-    def _first_wrong_block(self, active: Active, landing: Landing, frozen: Frozen) -> int | None:
-        """Position of the first checked block with other bytes than at the source."""
-        total, count = len(frozen.offer.block_ids), len(frozen.checksums)
+    def _refuse(self, landing: Landing, error: MigrateError) -> None:
+        landing.error = (error.code, str(error))
+        self.refused[error.code] += 1
+
+    def _checked(self, landing: Landing, frozen: Frozen) -> range:
+        """Positions of blocks that have arrived and whose checksums at the source are known."""
         # What our own prefix cache had was computed here.
-        checked = range(max(total - count, landing.local_blocks), total)
+        first = max(len(frozen.offer.block_ids) - len(frozen.checksums), landing.local_blocks)
+        return range(first, landing.landed_blocks)
+
+    def _first_wrong_block(self, active: Active, checked: range, frozen: Frozen) -> int | None:
+        """Position of the first checked block with other bytes than at the source."""
+        before = len(frozen.offer.block_ids) - len(frozen.checksums)
         found = self._agent.checksums([active.blocks[i] for i in checked])
-        there = frozen.checksums[count - len(checked) :]
+        there = [frozen.checksums[i - before] for i in checked]
         return next((i for i, a, b in zip(checked, found, there, strict=True) if a != b), None)
 
     def _run(self, active: Active, computed: int) -> None:

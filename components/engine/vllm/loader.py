@@ -164,20 +164,22 @@ class Loader:
 
     def _settle(self, job_id: int) -> None:
         job, handle, started = self._flying.pop(job_id)
-        moved = TransferResult()
+        moved, failed = TransferResult(), None
         if handle is not None:
             try:
                 moved = handle.wait(max(0.0, job.deadline_s - (time.monotonic() - started)) + 1.0)
             except (MigrateError, TimeoutError) as error:
                 handle.cancel()
                 self._wait_until_quiet(handle)
-                known = error if isinstance(error, MigrateError) else DeadlineExceeded(str(error))
-                self._fail(job, known, job.dst_blocks)
-                return
-        wrong = self._wrong_blocks(job)
+                failed = error if isinstance(error, MigrateError) else DeadlineExceeded(str(error))
+        bad = set(job.dst_blocks) if failed else set()
+        wrong = self._wrong_blocks(job, bad)
         if wrong:
-            error = IntegrityError(f"blocks {list(wrong)} differ from what the source has")
-            self._fail(job, error, wrong)
+            failed = failed or IntegrityError(f"blocks {list(wrong)} differ from what the source has")
+            # Those of a source that has lost them are all wrong, also where nobody has looked.
+            bad |= {*wrong, *job.vouched}
+        if failed is not None:
+            self._fail(job, failed, tuple(bad))
             return
         self._results.append(
             JobResult(
@@ -192,11 +194,12 @@ class Loader:
             )
         )
 
-    def _wrong_blocks(self, job: Job) -> tuple[int, ...]:
-        if not job.checks:
+    def _wrong_blocks(self, job: Job, missing: set[int]) -> tuple[int, ...]:
+        checks = [check for check in job.checks if check[0] not in missing]
+        if not checks:
             return ()
-        found = self.agent.checksums([block for block, _ in job.checks])
-        return tuple(block for (block, sums), here in zip(job.checks, found, strict=True) if sums[self.rank] != here)
+        found = self.agent.checksums([block for block, _ in checks])
+        return tuple(block for (block, sums), here in zip(checks, found, strict=True) if sums[self.rank] != here)
 
     def _fail(self, job: Job, error: MigrateError, bad_blocks: tuple[int, ...]) -> None:
         logger.warning("KV blocks of request %s did not arrive: %s", job.request_id, error)

@@ -85,6 +85,8 @@ class Job:
     dst_blocks: tuple[int, ...]
     checks: tuple[tuple[int, tuple[int, ...]], ...]
     """(our block, its checksum at the source, one for each rank), compared once all bytes are here."""
+    vouched: tuple[int, ...]
+    """Our other copied blocks: right only if all that are checked are."""
     wait: bool
     deadline_s: float
 

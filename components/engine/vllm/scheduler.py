@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from concurrent.futures import Future
 from typing import Any
 
@@ -56,6 +57,7 @@ class MigrationMixin:
         self._step_started = 0.0
         self.last_step_s = 0.0
         self.preemptions_total = 0
+        self.kv_refused: Counter[str] = Counter()
         settings = self.vllm_config.kv_transfer_config.kv_connector_extra_config["migration"]
         self._checked_blocks: int | None = {"tail": 2, "off": 0, "full": None}[settings["integrity"]]
         self._wait_bytes: int = settings["wait_bytes"]
@@ -426,6 +428,7 @@ class MigrationMixin:
             src_blocks=tuple(landing.offer.block_ids[first:upto_block]),
             dst_blocks=tuple(landing.block_ids[first:upto_block]),
             checks=self._checks(landing),
+            vouched=self._vouched(landing),
             wait=wait,
             deadline_s=self._deadline_s,
         )
@@ -448,6 +451,12 @@ class MigrationMixin:
             # What our own prefix cache had was computed here, perhaps with other rounding.
             if total - count + i >= landing.local_blocks
         )
+
+    def _vouched(self, landing: Landing) -> tuple[int, ...]:
+        if landing.commit is None or not landing.commit.checksums:
+            return ()
+        count = len(landing.commit.checksums) // len(landing.offer.agents)
+        return tuple(landing.block_ids[landing.local_blocks : len(landing.offer.block_ids) - count])
 
     def job_results(self, results: list[JobResult]) -> None:
         """Called at the end of a step with what the workers' jobs came to."""
@@ -480,6 +489,8 @@ class MigrationMixin:
             good = next((i for i, b in enumerate(landing.block_ids) if b in bad), landing.landed_blocks)
             landing.landed_blocks = landing.requested_blocks = min(good, landing.landed_blocks)
             landing.error = failed.error
+            if failed.error is not None:
+                self.kv_refused[failed.error[0]] += 1
         if landing.commit is not None:
             self._settle_commit(record, job, failed is not None)
 

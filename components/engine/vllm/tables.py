@@ -73,6 +73,7 @@ def stats_of(scheduler: Any) -> EngineStats:
         queued_prefill_tokens=sum(r.num_tokens for r in queued),
         scheduled_prefill_tokens=sum(r.num_tokens - r.num_computed_tokens for r in prefilling),
         preemptions_total=scheduler.preemptions_total,
+        kv_refused=dict(scheduler.kv_refused),
         step_s=scheduler.last_step_s,
     )
 

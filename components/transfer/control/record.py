@@ -11,6 +11,7 @@ import numpy as np
 from components.engine.protocol import AgentName, AgentRef, Epoch
 from components.errors import IncompatibleLayout, MigrateError, TransferError
 from components.transfer.layout import Ints, Segment, cut
+from components.wire import UNREADABLE
 
 MAX_RECORD_BYTES = 4 << 20
 """A NIXL blob is some kilobytes; anything much larger is not ours."""
@@ -142,5 +143,5 @@ def decode(data: bytes) -> AgentRecord:
         raise MigrateError(f"an agent record of {len(data)} bytes is larger than {MAX_RECORD_BYTES}")
     try:
         return _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise MigrateError(f"not an agent record: {error}") from error

@@ -27,6 +27,7 @@ import numpy as np
 from components.errors import TransferError
 from components.transfer.data.shared import SharedStorage
 from components.transfer.layout import Ints
+from components.wire import UNREADABLE
 
 logger = logging.getLogger(__name__)
 _MAX_ANSWER = 1 << 20
@@ -81,7 +82,7 @@ class Giver:
                 self._give(connection)
                 connection.settimeout(None)
                 connection.recv(1)  # Until the peer has gone, or we close.
-            except (OSError, msgspec.DecodeError, TransferError) as error:
+            except (OSError, TransferError, *UNREADABLE) as error:
                 logger.warning("a process that wanted to map our KV pools: %s", error)
             finally:
                 with self._lock:
@@ -179,7 +180,7 @@ def map_peer(name: str, epoch: str, end: float) -> Mapping:
             sizes.append(size)
         connection.setblocking(False)
         return Mapping(name, connection, answer.storages, mapped)
-    except (OSError, msgspec.DecodeError, TransferError) as error:
+    except (OSError, TransferError, *UNREADABLE) as error:
         connection.close()
         for address, size in zip(mapped, sizes, strict=True):
             _libc.munmap(address, size)

@@ -28,6 +28,7 @@ from components.transfer.control.record import AgentRecord
 from components.transfer.data import kernels
 from components.transfer.data.base import Copy, Steps
 from components.transfer.layout import Region
+from components.wire import UNREADABLE
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class IpcBackend:
     def _rows_of(self, peer: AgentRecord, number: int) -> list[torch.Tensor]:
         try:
             parts = _handle.decode(peer.ipc[number])
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise TransferError(f"its record is malformed: {error}") from error
         if parts.process == _PROCESS:
             raise TransferError("it lives in this process")

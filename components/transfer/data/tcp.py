@@ -28,6 +28,7 @@ from components.transfer.control.record import AgentRecord
 from components.transfer.data.base import Copy, Steps
 from components.transfer.layout import Ints, Region, put, rows_of, take
 from components.transfer.session.messages import MAX_BLOCKS, pack, unpack
+from components.wire import UNREADABLE
 
 logger = logging.getLogger(__name__)
 _MAX_ASK = 4 * MAX_BLOCKS + 1024
@@ -192,7 +193,7 @@ class TcpBackend:
                 if length > _MAX_ASK:
                     raise TransferError(f"a request of {length} bytes is too long")
                 self._answer(connection, _decoder.decode(_receive(connection, length, end)), end)
-            except (OSError, msgspec.DecodeError, MigrateError) as error:
+            except (OSError, MigrateError, *UNREADABLE) as error:
                 logger.debug("a KV connection ended: %s", error)
 
     def _answer(self, connection: socket.socket, ask: _Ask, end: float) -> None:

@@ -19,6 +19,7 @@ import msgspec
 
 from components.errors import ConfigError, IncompatibleLayout, IntegrityError, StaleEpoch, TransferError
 from components.transfer.control.record import AgentRecord
+from components.wire import UNREADABLE
 
 MAX_TICKET_BYTES = 32 << 20
 MAX_BLOCKS = 1 << 20
@@ -138,7 +139,7 @@ def unpack(body: bytes, check: int) -> Ticket:
         raise IntegrityError("its ticket has been changed")
     try:
         return _decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise IntegrityError(f"its ticket cannot be read: {error}") from error
 
 

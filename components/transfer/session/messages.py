@@ -22,6 +22,7 @@ import numpy as np
 
 from components.errors import TransferError
 from components.transfer.layout import Ints
+from components.wire import UNREADABLE
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_BLOCKS = 1 << 20
@@ -116,7 +117,7 @@ def decode(data: bytes) -> Message:
         raise TransferError(f"a message of {len(data)} bytes is larger than {MAX_MESSAGE_BYTES}")
     try:
         return _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise TransferError(f"not a message of an agent: {error}") from error
 
 

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Valid inputs of all targets, made by the code: ``python -m tests.fuzz --samples`` writes them to the corpus."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+
+from components.engine.protocol import (
+    AgentName,
+    AgentRef,
+    Epoch,
+    FinishReason,
+    Frozen,
+    GenerateOutput,
+    GenerateRequest,
+    KVOffer,
+    RequestId,
+    Sampling,
+    TokenLogprob,
+)
+from components.messages import (
+    Decision,
+    Generate,
+    Mode,
+    RouterCall,
+    RouterOp,
+    Verdict,
+    WorkerCall,
+    WorkerOp,
+    WorkerReply,
+)
+from components.transfer import AgentConfig, KVPool, TransferAgent
+from components.transfer.calibration import Calibration, LaneCalibration, Point
+from components.transfer.control import record
+from components.transfer.control.record import AgentRecord
+from components.transfer.parking import Place
+from components.transfer.parking import ticket as tickets
+from components.transfer.session import messages as session
+
+ROOT = Path(__file__).parents[2]
+R = RequestId("r")
+
+
+def agent_record() -> AgentRecord:
+    """A real agent's record."""
+    agent = TransferAgent(AgentConfig(name="agent", namespace=uuid.uuid4().hex, backends=("local",), block_size=4))
+    agent.start([KVPool(f"layer.{n}", torch.zeros((8, 4, 2)), 8, 0, token_dim=1) for n in range(2)])
+    try:
+        return agent.record
+    finally:
+        agent.close()
+
+
+def offer(epoch: str = "e") -> KVOffer:
+    """Three blocks of a peer."""
+    return KVOffer(R, (AgentRef(AgentName("peer"), Epoch(epoch)),), 4, (1, 2, 3), 11, 0)
+
+
+def frozen(epoch: str = "e") -> Frozen:
+    """The state of a request of nine tokens that has made three."""
+    return Frozen(offer(epoch), (5, 6, 7), b"\x01" * 8, (1, 2, 3))
+
+
+def request(epoch: str = "e") -> GenerateRequest:
+    """One that lands."""
+    sampling = Sampling(temperature=0.5, seed=3, max_tokens=20, stop_token_ids=(9,), logit_bias={3: 0.5}, logprobs=2)
+    return GenerateRequest(R, tuple(range(1, 10)), sampling, output_token_ids=(5, 6, 7), landing=offer(epoch))
+
+
+def calls(epoch: str = "e") -> list[WorkerCall]:
+    """One of each kind."""
+    given = {"offer": offer(epoch), "tokens": (5, 6, 7), "frozen": frozen(epoch), "hold_s": 0.1}
+    return [WorkerCall(op, R, **given) for op in WorkerOp]  # type: ignore[arg-type]
+
+
+def session_messages() -> list[session.Message]:
+    """One of each kind, as an ``Exchange`` with eight blocks gets them."""
+    blocks = session.pack(np.array([1, 2], np.int64))
+    return [
+        session.Ask(1, "mine", "r", blocks, blocks, (), 0, 1000),
+        session.Ask(2, "mine", "r", blocks, b"", (4096, 8192), 4096, 1000),
+        session.Invite(3, "mine", "r", blocks, blocks, 1000),
+        session.Landed(1, 0),
+        session.Freed(1, 0),
+        session.Ended(1, "transfer", "it broke", 10, 1, 0.1, 0.1, 0.1, "rc"),
+        session.Stop(1),
+        session.Hello(1, True),
+    ]
+
+
+def payload() -> dict[str, object]:
+    """A request as Dynamo's frontend sends it."""
+    return {
+        "token_ids": [1, 2, 3],
+        "sampling_options": {"temperature": 0.7, "top_p": 0.9, "seed": 1, "n": 1, "logit_bias": {"5": 1.5}},
+        "stop_conditions": {"max_tokens": 5, "min_tokens": 1, "stop_token_ids_hidden": [2], "ignore_eos": False},
+        "output_options": {"logprobs": 2, "prompt_logprobs": None},
+        "routing": {"priority": 1, "lora_name": None, "cache_salt": "s"},
+    }
+
+
+def everything() -> dict[str, list[bytes]]:
+    """Valid inputs by target."""
+    encode = msgspec.msgpack.encode
+    decision = Decision(1.0, "balance", Verdict.MOVE, "why", "r", "a", "b")
+    output = GenerateOutput(
+        0, (1,), (TokenLogprob(-0.5, 1, ((1, -0.5),)),), FinishReason.FROZEN, 3, frozen(), ("session", "text"), 2
+    )
+    outcomes = [
+        WorkerReply(error=("no_room", "full")),
+        WorkerReply(offer=offer(), frozen=frozen(), metrics="127.0.0.1:1"),
+    ]
+    routed = [RouterCall(op, "r", "1", "2", Mode.LIVE, 1.0, (decision,)) for op in RouterOp]
+    config = {"model": "tiny-llama", "max-model-len": 512, "devices": [], "engine-args": {"step_s": 0.1}}
+    snapshot = {"time_s": 1.0, "workers": [], "requests": [], "active": [], "bytes_per_s": 1e9}
+    parked = tickets.Ticket(
+        *("a" * 32, Place.FILE, "agent", "e", "r", 11, "f", "int64", 2, 1, 1, 4, 0, 1, "layout", 64, 2),
+        hashes=(b"h",),
+        checksums=(1, 2, 3),
+    )
+    return {
+        "record": [record.encode(agent_record())],
+        "session": [session.encode(m) for m in session_messages()],
+        "exchange": [session.encode(m) for m in session_messages()],
+        "tcp": [encode({"epoch": "mine", "push": push, "blocks": b"\1\0\0\0", "unit": 0}) for push in (False, True)],
+        "handover": [encode({"epoch": "mine"})],
+        "handover-answer": [encode({"storages": [(4096, 4096)]})],
+        "ticket": [encode(parked)],
+        "messages": [encode(m) for m in (Generate(request(), frozen()), *calls(), *outcomes, output, *routed)],
+        "worker": [encode(m) for m in (Generate(request("live"), frozen("live")), *calls("live"))],
+        "router": [encode(m) for m in routed],
+        "openai": [json.dumps(payload()).encode()],
+        "component-config": [json.dumps(config).encode()],
+        "graph-config": [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))],
+        "override": [b"--Common.model=smollm2", b"--DecodeWorker.engine-args={step_s: 0.1}"],
+        "policy": [(ROOT / "configs" / "policy.yaml").read_bytes()],
+        "snapshot": [json.dumps(snapshot).encode()],
+        "calibration": [
+            msgspec.json.encode(
+                Calibration({"cpu": "x"}, (LaneCalibration("cpu", "cma", 4096, (Point(4096, 2, 1 << 20, 0.1, 0.2),)),))
+            )
+        ],
+        "trace": [
+            b'{"timestamp": 1, "input_length": 10, "output_length": 5, "hash_ids": [1, 2]}\n',
+            b"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n",
+            b"Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,ChatGPT,472,18,490,log\n",
+        ],
+    }

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoders of bytes that other processes send. What they accept must also be safe to use."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import struct
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+
+import msgspec
+import numpy as np
+import torch
+
+from components.errors import InvalidRequest
+from components.messages import Generate, RouterCall, RouterReply, WorkerCall, WorkerReply, pack, unpack
+from components.router.openai import to_request
+from components.transfer.config import KVPool
+from components.transfer.control import record
+from components.transfer.control.record import AgentRecord
+from components.transfer.data.handover import Giver, Mapping, map_peer
+from components.transfer.data.tcp import TcpBackend
+from components.transfer.layout import extents, region_of
+from components.transfer.parking import ticket as tickets
+from components.transfer.session import messages as session
+from tests.fuzz.inputs import Target
+from tests.fuzz.samples import agent_record
+
+BLOCKS = 8
+
+
+@cache
+def _own_record() -> AgentRecord:
+    return agent_record()
+
+
+def agent_records(data: bytes) -> None:
+    """A record from etcd or NATS, then what is done with it before a byte moves."""
+    peer = record.decode(data)
+    _own_record().require_pairable(peer)
+    # Only what cannot be paired may name segments that do not fit.
+    near = np.arange(min(BLOCKS, max(0, peer.num_blocks)))
+    extents(_own_record().segments(0), peer.segments(0), near, near)
+
+
+def session_messages(data: bytes) -> None:
+    """A NIXL notification."""
+    message = session.decode(data)
+    if isinstance(message, session.Ask | session.Invite):
+        session.unpack(message.src)
+        session.unpack(message.dst)
+
+
+def endpoint_messages(data: bytes) -> None:
+    """Every message of Dynamo's endpoints, and the envelope itself."""
+    try:
+        envelope = json.loads(data)
+    except (ValueError, RecursionError):
+        envelope = {"m": base64.b64encode(data).decode()}
+    taken = 0
+    for kind in (Generate, WorkerCall, WorkerReply, RouterCall, RouterReply):
+        try:
+            message: msgspec.Struct = unpack(envelope, kind)
+        except InvalidRequest:
+            continue
+        pack(message)
+        taken += 1
+    if not taken:
+        raise InvalidRequest("none of the messages")
+
+
+def openai_payloads(data: bytes) -> None:
+    """A request as the frontend hands it on."""
+    try:
+        payload = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    to_request("r", payload, {}, 100)
+
+
+@contextmanager
+def _client(data: bytes) -> Iterator[socket.socket]:
+    """The server's end of a connection whose client sends this and no more."""
+    near, far = socket.socketpair()
+
+    def send() -> None:
+        with suppress(OSError):  # The server has closed.
+            near.sendall(data)
+            near.shutdown(socket.SHUT_WR)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield far
+    finally:
+        far.close()
+        thread.join()
+        near.close()
+
+
+@cache
+def _tcp() -> tuple[TcpBackend, torch.Tensor]:
+    """A server whose pool has a guard of 64 blocks on either side."""
+    whole = torch.zeros((BLOCKS + 128, 4, 2))
+    pool = KVPool("layer.0", whole[64 : 64 + BLOCKS], BLOCKS, 0, token_dim=1)
+    return TcpBackend("mine", [region_of(pool)], "127.0.0.1", 4), whole
+
+
+def tcp_requests(data: bytes) -> None:
+    """A connection to the plain TCP lane: a length, a request, rows to store."""
+    backend, whole = _tcp()
+    with _client(struct.pack("!I", len(data)) + data + b"\x55" * 20_000) as connection:
+        backend._serve(connection)
+    if whole[:64].any() or whole[64 + BLOCKS :].any():
+        raise AssertionError("bytes were written outside of the pool")
+
+
+def handover_requests(data: bytes) -> None:
+    """A process that wants to map our pools."""
+    giver = Giver.__new__(Giver)
+    giver._epoch, giver._storages, giver._open, giver._lock = "mine", [], set(), threading.Lock()
+    giver._closed = False
+    with _client(struct.pack("!I", len(data)) + data) as connection:
+        giver._serve(connection)
+
+
+def handover_answers(data: bytes) -> None:
+    """What a peer answers that should give us its pools."""
+    epoch = uuid.uuid4().hex
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    server.bind(f"\0dynamo-migrate/{epoch}")
+    server.listen()
+
+    def answer() -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(4096)
+            with suppress(OSError):
+                connection.sendall(struct.pack("!I", len(data)) + data)
+            fd = os.memfd_create("fuzz")
+            os.ftruncate(fd, 4096)
+            try:
+                socket.send_fds(connection, [b"f"], [fd])
+            except OSError:
+                return
+            finally:
+                os.close(fd)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    mapping: Mapping | None = None
+    try:
+        mapping = map_peer("peer", epoch, time.monotonic() + 5)
+        mapping.translate(np.array([0, 4096, 1 << 40]), np.array([1, 4097, 8]))
+    finally:
+        if mapping is not None:
+            mapping.close()
+        thread.join()
+        server.close()
+
+
+def parked_tickets(data: bytes) -> None:
+    """The ticket of a parked file, its check value being right."""
+    import zlib
+
+    found = tickets.unpack(data, zlib.crc32(data))
+    tickets.require_id(found)
+    found.require_fit(_own_record(), ())
+
+
+TARGETS = [
+    Target("record", agent_records),
+    Target("session", session_messages),
+    Target("messages", endpoint_messages),
+    Target("openai", openai_payloads, "json"),
+    Target("tcp", tcp_requests),
+    Target("handover", handover_requests),
+    Target("handover-answer", handover_answers),
+    Target("ticket", parked_tickets),
+]
