@@ -47,6 +47,12 @@ class InvalidRequest(MigrateError):
     code = "invalid_request"
 
 
+class Unauthorized(MigrateError):
+    """The caller does not have the secret that this system is configured with."""
+
+    code = "unauthorized"
+
+
 class RequestNotFound(MigrateError):
     """No request of that id is known here: it finished, moved away or never existed."""
 

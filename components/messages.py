@@ -2,7 +2,8 @@
 """What router, workers and command line say to each other over Dynamo's endpoints.
 
 Dynamo carries JSON-like values; each message is one msgspec struct, as base64 msgpack under ``m``, so that
-bytes, ids and unknown fields are checked in one place. Nothing larger than ``MAX_BYTES`` is decoded.
+bytes, ids and unknown fields are checked in one place. Nothing larger than ``MAX_BYTES`` is decoded. With a shared
+secret (``components.credentials``) each also carries its seal under ``s``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from components import credentials
 from components.engine.protocol import (
     EngineInfo,
     EngineStats,
@@ -24,7 +26,7 @@ from components.engine.protocol import (
     RequestId,
     RequestInfo,
 )
-from components.errors import InvalidRequest
+from components.errors import InvalidRequest, Unauthorized
 from components.wire import UNREADABLE
 
 MAX_BYTES = 64 << 20
@@ -240,16 +242,21 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 
 def pack(message: msgspec.Struct) -> dict[str, str]:
-    """A message as Dynamo carries it."""
-    return {"m": base64.b64encode(msgspec.msgpack.encode(message)).decode()}
+    """A message as Dynamo carries it. Raises ``ConfigError`` when the configured secret cannot be read."""
+    data = msgspec.msgpack.encode(message)
+    sealed = credentials.seal(type(message).__name__, data)
+    return {"m": base64.b64encode(data).decode()} | ({"s": sealed} if sealed else {})
 
 
 def unpack(payload: Any, kind: type[T]) -> T:
-    """Read a message. Raises ``InvalidRequest`` on anything malformed or too large."""
+    """Read a message. Raises ``InvalidRequest`` on anything malformed or too large, ``Unauthorized``."""
     text = payload.get("m") if isinstance(payload, dict) else None
     if not isinstance(text, str) or len(text) > MAX_BYTES:
         raise InvalidRequest(f"not a {kind.__name__} message")
     try:
-        return msgspec.msgpack.decode(base64.b64decode(text, validate=True), type=kind)
+        data = base64.b64decode(text, validate=True)
+        if not credentials.accepts(kind.__name__, data, payload.get("s")):
+            raise Unauthorized(f"a {kind.__name__} message without the seal of the secret in {credentials.VARIABLE}")
+        return msgspec.msgpack.decode(data, type=kind)
     except (binascii.Error, *UNREADABLE) as error:
         raise InvalidRequest(f"not a {kind.__name__} message: {error}") from error

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from components import credentials
 from components.errors import MigrateError
 
 
@@ -32,6 +33,8 @@ def edge_namespace() -> str:
 def connect() -> Any:
     """Dynamo's runtime on this loop: discovery in etcd, requests over TCP."""
     from dynamo.common.utils.runtime import create_runtime
+
+    credentials.secret()  # One that cannot be read is an error now, not at the first message.
 
     runtime, _ = create_runtime(
         os.environ.get("DYN_DISCOVERY_BACKEND", "etcd"), os.environ.get("DYN_REQUEST_PLANE", "tcp"), event_plane="zmq"

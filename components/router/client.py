@@ -28,13 +28,19 @@ class RouterClient:
         await self._client.wait_for_instances()
 
     async def _all(self, call: RouterCall) -> list[RouterReply]:
-        replies = []
+        replies, why = [], ""
         for instance in self._client.instance_ids():
-            stream = await self._client.direct(pack(call), instance, annotated=False)
-            async for item in stream:
-                replies.append(unpack(item, RouterReply))
+            try:
+                stream = await self._client.direct(pack(call), instance, annotated=False)
+                async for item in stream:
+                    replies.append(unpack(item, RouterReply))
+            except MigrateError:
+                raise
+            except Exception as error:
+                # Dynamo raises plain exceptions. One that has died stays listed for its lease; ask the others.
+                why = f": {error}"
         if not replies:
-            raise WorkerLost(f"no router answers in namespace {process.edge_namespace()}")
+            raise WorkerLost(f"no router answers in namespace {process.edge_namespace()}{why}")
         return replies
 
     async def status(self) -> RouterReply:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from pydantic import BaseModel
 
 from components import yamltext
 from components.errors import ConfigError
-from components.serve import memory
+from components.serve import memory, reach
 from components.serve.config import ComponentConfig, FrontendConfig, PlannerConfig, WorkerConfig, nearest, parse
 from components.serve.graph import Service
 from components.transfer import lanes
 from components.transfer.config import Transport
+
+_SECRET = re.compile(r"(^|[-_])(password|passwd|secret|token|api[-_]?key|credentials?)$", re.IGNORECASE)
+"""Names whose values are not shown. ``engine-args`` may hold such."""
 
 
 class Process(BaseModel):
@@ -48,8 +52,18 @@ class Plan(BaseModel):
     """Fewest and most workers by role, where the planner decides their number."""
 
     def shown(self) -> str:
-        """As JSON, for ``--dry-run``."""
-        return self.model_dump_json(indent=2)
+        """As JSON, for ``--dry-run``, without passwords and tokens."""
+        return json.dumps(_without_secrets(self.model_dump(mode="json")), indent=2)
+
+
+def _without_secrets(value: Any, name: str = "") -> Any:
+    if isinstance(value, dict):
+        return {key: _without_secrets(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(inner, name) for inner in value]
+    if name == "DYN_MIGRATE_CONFIG":
+        return json.dumps(_without_secrets(json.loads(value)))
+    return "***" if value and _SECRET.search(name) else value
 
 
 def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
@@ -155,6 +169,7 @@ def _process(
         "DYN_MIGRATE_REPLICA": str(replica),
         "DYN_NAMESPACE": namespace,
         "DYN_MIGRATE_TRANSPORT": transport.value,
+        **reach.variables(environment, getattr(config, "advertise_host", "127.0.0.1")),
     }
     arguments: list[str] = []
     if isinstance(config, FrontendConfig):

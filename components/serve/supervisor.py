@@ -29,6 +29,8 @@ from components.serve.plan import Plan, Process
 from components.serve.servers import system_port
 
 READY_S = 300.0
+_STEADY_S = 60.0
+"""A process that ran for so long has recovered: a graph must not end at the sixth crash of its life."""
 _COLOURS = itertools.cycle(["cyan", "green", "magenta", "yellow", "blue", "bright_red"])
 
 
@@ -41,6 +43,8 @@ class Child:
         self.ready_file = directory / f"{self.label}.ready"
         self.handle: asyncio.subprocess.Process | None = None
         self.restarts = 0
+        """In a row: forgotten once it has run for a while."""
+        self.started = 0.0
         self.optional = False
         """Started later by the planner's wish: the graph goes on without it."""
         self._console = console
@@ -49,6 +53,7 @@ class Child:
     async def start(self, environment: dict[str, str]) -> None:
         """Start it; its output is printed line by line behind its name."""
         self.ready_file.unlink(missing_ok=True)
+        self.started = time.monotonic()
         self.handle = await asyncio.create_subprocess_exec(
             sys.executable,
             *self.process.command[1:],
@@ -194,6 +199,8 @@ class Supervisor:
             return False
 
     async def _restart(self, child: Child, limit: int) -> None:
+        if time.monotonic() - child.started > _STEADY_S:
+            child.restarts = 0
         child.restarts += 1
         if child.restarts > limit and child.optional:
             self.children.remove(child)

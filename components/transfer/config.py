@@ -6,6 +6,7 @@ Nothing here has a life cycle or a thread. Bad values raise ``ConfigError`` when
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -13,6 +14,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from components.errors import ConfigError
+
+_NAMESPACE = re.compile(r"[A-Za-z0-9_.-]{1,200}")
+"""It becomes part of keys in etcd and of subjects in NATS."""
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +155,8 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         known = {"mapped", "nixl", "local", "cuda_ipc", "tcp"}
         if not self.name or "/" in self.name or len(self.name) > 200:
             raise ConfigError(f"agent name {self.name!r}: 1 to 200 characters without '/'")
+        if not _NAMESPACE.fullmatch(self.namespace):
+            raise ConfigError(f"namespace {self.namespace!r}: 1 to 200 letters, digits, '-', '_' and '.'")
         if not self.backends or set(self.backends) - known:
             raise ConfigError(f"backends {self.backends}: choose from {sorted(known)}")
         if not 0 <= self.tp_rank < self.tp_size:

@@ -23,7 +23,7 @@ from components.transfer.control.directory import Directory
 from components.transfer.control.endpoint import Endpoint, resolve
 from components.transfer.control.nats import Notices
 from components.transfer.control.publication import Publication
-from components.transfer.control.record import AgentRecord, decode, encode
+from components.transfer.control.record import AgentRecord, encode, published
 from components.transfer.control.store import first_of, forever, quietly
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class EtcdStore:
     async def _watch(self, client: Any, directory: Directory) -> None:
         known = await client.kv.get(self._prefix, self._range_end, timeout=_CALL_S)
         for pair in known.kvs:
-            self._learn(directory, pair.value)
+            self._learn(directory, pair.key, pair.value)
         await first_of(
             self._follow(client, directory, known.header.revision + 1), self._forget_missing(client, directory)
         )
@@ -121,20 +121,23 @@ class EtcdStore:
         async for response in client.watch.watch(self._prefix, self._range_end, revision):
             for event in response.events:
                 if event.type == _DELETE:
-                    directory.remove(event.kv.key.decode()[len(self._prefix) :])
+                    directory.remove(self._name(event.kv.key))
                 else:
-                    self._learn(directory, event.kv.value)
+                    self._learn(directory, event.kv.key, event.kv.value)
         raise MigrateError("the watch ended")
 
     async def _forget_missing(self, client: Any, directory: Directory) -> None:
         await asyncio.sleep(2 * self._ttl_s)
         known = await client.kv.get(self._prefix, self._range_end, timeout=_CALL_S)
-        directory.keep_only({pair.key.decode()[len(self._prefix) :] for pair in known.kvs})
+        directory.keep_only({self._name(pair.key) for pair in known.kvs})
         await asyncio.Event().wait()
 
-    def _learn(self, directory: Directory, value: bytes) -> None:
+    def _name(self, key: bytes) -> str:
+        return key.decode(errors="replace")[len(self._prefix) :]
+
+    def _learn(self, directory: Directory, key: bytes, value: bytes) -> None:
         try:
-            directory.put(decode(value))
+            directory.put(published(value, self._name(key)))
         except MigrateError as error:
             logger.warning("ignoring a record under %s: %s", self._prefix, error)
 

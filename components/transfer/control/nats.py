@@ -25,7 +25,7 @@ from components.transfer.config import AgentConfig
 from components.transfer.control.directory import Directory
 from components.transfer.control.endpoint import without_secrets
 from components.transfer.control.publication import Publication
-from components.transfer.control.record import AgentRecord, decode, encode
+from components.transfer.control.record import AgentRecord, decode, encode, published
 from components.transfer.control.store import first_of, forever, quietly
 
 logger = logging.getLogger(__name__)
@@ -74,9 +74,9 @@ def _context(config: AgentConfig) -> ssl.SSLContext:
     return context
 
 
-def _learn(directory: Directory, value: bytes) -> AgentRecord | None:
+def _learn(directory: Directory, value: bytes, name: str | None = None) -> AgentRecord | None:
     try:
-        record = decode(value)
+        record = decode(value) if name is None else published(value, name)
     except MigrateError as error:
         logger.warning("ignoring a record from NATS: %s", error)
         return None
@@ -130,11 +130,15 @@ class NatsStore:
         async for entry in watcher:
             if entry is None:
                 continue
-            name = bytes.fromhex(entry.key).decode()
+            try:
+                name = bytes.fromhex(entry.key).decode()
+            except ValueError:
+                logger.warning("ignoring key %r in NATS: it is not that of an agent", entry.key)
+                continue
             if entry.operation in ("DEL", "PURGE"):
                 seen.pop(name, None)
                 directory.remove(name)
-            elif _learn(directory, entry.value or b"") is not None:
+            elif _learn(directory, entry.value or b"", name) is not None:
                 seen[name] = asyncio.get_running_loop().time()
         raise MigrateError("the watch ended")
 

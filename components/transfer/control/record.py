@@ -137,6 +137,14 @@ def encode(record: AgentRecord) -> bytes:
     return msgspec.msgpack.encode(record)
 
 
+def published(data: bytes, name: str) -> AgentRecord:
+    """A record as ``decode`` reads it, which must be that of the agent under whose name it was found."""
+    record = decode(data)
+    if record.name != name:
+        raise MigrateError(f"the record of agent {record.name!r} is published as {name!r}")
+    return record
+
+
 def decode(data: bytes) -> AgentRecord:
     """Read a record from the wire. Raises ``MigrateError`` on anything malformed."""
     if len(data) > MAX_RECORD_BYTES:

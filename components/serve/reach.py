@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From where the processes of a graph can be reached: from this machine only, as long as the graph is only on it.
+
+Dynamo's own default is every interface. A graph counts as being on this machine alone while its etcd is our own or on
+loopback and no worker advertises another address. A variable that the user set wins. Pure.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+_LOOPBACK = {
+    "DYN_TCP_RPC_HOST": "127.0.0.1",
+    # Dynamo takes the name of an interface here.
+    "DYN_TCP_RESPONSE_STREAM_HOST": "lo",
+    "DYN_SYSTEM_HOST": "127.0.0.1",
+}
+
+
+def is_loopback(host: str) -> bool:
+    """``localhost`` or an address of loopback; other names count as elsewhere."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def stays_here(environment: Mapping[str, str], advertised: str = "127.0.0.1") -> bool:
+    """Does everything that must reach this process run on this machine?"""
+    urls = [url for url in environment.get("ETCD_ENDPOINTS", "").split(",") if url]
+    hosts = [urlsplit(url if "://" in url else f"//{url}").hostname or "" for url in urls]
+    return all(is_loopback(host) for host in (*hosts, advertised)) and "DYN_MIGRATE_METRICS_HOST" not in environment
+
+
+def variables(environment: Mapping[str, str], advertised: str = "127.0.0.1") -> dict[str, str]:
+    """What tells Dynamo's runtime where to listen."""
+    if not stays_here(environment, advertised):
+        return {}
+    return {name: value for name, value in _LOOPBACK.items() if name not in environment}

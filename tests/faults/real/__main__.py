@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m tests.faults.real --runs N``: N runs, a fresh system after every few; problems with their seeds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+
+from tests.faults.real.run import PROMPTS, Outcome, Run
+from tests.faults.real.system import Answer, System
+
+
+def undisturbed(system: System) -> dict[int, str]:
+    """The right texts, one request at a time."""
+    texts = {}
+    for number in range(PROMPTS):
+        answer = Answer()
+        system.follow(number, answer)
+        assert not answer.error, answer.error
+        texts[number] = answer.text
+    return texts
+
+
+def main() -> int:
+    """1 when something did not hold."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.real")
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--first", type=int, default=0, help="first seed")
+    parser.add_argument("--each", type=int, default=10, help="runs before the system is started anew")
+    parser.add_argument("--engine", choices=["paged", "vllm"], default="paged")
+    parser.add_argument("--json", default="", help="where to write all outcomes")
+    arguments = parser.parse_args()
+    outcomes: list[Outcome] = []
+    expected: dict[int, str] = {}
+    seeds = list(range(arguments.first, arguments.first + arguments.runs))
+    began = time.monotonic()
+    while seeds:
+        batch, seeds = seeds[: arguments.each], seeds[arguments.each :]
+        with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+            system = System(Path(folder), arguments.engine)
+            try:
+                system.wait(120)
+                expected = expected or undisturbed(system)
+                for seed in batch:
+                    outcomes.append(Run(system, expected, seed).play())
+                    _tell(outcomes[-1])
+                    if outcomes[-1].problems:
+                        _keep(system, seed)
+                        seeds = batch[batch.index(seed) + 1 :] + seeds
+                        break
+            finally:
+                left = system.close()
+                if left:
+                    print(f"processes are left: {left}", flush=True)
+    return _sum_up(outcomes, time.monotonic() - began, arguments.json)
+
+
+def _tell(outcome: Outcome) -> None:
+    what = f"{outcome.whole} of {outcome.answers} answers whole, {outcome.broken} cut short, {outcome.moves} moves"
+    print(f"seed {outcome.seed}: {outcome.fault}: {what}, at rest after {outcome.rest_s:.1f} s", flush=True)
+    for problem in outcome.problems:
+        print(f"  PROBLEM {problem}", flush=True)
+
+
+def _keep(system: System, seed: int) -> None:
+    kept = Path(tempfile.gettempdir()) / f"faults-real-{seed}.log"
+    kept.write_bytes(system.log.read_bytes())
+    print(f"  the graph's output is in {kept}", flush=True)
+
+
+def _sum_up(outcomes: list[Outcome], seconds: float, path: str) -> int:
+    bad = sum(bool(outcome.problems) for outcome in outcomes)
+    totals: Counter[str] = Counter()
+    for outcome in outcomes:
+        totals += Counter(answers=outcome.answers, whole=outcome.whole, broken=outcome.broken, moves=outcome.moves)
+    rest = sorted(outcome.rest_s for outcome in outcomes)
+    print(
+        f"{len(outcomes)} runs, {bad} with problems; {totals['answers']} answers, {totals['whole']} whole, "
+        f"{totals['broken']} cut short by the loss of their router or frontend; {totals['moves']} migrations; at rest "
+        f"after {statistics.median(rest):.1f} s (median), {rest[-1]:.1f} s at most; {seconds:.0f} s"
+    )
+    if path:
+        Path(path).write_text(json.dumps(msgspec.to_builtins(outcomes), indent=1) + "\n")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run from a seed: streams, migrations and one fault on a real system; then what must hold.
+
+1. Every client has the text of an undisturbed run. A client whose router or frontend was killed, or stood still for
+   longer than its lease, may have a prefix of it and an error.
+2. Within ``REST_S`` all workers are there again, no block is held, no stream is left, and new requests are served.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import psutil
+
+from tests.faults.real.servers import Server
+from tests.faults.real.system import LEASE_S, Answer, System, kill
+
+REST_S = 150.0
+CLIENT_S = 200.0
+PROMPTS = 8
+_VICTIMS = ["source", "destination", "Router", "PrefillWorker", "Frontend", "Planner", "etcd", "nats"]
+
+
+@dataclass
+class Outcome:
+    """Of one run."""
+
+    seed: int
+    fault: str = ""
+    problems: list[str] = field(default_factory=list)
+    answers: int = 0
+    whole: int = 0
+    broken: int = 0
+    """Answers cut short by the death of the router or the frontend."""
+    moves: int = 0
+    rest_s: float = 0.0
+
+
+class Run:
+    """See the module docstring."""
+
+    def __init__(self, system: System, expected: dict[int, str], seed: int) -> None:
+        self._system = system
+        self._expected = expected
+        self._chance = Random(seed)
+        self._later: list[Callable[[], None]] = []
+        self._may_break = False
+        self.outcome = Outcome(seed)
+
+    def play(self) -> Outcome:
+        """Everything."""
+        chance, system, outcome = self._chance, self._system, self.outcome
+        numbers = chance.sample(range(PROMPTS), chance.randint(2, 4))
+        answers = {number: Answer() for number in numbers}
+        victim, act = chance.choice(_VICTIMS), chance.choice(["kill", "kill", "stop", "stop long"])
+        before = chance.random() < 0.5
+        outcome.fault = f"{act} {victim} {'before' if before else 'during'} migrations"
+        moved = len(self._moves())
+        threads = [threading.Thread(target=system.follow, args=item) for item in answers.items()]
+        for thread in threads:
+            thread.start()
+        time.sleep(chance.uniform(0.1, 1.2))
+        moving = threading.Thread(target=self._move_some)
+        if not before:
+            moving.start()
+            time.sleep(chance.uniform(0.0, 0.3))
+        self._harm(victim, act)
+        if before:
+            moving.start()
+        moving.join()
+        time.sleep({"kill": 0.0, "stop": 2.0, "stop long": LEASE_S + 5.0}[act])
+        for undo in self._later:
+            undo()
+        for thread in threads:
+            thread.join(CLIENT_S)
+        self._judge(answers, threads)
+        begun = time.monotonic()
+        left = system.rest(REST_S)
+        outcome.rest_s = time.monotonic() - begun
+        if left:
+            outcome.problems.append(f"not at rest after {REST_S:g} s: {left}")
+        outcome.moves = max(0, len(self._moves()) - moved)
+        return outcome
+
+    def _moves(self) -> list[Any]:
+        status = self._system.ask("status")
+        return [move for move in status.get("moves", []) if move["ok"]]
+
+    def _move_some(self) -> None:
+        status = self._system.ask("status")
+        decode = [w["worker"] for w in status.get("workers", []) if w["role"] == "decode"]
+        for stream in status.get("streams", [])[: self._chance.randint(1, 3)]:
+            others = [worker for worker in decode if worker != stream["worker"]]
+            if others:
+                mode = self._chance.choice(["live", "stop-and-copy", "replay"])
+                self._system.ask("migrate", stream["request_id"], self._chance.choice(others), mode)
+
+    def _judge(self, answers: dict[int, Answer], threads: list[threading.Thread]) -> None:
+        outcome = self.outcome
+        for (number, answer), thread in zip(answers.items(), threads, strict=True):
+            right = self._expected[number]
+            outcome.answers += 1
+            if thread.is_alive():
+                outcome.problems.append(f"client {number} hangs after {len(answer.text)} of {len(right)} characters")
+            elif not right.startswith(answer.text):
+                outcome.problems.append(f"client {number} has another text: {answer.text!r} instead of {right!r}")
+            elif answer.text == right and not answer.error:
+                outcome.whole += 1
+            elif self._may_break and answer.error:
+                outcome.broken += 1
+            else:
+                ended = answer.error or answer.finish
+                outcome.problems.append(f"client {number} ended at {len(answer.text)} of {len(right)}: {ended}")
+
+    # The fault
+
+    def _harm(self, victim: str, act: str) -> None:
+        if victim in ("etcd", "nats"):
+            self._harm_server(getattr(self._system, victim), act)
+            return
+        processes = self._victims(victim)
+        if not processes:
+            self.outcome.fault += " (nobody there)"
+            return
+        process = self._chance.choice(processes)
+        self._may_break = victim in ("Router", "Frontend") and act != "stop"
+        if act == "kill":
+            kill(process)
+            return
+        process.send_signal(signal.SIGSTOP)
+        self._later.append(lambda: _continue(process))
+
+    def _victims(self, victim: str) -> list[psutil.Process]:
+        if victim not in ("source", "destination"):
+            return self._system.processes(victim)
+        status = self._system.ask("status")
+        decode = {w["worker"] for w in status.get("workers", []) if w["role"] == "decode"}
+        busy = {s["worker"] for s in status.get("streams", [])} & decode
+        chosen = sorted(busy if victim == "source" else decode - busy) or sorted(decode)
+        if not chosen:
+            return []
+        agents = next(w["agents"] for w in status["workers"] if w["worker"] == chosen[0])
+        replica = int(agents[0].split("-backend-")[1].split("-")[0])
+        return self._system.processes("DecodeWorker", replica)
+
+    def _harm_server(self, server: Server, act: str) -> None:
+        if act == "kill":
+            empty = self._chance.random() < 0.5
+            self.outcome.fault += " and empty it" if empty else ""
+            server.kill(empty)
+            time.sleep(self._chance.choice([0.0, 1.0, 4.0]))
+            server.start()
+            # Dynamo's runtime ends a process whose lease is gone; those of clients' streams are among them.
+            self._may_break = server.name == "etcd" and empty
+            return
+        self._may_break = server.name == "etcd" and act == "stop long"
+        server.pause(True)
+        self._later.append(lambda: server.pause(False))
+
+
+def _continue(process: psutil.Process) -> None:
+    if process.is_running():
+        process.send_signal(signal.SIGCONT)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""etcd and NATS of a system under test: killed, started again with or without their data, stopped and continued."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+from tests.conftest import free_port, wait_for_port
+
+
+class Server:
+    """One server process on a port that stays."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.port = free_port()
+        self._peer = free_port()
+        self._data = folder / name
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    @property
+    def url(self) -> str:
+        """For clients."""
+        return f"{'http' if self.name == 'etcd' else 'nats'}://127.0.0.1:{self.port}"
+
+    def _command(self) -> list[str]:
+        if self.name == "nats":
+            return ["nats-server", "-a", "127.0.0.1", "-p", str(self.port), "-js", "-sd", str(self._data)]
+        peer = f"http://127.0.0.1:{self._peer}"
+        return [
+            *("etcd", "--name", "faults", "--data-dir", str(self._data), "--log-level", "error"),
+            *("--listen-client-urls", self.url, "--advertise-client-urls", self.url),
+            *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+            *("--initial-cluster", f"faults={peer}"),
+        ]
+
+    def start(self) -> None:
+        """Listen again."""
+        self._process = subprocess.Popen(self._command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for_port(self.port)
+
+    def kill(self, empty: bool) -> None:
+        """As kill -9; with ``empty`` its data go, too."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        if empty:
+            shutil.rmtree(self._data, ignore_errors=True)
+
+    def pause(self, stopped: bool) -> None:
+        """As SIGSTOP and SIGCONT."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGSTOP if stopped else signal.SIGCONT)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A served graph with its own etcd and NATS, and clients whose answers are compared with undisturbed ones.
+
+Life cycle: any number of runs, then ``close``. Threading: one thread drives, another may ``ask`` beside it; each client
+has a thread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+
+from tests.faults.real.servers import Server
+from tests.integration.graphs import MODEL, PAGED, PROMPT, ROOT, Graph
+
+SILENCE_S = 8
+LEASE_S = 10
+_ASK_S = 25.0
+_SETTINGS = (
+    f"--Router.silence-s={SILENCE_S}",
+    "--Router.step-deadline-s=8",
+    "--Planner.interval-s=1",
+    "--Planner.decode-workers=[2,2]",
+)
+
+
+@dataclass
+class Answer:
+    """What a client got; ``error`` when its stream broke or ended with one."""
+
+    text: str = ""
+    finish: str = ""
+    error: str = ""
+
+
+class System(Graph):
+    """See the module docstring."""
+
+    def __init__(self, folder: Path, engine: str) -> None:
+        self.etcd, self.nats = Server("etcd", folder), Server("nats", folder)
+        overrides = (*_SETTINGS, *(PAGED if engine == "paged" else ("--Common.max-model-len=2048",)))
+        where = {"ETCD_ENDPOINTS": self.etcd.url, "NATS_SERVER": self.nats.url, "ETCD_LEASE_TTL": str(LEASE_S)}
+        super().__init__(folder, "planner", overrides, **where)
+        self._asking = threading.Lock()
+        self.length = 600 if engine == "paged" else 150
+
+    def close(self) -> list[psutil.Process]:
+        """End everything; processes that are left."""
+        try:
+            return self.stop()
+        finally:
+            self.etcd.kill(empty=True)
+            self.nats.kill(empty=True)
+
+    def ask(self, *call: str) -> Any:
+        """As ``Graph.ask``, but whoever does not answer in time is given up: the answer is an error then."""
+        with self._asking:
+            return self._answer_to(call)
+
+    def _answer_to(self, call: tuple[str, ...]) -> Any:
+        if self._remote is None or self._remote.poll() is not None:
+            self._remote = self._connected()
+        remote = self._remote
+        assert remote.stdin is not None and remote.stdout is not None
+        try:
+            remote.stdin.write(json.dumps(call) + "\n")
+            remote.stdin.flush()
+            if select.select([remote.stdout], [], [], _ASK_S)[0]:
+                return json.loads(remote.stdout.readline())
+        except (OSError, ValueError):
+            pass
+        remote.kill()
+        remote.wait()
+        return {"error": "no answer"}
+
+    def _connected(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.remote"],
+            cwd=ROOT,
+            env=self.environment | {"DYN_LOG": "error"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def processes(self, component: str, replica: int | None = None) -> list[psutil.Process]:
+        """The component's processes, without their children."""
+        found = []
+        for process in psutil.Process(self.process.pid).children():
+            try:
+                environment = process.environ()
+            except psutil.Error:
+                continue
+            fits = environment.get("DYN_MIGRATE_COMPONENT") == component
+            if fits and replica in (None, int(environment["DYN_MIGRATE_REPLICA"])):
+                found.append(process)
+        return found
+
+    def follow(self, number: int, answer: Answer) -> None:
+        """One streaming client, to the end of its answer or its first error."""
+        client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=openai.Timeout(150)
+        )
+        try:
+            stream = client.completions.create(
+                model=MODEL,
+                prompt=f"{number} {PROMPT}",
+                max_tokens=self.length,
+                temperature=0.8,
+                seed=number,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            )
+            for chunk in stream:
+                for choice in chunk.choices:
+                    answer.text += choice.text or ""
+                    answer.finish = choice.finish_reason or answer.finish
+        except Exception as error:
+            answer.error = f"{type(error).__name__}: {error}"
+        else:
+            if answer.finish != "length":
+                answer.error = f"the stream ended as {answer.finish or 'nothing'}"
+        finally:
+            client.close()
+
+    def rest(self, timeout_s: float) -> str:
+        """Wait until every worker is there and holds no block. What is left, or nothing."""
+        end = time.monotonic() + timeout_s
+        while True:
+            status = self.ask("status")
+            left = self._left(status)
+            if not left or time.monotonic() > end:
+                return left
+            time.sleep(0.3)
+
+    def _left(self, status: Any) -> str:
+        if not isinstance(status, dict) or "workers" not in status:
+            return f"no router answers: {status}"
+        workers = status["workers"]
+        held = [w for w in workers if not w["stats"] or w["stats"]["free_blocks"] != w["stats"]["total_blocks"]]
+        if len(workers) != 3:
+            return f"{len(workers)} workers: {[(w['worker'], w['role'], w['agents']) for w in workers]}"
+        if status["streams"] or held:
+            streams = [s["request_id"] for s in status["streams"]]
+            return f"streams {streams}, blocks held on {[(w['worker'], w['role'], w['requests']) for w in held]}"
+        return "" if self._serves() else "the frontend does not answer"
+
+    def _serves(self) -> bool:
+        answer = Answer()
+        try:
+            with openai.OpenAI(
+                base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=5
+            ) as client:
+                answer.text = client.completions.create(model=MODEL, prompt="hello", max_tokens=2).choices[0].text
+        except openai.OpenAIError:
+            return False
+        return True
+
+
+def kill(process: psutil.Process) -> None:
+    """With its children, as the kernel's out-of-memory killer or a lost node does."""
+    for member in [*process.children(recursive=True), process]:
+        try:
+            os.kill(member.pid, 9)
+        except ProcessLookupError:
+            continue
