@@ -31,6 +31,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="4 and 16 workers at 80%, 100 seconds")] = False,
     speed: Annotated[bool, typer.Option("--speed", help="only the time and memory of decisions")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="file for all figures")] = None,
+    add: Annotated[bool, typer.Option("--add", help="keep what the file has of other cases")] = False,
     picture: Annotated[Path | None, typer.Option("--plot", help="PNG or SVG file")] = None,
 ) -> None:
     """No migration, Dynamo's KV routing and each policy on the same simulated requests; time of one decision.
@@ -42,9 +43,12 @@ def main(
         sizes, loads, duration = "4,16", "0.8", 100.0
     model, slo = WorkerModel(capacity_tokens=capacity_tokens), Slo()
     output = Output(machine(), model, slo, [], [], [])
+    if add and json is not None:
+        output = msgspec.json.decode(json.read_bytes(), type=Output)
     chosen = [] if speed else cases([int(n) for n in sizes.split(",")], [float(u) for u in loads.split(",")], duration)
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), TextColumn("{task.fields[what]}")) as progress:
         task = progress.add_task("simulating", total=sum(len(c.variants) for c in chosen) + 2, what="")
+        output.results = [result for result in output.results if result.case not in chosen]
         for case in chosen:
             arrivals = requests(case, model)
             for variant in case.variants:

@@ -42,7 +42,9 @@ def show(output: Output, console: Console) -> None:
     for case in seen:
         console.print(_table(output, case))
     if output.results:
-        console.print("times in ms; saved = worker-hours less than without scaling; goodput within the SLO")
+        console.print(
+            "times in ms; saved = worker-hours less than with all workers all the time; goodput within the SLO"
+        )
     if output.speed:
         console.print(_speed(output.speed))
     if output.memory_mib:
@@ -58,7 +60,7 @@ def _table(output: Output, case: Case) -> Table:
         table.add_column(column, justify="left" if column == "variant" else "right")
     for column in ("moved", "GB", "worker-h", "saved", "decision"):
         table.add_column(column, justify="right")
-    hours = next((r.report.worker_hours for r in rows if r.variant.name == "no migration"), 0.0)
+    hours = next(r.report.worker_hours for r in rows if r.variant.name == "no migration")
     for row in rows:
         r = row.report
         table.add_row(
@@ -67,7 +69,8 @@ def _table(output: Output, case: Case) -> Table:
             *(f"{value:.1f}" for value in (r.ttft_p50_ms, r.ttft_p99_ms, r.tpot_p50_ms, r.tpot_p99_ms)),
             f"{r.goodput:.1%}",
             *(str(value) for value in (r.preemptions, r.migrations)),
-            *(f"{r.gb_moved:.0f}", f"{r.worker_hours:.2f}", f"{1 - r.worker_hours / max(hours, 1e-9):.0%}"),
+            *(f"{r.gb_moved:.0f}", f"{r.worker_hours:.2f}"),
+            f"{1 - r.worker_hours / hours:.1%}" if row.variant.scaling else "",
             f"{r.decision_ms:.2f}",
         )
     return table

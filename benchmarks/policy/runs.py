@@ -25,6 +25,10 @@ EACH = ("balance", "defragment", "priority")
 """Policies that a steady load can use; drain and consolidate need a number of workers that changes."""
 
 
+_SESSIONS = 32
+"""For each worker."""
+
+
 class Variant(msgspec.Struct, frozen=True):
     """One way to run the cluster. ``policies`` empty means that nothing moves."""
 
@@ -91,26 +95,28 @@ def requests(case: Case, model: WorkerModel) -> list[Arrival]:
     """The requests of a case."""
     sample = synthetic(Shape.HEAVY if case.shape is Shape.WAVE else case.shape, 1000.0, 20.0)
     full = saturation_rate([a.prompt_tokens for a in sample], [a.output_tokens for a in sample], model)
-    return synthetic(case.shape, full * case.workers * case.load, case.duration_s, case.seed)
+    rate = full * case.workers * case.load
+    return synthetic(case.shape, rate, case.duration_s, case.seed, sessions=_SESSIONS * case.workers)
 
 
 def run(case: Case, variant: Variant, arrivals: list[Arrival], model: WorkerModel, slo: Slo) -> Result:
     """Simulate one variant."""
     own = Dispatch.STICKY if case.shape is Shape.STICKY else Dispatch.ROUND_ROBIN
     dispatch = Dispatch.KV if variant.kv_routing else own
-    scaling = Scaling() if variant.scaling else None
+    scaling = Scaling(max_workers=case.workers) if variant.scaling else None
     cluster = Cluster(model, case.workers, dispatch, variant.policy(), scaling)
     cluster.run(arrivals)
     return Result(case, variant, report(cluster, len(arrivals), slo, 0.2 * case.duration_s))
 
 
 def cases(sizes: list[int], loads: list[float], duration_s: float) -> list[Case]:
-    """Large clusters are simulated for a shorter time: they have as many requests."""
+    """Large clusters are simulated for a shorter time, and waves on them at one load: they have as many requests."""
     found = []
     for workers in sizes:
-        seconds = duration_s if workers <= 64 else max(45.0, duration_s / 3)
+        seconds = duration_s if workers <= 64 else max(30.0, duration_s * 64 / workers)
         found += [Case(workers, shape, load, seconds) for shape in (Shape.STICKY, Shape.HEAVY) for load in loads]
         found.append(Case(workers, Shape.EVEN, max(loads), seconds))
         if workers <= 64:
-            found.append(Case(workers, Shape.WAVE, max(loads), 4 * duration_s))
+            waves = loads if workers <= 16 else [sorted(loads)[len(loads) // 2]]
+            found += [Case(workers, Shape.WAVE, load, 8 * duration_s) for load in waves]
     return found

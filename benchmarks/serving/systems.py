@@ -240,11 +240,13 @@ def _stock(model: str, port: int, modes: list[str], migration_limit: int) -> lis
 
 def _ours(kind: Kind, model: str, port: int, transport: Transport, folder: Path, more: tuple[str, ...]) -> list[Part]:
     name = {Kind.OURS_AGG: "agg", Kind.OURS: "disagg"}.get(kind, "planner")
-    overrides = [f"--Common.model={model}", f"--Common.max-num-seqs={_SEATS}", *more]
+    overrides = [f"--Common.model={model}", f"--Common.max-num-seqs={_SEATS}"]
     if kind in (Kind.PLANNER, Kind.REPLAY):
-        overrides.append("--Planner.policy-file=benchmarks/serving/policy.yaml")
+        # Nothing here would carry out another number of workers.
+        overrides += ["--Planner.policy-file=benchmarks/serving/policy.yaml", "--Planner.decode-workers=[2,2]"]
     if kind is Kind.REPLAY:
         overrides.append("--Router.migration-mode=replay")
+    overrides += more
     graph, config = f"graphs.{name}:Frontend", Path(f"configs/{name}.yaml")
     plan = resolve(graph, config, transport, port, "", overrides)
     parts = []

@@ -8,6 +8,7 @@ forgotten at once. Errors: ``WorkerLost`` when a worker cannot be reached, other
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -113,10 +114,13 @@ class Worker:
 class WorkerPool:
     """All prefill and decode workers of a namespace."""
 
-    def __init__(self, runtime: Any, namespace: str, on_drain: Callable[[Worker], None]) -> None:
+    def __init__(
+        self, runtime: Any, namespace: str, on_drain: Callable[[Worker], None], round_robin: bool = False
+    ) -> None:
         self._runtime = runtime
         self._namespace = namespace
         self._on_drain = on_drain
+        self._turn = itertools.count() if round_robin else None
         self._clients: dict[str, tuple[Any, Any]] = {}
         self.workers: dict[int, Worker] = {}
 
@@ -162,10 +166,12 @@ class WorkerPool:
             self._on_drain(worker)
 
     def pick(self, role: str, exclude: tuple[int, ...] = ()) -> Worker:
-        """The least loaded worker of a role. Raises ``NoRoom`` when there is none."""
+        """The least loaded worker of a role, or the next one in turn. Raises ``NoRoom`` when there is none."""
         fit = [w for w in self.workers.values() if w.role == role and w.available and w.instance not in exclude]
         if not fit:
             raise NoRoom(f"no {role} worker is available")
+        if self._turn is not None and role == "decode":
+            return sorted(fit, key=lambda w: w.instance)[next(self._turn) % len(fit)]
         return min(fit, key=Worker.load)
 
     def find(self, name: str) -> Worker:

@@ -42,6 +42,10 @@ class RouterConfig(ComponentConfig):
     """Owner of the client streams and driver of all migrations."""
 
     local_prefill_max_tokens: int = Field(0, ge=0, description="Prompts up to this long skip the prefill workers")
+    placement: Literal["least-loaded", "round-robin"] = Field(
+        "least-loaded",
+        description="Decode worker of a new request; round-robin is what Dynamo's frontend does by default",
+    )
     max_migrations_per_worker: int = Field(4, ge=1, description="Migrations that one worker takes part in at once")
     max_precopy_rounds: int = Field(6, ge=1, description="Rounds of copying before the source is frozen anyway")
     migration_mode: Literal["live", "stop-and-copy", "replay"] = Field(

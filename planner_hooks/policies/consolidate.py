@@ -27,6 +27,9 @@ class Config(PolicyConfig):
     )
     min_workers: int = Field(default=1, ge=1, description="Workers that always stay")
     max_leaving: int = Field(default=1, ge=1, description="Workers that may be leaving at once, for whatever reason")
+    max_leaving_share: float = Field(
+        default=0.15, ge=0, le=1, description="The same as a share of all workers; the larger of the two counts"
+    )
     let_finish_s: float = Field(default=2.0, ge=0, description="Requests that end within this time are not moved")
 
     @model_validator(mode="after")
@@ -54,7 +57,8 @@ class Consolidate(BasePolicy[Config]):
         seats = float((s.w_running + s.w_waiting)[s.w_fresh].sum())
         if len(leaving) and self._mean(s, stays, load, seats) > config.wake_usage:
             return ledger.close(release=tuple(s.worker_ids[w] for w in leaving))
-        if len(leaving) >= config.max_leaving or len(stays) <= config.min_workers:
+        most = max(config.max_leaving, int(config.max_leaving_share * (len(stays) + len(leaving))))
+        if len(leaving) >= most or len(stays) <= config.min_workers:
             ledger.hold(HoldReason.MIN_WORKERS, detail=f"{len(stays)} stay, {len(leaving)} are leaving")
             return ledger.close()
         victim = int(stays[np.argmin(emptying_cost(s, stays))])

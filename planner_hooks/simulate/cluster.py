@@ -12,7 +12,7 @@ import heapq
 import itertools
 import math
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 
@@ -24,7 +24,7 @@ from planner_hooks.plan import Move, Plan, Policy
 from planner_hooks.policies.consolidate import emptying_cost
 from planner_hooks.simulate.model import WorkerModel
 from planner_hooks.simulate.traces import Arrival
-from planner_hooks.simulate.worker import NOT_YET, Request, Worker
+from planner_hooks.simulate.worker import Request, Worker
 from planner_hooks.snapshot import Snapshot
 
 
@@ -37,13 +37,16 @@ class Dispatch(StrEnum):
 
 
 class Scaling(msgspec.Struct, frozen=True):
-    """A planner that keeps the mean KV usage between two values."""
+    """A planner that keeps the mean KV usage between two values, as it will be when a new worker is there."""
 
     low: float = 0.45
     high: float = 0.75
-    interval_s: float = 10.0
+    interval_s: float = 5.0
     startup_s: float = 20.0
     min_workers: int = 1
+    max_workers: int = 1024
+    trend_s: float = 20.0
+    """The growth over so long is taken to go on."""
 
 
 class Cluster:
@@ -81,6 +84,10 @@ class Cluster:
         self._holders: defaultdict[int, set[int]] = defaultdict(set)
         self._unfinished = 0
         self._starting = 0
+        self._loads: deque[tuple[float, float]] = deque()
+        self._open: list[Worker] = []
+        """Workers that get new requests; ``_reopen`` after every change."""
+        self._closed = np.zeros(0, dtype=bool)
         for _ in range(workers):
             self._add_worker()
 
@@ -162,11 +169,17 @@ class Cluster:
         if worker.leaving and worker.empty and self._scaling is not None and worker in self.workers:
             self.workers.remove(worker)
             worker.gone_s = self.time_s
+            self._reopen()
 
     # Dispatch
 
+    def _reopen(self) -> None:
+        self._open = [worker for worker in self.workers if not worker.leaving] or list(self.workers)
+        self._closed = np.ones(len(self.all_workers), dtype=bool)
+        self._closed[[worker.key for worker in self._open]] = False
+
     def _place(self, arrival: Arrival) -> Worker:
-        fit = [worker for worker in self.workers if not worker.leaving] or self.workers
+        fit = self._open
         if self._dispatch is Dispatch.ROUND_ROBIN:
             return fit[next(self._turn) % len(fit)]
         if self._dispatch is Dispatch.STICKY:
@@ -175,8 +188,7 @@ class Cluster:
 
     def _least_cost(self, arrival: Arrival) -> Worker:
         """As Dynamo's KV router: prompt tokens still to compute plus active prompt tokens that it has sent there."""
-        open_to = np.array([worker.gone_s == NOT_YET and not worker.leaving for worker in self.all_workers])
-        cost = np.where(open_to, self._routed, np.inf)
+        cost = np.where(self._closed, np.inf, self._routed)
         best = int(np.argmin(cost))
         least = cost[best] + arrival.prompt_tokens
         for key in self._holders.get(arrival.prefix[0], ()) if arrival.prefix else ():
@@ -268,6 +280,8 @@ class Cluster:
             names[name].leaving = True
         for name in plan.release:
             names[name].leaving = False
+        if plan.retire or plan.release:
+            self._reopen()
         touched: set[Worker] = set()
         for move in plan.moves:
             request, src, dst = rows[move.row], names[move.src], names[move.dst]
@@ -344,6 +358,7 @@ class Cluster:
         self.workers.append(worker)
         self.all_workers.append(worker)
         self._routed = np.append(self._routed, 0.0)
+        self._reopen()
 
     def _scale(self) -> None:
         scaling = self._scaling
@@ -351,19 +366,28 @@ class Cluster:
             return
         stay = [worker for worker in self.workers if not worker.leaving]
         load = sum(worker.held + worker.queued_tokens() for worker in self.workers) / self.model.capacity_tokens
-        mean = load / max(1, len(stay) + self._starting)
-        if mean > scaling.high:
+        ahead = load + self._growth(load, scaling) * (scaling.startup_s + scaling.interval_s)
+        if ahead > scaling.high * (len(stay) + self._starting):
             # Take leaving workers back first: they need no start-up.
-            wanted = math.ceil(load / scaling.high) - len(stay) - self._starting
-            for worker in [w for w in self.workers if w.leaving][: max(0, wanted)]:
+            wanted = math.ceil(ahead / scaling.high) - len(stay) - self._starting  # At least one.
+            for worker in [w for w in self.workers if w.leaving][:wanted]:
                 worker.leaving = False
                 wanted -= 1
-            for _ in range(max(0, wanted)):
+            self._reopen()
+            for _ in range(min(wanted, scaling.max_workers - len(self.workers) - self._starting)):
                 self._starting += 1
                 self._at(self.time_s + scaling.startup_s, self._started)
-        elif mean < scaling.low and len(stay) > scaling.min_workers and not self._starting:
+        elif load < scaling.low * len(stay) and len(stay) > scaling.min_workers and not self._starting:
             self._retire_one(stay, load)
         self._at(self.time_s + scaling.interval_s, self._scale)
+
+    def _growth(self, load: float, scaling: Scaling) -> float:
+        """By how much the load has grown in each of the last seconds; never less than nothing."""
+        self._loads.append((self.time_s, load))
+        while self.time_s - self._loads[0][0] > scaling.trend_s:
+            self._loads.popleft()
+        since, before = self._loads[0]
+        return max(0.0, load - before) / max(self.time_s - since, scaling.interval_s)
 
     def _retire_one(self, stay: list[Worker], load: float) -> None:
         scaling = self._scaling
@@ -373,6 +397,7 @@ class Cluster:
         cost = emptying_cost(snapshot, np.arange(len(self.workers)))
         victim = min(stay, key=lambda worker: float(cost[self.workers.index(worker)]))
         victim.leaving = True
+        self._reopen()
         self._collect(victim)
 
     def _started(self) -> None:

@@ -48,8 +48,13 @@ class Shape(StrEnum):
     """As heavy; the rate swings between a quarter and the whole."""
 
 
-def synthetic(shape: Shape, rate: float, duration_s: float, seed: int = 0, important: float = 0.02) -> list[Arrival]:
-    """Requests at ``rate`` per second (peak rate for ``WAVE``)."""
+def synthetic(
+    shape: Shape, rate: float, duration_s: float, seed: int = 0, important: float = 0.02, sessions: int = 512
+) -> list[Arrival]:
+    """Requests at ``rate`` per second (peak rate for ``WAVE``).
+
+    Popularity of sessions is Zipf's with a flat top, so that one session stays a small part of a large cluster's load.
+    """
     rng = np.random.default_rng(seed)
     count = max(1, int(rate * duration_s))
     if shape is Shape.EVEN:
@@ -63,9 +68,9 @@ def synthetic(shape: Shape, rate: float, duration_s: float, seed: int = 0, impor
     prompts = np.clip(rng.lognormal(6.2, 1.0, count), 16, 16_000).astype(int)
     outputs = np.clip((rng.pareto(1.6, count) + 1) * 110, 8, 6000).astype(int)
     priorities = (rng.random(count) < important).astype(int)
-    weights = 1.0 / np.arange(1, 513) ** 0.8
-    sessions = rng.choice(512, count, p=weights / weights.sum())
-    columns = (times, prompts, outputs, priorities, sessions)
+    weights = 1.0 / (np.arange(sessions) + 1.0 + sessions / 128) ** 0.8
+    chosen = rng.choice(sessions, count, p=weights / weights.sum())
+    columns = (times, prompts, outputs, priorities, chosen)
     return [
         Arrival(float(t), int(p), int(o), int(c), prefix=(int(s),) if p >= 512 else (), session=int(s))
         for t, p, o, c, s in zip(*columns, strict=True)

@@ -129,6 +129,13 @@ def test_consolidate_keeps_a_busy_cluster_and_wakes_retired_workers() -> None:
     assert plan.release == ("w2",)
 
 
+def test_consolidate_lets_a_share_of_a_large_cluster_leave_at_once() -> None:
+    workers: dict[str, dict[str, object]] = {f"w{i}": {"draining": i < 2} for i in range(20)}
+    capture = cluster([request(f"r{i}", f"w{i}", 500) for i in range(20)], workers)
+    assert len(decide("consolidate", capture).retire) == 1
+    assert not decide("consolidate", capture, **{"max-leaving-share": 0.1}).retire
+
+
 def test_later_policies_see_a_retired_worker_as_leaving() -> None:
     requests = [request(f"r{i}", "w0", 1000) for i in range(4)]
     file = parse({"policies": {"consolidate": {}, "balance": {"high": 0.1}}})

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m benchmarks.policy.live``: one hot decode worker out of two, with and without the planner's plugin.
+
+Real engines, the same requests, placed in turn (round robin) by the same router. Every other request is long, so that
+all long ones land on one worker, whose KV cannot hold them: it preempts, and what arrives there waits. Decode workers
+compute prompts themselves (a prefill worker would send the first token whatever the decode worker does), unless
+``--prefill`` is given. The only difference between the two systems is Dynamo's planner with the plugin. Temperature is
+0 and texts are compared.
+Ends with ``MigrateError`` when a system does not start or no decision is seen; a failed request is a sample.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+import openai
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.graph import end_on_sigterm, machine
+from benchmarks.serving.load import Control
+from benchmarks.serving.systems import Kind, System, running
+from components.errors import MigrateError
+from components.transfer import Transport
+
+_WORDS = "Once upon a time, in a small house by the sea, there lived an old clock maker. "
+_FIRST_DECISION_S = 90.0
+
+
+class Shape(msgspec.Struct, frozen=True):
+    """The load: requests in even gaps, long and short in turn."""
+
+    requests: int
+    gap_s: float
+    long_tokens: int
+    short_tokens: int
+    repeats: int
+    blocks: int
+    """KV blocks of 32 tokens for each decode worker."""
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """One request as its client saw it."""
+
+    long: bool
+    ttft_s: float
+    itls_s: tuple[float, ...]
+    text: str
+    error: str = ""
+
+
+class Live(msgspec.Struct):
+    """All repeats of one system."""
+
+    system: str
+    answers: list[list[Answer]]
+    preemptions: dict[str, int]
+    """By decode worker."""
+    moves: int = 0
+    failed_moves: int = 0
+    downtime_ms: float = 0.0
+    """Median of the moves."""
+
+    def ttft_ms(self, percent: float) -> float:
+        """Of all requests that were answered."""
+        return 1e3 * float(np.percentile([a.ttft_s for a in self.all() if not a.error], percent))
+
+    def itl_ms(self, percent: float) -> float:
+        """Of all gaps between the tokens of all requests."""
+        return 1e3 * float(np.percentile([gap for a in self.all() for gap in a.itls_s], percent))
+
+    def stall_ms(self, percent: float) -> float:
+        """Of the longest gap of each request."""
+        return 1e3 * float(np.percentile([max(a.itls_s, default=0.0) for a in self.all()], percent))
+
+    def all(self) -> list[Answer]:
+        """Answers of all repeats."""
+        return [answer for repeat in self.answers for answer in repeat]
+
+
+class Output(msgspec.Struct):
+    """Everything that was measured."""
+
+    machine: dict[str, str]
+    model: str
+    engine: str
+    prefill_worker: bool
+    shape: Shape
+    systems: list[Live]
+    changed_texts: int
+
+
+async def _ask(client: openai.AsyncOpenAI, model: str, prompt: str, tokens: int, is_long: bool) -> Answer:
+    began = time.monotonic()
+    times, parts, error = [], [], ""
+    try:
+        stream = await client.completions.create(
+            model=model, prompt=prompt, max_tokens=tokens, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        async for chunk in stream:
+            if chunk.choices and chunk.choices[0].text:
+                times.append(time.monotonic())
+                parts.append(chunk.choices[0].text)
+    except openai.OpenAIError as failure:
+        error = repr(failure)
+    first = times[0] - began if times else 0.0
+    gaps = tuple(round(b - a, 6) for a, b in zip(times, times[1:], strict=False))
+    return Answer(is_long, first, gaps, "".join(parts), error or ("" if times else "no token"))
+
+
+async def _load(url: str, model: str, shape: Shape, repeat: int) -> list[Answer]:
+    tasks = []
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=240) as client:
+        for number in range(shape.requests):
+            is_long = number % 2 == 0
+            # Words of its own at the beginning: no prefix cache helps.
+            prompt = f"{repeat}.{number} " + _WORDS * (8 if is_long else 2)
+            tokens = shape.long_tokens if is_long else shape.short_tokens
+            tasks.append(asyncio.create_task(_ask(client, model, prompt, tokens, is_long)))
+            await asyncio.sleep(shape.gap_s)
+        return list(await asyncio.gather(*tasks))
+
+
+def _wait_for_decisions(control: Control) -> None:
+    end = time.monotonic() + _FIRST_DECISION_S
+    while not control.status().decisions:
+        if time.monotonic() > end:
+            raise MigrateError(f"the planner has not decided anything in {_FIRST_DECISION_S:g} s")
+        time.sleep(0.5)
+
+
+def _run(system: System, shape: Shape) -> Live:
+    with Control(system) as control:
+        if system.kind is Kind.PLANNER:
+            _wait_for_decisions(control)
+        asyncio.run(_load(system.url, system.model, msgspec.structs.replace(shape, requests=2), 999))  # Warm-up.
+        before = _preemptions(control)
+        answers = [asyncio.run(_load(system.url, system.model, shape, repeat)) for repeat in range(shape.repeats)]
+        moves = control.status().moves
+        done = [move for move in moves if move.ok]
+        return Live(
+            "plugin" if system.kind is Kind.PLANNER else "without",
+            answers,
+            {worker: count - before[worker] for worker, count in _preemptions(control).items()},
+            len(done),
+            len(moves) - len(done),
+            1e3 * float(np.median([m.downtime_s for m in done])) if done else 0.0,
+        )
+
+
+def _preemptions(control: Control) -> dict[str, int]:
+    time.sleep(1.5)  # Workers report twice a second.
+    return {w.worker: w.stats.preemptions_total for w in control.status().workers if w.role == "decode" and w.stats}
+
+
+def changed(systems: list[Live]) -> int:
+    """Texts that differ between the systems, errors included."""
+    first, *rest = systems
+    return sum(
+        bool(a.error or b.error) or a.text != b.text
+        for other in rest
+        for a, b in zip(first.all(), other.all(), strict=True)
+    )
+
+
+def show(output: Output, console: Console) -> None:
+    """Ratios first."""
+    table = Table(title="one hot decode worker out of two, round robin")
+    for column in ("system", "P99 TTFT lower by", "TTFT p50", "p99", "P99 ITL lower by", "ITL p50", "p99"):
+        table.add_column(column, justify="left" if column == "system" else "right")
+    for column in ("longest gap p50", "p99", "preempted, hot", "other", "moved", "downtime", "failed"):
+        table.add_column(column, justify="right")
+    base = output.systems[0]
+    for live in output.systems:
+        counts = sorted(live.preemptions.values(), reverse=True)
+        table.add_row(
+            live.system,
+            f"{base.ttft_ms(99) / live.ttft_ms(99):.2f}x",
+            *(f"{live.ttft_ms(p):.0f}" for p in (50, 99)),
+            f"{base.itl_ms(99) / live.itl_ms(99):.2f}x",
+            *(f"{live.itl_ms(p):.1f}" for p in (50, 99)),
+            *(f"{live.stall_ms(p):.0f}" for p in (50, 99)),
+            *(str(count) for count in counts[:2]),
+            f"{live.moves} (+{live.failed_moves} not)",
+            f"{live.downtime_ms:.0f}",
+            str(sum(bool(a.error) for a in live.all())),
+        )
+    console.print(table)
+    console.print(f"times in ms; texts that differ between the systems: {output.changed_texts}")
+
+
+def main(
+    engine: Annotated[str, typer.Option(help="vllm, or paged: KV blocks and no model")] = "vllm",
+    model: Annotated[str, typer.Option(help="as in configs/disagg.yaml")] = "tiny-llama",
+    requests: Annotated[int, typer.Option(help="of each repeat")] = 40,
+    gap: Annotated[float, typer.Option(help="seconds between two requests")] = 0.4,
+    long_tokens: Annotated[int, typer.Option(help="output of every other request")] = 700,
+    short_tokens: Annotated[int, typer.Option(help="output of the others")] = 48,
+    prefill: Annotated[bool, typer.Option("--prefill", help="prompts are computed by the prefill worker")] = False,
+    blocks: Annotated[int, typer.Option(help="KV blocks of 32 tokens for each decode worker")] = 128,
+    repeats: Annotated[int, typer.Option(help="times the load is run on each system")] = 2,
+    json: Annotated[Path | None, typer.Option("--json", help="file for all samples")] = None,
+    logs: Annotated[Path | None, typer.Option(help="folder for the output of all processes")] = None,
+) -> None:
+    """Preemptions, P99 TTFT and P99 ITL of a skewed load with and without the planner's plugin."""
+    shape = Shape(requests, gap, long_tokens, short_tokens, repeats, blocks)
+    limit = f"num_blocks: {blocks}, step_s: 0.01" if engine == "paged" else f"num_gpu_blocks_override: {blocks}"
+    overrides = (
+        f"--Common.engine={engine}",
+        f"--Common.max-model-len={min(4096, 32 * blocks)}",
+        f"--DecodeWorker.engine-args={{{limit}}}",
+        "--Router.placement=round-robin",
+        f"--Router.local-prefill-max-tokens={0 if prefill else 4096}",
+        "--Planner.policy-file=benchmarks/policy/live.yaml",
+        "--Planner.interval-s=1",
+    )
+    output = Output(machine(), model, engine, prefill, shape, [], 0)
+    for kind in (Kind.OURS, Kind.PLANNER):
+        own = overrides if kind is Kind.PLANNER else overrides[:5]
+        with running(kind, model, Transport.AUTO, logs, own) as system:
+            output.systems.append(_run(system, shape))
+    output.changed_texts = changed(output.systems)
+    if json is not None:
+        json.write_bytes(msgspec.json.encode(output))
+    show(output, Console(width=160))
+
+
+if __name__ == "__main__":
+    end_on_sigterm()
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()
