@@ -80,6 +80,11 @@ def to_request(request_id: str, payload: dict[str, Any], defaults: dict[str, Any
         fields["guided"] = msgspec.Raw(msgspec.json.encode(options["guided_decoding"]))
     fields["max_tokens"] = min(stop.max_tokens or max_len, max_len - len(prompt))
     fields["min_tokens"] = stop.min_tokens or 0
+    if fields["min_tokens"] > fields["max_tokens"]:
+        raise InvalidRequest(
+            f"min_tokens = {fields['min_tokens']} is more than the {fields['max_tokens']} tokens that max_tokens and "
+            "the model's length leave: lower it"
+        )
     fields["ignore_eos"] = bool(stop.ignore_eos)
     fields["stop_token_ids"] = tuple({*(stop.stop_token_ids or ()), *(stop.stop_token_ids_hidden or ())})
     fields["logprobs"] = output.logprobs

@@ -55,6 +55,9 @@ def _vllm(config: WorkerConfig, agent: dict[str, Any]) -> Engine:
         "seed": config.seed,
         "kv_cache_memory_bytes": int(config.kv_memory_gib * (1 << 30)),
     }
+    if not config.devices:
+        # Without it, vLLM on CPU ignores the seeds of a batch in which not every request has one.
+        engine_args["use_fp64_gumbel"] = True
     return VLLMEngine(VLLMOptions(engine_args | config.engine_args, agent, integrity=config.integrity))
 
 

@@ -42,7 +42,15 @@ PAGED = (
 class Graph:
     """A running ``dynamo serve`` and a client of it. ``PAGED`` overrides start it in seconds, without a model."""
 
-    def __init__(self, folder: Path, name: str = "disagg", overrides: tuple[str, ...] = (), **environment: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str = "disagg",
+        overrides: tuple[str, ...] = (),
+        model: str = MODEL,
+        **environment: str,
+    ) -> None:
+        self.model = model
         self.port = free_port()
         self.log = folder / "serve.log"
         self.environment = dict(os.environ) | {
@@ -52,7 +60,7 @@ class Graph:
             **environment,
         }
         command = [sys.executable, "-m", "components.cli", "serve", f"graphs.{name}:Frontend"]
-        command += ["-f", f"configs/{name}.yaml", "--port", str(self.port), f"--Common.model={MODEL}"]
+        command += ["-f", f"configs/{name}.yaml", "--port", str(self.port), f"--Common.model={model}"]
         command += [f"--Common.dtype={DTYPE}", *overrides]
         self._output = self.log.open("wb")
         self.process = subprocess.Popen(
@@ -63,7 +71,7 @@ class Graph:
 
     def wait(self, timeout_s: float = 280) -> None:
         end = time.monotonic() + timeout_s
-        while f"serving {MODEL}".encode() not in self.log.read_bytes():
+        while f"serving {self.model}".encode() not in self.log.read_bytes():
             if self.process.poll() is not None or time.monotonic() > end:
                 pytest.fail(f"the graph did not start:\n{self.log.read_text(errors='replace')[-4000:]}")
             time.sleep(0.5)
@@ -116,7 +124,7 @@ class Graph:
 
     def complete(self, prompt: str, count: int, **more: object) -> str:
         reply = self.client.completions.create(
-            model=MODEL, prompt=prompt, max_tokens=count, extra_body={"ignore_eos": True}, **more
+            model=self.model, prompt=prompt, max_tokens=count, extra_body={"ignore_eos": True}, **more
         )
         assert reply.usage is not None and reply.usage.completion_tokens == count
         assert reply.choices[0].finish_reason == "length"
@@ -130,7 +138,7 @@ class Graph:
     def leave_early(self, prompt: str, after: int) -> None:
         """A client that closes its connection in the middle of an answer."""
         stream = self.client.completions.create(
-            model=MODEL, prompt=prompt, max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
+            model=self.model, prompt=prompt, max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
         )
         for number, _ in enumerate(stream):
             if number == after:
@@ -188,7 +196,7 @@ class Graph:
         end = time.monotonic() + timeout_s
         while True:
             status = self.status()
-            left = [w for w in status["workers"] if w["stats"]["free_blocks"] != w["stats"]["total_blocks"]]
+            left = [w for w in status["workers"] if not (s := w["stats"]) or s["free_blocks"] != s["total_blocks"]]
             if not status["streams"] and not left and len(status["workers"]) == workers:
                 return
             if time.monotonic() > end:

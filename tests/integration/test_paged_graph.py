@@ -48,6 +48,9 @@ def test_openai_client_chat_and_completions(paged: Graph) -> None:
     assert text == whole.choices[0].message.content != ""
     with pytest.raises(openai.BadRequestError):
         paged.client.completions.create(model=MODEL, prompt="word " * 6000, max_tokens=5)
+    # Dynamo 1.4.2 keeps the status of errors that come from behind it for whole chat answers only.
+    with pytest.raises(openai.BadRequestError, match="min_tokens = 99 is more"):
+        paged.client.chat.completions.create(**body, extra_body={"min_tokens": 99})
 
 
 @pytest.mark.parametrize("mode", ["live", "stop-and-copy", "replay"])
