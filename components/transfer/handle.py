@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One transfer under way: wait for it in a thread, await it in asyncio, or have a function called.
 
-Life cycle: made by the agent, settled exactly once by the agent's worker thread. Thread-safe throughout.
-Callbacks run on the worker thread and must not block it; what they raise is logged and dropped.
+Life cycle: made by the agent, settled exactly once: by the agent's worker thread, or by the thread that waits.
+Thread-safe throughout. Callbacks run on the worker thread and must not block it; what they raise is logged and dropped.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class TransferHandle:
         self._error: MigrateError | None = None
         self._callbacks: list[Callable[[TransferHandle], None]] = []
         self._lock = threading.Lock()
+        self.help_out: Callable[[float], None] | None = None
+        """Set by the worker: a thread that waits may do the last steps itself, where nobody is to be called back."""
         self.cancelled = False
         self.progress = 0
         """Bytes that have arrived so far."""
@@ -47,6 +49,9 @@ class TransferHandle:
 
     def wait(self, timeout_s: float | None = None) -> TransferResult:
         """The result. Raises the transfer's error, or ``TimeoutError`` when it is still under way."""
+        help_out = self.help_out
+        if help_out is not None and not self._callbacks and not self.done():
+            help_out(timeout_s if timeout_s is not None else threading.TIMEOUT_MAX)
         if not self._done.wait(timeout_s):
             raise TimeoutError(f"the transfer is still under way after {timeout_s} s")
         if self._error is not None:
@@ -83,8 +88,11 @@ class TransferHandle:
     def settle(self, result: TransferResult | None, error: MigrateError | None) -> None:
         """End it. Called by the agent alone."""
         with self._lock:
+            if self._done.is_set():
+                return
             self._result, self._error = result, error
             self._done.set()
+            self.help_out = None
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             try:

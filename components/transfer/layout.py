@@ -168,6 +168,12 @@ def runs(src: Ints, dst: Ints) -> tuple[Ints, Ints, Ints]:
     return src[first], dst[first], np.diff(np.r_[first, len(src)])
 
 
+def is_one_run(blocks: Ints) -> bool:
+    """True for neighbours in ascending order."""
+    count = len(blocks)
+    return count > 0 and int(blocks[-1] - blocks[0]) == count - 1 and bool((np.diff(blocks) == 1).all())
+
+
 def extents(ours: Sequence[Segment], theirs: Sequence[Segment], our_blocks: Ints, their_blocks: Ints) -> Ints:
     """Memory of the block pairs as rows (our address, their address, bytes), merged where blocks touch."""
     merged = runs(their_blocks, our_blocks)

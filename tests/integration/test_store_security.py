@@ -152,7 +152,7 @@ def test_certificates_that_are_not_accepted_are_one_error(tls_etcd: int, pem: Fi
 
 def test_a_client_without_certificate_is_not_let_in(tls_etcd: int, pem: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     # The server just closes the connection: what is wrong is not known for sure, so it is tried until the time is over.
-    monkeypatch.setattr("components.transfer.agent._PUBLISH_S", 4.0)
+    monkeypatch.setattr("components.transfer.control.publisher.PUBLISH_S", 4.0)
     url = f"https://127.0.0.1:{tls_etcd}"
     with pytest.raises(TransferError, match=str(tls_etcd)), agents("a", etcd_endpoints=(url,), etcd_ca=pem.ca):
         pass

@@ -117,7 +117,7 @@ def test_news_come_over_nats_before_etcd_tells(etcd_url: str, nats_url: str) -> 
 
 
 def test_an_unreachable_store_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("components.transfer.agent._PUBLISH_S", 1.0)
+    monkeypatch.setattr("components.transfer.control.publisher.PUBLISH_S", 1.0)
     address = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(TransferError, match=address), agents("a", etcd_endpoints=(address,)):
         pass

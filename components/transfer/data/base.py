@@ -5,7 +5,8 @@ Contract: ``fetch`` and ``push`` give a generator that the agent's worker thread
 it did something and ``False`` when it waits for others, returns the result, or raises a ``TransferError``.
 The worker owns deadline and cancel: it throws them into the generator, once. Whatever way the generator
 ends, nothing writes to the destination blocks afterwards, unless ``Copy.poison`` has named them.
-All calls come from the worker thread; a backend that has to block does so on threads of its own.
+All calls come from the worker thread, but for the steps of backends that say ``at_once``: those may come from the
+thread that asked for the transfer, never from two at a time. A backend that has to block does so on threads of its own.
 """
 
 from __future__ import annotations
@@ -54,6 +55,11 @@ class Backend(Protocol):
     @property
     def lane(self) -> str:
         """What is reported as the lane."""
+        ...
+
+    @property
+    def at_once(self) -> bool:
+        """True when a transfer's first step may run on the thread that asks for it, once the peer is connected."""
         ...
 
     def reaches(self, peer: AgentRecord) -> bool:

@@ -2,9 +2,9 @@
 """Gather, scatter and block-to-block copies of KV blocks: Triton kernels on CUDA, torch's index copies elsewhere.
 
 A copier is called as ``copier(blocks, buffer, gather)`` and moves the blocks of all segments between the pools
-and ``buffer``, where segment follows segment. A mover is called as ``mover(index)``: source blocks in the first
-row of ``index``, target blocks in the second. On CUDA both queue work on the current stream, which must be one
-of the device that the views name.
+and ``buffer``, where segment follows segment. A mover is called as ``mover(pairs)`` with host arrays: source blocks
+in the first row, target blocks in the second. On CUDA both queue work on the current stream, which must be one of the
+device that the views name; neighbouring blocks go without a list of them, whose way there takes as long as the launch.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from components.transfer.layout import Ints, is_one_run
+
 Copier = Callable[[torch.Tensor, torch.Tensor, bool], None]
-Mover = Callable[[torch.Tensor], None]
+Mover = Callable[[Ints], None]
 _WORD = 8
-_TILE_WORDS = 2048
+_TILE_WORDS = 8192
 _WARPS = 8
 
 
@@ -53,9 +55,9 @@ def _together(movers: Sequence[Mover]) -> Mover:
     if len(movers) == 1:
         return movers[0]
 
-    def run(index: torch.Tensor) -> None:
+    def run(pairs: Ints) -> None:
         for each in movers:
-            each(index)
+            each(pairs)
 
     return run
 
@@ -79,7 +81,8 @@ def _torch_copier(rows: Sequence[torch.Tensor]) -> Copier:
 
 
 def _torch_mover(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Mover:
-    def run(index: torch.Tensor) -> None:
+    def run(blocks: Ints) -> None:
+        index = torch.from_numpy(blocks).to(pairs[0][0].device)
         for near, far in pairs:
             far.index_copy_(0, index[1], near.index_select(0, index[0]))
 
@@ -116,15 +119,19 @@ def _jit() -> tuple[Any, Any]:
         else:
             tl.store(pool + at, tl.load(slot + at, mask=mask), mask=mask)
 
-    @triton.jit(do_not_specialize=["index", "blocks"])  # type: ignore[untyped-decorator,unused-ignore]
-    def move(sources, targets, index, blocks, words, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    @triton.jit(do_not_specialize=["index", "take", "put", "blocks"])  # type: ignore[untyped-decorator,unused-ignore]
+    def move(sources, targets, index, take, put, blocks, words, LIST: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
         pair = tl.program_id(0).to(tl.int64)
         segment = pair // blocks
         number = pair % blocks
-        take = tl.load(index + number)
-        put = tl.load(index + blocks + number)
-        near = tl.load(sources + 2 * segment) + take * tl.load(sources + 2 * segment + 1)
-        far = tl.load(targets + 2 * segment) + put * tl.load(targets + 2 * segment + 1)
+        if LIST:
+            first = tl.load(index + number)
+            second = tl.load(index + blocks + number)
+        else:
+            first = number + take
+            second = number + put
+        near = tl.load(sources + 2 * segment) + first * tl.load(sources + 2 * segment + 1)
+        far = tl.load(targets + 2 * segment) + second * tl.load(targets + 2 * segment + 1)
         at = tl.program_id(1) * TILE + tl.arange(0, TILE)
         mask = at < words
         begin = tl.multiple_of(near, 16).to(tl.pointer_type(tl.int64))
@@ -134,8 +141,13 @@ def _jit() -> tuple[Any, Any]:
     return stage, move
 
 
+def _tile(words: int) -> int:
+    """Words of one program: a power of two, no larger than a block needs."""
+    return min(_TILE_WORDS, 1 << max(7, (words - 1).bit_length()))
+
+
 def _grid(segments: int, blocks: int, words: int) -> tuple[int, int]:
-    return segments * blocks, -(-words // _TILE_WORDS)
+    return segments * blocks, -(-words // _tile(words))
 
 
 def _triton_copier(rows: Sequence[torch.Tensor]) -> Copier:
@@ -146,7 +158,7 @@ def _triton_copier(rows: Sequence[torch.Tensor]) -> Copier:
     def run(blocks: torch.Tensor, buffer: torch.Tensor, gather: bool) -> None:
         grid, count = _grid(len(rows), len(blocks), words), len(blocks)
         slot = buffer.view(torch.int64)
-        kernel[grid](table, blocks, slot, count, words, GATHER=gather, TILE=_TILE_WORDS, num_warps=_WARPS)
+        kernel[grid](table, blocks, slot, count, words, GATHER=gather, TILE=_tile(words), num_warps=_WARPS)
 
     return run
 
@@ -156,9 +168,20 @@ def _triton_mover(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Mover:
     words = pairs[0][0].shape[1] // _WORD
     sources, targets = (_table(rows) for rows in zip(*pairs, strict=True))
 
-    def run(index: torch.Tensor) -> None:
-        grid, count = _grid(len(pairs), index.shape[1], words), index.shape[1]
-        kernel[grid](sources, targets, index, count, words, TILE=_TILE_WORDS, num_warps=_WARPS)
+    def launch(index: torch.Tensor, take: int, put: int, count: int, listed: bool) -> None:
+        grid, tile = _grid(len(pairs), count, words), _tile(words)
+        kernel[grid](sources, targets, index, take, put, count, words, LIST=listed, TILE=tile, num_warps=_WARPS)
+
+    # Compiled now: launches of no block at all do nothing else.
+    launch(sources, 0, 0, 0, False)
+    launch(sources, 0, 0, 0, True)
+
+    def run(blocks: Ints) -> None:
+        count = blocks.shape[1]
+        if is_one_run(blocks[0]) and is_one_run(blocks[1]):
+            launch(sources, int(blocks[0, 0]), int(blocks[1, 0]), count, False)
+        elif count:
+            launch(torch.from_numpy(blocks).to(sources.device, non_blocking=True), 0, 0, count, True)
 
     return run
 

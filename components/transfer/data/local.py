@@ -54,6 +54,8 @@ def _nothing() -> Generator[bool, None, TransferResult]:
 class LocalBackend:
     """Copies between agents of this process."""
 
+    at_once = False
+
     _agents: ClassVar[dict[str, Callable[[int], list[torch.Tensor]]]] = {}
     """Views of an agent's memory by unit."""
 

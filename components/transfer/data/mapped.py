@@ -39,6 +39,7 @@ class MappedBackend:
     """See the module docstring."""
 
     lane = "shm/mapped"
+    at_once = False
 
     def __init__(
         self,

@@ -53,6 +53,7 @@ class TcpBackend:
     """Serves our blocks, fetches and pushes those of others."""
 
     lane = "tcp/sockets"
+    at_once = False
 
     def __init__(self, epoch: str, regions: Sequence[Region], host: str, block_size: int) -> None:
         self._epoch = epoch

@@ -80,6 +80,7 @@ class Exchange:
         self._quarantine: dict[tuple[str, int], Callable[[], None]] = {}
 
     lane = "nixl/ucx"
+    at_once = False
 
     def lane_of(self, operation: str, peer: AgentRecord) -> str:
         """Backend and the transports that UCX really chose, where it tells."""

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 from components.errors import DeadlineExceeded, MigrateError, TransferCancelled, TransferError
 from components.transfer.config import TransferResult
@@ -31,9 +33,13 @@ _PR_SET_TIMERSLACK = 29
 _STEP_S = 60e-6
 """Longest pause while something is under way: a staged chunk waits for five or six of them."""
 _ALERT_S = 100e-6
+_SPIN_S = 1e-3
+"""An eager worker looks without a pause for so long after something happened: a chunk on a GPU takes 0.3 ms."""
 _ALERT_FOR_S = 0.5
 """For so long after the last transfer a next one is expected soon."""
 _IDLE_S = 1e-3
+_HELP_S = 5e-3
+"""For so long a waiting thread helps out: a gigabyte within a GPU takes less than one."""
 _QUIET_AFTER_S = 2.0
 _QUIET_S = 4e-3
 """Nobody has moved anything for a while: each look at the peers takes the GIL from the engine's steps."""
@@ -47,6 +53,14 @@ class Job:
     handle: TransferHandle
     end: float
     failed: MigrateError | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Of the thread that steps it."""
+    at_once: bool = False
+    """Its first step was made by the thread that asked for it, and the last ones by one that waits, if there is one."""
+    helped: bool = False
+    """Such a thread is at it: the worker leaves it, and the interpreter's lock, to that one."""
+    ended: Callable[[], None] | None = None
+    """Settles the handle; set once the steps are over."""
 
 
 class Worker:
@@ -59,21 +73,43 @@ class Worker:
         self._jobs: list[Job] = []
         self._services: list[Generator[bool, None, None]] = []
         self._backends: list[Backend] = []
-        self._last_work = 0.0
+        self._eager = False
+        self._last_work = self._last_at_once = 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"kv-{name}"[:15], daemon=True)
 
-    def start(self, backends: list[Backend]) -> None:
-        """Begin to step transfers and to answer peers."""
+    def start(self, backends: list[Backend], eager: bool = False) -> None:
+        """Begin to step transfers and to answer peers. ``eager``: spend a core rather than time, while blocks move."""
         self._backends = backends
+        self._eager = eager
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
-        """Hand a transfer over. After ``stop`` it fails at once."""
+    def submit(self, job: Job, at_once: bool = False) -> None:
+        """Hand a transfer over. After ``stop`` it fails at once.
+
+        ``at_once``: the calling thread makes the first step itself, and one that waits for the end the last ones.
+        """
         if self._stopping.is_set():
             job.handle.settle(None, TransferError("the agent is closed"))
             return
+        if at_once:
+            job.at_once, self._last_at_once = True, self._clock()
+            with job.lock:
+                self._advance(job)
+            job.handle.help_out = lambda timeout_s: self._help(job, timeout_s)
         self._queue.put(job)
+
+    def _help(self, job: Job, timeout_s: float) -> None:
+        """Step a transfer on a thread that waits for it: no wake-up of another thread comes between."""
+        end = self._clock() + min(_HELP_S, timeout_s)
+        job.helped = True
+        with job.lock:
+            while job.ended is None and self._clock() < end:
+                if not self._advance(job):
+                    os.sched_yield()
+            if job.ended is not None:
+                job.ended()
+        job.helped = False
 
     def stop(self, timeout_s: float = 5.0) -> None:
         """End all transfers, and the thread."""
@@ -86,7 +122,8 @@ class Worker:
         _fine_timer()
         pause = _BUSY_S
         while True:
-            worked = self._take(block=not self._jobs and not self._services)
+            waiting = bool(self._services) or not all(job.helped for job in self._jobs)
+            worked = self._take(block=not waiting)
             worked |= self._progress()
             worked |= self._step_services()
             worked |= self._step_jobs()
@@ -95,9 +132,17 @@ class Worker:
                 return
             if worked:
                 pause, self._last_work = _BUSY_S, self._clock()
-            elif self._jobs or self._services:
+            elif self._may_spin():
+                os.sched_yield()
+            elif waiting:
                 time.sleep(pause)
                 pause = min(pause * 1.1, _STEP_S)
+
+    def _may_spin(self) -> bool:
+        """While peers' messages decide how fast it goes; a copy that runs by itself needs nobody."""
+        if not self._eager or self._clock() - self._last_work > _SPIN_S:
+            return False
+        return bool(self._services) or not all(job.at_once for job in self._jobs)
 
     def _take(self, block: bool) -> bool:
         taken = False
@@ -110,11 +155,12 @@ class Worker:
             wait = 0.0
             if job is not None:
                 self._jobs.append(job)
-                taken = True
+                taken |= not job.at_once
 
     def _pause(self) -> float:
-        quiet = self._clock() - self._last_work
-        if quiet < _ALERT_FOR_S:
+        quiet = self._clock() - max(self._last_work, self._last_at_once)
+        # Callers that start copies themselves want the interpreter's lock for that, not this thread's looks at peers.
+        if quiet < _ALERT_FOR_S and self._last_work > self._last_at_once:
             return _ALERT_S
         return _IDLE_S if quiet < _QUIET_AFTER_S else _QUIET_S
 
@@ -147,16 +193,30 @@ class Worker:
     def _step_jobs(self) -> bool:
         worked = False
         for job in list(self._jobs):
+            if not job.lock.acquire(blocking=False):
+                continue  # A thread that waits for it is at it.
             try:
-                worked |= self._step(job)
-            except StopIteration as stop:
-                self._settle(job, stop.value, job.failed)
-            except MigrateError as error:
-                self._settle(job, None, error)
-            except Exception as error:
-                logger.exception("a transfer failed")
-                self._settle(job, None, TransferError(f"{type(error).__name__}: {error}"))
+                if job.ended is None:
+                    worked |= self._advance(job) and not job.at_once
+                if job.ended is not None:
+                    self._jobs.remove(job)
+                    job.ended()
+            finally:
+                job.lock.release()
         return worked
+
+    def _advance(self, job: Job) -> bool:
+        """One step, whose end is only noted: who settles the handle decides where its callbacks run."""
+        try:
+            return self._step(job)
+        except StopIteration as stop:
+            self._note(job, stop.value, job.failed)
+        except MigrateError as error:
+            self._note(job, None, error)
+        except Exception as error:
+            logger.exception("a transfer failed")
+            self._note(job, None, TransferError(f"{type(error).__name__}: {error}"))
+        return True
 
     def _step(self, job: Job) -> bool:
         now = self._clock()
@@ -175,9 +235,8 @@ class Worker:
             raise job.failed
         return next(job.steps)
 
-    def _settle(self, job: Job, result: TransferResult | None, error: MigrateError | None) -> None:
-        self._jobs.remove(job)
-        job.handle.settle(None if error else result, error)
+    def _note(self, job: Job, result: TransferResult | None, error: MigrateError | None) -> None:
+        job.ended = partial(job.handle.settle, None if error else result, error)
 
     def _drain(self) -> None:
         while not self._queue.empty():
