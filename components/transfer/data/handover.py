@@ -16,7 +16,6 @@ import mmap
 import os
 import socket
 import struct
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +24,7 @@ import msgspec
 import numpy as np
 
 from components.errors import TransferError
+from components.transfer.data.acceptor import Acceptor
 from components.transfer.data.shared import SharedStorage
 from components.transfer.layout import Ints
 from components.wire import UNREADABLE
@@ -56,37 +56,15 @@ class Giver:
     def __init__(self, epoch: str, storages: Sequence[SharedStorage]) -> None:
         self._epoch = epoch
         self._storages = list(storages)
-        self._open: set[socket.socket] = set()
-        self._lock = threading.Lock()
-        self._closed = False
-        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._server.bind(_name(epoch))
-        self._server.listen()
-        threading.Thread(target=self._accept, name="kv-shm", daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._server.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(connection,), name="kv-shm-in", daemon=True).start()
+        server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        server.bind(_name(epoch))
+        server.listen()
+        self._acceptor = Acceptor(server, self._serve, "kv-shm")
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection:
-            with self._lock:
-                if self._closed:
-                    return
-                self._open.add(connection)
-            try:
-                self._give(connection)
-                connection.settimeout(None)
-                connection.recv(1)  # Until the peer has gone, or we close.
-            except (OSError, TransferError, *UNREADABLE) as error:
-                logger.warning("a process that wanted to map our KV pools: %s", error)
-            finally:
-                with self._lock:
-                    self._open.discard(connection)
+        self._give(connection)
+        connection.settimeout(None)
+        connection.recv(1)  # Until the peer has gone, or we close.
 
     def _give(self, connection: socket.socket) -> None:
         _, user, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
@@ -104,15 +82,7 @@ class Giver:
 
     def close(self) -> None:
         """Stop giving; peers learn that we have gone."""
-        with self._lock:
-            self._closed = True
-            still = list(self._open)
-        for sock in (self._server, *still):
-            try:
-                sock.shutdown(socket.SHUT_RDWR)
-            except OSError as error:
-                logger.debug("closing a socket: %s", error)
-        self._server.close()
+        self._acceptor.close()
 
 
 class Mapping:

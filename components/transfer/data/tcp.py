@@ -25,10 +25,10 @@ import torch
 from components.errors import DeadlineExceeded, MigrateError, TransferCancelled, TransferError
 from components.transfer.config import Strategy, TransferResult
 from components.transfer.control.record import AgentRecord
+from components.transfer.data.acceptor import Acceptor
 from components.transfer.data.base import Copy, Steps
 from components.transfer.layout import Ints, Region, put, rows_of, take
 from components.transfer.session.messages import MAX_BLOCKS, pack, unpack
-from components.wire import UNREADABLE
 
 logger = logging.getLogger(__name__)
 _MAX_ASK = 4 * MAX_BLOCKS + 1024
@@ -59,10 +59,10 @@ class TcpBackend:
         self._epoch = epoch
         self._block_size = block_size
         self._regions = list(regions)
-        self._server = socket.create_server((host, 0))
-        self.address = f"{host}:{self._server.getsockname()[1]}"
+        server = socket.create_server((host, 0))
+        self.address = f"{host}:{server.getsockname()[1]}"
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="kv-tcp-out")
-        threading.Thread(target=self._accept, name="kv-tcp", daemon=True).start()
+        self._acceptor = Acceptor(server, self._serve, "kv-tcp")
 
     def reaches(self, peer: AgentRecord) -> bool:
         """True when the peer serves this lane."""
@@ -178,24 +178,12 @@ class TcpBackend:
                 arrived(data.numel())
         return total
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._server.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(connection,), name="kv-tcp-in", daemon=True).start()
-
     def _serve(self, connection: socket.socket) -> None:
-        with connection:
-            try:
-                end = time.monotonic() + _SERVE_S
-                (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size, end))
-                if length > _MAX_ASK:
-                    raise TransferError(f"a request of {length} bytes is too long")
-                self._answer(connection, _decoder.decode(_receive(connection, length, end)), end)
-            except (OSError, MigrateError, *UNREADABLE) as error:
-                logger.debug("a KV connection ended: %s", error)
+        end = time.monotonic() + _SERVE_S
+        (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size, end))
+        if length > _MAX_ASK:
+            raise TransferError(f"a request of {length} bytes is too long")
+        self._answer(connection, _decoder.decode(_receive(connection, length, end)), end)
 
     def _answer(self, connection: socket.socket, ask: _Ask, end: float) -> None:
         blocks = unpack(ask.blocks)
@@ -222,12 +210,7 @@ class TcpBackend:
 
     def close(self) -> None:
         """Stop serving."""
-        # Closing alone does not wake a thread that waits in accept.
-        try:
-            self._server.shutdown(socket.SHUT_RDWR)
-        except OSError as error:
-            logger.debug("closing the KV server: %s", error)
-        self._server.close()
+        self._acceptor.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
