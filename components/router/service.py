@@ -256,6 +256,9 @@ class RouterService:
                     await asyncio.sleep(0.5)
                     return
                 record = await self.move(stream, target, Mode.LIVE)
+                if not record.ok and record.reason.startswith(RequestNotFound.code):
+                    # It has just ended there, which its stream is about to tell.
+                    return
                 if not record.ok and not stream.finished:
                     record = await self.move(stream, target, Mode.REPLAY)
                 moved.append(record)

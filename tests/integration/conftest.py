@@ -12,7 +12,8 @@ from tests.integration.graphs import Graph
 
 @pytest.fixture(scope="session")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
-    graph = Graph(tmp_path_factory.mktemp("graph"))
+    # One decode worker has room for all requests of a drained one.
+    graph = Graph(tmp_path_factory.mktemp("graph"), overrides=("--DecodeWorker.max-num-seqs=32",))
     try:
         graph.wait()
         yield graph

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 
 import pytest
 
@@ -38,17 +39,18 @@ def test_a_stopped_worker_drains_first(graph: Graph) -> None:
     graph.wait_until_idle(timeout_s=180)
 
 
-def test_drain_empties_a_worker_and_undrain_brings_it_back(graph: Graph) -> None:
-    prompts = [f"drained {i} {PROMPT}" for i in range(4)]
+def test_drain_empties_a_worker_with_16_running_requests_and_undrain_brings_it_back(graph: Graph) -> None:
+    prompts = [f"drained {i} {PROMPT}" for i in range(32)]
     victim: list[str] = []
 
     def drain(where: dict[str, str]) -> None:
-        victim.append(next(iter(where.values())))
-        assert all(move["ok"] for move in graph.ask("drain", victim[0]))
+        victim.append(Counter(where.values()).most_common(1)[0][0])
+        moves = graph.ask("drain", victim[0])
+        assert len(moves) >= 16 and not [(m["mode"], m["reason"]) for m in moves if not m["ok"]]
         assert not [s for s in graph.status()["streams"] if s["worker"] == victim[0]]
 
     try:
-        graph.disturbed(prompts, LENGTH, drain, temperature=0)
+        graph.disturbed(prompts, 600, drain, temperature=0)
         assert next(w["draining"] for w in graph.status()["workers"] if w["worker"] == victim[0])
     finally:
         graph.ask("undrain", victim[0])

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import openai
@@ -24,7 +25,9 @@ LENGTH = 400
 
 @pytest.fixture(scope="module")
 def paged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
-    graph = Graph(tmp_path_factory.mktemp("paged"), overrides=PAGED, ETCD_LEASE_TTL="10")
+    graph = Graph(
+        tmp_path_factory.mktemp("paged"), overrides=(*PAGED, "--DecodeWorker.max-num-seqs=32"), ETCD_LEASE_TTL="10"
+    )
     try:
         graph.wait(60)
         yield graph
@@ -67,16 +70,17 @@ def test_a_migrated_stream_gives_the_text_of_an_unmigrated_one(paged: Graph, mod
     paged.wait_until_idle()
 
 
-def test_drain_and_undrain(paged: Graph) -> None:
-    prompts = [f"drained {i} {PROMPT}" for i in range(4)]
+def test_drain_of_16_running_requests_and_undrain(paged: Graph) -> None:
+    prompts = [f"drained {i} {PROMPT}" for i in range(32)]
     victim: list[str] = []
 
     def drain(where: dict[str, str]) -> None:
-        victim.append(next(iter(where.values())))
-        assert all(move["ok"] for move in paged.ask("drain", victim[0]))
+        victim.append(Counter(where.values()).most_common(1)[0][0])
+        moves = paged.ask("drain", victim[0])
+        assert len(moves) >= 16 and not [(m["mode"], m["reason"]) for m in moves if not m["ok"]]
 
     try:
-        paged.disturbed(prompts, LENGTH, drain, temperature=0)
+        paged.disturbed(prompts, 4 * LENGTH, drain, temperature=0)
     finally:
         paged.ask("undrain", victim[0])
     paged.wait_until_idle()
