@@ -63,12 +63,15 @@ class WorkerService:
             first = asyncio.ensure_future(anext(stream))
             try:
                 await self._commit_when_known(message)
-            except MigrateError:
-                await self._engine.abort(message.request.request_id)
-                with contextlib.suppress(StopAsyncIteration, MigrateError):
-                    await first
+                output = await first
+            except BaseException:
+                # Also when the caller has gone: nobody else would end the request.
+                first.cancel()
+                with contextlib.suppress(MigrateError):
+                    await self._engine.abort(message.request.request_id)
+                await asyncio.gather(first, return_exceptions=True)
                 raise
-            yield await first
+            yield output
         async for output in stream:
             yield output
 

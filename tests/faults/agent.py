@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,10 @@ class Wire:
         """Chance that one bit of a copy is wrong."""
         self.chance: Any = None
         self.flipped = 0
+        self.held: dict[str, Callable[[int], bool]] = {}
+        """Whether an agent's engine holds a block, where somebody wants to know."""
+        self.read_of_nobody = 0
+        """Blocks that were read although their engine did not hold them."""
 
 
 class Handle:
@@ -121,6 +125,11 @@ class VirtualAgent:
                 raise PeerUnknown(f"no record of agent {peer.name}")
             if owner.ref != peer:
                 raise StaleEpoch(f"agent {peer.name} has restarted")
+            for block, tensor in ((here, self.tensors[0]), (there, owner.tensors[0])):
+                if not 0 <= block < len(tensor):
+                    raise TransferError(f"there are {len(tensor)} blocks; {block} is none of them")
+            if not self._wire.held.get(peer.name, lambda _: True)(there):
+                self._wire.read_of_nobody += 1
             for mine, theirs in zip(self.tensors, owner.tensors, strict=True):
                 mine[here] = theirs[there]
             if place == stop and flips:

@@ -106,6 +106,7 @@ class Cluster:
         host = Host(next(self._instances), component, WorkerService(engine, info))
         self.network.hosts[host.instance] = host
         self.engines[host.instance] = engine
+        self.wire.held[name] = lambda block: engine._parts is None or engine._live.scheduler.pool.holders(block) > 0
         return host
 
     def hosts(self, component: str) -> list[Host]:

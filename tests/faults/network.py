@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from random import Random
 from typing import Any
 
-from components.messages import WorkerCall, unpack
+from components.messages import WorkerCall, WorkerOp, unpack
 from components.worker.service import WorkerService
 
 LEASE_S = 5.0
@@ -32,6 +33,23 @@ class Weather:
     late_s: float = 15.0
     calls_only: bool = False
     """Streams are spared: an ordered connection does not lose a message in its middle."""
+
+
+class Fate(StrEnum):
+    """What happens to one control call."""
+
+    NORMAL = "normal"
+    LOST = "lost"
+    TWICE = "twice"
+    LATE = "late"
+    """After the caller's deadline."""
+    VERY_LATE = "very late"
+    """After every lease."""
+    ANSWER_LOST = "answer lost"
+    ANSWER_LATE = "answer late"
+
+
+_LATE_S = {Fate.LATE: 4.0, Fate.VERY_LATE: 15.0}
 
 
 class Context:
@@ -84,7 +102,11 @@ class Host:
 
 
 class Network:
-    """Carries messages. ``on_call`` is told of every control call before and after it was handled."""
+    """Carries messages.
+
+    ``on_call`` is told of every control call before and after it was handled, ``on_stream`` of every stream when it
+    reaches its host; ``fate`` decides about each control call but those for a worker's state.
+    """
 
     def __init__(self, chance: Random, weather: Weather) -> None:
         self.chance = chance
@@ -92,6 +114,8 @@ class Network:
         self.hosts: dict[int, Host] = {}
         self.router_died = False
         self.on_call: Callable[[Host, WorkerCall, str], None] = lambda host, call, when: None
+        self.on_stream: Callable[[Host], None] = lambda host: None
+        self.fate: Callable[[Host, WorkerCall], Fate] = lambda host, call: Fate.NORMAL
 
     def endpoint(self, path: str) -> _Endpoint:
         """As Dynamo's runtime."""
@@ -139,8 +163,10 @@ class _Endpoint:
         context = Context()
         broken = asyncio.ensure_future(host.broken.wait())
         item: asyncio.Future[Any] | None = None
-        for _ in range(self._network.copies(self._stream)):
-            self._start(host, payload, context, inbox)
+        fate = self._fate(host, payload)
+        copies = {Fate.LOST: 0, Fate.TWICE: 2}.get(fate)
+        for _ in range(self._network.copies(self._stream) if copies is None else copies):
+            self._start(host, payload, context, inbox, fate)
         try:
             while True:
                 item = asyncio.ensure_future(inbox.get())
@@ -157,19 +183,27 @@ class _Endpoint:
                 waiting.cancel()
             asyncio.get_running_loop().call_later(self._network.delay(), context.stop)
 
-    def _start(self, host: Host, payload: Any, context: Context, inbox: asyncio.Queue[Any]) -> None:
-        task = asyncio.ensure_future(self._work(host, payload, context, inbox))
+    def _fate(self, host: Host, payload: Any) -> Fate:
+        if self._stream:
+            return Fate.NORMAL
+        call = unpack(payload, WorkerCall)
+        return Fate.NORMAL if call.op is WorkerOp.INFO else self._network.fate(host, call)
+
+    def _start(self, host: Host, payload: Any, context: Context, inbox: asyncio.Queue[Any], fate: Fate) -> None:
+        task = asyncio.ensure_future(self._work(host, payload, context, inbox, fate))
         host.tasks.add(task)
         task.add_done_callback(host.tasks.discard)
 
-    async def _work(self, host: Host, payload: Any, context: Context, inbox: asyncio.Queue[Any]) -> None:
+    async def _work(self, host: Host, payload: Any, context: Context, inbox: asyncio.Queue[Any], fate: Fate) -> None:
         network = self._network
-        await asyncio.sleep(network.delay())
+        await asyncio.sleep(network.delay() + _LATE_S.get(fate, 0.0))
         await host.going.wait()
         call = None if self._stream else unpack(payload, WorkerCall)
         if call is not None:
             network.on_call(host, call, "before")
-            await host.going.wait()
+        else:
+            network.on_stream(host)
+        await host.going.wait()
         answers = host.service.generate(payload, context) if self._stream else host.service.control(payload)
         due = 0.0
         loop = asyncio.get_running_loop()
@@ -177,8 +211,10 @@ class _Endpoint:
             if call is not None:
                 network.on_call(host, call, "after")
             await host.going.wait()
+            if fate is Fate.ANSWER_LOST:
+                return
             for _ in range(network.copies(self._stream)):
-                due = self._due(due)
+                due = self._due(due) + (_LATE_S[Fate.LATE] if fate is Fate.ANSWER_LATE else 0.0)
                 loop.call_at(due, self._deliver, host, inbox, item)
         loop.call_at(self._due(due), self._deliver, host, inbox, None)
 

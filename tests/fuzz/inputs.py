@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ CORPUS = Path(__file__).parent / "corpus"
 Value = Any
 
 
+@cache
+def _files(name: str) -> list[bytes]:
+    return [b"", *(path.read_bytes() for path in sorted((CORPUS / name).glob("*")))]
+
+
 @dataclass(frozen=True)
 class Target:
     """``run`` takes one input; ``form`` is how the corpus is read when its structure is changed."""
@@ -29,7 +35,7 @@ class Target:
 
     def corpus(self) -> list[bytes]:
         """All files of the target, and the empty input."""
-        return [b"", *(path.read_bytes() for path in sorted((CORPUS / self.name).glob("*")))]
+        return _files(self.name)
 
     def feed(self, data: bytes) -> bool:
         """True when the input was taken, False when it was refused as it should be."""

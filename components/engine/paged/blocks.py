@@ -48,6 +48,10 @@ class BlockPool:
         """Blocks that nobody holds, cached ones among them."""
         return len(self._free)
 
+    def holders(self, block: int) -> int:
+        """How many hold the block."""
+        return self._holders[block]
+
     def allocate(self, count: int) -> list[int]:
         """Give out ``count`` blocks, each held once. Raises ``NoRoom`` and gives none when too few are free."""
         if count > len(self._free):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -38,6 +39,8 @@ def main() -> int:
     parser.add_argument("--engine", choices=["paged", "vllm"], default="paged")
     parser.add_argument("--json", default="", help="where to write all outcomes")
     arguments = parser.parse_args()
+    # Also then the system is taken down.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     outcomes: list[Outcome] = []
     expected: dict[int, str] = {}
     seeds = list(range(arguments.first, arguments.first + arguments.runs))

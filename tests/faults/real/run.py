@@ -21,8 +21,8 @@ import psutil
 from tests.faults.real.servers import Server
 from tests.faults.real.system import LEASE_S, Answer, System, kill
 
-REST_S = 150.0
-CLIENT_S = 200.0
+REST_S = 300.0
+CLIENT_S = 300.0
 PROMPTS = 8
 _VICTIMS = ["source", "destination", "Router", "PrefillWorker", "Frontend", "Planner", "etcd", "nats"]
 
