@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +32,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="4 and 16 workers at 80%, 100 seconds")] = False,
     speed: Annotated[bool, typer.Option("--speed", help="only the time and memory of decisions")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="file for all figures")] = None,
-    add: Annotated[bool, typer.Option("--add", help="keep what the file has of other cases")] = False,
+    add: Annotated[bool, typer.Option("--add", help="go on with that file: cases that it holds are not run again")] = False,
     picture: Annotated[Path | None, typer.Option("--plot", help="PNG or SVG file")] = None,
 ) -> None:
     """No migration, Dynamo's KV routing and each policy on the same simulated requests; time of one decision.
@@ -45,10 +46,12 @@ def main(
     output = Output(machine(), model, slo, [], [], [])
     if add and json is not None:
         output = msgspec.json.decode(json.read_bytes(), type=Output)
+    done = Counter(result.case for result in output.results)
     chosen = [] if speed else cases([int(n) for n in sizes.split(",")], [float(u) for u in loads.split(",")], duration)
+    chosen = [case for case in chosen if done[case] < len(case.variants)]
+    output.results = [result for result in output.results if result.case not in chosen]
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), TextColumn("{task.fields[what]}")) as progress:
         task = progress.add_task("simulating", total=sum(len(c.variants) for c in chosen) + 2, what="")
-        output.results = [result for result in output.results if result.case not in chosen]
         for case in chosen:
             arrivals = requests(case, model)
             for variant in case.variants:
