@@ -32,7 +32,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="4 and 16 workers at 80%, 100 seconds")] = False,
     speed: Annotated[bool, typer.Option("--speed", help="only the time and memory of decisions")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="file for all figures")] = None,
-    add: Annotated[bool, typer.Option("--add", help="go on with that file: cases that it holds are not run again")] = False,
+    add: Annotated[bool, typer.Option("--add", help="go on with that file: what it holds is not run again")] = False,
     picture: Annotated[Path | None, typer.Option("--plot", help="PNG or SVG file")] = None,
 ) -> None:
     """No migration, Dynamo's KV routing and each policy on the same simulated requests; time of one decision.
