@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.graph import machine
+from benchmarks.policy.calibrate import Fit
 from benchmarks.policy.report import Output, plot, show
 from benchmarks.policy.runs import cases, requests, run
 from benchmarks.policy.speed import cluster, measure
@@ -29,6 +30,7 @@ def main(
     loads: Annotated[str, typer.Option(help="shares of the rate at which the cluster would be full")] = "0.6,0.8,0.95",
     duration: Annotated[float, typer.Option(help="simulated seconds of clusters up to 64 workers")] = 150.0,
     capacity_tokens: Annotated[int, typer.Option(help="KV of one worker")] = 50_000,
+    model_file: Annotated[Path | None, typer.Option("--model", help="file of benchmarks.policy.calibrate")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="4 and 16 workers at 80%, 100 seconds")] = False,
     speed: Annotated[bool, typer.Option("--speed", help="only the time and memory of decisions")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="file for all figures")] = None,
@@ -43,6 +45,8 @@ def main(
     if quick:
         sizes, loads, duration = "4,16", "0.8", 100.0
     model, slo = WorkerModel(capacity_tokens=capacity_tokens), Slo()
+    if model_file is not None:
+        model = msgspec.json.decode(model_file.read_bytes(), type=Fit).model
     output = Output(machine(), model, slo, [], [], [])
     if add and json is not None:
         output = msgspec.json.decode(json.read_bytes(), type=Output)

@@ -12,6 +12,7 @@ Ends with ``MigrateError`` when a system does not start or no decision is seen; 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,7 @@ from benchmarks.graph import end_on_sigterm, machine
 from benchmarks.serving.load import Control
 from benchmarks.serving.systems import Kind, System, running
 from components.errors import MigrateError
+from components.messages import MoveRecord
 from components.transfer import Transport
 
 _WORDS = "Once upon a time, in a small house by the sea, there lived an old clock maker. "
@@ -49,6 +51,9 @@ class Answer(msgspec.Struct, frozen=True):
     """One request as its client saw it."""
 
     long: bool
+    start_s: float
+    """Since the first one was sent."""
+    prompt_tokens: int
     ttft_s: float
     itls_s: tuple[float, ...]
     text: str
@@ -62,10 +67,7 @@ class Live(msgspec.Struct):
     answers: list[list[Answer]]
     preemptions: dict[str, int]
     """By decode worker."""
-    moves: int = 0
-    failed_moves: int = 0
-    downtime_ms: float = 0.0
-    """Median of the moves."""
+    moves: list[MoveRecord]
 
     def ttft_ms(self, percent: float) -> float:
         """Of all requests that were answered."""
@@ -96,35 +98,56 @@ class Output(msgspec.Struct):
     changed_texts: int
 
 
-async def _ask(client: openai.AsyncOpenAI, model: str, prompt: str, tokens: int, is_long: bool) -> Answer:
-    began = time.monotonic()
-    times, parts, error = [], [], ""
-    try:
-        stream = await client.completions.create(
-            model=model, prompt=prompt, max_tokens=tokens, temperature=0, stream=True, extra_body={"ignore_eos": True}
+class _Client:
+    """Sends the requests of one repeat."""
+
+    def __init__(self, client: openai.AsyncOpenAI, model: str, shape: Shape, repeat: int) -> None:
+        self._client = client
+        self._model = model
+        self._shape = shape
+        self._repeat = repeat
+        self._began = time.monotonic()
+
+    async def load(self) -> list[Answer]:
+        """All of them, in even gaps."""
+        tasks = []
+        for number in range(self._shape.requests):
+            tasks.append(asyncio.create_task(self._ask(number)))
+            await asyncio.sleep(self._shape.gap_s)
+        return list(await asyncio.gather(*tasks))
+
+    async def _ask(self, number: int) -> Answer:
+        sent, is_long = time.monotonic(), number % 2 == 0
+        times, parts, prompt_tokens, error = [], [], 0, ""
+        try:
+            stream = await self._client.completions.create(
+                model=self._model,
+                # Words of its own at the beginning: no prefix cache helps.
+                prompt=f"{self._repeat}.{number} " + _WORDS * (8 if is_long else 2),
+                max_tokens=self._shape.long_tokens if is_long else self._shape.short_tokens,
+                temperature=0,
+                stream=True,
+                stream_options={"include_usage": True},
+                extra_body={"ignore_eos": True},
+            )
+            async for chunk in stream:
+                prompt_tokens = chunk.usage.prompt_tokens if chunk.usage else prompt_tokens
+                if chunk.choices and chunk.choices[0].text:
+                    times.append(time.monotonic())
+                    parts.append(chunk.choices[0].text)
+        except openai.OpenAIError as failure:
+            error = repr(failure)
+        first = times[0] - sent if times else 0.0
+        gaps = tuple(round(b - a, 6) for a, b in itertools.pairwise(times))
+        text = "".join(parts)
+        return Answer(
+            is_long, sent - self._began, prompt_tokens, first, gaps, text, error or ("" if times else "silent")
         )
-        async for chunk in stream:
-            if chunk.choices and chunk.choices[0].text:
-                times.append(time.monotonic())
-                parts.append(chunk.choices[0].text)
-    except openai.OpenAIError as failure:
-        error = repr(failure)
-    first = times[0] - began if times else 0.0
-    gaps = tuple(round(b - a, 6) for a, b in zip(times, times[1:], strict=False))
-    return Answer(is_long, first, gaps, "".join(parts), error or ("" if times else "no token"))
 
 
 async def _load(url: str, model: str, shape: Shape, repeat: int) -> list[Answer]:
-    tasks = []
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=240) as client:
-        for number in range(shape.requests):
-            is_long = number % 2 == 0
-            # Words of its own at the beginning: no prefix cache helps.
-            prompt = f"{repeat}.{number} " + _WORDS * (8 if is_long else 2)
-            tokens = shape.long_tokens if is_long else shape.short_tokens
-            tasks.append(asyncio.create_task(_ask(client, model, prompt, tokens, is_long)))
-            await asyncio.sleep(shape.gap_s)
-        return list(await asyncio.gather(*tasks))
+        return await _Client(client, model, shape, repeat).load()
 
 
 def _wait_for_decisions(control: Control) -> None:
@@ -142,15 +165,11 @@ def _run(system: System, shape: Shape) -> Live:
         asyncio.run(_load(system.url, system.model, msgspec.structs.replace(shape, requests=2), 999))  # Warm-up.
         before = _preemptions(control)
         answers = [asyncio.run(_load(system.url, system.model, shape, repeat)) for repeat in range(shape.repeats)]
-        moves = control.status().moves
-        done = [move for move in moves if move.ok]
         return Live(
             "plugin" if system.kind is Kind.PLANNER else "without",
             answers,
             {worker: count - before[worker] for worker, count in _preemptions(control).items()},
-            len(done),
-            len(moves) - len(done),
-            1e3 * float(np.median([m.downtime_s for m in done])) if done else 0.0,
+            list(control.status().moves),
         )
 
 
@@ -179,6 +198,7 @@ def show(output: Output, console: Console) -> None:
     base = output.systems[0]
     for live in output.systems:
         counts = sorted(live.preemptions.values(), reverse=True)
+        done = [move.downtime_s for move in live.moves if move.ok]
         table.add_row(
             live.system,
             f"{base.ttft_ms(99) / live.ttft_ms(99):.2f}x",
@@ -187,8 +207,8 @@ def show(output: Output, console: Console) -> None:
             *(f"{live.itl_ms(p):.1f}" for p in (50, 99)),
             *(f"{live.stall_ms(p):.0f}" for p in (50, 99)),
             *(str(count) for count in counts[:2]),
-            f"{live.moves} (+{live.failed_moves} not)",
-            f"{live.downtime_ms:.0f}",
+            f"{len(done)} (+{len(live.moves) - len(done)} not)",
+            f"{1e3 * float(np.median(done)):.0f}" if done else "",
             str(sum(bool(a.error) for a in live.all())),
         )
     console.print(table)
