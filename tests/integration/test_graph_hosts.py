@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,6 +29,20 @@ def served(folder: Path, host: int, only: str, overrides: tuple[str, ...]) -> Gr
         NATS_SERVER=f"nats://{ADDRESSES[0]}:4222",
         ETCD_LEASE_TTL="10",
     )
+
+
+def keys(host: str) -> list[str]:
+    """All that is in etcd."""
+    code = (
+        "import sys, etcd3\n"
+        "for _, entry in etcd3.client(host=sys.argv[1], port=2379).get_all(keys_only=True):\n"
+        "    print(entry.key.decode())"
+    )
+    environment = dict(os.environ) | {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
+    command = [sys.executable, "-c", code, host]
+    listed = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert listed.returncode == 0, listed.stderr
+    return listed.stdout.split()
 
 
 @pytest.mark.parametrize("engine", ["paged", pytest.param("vllm", marks=pytest.mark.slow)])
@@ -73,6 +90,9 @@ def test_requests_move_between_hosts_and_survive_the_stop_of_one(engine: str, tm
             graph.disturbed(prompts, length, stop_the_second, temperature=0.8, seed=3)
             assert other.process.wait(60) == 0
             graph.wait_until_idle(workers=2)
+            assert keys(ADDRESSES[0])
+            assert graph.stop() == []
+            assert keys(ADDRESSES[0]) == []
 
     with veth() as cable:
         on_host(cable.names[0], lambda: first_host(cable.names[1]))

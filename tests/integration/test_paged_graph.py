@@ -84,7 +84,7 @@ def test_drain_of_16_running_requests_and_undrain(paged: Graph) -> None:
         )
 
     try:
-        paged.disturbed(prompts, 4 * LENGTH, drain, temperature=0)
+        paged.disturbed(prompts, 2 * LENGTH, drain, temperature=0)
     finally:
         paged.ask("undrain", victim[0])
     paged.wait_until_idle()
