@@ -130,5 +130,8 @@ class Decider:
         leaving = {victim for scale_down in self._scale_down.values() for victim in scale_down.victims}
         self._seen = Snapshot.of(made_up(engines, self._replay_tokens, leaving))
         self._seen_at = self._now()
-        for move in self._replayed.plan(self._seen).moves:
+        plan = self._replayed.plan(self._seen)
+        for move in plan.moves:
             MOVES.labels(move.policy, "replayed").inc()
+        if plan.moves:
+            logger.info("%d moves planned on simulated workers", len(plan.moves))

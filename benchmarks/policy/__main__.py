@@ -28,6 +28,7 @@ _TICKS = 100_000
 def main(
     sizes: Annotated[str, typer.Option(help="numbers of decode workers")] = "4,16,64,256,1024",
     loads: Annotated[str, typer.Option(help="shares of the rate at which the cluster would be full")] = "0.6,0.8,0.95",
+    shapes: Annotated[str, typer.Option(help="kinds of load, see runs.py")] = "sticky,heavy,even,wave",
     duration: Annotated[float, typer.Option(help="simulated seconds of clusters up to 64 workers")] = 150.0,
     capacity_tokens: Annotated[int, typer.Option(help="KV of one worker")] = 50_000,
     model_file: Annotated[Path | None, typer.Option("--model", help="file of benchmarks.policy.calibrate")] = None,
@@ -52,7 +53,7 @@ def main(
         output = msgspec.json.decode(json.read_bytes(), type=Output)
     done = Counter(result.case for result in output.results)
     chosen = [] if speed else cases([int(n) for n in sizes.split(",")], [float(u) for u in loads.split(",")], duration)
-    chosen = [case for case in chosen if done[case] < len(case.variants)]
+    chosen = [case for case in chosen if case.shape in shapes.split(",") and done[case] < len(case.variants)]
     output.results = [result for result in output.results if result.case not in chosen]
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), TextColumn("{task.fields[what]}")) as progress:
         task = progress.add_task("simulating", total=sum(len(c.variants) for c in chosen) + 2, what="")

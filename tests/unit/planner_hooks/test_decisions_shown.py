@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What people see of a planner's decisions: moves, retirements and reasons in ``dynamo top``; and replay's files."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.policy.replay import planner_config, write_trace
+from components.dashboard.sample import Sampler
+from components.dashboard.top import view
+from components.messages import Decision, RouterReply
+from planner_hooks.config import parse
+from planner_hooks.report import MAX_DECISIONS, decisions
+from planner_hooks.simulate.traces import Arrival, read
+from planner_hooks.snapshot import Capture, Snapshot
+from tests.unit.planner_hooks.clusters import cluster, request
+
+
+class Routers:
+    """A router whose planner has decided this."""
+
+    def __init__(self, found: tuple[Decision, ...]) -> None:
+        self._found = found
+
+    async def status(self) -> RouterReply:
+        return RouterReply(decisions=self._found)
+
+
+def screen(found: tuple[Decision, ...]) -> str:
+    sampler = Sampler(Routers(found))  # type: ignore[arg-type]
+    asyncio.run(sampler.once())
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(view(sampler.latest, sampler.history))
+    return console.export_text()
+
+
+def decided(capture: Capture) -> tuple[Decision, ...]:
+    return decisions(parse({}).build().plan(Snapshot.of(capture)), 1000.0)
+
+
+def test_top_shows_moves_with_their_reasons_and_what_is_left_alone() -> None:
+    text = screen(decided(cluster([request(f"req{i}", "w0", 1000) for i in range(9)])))
+    assert "planner" in text
+    lines = [line for line in text.splitlines() if "move" in line and "w0 → w1" in line]
+    assert lines and all("balance" in line and "usage" in line for line in lines)
+    assert any("defragment" in line and "leave" in line for line in text.splitlines())
+
+
+def test_top_shows_retired_workers_and_no_table_without_a_planner() -> None:
+    quiet = cluster([request("a", "w0", 100), request("b", "w1", 100)], 3)
+    assert "is emptied" in screen(decided(quiet))
+    assert "planner" not in screen(())
+
+
+def test_a_router_is_never_told_more_than_it_takes() -> None:
+    capture = cluster([request(f"r{i}", "w0", 30, not_migratable="guided decoding") for i in range(400)], 1)
+    draining = cluster([request(f"r{i}", "w0", 30) for i in range(400)], {"w0": {"draining": True}})
+    assert len(decided(capture)) <= MAX_DECISIONS
+    assert len(decided(draining)) <= MAX_DECISIONS
+
+
+def test_replay_gets_a_trace_and_a_planner_that_dynamo_accepts(tmp_path: Path) -> None:
+    from dynamo.planner.config.planner_config import PlannerConfig
+
+    arrivals = [Arrival(0.0, 600, 20), Arrival(1.5, 100, 30)]
+    write_trace(arrivals, tmp_path / "t.jsonl")
+    found = read(tmp_path / "t.jsonl")
+    assert [(a.time_s, a.prompt_tokens, a.output_tokens, a.prefix) for a in found] == [
+        (0.0, 600, 20, (0, 1)),
+        (1.5, 100, 30, (2,)),
+    ]
+    for policy_file, plugins in (("", 0), ("configs/policy.yaml", 2)):
+        checked = PlannerConfig.model_validate(planner_config(4, 50_000, policy_file))
+        assert len(checked.plugin_registration.in_process_plugins) == plugins
