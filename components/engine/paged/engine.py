@@ -117,6 +117,8 @@ class PagedEngine:
         options.validate()
         sizes = (options.num_blocks, options.block_size, options.layers, options.words, options.vocab_size)
         kv = PagedKV(*sizes) if options.device == "cpu" else DeviceKV(options.device, *sizes)
+        if isinstance(kv, PagedKV) and options.agent.get("transport", "auto") in ("auto", "shm"):
+            kv.share()
         pool = BlockPool(options.num_blocks, options.prefix_caching)
         scheduler = Scheduler(kv, pool, options.max_num_seqs, options.max_num_batched_tokens)
         layout = (options.model, options.block_size, options.layers, options.words, options.vocab_size, options.seed)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from components.engine.protocol import Sampling
-from components.transfer import KVPool
+from components.transfer import KVPool, move_to_shared_memory
 
 MASK = (1 << 64) - 1
 STEP = 0x9E37_79B9_7F4A_7C15
@@ -66,6 +66,12 @@ class PagedKV:
             KVPool(f"layer.{i}", tensor, tensor.shape[0], block_dim=0, token_dim=1)
             for i, tensor in enumerate(self._tensors)
         ]
+
+    def share(self) -> str:
+        """Move to where engines of this host can map it, before anything takes addresses. The reason if it stays."""
+        reason = move_to_shared_memory(self.pools())
+        self._planes = [tensor.numpy().view(np.uint64) for tensor in self._tensors]
+        return reason
 
     @property
     def bytes_per_token(self) -> int:
