@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dynamo's own planner with the migration plugin, on a running graph."""
+"""Dynamo's own planner with the migration plugin, on a running graph: without a model, and on vLLM."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.graphs import PROMPT, Graph
+from tests.integration.graphs import PAGED, PROMPT, Graph
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 POLICY = """
@@ -21,16 +21,13 @@ policies:
 """
 
 
-@pytest.fixture(scope="module")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
-    folder = tmp_path_factory.mktemp("planner")
+@pytest.fixture(scope="module", params=["paged", "vllm"])
+def planned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
+    folder = tmp_path_factory.mktemp(f"planner-{request.param}")
     policy = folder / "policy.yaml"
     policy.write_text(POLICY)
-    graph = Graph(
-        folder,
-        "planner",
-        (f"--Planner.policy-file={policy}", "--Planner.interval-s=1", "--Planner.decode-workers=[2,2]"),
-    )
+    own = (f"--Planner.policy-file={policy}", "--Planner.interval-s=1", "--Planner.decode-workers=[2,2]")
+    graph = Graph(folder, "planner", (*own, *(PAGED if request.param == "paged" else ())))
     try:
         graph.wait()
         yield graph
@@ -53,6 +50,15 @@ def test_the_planner_evens_out_two_workers(planned: Graph) -> None:
     moves = [m for m in planned.status()["moves"] if m["ok"]]
     assert moves
     assert {(m["source"], m["target"]) for m in moves} == {(first, second)}
+
+
+def test_top_shows_what_the_planner_has_decided_and_why(planned: Graph) -> None:
+    shown = planned.command("top", "--once")
+    assert shown.returncode == 0, shown.stderr
+    table = shown.stdout[shown.stdout.index("planner") :]
+    moved = next(m for m in planned.status()["moves"] if m["ok"])
+    assert f"{moved['source']} → {moved['target']}" in table
+    assert "balance" in table and "usage" in table
 
 
 def test_explain_shows_the_live_system_and_a_saved_one(planned: Graph, tmp_path: Path) -> None:

@@ -23,16 +23,17 @@ POLICY = {
 
 
 class ScriptedRouter:
-    """Two workers; requests are where the test puts them until a migration moves them."""
+    """Two workers at first; requests are where the test puts them until a migration moves them."""
 
     def __init__(self, places: dict[str, str]) -> None:
         self.places = places
+        self.names = ["a", "b"]
         self.calls: list[tuple[str, str, str]] = []
         self.answer: Exception | str = ""
 
     async def status(self) -> RouterReply:
         workers = []
-        for name in ("a", "b"):
+        for name in self.names:
             here = [r for r, place in self.places.items() if place == name]
             rows = tuple(
                 RequestInfo(RequestId(r), RequestPhase.DECODE, 100, 50, kv_blocks=10, age_s=1.0, max_tokens=1000)
@@ -76,6 +77,16 @@ async def test_it_moves_from_the_full_worker_and_comes_to_rest() -> None:
     await tested.tick()
     assert len(router.calls) == before
     assert all(o.ok and o.gap_after is not None and o.gap_after < o.gap_before for o in tested.outcomes)
+
+
+async def test_a_new_worker_takes_running_requests_in_the_first_decision_that_sees_it() -> None:
+    router = ScriptedRouter({f"r{i}": "ab"[i % 2] for i in range(12)})
+    tested = controller(router)
+    assert not (await tested.tick()).moves
+    router.names.append("c")
+    await tested.tick()
+    await tested.idle()
+    assert router.calls and {worker for _, worker, _ in router.calls} == {"c"}
 
 
 async def test_dry_run_asks_for_nothing() -> None:
