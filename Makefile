@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: bench report help install demo test test-slow lint docs
+.PHONY: audit bench report help install demo test test-slow lint docs
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,10 @@ bench: install ## serving under load, every system in turn: ten minutes on two c
 report: install ## benchmarks/report.md and its plots again, from the raw samples
 	@.venv/bin/pip install -q -e '.[bench]'
 	@.venv/bin/python -m benchmarks.serving --report-only
+
+audit: install ## known vulnerabilities of the installed packages (asks PyPI's service)
+	@.venv/bin/pip install -q 'pip-audit>=2.7,<3'
+	@.venv/bin/pip-audit --skip-editable
 
 docs: install ## the documentation as a web site in build/docs
 	@.venv/bin/pip install --quiet -e '.[docs]' && .venv/bin/mkdocs build

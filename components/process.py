@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,19 @@ def connect() -> Any:
         os.environ.get("DYN_DISCOVERY_BACKEND", "etcd"), os.environ.get("DYN_REQUEST_PLANE", "tcp"), event_plane="zmq"
     )
     return runtime
+
+
+async def until_cut_off(runtime: Any, what: str) -> None:
+    """Return once Dynamo's runtime has ended itself: its lease in etcd is gone, for example because etcd was emptied.
+
+    A runtime cannot be made again in the same process, so whoever only calls others has to be started again, like
+    workers and routers, whose endpoints end at that moment. That is what an endpoint of our own tells.
+    """
+
+    async def nothing(_: Any) -> AsyncIterator[str]:
+        yield ""
+
+    await runtime.endpoint(f"{namespace()}-watch.{what}.alive").serve_endpoint(nothing)
 
 
 def on_stop() -> asyncio.Event:

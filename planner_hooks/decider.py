@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from components import process
 from components.errors import MigrateError
@@ -50,6 +50,7 @@ class Decider:
         self._client: RouterClient | None = None
         self._controller: Controller | None = None
         self._deciding: asyncio.Task[None] | None = None
+        self._cut_off: asyncio.Task[None] | None = None
         self._scale_down: dict[str, ScaleDown] = {}
         self._seen: Snapshot | None = None
         self._seen_at = 0.0
@@ -112,7 +113,9 @@ class Decider:
             if self._controller is None or self._client is None:
                 # The planner's own runtime already serves this port; the plugin is not given that runtime.
                 os.environ.pop("DYN_SYSTEM_PORT", None)
-                self._client = RouterClient(process.connect())
+                runtime = process.connect()
+                self._cut_off = asyncio.ensure_future(_end_when_cut_off(runtime))
+                self._client = RouterClient(runtime)
                 await asyncio.wait_for(self._client.connect(), _CONNECT_S)
                 self._controller = Controller(self.policy, self._client, self._observer)
             plan = await self._controller.tick()
@@ -135,3 +138,10 @@ class Decider:
             MOVES.labels(move.policy, "replayed").inc()
         if plan.moves:
             logger.info("%d moves planned on simulated workers", len(plan.moves))
+
+
+async def _end_when_cut_off(runtime: Any) -> None:
+    """The planner would go on for ever without seeing anybody; its launcher starts it again."""
+    await process.until_cut_off(runtime, "planner")
+    logger.error("this planner has lost its place in etcd; it ends, to be started again")
+    os._exit(1)

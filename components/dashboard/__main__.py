@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
+import sys
 
 from components import process
 from components.cli.live import join
@@ -22,13 +24,18 @@ async def main() -> None:
     arguments = parser.parse_args()
     join()
     stop = process.on_stop()
-    client = RouterClient(process.connect())
+    runtime = process.connect()
+    cut_off = asyncio.ensure_future(process.until_cut_off(runtime, "page"))
+    client = RouterClient(runtime)
     await client.connect()
     sampler = Sampler(client)
     sampling = asyncio.ensure_future(sampler.run())
     runner = await serve(Page(sampler, arguments.frontend), arguments.host, arguments.port)
     process.ready()
-    await stop.wait()
+    await asyncio.wait([asyncio.ensure_future(stop.wait()), cut_off], return_when=asyncio.FIRST_COMPLETED)
+    if not stop.is_set():
+        # Its place in etcd is lost, and with it Dynamo's runtime of this process.
+        os.execv(sys.executable, [sys.executable, "-m", "components.dashboard", *sys.argv[1:]])
     sampling.cancel()
     await runner.cleanup()
 

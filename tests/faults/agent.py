@@ -98,15 +98,13 @@ class VirtualAgent:
         self, peer: AgentRef, src: Sequence[int], dst: Sequence[int], *, request_id: str, deadline_s: float, **_: Any
     ) -> Handle:
         """Copy the peer's blocks into ours."""
-        copy = self._copy(peer, list(src), list(dst))
-        return Handle(asyncio.ensure_future(self._bounded(copy, deadline_s)))
+        return Handle(asyncio.ensure_future(self._bounded(peer, list(src), list(dst), deadline_s)))
 
-    async def _bounded(self, copy: Any, deadline_s: float) -> TransferResult:
+    async def _bounded(self, peer: AgentRef, src: list[int], dst: list[int], deadline_s: float) -> TransferResult:
         try:
-            result: TransferResult = await asyncio.wait_for(copy, deadline_s)
+            return await asyncio.wait_for(self._copy(peer, src, dst), deadline_s)
         except TimeoutError as error:
             raise DeadlineExceeded("the copy stood still") from error
-        return result
 
     async def _copy(self, peer: AgentRef, src: list[int], dst: list[int]) -> TransferResult:
         wire, chance = self._wire, self._wire.chance

@@ -80,6 +80,9 @@ class Run:
         for thread in threads:
             thread.join(CLIENT_S)
         self._judge(answers, threads)
+        if system.cut_off:
+            # What the router still shows is of the time before.
+            time.sleep(LEASE_S)
         begun = time.monotonic()
         left = system.rest(REST_S)
         outcome.rest_s = time.monotonic() - begun
@@ -153,6 +156,9 @@ class Run:
         if act == "kill":
             empty = self._chance.random() < 0.5
             self.outcome.fault += " and empty it" if empty else ""
+            if empty and server.name == "etcd":
+                parts = ("Router", "PrefillWorker", "DecodeWorker", "Frontend", "Planner")
+                self._system.cut_off += [process for part in parts for process in self._system.processes(part)]
             server.kill(empty)
             time.sleep(self._chance.choice([0.0, 1.0, 4.0]))
             server.start()

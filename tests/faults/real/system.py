@@ -56,6 +56,8 @@ class System(Graph):
         super().__init__(folder, "planner", overrides, **where)
         self._asking = threading.Lock()
         self._owed = 0
+        self.cut_off: list[psutil.Process] = []
+        """Processes whose leases are gone: they must have ended before a run is over."""
         self.length = 600 if engine == "paged" else 150
 
     def close(self) -> list[psutil.Process]:
@@ -77,7 +79,13 @@ class System(Graph):
                 self._remote.kill()
                 self._remote.wait()
             self._remote, self._owed = self._connected(), 0
-        remote = self._remote
+        answer = self._one_answer(self._remote, call)
+        if isinstance(answer, dict) and answer.get("error") == "worker_lost":
+            # Its own runtime may have ended with its lease in etcd, as it does in every process.
+            self._remote.kill()
+        return answer
+
+    def _one_answer(self, remote: subprocess.Popen[Any], call: tuple[str, ...]) -> Any:
         assert remote.stdin is not None and remote.stdout is not None
         try:
             remote.stdin.write(json.dumps(call).encode() + b"\n")
@@ -165,6 +173,8 @@ class System(Graph):
         if status["streams"] or held:
             streams = [s["request_id"] for s in status["streams"]]
             return f"streams {streams}, blocks held on {[(w['worker'], w['role'], w['requests']) for w in held]}"
+        if cut_off := [p.pid for p in self.cut_off if p.is_running()]:
+            return f"processes {cut_off} still run without their lease in etcd"
         return "" if self._serves() else "the frontend does not answer"
 
     def _serves(self) -> bool:

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that end are started again; only those that end again and again end the graph."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+
+import pytest
+from rich.console import Console
+
+from components.errors import MigrateError
+from components.serve import supervisor
+from components.serve.plan import Plan, Process
+from components.serve.supervisor import Supervisor
+
+CODE = "import os, pathlib, time; pathlib.Path(os.environ['DYN_MIGRATE_READY_FILE']).touch(); time.sleep(0.3)"
+
+
+async def watch(limit: int) -> str:
+    """What is printed while a process ends twice."""
+    process = Process(component="Worker", replica=0, command=["python", "-c", CODE], environment={})
+    output = io.StringIO()
+    plan = Plan(namespace="test", transport="auto", model="m", processes=[process])
+    watched = Supervisor(plan, {}, Console(file=output, width=200))
+    running = asyncio.ensure_future(watched.run(restart_limit=limit))
+    while output.getvalue().count("restart 1") + output.getvalue().count("restart 2") < 2 and not running.done():
+        await asyncio.sleep(0.05)
+    watched.stop()
+    await running
+    return output.getvalue()
+
+
+async def test_one_that_ends_at_once_again_and_again_ends_the_graph() -> None:
+    with pytest.raises(MigrateError, match="has ended 2 times"):
+        await asyncio.wait_for(watch(limit=1), 60)
+
+
+async def test_one_that_ran_for_a_while_starts_with_a_clean_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_STEADY_S", 0.0)
+    told = await asyncio.wait_for(watch(limit=1), 60)
+    assert told.count("restart 1 of 1") == 2
