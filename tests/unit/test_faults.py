@@ -8,7 +8,8 @@ from random import Random
 
 import pytest
 
-from tests.faults import clock, network
+from components.messages import Mode
+from tests.faults import clock, explore, network
 from tests.faults.cluster import Cluster, expected, payload, quiet
 from tests.faults.scenario import run
 
@@ -28,6 +29,26 @@ def test_a_thousand_more(first: int) -> None:
     for seed in range(first, first + 100):
         outcome = run(seed)
         assert outcome.problems == [], outcome
+
+
+def test_without_faults_no_block_is_read_that_nobody_holds_and_one_engine_runs_the_request() -> None:
+    for mode in Mode:
+        found = explore.run({}, mode)
+        assert (found.problems, found.moved) == ([], True)
+
+
+@pytest.mark.parametrize("what", ["lost", "twice", "answer lost", "kill host after"])
+def test_one_fault_at_any_step_of_a_move(what: str) -> None:
+    steps = len(explore.run({}, Mode.STOP_AND_COPY).steps)
+    for step in range(steps):
+        assert explore.run({step: what}, Mode.STOP_AND_COPY).problems == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", list(Mode))
+def test_every_fault_at_every_step(mode: Mode) -> None:
+    for found in explore.explore(mode, deviations=1):
+        assert found.problems == [], found
 
 
 def test_a_worker_that_stands_still_is_lost_although_discovery_still_lists_it(monkeypatch: pytest.MonkeyPatch) -> None:

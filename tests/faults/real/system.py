@@ -27,6 +27,7 @@ from tests.integration.graphs import MODEL, PAGED, PROMPT, ROOT, Graph
 SILENCE_S = 8
 LEASE_S = 10
 _ASK_S = 10.0
+_REPORT_S = 4.0
 _MOST_OWED = 3
 """Answers that the asking process may owe before it is started anew: a router that stands still answers none."""
 _SETTINGS = (
@@ -170,6 +171,10 @@ class System(Graph):
         held = [w for w in workers if not w["stats"] or w["stats"]["free_blocks"] != w["stats"]["total_blocks"]]
         if len(workers) != 3:
             return f"{len(workers)} workers: {[(w['worker'], w['role'], w['agents']) for w in workers]}"
+        silent = [(w["worker"], w["role"]) for w in workers if w["report_age_s"] > _REPORT_S]
+        if silent:
+            # A dead one stays listed for its lease.
+            return f"no reports from {silent}"
         if status["streams"] or held:
             streams = [s["request_id"] for s in status["streams"]]
             return f"streams {streams}, blocks held on {[(w['worker'], w['role'], w['requests']) for w in held]}"
