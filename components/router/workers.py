@@ -21,6 +21,7 @@ from components.messages import Generate, WorkerCall, WorkerInfo, WorkerOp, Work
 logger = logging.getLogger(__name__)
 POLL_S = 0.5
 _ROUND_S = 2.0
+_REPORT_S, _FIRST_REPORT_S = 30.0, 3.0
 
 
 class Worker:
@@ -154,7 +155,9 @@ class WorkerPool:
     async def _refresh(self, worker: Worker) -> None:
         worker.asked = True
         try:
-            worker.state = await worker.call(WorkerOp.INFO, timeout_s=30.0)
+            # Nobody can use a worker before its first report: that one is asked for again soon.
+            timeout_s = _REPORT_S if worker.state.info is not None else _FIRST_REPORT_S
+            worker.state = await worker.call(WorkerOp.INFO, timeout_s=timeout_s)
             worker.reported = time.monotonic()
         except MigrateError as error:
             logger.debug("worker %s did not report: %s", worker.name, error)
