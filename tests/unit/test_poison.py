@@ -156,15 +156,19 @@ async def test_a_source_that_has_restarted(monkeypatch: Patch) -> None:
     assert (await play()).tokens != expected
 
 
-async def test_an_older_life_that_publishes_again_is_ignored() -> None:
+def test_late_news_of_an_older_life_are_ignored_and_a_clock_that_was_set_back_is_not_believed() -> None:
+    origin = example()
+
     def life(epoch: str, started: float) -> AgentRecord:
-        return msgspec.structs.replace(example(), epoch=epoch, started=started)
+        return msgspec.structs.replace(origin, epoch=epoch, started=started)
 
     directory = Directory()
     directory.put(life("second", 2.0))
-    directory.put(life("first", 1.0))
-    known = directory.get("agent")
-    assert known is not None and known.epoch == "second"
+    directory.put(life("first", 1.0), hearsay=True)
+    assert directory.get("agent") == life("second", 2.0)
+    # The store has the order: this life began on a machine whose clock is behind.
+    directory.put(life("third", 0.5))
+    assert directory.get("agent") == life("third", 0.5)
 
 
 async def test_blocks_of_another_model(monkeypatch: Patch) -> None:

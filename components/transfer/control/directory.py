@@ -2,7 +2,8 @@
 """The local copy of all agent records: what a peer knows while the store is away.
 
 Thread-safe; ``wait`` blocks; ``on_new`` is told of every new life of an agent, on the thread that learnt of it.
-An older life of an agent never replaces a newer one, whatever order events come in.
+A store tells of an agent's lives in their order. Notices beside it may come late: of those an older life never replaces
+a newer one, by the times at which the lives began. A clock that was set back therefore only delays news.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ class Directory:
         self._changed = threading.Condition()
         self._on_new = on_new
 
-    def put(self, record: AgentRecord) -> None:
-        """A record appeared or changed."""
+    def put(self, record: AgentRecord, hearsay: bool = False) -> None:
+        """A record appeared or changed. ``hearsay``: not from the store, which alone knows the order."""
         with self._changed:
             known = self._records.get(record.name)
-            if known is not None and known.epoch != record.epoch and known.started > record.started:
+            if hearsay and known is not None and known.epoch != record.epoch and known.started > record.started:
                 return
             self._records[record.name] = record
             self._changed.notify_all()

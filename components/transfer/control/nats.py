@@ -80,7 +80,7 @@ def _learn(directory: Directory, value: bytes, name: str | None = None) -> Agent
     except MigrateError as error:
         logger.warning("ignoring a record from NATS: %s", error)
         return None
-    directory.put(record)
+    directory.put(record, hearsay=name is None)
     return record
 
 
