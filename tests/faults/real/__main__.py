@@ -30,6 +30,31 @@ def undisturbed(system: System) -> dict[int, str]:
     return texts
 
 
+def play(seeds: list[int], engine: str, each: int) -> list[Outcome]:
+    """All runs; the system is started anew after ``each`` of them, and after one with problems."""
+    outcomes: list[Outcome] = []
+    expected: dict[int, str] = {}
+    while seeds:
+        batch, seeds = seeds[:each], seeds[each:]
+        with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+            system = System(Path(folder), engine)
+            try:
+                system.wait()
+                expected = expected or undisturbed(system)
+                for seed in batch:
+                    outcomes.append(Run(system, expected, seed).play())
+                    _tell(outcomes[-1])
+                    if outcomes[-1].problems:
+                        _keep(system, seed)
+                        seeds = batch[batch.index(seed) + 1 :] + seeds
+                        break
+            finally:
+                left = system.close()
+            if left:
+                outcomes[-1].problems.append(f"processes are left: {left}")
+    return outcomes
+
+
 def main() -> int:
     """1 when something did not hold."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.real")
@@ -41,28 +66,9 @@ def main() -> int:
     arguments = parser.parse_args()
     # Also then the system is taken down.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    outcomes: list[Outcome] = []
-    expected: dict[int, str] = {}
-    seeds = list(range(arguments.first, arguments.first + arguments.runs))
     began = time.monotonic()
-    while seeds:
-        batch, seeds = seeds[: arguments.each], seeds[arguments.each :]
-        with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-            system = System(Path(folder), arguments.engine)
-            try:
-                system.wait(120)
-                expected = expected or undisturbed(system)
-                for seed in batch:
-                    outcomes.append(Run(system, expected, seed).play())
-                    _tell(outcomes[-1])
-                    if outcomes[-1].problems:
-                        _keep(system, seed)
-                        seeds = batch[batch.index(seed) + 1 :] + seeds
-                        break
-            finally:
-                left = system.close()
-                if left:
-                    print(f"processes are left: {left}", flush=True)
+    seeds = list(range(arguments.first, arguments.first + arguments.runs))
+    outcomes = play(seeds, arguments.engine, arguments.each)
     return _sum_up(outcomes, time.monotonic() - began, arguments.json)
 
 
