@@ -6,12 +6,14 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 
+import msgspec
 import pytest
 
 from components.engine.paged import PagedOptions
 from components.engine.paged.blocks import BlockPool, chain
 from components.engine.paged.engine import PagedEngine
-from components.engine.protocol import FinishReason, RequestId, RequestPhase
+from components.engine.paged.model import salt_of
+from components.engine.protocol import FinishReason, RequestId, RequestPhase, Sampling
 from components.errors import ConfigError, InvalidRequest, NoRoom, NotMigratable, RequestNotFound, SessionError
 from tests.paged import collect, engines, new_engine, request
 
@@ -241,3 +243,9 @@ def test_hashes_cover_all_tokens_before() -> None:
     assert chain([9, *range(1, 12)], 4, None)[2] != whole[2]
     assert chain(list(range(12)), 4, "salt")[0] != whole[0]
     assert chain([12, 3, 4, 5], 4, None) != chain([1, 23, 4, 5], 4, None)
+
+
+def test_tokens_depend_on_the_values_of_sampling_options() -> None:
+    wire = msgspec.msgpack.decode(msgspec.msgpack.encode({"temperature": 1.0, "top_p": 1.0}), type=Sampling)
+    assert salt_of(wire, 7) == salt_of(Sampling(), 7) == salt_of(Sampling(temperature=1), 7)
+    assert salt_of(Sampling(temperature=0.9), 7) != salt_of(Sampling(), 7)

@@ -38,7 +38,9 @@ def mix(value: int) -> int:
 
 def salt_of(sampling: Sampling, seed: int) -> int:
     """The share of the sampling options in every token. ``seed`` is the engine's."""
-    return mix(zlib.crc32(msgspec.msgpack.encode(sampling)) ^ (seed << 32))
+    # By value, and as after a journey: there a temperature of 0 has become 0.0.
+    travelled = msgspec.msgpack.decode(msgspec.msgpack.encode(sampling), type=Sampling)
+    return mix(zlib.crc32(msgspec.msgpack.encode(msgspec.structs.astuple(travelled))) ^ (seed << 32))
 
 
 def generator_of(sampling: Sampling, drawn: int) -> int:
