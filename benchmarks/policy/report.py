@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -60,7 +61,7 @@ def _table(output: Output, case: Case) -> Table:
         table.add_column(column, justify="left" if column == "variant" else "right")
     for column in ("moved", "GB", "worker-h", "saved", "decision"):
         table.add_column(column, justify="right")
-    hours = next(r.report.worker_hours for r in rows if r.variant.name == "no migration")
+    hours = _all_the_time(rows, rows[0])
     for row in rows:
         r = row.report
         table.add_row(
@@ -91,29 +92,42 @@ def _speed(rows: list[Speed]) -> Table:
 
 
 def plot(output: Output, path: Path) -> None:
-    """P99 TTFT over cluster size for the uneven load, and the growth of a decision."""
+    """P99 TTFT over cluster size for the uneven load, worker-hours against P99 TTFT, and the growth of a decision."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     uneven = [r for r in output.results if r.case.shape is Shape.STICKY]
-    load = max((r.case.load for r in uneven), default=0.0)
+    sizes = Counter(load for _, load in {(r.case.workers, r.case.load) for r in uneven})
+    load = max(sizes, key=lambda load: (sizes[load], load), default=0.0)  # The one that most sizes were run at.
     for name in dict.fromkeys(r.variant.name for r in uneven):
         points = [
             (r.case.workers, r.report.ttft_p99_ms) for r in uneven if r.variant.name == name and r.case.load == load
         ]
         left.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
     left.set(xscale="log", yscale="log", xlabel="workers", ylabel="P99 TTFT, ms", title=f"sticky, {load:.0%} load")
+    waves = [r for r in output.results if r.case.shape is Shape.WAVE]
+    for name in dict.fromkeys(r.variant.name for r in waves):
+        rows = [r for r in waves if r.variant.name == name]
+        saved = [100 * (1 - r.report.worker_hours / _all_the_time(output.results, r)) for r in rows]
+        middle.plot(saved, [r.report.ttft_p99_ms for r in rows], marker="o", linestyle="", label=name)
+    middle.set(yscale="log", xlabel="worker-hours saved, %", ylabel="P99 TTFT, ms", title="waves, all sizes and loads")
     if output.speed:
         requests = [s.requests for s in output.speed]
         right.plot(requests, [s.decision_ms for s in output.speed], marker="o", label="median")
         right.plot(requests, [s.decision_max_ms for s in output.speed], marker=".", linestyle=":", label="slowest")
         right.axhline(20, color="grey", linewidth=0.8)
     right.set(xscale="log", yscale="log", xlabel="running requests", ylabel="ms", title="one decision, one core")
-    for axes in (left, right):
+    for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         if axes.get_lines():
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)
+
+
+def _all_the_time(results: list[Result], one: Result) -> float:
+    """Worker-hours of a case without scaling."""
+    base = next(r for r in results if r.case == one.case and r.variant.name == "no migration")
+    return base.report.worker_hours
