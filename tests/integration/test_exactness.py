@@ -22,10 +22,10 @@ pytestmark = pytest.mark.integration
 AT_ONCE = 6
 WORDS = ["sea", "clock", "house", "maker", "lived", "once", "upon", "time", "old", "small", "door", "river", "stone"]
 CASES = {
-    "tiny-llama": ("tiny-llama", "false", 30),
-    "tiny-llama cached": ("tiny-llama", "true", 100),
-    "tiny-mixtral": ("tiny-mixtral", "false", 100),
-    "smollm2": ("smollm2", "false", 100),
+    "tiny-llama": ("tiny-llama", "false", 30, 250),
+    "tiny-llama cached": ("tiny-llama", "true", 100, 250),
+    "tiny-mixtral": ("tiny-mixtral", "false", 100, 250),
+    "smollm2": ("smollm2", "false", 100, 100),
 }
 
 
@@ -103,12 +103,12 @@ def shuffle(graph: Graph, answers: list[Future[Answer]]) -> list[dict[str, Any]]
     "case", [next(iter(CASES)), *(pytest.param(c, marks=pytest.mark.slow) for c in list(CASES)[1:])]
 )
 def test_moved_requests_give_what_unmoved_ones_give(case: str, tmp_path: Path) -> None:
-    model, caching, count = CASES[case]
+    model, caching, count, length = CASES[case]
     overrides = ("--DecodeWorker.replicas=3", f"--Common.enable-prefix-caching={caching}", "--Common.kv-memory-gib=0.5")
     graph = Graph(tmp_path, overrides=overrides, model=model)
     try:
         graph.wait()
-        compare(graph, [request(number, 250) for number in range(count)])
+        compare(graph, [request(number, length) for number in range(count)])
         graph.wait_until_idle(workers=4)
     finally:
         assert graph.stop() == []
