@@ -16,9 +16,10 @@ import msgspec
 
 from planner_hooks.config import parse
 from planner_hooks.plan import Policy
-from planner_hooks.simulate.cluster import Cluster, Dispatch, Scaling
+from planner_hooks.simulate.cluster import Cluster, Dispatch
 from planner_hooks.simulate.model import Slo, WorkerModel, saturation_rate
 from planner_hooks.simulate.report import Report, report
+from planner_hooks.simulate.scaling import Scaling
 from planner_hooks.simulate.traces import Arrival, Shape, synthetic
 
 EACH = ("balance", "defragment", "priority")

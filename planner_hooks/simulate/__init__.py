@@ -4,6 +4,8 @@
 model.py      step time, KV capacity, transfer time, SLO: the numbers that a calibration gives
 traces.py     synthetic load; Azure, BurstGPT and Mooncake trace files
 worker.py     one worker: lock-step decoding, chunked prefill, admission, preemption
-cluster.py    events, dispatch, migrations, planner ticks, scaling
+columns.py    what policies see of the workers
+scaling.py    the simulated planner: how many workers
+cluster.py    events, dispatch, migrations, planner ticks, workers that come and go
 report.py     what came of it
 """

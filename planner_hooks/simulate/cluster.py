@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 
@@ -22,7 +21,9 @@ import numpy as np
 from planner_hooks.estimate import RemainingEstimate
 from planner_hooks.plan import Move, Plan, Policy
 from planner_hooks.policies.consolidate import emptying_cost
+from planner_hooks.simulate.columns import columns
 from planner_hooks.simulate.model import WorkerModel
+from planner_hooks.simulate.scaling import Autoscaler, Scaling
 from planner_hooks.simulate.traces import Arrival
 from planner_hooks.simulate.worker import Request, Worker
 from planner_hooks.snapshot import Snapshot
@@ -34,19 +35,6 @@ class Dispatch(StrEnum):
     ROUND_ROBIN = "round-robin"
     STICKY = "sticky"
     KV = "kv"
-
-
-class Scaling(msgspec.Struct, frozen=True):
-    """A planner that keeps the mean KV usage between two values, as it will be when a new worker is there."""
-
-    low: float = 0.45
-    high: float = 0.75
-    interval_s: float = 5.0
-    startup_s: float = 20.0
-    min_workers: int = 1
-    max_workers: int = 1024
-    trend_s: float = 20.0
-    """The growth over so long is taken to go on."""
 
 
 class Cluster:
@@ -83,8 +71,6 @@ class Cluster:
         self._routed = np.zeros(0)
         self._holders: defaultdict[int, set[int]] = defaultdict(set)
         self._unfinished = 0
-        self._starting = 0
-        self._loads: deque[tuple[float, float]] = deque()
         self._open: list[Worker] = []
         """Workers that get new requests; ``_reopen`` after every change."""
         self._closed = np.zeros(0, dtype=bool)
@@ -105,7 +91,8 @@ class Cluster:
         if self._policy is not None:
             self._at(self._tick_s, self._tick)
         if self._scaling is not None:
-            self._at(self._scaling.interval_s, self._scale)
+            scaler = Autoscaler(self._scaling)
+            self._at(self._scaling.interval_s, lambda: self._scale(scaler))
         while self._events and self._unfinished > 0:
             self.time_s, _, call = heapq.heappop(self._events)
             if self.time_s > end:
@@ -214,65 +201,7 @@ class Cluster:
 
     def snapshot(self) -> tuple[Snapshot, list[Request]]:
         """Columns of this moment, and the request behind each row."""
-        rows: list[Request] = []
-        owner: list[int] = []
-        running: list[int] = []
-        for i, worker in enumerate(self.workers):
-            worker.advance(self.time_s)
-            rows += worker.running
-            running.append(len(worker.running))
-            rows += worker.waiting
-            owner += [i] * (len(worker.running) + len(worker.waiting))
-        index = {worker: i for i, worker in enumerate(self.workers)}
-        count = len(self.workers)
-        runs = np.array([r.worker is not None and r in r.worker.running for r in rows], dtype=bool)
-        generated = np.array([self.workers[o].generated(r) for r, o in zip(rows, owner, strict=True)], dtype=float)
-        need = generated + np.array([r.arrival.prompt_tokens for r in rows], dtype=float)
-        queued = np.bincount(np.array(owner, dtype=int)[~runs], weights=need[~runs], minlength=count).astype(float)
-
-        def column(values: Sequence[float]) -> np.ndarray:
-            return np.array(values, dtype=float)
-
-        workers = self.workers
-        snapshot = Snapshot(
-            time_s=self.time_s,
-            worker_ids=tuple(w.name for w in workers),
-            w_capacity=np.full(count, float(self.model.capacity_tokens)),
-            w_held=column([w.held for w in workers]),
-            w_queued=queued,
-            w_running=column([len(w.running) + (w.prefill is not None) for w in workers]),
-            w_waiting=column([len(w.waiting) for w in workers]),
-            w_max_seqs=np.full(count, float(self.model.max_seqs)),
-            w_step_s=column([w.mean_step_s() for w in workers]),
-            w_fresh=np.ones(count, dtype=bool),
-            w_leaving=np.array([w.leaving for w in workers], dtype=bool),
-            w_inbound=np.zeros(count),
-            w_outbound=column([sum(r.need for r in w.running if r.moving) if w.moves else 0.0 for w in workers]),
-            w_moves=np.array([w.moves for w in workers], dtype=np.int32),
-            request_ids=rows,  # type: ignore[arg-type]
-            r_worker=np.array(owner, dtype=np.int32),
-            r_kv=np.where(runs, need, 0.0),
-            r_need=need,
-            r_remaining=self._remaining.of(generated),
-            r_priority=np.array([r.arrival.priority for r in rows], dtype=np.int32),
-            r_running=runs,
-            r_waiting=~runs,
-            r_free=np.array([not r.moving for r in rows], dtype=bool),
-            r_since_move=self.time_s - column([r.last_move_s for r in rows]),
-            r_came_from=np.array([index.get(r.came_from, count) if r.moved else count for r in rows], dtype=np.int32),  # type: ignore[arg-type]
-            bytes_per_token=float(self.model.kv_bytes_per_token),
-            bytes_per_s=self.model.bytes_per_s,
-            overhead_s=self.model.overhead_s,
-            downtime_s=self.model.downtime_s,
-            pairs=Counter(
-                (index[r.worker], index[r.target])  # type: ignore[index]
-                for w in workers
-                if w.moves
-                for r in w.running
-                if r.moving and r.target in index
-            ),
-        )
-        return snapshot, rows
+        return columns(self.workers, self.time_s, self.model, self._remaining)
 
     def _carry_out(self, plan: Plan, rows: list[Request]) -> None:
         names = {worker.name: worker for worker in self.workers}
@@ -360,48 +289,28 @@ class Cluster:
         self._routed = np.append(self._routed, 0.0)
         self._reopen()
 
-    def _scale(self) -> None:
-        scaling = self._scaling
-        if scaling is None:
-            return
-        stay = [worker for worker in self.workers if not worker.leaving]
+    def _scale(self, scaler: Autoscaler) -> None:
         load = sum(worker.held + worker.queued_tokens() for worker in self.workers) / self.model.capacity_tokens
-        ahead = load + self._growth(load, scaling) * (scaling.startup_s + scaling.interval_s)
-        if ahead > scaling.high * (len(stay) + self._starting):
-            # Take leaving workers back first: they need no start-up.
-            wanted = math.ceil(ahead / scaling.high) - len(stay) - self._starting  # At least one.
-            for worker in [w for w in self.workers if w.leaving][:wanted]:
-                worker.leaving = False
-                wanted -= 1
-            self._reopen()
-            for _ in range(min(wanted, scaling.max_workers - len(self.workers) - self._starting)):
-                self._starting += 1
-                self._at(self.time_s + scaling.startup_s, self._started)
-        elif load < scaling.low * len(stay) and len(stay) > scaling.min_workers and not self._starting:
-            self._retire_one(stay, load)
-        self._at(self.time_s + scaling.interval_s, self._scale)
+        change = scaler.decide(self.time_s, self.workers, load)
+        for worker in change.back:
+            worker.leaving = False
+        for _ in range(change.start):
+            self._at(self.time_s + scaler.rules.startup_s, lambda: self._started(scaler))
+        if change.fewer:
+            self._retire_one()
+        self._reopen()
+        self._at(self.time_s + scaler.rules.interval_s, lambda: self._scale(scaler))
 
-    def _growth(self, load: float, scaling: Scaling) -> float:
-        """By how much the load has grown in each of the last seconds; never less than nothing."""
-        self._loads.append((self.time_s, load))
-        while self.time_s - self._loads[0][0] > scaling.trend_s:
-            self._loads.popleft()
-        since, before = self._loads[0]
-        return max(0.0, load - before) / max(self.time_s - since, scaling.interval_s)
-
-    def _retire_one(self, stay: list[Worker], load: float) -> None:
-        scaling = self._scaling
-        if scaling is None or load / (len(stay) - 1) > scaling.high:
-            return
+    def _retire_one(self) -> None:
         snapshot, _ = self.snapshot()
         cost = emptying_cost(snapshot, np.arange(len(self.workers)))
-        victim = min(stay, key=lambda worker: float(cost[self.workers.index(worker)]))
+        stay = [i for i, worker in enumerate(self.workers) if not worker.leaving]
+        victim = self.workers[min(stay, key=lambda i: float(cost[i]))]
         victim.leaving = True
-        self._reopen()
         self._collect(victim)
 
-    def _started(self) -> None:
-        self._starting -= 1
+    def _started(self, scaler: Autoscaler) -> None:
+        scaler.starting -= 1
         self._add_worker()
 
     def worker_hours(self) -> float:
