@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.graph import machine
 from tests.faults.real.run import PROMPTS, Outcome, Run
 from tests.faults.real.system import Answer, System
 
@@ -97,7 +98,8 @@ def _sum_up(outcomes: list[Outcome], seconds: float, path: str) -> int:
         f"after {statistics.median(rest):.1f} s (median), {rest[-1]:.1f} s at most; {seconds:.0f} s"
     )
     if path:
-        Path(path).write_text(json.dumps(msgspec.to_builtins(outcomes), indent=1) + "\n")
+        found = {"machine": machine(), "seconds": round(seconds), "outcomes": msgspec.to_builtins(outcomes)}
+        Path(path).write_text(json.dumps(found, indent=1) + "\n")
     return bool(bad)
 
 

@@ -49,7 +49,8 @@ class Run:
         self._system = system
         self._expected = expected
         self._chance = Random(seed)
-        self._later: list[Callable[[], None]] = []
+        self._undoing: list[threading.Timer] = []
+        self._hold_s = 0.0
         self._may_break = False
         self.outcome = Outcome(seed)
 
@@ -70,13 +71,13 @@ class Run:
         if not before:
             moving.start()
             time.sleep(chance.uniform(0.0, 0.3))
+        self._hold_s = {"kill": 0.0, "stop": 2.0, "stop long": LEASE_S + 5.0}[act]
         self._harm(victim, act)
         if before:
             moving.start()
         moving.join()
-        time.sleep({"kill": 0.0, "stop": 2.0, "stop long": LEASE_S + 5.0}[act])
-        for undo in self._later:
-            undo()
+        for timer in self._undoing:
+            timer.join()
         for thread in threads:
             thread.join(CLIENT_S)
         self._judge(answers, threads)
@@ -137,7 +138,7 @@ class Run:
             kill(process)
             return
         process.send_signal(signal.SIGSTOP)
-        self._later.append(lambda: _continue(process))
+        self._undo(lambda: _continue(process))
 
     def _victims(self, victim: str) -> list[psutil.Process]:
         if victim not in ("source", "destination"):
@@ -167,7 +168,12 @@ class Run:
             return
         self._may_break = server.name == "etcd" and act == "stop long"
         server.pause(True)
-        self._later.append(lambda: server.pause(False))
+        self._undo(lambda: server.pause(False))
+
+    def _undo(self, action: Callable[[], None]) -> None:
+        timer = threading.Timer(self._hold_s, action)
+        timer.start()
+        self._undoing.append(timer)
 
 
 def _continue(process: psutil.Process) -> None:
