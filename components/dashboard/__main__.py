@@ -38,6 +38,9 @@ async def main() -> None:
         os.execv(sys.executable, [sys.executable, "-m", "components.dashboard", *sys.argv[1:]])
     sampling.cancel()
     await runner.cleanup()
+    # Or its key in etcd would stay there until the lease ends.
+    runtime.shutdown()
+    await asyncio.wait([cut_off], timeout=3.0)
 
 
 if __name__ == "__main__":
