@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -92,7 +93,11 @@ def test_requests_move_between_hosts_and_survive_the_stop_of_one(engine: str, tm
             graph.wait_until_idle(workers=2)
             assert keys(ADDRESSES[0])
             assert graph.stop() == []
-            assert keys(ADDRESSES[0]) == []
+            # What a process did not take back itself goes with its lease of 10 s.
+            end = time.monotonic() + 25
+            while keys(ADDRESSES[0]):
+                assert time.monotonic() < end, keys(ADDRESSES[0])
+                time.sleep(0.5)
 
     with veth() as cable:
         on_host(cable.names[0], lambda: first_host(cable.names[1]))
