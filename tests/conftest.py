@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from components.serve.servers import etcd_command, nats_command
+
 _status = pytest.StashKey[int]()
 
 
@@ -72,16 +74,7 @@ def etcd_server(
     data: Path, port: int, host: str = "127.0.0.1", more: Sequence[str] = (), scheme: str = "http"
 ) -> Iterator[subprocess.Popen[bytes]]:
     """One etcd with its data in ``data``, listening on ``port``; ``more`` are arguments for it."""
-    client, peer = f"{scheme}://{host}:{port}", f"http://127.0.0.1:{free_port()}"
-    command = [
-        "etcd",
-        *("--data-dir", str(data), "--name", "test", "--log-level", "error"),
-        *("--listen-client-urls", client, "--advertise-client-urls", client),
-        *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
-        *("--initial-cluster", f"test={peer}"),
-        *more,
-    ]
-    with running(command) as process:
+    with running([*etcd_command(data, f"{scheme}://{host}:{port}", free_port()), *more]) as process:
         wait_for_port(port, host=host)
         yield process
 
@@ -91,7 +84,7 @@ def nats_server(
     data: Path, port: int, host: str = "127.0.0.1", more: Sequence[str] = ()
 ) -> Iterator[subprocess.Popen[bytes]]:
     """One NATS server with JetStream in ``data``, listening on ``port``; ``more`` are arguments for it."""
-    with running(["nats-server", "-a", host, "-p", str(port), "-js", "-sd", str(data), *more]) as process:
+    with running([*nats_command(data, port, host), *more]) as process:
         wait_for_port(port, host=host)
         yield process
 

@@ -231,19 +231,17 @@ def main(
     """Preemptions, P99 TTFT and P99 ITL of a skewed load with and without the planner's plugin."""
     shape = Shape(requests, gap, long_tokens, short_tokens, repeats, blocks)
     limit = f"num_blocks: {blocks}, step_s: 0.01" if engine == "paged" else f"num_gpu_blocks_override: {blocks}"
-    overrides = (
+    both = (
         f"--Common.engine={engine}",
         f"--Common.max-model-len={min(4096, 32 * blocks)}",
         f"--DecodeWorker.engine-args={{{limit}}}",
         "--Router.placement=round-robin",
         f"--Router.local-prefill-max-tokens={0 if prefill else 4096}",
-        "--Planner.policy-file=benchmarks/policy/live.yaml",
-        "--Planner.interval-s=1",
     )
+    planner = ("--Planner.policy-file=benchmarks/policy/live.yaml", "--Planner.interval-s=1")
     output = Output(machine(), model, engine, prefill, shape, [], 0)
-    for kind in (Kind.OURS, Kind.PLANNER):
-        own = overrides if kind is Kind.PLANNER else overrides[:5]
-        with running(kind, model, Transport.AUTO, logs, own) as system:
+    for kind, more in ((Kind.OURS, ()), (Kind.PLANNER, planner)):
+        with running(kind, model, Transport.AUTO, logs, both + more) as system:
             output.systems.append(_run(system, shape))
     output.changed_texts = changed(output.systems)
     if json is not None:

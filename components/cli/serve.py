@@ -152,16 +152,17 @@ async def _serve(plan: Plan, console: Console, then: Any, dashboard: int | None)
                 jobs.append(asyncio.ensure_future(page()))
         jobs.append(asyncio.ensure_future(after()))
 
+    keeping = asyncio.ensure_future(keep_servers())
+    jobs.append(keeping)
     try:
-        jobs.append(asyncio.ensure_future(keep_servers()))
-        jobs[0].add_done_callback(lambda _: supervisor.stop())
+        keeping.add_done_callback(lambda _: supervisor.stop())
         if plan.bounds:
             # Dynamo's runtime in this process reads where etcd is from here.
             os.environ["ETCD_ENDPOINTS"] = variables["ETCD_ENDPOINTS"]
             jobs.append(asyncio.ensure_future((await connected(plan, supervisor)).run()))
         await supervisor.run(on_ready)
     finally:
-        given_up = jobs[0].exception() if jobs and jobs[0].done() else None
+        given_up = keeping.exception() if keeping.done() else None
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 
+from components.address import dialled
 from components.serve.servers import answers
 
 _START_S = 30.0
@@ -45,7 +46,7 @@ async def beside(port: int, host: str, frontend: str, variables: Mapping[str, st
     try:
         end = time.monotonic() + _START_S
         while child.returncode is None and time.monotonic() < end:
-            if await asyncio.to_thread(answers, "127.0.0.1" if host == "0.0.0.0" else host, port, 0.2):
+            if await asyncio.to_thread(answers, dialled(host), port, 0.2):
                 break
             await asyncio.sleep(0.1)
         yield

@@ -12,6 +12,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from components.address import dialled
 from components.metrics.names import PREFIX, Kind, Metric
 
 Family = CounterMetricFamily | GaugeMetricFamily
@@ -39,7 +40,7 @@ def family(metric: Metric, values: dict[tuple[str, ...], float]) -> Family:
 
 def reachable(host: str) -> str:
     """The name under which Prometheus reaches a process that listens on ``host``; ``DYN_MIGRATE_METRICS_HOST`` wins."""
-    return os.environ.get("DYN_MIGRATE_METRICS_HOST") or ("127.0.0.1" if host == "0.0.0.0" else host)
+    return os.environ.get("DYN_MIGRATE_METRICS_HOST") or dialled(host)
 
 
 def address(host: str = "127.0.0.1") -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
-from urllib.parse import urlsplit
+
+from components.address import parts_of
 
 _LOOPBACK = {
     "DYN_TCP_RPC_HOST": "127.0.0.1",
@@ -30,7 +31,7 @@ def is_loopback(host: str) -> bool:
 def stays_here(environment: Mapping[str, str], advertised: str = "127.0.0.1") -> bool:
     """Does everything that must reach this process run on this machine?"""
     urls = [url for url in environment.get("ETCD_ENDPOINTS", "").split(",") if url]
-    hosts = [urlsplit(url if "://" in url else f"//{url}").hostname or "" for url in urls]
+    hosts = [parts_of(url).hostname or "" for url in urls]
     return all(is_loopback(host) for host in (*hosts, advertised)) and "DYN_MIGRATE_METRICS_HOST" not in environment
 
 

@@ -16,8 +16,8 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
 
+from components.address import parts_of
 from components.errors import ConfigError, MigrateError
 
 RESTARTS = 5
@@ -48,6 +48,22 @@ def answers(host: str, port: int, timeout_s: float = 2.0) -> bool:
         return False
 
 
+def etcd_command(data: Path, client: str, peer_port: int) -> list[str]:
+    """One etcd by itself, for clients at the URL ``client``."""
+    peer = f"http://127.0.0.1:{peer_port}"
+    return [
+        *("etcd", "--name", "graph", "--data-dir", str(data), "--log-level", "error"),
+        *("--listen-client-urls", client, "--advertise-client-urls", client),
+        *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+        *("--initial-cluster", f"graph={peer}"),
+    ]
+
+
+def nats_command(data: Path, port: int, host: str = "127.0.0.1") -> list[str]:
+    """One NATS server with JetStream."""
+    return ["nats-server", "-a", host, "-p", str(port), "-js", "-sd", str(data)]
+
+
 def _popen(command: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
@@ -76,7 +92,7 @@ class Servers:
     def _check(self, environment: Mapping[str, str]) -> None:
         for variable in ("ETCD_ENDPOINTS", "NATS_SERVER"):
             for url in filter(None, environment.get(variable, "").split(",")):
-                parts = urlsplit(url if "://" in url else f"//{url}")
+                parts = parts_of(url)
                 host, port = parts.hostname or "127.0.0.1", parts.port or 2379
                 if not answers(host, port):
                     raise ConfigError(
@@ -84,41 +100,39 @@ class Servers:
                     )
 
     def _own_etcd(self) -> str:
-        client, peer = f"http://127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}"
-        self._spawn(
-            "etcd",
-            *("--name", "graph", "--data-dir", str(self._data / "etcd"), "--log-level", "error"),
-            *("--listen-client-urls", client, "--advertise-client-urls", client),
-            *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
-            *("--initial-cluster", f"graph={peer}"),
-        )
-        self._wait("etcd", urlsplit(client).port or 0)
+        port = free_port()
+        client = f"http://127.0.0.1:{port}"
+        self._spawn(etcd_command(self._data / "etcd", client, free_port()))
+        self._wait("etcd", port)
         return client
 
     def _own_nats(self) -> str:
         port = free_port()
-        self._spawn("nats-server", "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", str(self._data / "nats"))
+        self._spawn(nats_command(self._data / "nats", port))
         self._wait("nats-server", port)
         return f"nats://127.0.0.1:{port}"
 
-    def _spawn(self, program: str, *arguments: str) -> None:
-        if shutil.which(program) is None:
+    def _spawn(self, command: list[str]) -> None:
+        if shutil.which(command[0]) is None:
             raise ConfigError(
-                f"{program} is not installed: apt-get install etcd-server nats-server, "
+                f"{command[0]} is not installed: apt-get install etcd-server nats-server, "
                 "or name running servers in ETCD_ENDPOINTS and NATS_SERVER"
             )
-        self.processes.append(_popen([program, *arguments]))
+        self.processes.append(_popen(command))
 
     def revive(self) -> list[str]:
         """Start those of our own that have died; returns their programs."""
-        dead = [process for process in self.processes if process.poll() is not None]
-        for process in dead:
+        revived = []
+        for number, process in enumerate(self.processes):
+            if process.poll() is None:
+                continue
             command = [str(part) for part in process.args]  # type: ignore[union-attr]
             self._restarts += 1
             if self._restarts > RESTARTS:
                 raise MigrateError(f"{command[0]} has ended {RESTARTS} times; its data is in {self._data}")
-            self.processes[self.processes.index(process)] = _popen(command)
-        return [str(process.args[0]) for process in dead]  # type: ignore[index]
+            self.processes[number] = _popen(command)
+            revived.append(command[0])
+        return revived
 
     def _wait(self, program: str, port: int, timeout_s: float = 20.0) -> None:
         end = time.monotonic() + timeout_s

@@ -24,6 +24,7 @@ import psutil
 from rich.console import Console
 from rich.text import Text
 
+from components.address import dialled
 from components.errors import ConfigError, MigrateError
 from components.serve.plan import Plan, Process
 from components.serve.servers import system_port
@@ -190,10 +191,9 @@ class Supervisor:
     async def _is_ready(self, child: Child) -> bool:
         if child.process.component != "Frontend":
             return child.ready_file.exists()
-        host = "127.0.0.1" if self._plan.host == "0.0.0.0" else self._plan.host
         try:
             async with httpx.AsyncClient(timeout=2.0) as client:
-                reply = await client.get(f"http://{host}:{self._plan.port}/v1/models")
+                reply = await client.get(f"http://{dialled(self._plan.host)}:{self._plan.port}/v1/models")
                 return bool(reply.json().get("data"))
         except (httpx.HTTPError, ValueError):
             return False

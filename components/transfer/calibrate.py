@@ -12,7 +12,6 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from multiprocessing.connection import Connection
@@ -44,10 +43,8 @@ class Grid:
     repeats: int = 5
 
 
-def calibrate(
-    transport: Transport, device: str, grid: Grid | None = None, told: Callable[[Point], None] = lambda _: None
-) -> LaneCalibration:
-    """Measure this host. ``told`` gets every point as it comes."""
+def calibrate(transport: Transport, device: str, grid: Grid | None = None) -> LaneCalibration:
+    """Measure this host."""
     lanes.check(transport)
     if not nixl_is_available()[0]:
         raise TransferUnavailable(f"there is nothing to calibrate without NIXL: {nixl_is_available()[1]}")
@@ -66,7 +63,6 @@ def calibrate(
                 for run in grid.run_blocks:
                     point, lane = _measure(here, agent, peer, size, run, device, grid)
                     points.append(point)
-                    told(point)
                 _send(here, b"next")
             finally:
                 agent.close()

@@ -168,6 +168,11 @@ def runs(src: Ints, dst: Ints) -> tuple[Ints, Ints, Ints]:
     return src[first], dst[first], np.diff(np.r_[first, len(src)])
 
 
+def groups_of(count: int, size: int) -> list[tuple[int, int]]:
+    """(first, past the last) of groups of ``size``; the last may be smaller."""
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def is_one_run(blocks: Ints) -> bool:
     """True for neighbours in ascending order."""
     count = len(blocks)

@@ -102,7 +102,7 @@ class Balance(BasePolicy[Config]):
     def _move_one(self, ledger: Ledger, src: int, cold: np.ndarray) -> bool:
         s, rules = ledger.snapshot, ledger.rules
         rows = ledger.candidates(src)
-        rows = rows[ledger.snapshot.r_running[rows]]
+        rows = rows[s.r_running[rows]]
         if not len(rows):
             ledger.hold(HoldReason.NO_CANDIDATE, src)
             return False

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
@@ -18,6 +18,7 @@ from components.router.openai import to_request
 from components.router.service import RouterService
 from components.serve.config import RouterConfig
 from components.worker.service import WorkerService
+from tests.faults import clock
 from tests.faults.agent import VirtualAgent, Wire
 from tests.faults.network import Context, Host, Network, Weather
 
@@ -222,6 +223,15 @@ class _Client(Context):
     def id(self) -> str:
         """The request id."""
         return self._name
+
+
+def in_virtual_time(play: Coroutine[Any, Any, object], problems: list[str]) -> None:
+    """Play it to its end; whatever goes wrong is one of the problems."""
+    with quiet():
+        try:
+            clock.run(play, problems.append)
+        except Exception as error:
+            problems.append(f"{type(error).__name__}: {error}")
 
 
 @contextmanager

@@ -29,8 +29,7 @@ from random import Random
 
 from components.engine.protocol import RequestPhase
 from components.messages import Mode, WorkerCall, WorkerOp
-from tests.faults import clock
-from tests.faults.cluster import Answer, Cluster, expected, payload, quiet
+from tests.faults.cluster import Answer, Cluster, expected, in_virtual_time, payload
 from tests.faults.network import Fate, Host, Weather
 
 DEADLINE_S = 120.0
@@ -190,12 +189,8 @@ class Session:
 def run(plan: Plan, mode: Mode) -> Found:
     """One run in virtual time; a problem is part of what was found, whatever it is."""
     session = Session(plan, mode)
-    with quiet():
-        try:
-            return clock.run(session.play(), session.found.problems.append)
-        except Exception as error:
-            session.found.problems.append(f"{type(error).__name__}: {error}")
-            return session.found
+    in_virtual_time(session.play(), session.found.problems)
+    return session.found
 
 
 def explore(mode: Mode, deviations: int) -> Iterator[Found]:

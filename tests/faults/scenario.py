@@ -18,8 +18,7 @@ from random import Random
 from typing import Any
 
 from components.messages import Mode, WorkerCall, WorkerOp
-from tests.faults import clock
-from tests.faults.cluster import Answer, Cluster, expected, payload, quiet
+from tests.faults.cluster import Answer, Cluster, expected, in_virtual_time, payload
 from tests.faults.network import Host, Weather
 
 DEADLINE_S = 240.0
@@ -204,9 +203,5 @@ class Scenario:
 def run(seed: int) -> Outcome:
     """One run in virtual time. A problem is part of the outcome, whatever it is."""
     scenario = Scenario(seed)
-    with quiet():
-        try:
-            return clock.run(scenario.play(), scenario.outcome.problems.append)
-        except Exception as error:
-            scenario.outcome.problems.append(f"{type(error).__name__}: {error}")
-            return scenario.outcome
+    in_virtual_time(scenario.play(), scenario.outcome.problems)
+    return scenario.outcome

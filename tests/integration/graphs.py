@@ -66,7 +66,7 @@ class Graph:
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=self.environment, stdout=self._output, stderr=subprocess.STDOUT
         )
-        self._remote: subprocess.Popen[str] | None = None
+        self._remote: subprocess.Popen[Any] | None = None
         self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
 
     def wait(self, timeout_s: float = 280) -> None:
@@ -85,18 +85,21 @@ class Graph:
     def ask(self, *call: str) -> Any:
         """A call to the router; see ``remote.py``."""
         if self._remote is None:
-            self._remote = subprocess.Popen(
-                [sys.executable, "-m", "tests.integration.remote"],
-                cwd=ROOT,
-                env=self.environment | {"DYN_LOG": "error"},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
+            self._remote = self._asking_process(text=True)
         assert self._remote.stdin is not None and self._remote.stdout is not None
         self._remote.stdin.write(json.dumps(call) + "\n")
         self._remote.stdin.flush()
         return json.loads(self._remote.stdout.readline())
+
+    def _asking_process(self, **how: Any) -> subprocess.Popen[Any]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.remote"],
+            cwd=ROOT,
+            env=self.environment | {"DYN_LOG": "error"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            **how,
+        )
 
     def under_way(
         self, prompts: list[str], length: int, act: Callable[[dict[str, str]], None], **more: Any
@@ -177,14 +180,23 @@ class Graph:
         places = [group["targets"][0] for group in groups if group["labels"]["component"] == component]
         return "\n".join(httpx.get(f"http://{place}/metrics").text for place in places)
 
-    def worker_process(self, replica: int, kind: str = "decode") -> psutil.Process:
-        """The process of a worker, not those of its engine."""
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            if process.cmdline()[-2:] == ["-m", f"components.worker.{kind}"]:
+    def processes(self, component: str, replica: int | None = None) -> list[psutil.Process]:
+        """The component's processes, without their children."""
+        found = []
+        for process in psutil.Process(self.process.pid).children():
+            try:
                 environment = process.environ()
-                if environment.get("DYN_MIGRATE_REPLICA") == str(replica):
-                    return process
-        raise LookupError(f"no {kind} worker {replica}")
+            except psutil.Error:
+                continue
+            fits = environment.get("DYN_MIGRATE_COMPONENT") == component
+            if fits and replica in (None, int(environment["DYN_MIGRATE_REPLICA"])):
+                found.append(process)
+        return found
+
+    def worker_process(self, replica: int, component: str = "DecodeWorker") -> psutil.Process:
+        """The process of a worker, not those of its engine."""
+        [process] = self.processes(component, replica)
+        return process
 
     def replica_of(self, worker: str) -> int:
         """Number of a decode worker in the plan, from its name in ``dynamo status``."""

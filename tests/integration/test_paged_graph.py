@@ -108,7 +108,7 @@ def test_a_killed_worker_costs_no_token(paged: Graph) -> None:
 def test_without_a_prefill_worker_the_decode_workers_prefill_and_say_so(paged: Graph) -> None:
     expected = paged.complete(PROMPT, 20, temperature=0)
     # It leaves in order, and needs seconds to come back.
-    paged.worker_process(0, "prefill").send_signal(signal.SIGTERM)
+    paged.worker_process(0, "PrefillWorker").send_signal(signal.SIGTERM)
     end = time.monotonic() + 20
     while not re.search(r'local_prefills_total{.*reason="no_worker".*} [1-9]', paged.metrics("router")):
         assert time.monotonic() < end, paged.metrics("router")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, RequestId, Sampling
+from components.engine.protocol import FinishReason, Frozen, GenerateOutput, GenerateRequest, RequestId, Sampling
 from components.engine.vllm import VLLMEngine
 from components.errors import NotMigratable, RequestNotFound
 from tests.integration.vllm_engines import Pair, start_pair
@@ -188,6 +188,28 @@ def plain_prompt(_: Client, kind: str, prompt: int, live: bool) -> tuple[int, ..
     return request_of(f"plain-{kind}-{prompt}-{live}", prompt, SAMPLINGS[kind]).prompt_token_ids
 
 
+async def taken_in(
+    target: VLLMEngine, request: GenerateRequest, frozen: Frozen
+) -> tuple[AsyncIterator[GenerateOutput], GenerateOutput]:
+    """A frozen request goes on at the target: its stream, and the first output."""
+    stream = target.generate(
+        GenerateRequest(
+            request.request_id,
+            request.prompt_token_ids,
+            request.sampling,
+            frozen.output_token_ids,
+            landing=frozen.offer,
+        )
+    )
+    first = asyncio.ensure_future(anext(stream))
+    while True:
+        try:
+            await target.commit(request.request_id, frozen)
+            return stream, await first
+        except RequestNotFound:
+            await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize("kind", list(SAMPLINGS))
 def test_prefill_hands_over_after_the_first_token(runner: asyncio.Runner, pair: Pair, kind: str) -> None:
     async def scenario() -> None:
@@ -205,23 +227,8 @@ def test_prefill_hands_over_after_the_first_token(runner: asyncio.Runner, pair: 
                 frozen = output.frozen
                 break
         assert frozen is not None and len(client.tokens) == 1
-        target = pair.b.generate(
-            GenerateRequest(
-                request.request_id,
-                request.prompt_token_ids,
-                sampling,
-                output_token_ids=frozen.output_token_ids,
-                landing=frozen.offer,
-            )
-        )
-        first = asyncio.ensure_future(anext(target))
-        while True:
-            try:
-                await pair.b.commit(request.request_id, frozen)
-                break
-            except RequestNotFound:
-                await asyncio.sleep(0.01)
-        client.take(await first)
+        target, first = await taken_in(pair.b, request, frozen)
+        client.take(first)
         await pair.a.release(request.request_id)
         async for output in prefill:
             assert not output.token_ids
@@ -342,24 +349,9 @@ def test_a_source_that_has_given_the_blocks_to_others_is_not_believed(runner: as
             others = request_of("x" * (number + 20), 1900, Sampling(temperature=0.0, max_tokens=2))
             await run(pair.a, others)
         before = (await pair.b.stats()).kv_refused.get("integrity", 0)
-        target = pair.b.generate(
-            GenerateRequest(
-                request.request_id,
-                request.prompt_token_ids,
-                request.sampling,
-                frozen.output_token_ids,
-                landing=frozen.offer,
-            )
-        )
-        first = asyncio.ensure_future(anext(target))
-        while True:
-            try:
-                await pair.b.commit(request.request_id, frozen)
-                break
-            except RequestNotFound:
-                await asyncio.sleep(0.01)
+        target, first = await taken_in(pair.b, request, frozen)
         client = Client(list(frozen.output_token_ids))
-        client.take(await first)
+        client.take(first)
         async for output in target:
             client.take(output)
         assert client.tokens == expected.tokens

@@ -11,8 +11,8 @@ import asyncio
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
+from components.address import parts_of
 from components.errors import ConfigError, MigrateError
 
 _ETCD_PORT = 2379
@@ -30,7 +30,7 @@ class Endpoint:
     def of(cls, url: str) -> Endpoint:
         """From ``https://host:2379`` or ``host:2379``."""
         try:
-            parts = urlsplit(url if "://" in url else f"//{url}")
+            parts = parts_of(url)
             host, port = parts.hostname, parts.port or _ETCD_PORT
         except ValueError as error:
             raise ConfigError(f"etcd_endpoints {without_secrets(url)!r}: {error}") from error

@@ -33,6 +33,10 @@ _CALL_S = 5.0
 _REFUSED = re.compile(r"authoriz|authentic|permission|credential|nkey", re.IGNORECASE)
 
 
+def _where(config: AgentConfig) -> str:
+    return f"NATS at {without_secrets(config.nats_url)}"
+
+
 async def _connect(config: AgentConfig) -> Any:
     options: dict[str, Any] = {"allow_reconnect": False, "connect_timeout": 5, "max_reconnect_attempts": 1}
     if config.nats_credentials:
@@ -47,7 +51,7 @@ async def _connect(config: AgentConfig) -> Any:
     async def log(error: Exception) -> None:
         logger.debug("NATS: %s", error)
 
-    where = f"NATS at {without_secrets(config.nats_url)}"
+    where = _where(config)
     try:
         return await asyncio.wait_for(nats.connect(config.nats_url, error_cb=log, **options), _CALL_S)
     except ssl.SSLError as error:
@@ -94,8 +98,7 @@ class NatsStore:
 
     async def run(self, record: AgentRecord, directory: Directory, publication: Publication) -> None:
         """See ``RecordStore``."""
-        where = f"NATS at {without_secrets(self._config.nats_url)}"
-        await forever(where, lambda: self._session(record, directory, publication), publication.failed)
+        await forever(_where(self._config), lambda: self._session(record, directory, publication), publication.failed)
 
     async def _session(self, record: AgentRecord, directory: Directory, publication: Publication) -> None:
         client = await _connect(self._config)
@@ -165,8 +168,7 @@ class Notices:
 
     async def run(self, record: AgentRecord, directory: Directory) -> None:
         """Publish and listen until cancelled."""
-        where = f"NATS at {without_secrets(self._config.nats_url)}"
-        await forever(where, lambda: self._session(record, directory))
+        await forever(_where(self._config), lambda: self._session(record, directory))
 
     async def _session(self, record: AgentRecord, directory: Directory) -> None:
         client = await _connect(self._config)

@@ -17,7 +17,7 @@ import torch
 
 from components.transfer import profiling
 from components.transfer.data import kernels
-from components.transfer.layout import Ints, Region, block_bytes
+from components.transfer.layout import Ints, Region, block_bytes, groups_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Staging:
     def chunks(self, count: int, slot_bytes: int) -> list[tuple[int, int]]:
         """Block ranges that fill a slot of ours and one of ``slot_bytes`` at the peer."""
         size = max(1, min(self.blocks_per_slot, slot_bytes // self.block_bytes))
-        return [(start, min(start + size, count)) for start in range(0, count, size)]
+        return groups_of(count, size)
 
     def index(self, blocks: Ints) -> torch.Tensor:
         """Block ids where the copies need them; made once for each transfer."""

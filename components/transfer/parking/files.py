@@ -23,13 +23,10 @@ import torch
 from components.transfer import profiling
 from components.transfer.parking.fileio import FileIO, file_io
 from components.transfer.parking.folder import Folder
-from components.transfer.parking.loading import Loader, host_memory
+from components.transfer.parking.loading import Chunks, Finish, Loader, Steps, host_memory
 from components.transfer.parking.ticket import Ticket, require_id, require_same
 
 logger = logging.getLogger(__name__)
-Steps = Generator[bool, None, None]
-Chunks = Sequence[tuple[int, int]]
-Finish = Callable[[], Ticket]
 P = ParamSpec("P")
 T = TypeVar("T")
 _SLOTS = 4

@@ -13,12 +13,9 @@ import torch
 
 from components.errors import NoRoom, RequestNotFound
 from components.transfer.data.staging import Gate
-from components.transfer.parking.loading import Loader, host_memory
+from components.transfer.parking.loading import Chunks, Finish, Loader, Steps, host_memory
 from components.transfer.parking.ticket import Ticket, require_same
 
-Steps = Generator[bool, None, None]
-Chunks = Sequence[tuple[int, int]]
-Finish = Callable[[], Ticket]
 _AHEAD = 4
 """Chunks queued at once: a GPU should not wait for the worker, and a cancelled transfer ends after these."""
 

@@ -9,7 +9,7 @@ reads them before the gate is ready.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 
@@ -17,7 +17,13 @@ from components.transfer import profiling
 from components.transfer.data import kernels
 from components.transfer.data.staging import Gate
 from components.transfer.layout import Ints, Region, block_bytes
+from components.transfer.parking.ticket import Ticket
 
+Steps = Generator[bool, None, None]
+Chunks = Sequence[tuple[int, int]]
+"""Block ranges (first, past the last) that move together."""
+Finish = Callable[[], Ticket]
+"""Makes the ticket once all blocks have been read."""
 _CHUNK_BYTES = 4 << 20
 
 

@@ -27,7 +27,7 @@ from components.transfer.config import AgentConfig, Strategy, TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data.base import Steps
 from components.transfer.handle import TransferHandle
-from components.transfer.layout import Ints, Region
+from components.transfer.layout import Ints, Region, groups_of
 from components.transfer.parking.files import FileShelf
 from components.transfer.parking.folder import Folder
 from components.transfer.parking.host import HostShelf
@@ -196,7 +196,7 @@ class Parking:
         begun = time.perf_counter()
         sums: dict[int, tuple[int, ...]] = {}
         ticket_id = uuid.uuid4().hex
-        chunks = _chunks(len(blocks), loader.chunk_blocks)
+        chunks = groups_of(len(blocks), loader.chunk_blocks)
 
         def done(number: int) -> None:
             first, last = chunks[number]
@@ -225,16 +225,7 @@ class Parking:
             return made[0]
 
         yield from shelf.put(ticket_id, loader.index(blocks), chunks, done, ticket)
-        wire = time.perf_counter() - begun
-        return TransferResult(
-            handle.total,
-            len(chunks),
-            wire_s=wire,
-            lane=shelf.lane,
-            strategy=Strategy.STAGED,
-            verified_blocks=len(blocks),
-            ticket=made[0],
-        )
+        return _result(made[0], shelf, time.perf_counter() - begun)
 
     def _restore(
         self, ticket: Ticket, blocks: Ints, hashes: tuple[bytes, ...], keep: bool, handle: TransferHandle
@@ -269,15 +260,7 @@ class Parking:
         wire = time.perf_counter() - begun
         if not keep:
             yield from shelf.drop(ticket)
-        return TransferResult(
-            ticket.total_bytes,
-            len(chunks),
-            wire_s=wire,
-            lane=shelf.lane,
-            strategy=Strategy.STAGED,
-            verified_blocks=len(blocks),
-            ticket=ticket,
-        )
+        return _result(ticket, shelf, wire)
 
     def _discard(self, ticket: Ticket) -> Steps:
         shelf, _ = self._shelf(ticket.place)
@@ -287,5 +270,14 @@ class Parking:
         return TransferResult(lane=shelf.lane)
 
 
-def _chunks(count: int, size: int) -> list[tuple[int, int]]:
-    return [(start, min(start + size, count)) for start in range(0, count, size)]
+def _result(ticket: Ticket, shelf: Shelf, wire_s: float) -> TransferResult:
+    """Of a transfer that has moved all blocks of the ticket, either way."""
+    return TransferResult(
+        ticket.total_bytes,
+        len(ticket.chunks()),
+        wire_s=wire_s,
+        lane=shelf.lane,
+        strategy=Strategy.STAGED,
+        verified_blocks=len(ticket.checksums),
+        ticket=ticket,
+    )

@@ -19,6 +19,7 @@ import msgspec
 
 from components.errors import ConfigError, IncompatibleLayout, IntegrityError, StaleEpoch, TransferError
 from components.transfer.control.record import AgentRecord
+from components.transfer.layout import groups_of
 from components.wire import UNREADABLE
 
 MAX_TICKET_BYTES = 32 << 20
@@ -77,8 +78,7 @@ class Ticket(msgspec.Struct, frozen=True, tag="parked/1"):
 
     def chunks(self) -> list[tuple[int, int]]:
         """Block ranges that are stored together."""
-        count = len(self.checksums)
-        return [(n, min(n + self.chunk_blocks, count)) for n in range(0, count, self.chunk_blocks)]
+        return groups_of(len(self.checksums), self.chunk_blocks)
 
     def require_fit(self, record: AgentRecord, hashes: Sequence[bytes]) -> None:
         """Raise ``IncompatibleLayout`` or ``IntegrityError`` when this agent or these hashes are not the ticket's."""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+from components.serve.servers import etcd_command, nats_command
 from tests.conftest import free_port, wait_for_port
 
 
@@ -29,14 +30,8 @@ class Server:
 
     def _command(self) -> list[str]:
         if self.name == "nats":
-            return ["nats-server", "-a", "127.0.0.1", "-p", str(self.port), "-js", "-sd", str(self._data)]
-        peer = f"http://127.0.0.1:{self._peer}"
-        return [
-            *("etcd", "--name", "faults", "--data-dir", str(self._data), "--log-level", "error"),
-            *("--listen-client-urls", self.url, "--advertise-client-urls", self.url),
-            *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
-            *("--initial-cluster", f"faults={peer}"),
-        ]
+            return nats_command(self._data, self.port)
+        return etcd_command(self._data, self.url, self._peer)
 
     def start(self) -> None:
         """Listen again."""

@@ -11,7 +11,6 @@ import json
 import os
 import select
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import openai
 import psutil
 
 from tests.faults.real.servers import Server
-from tests.integration.graphs import MODEL, PAGED, PROMPT, ROOT, Graph
+from tests.integration.graphs import MODEL, PAGED, PROMPT, Graph
 
 SILENCE_S = 8
 LEASE_S = 10
@@ -79,7 +78,9 @@ class System(Graph):
             if self._remote is not None:
                 self._remote.kill()
                 self._remote.wait()
-            self._remote, self._owed = self._connected(), 0
+            # Unbuffered: what has been read must be all that ``select`` does not see any more.
+            self._remote = self._asking_process(stderr=subprocess.DEVNULL, bufsize=0)
+            self._owed = 0
         answer = self._one_answer(self._remote, call)
         if isinstance(answer, dict) and answer.get("error") == "worker_lost":
             # Its own runtime may have ended with its lease in etcd, as it does in every process.
@@ -101,31 +102,6 @@ class System(Graph):
         except (OSError, ValueError):
             remote.kill()
         return {"error": "no answer"}
-
-    def _connected(self) -> subprocess.Popen[Any]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.remote"],
-            cwd=ROOT,
-            env=self.environment | {"DYN_LOG": "error"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            # Unbuffered: what has been read must be all that ``select`` does not see any more.
-            bufsize=0,
-        )
-
-    def processes(self, component: str, replica: int | None = None) -> list[psutil.Process]:
-        """The component's processes, without their children."""
-        found = []
-        for process in psutil.Process(self.process.pid).children():
-            try:
-                environment = process.environ()
-            except psutil.Error:
-                continue
-            fits = environment.get("DYN_MIGRATE_COMPONENT") == component
-            if fits and replica in (None, int(environment["DYN_MIGRATE_REPLICA"])):
-                found.append(process)
-        return found
 
     def follow(self, number: int, answer: Answer) -> None:
         """One streaming client, to the end of its answer or its first error."""
