@@ -208,7 +208,7 @@ class Graph:
         end = time.monotonic() + timeout_s
         while True:
             status = self.status()
-            if "error" not in status:  # A NATS server that has just come back carries no calls yet.
+            if "workers" in status:  # A NATS server that has just come back carries no calls yet.
                 left = [w for w in status["workers"] if not (s := w["stats"]) or s["free_blocks"] != s["total_blocks"]]
                 if not status["streams"] and not left and len(status["workers"]) == workers:
                     return
