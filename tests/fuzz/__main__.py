@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.fuzz --minutes N [target ...]``: each target for N minutes; failures are shrunk and kept."""
+"""``python -m tests.fuzz --minutes N [target ...]``: each target for N minutes; failures are shrunk and kept.
+
+Minutes are those of the processor, so that a busy machine or a stopped process gives no target less. SIGTERM ends the
+target that runs, and all others, with what they have done so far.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,9 @@ import argparse
 import hashlib
 import logging
 import resource
+import signal
 import sys
+import threading
 import time
 from collections import Counter
 
@@ -18,14 +24,19 @@ from tests.fuzz.inputs import CORPUS, Target, inputs
 
 ALL = [*wire.TARGETS, *services.TARGETS, *files.TARGETS]
 _BATCH = 500
+_stopped = threading.Event()
 
 
 def play(target: Target, minutes: float, first: int) -> tuple[Counter[bool], bytes | None]:
     """Inputs taken and refused, and the smallest input that broke it, if any."""
-    end, counts = time.monotonic() + 60 * minutes, Counter[bool]()
+    end, counts = time.process_time() + 60 * minutes, Counter[bool]()
     last = b""
     number = first
-    while time.monotonic() < end:
+
+    def goes_on() -> bool:
+        return time.process_time() < end and not _stopped.is_set()
+
+    while goes_on():
 
         @seed(number)
         @settings(
@@ -38,7 +49,7 @@ def play(target: Target, minutes: float, first: int) -> tuple[Counter[bool], byt
         @given(inputs(target))
         def batch(data: bytes) -> None:
             nonlocal last
-            if time.monotonic() < end:
+            if goes_on():
                 last = data
                 counts[target.feed(data)] += 1
 
@@ -66,14 +77,17 @@ def main() -> int:
                 (CORPUS / name / f"valid-{number:02}").write_bytes(data)
         return 0
     logging.disable(logging.CRITICAL)
+    signal.signal(signal.SIGTERM, lambda *_: _stopped.set())
     bad = 0
     for target in ALL:
         if arguments.targets and target.name not in arguments.targets:
             continue
+        began = time.process_time()
         counts, broken = play(target, arguments.minutes, arguments.first)
+        minutes = (time.process_time() - began) / 60
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        told = f"{target.name}: {counts.total()} inputs, {counts[True]} taken, {counts[False]} refused"
-        print(f"{told}; peak of the process {peak} MiB", flush=True)
+        told = f"{counts.total()} inputs, {counts[True]} taken, {counts[False]} refused"
+        print(f"{target.name}: {minutes:.1f} minutes, {told}; peak of the process {peak} MiB", flush=True)
         if broken is not None:
             bad += 1
             kept = CORPUS / target.name / f"broke-{hashlib.sha256(broken).hexdigest()[:8]}"

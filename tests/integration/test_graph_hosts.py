@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One graph over two "hosts": namespaces with a cable between them, ``dynamo serve --only`` on each."""
+"""One graph over two "hosts": namespaces with a cable between them, ``dynamo serve --only`` on each.
+
+Also with the clock of the second one an hour off: ``clock.c``, built here, is preloaded into its processes.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,22 @@ import pytest
 
 from tests.conftest import etcd_server, nats_server
 from tests.integration.graphs import PAGED, PROMPT, Graph
-from tests.integration.networks import ADDRESSES, on_host, veth
+from tests.integration.networks import ADDRESSES, on_host, run, veth
 
 pytestmark = pytest.mark.integration
 ENGINES = {"paged": (PAGED, 2000), "vllm": ((), 600)}
 
 
-def served(folder: Path, host: int, only: str, overrides: tuple[str, ...]) -> Graph:
+def clock_off(hours: int, folder: Path) -> dict[str, str]:
+    """Variables for a host whose clock is off."""
+    if not hours:
+        return {}
+    library = folder / "clock.so"
+    run("cc", "-shared", "-fPIC", "-o", str(library), str(Path(__file__).with_name("clock.c")), "-ldl")
+    return {"LD_PRELOAD": str(library), "CLOCK_OFF_S": str(hours * 3600)}
+
+
+def served(folder: Path, host: int, only: str, overrides: tuple[str, ...], hours: int = 0) -> Graph:
     """The part of the graph that runs on this host, joined through the servers of the first one."""
     return Graph(
         folder,
@@ -29,6 +41,7 @@ def served(folder: Path, host: int, only: str, overrides: tuple[str, ...]) -> Gr
         ETCD_ENDPOINTS=f"http://{ADDRESSES[0]}:2379",
         NATS_SERVER=f"nats://{ADDRESSES[0]}:4222",
         ETCD_LEASE_TTL="10",
+        **clock_off(hours, folder),
     )
 
 
@@ -46,8 +59,14 @@ def keys(host: str) -> list[str]:
     return listed.stdout.split()
 
 
-@pytest.mark.parametrize("engine", ["paged", pytest.param("vllm", marks=pytest.mark.slow)])
-def test_requests_move_between_hosts_and_survive_the_stop_of_one(engine: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "hours"),
+    [
+        ("paged", 0),
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in (("paged", 1), ("paged", -1), ("vllm", 0))],
+    ],
+)
+def test_requests_move_between_hosts_and_survive_the_stop_of_one(engine: str, hours: int, tmp_path: Path) -> None:
     overrides, length = ENGINES[engine]
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
@@ -61,7 +80,7 @@ def test_requests_move_between_hosts_and_survive_the_stop_of_one(engine: str, tm
             mine = (*overrides, "--DecodeWorker.replicas=1", "--Common.enable-prefix-caching=false")
             graph = served(folders[0], 0, "Frontend,Router,PrefillWorker,DecodeWorker", mine)
             stack.callback(graph.stop)
-            other = on_host(second, lambda: served(folders[1], 1, "DecodeWorker", mine))
+            other = on_host(second, lambda: served(folders[1], 1, "DecodeWorker", mine, hours))
             stack.callback(other.stop)
             graph.wait()
             graph.wait_until_idle(workers=3)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import subprocess
 import sys
 import uuid
@@ -244,6 +246,50 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     done = subprocess.run(["unshare", "-m", "sh", "-c", mount, "sh", code], capture_output=True, text=True, timeout=120)
     assert "No space left on device" in done.stdout and "MiB are free" in done.stdout, done.stderr
     assert "{'no_room': 1} []" in done.stdout
+
+
+@pytest.mark.parametrize("way", ["nixl", "plain"])
+def test_a_limit_that_only_the_ticket_exceeds_leaves_nothing(tmp_path: Path, way: str) -> None:
+    if way == "nixl" and not nixl_is_available()[0]:
+        pytest.skip(nixl_is_available()[1])
+    made = One(tmp_path / "park", way)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4 * 3 * WIDTH, before[1]))
+        with pytest.raises(NoRoom, match="File too large"):
+            made.park([1, 2, 3, 4])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    data = made.data([1, 2, 3, 4])
+    made.restore(made.park([1, 2, 3, 4]), [5, 6, 7, 8])
+    assert all(torch.equal(a, b) for a, b in zip(data, made.data([5, 6, 7, 8]), strict=True))
+    assert list(made.folder.iterdir()) == [] and made.agent.parking.stats().failures == {"no_room": 1}
+    made.agent.close()
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, "no_room"), (errno.EDQUOT, "no_room"), (errno.EIO, "")])
+def test_a_disk_that_fails_in_the_middle_leaves_nothing(
+    plain: One, monkeypatch: pytest.MonkeyPatch, number: int, code: str
+) -> None:
+    # Room that was promised and is not there: thin volumes, quotas of network file systems, broken disks.
+    written, write = [], fileio.PlainFiles.write
+
+    def fails(self: fileio.PlainFiles, fd: int, offset: int, memory: torch.Tensor) -> None:
+        written.append(offset)
+        if len(written) > 2:
+            raise OSError(number, os.strerror(number))
+        write(self, fd, offset, memory)
+
+    monkeypatch.setattr(fileio.PlainFiles, "write", fails)
+    with pytest.raises(NoRoom if code else TransferError, match=os.strerror(number)) as caught:
+        plain.park(list(range(40)))
+    assert str(plain.folder) in str(caught.value)
+    monkeypatch.undo()
+    data = plain.data([1, 2])
+    plain.restore(plain.park([1, 2]), [5, 6])
+    assert all(torch.equal(a, b) for a, b in zip(data, plain.data([5, 6]), strict=True))
+    assert list(plain.folder.iterdir()) == []
+    assert list(plain.agent.parking.stats().failures) == [code or "transfer"]
 
 
 def test_no_name_leaves_the_folder(plain: One, tmp_path: Path) -> None:

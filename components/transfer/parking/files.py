@@ -132,7 +132,8 @@ class FileShelf:
         self, work: Callable[[int, int, torch.Tensor], None], file: _File, offset: int, memory: torch.Tensor
     ) -> _Job:
         def run() -> None:
-            with profiling.span("disk", memory.numel()):
+            # Room may be gone although it was promised: thin volumes, quotas of network file systems.
+            with self._folder.errors(file.name), profiling.span("disk", memory.numel()):
                 work(file.fd, offset, memory)
 
         return _Job(self._disk.submit(run))

@@ -92,10 +92,10 @@ class Folder:
                     "are taken (park_dir_bytes)"
                 )
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with self._errors(name):
+            with self.errors(name):
                 fd = os.open(f"{name}.part", flags, 0o600, dir_fd=self._fd)
             try:
-                with self._errors(name):
+                with self.errors(name):
                     fcntl.flock(fd, fcntl.LOCK_EX)
                     os.posix_fallocate(fd, 0, max(1, size))
             except BaseException:
@@ -109,7 +109,7 @@ class Folder:
     def commit(self, name: str, fd: int, ticket: Ticket) -> None:
         """Add the ticket and give the file its name."""
         data = tickets.pack(ticket)
-        with self._errors(name):
+        with self.errors(name):
             done = 0
             while done < len(data):
                 done += os.pwrite(fd, data[done:], ticket.total_bytes + done)
@@ -120,7 +120,7 @@ class Folder:
     def opened(self, name: str) -> Iterator[tuple[int, Ticket]]:
         """Descriptor and ticket of a complete file."""
         with ExitStack() as held:
-            with self._errors(name):
+            with self.errors(name):
                 fd = os.open(f"{name}.kv", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._fd)
                 held.callback(os.close, fd)
                 found = os.fstat(fd)
@@ -143,7 +143,8 @@ class Folder:
         return removed
 
     @contextmanager
-    def _errors(self, name: str) -> Iterator[None]:
+    def errors(self, name: str) -> Iterator[None]:
+        """Around calls for a file: errors of the system become ours."""
         where = self.path / f"{name}.kv"
         try:
             yield

@@ -67,7 +67,7 @@ class Run:
         for thread in threads:
             thread.start()
         time.sleep(chance.uniform(0.1, 1.2))
-        moving = threading.Thread(target=self._move_some)
+        moving = threading.Thread(target=self.move_some)
         if not before:
             moving.start()
             time.sleep(chance.uniform(0.0, 0.3))
@@ -96,7 +96,8 @@ class Run:
         status = self._system.ask("status")
         return [move for move in status.get("moves", []) if move["ok"]]
 
-    def _move_some(self) -> None:
+    def move_some(self) -> None:
+        """Ask for a migration of up to three streams."""
         status = self._system.ask("status")
         decode = [w["worker"] for w in status.get("workers", []) if w["role"] == "decode"]
         for stream in status.get("streams", [])[: self._chance.randint(1, 3)]:

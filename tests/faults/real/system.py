@@ -49,10 +49,10 @@ class Answer:
 class System(Graph):
     """See the module docstring."""
 
-    def __init__(self, folder: Path, engine: str) -> None:
+    def __init__(self, folder: Path, engine: str, lease_s: int = LEASE_S) -> None:
         self.etcd, self.nats = Server("etcd", folder), Server("nats", folder)
         overrides = (*_SETTINGS, *(PAGED if engine == "paged" else ("--Common.max-model-len=2048",)))
-        where = {"ETCD_ENDPOINTS": self.etcd.url, "NATS_SERVER": self.nats.url, "ETCD_LEASE_TTL": str(LEASE_S)}
+        where = {"ETCD_ENDPOINTS": self.etcd.url, "NATS_SERVER": self.nats.url, "ETCD_LEASE_TTL": str(lease_s)}
         super().__init__(folder, "planner", overrides, **where)
         self._asking = threading.Lock()
         self._owed = 0
