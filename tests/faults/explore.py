@@ -193,22 +193,38 @@ def run(plan: Plan, mode: Mode) -> Found:
     return session.found
 
 
-def explore(mode: Mode, deviations: int) -> Iterator[Found]:
-    """All runs of a mode with so many deviations at most."""
-    first = run({}, mode)
-    yield first
-    level = [first]
-    for _ in range(deviations):
-        following = []
-        for before in level:
-            start = max(before.plan, default=-1) + 1
-            for step in range(start, len(before.steps)):
-                whats = _ON_STREAM if before.steps[step].startswith("stream") else WHATS
-                for what in whats:
-                    found = run({**before.plan, step: what}, mode)
-                    yield found
-                    following.append(found)
-        level = following
+def following(found: Found) -> list[Plan]:
+    """All plans that have one fault more, at a later step."""
+    plans = []
+    for step in range(max(found.plan, default=-1) + 1, len(found.steps)):
+        whats = _ON_STREAM if found.steps[step].startswith("stream") else WHATS
+        plans += [{**found.plan, step: what} for what in whats]
+    return plans
+
+
+class Exploration:
+    """All runs of a mode with so many faults at most, by their number; among the last ones in a mixed order."""
+
+    def __init__(self, mode: Mode, deviations: int) -> None:
+        self._mode = mode
+        self._deviations = deviations
+        self.known = 0
+        """Runs of the numbers of faults that have been begun."""
+
+    def __iter__(self) -> Iterator[Found]:
+        plans: list[Plan] = [{}]
+        for number in range(self._deviations + 1):
+            self.known += len(plans)
+            if number == self._deviations:
+                # Stopped early, they are a sample.
+                Random(number).shuffle(plans)
+            level = []
+            for plan in plans:
+                found = run(plan, self._mode)
+                yield found
+                if number < self._deviations:
+                    level.append(found)
+            plans = [plan for found in level for plan in following(found)]
 
 
 def main() -> int:
@@ -216,22 +232,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.explore")
     parser.add_argument("--deviations", type=int, default=2, help="faults in one run, at most")
     parser.add_argument("--mode", choices=list(Mode), default=None, help="only this one")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for each mode; then a sample was played")
     arguments = parser.parse_args()
     bad = 0
     for mode in [Mode(arguments.mode)] if arguments.mode else list(Mode):
         began, runs, moved = time.time(), 0, 0
-        for found in explore(mode, arguments.deviations):
+        exploration = Exploration(mode, arguments.deviations)
+        for found in exploration:
             runs += 1
             moved += found.moved
             if found.problems:
                 bad += 1
                 plan = {step: (what, found.steps[step]) for step, what in found.plan.items()}
                 print(f"{mode}: {found.problems} {plan}", flush=True)
-        print(
-            f"{mode}: {runs} runs with up to {arguments.deviations} faults, {moved} of them moved the request; "
-            f"{time.time() - began:.0f} s",
-            flush=True,
-        )
+            if time.time() - began > arguments.seconds:
+                break
+        told = f"{runs} of {exploration.known} runs with up to {arguments.deviations} faults, {moved} of them moved"
+        print(f"{mode}: {told} the request; {time.time() - began:.0f} s", flush=True)
     print(f"{bad} with problems")
     return bool(bad)
 

@@ -11,6 +11,7 @@ import os
 import pytest
 
 from tests.faults.real.__main__ import play
+from tests.faults.real.run import Outcome
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 RUNS = int(os.environ.get("DYNAMO_MIGRATE_TEST_FAULTS", "100"))
@@ -18,5 +19,6 @@ RUNS = int(os.environ.get("DYNAMO_MIGRATE_TEST_FAULTS", "100"))
 
 @pytest.mark.parametrize(("engine", "runs"), [("paged", RUNS), ("vllm", RUNS // 10)])
 def test_no_fault_changes_or_loses_an_answer_or_leaves_anything(engine: str, runs: int) -> None:
-    outcomes = play(list(range(runs)), engine, each=25)
+    outcomes: list[Outcome] = []
+    play(outcomes, list(range(runs)), engine, each=25)
     assert [(o.seed, o.fault, o.problems) for o in outcomes if o.problems] == []

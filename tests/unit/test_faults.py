@@ -47,7 +47,7 @@ def test_one_fault_at_any_step_of_a_move(what: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", list(Mode))
 def test_every_fault_at_every_step(mode: Mode) -> None:
-    for found in explore.explore(mode, deviations=1):
+    for found in explore.Exploration(mode, deviations=1):
         assert found.problems == [], found
 
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.faults.real --runs N``: N runs, a fresh system after every few; problems with their seeds."""
+"""``python -m tests.faults.real --runs N``: N runs, a fresh system after every few; problems with their seeds.
+
+``--seconds`` bounds the whole: no run begins later, and the next call may go on with ``--first``. ``--json`` adds the
+outcomes to a file.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +35,11 @@ def undisturbed(system: System) -> dict[int, str]:
     return texts
 
 
-def play(seeds: list[int], engine: str, each: int) -> list[Outcome]:
+def play(outcomes: list[Outcome], seeds: list[int], engine: str, each: int, seconds: float = float("inf")) -> None:
     """All runs; the system is started anew after ``each`` of them, and after one with problems."""
-    outcomes: list[Outcome] = []
+    end = time.monotonic() + seconds
     expected: dict[int, str] = {}
-    while seeds:
+    while seeds and time.monotonic() < end:
         batch, seeds = seeds[:each], seeds[each:]
         with tempfile.TemporaryDirectory(prefix="faults-") as folder:
             system = System(Path(folder), engine)
@@ -43,6 +47,8 @@ def play(seeds: list[int], engine: str, each: int) -> list[Outcome]:
                 system.wait()
                 expected = expected or undisturbed(system)
                 for seed in batch:
+                    if time.monotonic() > end:
+                        break
                     outcomes.append(Run(system, expected, seed).play())
                     _tell(outcomes[-1])
                     if outcomes[-1].problems:
@@ -53,7 +59,6 @@ def play(seeds: list[int], engine: str, each: int) -> list[Outcome]:
                 left = system.close()
             if left:
                 outcomes[-1].problems.append(f"processes are left: {left}")
-    return outcomes
 
 
 def main() -> int:
@@ -63,14 +68,20 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="first seed")
     parser.add_argument("--each", type=int, default=10, help="runs before the system is started anew")
     parser.add_argument("--engine", choices=["paged", "vllm"], default="paged")
-    parser.add_argument("--json", default="", help="where to write all outcomes")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no run begins later")
+    parser.add_argument("--json", type=Path, default=None, help="a file that gets all outcomes, and keeps those it has")
     arguments = parser.parse_args()
     # Also then the system is taken down.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     began = time.monotonic()
     seeds = list(range(arguments.first, arguments.first + arguments.runs))
-    outcomes = play(seeds, arguments.engine, arguments.each)
-    return _sum_up(outcomes, time.monotonic() - began, arguments.json)
+    outcomes: list[Outcome] = []
+    try:
+        play(outcomes, seeds, arguments.engine, arguments.each, arguments.seconds)
+    finally:
+        if arguments.json:
+            _save(outcomes, arguments.engine, arguments.json)
+    return _sum_up(outcomes, time.monotonic() - began)
 
 
 def _tell(outcome: Outcome) -> None:
@@ -86,7 +97,17 @@ def _keep(system: System, seed: int) -> None:
     print(f"  the graph's output is in {kept}", flush=True)
 
 
-def _sum_up(outcomes: list[Outcome], seconds: float, path: str) -> int:
+def _save(outcomes: list[Outcome], engine: str, path: Path) -> None:
+    found = json.loads(path.read_text()) if path.exists() else {"outcomes": []}
+    found["machine"] = machine()
+    found["outcomes"] += [{"engine": engine, **msgspec.to_builtins(outcome)} for outcome in outcomes]
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _sum_up(outcomes: list[Outcome], seconds: float) -> int:
+    if not outcomes:
+        print("no run")
+        return 1
     bad = sum(bool(outcome.problems) for outcome in outcomes)
     totals: Counter[str] = Counter()
     for outcome in outcomes:
@@ -97,9 +118,6 @@ def _sum_up(outcomes: list[Outcome], seconds: float, path: str) -> int:
         f"{totals['broken']} cut short by the loss of their router or frontend; {totals['moves']} migrations; at rest "
         f"after {statistics.median(rest):.1f} s (median), {rest[-1]:.1f} s at most; {seconds:.0f} s"
     )
-    if path:
-        found = {"machine": machine(), "seconds": round(seconds), "outcomes": msgspec.to_builtins(outcomes)}
-        Path(path).write_text(json.dumps(found, indent=1) + "\n")
     return bool(bad)
 
 
