@@ -14,42 +14,62 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.graph import end_on_sigterm, machine, served
-from benchmarks.migration.measure import Bench
-from benchmarks.migration.report import Report, plot, show
+from benchmarks.migration.measure import Bench, Prompts
+from benchmarks.migration.report import MODES, Report, plot, show
+from benchmarks.migration.stock import DYNAMO, measure
 from components import models, process
 from components.cli.live import join
 from components.messages import Mode
 from components.router.client import RouterClient
 from components.transfer import Transport
 
-_OUTPUT = 1500
-"""Longest output of a request: it ends when its moves are done."""
+_OUTPUT = 500
+"""Longest output of a moved request, which ends when its moves are done: 20 of them with some tokens between."""
+_STOCK_MOVES = 3
+"""Samples of Dynamo's own migration for each length: each costs a worker, which takes half a minute to start."""
 
 
 def main(
-    lengths: Annotated[str, typer.Option(help="prompt lengths in tokens")] = "256,1024,2048,4096,6144",
+    lengths: Annotated[str, typer.Option(help="prompt lengths in tokens")] = "256,1024,2048,4096,7680",
     moves: Annotated[int, typer.Option(help="migrations per length and mode")] = 20,
-    modes: Annotated[str, typer.Option(help=f"of {', '.join(Mode)}")] = ",".join(Mode),
+    modes: Annotated[str, typer.Option(help=f"of {', '.join(MODES)}")] = ",".join(MODES),
     model: Annotated[str, typer.Option(help="as in configs/disagg.yaml")] = "smollm2",
     transport: Annotated[Transport, typer.Option("--nixl-transport")] = Transport.AUTO,
     quick: Annotated[bool, typer.Option("--quick", help="256 and 1024 tokens, 6 migrations each")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="file for the raw samples")] = None,
     picture: Annotated[Path | None, typer.Option("--plot", help="PNG or SVG file")] = None,
 ) -> None:
-    """Downtime and added stall of live migration, stop-and-copy and token replay, in one run on one graph.
+    """Downtime and added stall of live migration, stop-and-copy and token replay, and of stock Dynamo's migration.
 
-    Token replay is the algorithm of Dynamo's own request migration: the tokens go to another worker, which
-    computes all KV again. Prefix caching is off, so that no mode finds the request's blocks at the target.
+    Stock Dynamo moves the requests of a lost worker by token replay; mode "dynamo" starts it after this package's
+    graph has ended and kills workers. Prefix caching is off, so that no mode finds the request's blocks at the target.
     """
     end_on_sigterm()
+    words = [word.strip() for word in modes.split(",")]
+    if unknown := [word for word in words if word not in MODES]:
+        raise typer.BadParameter(f"unknown mode {unknown[0]!r}: use {', '.join(MODES)}", param_hint="--modes")
+    ours = [Mode(word) for word in words if word != DYNAMO]
     chosen = [256, 1024] if quick else [int(word) for word in lengths.split(",")]
     count = 6 if quick else moves
     limit = max(chosen) + _OUTPUT + 8
     overrides = [f"--Common.model={model}", f"--Common.max-model-len={limit}", "--Common.enable-prefix-caching=false"]
     report = Report(machine(), model, transport.value, [], [], [])
-    with served("graphs.disagg:Frontend", "configs/disagg.yaml", *overrides, f"--nixl-transport={transport}") as port:
-        join()
-        asyncio.run(_run(report, chosen, [Mode(word.strip()) for word in modes.split(",")], count, port))
+    prompts = _prompts(model)
+    with Progress() as progress:
+        task = progress.add_task("migrations", total=len(chosen) * len(words))
+        if ours:
+            graph = served("graphs.disagg:Frontend", "configs/disagg.yaml", *overrides, f"--nixl-transport={transport}")
+            with graph as port:
+                join()
+                asyncio.run(_run(report, chosen, ours, count, port, prompts, limit, progress))
+        if DYNAMO in words:
+            progress.update(task, description=DYNAMO)
+            engine = {"max-model-len": limit, "enable-prefix-caching": False}
+            samples, failed = measure(
+                chosen, min(count, _STOCK_MOVES), model, prompts, engine, lambda: progress.advance(task)
+            )
+            report.samples += samples
+            report.failed += failed
     console = Console()
     show(report, console)
     if json is not None:
@@ -59,22 +79,34 @@ def main(
     os._exit(0 if report.samples and not report.failed else 1)
 
 
-async def _run(report: Report, lengths: list[int], modes: list[Mode], moves: int, port: int) -> None:
+def _prompts(model: str) -> Prompts:
     from transformers import AutoTokenizer
 
+    return Prompts(model, AutoTokenizer.from_pretrained(models.resolve(model)))
+
+
+async def _run(
+    report: Report,
+    lengths: list[int],
+    modes: list[Mode],
+    moves: int,
+    port: int,
+    prompts: Prompts,
+    context: int,
+    progress: Progress,
+) -> None:
     client = RouterClient(process.connect())
     await client.connect()
-    bench = Bench(client, port, report.model, AutoTokenizer.from_pretrained(models.resolve(report.model)))
-    with Progress() as progress:
-        task = progress.add_task("migrations", total=len(lengths) * len(modes))
-        for tokens in lengths:
-            for mode in modes:
-                progress.update(task, description=f"{tokens} tokens, {mode}")
-                samples, neighbours, failed = await bench.run(tokens, mode, moves, _OUTPUT)
-                report.samples += samples
-                report.neighbours.append(neighbours)
-                report.failed += [f"{tokens} tokens, {record.mode}: {record.reason}" for record in failed]
-                progress.advance(task)
+    bench = Bench(client, port, prompts, context)
+    [task] = progress.task_ids
+    for tokens in lengths:
+        for mode in modes:
+            progress.update(task, description=f"{tokens} tokens, {mode}")
+            samples, neighbours, failed = await bench.run(tokens, mode, moves, _OUTPUT)
+            report.samples += samples
+            report.neighbours.append(neighbours)
+            report.failed += [f"{tokens} tokens, {record.mode}: {record.reason}" for record in failed]
+            progress.advance(task)
     await bench.close()
 
 

@@ -26,7 +26,8 @@ class Sample(msgspec.Struct, frozen=True):
 
     tokens: int
     """Prompt tokens of the request."""
-    mode: Mode
+    mode: str
+    """A ``Mode``, or ``dynamo`` for Dynamo's own migration."""
     downtime_s: float
     added_stall_s: float
     total_s: float
@@ -42,7 +43,7 @@ class Neighbours(msgspec.Struct, frozen=True):
     """Gaps between tokens of the other requests, in seconds."""
 
     tokens: int
-    mode: Mode
+    mode: str
     before: tuple[float, ...]
     during: tuple[float, ...]
 
@@ -52,14 +53,19 @@ class Watched:
     """A streaming request and the times at which its tokens came."""
 
     times: list[float] = field(default_factory=list)
+    text: str = ""
+    ended: bool = False
+    """Did it end as it should, with a finish reason?"""
     task: asyncio.Task[None] | None = None
 
     async def run(self, http: httpx.AsyncClient, body: dict[str, Any]) -> None:
         """Read the stream until it ends or is cancelled."""
         async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as reply:
             async for line in reply.aiter_lines():
-                if line.startswith("data: {") and json.loads(line[6:]).get("choices"):
+                if line.startswith("data: {") and (choices := json.loads(line[6:]).get("choices")):
                     self.times.append(time.time())
+                    self.text += choices[0].get("text") or ""
+                    self.ended = choices[0].get("finish_reason") in ("length", "stop")
 
     def gaps(self, windows: list[tuple[float, float]]) -> list[float]:
         """Gaps that end within one of the windows."""
@@ -67,17 +73,16 @@ class Watched:
         return [b - a for a, b in pairs if any(start <= b <= end for start, end in windows)]
 
 
-class Bench:
-    """Works on a running disaggregated graph with two decode workers."""
+class Prompts:
+    """Makes requests of a given length, no two with the same beginning."""
 
-    def __init__(self, client: RouterClient, port: int, model: str, tokenizer: Any) -> None:
-        self._client = client
+    def __init__(self, model: str, tokenizer: Any) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600)
         self._serial = 0
 
-    def _body(self, tokens: int, output: int) -> dict[str, Any]:
+    def body(self, tokens: int, output: int) -> dict[str, Any]:
+        """A request to ``/v1/completions``."""
         self._serial += 1
         words = self._tokenizer.encode(f"Request {self._serial}. ") + self._tokenizer.encode(" The clock") * tokens
         return {
@@ -88,10 +93,20 @@ class Bench:
             "temperature": 0,
         }
 
+
+class Bench:
+    """Works on a running disaggregated graph with two decode workers."""
+
+    def __init__(self, client: RouterClient, port: int, prompts: Prompts, context: int) -> None:
+        self._client = client
+        self._prompts = prompts
+        self._context = context
+        self._http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600)
+
     async def _start(self, tokens: int, output: int) -> tuple[Watched, str]:
         known = {s.request_id for s in (await self._client.status()).streams}
         watched = Watched()
-        watched.task = asyncio.ensure_future(watched.run(self._http, self._body(tokens, output)))
+        watched.task = asyncio.ensure_future(watched.run(self._http, self._prompts.body(tokens, output)))
         while True:
             for stream in (await self._client.status()).streams:
                 if stream.request_id not in known and stream.output_tokens > 8:
@@ -108,7 +123,8 @@ class Bench:
     ) -> tuple[list[Sample], Neighbours, list[MoveRecord]]:
         """Samples of one length and mode, what neighbours saw, and moves that failed."""
         workers = await self._decode_workers()
-        others = [(await self._start(64, output))[0] for _ in workers]
+        # Long enough to outlast the slowest mode.
+        others = [(await self._start(64, self._context - 128))[0] for _ in workers]
         moved, request = await self._start(tokens, output)
         samples: list[Sample] = []
         failed: list[MoveRecord] = []

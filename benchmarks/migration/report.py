@@ -11,7 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.migration.measure import Neighbours, Sample
+from benchmarks.migration.stock import DYNAMO
 from components.messages import Mode
+
+MODES = (*(mode.value for mode in Mode), DYNAMO)
 
 
 class Report(msgspec.Struct):
@@ -25,7 +28,7 @@ class Report(msgspec.Struct):
     failed: list[str]
 
 
-def _of(report: Report, tokens: int, mode: Mode) -> list[Sample]:
+def _of(report: Report, tokens: int, mode: str) -> list[Sample]:
     return [s for s in report.samples if s.tokens == tokens and s.mode == mode]
 
 
@@ -41,7 +44,7 @@ def show(report: Report, console: Console) -> None:
         table.add_column(column, justify="right")
     for tokens in sorted({s.tokens for s in report.samples}):
         replay = _p([s.downtime_s for s in _of(report, tokens, Mode.REPLAY)], 50)
-        for mode in Mode:
+        for mode in MODES:
             found = _of(report, tokens, mode)
             if not found:
                 continue
@@ -68,7 +71,7 @@ def show(report: Report, console: Console) -> None:
         console.print(f"failed: {line}", style="red")
 
 
-def _neighbours(report: Report, tokens: int, mode: Mode) -> str:
+def _neighbours(report: Report, tokens: int, mode: str) -> str:
     found = next((n for n in report.neighbours if n.tokens == tokens and n.mode == mode), None)
     if found is None or not found.before or not found.during:
         return "-"
@@ -85,7 +88,7 @@ def plot(report: Report, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     lengths = sorted({s.tokens for s in report.samples})
-    for mode in Mode:
+    for mode in MODES:
         stalls = [[1e3 * s.added_stall_s for s in _of(report, tokens, mode)] for tokens in lengths]
         if not any(stalls):
             continue

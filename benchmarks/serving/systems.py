@@ -7,6 +7,7 @@ worker that is told to end stays away until the benchmark starts it again. Raise
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -14,11 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import httpx
 import psutil
@@ -160,6 +163,30 @@ class System:
         part.process.wait(10)
         return time.monotonic() - began
 
+    def kill(self, part: Part) -> None:
+        """SIGKILL to a process and all its children."""
+        if part.process is None or part.process.poll() is not None:
+            return
+        for member in [psutil.Process(part.process.pid), *_family(part.process.pid)]:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        part.process.wait(10)
+        part.seconds += time.monotonic() - part.started
+
+    def busiest(self, parts: list[Part], over_s: float = 1.0) -> Part:
+        """The one whose processes use most of the processor."""
+
+        def used(part: Part) -> float:
+            total = 0.0
+            for member in [psutil.Process(part.process.pid), *_family(part.process.pid)] if part.process else []:
+                with suppress(psutil.NoSuchProcess):
+                    total += sum(member.cpu_times()[:2])
+            return total
+
+        before = {part.name: used(part) for part in parts}
+        time.sleep(over_s)
+        return max(parts, key=lambda part: used(part) - before[part.name])
+
     def worker_seconds(self) -> float:
         """Time that all workers together have been alive."""
         now = time.monotonic()
@@ -213,14 +240,27 @@ _UNIPROC = ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor
 """The model in the engine's process, as in this package: otherwise two processes spin on two cores for each engine."""
 
 
-def _vllm(model: str, port: int) -> list[Part]:
+def _flags(engine: Mapping[str, Any]) -> list[str]:
+    """Engine arguments as vLLM's command line has them. A later one wins over an earlier one."""
+    flags = []
+    for name, value in engine.items():
+        match value:
+            case True | False:
+                flags.append(f"--{name}" if value else f"--no-{name}")
+            case _:
+                flags += [f"--{name}", str(value)]
+    return flags
+
+
+def _vllm(model: str, port: int, engine: Mapping[str, Any]) -> list[Part]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port), "--host", "127.0.0.1"]
     command += ["--model", models.resolve(model), "--served-model-name", model, "--max-model-len", str(_MAX_LEN)]
     command += ["--block-size", str(_BLOCK), "--enforce-eager", "--max-num-seqs", str(_SEATS), *_UNIPROC]
+    command += _flags(engine)
     return [Part("vllm", "worker", command, _ENGINE, health_port=port)]
 
 
-def _stock(model: str, port: int, modes: list[str], migration_limit: int) -> list[Part]:
+def _stock(model: str, port: int, modes: list[str], migration_limit: int, engine: Mapping[str, Any]) -> list[Part]:
     front = [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(port)]
     front += ["--router-mode", "round-robin", "--migration-limit", str(migration_limit)]
     parts = [Part("Frontend", "front", front, _ENGINE)]
@@ -231,6 +271,7 @@ def _stock(model: str, port: int, modes: list[str], migration_limit: int) -> lis
         if mode != "agg":
             connector = '{"kv_connector":"NixlConnector","kv_role":"kv_both","kv_buffer_device":"cpu"}'
             command += ["--kv-transfer-config", connector]
+        command += _flags(engine)
         health = system_port()
         own = {"DYN_SYSTEM_PORT": str(health), "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
         own |= {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
@@ -263,22 +304,32 @@ def _ours(kind: Kind, model: str, port: int, transport: Transport, folder: Path,
 
 @contextmanager
 def running(
-    kind: Kind, model: str, transport: Transport, logs: Path | None = None, overrides: tuple[str, ...] = ()
+    kind: Kind,
+    model: str,
+    transport: Transport,
+    logs: Path | None = None,
+    overrides: tuple[str, ...] = (),
+    engine: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[System]:
-    """Start a system, and end it with all its processes. ``overrides`` are those of ``dynamo serve``."""
+    """Start a system, and end it with all its processes.
+
+    ``overrides`` are those of ``dynamo serve``; ``engine`` are vLLM's own arguments, for all workers of any system.
+    """
     with tempfile.TemporaryDirectory(prefix="dynamo-migrate-bench-") as scratch:
         folder = logs / kind.value if logs else Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         port = free_port()
         match kind:
             case Kind.VLLM:
-                parts = _vllm(model, port)
+                parts = _vllm(model, port, engine)
             case Kind.STOCK | Kind.STOCK_RETRY:
-                parts = _stock(model, port, ["prefill", "decode", "decode"], 3 if kind is Kind.STOCK_RETRY else 0)
+                limit = 3 if kind is Kind.STOCK_RETRY else 0
+                parts = _stock(model, port, ["prefill", "decode", "decode"], limit, engine)
             case Kind.STOCK_AGG:
-                parts = _stock(model, port, ["agg", "agg"], 0)
+                parts = _stock(model, port, ["agg", "agg"], 0, engine)
             case _:
-                parts = _ours(kind, model, port, transport, folder, overrides)
+                common = tuple(f"--Common.{name}={json.dumps(value)}" for name, value in engine.items())
+                parts = _ours(kind, model, port, transport, folder, common + overrides)
         servers = Servers()
         system = System(kind, model, port, folder, parts)
         try:

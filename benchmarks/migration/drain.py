@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m benchmarks.migration.drain``: a decode worker with 16 running requests is told to end (SIGTERM).
+
+The same on this package and on stock Dynamo, with and without its token replay: 32 streams over two decode workers,
+new requests all the while, greedy in float32, prefix caching off. A request has failed when its stream ends without
+a finish reason; it has changed when its text is not what the remaining worker gives for it in peace afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import msgspec
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from benchmarks.graph import end_on_sigterm, machine
+from benchmarks.migration.measure import Prompts, Watched
+from benchmarks.serving.systems import Kind, System, running
+from components import models
+from components.transfer import Transport
+
+_SYSTEMS = (Kind.OURS, Kind.STOCK, Kind.STOCK_RETRY)
+_BEFORE = 8
+"""Tokens that every request has when the worker is told to end."""
+_NEW_EVERY_S = 1.0
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What the clients of one system saw. Times in seconds."""
+
+    system: str
+    requests: int
+    failed: int
+    changed: int
+    """Of those that did not fail."""
+    longest_gaps: tuple[float, ...]
+    """The longest gap between two tokens after the signal, for each request."""
+    undisturbed_gap: float
+    """Median gap before the signal."""
+    leaving_s: float
+    """From the signal to the end of the process."""
+    later: int
+    """Requests sent after the signal."""
+    later_failed: int
+    errors: tuple[str, ...]
+
+
+class Drains(msgspec.Struct):
+    """Raw samples and where they come from."""
+
+    machine: dict[str, str]
+    model: str
+    outcomes: list[Outcome]
+
+
+async def _drain(system: System, prompts: Prompts, count: int, output: int) -> Outcome:
+    bodies = [prompts.body(48 + 8 * (number % 9), output) for number in range(count)]
+    part = [part for part in system.parts if part.role == "decode"][-1]
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=system.url, timeout=300, limits=limits) as http:
+        streams = await _start(http, bodies)
+        while not all(len(s.times) >= _BEFORE or (s.task is not None and s.task.done()) for s in streams):
+            await asyncio.sleep(0.05)
+        told = max(s.times[-1] for s in streams if s.times)
+        ending = asyncio.ensure_future(asyncio.to_thread(system.terminate, part))
+        later: list[Watched] = []
+        while not ending.done() or not all(s.task is not None and s.task.done() for s in streams):
+            if not ending.done():
+                later += await _start(http, [prompts.body(48, 8)])
+            await asyncio.sleep(_NEW_EVERY_S)
+        errors = await _finish([*streams, *later])
+        peace = await _start(http, bodies)
+        await _finish(peace)
+    whole = [(one, other) for one, other in zip(streams, peace, strict=True) if one.ended]
+    return Outcome(
+        system=system.kind.value,
+        requests=count,
+        failed=count - len(whole),
+        changed=sum(one.text != other.text for one, other in whole),
+        longest_gaps=tuple(max(one.gaps([(told, told + 1e6)]), default=0.0) for one, _ in whole),
+        undisturbed_gap=float(np.median([gap for s in streams for gap in s.gaps([(0.0, told)])])),
+        leaving_s=ending.result(),
+        later=len(later),
+        later_failed=sum(not s.ended for s in later),
+        errors=tuple(sorted(set(errors))),
+    )
+
+
+async def _start(http: httpx.AsyncClient, bodies: list[dict[str, Any]]) -> list[Watched]:
+    streams = [Watched() for _ in bodies]
+    for watched, body in zip(streams, bodies, strict=True):
+        watched.task = asyncio.ensure_future(watched.run(http, body))
+    return streams
+
+
+async def _finish(streams: list[Watched]) -> list[str]:
+    results = await asyncio.gather(*(s.task for s in streams if s.task is not None), return_exceptions=True)
+    return [f"{type(r).__name__}: {r}" for r in results if isinstance(r, BaseException)]
+
+
+def show(drains: Drains, console: Console) -> None:
+    """One line for each system."""
+    table = Table(title=f"{drains.model}, {drains.machine['cpu']}: SIGTERM to one of two decode workers")
+    for column in ("system", "failed", "changed", "longest gap p50 ms", "max", "gap before", "leaving s", "new failed"):
+        table.add_column(column, justify="right")
+    for one in drains.outcomes:
+        gaps = [1e3 * gap for gap in one.longest_gaps] or [float("nan")]
+        table.add_row(
+            one.system,
+            f"{one.failed} of {one.requests}",
+            str(one.changed),
+            f"{np.median(gaps):.0f}",
+            f"{max(gaps):.0f}",
+            f"{1e3 * one.undisturbed_gap:.0f}",
+            f"{one.leaving_s:.1f}",
+            f"{one.later_failed} of {one.later}",
+        )
+    console.print(table)
+    for one in drains.outcomes:
+        for error in one.errors:
+            console.print(f"{one.system}: {error}")
+
+
+def main(
+    model: Annotated[str, typer.Option(help="as in configs/disagg.yaml")] = "smollm2",
+    requests: Annotated[int, typer.Option(help="streams, half of them on the worker that leaves")] = 32,
+    output: Annotated[int, typer.Option(help="tokens of each answer")] = 200,
+    systems: Annotated[str, typer.Option(help=f"of {', '.join(_SYSTEMS)}")] = ",".join(_SYSTEMS),
+    json: Annotated[Path, typer.Option("--json", help="file for the raw samples")] = Path(
+        "benchmarks/results/drain-cpu.json"
+    ),
+    logs: Annotated[Path | None, typer.Option(help="folder to keep all logs in")] = None,
+) -> None:
+    """Lost, changed and stalled requests when a decode worker leaves, beside stock Dynamo."""
+    end_on_sigterm()
+    drains = Drains(machine(), model, [])
+    prompts = Prompts(model, AutoTokenizer.from_pretrained(models.resolve(model)))
+    engine = {"dtype": "float32", "max-model-len": 2048, "max-num-seqs": requests + 8, "enable-prefix-caching": False}
+    for word in systems.split(","):
+        with running(Kind(word.strip()), model, Transport.AUTO, logs, engine=engine) as system:
+            drains.outcomes.append(asyncio.run(_drain(system, prompts, requests, output)))
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(drains)))
+    show(drains, Console())
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

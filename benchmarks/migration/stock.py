@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dynamo's own migration: a decode worker is lost, the frontend sends its tokens to another, which computes all again.
+
+Stock Dynamo moves a request in no other case, so that each sample costs a worker: it gets SIGKILL in the middle of
+the stream, and is started again for the next. Two decode workers, ``dynamo.vllm`` with vLLM's NixlConnector and
+``--migration-limit 3``, engine arguments as for the other modes. Downtime is the gap in the client's stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import httpx
+
+from benchmarks.migration.measure import Prompts, Sample, Watched
+from benchmarks.serving.systems import Kind, System, running
+from components.errors import MigrateError
+from components.transfer import Transport
+
+DYNAMO = "dynamo"
+_BEFORE = 24
+"""Tokens before the worker is killed, of which the last make the undisturbed gap."""
+_AFTER = 8
+_TIMEOUT_S = 120.0
+
+
+def measure(
+    lengths: list[int], count: int, model: str, prompts: Prompts, engine: Mapping[str, Any], done: Callable[[], None]
+) -> tuple[list[Sample], list[str]]:
+    """``count`` samples for each length, and what went wrong. ``done`` is called after each length."""
+    samples: list[Sample] = []
+    failed: list[str] = []
+    with running(Kind.STOCK_RETRY, model, Transport.AUTO, engine=engine) as system:
+        for tokens in lengths:
+            for _ in range(count):
+                try:
+                    samples.append(asyncio.run(_lose_worker(system, prompts.body(tokens, 400), tokens)))
+                except (MigrateError, httpx.HTTPError) as error:
+                    failed.append(f"{tokens} tokens, {DYNAMO}: {error or type(error).__name__}")
+            done()
+    return samples, failed
+
+
+async def _lose_worker(system: System, body: dict[str, Any], tokens: int) -> Sample:
+    decode = [part for part in system.parts if part.role == "decode"]
+    watched = Watched()
+    async with httpx.AsyncClient(base_url=system.url, timeout=_TIMEOUT_S) as http:
+        watched.task = asyncio.ensure_future(watched.run(http, body))
+        try:
+            await _until(watched, _BEFORE)
+            lost = await asyncio.to_thread(system.busiest, decode)
+            killed = time.time()
+            system.kill(lost)
+            await _until(watched, len(watched.times) + _AFTER)
+        finally:
+            watched.task.cancel()
+            with suppress(asyncio.CancelledError, httpx.HTTPError):
+                await watched.task
+    step = statistics.median(watched.gaps([(0.0, killed)]))
+    downtime = max(watched.gaps([(killed, time.time())]))
+    await asyncio.to_thread(system.start, lost)
+    await asyncio.to_thread(system.wait_ready, [lost])
+    return Sample(
+        tokens=tokens,
+        mode=DYNAMO,
+        downtime_s=downtime,
+        added_stall_s=max(0.0, downtime - step),
+        total_s=downtime,
+        bytes=0,
+        rounds=0,
+        descriptors=0,
+        lane="-",
+        step_s=step,
+    )
+
+
+async def _until(watched: Watched, count: int) -> None:
+    """Raises ``MigrateError`` when the stream ends or stands still before it has ``count`` tokens."""
+    end = time.monotonic() + _TIMEOUT_S
+    while len(watched.times) < count:
+        if watched.task is not None and watched.task.done():
+            error = watched.task.exception()
+            raise MigrateError(f"the stream ended after {len(watched.times)} tokens: {error or 'no error'}")
+        if time.monotonic() > end:
+            raise MigrateError(f"{len(watched.times)} tokens, and no more for {_TIMEOUT_S:g} s")
+        await asyncio.sleep(0.005)
