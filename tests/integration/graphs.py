@@ -159,7 +159,9 @@ class Graph:
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(120)
         self._output.close()
-        return [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
+        # An engine that was killed takes a moment to give its memory back.
+        _, left = psutil.wait_procs(family, timeout=10)
+        return [member for member in left if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
 
     def status(self) -> dict[str, Any]:
         status: dict[str, Any] = self.ask("status")
