@@ -11,14 +11,16 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import etcd_server, nats_server
 from tests.integration.graphs import PAGED, PROMPT, Graph
-from tests.integration.networks import ADDRESSES, on_host, run, veth
+from tests.integration.networks import ADDRESSES, Cable, on_host, run, slow_cable, veth
 
 pytestmark = pytest.mark.integration
 ENGINES = {"paged": (PAGED, 2000), "vllm": ((), 600)}
@@ -59,6 +61,37 @@ def keys(host: str) -> list[str]:
     return listed.stdout.split()
 
 
+@contextmanager
+def joined(folder: Path, second: str, overrides: tuple[str, ...], hours: int = 0) -> Iterator[tuple[Graph, Graph, str]]:
+    """Both parts, and the worker on the second host. To be called on the first one."""
+    folders = [folder / "first", folder / "second"]
+    with ExitStack() as stack:
+        for part in folders:
+            part.mkdir()
+        stack.enter_context(etcd_server(folder / "etcd", 2379, ADDRESSES[0]))
+        stack.enter_context(nats_server(folder / "nats", 4222, ADDRESSES[0]))
+        # One decode worker on each host; a cached prefix would hide what the cable carries.
+        mine = (*overrides, "--DecodeWorker.replicas=1", "--Common.enable-prefix-caching=false")
+        graph = served(folders[0], 0, "Frontend,Router,PrefillWorker,DecodeWorker", mine)
+        stack.callback(graph.stop)
+        other = on_host(second, lambda: served(folders[1], 1, "DecodeWorker", mine, hours))
+        stack.callback(other.stop)
+        graph.wait()
+        graph.wait_until_idle(workers=3)
+        workers = {w["agents"][0].split("-backend-")[0]: w["worker"] for w in graph.status()["workers"]}
+        yield graph, other, workers[second]
+
+
+def to_and_fro(graph: Graph, away: str, where: dict[str, str]) -> list[dict[str, Any]]:
+    """Move every request to the other host and back, live; what became of that."""
+    home = next(w["worker"] for w in graph.status()["workers"] if w["role"] == "decode" and w["worker"] != away)
+    moves = []
+    for request, source in where.items():
+        for target in (away, home) if source == home else (home, away):
+            moves.append(graph.ask("migrate", request, target, "live"))
+    return moves
+
+
 @pytest.mark.parametrize(
     ("engine", "hours"),
     [
@@ -68,39 +101,17 @@ def keys(host: str) -> list[str]:
 )
 def test_requests_move_between_hosts_and_survive_the_stop_of_one(engine: str, hours: int, tmp_path: Path) -> None:
     overrides, length = ENGINES[engine]
-    folders = [tmp_path / "first", tmp_path / "second"]
-    for folder in folders:
-        folder.mkdir()
 
     def first_host(second: str) -> None:
-        with ExitStack() as stack:
-            stack.enter_context(etcd_server(tmp_path / "etcd", 2379, ADDRESSES[0]))
-            stack.enter_context(nats_server(tmp_path / "nats", 4222, ADDRESSES[0]))
-            # One decode worker on each host; a cached prefix would hide what the cable carries.
-            mine = (*overrides, "--DecodeWorker.replicas=1", "--Common.enable-prefix-caching=false")
-            graph = served(folders[0], 0, "Frontend,Router,PrefillWorker,DecodeWorker", mine)
-            stack.callback(graph.stop)
-            other = on_host(second, lambda: served(folders[1], 1, "DecodeWorker", mine, hours))
-            stack.callback(other.stop)
-            graph.wait()
-            graph.wait_until_idle(workers=3)
+        with joined(tmp_path, second, overrides, hours) as (graph, other, away):
             prompts = [f"host {i} {PROMPT}" for i in range(4)]
-            graph.wait_until_idle()
-            workers = {w["agents"][0].split("-backend-")[0]: w["worker"] for w in graph.status()["workers"]}
-            away = workers[second]
 
-            def to_and_fro(where: dict[str, str]) -> None:
-                home = next(
-                    w["worker"] for w in graph.status()["workers"] if w["role"] == "decode" and w["worker"] != away
-                )
-                moves = []
-                for request, source in where.items():
-                    for target in (away, home) if source == home else (home, away):
-                        moves.append(graph.ask("migrate", request, target, "live"))
+            def move(where: dict[str, str]) -> None:
+                moves = to_and_fro(graph, away, where)
                 assert all(m["ok"] and m["mode"] == "live" for m in moves), moves
                 assert all(m["lane"] == "nixl/ucx/tcp" and m["bytes"] > 0 for m in moves), moves
 
-            graph.disturbed(prompts, length, to_and_fro, temperature=0.8, seed=3)
+            graph.disturbed(prompts, length, move, temperature=0.8, seed=3)
             graph.wait_until_idle()
 
             def stop_the_second(where: dict[str, str]) -> None:
@@ -120,3 +131,24 @@ def test_requests_move_between_hosts_and_survive_the_stop_of_one(engine: str, ho
 
     with veth() as cable:
         on_host(cable.names[0], lambda: first_host(cable.names[1]))
+
+
+@pytest.mark.slow
+def test_a_slow_and_lossy_cable_costs_no_token(tmp_path: Path) -> None:
+    """200 ms each way and 5% of the packets lost, once the graph stands. A move may fail; no text may differ."""
+    overrides, length = ENGINES["paged"]
+
+    def first_host(cable: Cable) -> None:
+        with joined(tmp_path, cable.names[1], overrides) as (graph, _, away):
+            cable.delay_s, cable.loss = 0.2, 0.05
+            moves: list[dict[str, Any]] = []
+            prompts = [f"cable {i} {PROMPT}" for i in range(4)]
+            graph.disturbed(
+                prompts, length, lambda where: moves.extend(to_and_fro(graph, away, where)), temperature=0.8, seed=3
+            )
+            print([(move["ok"], move["reason"]) for move in moves])
+            assert moves and cable.lost
+            graph.wait_until_idle()
+
+    with slow_cable(0.0, 0.0) as cable:
+        on_host(cable.names[0], lambda: first_host(cable))
