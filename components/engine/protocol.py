@@ -228,6 +228,8 @@ class EngineInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     agents: tuple[AgentRef, ...]
     lanes: tuple[str, ...] = ()
     kv_bytes_per_token: int = 0
+    lease_s: float = 60.0
+    """For so long the blocks of a frozen request are kept although its owner is silent."""
 
 
 class EngineStats(msgspec.Struct, frozen=True):

@@ -67,6 +67,7 @@ async def migrate(stream: Stream, target: Worker, mode: Mode, max_rounds: int, p
             return msgspec.structs.replace(record, reason=f"the request has left worker {planned_source}")
         if source.worker.role == "prefill":
             return msgspec.structs.replace(record, reason="the request is still in prefill")
+        stream.keep_within(source.worker.lease_s)
         source.worker.moving += 1
         target.moving += 1
         try:

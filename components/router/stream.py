@@ -34,6 +34,8 @@ from components.router.workers import Worker
 
 logger = logging.getLogger(__name__)
 _MAX_EVENTS = 256
+_STEPS_UNDER_LEASE = 3
+"""Of a migration, each with its deadline: freeze, commit, first token."""
 _LATE_S = 1.0
 """How long tokens of the old owner may lag behind those of the new one before they are taken from its state."""
 
@@ -63,6 +65,10 @@ class Stream:
         """Tokens that the old owner made; taken as they are should it die before it delivered them."""
         self._old: Leg | None = None
         self._cut: Cut | None = None
+
+    def keep_within(self, lease_s: float) -> None:
+        """Bound the steps from the freeze to the first token: what is read after the lease may be another request's."""
+        self.deadline_s = min(self.deadline_s, lease_s / _STEPS_UNDER_LEASE)
 
     # Reading
 

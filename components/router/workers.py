@@ -83,6 +83,11 @@ class Worker:
         """May it be given new requests?"""
         return not (self.draining or self.held_back) and self.state.info is not None
 
+    @property
+    def lease_s(self) -> float:
+        """How long it keeps a frozen request without hearing of it."""
+        return self.state.info.lease_s if self.state.info is not None else float("inf")
+
     def load(self) -> float:
         """Share of KV blocks in use, plus what this router has just sent and the worker not yet shown."""
         stats, info = self.state.stats, self.state.info

@@ -124,6 +124,26 @@ async def test_a_source_block_that_was_freed_and_used_by_another_request(monkeyp
     assert (await play()).tokens != expected
 
 
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("length", [1, 5, 9, 17, 30, 60])
+async def test_a_source_whose_blocks_were_given_away_in_part(monkeypatch: Patch, caching: bool, length: int) -> None:
+    expected = await unmoved(length=30)
+
+    async def play() -> Moved:
+        async with engines(2, prefix_caching=caching, num_blocks=30) as [src, dst]:
+
+            async def reuse(_: Frozen) -> None:
+                await src.abort(R)
+                # However few blocks somebody else takes, the last ones are among them: ``tail`` sees it.
+                await collect(src.generate(request("somebody else", length, 1)))
+
+            return await move(src, dst, request(length=30, count=40), reuse)
+
+    assert (await play()).tokens == expected
+    unchecked_bytes(monkeypatch)
+    assert (await play()).tokens != expected
+
+
 async def test_a_source_that_has_restarted(monkeypatch: Patch) -> None:
     expected = await unmoved(length=30)
 

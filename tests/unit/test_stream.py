@@ -48,6 +48,7 @@ class ScriptedWorker:
 
     def __init__(self, name: str, role: str = "decode") -> None:
         self.name = name
+        self.lease_s = 60.0
         self.role = role
         self.streams = self.moving = self.tokens = 0
         self.calls: list[WorkerOp] = []
@@ -205,6 +206,14 @@ async def test_a_target_without_a_token_gives_the_request_back_after_the_deadlin
     assert record.reason.startswith("deadline")
     assert WorkerOp.ABORT in target.calls
     assert await rest(stream) == expected(7)
+
+
+async def test_all_steps_from_the_freeze_on_end_within_the_lease_of_the_source() -> None:
+    stream, source, target = await begin(deadline_s=1000.0)
+    source.lease_s = 0.3
+    source.on = {WorkerOp.RESUME: lambda: source.out.put(token(3, 4, finish_reason=FinishReason.STOP))}  # type: ignore[dict-item]
+    record = await asyncio.wait_for(migrate(stream, target, Mode.STOP_AND_COPY, 4), 60.0)  # type: ignore[arg-type]
+    assert (record.reason, await rest(stream)) == ("deadline: no token from worker target within 0.1 s", expected(7))
 
 
 async def test_losing_source_and_target_is_told_to_the_reader() -> None:

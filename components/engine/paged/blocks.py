@@ -70,14 +70,20 @@ class BlockPool:
 
     def drop(self, blocks: Iterable[int]) -> None:
         """One holder less for each block. Raises ``SessionError`` for a block that nobody holds."""
-        # Last blocks first: a prefix is worth more than what follows it.
-        for block in reversed(list(blocks)):
+        freed: list[int] = []
+        for block in blocks:
             if self._holders[block] == 0:
                 raise SessionError(f"block {block} is given back twice")
             self._holders[block] -= 1
             if self._holders[block] == 0:
-                self._free[block] = None
-                self._free.move_to_end(block, last=block in self._hash_of)
+                freed.append(block)
+        # The last blocks go first, as in vLLM: a prefix is worth more than what follows it, and the checksums of the
+        # last blocks tell when somebody else has been given any of them.
+        kept = max((place for place, block in enumerate(freed, 1) if block in self._hash_of), default=0)
+        for block in freed[kept:]:
+            self._free[block] = None
+            self._free.move_to_end(block, last=False)
+        self._free.update(dict.fromkeys(reversed(freed[:kept])))
 
     def cached(self, hashes: Sequence[Hash]) -> list[int]:
         """Blocks of the longest cached prefix; the caller holds them if it wants them to stay."""

@@ -139,6 +139,7 @@ class PagedEngine:
             agents=scheduler.agents,
             lanes=agent.lanes,
             kv_bytes_per_token=kv.bytes_per_token,
+            lease_s=options.lease_s,
         )
         landings = LandingZone(scheduler, agent, options.copy_deadline_s, self._wake)
         self._parts = _Parts(info, agent, scheduler, landings)

@@ -140,6 +140,7 @@ class VLLMEngine:
             agents=reply.agents,
             lanes=reply.lanes,
             kv_bytes_per_token=reply.kv_bytes_per_token,
+            lease_s=self._options.lease_s,
         )
         return self._info
 
