@@ -39,6 +39,7 @@ from components.metrics.export import address, expose
 from components.metrics.router import RouterMetrics
 from components.metrics.traces import export
 from components.migration.move import hand_over, migrate
+from components.router.limits import MoveLimits
 from components.router.openai import Responder, default_sampling, to_request
 from components.router.stream import Stream
 from components.router.workers import Worker, WorkerPool
@@ -63,6 +64,7 @@ class RouterService:
         self.ended: deque[StreamInfo] = deque(maxlen=200)
         self._decisions: deque[Decision] = deque(maxlen=200)
         self._left_alone: tuple[Decision, ...] = ()
+        self._limits = MoveLimits(config.max_migrations_per_worker, config.max_migrations_per_pair)
         self.metrics = RouterMetrics(self.streams.values, self.pool.workers.values)
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -200,7 +202,12 @@ class RouterService:
     # Moving
 
     async def move(self, stream: Stream, target: Worker, mode: Mode, planned_source: str = "") -> MoveRecord:
-        """Move a request, falling back to the next mode when one fails for good."""
+        """Move a request, falling back to the next mode when one fails for good. Waits for its turn."""
+        source = stream.owner.worker.instance if stream.owner else target.instance
+        async with self._limits.slot(source, target.instance):
+            return await self._move(stream, target, mode, planned_source)
+
+    async def _move(self, stream: Stream, target: Worker, mode: Mode, planned_source: str) -> MoveRecord:
         rounds = self._config.max_precopy_rounds
         mode = max(mode, Mode(self._config.migration_mode), key=list(Mode).index)
         record = await migrate(stream, target, mode, rounds, planned_source)

@@ -47,6 +47,7 @@ class RouterConfig(ComponentConfig):
         description="Decode worker of a new request; round-robin is what Dynamo's frontend does by default",
     )
     max_migrations_per_worker: int = Field(4, ge=1, description="Migrations that one worker takes part in at once")
+    max_migrations_per_pair: int = Field(4, ge=1, description="Migrations between the same two workers at once")
     max_precopy_rounds: int = Field(6, ge=1, description="Rounds of copying before the source is frozen anyway")
     migration_mode: Literal["live", "stop-and-copy", "replay"] = Field(
         "live", description="Best way to move a request; replay recomputes its KV, as Dynamo's own migration does"
