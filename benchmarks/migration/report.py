@@ -37,11 +37,12 @@ def _p(values: list[float], q: float) -> float:
 
 
 def show(report: Report, console: Console) -> None:
-    """Ratio first: how many times shorter than token replay the downtime is."""
-    table = Table(title=f"{report.model}, {report.transport}, {report.machine['cpu']}")
-    columns = ("prompt", "mode", "replay/mode", "n", "downtime p50", "p99", "stall p50", "p99", "step", "total p50")
-    for column in (*columns, "MB", "rounds", "desc.", "lane", "neighbours' ITL p50"):
-        table.add_column(column, justify="right")
+    """Ratio first: how many times shorter than token replay the downtime is. Then what it took."""
+    times = _table(
+        f"{report.model}, {report.transport}, {report.machine['cpu']}",
+        ("prompt", "mode", "replay/mode", "n", "downtime p50", "p99", "stall p50", "p99", "step"),
+    )
+    means = _table("", ("prompt", "mode", "total p50", "MB", "rounds", "desc.", "lane", "neighbours' ITL p50"))
     for tokens in sorted({s.tokens for s in report.samples}):
         replay = _p([s.downtime_s for s in _of(report, tokens, Mode.REPLAY)], 50)
         for mode in MODES:
@@ -50,7 +51,7 @@ def show(report: Report, console: Console) -> None:
                 continue
             downtime = [1e3 * s.downtime_s for s in found]
             stall = [1e3 * s.added_stall_s for s in found]
-            table.add_row(
+            times.add_row(
                 str(tokens),
                 mode,
                 f"{1e3 * replay / _p(downtime, 50):.1f}",
@@ -58,6 +59,10 @@ def show(report: Report, console: Console) -> None:
                 *(f"{_p(downtime, q):.1f}" for q in (50, 99)),
                 *(f"{_p(stall, q):.1f}" for q in (50, 99)),
                 f"{_p([1e3 * s.step_s for s in found], 50):.1f}",
+            )
+            means.add_row(
+                str(tokens),
+                mode,
                 f"{_p([1e3 * s.total_s for s in found], 50):.0f}",
                 f"{_p([s.bytes / 1e6 for s in found], 50):.1f}",
                 f"{_p([float(s.rounds) for s in found], 50):.0f}",
@@ -65,10 +70,17 @@ def show(report: Report, console: Console) -> None:
                 found[0].lane,
                 _neighbours(report, tokens, mode),
             )
-    console.print(table)
+    console.print(times, means, sep="\n")
     console.print("times in ms; stall = downtime less the request's median gap between tokens before the move")
     for line in report.failed:
         console.print(f"failed: {line}", style="red")
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    table = Table(title=title or None)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
 
 
 def _neighbours(report: Report, tokens: int, mode: str) -> str:
