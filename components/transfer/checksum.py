@@ -23,14 +23,14 @@ class BlockChecksums:
 
     def __init__(self, pools: Sequence[KVPool]) -> None:
         self._pools = list(pools)
+        self._block_bytes = max(1, sum(p.tensor.numel() * p.tensor.element_size() // p.num_blocks for p in pools))
         self._weights: dict[tuple[int, torch.device], torch.Tensor] = {}
 
     def of(self, blocks: Sequence[int], parts: int = 1) -> tuple[int, ...]:
         """One checksum (63 bits, unsigned) for each block, or for each of the numbered ``parts`` of blocks."""
         if not blocks or not self._pools:
             return (0,) * len(blocks)
-        largest = max(p.tensor.numel() * p.tensor.element_size() // p.num_blocks for p in self._pools)
-        step = max(1, _AT_ONCE_BYTES // largest)
+        step = max(1, _AT_ONCE_BYTES // self._block_bytes)
         sums: list[int] = []
         for start in range(0, len(blocks), step):
             sums.extend(self._sum(blocks[start : start + step], parts).tolist())
@@ -39,13 +39,19 @@ class BlockChecksums:
     def _sum(self, blocks: Sequence[int], parts: int) -> torch.Tensor:
         device = self._pools[0].tensor.device
         index = torch.tensor(list(blocks), dtype=torch.int64, device=device)
-        total = torch.zeros(len(blocks), dtype=torch.int64, device=device)
+        # Pools alike go together: a sum for each layer alone costs more in calls than in bytes.
+        alike: dict[tuple[torch.dtype, int], list[tuple[int, torch.Tensor]]] = {}
         for position, pool in enumerate(self._pools):
-            rows = _select(pool, index, parts)
-            data = rows.reshape(len(blocks), -1).contiguous().view(torch.uint8)
+            row = _select(pool, index, parts).reshape(len(blocks), -1)
+            alike.setdefault((row.dtype, row.shape[1]), []).append((position, row))
+        total = torch.zeros(len(blocks), dtype=torch.int64, device=device)
+        for rows in alike.values():
+            data = torch.stack([row for _, row in rows]).view(torch.uint8)
             word = next(t for t in (torch.int64, torch.int32, torch.int16, torch.uint8) if _fits(data, t))
             words = data.view(word).to(torch.int64)
-            total += (words * self._weight(words.shape[1], device)).sum(dim=1) * (2 * position + 1)
+            sums = _weighted(words, self._weight(words.shape[2], device))
+            odd = torch.tensor([2 * position + 1 for position, _ in rows], dtype=torch.int64, device=device)
+            total += (sums * odd[:, None]).sum(dim=0)
         return total
 
     def _weight(self, length: int, device: torch.device) -> torch.Tensor:
@@ -67,5 +73,12 @@ def _select(pool: KVPool, index: torch.Tensor, parts: int) -> torch.Tensor:
     return found
 
 
+def _weighted(words: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Sum of words times weights over the last axis, with wrap-around."""
+    if words.is_cuda:  # cuBLAS has no product of integers.
+        return (words * weight).sum(dim=-1)
+    return (words.flatten(0, -2) @ weight).view(words.shape[:-1])
+
+
 def _fits(data: torch.Tensor, word: torch.dtype) -> bool:
-    return data.shape[1] % torch.empty(0, dtype=word).element_size() == 0
+    return data.shape[-1] % torch.empty(0, dtype=word).element_size() == 0
