@@ -2,8 +2,9 @@
 """``python -m benchmarks.migration.drain``: a decode worker with 16 running requests is told to end (SIGTERM).
 
 The same on this package and on stock Dynamo, with and without its token replay: 32 streams over two decode workers,
-new requests all the while, greedy in float32, prefix caching off. A request has failed when its stream ends without
-a finish reason; it has changed when its text is not what the remaining worker gives for it in peace afterwards.
+new requests all the while, greedy in float32, prefix caching off. A request has failed when its stream ends without a
+finish reason, is cut off when it ends early as if it were whole, and has changed when its text is otherwise not what
+the remaining worker gives for it in peace afterwards.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Outcome(msgspec.Struct, frozen=True):
     system: str
     requests: int
     failed: int
+    cut_off: int
     changed: int
-    """Of those that did not fail."""
     longest_gaps: tuple[float, ...]
     """The longest gap between two tokens after the signal, for each request."""
     undisturbed_gap: float
@@ -79,11 +80,13 @@ async def _drain(system: System, prompts: Prompts, count: int, output: int) -> O
         errors = await _finish([*streams, *later])
         peace = await _start(http, bodies)
         await _finish(peace)
-    whole = [(one, other) for one, other in zip(streams, peace, strict=True) if one.ended]
+    ended = [(one, other) for one, other in zip(streams, peace, strict=True) if one.ended]
+    whole = [(one, other) for one, other in ended if one.text == other.text or not other.text.startswith(one.text)]
     return Outcome(
         system=system.kind.value,
         requests=count,
-        failed=count - len(whole),
+        failed=count - len(ended),
+        cut_off=len(ended) - len(whole),
         changed=sum(one.text != other.text for one, other in whole),
         longest_gaps=tuple(max(one.gaps([(told, told + 1e6)]), default=0.0) for one, _ in whole),
         undisturbed_gap=float(np.median([gap for s in streams for gap in s.gaps([(0.0, told)])])),
@@ -109,13 +112,14 @@ async def _finish(streams: list[Watched]) -> list[str]:
 def show(drains: Drains, console: Console) -> None:
     """One line for each system."""
     table = Table(title=f"{drains.model}, {drains.machine['cpu']}: SIGTERM to one of two decode workers")
-    for column in ("system", "failed", "changed", "longest gap p50 ms", "max", "gap before", "leaving s", "new failed"):
+    for column in ("system", "failed", "cut off", "changed", "gap p50 ms", "max", "before", "leaving s", "new failed"):
         table.add_column(column, justify="right")
     for one in drains.outcomes:
         gaps = [1e3 * gap for gap in one.longest_gaps] or [float("nan")]
         table.add_row(
             one.system,
             f"{one.failed} of {one.requests}",
+            str(one.cut_off),
             str(one.changed),
             f"{np.median(gaps):.0f}",
             f"{max(gaps):.0f}",
@@ -124,6 +128,9 @@ def show(drains: Drains, console: Console) -> None:
             f"{one.later_failed} of {one.later}",
         )
     console.print(table)
+    console.print(
+        "gap: the longest between two tokens of each request after the signal; before: the median, undisturbed"
+    )
     for one in drains.outcomes:
         for error in one.errors:
             console.print(f"{one.system}: {error}")

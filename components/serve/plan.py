@@ -23,6 +23,10 @@ from components.serve.graph import Service
 from components.transfer import lanes
 from components.transfer.config import Transport
 
+_STREAM_LEASE_S = "20"
+"""Lease in etcd of what holds clients' streams, in seconds. After a restart of etcd Dynamo's runtime reconnects its
+watches one after the other, with pauses, before the lease: on a busy machine its default of 10 s can end first, and
+with it the process."""
 _SECRET = re.compile(r"(^|[-_])(password|passwd|secret|token|api[-_]?key|credentials?)$", re.IGNORECASE)
 """Names whose values are not shown. ``engine-args`` may hold such."""
 
@@ -182,6 +186,8 @@ def _process(
     if isinstance(config, WorkerConfig):
         added |= lanes.environment(transport, environment)
         added |= _device_environment(service.name, config, replica)
+    if not isinstance(config, WorkerConfig) and "ETCD_LEASE_TTL" not in environment:
+        added["ETCD_LEASE_TTL"] = _STREAM_LEASE_S
     if Path(config.model).is_dir():
         added["HF_HUB_OFFLINE"] = "1"
     return Process(

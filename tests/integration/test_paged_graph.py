@@ -26,7 +26,7 @@ LENGTH = 400
 @pytest.fixture(scope="module")
 def paged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     graph = Graph(
-        tmp_path_factory.mktemp("paged"), overrides=(*PAGED, "--DecodeWorker.max-num-seqs=32"), ETCD_LEASE_TTL="10"
+        tmp_path_factory.mktemp("paged"), overrides=(*PAGED, "--DecodeWorker.max-num-seqs=32"), ETCD_LEASE_TTL="20"
     )
     try:
         graph.wait(60)
