@@ -20,6 +20,7 @@ from components.engine.protocol import (
     EngineInfo,
     EngineStats,
     Frozen,
+    GenerateOutput,
     GenerateRequest,
     KVOffer,
     LandingStatus,
@@ -53,6 +54,22 @@ class Generate(msgspec.Struct, frozen=True, omit_defaults=True):
 
     request: GenerateRequest
     frozen: Frozen | None = None
+    channel: str = ""
+    """Connection of the router's own on which it wants the outputs; empty for the answer's stream."""
+    leg: int = 0
+    """Number of the request on that connection."""
+
+
+class Hello(msgspec.Struct, frozen=True):
+    """The first message of a router on a connection for outputs; the channel's name is its own choice."""
+
+    channel: Annotated[str, msgspec.Meta(min_length=16, max_length=64)]
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """Outputs of many requests, in the order in which the engine gave them. An empty one answers ``Hello``."""
+
+    outputs: tuple[tuple[int, GenerateOutput], ...]
 
 
 class WorkerCall(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -76,6 +93,8 @@ class WorkerReply(msgspec.Struct, frozen=True, omit_defaults=True):
     draining: bool = False
     metrics: str = ""
     """host:port of the worker's Prometheus metrics."""
+    outputs: str = ""
+    """host:port at which it gives the outputs of many requests over one connection."""
     offer: KVOffer | None = None
     frozen: Frozen | None = None
     landing: LandingStatus | None = None

@@ -16,6 +16,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from components import credentials
 from components.errors import MigrateError
 
@@ -73,7 +75,7 @@ def ready() -> None:
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
     """Run a component's main; errors of this package end it with one line and exit code 2."""
-    run_blocking(lambda: asyncio.run(main()))  # type: ignore[arg-type]
+    run_blocking(lambda: uvloop.run(main()))  # type: ignore[arg-type]
 
 
 def run_blocking(main: Callable[[], None]) -> None:

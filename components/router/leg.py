@@ -10,6 +10,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from components.engine.protocol import FinishReason, GenerateOutput
 from components.errors import MigrateError, WorkerLost, from_code
 from components.messages import Generate
@@ -17,6 +19,9 @@ from components.router.workers import Worker
 
 if TYPE_CHECKING:
     from components.router.stream import Stream
+
+_LATE_S = 5.0
+"""How long a channel's outputs may come after the end of the stream that started the request."""
 
 
 class Leg:
@@ -33,6 +38,11 @@ class Leg:
         self.heard = time.monotonic()
         """When it last gave something."""
         self._stream = stream
+        self._over = False
+        self._channel = worker.channel if worker.channel is not None and worker.channel.open else None
+        if self._channel is not None:
+            self._number = self._channel.add(self)
+            message = msgspec.structs.replace(message, channel=self._channel.id, leg=self._number)
         worker.streams += 1
         self.task = asyncio.ensure_future(self._read(message))
 
@@ -42,29 +52,45 @@ class Leg:
         context = Context(f"{message.request.request_id}.{self.worker.name}")
         try:
             async for output in self.worker.generate(message, context):
-                self.heard = time.monotonic()
-                if output.error is not None:
-                    self.error = from_code(*output.error)
-                    break
-                if output.finish_reason is FinishReason.CANCELLED:
-                    # Nobody asked for that, or nobody listens: an answer must not end in its middle.
-                    self.error = WorkerLost(f"worker {self.worker.name} has cancelled the request")
-                    break
-                self.worker.tokens += len(output.token_ids)
-                self._stream.take(self, output)
-                if output.finish_reason is not None:
+                self._take(output)
+                if self._over:
                     break
             else:
+                if self._channel is not None:
+                    # Its last outputs may still be on their way there; the end of it cuts this short.
+                    await asyncio.sleep(_LATE_S)
                 self.error = WorkerLost(f"worker {self.worker.name} ended the stream in the middle")
         except MigrateError as error:
             self.error = error
         except asyncio.CancelledError:
-            context.stop_generating()
-            raise
+            if not self._over:
+                context.stop_generating()
+                raise
         finally:
+            if self._channel is not None:
+                self._channel.remove(self._number)
             self.worker.streams -= 1
             self.ended.set()
             self._stream.leg_ended(self)
+
+    def receive(self, output: GenerateOutput) -> None:
+        """It came over the channel."""
+        if not self._over:
+            self._take(output)
+            if self._over:
+                self.task.cancel()
+
+    def _take(self, output: GenerateOutput) -> None:
+        self.heard = time.monotonic()
+        if output.error is not None:
+            self.error = from_code(*output.error)
+        elif output.finish_reason is FinishReason.CANCELLED:
+            # Nobody asked for that, or nobody listens: an answer must not end in its middle.
+            self.error = WorkerLost(f"worker {self.worker.name} has cancelled the request")
+        else:
+            self.worker.tokens += len(output.token_ids)
+            self._stream.take(self, output)
+        self._over = self.error is not None or output.finish_reason is not None
 
     def give_up(self, reason: str) -> None:
         """Take the worker for lost, although the connection stands."""

@@ -58,7 +58,10 @@ class RouterService:
         self._config = config
         self._tokenizer = tokenizer
         self._defaults = default_sampling(config.model)
-        self.pool = WorkerPool(runtime, process.namespace(), self._worker_drains, config.placement == "round-robin")
+        self.pool = WorkerPool(
+            *(runtime, process.namespace(), self._worker_drains, config.placement == "round-robin"),
+            channels=config.output_channels,
+        )
         self.streams: dict[str, Stream] = {}
         self.moves: deque[MoveRecord] = deque(maxlen=1000)
         self.ended: deque[StreamInfo] = deque(maxlen=200)

@@ -17,11 +17,13 @@ from typing import Any
 from components.engine.protocol import GenerateOutput, RequestId
 from components.errors import DeadlineExceeded, MigrateError, NoRoom, WorkerLost, from_code
 from components.messages import Generate, WorkerCall, WorkerInfo, WorkerOp, WorkerReply, pack, unpack
+from components.router.outputs import OutputChannel
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.5
 _ROUND_S = 2.0
 _REPORT_S, _FIRST_REPORT_S = 30.0, 3.0
+_CONNECT_AGAIN_S = 30.0
 
 
 class Worker:
@@ -42,6 +44,9 @@ class Worker:
         self.asked = False
         """A call for its state is under way."""
         self.tokens = 0
+        self.channel: OutputChannel | None = None
+        """Where outputs come; without it each request has a stream of Dynamo's."""
+        self._connect_at = 0.0
         self._generate = generate
         self._control = control
 
@@ -77,6 +82,17 @@ class Worker:
         except Exception as error:
             raise WorkerLost(f"worker {self.name}: {error}") from error
         raise WorkerLost(f"worker {self.name} closed the call without an answer")
+
+    async def connect(self) -> None:
+        """See to the channel, when the worker has said where; one that cannot be reached is tried again later."""
+        lost = self.channel is None or not self.channel.open
+        if not lost or not self.state.outputs or time.monotonic() < self._connect_at:
+            return
+        self._connect_at = time.monotonic() + _CONNECT_AGAIN_S
+        try:
+            self.channel = await OutputChannel.connect(self.name, self.state.outputs)
+        except WorkerLost as error:
+            logger.warning("%s; its requests have a stream each", error)
 
     @property
     def available(self) -> bool:
@@ -121,9 +137,15 @@ class WorkerPool:
     """All prefill and decode workers of a namespace."""
 
     def __init__(
-        self, runtime: Any, namespace: str, on_drain: Callable[[Worker], None], round_robin: bool = False
+        self,
+        runtime: Any,
+        namespace: str,
+        on_drain: Callable[[Worker], None],
+        round_robin: bool = False,
+        channels: bool = True,
     ) -> None:
         self._runtime = runtime
+        self._channels = channels
         self._namespace = namespace
         self._on_drain = on_drain
         self._turn = itertools.count() if round_robin else None
@@ -151,7 +173,9 @@ class WorkerPool:
                     role = "prefill" if component == "prefill" else "decode"
                     self.workers[instance] = Worker(instance, role, generate, control)
         for gone in set(self.workers) - seen:
-            del self.workers[gone]
+            channel = self.workers.pop(gone).channel
+            if channel is not None:
+                channel.retire()
         asking = [asyncio.ensure_future(self._refresh(w)) for w in self.workers.values() if not w.asked]
         if asking:
             # One that stands still must not keep the others' state from us.
@@ -164,6 +188,8 @@ class WorkerPool:
             timeout_s = _REPORT_S if worker.state.info is not None else _FIRST_REPORT_S
             worker.state = await worker.call(WorkerOp.INFO, timeout_s=timeout_s)
             worker.reported = time.monotonic()
+            if self._channels:
+                await worker.connect()
         except MigrateError as error:
             logger.debug("worker %s did not report: %s", worker.name, error)
             return

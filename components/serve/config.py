@@ -53,6 +53,9 @@ class RouterConfig(ComponentConfig):
         "live", description="Best way to move a request; replay recomputes its KV, as Dynamo's own migration does"
     )
     step_deadline_s: float = Field(20.0, gt=0, description="Seconds that one step of a migration may take")
+    output_channels: bool = Field(
+        True, description="Outputs over one connection to each worker; false: a stream of Dynamo's for each request"
+    )
     silence_s: float = Field(30.0, gt=0, description="Seconds without token and report after which a worker is lost")
     replay_limit: int = Field(3, ge=0, description="Times a request is replayed after losing its worker")
 

@@ -26,6 +26,7 @@ from components.metrics.worker import WorkerMetrics
 from components.serve.config import WorkerConfig, load_component_config
 from components.worker.engines import build_engine
 from components.worker.metrics import publish_card, publish_forward_pass
+from components.worker.outputs import OutputServer
 
 logger = logging.getLogger(__name__)
 
@@ -35,25 +36,44 @@ class WorkerService:
 
     def __init__(self, engine: Engine, info: EngineInfo, metrics: str = "") -> None:
         self._metrics = metrics
+        self._outputs = OutputServer()
+        self._outputs_address = ""
         self._engine = engine
         self._info = info
         self.draining = False
 
+    async def listen(self, host: str) -> None:
+        """Let routers connect for the outputs of all their requests."""
+        self._outputs_address = await self._outputs.start(host)
+
+    def stop(self) -> None:
+        """Take no more connections."""
+        self._outputs.stop()
+
     async def generate(self, payload: Any, context: Any) -> AsyncIterator[dict[str, str]]:
-        """Run a request and stream its outputs; a vanished caller aborts it."""
+        """Run a request and give its outputs, in the stream or on the caller's channel; a vanished caller aborts it."""
         request_id = RequestId("")
+        outlet, leg = None, 0
         try:
             message = unpack(payload, Generate)
+            outlet, leg = self._outputs.find(message.channel), message.leg
             request_id = message.request.request_id
             stream = self._engine.generate(message.request)
             watch = asyncio.ensure_future(self._abort_when_stopped(context, request_id))
             try:
                 async for output in self._committed(message, stream):
-                    yield pack(output)
+                    if outlet is None:
+                        yield pack(output)
+                    else:
+                        outlet.give(leg, output)
             finally:
                 watch.cancel()
         except MigrateError as error:
-            yield pack(GenerateOutput(0, finish_reason=FinishReason.ERROR, error=(error.code, str(error))))
+            failed = GenerateOutput(0, finish_reason=FinishReason.ERROR, error=(error.code, str(error)))
+            if outlet is None:
+                yield pack(failed)
+            else:
+                outlet.give(leg, failed)
 
     async def _committed(
         self, message: Generate, stream: AsyncIterator[GenerateOutput]
@@ -108,6 +128,7 @@ class WorkerService:
                     requests=tuple(await engine.requests()),
                     draining=self.draining,
                     metrics=self._metrics,
+                    outputs=self._outputs_address,
                 )
             case WorkerOp.OFFER:
                 return WorkerReply(offer=await engine.offer(request_id))
@@ -156,6 +177,7 @@ async def serve(component: str) -> None:
     info = await engine.start()
     runtime = process.connect()
     service = WorkerService(engine, info, address(config.advertise_host))
+    await service.listen(config.advertise_host)
     prefix = f"{process.namespace()}.{component}"
     endpoint, shown = runtime.endpoint(f"{prefix}.generate"), WorkerMetrics()
     expose(shown.registry, endpoint, process.namespace(), component)
@@ -177,6 +199,7 @@ async def serve(component: str) -> None:
         if stop.is_set():
             await service.drained(config.drain_grace_s)
     finally:
+        service.stop()
         runtime.shutdown()
         await asyncio.wait(serving, timeout=5.0)
         await engine.stop()

@@ -51,6 +51,7 @@ class ScriptedWorker:
         self.lease_s = 60.0
         self.role = role
         self.streams = self.moving = self.tokens = 0
+        self.channel = None
         self.calls: list[WorkerOp] = []
         self.on: dict[WorkerOp, Callable[[], Awaitable[WorkerReply | None]]] = {}
         self.out: asyncio.Queue[GenerateOutput | MigrateError] = asyncio.Queue()
