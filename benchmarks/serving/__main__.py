@@ -41,14 +41,23 @@ _PLAN: dict[Kind, list[Workload]] = {
     Kind.PLANNER: [*_OPEN, Workload.LONG],
     Kind.REPLAY: [*_OPEN, Workload.LONG, Workload.MOVED],
 }
-_PAIRS = 6
+_QUICK: dict[Kind, list[Workload]] = {
+    Kind.VLLM: [Workload.STEADY, Workload.MIXED],
+    Kind.STOCK: [Workload.STEADY, Workload.MIXED, Workload.LONG, Workload.SCALE_DOWN],
+    Kind.STOCK_RETRY: [Workload.LONG, Workload.SCALE_DOWN],
+    Kind.OURS: [Workload.STEADY, Workload.MIXED, Workload.LONG, Workload.MOVED, Workload.SCALE_DOWN],
+    Kind.PLANNER: [Workload.STEADY],
+    Kind.REPLAY: [Workload.LONG, Workload.MOVED],
+}
+"""What fits into ten minutes on two cores, of which every start of a system takes half a minute."""
+_PAIRS, _QUICK_PAIRS = 6, 3
 """Runs of each of the two systems whose overhead is compared: the machine's noise is larger than the overhead."""
 _RESULTS = Path("benchmarks/results/serving-cpu.json")
 _REPORT = Path("benchmarks/report.md")
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="short loads: about ten minutes on two cores")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer and shorter loads: ten minutes on two cores")] = False,
     systems: Annotated[str, typer.Option(help="joined by commas; empty takes all, 'overhead' is one of them")] = "",
     workloads: Annotated[str, typer.Option(help="joined by commas; empty takes all")] = "",
     model: Annotated[str, typer.Option(help="as in configs/disagg.yaml")] = "tiny-llama",
@@ -82,7 +91,12 @@ def main(
         with tempfile.TemporaryDirectory(prefix="dynamo-migrate-bench-") as scratch, Load(Path(scratch)) as load:
             if load.read() != "ready":
                 raise MigrateError("vllm bench serve did not start")
-            _run(found, load, systems, chosen, repeats or (1 if quick else 3), 4 if quick else 0, logs, console, keep)
+            plan = _QUICK if quick and not (systems or workloads) else _PLAN
+            if chosen:
+                plan = {kind: [w for w in planned if w in chosen] for kind, planned in plan.items()}
+            pairs = _QUICK_PAIRS if plan is _QUICK else max(_PAIRS, repeats)
+            settings = (repeats or (1 if quick else 3), [4] if quick else [1, 2, 4, 8], pairs, logs)
+            _run(found, load, systems, plan, *settings, console, keep)
         keep()
     write_report(msgspec.json.decode(json.read_bytes(), type=Report), report, json)
     console.print(f"{report} is written from {json}")
@@ -92,18 +106,18 @@ def _run(
     found: Report,
     load: Load,
     systems: str,
-    chosen: list[Workload],
+    plan: dict[Kind, list[Workload]],
     repeats: int,
-    at_once: int,
+    levels: list[int],
+    pairs: int,
     logs: Path | None,
     console: Console,
     keep: Callable[[], None],
 ) -> None:
     names = [word.strip() for word in systems.split(",") if word.strip()]
-    for kind, planned in _PLAN.items():
-        if names and kind.value not in names:
+    for kind, todo in plan.items():
+        if (names and kind.value not in names) or not todo:
             continue
-        todo = [w for w in planned if not chosen or w in chosen]
         try:
             with running(kind, found.model, Transport(found.transport), logs) as system:
                 console.print(f"{kind}: up")
@@ -112,18 +126,9 @@ def _run(
             console.print(f"[red]{kind}: {error}")
             found.errors.append(f"{kind}: {error}")
     if not names or "overhead" in names:
-        levels = [at_once] if at_once else [1, 2, 4, 8]
-        arguments = (
-            load,
-            found.model,
-            Transport(found.transport),
-            levels,
-            max(_PAIRS, repeats),
-            found.scale.seed,
-            logs,
-        )
+        arguments = (load, found.model, Transport(found.transport), levels, pairs, found.scale.seed, logs)
         try:
-            found.overhead, found.hop = measure(*arguments, console.print)
+            found.overhead, found.costs, found.hop = measure(*arguments, console.print)
         except MigrateError as error:
             console.print(f"[red]overhead: {error}")
             found.errors.append(f"overhead: {error}")

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +26,14 @@ from components.errors import MigrateError
 from components.transfer import Transport
 
 _PROMPT, _OUTPUT = 96, 48
+
+
+class Cost(msgspec.Struct, frozen=True):
+    """Time on processors that one process needs for each output token."""
+
+    system: str
+    process: str
+    us_per_token: float
 
 
 class Hop(msgspec.Struct):
@@ -43,9 +52,11 @@ def measure(
     seed: int,
     logs: Path | None,
     say: Callable[[str], None],
-) -> tuple[list[Run], Hop]:
-    """Runs of both systems at each number of requests at once, and the hop's samples."""
+) -> tuple[list[Run], list[Cost], Hop]:
+    """Runs of both systems at each number of requests at once, their costs, and the hop's samples."""
     runs: list[Run] = []
+    spent: dict[str, Counter[str]] = {}
+    tokens: Counter[str] = Counter()
     with ExitStack() as stack:
         systems = [
             stack.enter_context(running(kind, model, transport, logs)) for kind in (Kind.STOCK_AGG, Kind.OURS_AGG)
@@ -57,12 +68,20 @@ def measure(
             for at_once in levels:
                 # The order changes with each repeat, so that a drift of the machine favours none.
                 for system in systems if repeat % 2 == 0 else reversed(systems):
+                    before = system.processor_seconds()
                     samples = load.run(system, together(max(16, 8 * at_once), _PROMPT, _OUTPUT), seed, at_once)
+                    after = system.processor_seconds()
+                    mine = spent.setdefault(system.kind.value, Counter())
+                    mine.update({name: seconds - before.get(name, 0.0) for name, seconds in after.items()})
+                    tokens[system.kind.value] += sum(s.tokens for s in samples)
                     run = Run(system.kind.value, "closed loop", repeat, samples, duration(samples), at_once=at_once)
                     runs.append(run)
                     say(f"overhead: {system.kind}, {at_once} at once, repeat {repeat + 1}: {run.duration_s:.1f} s")
         hop = _hop(systems[1], 20 * repeats)
-    return runs, hop
+    costs = [
+        Cost(kind, name, 1e6 * seconds / tokens[kind]) for kind, mine in spent.items() for name, seconds in mine.items()
+    ]
+    return runs, costs, hop
 
 
 def _hop(system: System, count: int) -> Hop:

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.serving import plots
 from benchmarks.serving.metrics import Figures, Run, Slo, figures, four
-from benchmarks.serving.overhead import Hop
+from benchmarks.serving.overhead import Cost, Hop
 from benchmarks.serving.profile import Profile
 from benchmarks.serving.systems import Kind
 from benchmarks.serving.workloads import Scale, Workload
@@ -41,6 +41,7 @@ class Report(msgspec.Struct):
     date: str
     runs: list[Run] = []
     overhead: list[Run] = []
+    costs: list[Cost] = []
     hop: Hop = msgspec.field(default_factory=Hop)
     profiles: list[Profile] = []
     errors: list[str] = []
@@ -52,7 +53,7 @@ def merge(old: Report, new: Report) -> Report:
     kept = [run for run in old.runs if (run.system, run.workload) not in again]
     merged = msgspec.structs.replace(new, runs=kept + new.runs, profiles=new.profiles or old.profiles)
     if not new.overhead:
-        merged.overhead, merged.hop = old.overhead, old.hop
+        merged.overhead, merged.costs, merged.hop = old.overhead, old.costs, old.hop
     return merged
 
 
@@ -153,6 +154,20 @@ def _overhead(report: Report) -> list[str]:
         )
     header = ["at once", "throughput with / without", "p99 TTFT with / without", "pooled", "pooled p99 TTFT"]
     lines += _table([*header, "tokens/s", "TTFT p99 ms", "ITL p50 ms"], rows)
+    if report.costs:
+        parts = sorted({cost.process for cost in report.costs}, reverse=True)
+        each = {
+            kind: {cost.process: cost.us_per_token for cost in report.costs if cost.system == kind}
+            for kind in (Kind.OURS_AGG, Kind.STOCK_AGG)
+        }
+        lines += ["Time on processors for each output token, in microseconds:", ""]
+        lines += _table(
+            ["", *parts, "all"],
+            [
+                [kind.value, *(f"{mine.get(part, 0.0):.0f}" for part in parts), f"{sum(mine.values()):.0f}"]
+                for kind, mine in each.items()
+            ],
+        )
     if report.hop.direct:
         first = [four([times[0] for times in way]) for way in (report.hop.direct, report.hop.routed)]
         gaps = [

@@ -193,6 +193,17 @@ class System:
         alive = [p for p in self.workers if p.process is not None and p.process.poll() is None]
         return sum(p.seconds for p in self.workers) + sum(now - p.started for p in alive)
 
+    def processor_seconds(self) -> dict[str, float]:
+        """Time on processors so far by process, its children included; workers together."""
+        found: dict[str, float] = {}
+        for part in self.parts:
+            name = "workers" if part in self.workers else part.name.rstrip("0").lower()
+            for member in [psutil.Process(part.process.pid), *_family(part.process.pid)] if part.process else []:
+                with suppress(psutil.NoSuchProcess):
+                    times = member.cpu_times()
+                    found[name] = found.get(name, 0.0) + times.user + times.system
+        return found
+
     def retried(self) -> int:
         """Requests that were replayed after the loss of a worker, so far."""
         if self.kind.ours:
