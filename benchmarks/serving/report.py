@@ -299,19 +299,13 @@ def _moved(report: Report) -> list[str]:
 
 
 def _soak(folder: Path) -> list[str]:
-    raw = folder / "soak-cpu.json"
-    if not raw.is_file():
-        return []
-    report = msgspec.json.decode(raw.read_bytes(), type=SoakReport)
-    lines = [
-        "## Soak",
-        "",
-        "`python -m benchmarks.soak --minutes 30`: a migration every second, a restart every 5 minutes.",
-    ]
-    picture = (
-        ["![resident memory of each process](results/soak-rss.png)", ""] if (folder / "soak-rss.png").is_file() else []
-    )
-    return [*lines, "", *report.lines(), *picture]
+    lines = []
+    for raw in sorted(folder.glob("soak-*.json")):
+        lines += msgspec.json.decode(raw.read_bytes(), type=SoakReport).lines()
+        picture = raw.with_suffix(".png")
+        if picture.is_file():
+            lines += [f"![resident memory of each process](results/{picture.name})", ""]
+    return ["## Soak", "", "`python -m benchmarks.soak`: a migration every second.", "", *lines] if lines else []
 
 
 def _profiles(report: Report) -> list[str]:

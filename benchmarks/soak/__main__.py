@@ -149,8 +149,9 @@ def main(
     longest: Annotated[int, typer.Option(help="longest prompt and answer in tokens: halves of it")] = 900,
     seed: Annotated[int, typer.Option()] = 0,
     transport: Annotated[Transport, typer.Option("--nixl-transport")] = Transport.AUTO,
-    json: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/soak-cpu.json"),
-    picture: Annotated[Path, typer.Option("--plot")] = Path("benchmarks/results/soak-rss.png"),
+    json: Annotated[Path, typer.Option("--json", help="its plot goes beside it")] = Path(
+        "benchmarks/results/soak-cpu.json"
+    ),
     logs: Annotated[Path | None, typer.Option(help="folder to keep all logs in")] = None,
 ) -> None:
     """Serve, move and restart for a long time, and look for anything that is lost, changed or left behind."""
@@ -167,7 +168,7 @@ def main(
         console.print(f"up: {', '.join(part.name for part in system.parts)}")
         asyncio.run(_soak(system, report, distinct, at_once, every_s, restart_s, longest, seed, console))
     json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=0))
-    plot(report.lives, report.restarts_s, picture)
+    plot(report.lives, report.restarts_s, json.with_suffix(".png"))
     for title, found in (
         ("errors", report.errors),
         ("changed", report.changed),
