@@ -6,7 +6,7 @@ one read for all requests of a step. A router connects, says ``Hello`` and gets 
 ``Generate`` names its channel are answered there, all others in their own stream.
 
 Threading: the worker's asyncio loop. A peer that says nothing valid within ``_HELLO_S``, or does not read, is cut off;
-its requests end when its streams do, like those of any router that is lost.
+its requests end with their next output, like those of any router that is lost.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ class Outlet(asyncio.Protocol):
         if self._known.get(self._channel) is self:
             del self._known[self._channel]
 
-    def give(self, leg: int, output: GenerateOutput) -> None:
-        """Send an output with all others that the engine gives in this turn of the loop."""
-        if not self.open:
-            return
-        if not self._waiting:
-            self._loop.call_soon(self._flush)
-        self._waiting.append((leg, output))
+    def give(self, leg: int, output: GenerateOutput) -> bool:
+        """Send an output with all others that the engine gives in this turn of the loop. False: nobody is there."""
+        if self.open:
+            if not self._waiting:
+                self._loop.call_soon(self._flush)
+            self._waiting.append((leg, output))
+        return self.open
 
     def _flush(self) -> None:
         if not self.open:

@@ -64,8 +64,8 @@ class WorkerService:
                 async for output in self._committed(message, stream):
                     if outlet is None:
                         yield pack(output)
-                    else:
-                        outlet.give(leg, output)
+                    elif not outlet.give(leg, output):
+                        return
             finally:
                 watch.cancel()
         except MigrateError as error:
