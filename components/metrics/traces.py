@@ -4,13 +4,16 @@
 Off unless ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or ``..._TRACES_ENDPOINT``) is set and the extra ``otel`` is installed. A
 trace is written when its request has ended, from the events that the router noted: nothing is done while tokens flow.
 ``export`` never raises and never waits: OpenTelemetry's own thread sends.
+
+A client's W3C ``traceparent`` is continued where Dynamo's frontend hands it on, see docs/operations.md; a client that
+asks for no trace in it gets none.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -52,12 +55,14 @@ def spans(events: tuple[StreamEvent, ...]) -> Iterator[Span]:
         yield Span(owner[0], owner[1].worker, owner[1].at, events[-1].at)
 
 
-def record(info: StreamInfo, tracer: Any) -> None:
-    """Write the trace of a request that has ended."""
+def record(info: StreamInfo, tracer: Any, headers: Mapping[str, str] | None = None) -> None:
+    """Write the trace of a request that has ended, as a part of the one that ``headers`` (W3C) name."""
     from opentelemetry import trace
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     if not info.events:
         return
+    caller = TraceContextTextMapPropagator().extract(headers or {})
     attributes = {
         "request.id": info.request_id,
         "gen_ai.usage.input_tokens": info.prompt_tokens,
@@ -65,7 +70,9 @@ def record(info: StreamInfo, tracer: Any) -> None:
         "live_migration.moves": info.moves,
         "live_migration.replays": info.replays,
     }
-    root = tracer.start_span("request", start_time=_ns(info.events[0].at), attributes=attributes)
+    root = tracer.start_span(
+        "request", context=caller, start_time=_ns(info.events[0].at), attributes=attributes, kind=trace.SpanKind.SERVER
+    )
     parent = trace.set_span_in_context(root)
     for span in spans(info.events):
         child = tracer.start_span(
@@ -97,8 +104,8 @@ def _tracer() -> Any:
     return provider.get_tracer("dynamo-migrate")
 
 
-def export(info: StreamInfo) -> None:
-    """Write the trace of a request that has ended, where traces are switched on."""
+def export(info: StreamInfo, context: Any) -> None:
+    """Write the trace of a request that has ended, where traces are switched on. ``context``: Dynamo's, of its call."""
     tracer = _tracer()
     if tracer is not None:
-        record(info, tracer)
+        record(info, tracer, context.trace_headers())

@@ -108,7 +108,7 @@ class RouterService:
             await stream.close()
             stream.note(EventKind.ENDED)
             self.ended.append(stream.describe())
-            export(self.ended[-1])
+            export(self.ended[-1], context)
 
     def max_model_len(self) -> int:
         """Longest prompt and answer that every worker takes. Raises ``NoRoom`` before any has reported."""
