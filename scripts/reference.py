@@ -28,11 +28,15 @@ def _commands(group: Any, prefix: str) -> Iterator[str]:
             yield from _commands(command, f"{prefix} {name}")
             continue
         yield f"### `{prefix} {name}`\n\n{(command.help or '').strip().splitlines()[0]}\n"
+        examples = [line.strip() for line in (command.help or "").splitlines() if line.startswith("dynamo ")]
+        if examples:
+            yield "```sh\n" + "\n".join(examples) + "\n```\n"
         yield "| argument | meaning | default |\n|---|---|---|"
         for given in command.params:
             option = given.param_type_name == "option"
             shown = ", ".join(f"`{o}`" for o in given.opts) if option else f"`{given.name}`"
-            default = "" if given.required or given.default in (None, False, "") else f"`{_default(given.default)}`"
+            default = "" if given.default in (None, False, "") else f"`{_default(given.default)}`"
+            default = "required" if given.required else default
             yield f"| {shown} | {_cell(getattr(given, 'help', '') or '')} | {default} |"
         yield ""
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from components.errors import ConfigError
@@ -31,7 +32,10 @@ def calibrate(
 ) -> None:
     """Measure when gathering scattered KV blocks beats moving them one by one, for workers to use.
 
-    dynamo calibrate -o calibration.json, then: dynamo serve ... --DecodeWorker.calibration=calibration.json
+    \b
+    dynamo calibrate -o calibration.json
+    dynamo calibrate -o calibration.json --nixl-transport tcp --quick
+    dynamo serve graphs.disagg:Frontend -f configs/disagg.yaml --Common.calibration=calibration.json
     """
     from components.transfer import calibration as files
     from components.transfer.calibrate import Grid, machine
@@ -39,11 +43,19 @@ def calibrate(
 
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"{out.absolute().parent} is no folder")
+    _check_device(device)
     known = files.load(str(out)) if out.exists() else files.Calibration()
     os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
     console = Console()
     grid = Grid(total_bytes=16 << 20, repeats=3) if quick else Grid()
-    measured = measure(transport, device, grid)
+    with _progress(console) as progress:
+        task = progress.add_task("two processes start", total=grid.points)
+
+        def told(point: files.Point) -> None:
+            sizes = f"blocks of {point.block_bytes >> 10} KiB, runs of {point.run_bytes >> 10} KiB"
+            progress.update(task, advance=1, description=sizes)
+
+        measured = measure(transport, device, grid, told)
     files.save(out, known.replaced(measured, machine(device)))
     table = Table(title=f"{measured.device} memory over {measured.lane or 'a lane that UCX did not name'}")
     for column in ("block KiB", "run KiB", "direct GB/s", "staged GB/s", "faster"):
@@ -58,6 +70,26 @@ def calibrate(
     sys.stdout.flush()
     # NIXL's native library may abort in the interpreter's finalisation.
     os._exit(0)
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name!r} is no device: write cpu, or cuda:0") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count, version = torch.cuda.device_count(), torch.__version__
+        raise ConfigError(f"--device {name}: torch {version} sees {count} GPUs here; dynamo doctor tells why")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name!r} is not supported: write cpu, or cuda:0")
+
+
+def _progress(console: Console) -> Progress:
+    """A bar on a terminal that goes away at the end; nothing in a pipe."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def explain(direct_bytes: int) -> str:

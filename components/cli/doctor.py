@@ -31,7 +31,10 @@ def doctor(
 ) -> None:
     """Check this machine and installation; exit code 1 when something will not work.
 
+    \b
+    dynamo doctor
     dynamo doctor --nixl-transport ib
+    dynamo doctor --quick --json
     """
     checks = look(transport, port, quick)
     if json:

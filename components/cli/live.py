@@ -12,8 +12,10 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from components.address import parts_of
 from components.errors import ConfigError
 from components.models import cache_folder
+from components.serve.servers import answers
 from components.wire import UNREADABLE
 
 
@@ -63,3 +65,29 @@ def join() -> None:
         raise ConfigError("no running system is known: start one with `dynamo serve`, or set ETCD_ENDPOINTS")
     os.environ["ETCD_ENDPOINTS"] = found[-1].etcd
     os.environ.setdefault("DYN_NAMESPACE", found[-1].namespace)
+
+
+def reach() -> None:
+    """``join``, for a command: also raises ``ConfigError`` when etcd does not answer, where Dynamo would wait."""
+    join()
+    endpoints = os.environ["ETCD_ENDPOINTS"].split(",")
+    for endpoint in endpoints:
+        try:
+            parts = parts_of(endpoint.strip())
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            host, port = None, None
+        if not host or not port:
+            raise ConfigError(f"ETCD_ENDPOINTS: {endpoint!r} is no address: write http://HOST:2379")
+        if answers(host, port):
+            return
+    where = " and ".join(f"{parts_of(endpoint).hostname}:{parts_of(endpoint).port}" for endpoint in endpoints)
+    raise ConfigError(f"etcd does not answer at {where}: start it, or set ETCD_ENDPOINTS to where the graph has it")
+
+
+def nobody_answers(namespace: str) -> str:
+    """What to tell when there is an etcd, but no router."""
+    return (
+        f"no router in namespace {namespace} answers: is the graph running, and are DYN_NAMESPACE and ETCD_ENDPOINTS "
+        "those it was started with?"
+    )

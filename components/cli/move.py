@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from components import process
-from components.cli.live import join
-from components.errors import MigrateError
+from components.cli.live import nobody_answers, reach
+from components.errors import MigrateError, RequestNotFound
 from components.messages import Mode, MoveRecord, RouterReply
 from components.router.client import RouterClient
 
@@ -33,7 +33,10 @@ def register(app: typer.Typer) -> None:
     app.command("undrain")(undrain)
 
 
-def _run(work: Callable[[RouterClient], Awaitable[T]], show: Callable[[T], None]) -> None:
+def _run(
+    work: Callable[[RouterClient], Awaitable[T]], show: Callable[[T], None], well: Callable[[T], bool] = lambda _: True
+) -> None:
+    """Ask the router, show its answer, and end: with 0, with 1 when it is not ``well``, with 2 after an error."""
     import asyncio
 
     async def main() -> T:
@@ -41,18 +44,19 @@ def _run(work: Callable[[RouterClient], Awaitable[T]], show: Callable[[T], None]
         await asyncio.wait_for(client.connect(), 10)
         return await work(client)
 
-    join()
+    reach()
     try:
-        show(asyncio.run(main()))
+        answer = asyncio.run(main())
+        show(answer)
     except TimeoutError:
-        print(f"error: no router in namespace {process.edge_namespace()} answers", file=sys.stderr)
+        print(f"error: {nobody_answers(process.namespace())}", file=sys.stderr)
         os._exit(2)
     except MigrateError as error:
         print(f"error: {error}", file=sys.stderr)
         os._exit(2)
     sys.stdout.flush()
     # Dynamo's native runtime may abort in the interpreter's finalisation.
-    os._exit(0)
+    os._exit(0 if well(answer) else 1)
 
 
 def _json(value: object) -> None:
@@ -60,7 +64,12 @@ def _json(value: object) -> None:
 
 
 def status(json: Json = False) -> None:
-    """Show workers, running requests and the last migrations."""
+    """Show workers, running requests and the last migrations.
+
+    \b
+    dynamo status
+    dynamo status --json
+    """
     _run(lambda client: client.status(), _json if json else _tables)
 
 
@@ -98,25 +107,51 @@ def _moves(moves: list[MoveRecord]) -> None:
 
 
 def migrate(
-    request: Annotated[str, typer.Argument(help="request id, as `dynamo status` shows it")],
+    request: Annotated[str, typer.Argument(help="request id as `dynamo status` shows it, or the start of it")],
     to: Annotated[str, typer.Option("--to", help="worker, or the start of its id")],
     mode: Annotated[Mode, typer.Option(help="how to move it")] = Mode.LIVE,
     json: Json = False,
 ) -> None:
-    """Move a running request to another decode worker: dynamo migrate REQUEST --to WORKER"""
+    """Move a running request to another decode worker; exit code 1 when it stays, with the reason.
+
+    \b
+    dynamo migrate 623266b7-b2d2-4a5e-9f0c-0b1a52ac5a11 --to 9e28ed1f
+    dynamo migrate 6232 --to 9e28 --mode stop-and-copy
+    """
     show = _json if json else (lambda record: _moves([record]))
-    _run(lambda client: client.migrate(request, to, mode), show)
+
+    async def move(client: RouterClient) -> MoveRecord:
+        running = [stream.request_id for stream in (await client.status()).streams]
+        return await client.migrate(whole(request, running), to, mode)
+
+    _run(move, show, lambda record: record.ok)
+
+
+def whole(request: str, running: Sequence[str]) -> str:
+    """The one running request that begins so. Raises ``RequestNotFound``."""
+    found = [request_id for request_id in running if request_id.startswith(request)]
+    if len(found) != 1:
+        among = ", ".join((found or list(running))[:5]) or "none"
+        raise RequestNotFound(
+            f"{len(found) or 'no'} running requests begin with {request!r}: dynamo status; running: {among}"
+        )
+    return found[0]
 
 
 def drain(
     worker: Annotated[str, typer.Argument(help="worker, or the start of its id")],
-    timeout: Annotated[float, typer.Option(help="seconds")] = 60.0,
+    timeout: Annotated[float, typer.Option(help="seconds after which it is an error that requests are left")] = 60.0,
     json: Json = False,
 ) -> None:
-    """Move every request away from a worker and give it no new ones."""
+    """Move every request away from a worker and give it no new ones.
+
+    \b
+    dynamo drain 9e28ed1f
+    dynamo drain 9e28 --timeout 300 --json
+    """
     _run(lambda client: client.drain(worker, timeout), _json if json else _moves)
 
 
 def undrain(worker: Annotated[str, typer.Argument(help="worker, or the start of its id")]) -> None:
-    """Let a drained worker have requests again."""
+    """Let a drained worker have requests again: dynamo undrain 9e28ed1f"""
     _run(lambda client: client.undrain(worker), lambda _: print(f"worker {worker} takes requests again"))

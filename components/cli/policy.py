@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from components import process
-from components.cli.live import join
+from components.cli.live import nobody_answers, reach
 from components.errors import ConfigError, MigrateError
 from components.wire import UNREADABLE
 from planner_hooks.config import PolicyFile, load
@@ -44,7 +44,10 @@ def explain(
 ) -> None:
     """Show what every policy would move, and why it leaves the rest alone. Nothing is moved.
 
-    dynamo policy explain --save now.json; dynamo policy explain --snapshot now.json --policy-file my.yaml
+    \b
+    dynamo policy explain
+    dynamo policy explain --save now.json
+    dynamo policy explain --snapshot now.json --policy-file my.yaml
     """
     rules = load(policy_file)
     capture = read(snapshot) if snapshot is not None else asyncio.run(observe(rules))
@@ -77,12 +80,12 @@ async def observe(rules: PolicyFile) -> Capture:
     from components.router.client import RouterClient
     from planner_hooks.observe import Observer
 
-    join()
+    reach()
     client = RouterClient(process.connect())
     try:
         await asyncio.wait_for(client.connect(), 10)
     except TimeoutError as error:
-        raise MigrateError(f"no router in namespace {process.edge_namespace()} answers") from error
+        raise MigrateError(nobody_answers(process.namespace())) from error
     return Observer(rules.controller.cost).capture(await client.status())
 
 

@@ -34,7 +34,9 @@ Graph = Annotated[str, typer.Argument(help="graph and entry, e.g. graphs.disagg:
 Config = Annotated[Path | None, typer.Option("-f", "--config-file", help="YAML: component names and their keys")]
 NixlTransport = Annotated[Transport, typer.Option("--nixl-transport", help="lane that KV blocks take")]
 Page = Annotated[int | None, typer.Option("--dashboard", help="port of the web page; 0: none; default: next free")]
-Port = Annotated[int | None, typer.Option("-p", "--port", help="HTTP port of the frontend")]
+Port = Annotated[
+    int | None, typer.Option("-p", "--port", help="HTTP port of the frontend; default: Frontend.port, else 8000")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -73,9 +75,15 @@ def serve(
     only: Annotated[str, typer.Option(help="start only these components, joined by commas")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan as JSON and start nothing")] = False,
 ) -> None:
-    """Start a graph and keep it running until Ctrl-C.
+    """Start a graph and keep it running until Ctrl-C. --Component.key=value wins over the file.
 
+    \b
+    dynamo serve graphs.disagg:Frontend -f configs/disagg.yaml
     dynamo serve graphs.disagg:Frontend -f configs/disagg.yaml --nixl-transport shm --DecodeWorker.replicas=3
+    dynamo serve graphs.disagg:Frontend -f configs/disagg.yaml --dry-run
+    dynamo serve graphs.planner:Frontend -f configs/planner.yaml --port 9000
+
+    Components and their keys are in the file's comments and in docs/reference.md; an unknown one is an error.
     """
     plan = resolve(graph, config, nixl_transport, port, only, context.args)
     if dry_run:
@@ -94,14 +102,19 @@ def _run(plan: Plan, console: Console, then: Any, dashboard: int | None) -> None
 
 def demo(
     context: typer.Context,
-    graph: Annotated[str, typer.Argument()] = "graphs.disagg:Frontend",
+    graph: Annotated[str, typer.Argument(help="graph and entry")] = "graphs.disagg:Frontend",
     config: Config = Path("configs/disagg.yaml"),
     nixl_transport: NixlTransport = Transport.AUTO,
     port: Port = None,
     dashboard: Page = None,
     once: Annotated[bool, typer.Option("--once", help="stop after the first answer")] = False,
 ) -> None:
-    """Start a graph, send one chat request, show its text and timing, then keep serving."""
+    """Start a graph, send one chat request, show its text and timing, then keep serving.
+
+    \b
+    dynamo demo
+    dynamo demo --once --Common.model=tiny-llama
+    """
     # What vLLM warns of is of no use to a newcomer; ``dynamo serve`` shows it.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     plan = resolve(graph, config, nixl_transport, port, "", context.args)

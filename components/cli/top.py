@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 
 from components import process
-from components.cli.live import join
+from components.cli.live import nobody_answers, reach
 from components.dashboard.sample import Sampler
 from components.dashboard.top import view
 from components.errors import MigrateError
@@ -30,8 +30,13 @@ def top(
     interval: Annotated[float, typer.Option(min=0.2, help="seconds between two looks")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="print one view and end")] = False,
 ) -> None:
-    """Watch the running system: workers, KV use, queue, tokens/s, migrations, planner decisions."""
-    join()
+    """Watch the running system: workers, KV use, queue, tokens/s, migrations, planner decisions.
+
+    \b
+    dynamo top
+    dynamo top --once
+    """
+    reach()
     code = 0
     try:
         asyncio.run(_watch(interval, once, _console()))
@@ -58,7 +63,7 @@ async def _watch(interval: float, once: bool, console: Console) -> None:
     try:
         await asyncio.wait_for(client.connect(), 10)
     except TimeoutError as error:
-        raise MigrateError(f"no router in namespace {process.edge_namespace()} answers") from error
+        raise MigrateError(nobody_answers(process.namespace())) from error
     sampler = Sampler(client, interval)
     await sampler.once()
     if once:

@@ -88,7 +88,10 @@ def parse_overrides(arguments: list[str]) -> dict[str, dict[str, Any]]:
         path, equals, value = argument.removeprefix("--").partition("=")
         component, dot, key = path.partition(".")
         if not (argument.startswith("--") and equals and dot):
-            raise ConfigError(f"{argument!r} is no override: write --DecodeWorker.max-model-len=4096")
+            example = f"--{path}=VALUE" if dot else "--Component.key=value, for example --DecodeWorker.replicas=3"
+            raise ConfigError(
+                f"{argument!r} is neither an option nor an override of the configuration: write {example}"
+            )
         found.setdefault(component, {})[key] = yamltext.parse(value, path)
     return found
 

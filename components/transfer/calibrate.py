@@ -12,6 +12,7 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from multiprocessing.connection import Connection
@@ -42,9 +43,16 @@ class Grid:
     total_bytes: int = 64 << 20
     repeats: int = 5
 
+    @property
+    def points(self) -> int:
+        """How many will be measured."""
+        return len(self.block_bytes) * len(self.run_blocks)
 
-def calibrate(transport: Transport, device: str, grid: Grid | None = None) -> LaneCalibration:
-    """Measure this host."""
+
+def calibrate(
+    transport: Transport, device: str, grid: Grid | None = None, told: Callable[[Point], None] = lambda _: None
+) -> LaneCalibration:
+    """Measure this host. ``told`` gets every point as it comes."""
     lanes.check(transport)
     if not nixl_is_available()[0]:
         raise TransferUnavailable(f"there is nothing to calibrate without NIXL: {nixl_is_available()[1]}")
@@ -63,6 +71,7 @@ def calibrate(transport: Transport, device: str, grid: Grid | None = None) -> La
                 for run in grid.run_blocks:
                     point, lane = _measure(here, agent, peer, size, run, device, grid)
                     points.append(point)
+                    told(point)
                 _send(here, b"next")
             finally:
                 agent.close()

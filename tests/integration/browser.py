@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from selenium import webdriver
@@ -27,3 +29,11 @@ def chromium(width: int = 1280, height: int = 1150) -> Iterator[webdriver.Chrome
         yield browser
     finally:
         browser.quit()
+
+
+def keep(browser: webdriver.Chrome, name: str) -> None:
+    """Save the whole page in the folder that ``DYNAMO_MIGRATE_SCREENSHOTS`` names, if it does."""
+    if folder := os.environ.get("DYNAMO_MIGRATE_SCREENSHOTS"):
+        height = browser.execute_script("return document.documentElement.scrollHeight")
+        browser.set_window_size(1280, height + 140)  # The window's own bars take some.
+        browser.save_screenshot(str(Path(folder) / name))

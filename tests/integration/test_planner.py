@@ -4,11 +4,16 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 
+from tests.integration.browser import chromium, keep
 from tests.integration.graphs import PAGED, PROMPT, Graph
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -19,6 +24,8 @@ policies:
   drain: {}
   balance: {high: 0.1, start-gap: 0.15, stop-gap: 0.05}
 """
+CROWDED = (*PAGED, "--DecodeWorker.engine-args={step_s: 0.004, lease_s: 20, num_blocks: 640}")
+"""Few KV blocks, so that a handful of requests fills a good part of them."""
 
 
 @pytest.fixture(scope="module", params=["paged", "vllm"])
@@ -27,7 +34,7 @@ def planned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     policy = folder / "policy.yaml"
     policy.write_text(POLICY)
     own = (f"--Planner.policy-file={policy}", "--Planner.interval-s=1", "--Planner.decode-workers=[2,2]")
-    graph = Graph(folder, "planner", (*own, *(PAGED if request.param == "paged" else ())))
+    graph = Graph(folder, "planner", (*own, *(CROWDED if request.param == "paged" else ())))
     try:
         graph.wait()
         yield graph
@@ -50,6 +57,26 @@ def test_the_planner_evens_out_two_workers(planned: Graph) -> None:
     moves = [m for m in planned.status()["moves"] if m["ok"]]
     assert moves
     assert {(m["source"], m["target"]) for m in moves} == {(first, second)}
+
+
+def test_the_page_shows_the_planners_moves_and_reasons(planned: Graph) -> None:
+    first, second = [w["worker"] for w in planned.status()["workers"] if w["role"] == "decode"]
+    before = len(planned.status()["moves"])
+    planned.ask("drain", second)
+    with chromium() as browser, ThreadPoolExecutor(8) as pool:
+        browser.get(planned.page)
+        running = [pool.submit(planned.complete, f"page {i} {PROMPT}", 1200 + 200 * i, temperature=0) for i in range(8)]
+        while sum(s["output_tokens"] > 5 for s in planned.status()["streams"]) < len(running):
+            assert not any(text.done() for text in running), [text.result() for text in running if text.done()]
+        planned.ask("undrain", second)
+        wait = WebDriverWait(browser, 60)
+        wait.until(lambda _: len([m for m in planned.status()["moves"][before:] if m["ok"]]) >= 3)
+        wait.until(lambda b: "balance" in b.find_element(By.ID, "decisions").text)
+        wait.until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "#moves td.done")) >= 3)
+        time.sleep(3)  # For the picture: the charts show what the moves did.
+        keep(browser, "dashboard.png")
+        for text in running:
+            text.result(300)
 
 
 def test_top_shows_what_the_planner_has_decided_and_why(planned: Graph) -> None:

@@ -65,7 +65,8 @@ def test_transport_sets_ucx_before_the_engine_starts() -> None:
         (["--DecodeWorker.replicas=many"], "DecodeWorker.replicas = 'many'"),
         (["--DecodeWorker.kv-memory-gib=5000"], "lower kv-memory-gib"),
         (["--Common.modl=x"], "did you mean 'model'"),
-        (["replicas=2"], "is no override"),
+        (["replicas=2"], "for example --DecodeWorker.replicas=3"),
+        (["--DecodeWorker.replicas"], "write --DecodeWorker.replicas=VALUE"),
     ],
 )
 def test_wrong_input_is_named_with_the_fix(arguments: list[str], message: str) -> None:

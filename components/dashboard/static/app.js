@@ -2,11 +2,13 @@
 // The page: reads /api/state once, then every sample from /api/stream. Only this file touches the document.
 import { bars } from "./lives.js";
 import { chart } from "./charts.js";
+import { colour } from "./colours.js";
 
 const HISTORY = 600;
 const points = [];
+const percent = (share) => `${(100 * share).toFixed(0)} %`;
 const tokens = chart(document.getElementById("tokens"), (v) => v.toFixed(0));
-const kv = chart(document.getElementById("kv"), (v) => `${(100 * v).toFixed(0)} %`, [0, 1]);
+const kv = chart(document.getElementById("kv"), percent, () => [0, 1]);
 
 const element = (name, text = "", className = "") => {
   const made = document.createElement(name);
@@ -18,7 +20,6 @@ const element = (name, text = "", className = "") => {
 function meter(share) {
   const made = document.createElement("meter");
   Object.assign(made, { min: 0, max: 1, high: 0.9, low: 0.7, optimum: 0, value: share });
-  made.title = `${(100 * share).toFixed(0)} %`;
   return made;
 }
 
@@ -45,6 +46,13 @@ function table(id, columns, rows, empty) {
   document.getElementById(id).replaceChildren(head, ...body);
 }
 
+// A name in the colour that its worker has in the charts and bars.
+function named(worker) {
+  const made = element("td", worker, "worker");
+  made.style.setProperty("--worker", colour(worker));
+  return made;
+}
+
 function summary(point) {
   const pairs = {
     "tokens/s": point.tokens_per_s.toFixed(0), requests: point.streams, waiting: point.waiting, moving: point.moving,
@@ -61,7 +69,7 @@ function workers({ point, status }) {
   table("workers", ["worker", "role", "KV use", "", "running", "waiting", "tokens/s", "step", "lanes", ""],
     point.workers.map((load) => {
       const info = infos.get(load.worker);
-      return [load.worker, load.role, meter(load.kv_use), `${(100 * load.kv_use).toFixed(0)} %`, load.running, load.waiting,
+      return [named(load.worker), load.role, meter(load.kv_use), percent(load.kv_use), load.running, load.waiting,
         load.tokens_per_s.toFixed(0), info.stats ? `${(1e3 * info.stats.step_s).toFixed(1)} ms` : "?",
         info.lanes.join(", "), element("td", info.draining ? "draining" : "", "draining")];
     }), "no workers");
@@ -72,7 +80,7 @@ function moves(all) {
   const most = Math.max(1, ...last.map((move) => move.bytes));
   const rounds = Math.max(1, ...last.map((move) => move.rounds));
   table("moves", ["request", "from", "to", "mode", "result", "downtime", "added stall", "rounds", "", "MB", "", "lane"],
-    last.map((move) => [move.request_id.slice(0, 13), move.source, move.target, move.mode,
+    last.map((move) => [move.request_id.slice(0, 13), named(move.source), named(move.target), move.mode,
       element("td", move.ok ? "done" : "failed", move.ok ? "done" : "failed"),
       `${(1e3 * move.downtime_s).toFixed(1)} ms`, `${(1e3 * move.added_stall_s).toFixed(1)} ms`,
       move.rounds, share(move.rounds / rounds), (move.bytes / 1e6).toPrecision(3), share(move.bytes / most),
@@ -80,19 +88,21 @@ function moves(all) {
 }
 
 function decisions(all) {
+  document.getElementById("planner").hidden = !all.length;
   const moved = all.filter((d) => d.verdict !== "leave").slice(-8).reverse();
   const left = all.filter((d) => d.verdict === "leave").slice(0, 8);
   table("decisions", ["policy", "decision", "request", "from", "to", "why"],
     [...moved, ...left].map((d) => [d.policy, d.verdict, d.request_id.slice(0, 13), d.source, d.target, element("td", d.reason, "long")]),
-    "no planner reports here");
+    "");
 }
 
 function charts() {
   const at = points.map((point) => point.at);
-  const names = [...new Set(points.flatMap((point) => point.workers.map((load) => load.worker)))].sort();
+  const known = new Map(points.flatMap((point) => point.workers.map((load) => [load.worker, load])));
+  const loads = [...known.values()].sort((a, b) => a.role.localeCompare(b.role) || a.worker.localeCompare(b.worker));
   const of = (worker, key) => points.map((point) => point.workers.find((load) => load.worker === worker)?.[key] ?? null);
-  tokens(at, names, names.map((name) => of(name, "tokens_per_s")));
-  kv(at, names, names.map((name) => of(name, "kv_use")));
+  tokens(at, loads, loads.map(({ worker }) => of(worker, "tokens_per_s")));
+  kv(at, loads, loads.map(({ worker }) => of(worker, "kv_use")));
 }
 
 function show({ error, latest }) {

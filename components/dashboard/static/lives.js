@@ -37,9 +37,11 @@ export function bars(parent, streams, now) {
   const first = Math.max(now - WINDOW_S, Math.min(now - 5, ...recent.map((s) => s.events[0].at)));
   const x = (at) => LEFT + Math.max(0, (at - first) / (now - first)) * (width - LEFT - 8);
   const svg = node("svg", { viewBox: `0 0 ${width} ${height}`, height });
-  for (let tick = Math.ceil(first / 5) * 5; tick <= now; tick += (now - first) > 30 ? 10 : 5) {
-    svg.append(node("line", { class: "grid", x1: x(tick), x2: x(tick), y1: 0, y2: height - ROW }));
-    svg.append(node("text", { class: "axis", x: x(tick), y: height - 6, "text-anchor": "middle" }, `${Math.round(tick - now)} s`));
+  const step = now - first > 30 ? 10 : now - first > 10 ? 5 : 1;
+  for (let ago = 0; now - ago >= first; ago += step) {
+    const at = x(now - ago), label = ago ? `${ago} s ago` : "now";
+    svg.append(node("line", { class: "grid", x1: at, x2: at, y1: 0, y2: height - ROW }));
+    svg.append(node("text", { class: "axis", x: at, y: height - 6, "text-anchor": ago ? "middle" : "end" }, label));
   }
   recent.forEach((stream, row) => {
     const y = row * ROW + 3;

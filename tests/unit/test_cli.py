@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands say to wrong uses: the cause, the value and the fix, and never a traceback."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from components.cli import app, live
+from components.cli.move import whole
+from components.errors import ConfigError, MigrateError, RequestNotFound
+from tests.conftest import free_port
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No graph is known here, whatever the developer has running."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("ETCD_ENDPOINTS", "")  # Set and not deleted: commands write it, and it must not stay.
+    monkeypatch.chdir(ROOT)
+
+
+def refused(*words: str) -> str:
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code != 0
+    return str(result.exception) if isinstance(result.exception, MigrateError) else result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("servee", "Did you mean 'serve'"),
+        ("serve", "Missing argument 'graph'"),
+        ("serve graphs.disagg", "write graphs.disagg:Frontend"),
+        ("serve graphs.disagg:Frontent --dry-run", "did you mean 'Frontend'"),
+        ("serve graphs.disagg:Frontend -f nope.yaml --dry-run", "there is no configuration file nope.yaml"),
+        ("serve graphs.disagg:Frontend --nixl-transport rdma --dry-run", "'rdma' is not one of"),
+        ("serve graphs.disagg:Frontend --Common.model=/nowhere --dry-run", "no model folder /nowhere; known names"),
+        ("serve graphs.disagg:Frontend --only Decode --dry-run", "did you mean 'DecodeWorker'"),
+        ("status", "start one with `dynamo serve`, or set ETCD_ENDPOINTS"),
+        ("top --once", "start one with `dynamo serve`, or set ETCD_ENDPOINTS"),
+        ("migrate r", "Missing option '--to'"),
+        ("drain", "Missing argument 'worker'"),
+        ("policy explain --policy-file nope.yaml", "there is no policy file nope.yaml"),
+        ("policy explain --snapshot README.md", "README.md is no snapshot"),
+        ("calibrate -o /nowhere/x.json", "/nowhere is no folder"),
+        ("calibrate --device gpu", "--device 'gpu' is no device: write cpu, or cuda:0"),
+        ("calibrate --device meta", "--device 'meta' is not supported: write cpu, or cuda:0"),
+        ("calibrate --device cuda:63", "GPUs here; dynamo doctor tells why"),
+    ],
+)
+def test_a_wrong_use_is_told_with_its_fix(words: str, told: str) -> None:
+    assert told in refused(*words.split())
+
+
+def test_an_etcd_that_does_not_answer_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("ETCD_ENDPOINTS", f"http://{address}")
+    assert f"etcd does not answer at {address}" in refused("status")
+
+
+def test_an_address_that_is_none_is_told_with_an_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ETCD_ENDPOINTS", "nonsense")
+    assert "ETCD_ENDPOINTS: 'nonsense' is no address: write http://HOST:2379" in refused("status")
+
+
+def test_a_command_finds_the_graph_that_was_started_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYN_NAMESPACE", "mine")
+    live.remember(live.State("mine", "http://127.0.0.1:1", 8000, os.getpid()))
+    live.join()
+    assert os.environ["ETCD_ENDPOINTS"] == "http://127.0.0.1:1"
+    with pytest.raises(ConfigError, match=r"etcd does not answer at 127\.0\.0\.1:1"):
+        live.reach()
+
+
+def test_a_request_is_found_by_the_start_of_its_id() -> None:
+    running = ["6232-a", "6233-b", "71-c"]
+    assert whole("6232", running) == "6232-a"
+    with pytest.raises(RequestNotFound, match="2 running requests begin with '62'.*6232-a, 6233-b"):
+        whole("62", running)
+    with pytest.raises(RequestNotFound, match="no running requests begin with 'x'"):
+        whole("x", running)
+    with pytest.raises(RequestNotFound, match="running: none"):
+        whole("x", [])
