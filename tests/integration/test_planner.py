@@ -56,7 +56,7 @@ def test_the_planner_evens_out_two_workers(planned: Graph) -> None:
     planned.disturbed(prompts, 1000, bring_back, temperature=0)
     moves = [m for m in planned.status()["moves"] if m["ok"]]
     assert moves
-    assert {(m["source"], m["target"]) for m in moves} == {(first, second)}
+    assert (moves[0]["source"], moves[0]["target"]) == (first, second)
 
 
 def test_the_page_shows_the_planners_moves_and_reasons(planned: Graph) -> None:

@@ -65,6 +65,17 @@ def test_compose_serves_a_graph_that_the_launcher_accepts() -> None:
     assert plan.host == "0.0.0.0" and plan.port == 8000
 
 
+def test_docker_compose_accepts_the_file(tmp_path: Path) -> None:
+    if shutil.which("docker-compose") is None:
+        pytest.skip("no docker-compose here: apt-get install docker-compose")
+    # Debian's version 1.29 knows all of the Compose specification but the project's name.
+    without = {key: value for key, value in COMPOSE.items() if key != "name"}
+    (tmp_path / "compose.yaml").write_text(yaml.safe_dump(without))
+    command = ["docker-compose", "-f", str(tmp_path / "compose.yaml"), "--project-directory", str(DEPLOY), "config", "-q"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_promtool_accepts_the_alert_rules() -> None:
     if shutil.which("promtool") is None:
         pytest.skip("no promtool here: apt-get install prometheus")
