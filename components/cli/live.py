@@ -70,6 +70,8 @@ def join() -> None:
 def reach() -> None:
     """``join``, for a command: also raises ``ConfigError`` when etcd does not answer, where Dynamo would wait."""
     join()
+    # Before Dynamo is imported: how it connects is of no use to who asks for a table. ``DYN_LOG=info`` shows it.
+    os.environ.setdefault("DYN_LOG", "error")
     endpoints = os.environ["ETCD_ENDPOINTS"].split(",")
     for endpoint in endpoints:
         try:

@@ -71,8 +71,8 @@ def test_docker_compose_accepts_the_file(tmp_path: Path) -> None:
     # Debian's version 1.29 knows all of the Compose specification but the project's name.
     without = {key: value for key, value in COMPOSE.items() if key != "name"}
     (tmp_path / "compose.yaml").write_text(yaml.safe_dump(without))
-    command = ["docker-compose", "-f", str(tmp_path / "compose.yaml"), "--project-directory", str(DEPLOY), "config", "-q"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = ["docker-compose", "-f", str(tmp_path / "compose.yaml"), "--project-directory", str(DEPLOY)]
+    done = subprocess.run([*command, "config", "-q"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
