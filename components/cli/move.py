@@ -85,6 +85,15 @@ def _tables(reply: RouterReply) -> None:
         counts = (str(s.running), str(s.waiting)) if s else ("?", "?")
         table.add_row(w.worker, w.role, *counts, used, epoch, ", ".join(w.lanes), "draining" if w.draining else "")
     console.print(table)
+    if reply.streams:
+        _streams(reply, console)
+    if reply.moves:
+        _moves(list(reply.moves[-10:]))
+    if not reply.streams:
+        console.print("no requests are running")
+
+
+def _streams(reply: RouterReply, console: Console) -> None:
     table = Table(title="requests")
     for column in ("request", "worker", "prompt", "output", "age s", "moves", "replays"):
         table.add_column(column, min_width=_WHOLE.get(column))
@@ -92,10 +101,12 @@ def _tables(reply: RouterReply) -> None:
         numbers = (str(r.prompt_tokens), str(r.output_tokens), f"{r.age_s:.1f}", str(r.moves), str(r.replays))
         table.add_row(r.request_id, r.worker, *numbers)
     console.print(table)
-    _moves(list(reply.moves[-10:]))
 
 
 def _moves(moves: list[MoveRecord]) -> None:
+    if not moves:
+        Console().print("nothing had to be moved")
+        return
     table = Table(title="migrations")
     for column in ("request", "from", "to", "mode", "result", "downtime ms", "added stall ms", "rounds", "MB", "lane"):
         table.add_column(column, min_width=_WHOLE.get(column))
