@@ -87,10 +87,10 @@ def _tables(reply: RouterReply) -> None:
     console.print(table)
     if reply.streams:
         _streams(reply, console)
+    else:
+        console.print("no request is running")
     if reply.moves:
         _moves(list(reply.moves[-10:]))
-    if not reply.streams:
-        console.print("no requests are running")
 
 
 def _streams(reply: RouterReply, console: Console) -> None:
