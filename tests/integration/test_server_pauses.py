@@ -31,13 +31,16 @@ def test_a_server_that_stands_still_for_a_minute(server: str, lease_s: int, tmp_
         expected = undisturbed(system)
         answers: list[tuple[int, Answer]] = []
         over = threading.Event()
+        start = time.monotonic()
         numbers = count()
 
         def client() -> None:
             while not over.is_set():
                 number, answer = next(numbers) % PROMPTS, Answer()
                 answers.append((number, answer))
+                began = time.monotonic()
                 system.follow(number, answer)
+                print(f"after {began - start:.1f} s: {time.monotonic() - began:.1f} s {answer.error}")
 
         def mover() -> None:
             run = Run(system, expected, seed=1)
