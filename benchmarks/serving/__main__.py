@@ -63,6 +63,7 @@ def main(
     model: Annotated[str, typer.Option(help="as in configs/disagg.yaml")] = "tiny-llama",
     rate: Annotated[float, typer.Option(help="requests per second")] = 3.0,
     repeats: Annotated[int, typer.Option(help="times each workload is run on each system")] = 0,
+    restart_s: Annotated[float, typer.Option(help="seconds of load while workers restart; 0: 120, --quick: 90")] = 0.0,
     trace: Annotated[Path | None, typer.Option(help="lengths from an Azure, BurstGPT or Mooncake trace")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     transport: Annotated[Transport, typer.Option("--nixl-transport")] = Transport.AUTO,
@@ -76,7 +77,8 @@ def main(
     end_on_sigterm()
     console = Console()
     if not report_only:
-        scale = Scale(rate, 8.0 if quick else 20.0, restart_s=90.0 if quick else 120.0, seed=seed)
+        restart = restart_s or (90.0 if quick else 120.0)
+        scale = Scale(rate, 8.0 if quick else 20.0, restart_s=restart, seed=seed)
         scale = msgspec.structs.replace(scale, trace=str(trace or ""))
         found = Report(machine(), model, transport.value, scale, Slo(), time.strftime("%Y-%m-%d"))
         chosen = [Workload(word) for word in workloads.split(",") if word]
