@@ -79,6 +79,7 @@ class Run(msgspec.Struct):
     moves: list[MoveRecord] = []
     at_once: int = 0
     note: str = ""
+    """Why it is not like the others of the file, for example an older version."""
 
 
 class Figures(msgspec.Struct, frozen=True):

@@ -58,7 +58,14 @@ def merge(old: Report, new: Report) -> Report:
 
 
 def _of(report: Report, kind: Kind, workload: Workload) -> list[Run]:
-    return [run for run in report.runs if run.system == kind and run.workload == workload]
+    """Runs with a note are older than the others: they only stand in for missing ones."""
+    runs = [run for run in report.runs if run.system == kind and run.workload == workload]
+    return [run for run in runs if not run.note] or runs
+
+
+def _noted(name: str, runs: list[Run]) -> str:
+    notes = sorted({run.note for run in runs if run.note})
+    return f"{name} ({', '.join(notes)})" if notes else name
 
 
 def _table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
@@ -191,7 +198,12 @@ def _disturbed(report: Report) -> list[str]:
     # Each with the undisturbed run of the same repeat: the machine may have been another one in another repeat.
     for kind, workload in itertools.product(kinds, (Workload.RESTART, Workload.SCALE_DOWN, Workload.MOVED)):
         for run in _of(report, kind, workload):
-            calm = [other for other in _of(report, kind, Workload.LONG) if other.repeat == run.repeat]
+            calm = [
+                other
+                for other in report.runs
+                if (other.system, other.workload) == (kind, Workload.LONG)
+                and (other.repeat, other.note) == (run.repeat, run.note)
+            ]
             runs = [run]
             if not calm:
                 continue
@@ -199,7 +211,7 @@ def _disturbed(report: Report) -> list[str]:
             ends = [e.end_s - e.begin_s for run in runs for e in run.events if e.what.endswith(" ends")]
             rows.append(
                 [
-                    f"{workload}, {kind}",
+                    _noted(f"{workload}, {kind}", runs),
                     f"{now.failed} of {now.requests}",
                     str(now.retried),
                     f"{now.itl[2] / before.itl[2]:.2f}",
@@ -241,7 +253,12 @@ def _open(report: Report) -> list[str]:
                 f = figures(runs, report.slo)
                 shares = [100 * figures([run], report.slo).good_share for run in runs]
                 spread = f" ({min(shares):.0f} to {max(shares):.0f})" if len(runs) > 1 else ""
-                row = [kind.value, f"{100 * f.good_share:.0f}%{spread}", f"{f.goodput:.2f}", f"{f.failed}"]
+                row = [
+                    _noted(kind.value, runs),
+                    f"{100 * f.good_share:.0f}%{spread}",
+                    f"{f.goodput:.2f}",
+                    f"{f.failed}",
+                ]
                 rows.append([*row, f"{f.tokens_s:.0f}", _ms(f.ttft), _ms(f.tpot), _ms(f.itl), _ms(f.e2e), str(f.moves)])
         if rows:
             header = ["system", "good", "goodput /s", "failed", "tokens/s", "TTFT", "TPOT", "ITL", "E2E", "moves"]
@@ -259,6 +276,8 @@ def _saved(report: Report) -> list[str]:
         row = [workload.value, f"{base:.2f}"]
         for kind in (Kind.OURS, Kind.PLANNER, Kind.REPLAY):
             mine = _of(report, kind, workload)
+            # Only what was measured together.
+            mine = [run for run in mine if run.note == runs[0].note] if runs else []
             now = figures(mine, report.slo).worker_s_per_good if mine else float("nan")
             row.append(f"{100 * (1 - now / base):+.0f}%" if now == now and base == base else "-")
         if base == base:
@@ -290,7 +309,7 @@ def _moved(report: Report) -> list[str]:
             runs = _of(report, kind, workload)
             f: Figures | None = figures(runs, report.slo) if runs else None
             if f and f.moves + f.failed_moves:
-                row = [f"{kind}, {workload}", str(f.moves), str(f.failed_moves), f"{f.mb_moved:.2f}"]
+                row = [_noted(f"{kind}, {workload}", runs), str(f.moves), str(f.failed_moves), f"{f.mb_moved:.2f}"]
                 rows.append([*row, f"{f.move_ms:.0f}", f"{f.stall_ms:.1f}"])
     if not rows:
         return []
