@@ -92,6 +92,24 @@ def test_pods_of_the_graph_are_valid_kubernetes(name: str) -> None:
     kubernetes_validate.validate(pod, "1.34", strict=True)
 
 
+def test_what_marks_the_victim_of_a_scale_down_is_valid_kubernetes() -> None:
+    parts = list(yaml.safe_load_all((DEPLOY / "kubernetes/scale-down.yaml").read_text()))
+    for part in parts:
+        kubernetes_validate.validate(part, "1.34", strict=True)
+    [script] = [code for part in parts if part["kind"] == "ConfigMap" for code in part["data"].values()]
+    compile(script, "cost.py", "exec")
+
+
+def test_prometheus_operator_reads_the_port_that_the_pods_have() -> None:
+    monitor = yaml.safe_load((DEPLOY / "kubernetes/monitoring.yaml").read_text())
+    [label] = monitor["spec"]["selector"]["matchLabels"].items()
+    assert label == ("nvidia.com/dynamo-graph-deployment-name", GRAPH["metadata"]["name"])
+    assert [endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]] == ["system", "http"]
+    for name in ("Router", "PrefillWorker", "DecodeWorker"):
+        [port] = SERVICES[name]["extraPodSpec"]["mainContainer"]["ports"]
+        assert port["name"] == "system"
+
+
 @pytest.mark.parametrize("name", [name for name in SERVICES if name.endswith("Worker")])
 def test_workers_drain_before_they_end_and_have_rdma(name: str) -> None:
     service = SERVICES[name]

@@ -148,6 +148,8 @@ class VLLMEngine:
         """End the engine core. Idempotent."""
         llm, self._llm = self._llm, None
         if llm is not None:
+            # It takes the end of its core, which is about to be asked for, for a failure and prints where it was.
+            logging.getLogger("vllm.v1.engine.async_llm").setLevel(logging.CRITICAL)
             # vLLM's five seconds are too short where several engines share few cores.
             await asyncio.get_running_loop().run_in_executor(None, llm.shutdown, 20.0)
 
