@@ -172,6 +172,8 @@ async def _serve(plan: Plan, console: Console, then: Any, dashboard: int | None)
         if plan.bounds:
             # Dynamo's runtime in this process reads where etcd is from here.
             os.environ["ETCD_ENDPOINTS"] = variables["ETCD_ENDPOINTS"]
+            # It warns of an etcd that is gone, which at the end is as it should be.
+            os.environ.setdefault("DYN_LOG", "error")
             jobs.append(asyncio.ensure_future((await connected(plan, supervisor)).run()))
         await supervisor.run(on_ready)
     finally:
