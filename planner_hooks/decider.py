@@ -21,13 +21,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import msgspec
+
 from components import process
 from components.errors import MigrateError
 from components.router.client import RouterClient
 from planner_hooks.config import load
 from planner_hooks.controller import HOLDS, MOVES, Controller
+from planner_hooks.headcount import Headcount
 from planner_hooks.metrics import made_up
 from planner_hooks.observe import Observer
+from planner_hooks.plan import HoldReason
 from planner_hooks.report import decisions
 from planner_hooks.scaledown import Bound, ScaleDown
 from planner_hooks.snapshot import Snapshot
@@ -35,6 +39,16 @@ from planner_hooks.snapshot import Snapshot
 logger = logging.getLogger(__name__)
 _CONNECT_S = 30.0
 NAME = "scale-down"
+
+
+class Role(msgspec.Struct, frozen=True):
+    """Workers of one kind whose number the planner decides."""
+
+    name: str
+    bounds: tuple[int, int] | None = None
+    """Fewest and most; None keeps their number."""
+    started: int = 0
+    """How many the graph starts with; 0 when that is not known."""
 
 
 class Decider:
@@ -52,6 +66,7 @@ class Decider:
         self._deciding: asyncio.Task[None] | None = None
         self._cut_off: asyncio.Task[None] | None = None
         self._scale_down: dict[str, ScaleDown] = {}
+        self._counts: dict[str, Headcount] = {}
         self._seen: Snapshot | None = None
         self._seen_at = 0.0
         self.ticks = 0
@@ -78,16 +93,17 @@ class Decider:
         """Workers that a policy wants to be without."""
         return len(self._controller.retired) if self._controller is not None else 0
 
-    def bound(self, role: str, bounds: tuple[int, int] | None, proposed: int, ready: int) -> Bound:
+    def bound(self, role: Role, proposed: int, ready: int, scaling: bool) -> Bound:
         """What a proposal is clamped to; begins and ends the emptying of victims. Only decode workers are emptied."""
-        if role != "decode":
-            low, high = bounds or (ready, ready)
-            return Bound(low, max(low, high))
-        if role not in self._scale_down:
+        if role.name != "decode":
+            return self._prefill_bound(role, proposed, ready, scaling)
+        if role.name not in self._scale_down:
             config = self.policy.controller
-            self._scale_down[role] = ScaleDown(config.scale_down, bounds, config.drain_timeout_s, self._now)
-        answer = self._scale_down[role].decide(proposed, ready, self._current())
-        if answer.reason is not None and proposed < ready:
+            self._scale_down[role.name] = ScaleDown(
+                config.scale_down, role.bounds, config.drain_timeout_s, self._now, role.started
+            )
+        answer = self._scale_down[role.name].decide(proposed, ready, self._current(), scaling)
+        if answer.reason is not None and (proposed < ready or answer.reason is HoldReason.MISSING):
             HOLDS.labels(NAME, answer.reason).inc()
         if answer.retire or answer.release or answer.at_most < ready:
             logger.info(
@@ -99,6 +115,15 @@ class Decider:
             self._controller.retire(answer.retire)
             self._controller.release(answer.release)
         return answer
+
+    def _prefill_bound(self, role: Role, proposed: int, ready: int, scaling: bool) -> Bound:
+        count = self._counts.setdefault(role.name, Headcount(role.started, self._now))
+        there = count.seen(ready, scaling)
+        low, high = role.bounds or (there, there)
+        if ready < there:
+            return Bound(max(low, there), max(high, there), HoldReason.MISSING if proposed < there else None)
+        count.let_through(max(low, proposed))
+        return Bound(low, max(low, high))
 
     def _now(self) -> float:
         # Simulated time is not told to plugins: it passes with the ticks.

@@ -35,6 +35,8 @@ class HoldReason(StrEnum):
     """Something moves between the two workers in the other direction."""
     STALE = "stale"
     """The worker has not reported lately."""
+    MISSING = "missing"
+    """Workers that there should be are starting, so that there are fewer than there will be."""
     NO_METRICS = "no-metrics"
     """Nothing is known at all."""
     TOO_LARGE = "too-large"

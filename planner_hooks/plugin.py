@@ -7,11 +7,12 @@
            priority: 5, needs: [observations.fpm, observations.workers], kwargs: {policy_file: configs/policy.yaml}}
         - {module: planner_hooks.plugin, class: ScaleDownPlugin, plugin_id: scale-down, plugin_type: constrain,
            priority: 5, needs: [observations.fpm, observations.workers],
-           kwargs: {policy_file: configs/policy.yaml, decode_workers: [1, 4]}}
+           kwargs: {policy_file: configs/policy.yaml, decode_workers: [1, 4], started: {decode: 2}}}
 
 MigrationPlugin     each call is one decision about migrations, made beside the call. It accepts the proposal, but for
                     workers that a policy has retired: so many fewer are proposed.
-ScaleDownPlugin     keeps the numbers within their bounds, and holds a reduction until its victims are empty.
+ScaleDownPlugin     keeps the numbers within their bounds, and holds a reduction until its victims are empty. Workers
+                    that are starting count as there: as many as were ``started``, or as there were before.
 
 Neither makes the planner wait. Both raise ``ConfigError`` at their start when the policy file is wrong.
 """
@@ -22,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from components import process
-from planner_hooks.decider import Decider
+from planner_hooks.decider import Decider, Role
 
 
 class MigrationPlugin:
@@ -63,9 +64,11 @@ class ScaleDownPlugin:
         decode_workers: Sequence[int] | None = None,
         prefill_workers: Sequence[int] | None = None,
         replay_tokens: int = 0,
+        started: Mapping[str, int] | None = None,
     ) -> None:
         self._decider = Decider.shared(policy_file, replay_tokens)
-        self._bounds = {"decode": _pair(decode_workers), "prefill": _pair(prefill_workers)}
+        given = {"decode": decode_workers, "prefill": prefill_workers}
+        self._roles = [Role(name, _pair(bounds), (started or {}).get(name, 0)) for name, bounds in given.items()]
 
     async def Constrain(self, request: Any) -> Any:  # noqa: N802 (Dynamo looks the method up by this name)
         """Bounds for each role whose count is known."""
@@ -80,15 +83,16 @@ class ScaleDownPlugin:
         context = request.context
         proposed = {t.sub_component_type: t.replicas for t in context.proposal.targets} if context.proposal else {}
         targets, reasons = [], []
-        for role, bounds in self._bounds.items():
-            ready = _ready(context.observations, role)
+        for role in self._roles:
+            ready = _ready(context.observations, role.name)
             if ready is None:
                 continue
-            wanted = proposed.get(role)
-            answer = self._decider.bound(role, bounds, ready if wanted is None else wanted, ready)
-            reasons += [f"{role}: {answer.reason}"] if answer.reason else []
+            wanted = proposed.get(role.name)
+            scaling = bool(getattr(context.observations.workers, f"{role.name}_scaling_in_progress", None))
+            answer = self._decider.bound(role, ready if wanted is None else wanted, ready, scaling)
+            reasons += [f"{role.name}: {answer.reason}"] if answer.reason else []
             for count, kind in ((answer.at_least, OverrideType.AT_LEAST), (answer.at_most, OverrideType.AT_MOST)):
-                targets.append(ComponentTarget(sub_component_type=role, replicas=count, type=kind))
+                targets.append(ComponentTarget(sub_component_type=role.name, replicas=count, type=kind))
         if not targets:
             return ConstrainStageResponse(accept=AcceptResult())
         return ConstrainStageResponse(override=OverrideResult(targets=targets, reason="; ".join(reasons)))

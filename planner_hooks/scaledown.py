@@ -7,7 +7,8 @@ the proposal is clamped to, and with the workers that are to be emptied or taken
     proposed -> delayed (the wish must last) -> victims chosen, cheapest to empty first -> draining -> let through
 
 A reduction once begun goes on although the load of the rest rises by it; it is taken back when more workers are
-proposed, or when the rest is used beyond ``give_up_usage``. Without a current state nothing is let through.
+proposed, or when the rest is used beyond ``give_up_usage``. Without a current state, or while workers that there should
+be are not there (``headcount.py``), nothing is let through.
 Not thread-safe, does no I/O, raises nothing.
 """
 
@@ -19,6 +20,7 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 
+from planner_hooks.headcount import Headcount
 from planner_hooks.plan import HoldReason
 from planner_hooks.policies.consolidate import emptying_cost
 from planner_hooks.rules import ScaleDownRules
@@ -48,22 +50,29 @@ class ScaleDown:
         bounds: tuple[int, int] | None,
         drain_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
+        started: int = 0,
     ) -> None:
         self._rules = rules
         self._bounds = bounds
         self._drain_timeout_s = drain_timeout_s
         self._clock = clock
+        self._count = Headcount(started, clock)
         self._wanted_since: float | None = None
         self.victims: dict[str, float] = {}
         """Workers being emptied, and since when."""
 
-    def decide(self, proposed: int, ready: int, snapshot: Snapshot | None) -> Bound:
-        """Bounds for this proposal."""
-        low, high = self._bounds or (ready, ready)
-        stay = max(low, ready)
+    def decide(self, proposed: int, ready: int, snapshot: Snapshot | None, scaling: bool = False) -> Bound:
+        """Bounds for this proposal. ``scaling``: an earlier number is still being carried out."""
+        there = self._count.seen(ready, scaling)
+        low, high = self._bounds or (there, there)
+        stay = max(low, there, ready)
         if snapshot is None or len(snapshot.worker_ids) != ready:
-            return Bound(stay, max(high, stay), HoldReason.STALE if proposed < ready else None)
+            return Bound(stay, max(high, stay), HoldReason.STALE if proposed < there else None)
         self._forget(snapshot)
+        if ready < there:
+            if self.victims and self._usage_without(snapshot, list(self.victims)) > self._rules.give_up_usage:
+                return self._take_back(stay, high, HoldReason.NO_DESTINATION)
+            return Bound(stay, max(high, stay), HoldReason.MISSING if proposed < there else None)
         if proposed > ready or ready <= low:
             return self._take_back(stay, high)
         if proposed == ready and not self.victims:
@@ -102,6 +111,7 @@ class ScaleDown:
         # A leaving worker is given nothing, so that one that is empty stays so; the rest keeps its own count.
         empty = sum(self._is_empty(s, w, now - since) for w, since in self.victims.items() if w not in retire)
         held = HoldReason.DRAINING if empty < len(self.victims) else None
+        self._count.let_through(stay - empty)
         return Bound(stay - empty, stay - empty, held, tuple(retire))
 
     def _cheapest(self, s: Snapshot) -> str | None:

@@ -33,7 +33,11 @@ def planner_file(config: PlannerConfig, namespace: str) -> dict[str, Any]:
         shared | {"class": "MigrationPlugin", "plugin_id": "migration", "plugin_type": "propose", "kwargs": arguments},
         shared
         | {"class": "ScaleDownPlugin", "plugin_id": "scale-down", "plugin_type": "constrain"}
-        | {"kwargs": arguments | {f"{role}_workers": list(b) for role, b in bounds.items() if b is not None}},
+        | {
+            "kwargs": arguments
+            | {f"{role}_workers": list(b) for role, b in bounds.items() if b is not None}
+            | {"started": config.started}
+        },
     ]
     most = sum(b[1] for b in bounds.values() if b is not None)
     return {

@@ -69,6 +69,9 @@ class PlannerConfig(ComponentConfig):
         None, description="Fewest and most decode workers; without it their number stays as it is"
     )
     prefill_workers: tuple[int, int] | None = Field(None, description="The same for prefill workers")
+    started: dict[str, int] = Field(
+        default_factory=dict, description="Workers by role that the graph starts with; dynamo serve fills it in"
+    )
     scale_up_usage: float = Field(0.85, gt=0, description="KV share of any decode worker that asks for another one")
     scale_down_usage: float = Field(0.35, ge=0, description="KV share of every decode worker that asks for one fewer")
     planner_args: dict[str, Any] = Field(default_factory=dict, description="Further keys for Dynamo's planner")

@@ -147,6 +147,7 @@ def _bounds(services: list[Service], configs: dict[str, ComponentConfig]) -> dic
         if not isinstance(planner, PlannerConfig) or not (planner.decode_workers or planner.prefill_workers):
             continue
         found = {"decode": planner.decode_workers, "prefill": planner.prefill_workers}
+        started: dict[str, int] = {}
         for worker in services:
             if not worker.role:
                 continue
@@ -158,7 +159,9 @@ def _bounds(services: list[Service], configs: dict[str, ComponentConfig]) -> dic
                     f"[{low}, {high}]: change one of them"
                 )
             found[worker.role] = (low, high)
-        configs[service.name] = planner.model_copy(update={f"{role}_workers": b for role, b in found.items()})
+            started[worker.role] = started.get(worker.role, 0) + count
+        added = {f"{role}_workers": b for role, b in found.items()} | {"started": started}
+        configs[service.name] = planner.model_copy(update=added)
         return {role: bounds for role, bounds in found.items() if bounds is not None}
     return {}
 

@@ -2,12 +2,14 @@
 """Carries out the numbers of workers that Dynamo's planner decides in its virtual environment.
 
 Life cycle: ``run`` until cancelled. Each round compares what was decided last with the processes that there are, and
-starts or stops one; a decision is acknowledged when both agree, and only then does the planner decide again. What was
-decided before this graph began is acknowledged and not carried out.
+starts or stops one; a decision is acknowledged when both agree, and only then does the planner decide again. It holds
+until the next one: a worker that has ended for good is started again. What was decided before this graph began is
+acknowledged and not carried out.
 
 Stopping loses nothing: a worker that the planner's plugin has emptied goes first, any other one is drained through the
-router before its process gets SIGTERM. Threading: one asyncio loop. Errors: a worker that cannot be started or
-drained is said and tried again later; nothing here ends the graph.
+router before its process gets SIGTERM. None is stopped while another one of its role is not ready, or before the router
+knows any of them. Threading: one asyncio loop. Errors: a worker that cannot be started or drained is said and tried
+again later; nothing here ends the graph.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ from components import process
 from components.errors import MigrateError
 from components.messages import MoveRecord, RouterReply, WorkerInfo
 from components.serve.plan import Plan, Process
-from components.serve.supervisor import Child, Supervisor
+from components.serve.supervisor import READY_S, Child, Supervisor
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.5
 _RETRY_S = 30.0
 _DRAIN_S = 300.0
+
+
+Decided = tuple[int, int, int]
+"""Id, prefill workers, decode workers."""
 
 
 class Decisions(Protocol):
@@ -63,7 +69,8 @@ class Scaler:
         self._supervisor = supervisor
         self._decisions = decisions
         self._router = router
-        self._acknowledged = -1
+        self._before: Decided | None = None
+        self._acknowledged: Decided | None = None
         self._retry_at = 0.0
 
     async def run(self) -> None:
@@ -71,7 +78,7 @@ class Scaler:
         first = await self._decisions.get()
         if first.decision_id >= 0:
             await self._decisions.complete(first)
-            self._acknowledged = first.decision_id
+            self._before = _decided(first)
         while True:
             await asyncio.sleep(POLL_S)
             try:
@@ -88,14 +95,17 @@ class Scaler:
         """One round."""
         decision = await self._decisions.get()
         # The id is written after the numbers: a negative one means that they are not all there.
-        if decision.decision_id < 0 or decision.decision_id == self._acknowledged:
+        # A planner that was started again counts from 0 again: the id alone does not tell decisions apart.
+        decided = _decided(decision)
+        if decision.decision_id < 0 or decided == self._before:
             return
         wanted = {"decode": decision.num_decode_workers, "prefill": decision.num_prefill_workers}
         for role, (low, high) in self._bounds.items():
             if wanted[role] >= 0 and not await self._agree(role, min(max(wanted[role], low), high)):
                 return
-        await self._decisions.complete(decision)
-        self._acknowledged = decision.decision_id
+        if decided != self._acknowledged:
+            await self._decisions.complete(decision)
+            self._acknowledged = decided
 
     def _running(self, role: str) -> list[Child]:
         return [child for child in self._supervisor.children if child.process.role == role]
@@ -104,10 +114,10 @@ class Scaler:
         running = self._running(role)
         if len(running) < wanted:
             await self._start_one(role, running)
-        elif len(running) > wanted:
+        elif len(running) > wanted and _all_ready(running):
             await self._stop_one(role, running)
         running = self._running(role)
-        return len(running) == wanted and all(child.ready_file.exists() for child in running)
+        return len(running) == wanted and _all_ready(running)
 
     async def _start_one(self, role: str, running: list[Child]) -> None:
         if time.monotonic() < self._retry_at:
@@ -116,7 +126,11 @@ class Scaler:
         taken = {(child.process.component, child.process.replica) for child in running}
         free = [p for p in self._known if p.role == role and (p.component, p.replica) not in taken]
         child = await self._supervisor.add(free[0])
+        until = time.monotonic() + READY_S
         while child in self._supervisor.children and not child.ready_file.exists():
+            if time.monotonic() > until:
+                logger.warning("%s is not ready within %g s; going on without it", child.label, READY_S)
+                await self._supervisor.remove(child)
             await asyncio.sleep(0.1)
         if child in self._supervisor.children:
             self._retry_at = 0.0
@@ -129,14 +143,20 @@ class Scaler:
             (w, names[agent]) for w in workers for agent in {a.split("-tp")[0] for a in w.agents} if agent in names
         ]
         if not found:
-            # Started, but not known to the router yet; the youngest one has the least to lose.
-            await self._supervisor.remove(running[-1])
-            return
+            return  # The router has just been started as well: it will know them in the next rounds.
         worker, child = min(found, key=lambda pair: _emptying(pair[0]))
         if role == "decode":
             await self._router.drain(worker.worker, _DRAIN_S)
         logger.info("stopping worker %s (%s)", worker.worker, child.label)
         await self._supervisor.remove(child)
+
+
+def _decided(decision: Any) -> Decided:
+    return decision.decision_id, decision.num_prefill_workers, decision.num_decode_workers
+
+
+def _all_ready(children: list[Child]) -> bool:
+    return all(child.alive and child.ready_file.exists() for child in children)
 
 
 def worker_name(worker: Process) -> str:

@@ -51,6 +51,14 @@ def test_overrides_reach_the_component_and_replicas_multiply() -> None:
     assert json.loads(decode[0].environment["DYN_MIGRATE_CONFIG"])["max-model-len"] == 512
 
 
+def test_the_planner_is_told_how_many_workers_start() -> None:
+    values = read_yaml(CONFIGS / "planner.yaml")
+    found = make_plan(load("graphs.planner:Frontend"), values, {}, Transport.AUTO, {})
+    told = json.loads(next(p for p in found.processes if p.component == "Planner").environment["DYN_MIGRATE_CONFIG"])
+    assert told["started"] == {"prefill": 1, "decode": 2}
+    assert (told["decode-workers"], told["prefill-workers"]) == ([1, 2], [1, 1])
+
+
 def test_transport_sets_ucx_before_the_engine_starts() -> None:
     decode = plan("disagg", transport=Transport.TCP).processes[1]
     assert decode.environment["UCX_TLS"].split(",")[0] == "tcp"

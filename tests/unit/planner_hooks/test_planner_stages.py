@@ -107,14 +107,14 @@ def policy(tmp_path: Path) -> str:
     return str(path)
 
 
-def in_process(policy: str) -> list[dict[str, Any]]:
+def in_process(policy: str, **more: Any) -> list[dict[str, Any]]:
     shared = {"module": "planner_hooks.plugin", "priority": 5, "needs": ["observations.fpm", "observations.workers"]}
     arguments = {"policy_file": policy, "replay_tokens": CAPACITY}
     return [
         shared | {"class": "MigrationPlugin", "plugin_id": "m", "plugin_type": "propose", "kwargs": arguments},
         shared
         | {"class": "ScaleDownPlugin", "plugin_id": "s", "plugin_type": "constrain"}
-        | {"kwargs": arguments | {"decode_workers": [1, 3]}},
+        | {"kwargs": arguments | {"decode_workers": [1, 3]} | more},
     ]
 
 
@@ -122,6 +122,11 @@ async def test_a_reduction_waits_for_its_victim(policy: str) -> None:
     found = await decisions(planner_file(in_process_plugins=in_process(policy)), [1000, 3000], 4)
     assert found[0] == 2
     assert 1 in found
+
+
+async def test_a_worker_that_is_the_first_to_be_ready_does_not_become_the_only_one(policy: str) -> None:
+    plugins = planner_file(in_process_plugins=in_process(policy, started={"decode": 2, "prefill": 1}))
+    assert set(await decisions(plugins, [1000], 6)) == {2}
 
 
 async def test_growth_is_let_through_up_to_the_bound(policy: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from components.errors import ConfigError
 from planner_hooks.config import parse
+from planner_hooks.headcount import GONE_S
 from planner_hooks.plan import HoldReason
 from planner_hooks.rules import ScaleDownRules
 from planner_hooks.scaledown import ScaleDown
@@ -110,3 +111,40 @@ def test_contradictory_limits_are_refused() -> None:
         parse({"scale-down": {"max-usage": 0.9, "give-up-usage": 0.5}})
     with pytest.raises(ConfigError, match="delay-s"):
         parse({"scale-down": {"delays": 3}})
+
+
+def test_workers_that_are_starting_count_as_there(clock: Clock) -> None:
+    starting = ScaleDown(ScaleDownRules(delay_s=10), (1, 4), 300.0, clock, started=2)
+    # One of two is ready, and the planner knows of no other.
+    for proposed, ready in ((0, 0), (1, 1)):
+        answer = starting.decide(proposed, ready, seen(dict.fromkeys("a"[:ready], 0)))
+        assert (answer.at_least, answer.at_most) == (2, 4)
+    assert starting.decide(1, 1, seen({"a": 0})).reason is HoldReason.MISSING
+    clock.now += 11
+    assert starting.decide(1, 2, seen({"a": 0, "b": 0})).reason is HoldReason.DELAYED
+
+
+def test_a_crashed_worker_counts_as_there_but_not_for_ever(scale_down: ScaleDown, clock: Clock) -> None:
+    scale_down.decide(3, 3, seen({"a": 100, "b": 100, "c": 100}))
+    assert scale_down.decide(2, 2, seen({"a": 100, "b": 100})).at_least == 3
+    assert scale_down.decide(3, 2, seen({"a": 100, "b": 100})).at_least == 3
+    clock.now += GONE_S + 1
+    assert scale_down.decide(2, 2, seen({"a": 100, "b": 100})).at_least == 2
+
+
+def test_what_was_let_through_is_not_asked_back(scale_down: ScaleDown, clock: Clock) -> None:
+    begun(scale_down, clock, seen({"a": 2000, "b": 300}))
+    empty = seen({"a": 2300, "b": 0}, leaving=("b",))
+    assert scale_down.decide(1, 2, empty).at_most == 1
+    # The number is being carried out: routers and discovery lose the worker one after the other.
+    scale_down.decide(2, 2, seen({"a": 2300}), scaling=True)
+    gone = scale_down.decide(1, 1, seen({"a": 2300}))
+    assert (gone.at_least, gone.reason) == (1, None)
+
+
+def test_victims_are_taken_back_when_another_worker_crashes_and_the_rest_is_full(
+    scale_down: ScaleDown, clock: Clock
+) -> None:
+    begun(scale_down, clock, seen({"a": 3000, "b": 300, "c": 2000}))
+    answer = scale_down.decide(1, 2, seen({"a": 9000, "b": 300}, leaving=("b",)))
+    assert (answer.at_least, answer.release) == (3, ("b",))

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers of workers that the planner decides become processes: nothing is stopped that is still needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from components.engine.protocol import EngineStats
+from components.messages import MoveRecord, RouterReply, WorkerInfo
+from components.serve.plan import Plan, Process
+from components.serve.scale import Scaler, worker_name
+
+
+@dataclass
+class Decision:
+    decision_id: int
+    num_prefill_workers: int
+    num_decode_workers: int
+
+
+@dataclass(eq=False)
+class Worker:
+    process: Process
+    ready_file: Path
+    alive: bool = True
+
+    @property
+    def label(self) -> str:
+        return f"{self.process.component}.{self.process.replica}"
+
+
+def process(replica: int) -> Process:
+    return Process(component="DecodeWorker", replica=replica, role="decode", command=["python"], environment={})
+
+
+@dataclass
+class Graph:
+    """Supervisor, planner and router at once."""
+
+    folder: Path
+    decision: Decision = field(default_factory=lambda: Decision(-1, -1, -1))
+    children: list[Worker] = field(default_factory=list)
+    done: list[Decision] = field(default_factory=list)
+    drained: list[str] = field(default_factory=list)
+    leaving: tuple[int, ...] = ()
+    router_is_up: bool = True
+
+    async def add(self, added: Process) -> Worker:
+        child = Worker(added, self.folder / f"{added.replica}.ready")
+        child.ready_file.touch()
+        self.children.append(child)
+        return child
+
+    async def remove(self, child: Worker) -> None:
+        self.children.remove(child)
+
+    async def get(self) -> Decision:
+        return self.decision
+
+    async def complete(self, decision: Decision) -> None:
+        self.done.append(decision)
+
+    async def status(self) -> RouterReply:
+        known = [c for c in self.children if c.ready_file.exists() and self.router_is_up]
+        return RouterReply(
+            workers=tuple(
+                WorkerInfo(
+                    worker=c.label,
+                    role="decode",
+                    draining=c.process.replica in self.leaving,
+                    agents=(worker_name(c.process),),
+                    stats=EngineStats(1, 0, 0, 0, 50, 100),
+                )
+                for c in known
+            )
+        )
+
+    async def drain(self, worker: str, timeout_s: float) -> list[MoveRecord]:
+        self.drained.append(worker)
+        return []
+
+    def names(self) -> list[str]:
+        return [child.label for child in self.children]
+
+
+@pytest.fixture
+async def graph(tmp_path: Path) -> Graph:
+    graph = Graph(tmp_path)
+    for replica in range(2):
+        await graph.add(process(replica))
+    return graph
+
+
+@pytest.fixture
+def scaler(graph: Graph) -> Scaler:
+    plan = Plan(
+        namespace="test",
+        transport="auto",
+        model="m",
+        processes=[process(0), process(1)],
+        spare=[process(2)],
+        bounds={"decode": (1, 3)},
+    )
+    return Scaler(plan, graph, graph, graph)  # type: ignore[arg-type]
+
+
+async def test_the_emptied_worker_goes_after_a_drain(graph: Graph, scaler: Scaler) -> None:
+    graph.leaving, graph.decision = (0,), Decision(0, 1, 1)
+    await scaler.follow()
+    assert graph.names() == ["DecodeWorker.1"]
+    assert graph.drained == ["DecodeWorker.0"]
+    assert graph.done == [graph.decision]
+
+
+async def test_none_is_stopped_while_another_one_starts(graph: Graph, scaler: Scaler) -> None:
+    graph.children[0].ready_file.unlink()
+    graph.decision = Decision(0, 1, 1)
+    await scaler.follow()
+    assert len(graph.children) == 2
+    assert graph.done == []
+    graph.children[0].ready_file.touch()
+    await scaler.follow()
+    assert len(graph.children) == 1
+
+
+async def test_none_is_stopped_while_another_one_has_crashed(graph: Graph, scaler: Scaler) -> None:
+    graph.children[1].alive = False
+    graph.decision = Decision(0, 1, 1)
+    await scaler.follow()
+    assert len(graph.children) == 2
+
+
+async def test_none_is_stopped_before_the_router_knows_them(graph: Graph, scaler: Scaler) -> None:
+    graph.router_is_up, graph.decision = False, Decision(0, 1, 1)
+    await scaler.follow()
+    assert (len(graph.children), graph.done) == (2, [])
+
+
+async def test_a_planner_that_was_started_again_counts_from_zero(graph: Graph, scaler: Scaler) -> None:
+    for decision, count in ((Decision(0, 1, 3), 3), (Decision(0, 1, 2), 2), (Decision(0, 1, 2), 2)):
+        graph.decision = decision
+        await scaler.follow()
+        assert len(graph.children) == count
+    assert graph.done == [Decision(0, 1, 3), Decision(0, 1, 2)]
+
+
+async def test_a_worker_that_has_ended_for_good_is_started_again(graph: Graph, scaler: Scaler) -> None:
+    graph.decision = Decision(0, 1, 3)
+    await scaler.follow()
+    await graph.remove(graph.children[-1])
+    await scaler.follow()
+    assert len(graph.children) == 3
+    assert graph.done == [graph.decision]
