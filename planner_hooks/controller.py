@@ -2,7 +2,8 @@
 """Observes, plans, and carries plans out through the routers; keeps what became of each move.
 
 Life cycle: ``tick`` once for every decision; ``close`` waits for nothing and cancels what is under way (the routers
-end their part themselves). One asyncio loop; a tick never waits for a migration.
+end their part themselves). One asyncio loop, one tick at a time; a tick never waits for a migration. Its arithmetic
+runs in a thread, so that a table of a hundred thousand requests does not hold the planner's loop.
 Errors: ``tick`` raises ``MigrateError`` when no router answers; a failed move is an outcome.
 """
 
@@ -87,11 +88,10 @@ class Controller:
 
     async def tick(self) -> Plan:
         """One decision; its moves go on after this returns."""
-        capture = self._observer.capture(await self._commands.status(), self._active.values())
+        status = await self._commands.status()
+        capture, self.seen, plan = await asyncio.to_thread(self._decide, status, tuple(self._active.values()))
         self._settle_gaps(capture)
-        self.seen = Snapshot.of(capture, self._config.limits.stale_after_s)
         self.retired &= set(self.seen.worker_ids)
-        plan = self._policy.plan(self.seen)
         self.ticks += 1
         for hold in plan.holds:
             HOLDS.labels(hold.policy, hold.reason).inc()
@@ -104,6 +104,11 @@ class Controller:
         self.release(sorted(self.retired & set(plan.release)))
         self.retired -= set(plan.release)
         return plan
+
+    def _decide(self, status: RouterReply, active: tuple[ActiveMove, ...]) -> tuple[Capture, Snapshot, Plan]:
+        capture = self._observer.capture(status, active)
+        seen = Snapshot.of(capture, self._config.limits.stale_after_s)
+        return capture, seen, self._policy.plan(seen)
 
     def retire(self, workers: Iterable[str]) -> None:
         """Begin to empty workers; they get no new requests."""

@@ -2,7 +2,7 @@
 """From what the routers tell to a ``Capture``: worker loads, the per-request table, and what past moves have cost.
 
 Keeps what one status does not say: output lengths of requests that have ended, when and where each request was
-moved. One asyncio loop. Errors are those of ``RouterClient``.
+moved. ``join`` may be called while ``capture`` runs in another thread; neither does any I/O or raises anything.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 
+import msgspec
 import numpy as np
 
 from components.engine.protocol import RequestInfo
@@ -47,18 +48,36 @@ class Observer:
         self._outputs |= {name: stream.output_tokens for name, stream in streams.items()}
         moved = {move.request_id: move for move in status.moves if move.ok}
         decode = [worker for worker in status.workers if worker.role == "decode"]
-        rows = [
-            (worker, row, stream)
-            for worker in decode
-            for row in worker.requests
-            if (stream := streams.get(row.request_id)) is not None and stream.worker == worker.worker
-        ]
+        # Lists beside each other, not one of tuples, which the garbage collector would look through again and again.
+        rows: list[RequestInfo] = []
+        owners: list[WorkerInfo] = []
+        for worker in decode:
+            name = worker.worker
+            mine = [r for r in worker.requests if (s := streams.get(r.request_id)) is not None and s.worker == name]
+            rows += mine
+            owners += [worker] * len(mine)
         # For all at once: one call for each request would be most of the time of a large table.
-        remaining = self._remaining.of(np.array([row.output_tokens for _, row, _ in rows], dtype=float)).tolist()
+        remaining = self._remaining.of(np.array([row.output_tokens for row in rows], dtype=float)).tolist()
+        moving = {name for name, stream in streams.items() if stream.moving}
         requests = [
-            self._request(worker, row, moved.get(row.request_id), stream.moving, expected, now)
-            for (worker, row, stream), expected in zip(rows, remaining, strict=True)
+            RequestView(
+                request_id=row.request_id,
+                worker=worker.worker,
+                phase=row.phase,
+                need_tokens=row.prompt_tokens + row.output_tokens,
+                kv_tokens=row.kv_blocks * worker.block_size,
+                remaining_tokens=expected
+                if row.max_tokens is None
+                else min(expected, max(0.0, row.max_tokens - row.output_tokens)),
+                # vLLM counts the other way: its smaller numbers are more important.
+                priority=-row.priority,
+                not_migratable=row.not_migratable,
+                moving=row.request_id in moving,
+            )
+            for worker, row, expected in zip(owners, rows, remaining, strict=True)
         ]
+        if moved:
+            requests = [_after_move(view, moved.get(view.request_id), now) for view in requests]
         bytes_per_s, overhead_s, downtime_s = self._measured([move for move in status.moves if move.ok and move.bytes])
         return Capture(
             time_s=now,
@@ -68,27 +87,6 @@ class Observer:
             bytes_per_s=bytes_per_s,
             overhead_s=overhead_s,
             downtime_s=downtime_s,
-        )
-
-    @staticmethod
-    def _request(
-        worker: WorkerInfo, row: RequestInfo, move: MoveRecord | None, moving: bool, expected: float, now: float
-    ) -> RequestView:
-        if row.max_tokens is not None:
-            expected = min(expected, max(0.0, row.max_tokens - row.output_tokens))
-        return RequestView(
-            request_id=row.request_id,
-            worker=worker.worker,
-            phase=row.phase,
-            need_tokens=row.prompt_tokens + row.output_tokens,
-            kv_tokens=row.kv_blocks * worker.block_size,
-            remaining_tokens=expected,
-            # vLLM counts the other way: its smaller numbers are more important.
-            priority=-row.priority,
-            not_migratable=row.not_migratable,
-            since_move_s=now - move.ended_at if move else NEVER_S,
-            came_from=move.source if move else "",
-            moving=moving,
         )
 
     def _worker(self, worker: WorkerInfo, now: float) -> WorkerView:
@@ -120,3 +118,9 @@ class Observer:
         size = sum(move.bytes for move in moves)
         speed = size / beyond if beyond > 1e-3 else self._cost.bytes_per_s
         return speed, overhead, statistics.median(move.downtime_s for move in moves)
+
+
+def _after_move(view: RequestView, move: MoveRecord | None, now: float) -> RequestView:
+    if move is None:
+        return view
+    return msgspec.structs.replace(view, since_move_s=now - move.ended_at, came_from=move.source)

@@ -89,10 +89,17 @@ class Headroom(Section):
 class ScaleDownRules(Section):
     """When the planner may have fewer decode workers."""
 
-    delay_s: float = Field(default=30.0, ge=0, description="Seconds for which a reduction must have been proposed")
+    delay_s: float = Field(
+        default=30.0,
+        ge=0,
+        description="Seconds for which a reduction must have been proposed; half of what a worker takes to start",
+    )
     max_usage: float = Field(default=0.7, gt=0, le=1, description="Mean usage that the remaining workers may have")
     give_up_usage: float = Field(
         default=0.85, gt=0, le=1, description="Mean usage of the remaining ones from which victims are taken back"
+    )
+    reserve: float = Field(
+        default=0.8, ge=0, description="KV that the remaining ones keep free together, in workers; taken back at half"
     )
 
     @model_validator(mode="after")
@@ -103,6 +110,14 @@ class ScaleDownRules(Section):
                 "or victims would be chosen and taken back in turn"
             )
         return self
+
+    def allowed(self, workers: int) -> float:
+        """Mean usage up to which so many workers may remain."""
+        return min(self.max_usage, 1.0 - self.reserve / max(1, workers))
+
+    def too_much(self, workers: int) -> float:
+        """Mean usage of so many workers from which victims are taken back."""
+        return min(self.give_up_usage, 1.0 - 0.5 * self.reserve / max(1, workers))
 
 
 class Rules(Section):

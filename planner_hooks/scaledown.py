@@ -7,8 +7,8 @@ the proposal is clamped to, and with the workers that are to be emptied or taken
     proposed -> delayed (the wish must last) -> victims chosen, cheapest to empty first -> draining -> let through
 
 A reduction once begun goes on although the load of the rest rises by it; it is taken back when more workers are
-proposed, or when the rest is used beyond ``give_up_usage``. Without a current state, or while workers that there should
-be are not there (``headcount.py``), nothing is let through.
+proposed, or when the rest is used beyond ``give_up_usage`` or has less than half of its reserve. Nothing is let through
+without a current state, or while workers that there should be are not there (``headcount.py``).
 Not thread-safe, does no I/O, raises nothing.
 """
 
@@ -70,7 +70,7 @@ class ScaleDown:
             return Bound(stay, max(high, stay), HoldReason.STALE if proposed < there else None)
         self._forget(snapshot)
         if ready < there:
-            if self.victims and self._usage_without(snapshot, list(self.victims)) > self._rules.give_up_usage:
+            if self._is_too_much(snapshot):
                 return self._take_back(stay, high, HoldReason.NO_DESTINATION)
             return Bound(stay, max(high, stay), HoldReason.MISSING if proposed < there else None)
         if proposed > ready or ready <= low:
@@ -97,7 +97,7 @@ class ScaleDown:
             self._wanted_since = now
         if not self.victims and now - self._wanted_since < self._rules.delay_s:
             return Bound(stay, stay, HoldReason.DELAYED)
-        if self.victims and self._usage_without(s, list(self.victims)) > self._rules.give_up_usage:
+        if self._is_too_much(s):
             return self._take_back(stay, stay, HoldReason.NO_DESTINATION)
         retire: list[str] = []
         while len(self.victims) < count:
@@ -121,16 +121,23 @@ class ScaleDown:
             return None
         cost = np.where(s.w_leaving[workers], -1.0, emptying_cost(s, workers))
         victim = s.worker_ids[int(workers[int(np.argmin(cost))])]
-        fits = self._usage_without(s, [*self.victims, victim]) <= self._rules.max_usage
-        return victim if fits else None
+        usage, left = self._without(s, [*self.victims, victim])
+        return victim if usage <= self._rules.allowed(left) else None
 
-    def _usage_without(self, s: Snapshot, victims: list[str]) -> float:
+    def _is_too_much(self, s: Snapshot) -> bool:
+        usage, left = self._without(s, list(self.victims))
+        return bool(self.victims) and usage > self._rules.too_much(left)
+
+    def _without(self, s: Snapshot, victims: list[str]) -> tuple[float, int]:
+        """Usage of those that would remain, and their number."""
         stays = s.w_fresh & ~s.w_leaving
         stays[[s.index[victim] for victim in victims]] = False
-        if not stays.any():
-            return float("inf")
+        left = int(stays.sum())
+        if not left:
+            return float("inf"), left
         load = float((s.w_held + s.w_queued)[s.w_fresh].sum()) / float(s.w_capacity[stays].sum())
-        return max(load, float((s.w_running + s.w_waiting)[s.w_fresh].sum()) / float(s.w_max_seqs[stays].sum()))
+        seats = float((s.w_running + s.w_waiting)[s.w_fresh].sum()) / float(s.w_max_seqs[stays].sum())
+        return max(load, seats), left
 
     def _is_empty(self, s: Snapshot, worker: str, leaving_s: float) -> bool:
         i = s.index[worker]

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import msgspec
 
-from planner_hooks.config import parse
-from planner_hooks.plan import Policy
+from planner_hooks.config import PolicyFile, parse
 from planner_hooks.simulate.cluster import Cluster, Dispatch
 from planner_hooks.simulate.model import Slo, WorkerModel, saturation_rate
 from planner_hooks.simulate.report import Report, report
@@ -38,11 +37,12 @@ class Variant(msgspec.Struct, frozen=True):
     kv_routing: bool = False
     scaling: bool = False
 
-    def policy(self) -> Policy | None:
-        """The policy objects of the live system."""
+    def policy_file(self) -> PolicyFile | None:
+        """The policies of the live system with their defaults, but for what follows from the time to start a worker."""
         if not self.policies:
             return None
-        return parse({"interval-s": 1, "policies": {name: {} for name in self.policies}}).build()
+        delay = {"delay-s": Scaling().startup_s / 2}
+        return parse({"interval-s": 1, "scale-down": delay, "policies": {name: {} for name in self.policies}})
 
 
 STEADY = (
@@ -105,7 +105,9 @@ def run(case: Case, variant: Variant, arrivals: list[Arrival], model: WorkerMode
     own = Dispatch.STICKY if case.shape is Shape.STICKY else Dispatch.ROUND_ROBIN
     dispatch = Dispatch.KV if variant.kv_routing else own
     scaling = Scaling(max_workers=case.workers) if variant.scaling else None
-    cluster = Cluster(model, case.workers, dispatch, variant.policy(), scaling)
+    file = variant.policy_file()
+    policy, scale_down = (file.build(), file.controller.scale_down) if file else (None, None)
+    cluster = Cluster(model, case.workers, dispatch, policy, scaling, scale_down=scale_down)
     cluster.run(arrivals)
     return Result(case, variant, report(cluster, len(arrivals), slo, 0.2 * case.duration_s))
 

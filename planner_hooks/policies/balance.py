@@ -23,7 +23,7 @@ from planner_hooks.snapshot import Snapshot
 class Config(PolicyConfig):
     """Settings of ``balance``."""
 
-    high: float = Field(default=0.6, ge=0, description="Virtual usage below which a worker is left alone")
+    high: float = Field(default=0.8, ge=0, description="Virtual usage below which a worker is left alone")
     start_gap: float = Field(default=0.2, gt=0, description="Gap in virtual usage that begins to move requests")
     stop_gap: float = Field(default=0.1, gt=0, description="Gap at which moving ends")
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """consolidate: when one worker fewer would do, empty the one that is cheapest to empty.
 
-It retires a worker only while the others stay below ``target_usage`` with its load on top, and takes the
-retirement back above ``wake_usage``; the space between the two keeps it from changing its mind all the time.
+It retires a worker only while the others stay below ``target_usage`` with its load on top and keep a reserve, and takes
+the retirement back above ``wake_usage``; the space between the two keeps it from changing its mind all the time. The
+reserve is what few workers need: one of two is filled by a single burst, one of twenty is not.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ class Config(PolicyConfig):
     target_usage: float = Field(default=0.6, gt=0, lt=1, description="Mean usage that the remaining workers may have")
     wake_usage: float = Field(
         default=0.75, gt=0, le=1, description="Mean usage from which retired workers are taken back"
+    )
+    reserve: float = Field(
+        default=0.8, ge=0, description="KV that the remaining ones keep free together, in workers; taken back at half"
     )
     min_workers: int = Field(default=1, ge=1, description="Workers that always stay")
     max_leaving: int = Field(default=1, ge=1, description="Workers that may be leaving at once, for whatever reason")
@@ -55,7 +59,8 @@ class Consolidate(BasePolicy[Config]):
         # What is still on leaving workers will have to be carried as well.
         load = float((s.w_held + s.w_queued + s.w_inbound - s.w_outbound)[s.w_fresh].sum())
         seats = float((s.w_running + s.w_waiting)[s.w_fresh].sum())
-        if len(leaving) and self._mean(s, stays, load, seats) > config.wake_usage:
+        wake = min(config.wake_usage, 1.0 - 0.5 * config.reserve / max(1, len(stays)))
+        if len(leaving) and self._mean(s, stays, load, seats) > wake:
             return ledger.close(release=tuple(s.worker_ids[w] for w in leaving))
         most = max(config.max_leaving, int(config.max_leaving_share * (len(stays) + len(leaving))))
         if len(leaving) >= most or len(stays) <= config.min_workers:
@@ -64,7 +69,7 @@ class Consolidate(BasePolicy[Config]):
         victim = int(stays[np.argmin(emptying_cost(s, stays))])
         others = stays[stays != victim]
         mean = self._mean(s, others, load, seats)
-        if mean > config.target_usage:
+        if mean > min(config.target_usage, 1.0 - config.reserve / max(1, len(others))):
             ledger.hold(HoldReason.BALANCED, detail=f"{len(others)} workers would be used to {mean:.2f}")
             return ledger.close()
         empty(ledger, victim, f"{len(others)} workers are enough", config.let_finish_s)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -21,9 +22,11 @@ import numpy as np
 from planner_hooks.estimate import RemainingEstimate
 from planner_hooks.plan import Move, Plan, Policy
 from planner_hooks.policies.consolidate import emptying_cost
+from planner_hooks.rules import ScaleDownRules
+from planner_hooks.scaledown import ScaleDown
 from planner_hooks.simulate.columns import columns
 from planner_hooks.simulate.model import WorkerModel
-from planner_hooks.simulate.scaling import Autoscaler, Scaling
+from planner_hooks.simulate.scaling import Autoscaler, Change, Scaling
 from planner_hooks.simulate.traces import Arrival
 from planner_hooks.simulate.worker import Request, Worker
 from planner_hooks.snapshot import Snapshot
@@ -38,7 +41,7 @@ class Dispatch(StrEnum):
 
 
 class Cluster:
-    """One run. ``policy`` None means that nothing ever moves."""
+    """One run. ``policy`` None means that nothing ever moves; ``scale_down`` None that reductions wait for nobody."""
 
     def __init__(
         self,
@@ -48,6 +51,7 @@ class Cluster:
         policy: Policy | None = None,
         scaling: Scaling | None = None,
         tick_s: float = 1.0,
+        scale_down: ScaleDownRules | None = None,
     ) -> None:
         self.model = model
         self.time_s = 0.0
@@ -64,6 +68,10 @@ class Cluster:
         self._policy = policy
         self._scaling = scaling
         self._tick_s = tick_s
+        self._plugin: ScaleDown | None = None
+        if scaling is not None and scale_down is not None:
+            bounds = (scaling.min_workers, scaling.max_workers)
+            self._plugin = ScaleDown(scale_down, bounds, math.inf, lambda: self.time_s, workers)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
         self._turn = itertools.count()
@@ -153,10 +161,9 @@ class Cluster:
             self._unfinished -= 1
         self.finished += worker.done
         worker.done.clear()
-        if worker.leaving and worker.empty and self._scaling is not None and worker in self.workers:
-            self.workers.remove(worker)
-            worker.gone_s = self.time_s
-            self._reopen()
+        at_once = self._scaling is not None and self._plugin is None
+        if at_once and worker.leaving and worker.empty and worker in self.workers:
+            self._remove(worker)
 
     # Dispatch
 
@@ -292,14 +299,37 @@ class Cluster:
     def _scale(self, scaler: Autoscaler) -> None:
         load = sum(worker.held + worker.queued_tokens() for worker in self.workers) / self.model.capacity_tokens
         change = scaler.decide(self.time_s, self.workers, load)
-        for worker in change.back:
-            worker.leaving = False
-        for _ in range(change.start):
-            self._at(self.time_s + scaler.rules.startup_s, lambda: self._started(scaler))
-        if change.fewer:
+        leaving = [worker for worker in self.workers if worker.leaving]
+        if self._plugin is not None:
+            self._ask_plugin(self._plugin, change, len(leaving))
+        elif change.fewer:
             self._retire_one()
+        else:
+            for worker in leaving[: change.more]:
+                worker.leaving = False
+        back = sum(not worker.leaving for worker in leaving)
+        start = max(0, min(change.more - back, scaler.rules.max_workers - len(self.workers) - scaler.starting))
+        for _ in range(start):
+            scaler.starting += 1
+            self._at(self.time_s + scaler.rules.startup_s, lambda: self._started(scaler))
         self._reopen()
         self._at(self.time_s + scaler.rules.interval_s, lambda: self._scale(scaler))
+
+    def _ask_plugin(self, plugin: ScaleDown, change: Change, leaving: int) -> None:
+        """Victims, those taken back, and how many may go, as live; what a policy has retired is proposed to go."""
+        ready = len(self.workers)
+        proposed = ready + 1 if change.more > 0 else ready - max(change.fewer, leaving)
+        bound = plugin.decide(proposed, ready, self.snapshot()[0])
+        for worker in self.workers:
+            worker.leaving = (worker.leaving or worker.name in bound.retire) and worker.name not in bound.release
+        gone = [worker for worker in self.workers if worker.leaving and worker.empty][: max(0, ready - bound.at_most)]
+        for worker in gone:
+            self._remove(worker)
+
+    def _remove(self, worker: Worker) -> None:
+        self.workers.remove(worker)
+        worker.gone_s = self.time_s
+        self._reopen()
 
     def _retire_one(self) -> None:
         snapshot, _ = self.snapshot()

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated planner: how many workers there should be. It decides; ``cluster.py`` starts and retires them."""
+"""The simulated planner: how many workers there should be. It decides; ``cluster.py`` starts and retires them.
+
+With policies its reductions pass the plugin's own ``ScaleDown``, as they do live; without any it retires a worker at
+once, as Dynamo's planner does.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +31,8 @@ class Scaling(msgspec.Struct, frozen=True):
 class Change(msgspec.Struct, frozen=True):
     """One decision."""
 
-    back: tuple[Worker, ...] = ()
-    """Leaving workers that are needed again: they need no start-up."""
-    start: int = 0
+    more: int = 0
+    """Workers that are needed beside those that stay or are starting."""
     fewer: bool = False
     """One of those that stay may go."""
 
@@ -49,11 +52,7 @@ class Autoscaler:
         stay = sum(not worker.leaving for worker in workers)
         ahead = load + self._growth(time_s, load) * (rules.startup_s + rules.interval_s)
         if ahead > rules.high * (stay + self.starting):
-            wanted = math.ceil(ahead / rules.high) - stay - self.starting  # At least one.
-            back = tuple(worker for worker in workers if worker.leaving)[:wanted]
-            start = max(0, min(wanted - len(back), rules.max_workers - len(workers) - self.starting))
-            self.starting += start
-            return Change(back, start)
+            return Change(more=math.ceil(ahead / rules.high) - stay - self.starting)  # At least one.
         few = load < rules.low * stay and stay > rules.min_workers and load <= rules.high * (stay - 1)
         return Change(fewer=few and not self.starting)
 

@@ -83,6 +83,7 @@ class Worker:
         self.done: list[Request] = []
         self.preemptions = 0
         self._seen_at = (0, time_s)
+        self._mean_step_s = 0.0
         self._ends: list[tuple[int, int, int, Request]] = []
         self._prefixes: OrderedDict[int, None] = OrderedDict()
 
@@ -96,9 +97,12 @@ class Worker:
         return (seconds + step.per_prefill_token_s * chunk) * (1.0 + self.model.interference * self.moves)
 
     def mean_step_s(self) -> float:
-        """Mean duration of the steps since the last call; 0 when there were none."""
-        (steps, time_s), self._seen_at = self._seen_at, (self.steps, self.time_s)
-        return (self.time_s - time_s) / (self.steps - steps) if self.steps > steps and self.running else 0.0
+        """Mean duration of the steps since the last call that found any; 0 when idle."""
+        steps, time_s = self._seen_at
+        if self.steps > steps:
+            self._seen_at = (self.steps, self.time_s)
+            self._mean_step_s = (self.time_s - time_s) / (self.steps - steps)
+        return self._mean_step_s if self.running else 0.0
 
     def _growth_s(self) -> float:
         """By how much each step is longer than the one before."""

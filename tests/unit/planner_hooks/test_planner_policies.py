@@ -67,7 +67,7 @@ def test_headroom_makes_a_worker_with_an_important_request_look_fuller() -> None
     even = [request(f"r{i}", f"w{i % 2}", 1000) for i in range(8)]
     assert not decide("balance", cluster(even)).moves
     important = [request("vip", "w0", 1000, priority=1), *even[1:]]
-    moves = decide("balance", cluster(important), **{"start-gap": 0.15}).moves
+    moves = decide("balance", cluster(important), **{"high": 0.6, "start-gap": 0.15}).moves
     assert moves
     assert moves[0].src == "w0"
 
@@ -136,9 +136,18 @@ def test_consolidate_lets_a_share_of_a_large_cluster_leave_at_once() -> None:
     assert not decide("consolidate", capture, **{"max-leaving-share": 0.1}).retire
 
 
+def test_few_workers_keep_a_reserve_that_many_have_anyway() -> None:
+    def retired(workers: int) -> tuple[str, ...]:
+        load = [request(f"r{i}", f"w{i}", 3500) for i in range(workers)]
+        return decide("consolidate", cluster(load, workers)).retire
+
+    assert retired(2) == ()
+    assert len(retired(8)) == 1
+
+
 def test_later_policies_see_a_retired_worker_as_leaving() -> None:
     requests = [request(f"r{i}", "w0", 1000) for i in range(4)]
-    file = parse({"policies": {"consolidate": {}, "balance": {"high": 0.1}}})
+    file = parse({"policies": {"consolidate": {"reserve": 0}, "balance": {"high": 0.1}}})
     plan = file.build().plan(Snapshot.of(cluster(requests, 2)))
     assert plan.retire == ("w1",)
     assert not plan.moves

@@ -103,7 +103,7 @@ async def decisions(config: PlannerConfig, tokens: list[int], ticks: int) -> lis
 @pytest.fixture
 def policy(tmp_path: Path) -> str:
     path = tmp_path / f"policy-{next(_NAMES)}.yaml"
-    path.write_text("interval-s: 2\nscale-down: {delay-s: 0}\npolicies: {balance: {}}\n")
+    path.write_text("interval-s: 2\nscale-down: {delay-s: 0, reserve: 0}\npolicies: {balance: {}}\n")
     return str(path)
 
 

@@ -39,7 +39,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def scale_down(clock: Clock) -> ScaleDown:
-    return ScaleDown(ScaleDownRules(delay_s=10), (1, 4), 300.0, clock)
+    return ScaleDown(ScaleDownRules(delay_s=10, reserve=0), (1, 4), 300.0, clock)
 
 
 def begun(scale_down: ScaleDown, clock: Clock, snapshot: Snapshot) -> tuple[str, ...]:
@@ -85,6 +85,22 @@ def test_victims_are_taken_back_when_the_rest_is_full(scale_down: ScaleDown, clo
 
 def test_nothing_goes_that_the_rest_could_not_hold(scale_down: ScaleDown, clock: Clock) -> None:
     assert begun(scale_down, clock, seen({"a": 5000, "b": 4000})) == ()
+
+
+def test_few_workers_keep_a_reserve_that_many_have_anyway(clock: Clock) -> None:
+    def victims(workers: str) -> tuple[str, ...]:
+        rules = ScaleDownRules(delay_s=10, reserve=0.8)
+        return begun(ScaleDown(rules, (1, 9), 300.0, clock), clock, seen(dict.fromkeys(workers, 3000)))
+
+    assert victims("ab") == ()
+    assert len(victims("abcdefgh")) == 1
+
+
+def test_victims_are_taken_back_when_the_reserve_shrinks(clock: Clock) -> None:
+    scale_down = ScaleDown(ScaleDownRules(delay_s=10, reserve=0.8), (1, 4), 300.0, clock)
+    assert begun(scale_down, clock, seen({"a": 1500, "b": 300})) == ("b",)
+    assert scale_down.decide(1, 2, seen({"a": 4000, "b": 300}, leaving=("b",))).release == ()
+    assert scale_down.decide(1, 2, seen({"a": 6000, "b": 300}, leaving=("b",))).release == ("b",)
 
 
 def test_nothing_goes_without_a_current_state(scale_down: ScaleDown) -> None:
