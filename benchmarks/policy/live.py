@@ -33,6 +33,7 @@ from components.transfer import Transport
 
 _WORDS = "Once upon a time, in a small house by the sea, there lived an old clock maker. "
 _FIRST_DECISION_S = 90.0
+_BLOCK = 32
 
 
 class Shape(msgspec.Struct, frozen=True):
@@ -188,6 +189,14 @@ def changed(systems: list[Live]) -> int:
     )
 
 
+def offered(output: Output) -> float:
+    """KV that the long requests would hold at once if none had to wait, as a share of the hot worker's."""
+    shape, base = output.shape, output.systems[0]
+    prompt = float(np.mean([a.prompt_tokens for a in base.all() if a.long]))
+    lasts_s = shape.long_tokens * base.itl_ms(50) / 1e3
+    return lasts_s / (2 * shape.gap_s) * (prompt + shape.long_tokens / 2) / (_BLOCK * shape.blocks)
+
+
 def show(output: Output, console: Console) -> None:
     """Ratios first."""
     table = Table(title="one hot decode worker out of two, round robin")
@@ -213,17 +222,18 @@ def show(output: Output, console: Console) -> None:
         )
     console.print(table)
     console.print(f"times in ms; texts that differ between the systems: {output.changed_texts}")
+    console.print(f"the long requests would fill {offered(output):.2f} times the KV of the worker that they are sent to")
 
 
 def main(
     engine: Annotated[str, typer.Option(help="vllm, or paged: KV blocks and no model")] = "vllm",
     model: Annotated[str, typer.Option(help="as in configs/disagg.yaml")] = "tiny-llama",
-    requests: Annotated[int, typer.Option(help="of each repeat")] = 40,
-    gap: Annotated[float, typer.Option(help="seconds between two requests")] = 0.4,
-    long_tokens: Annotated[int, typer.Option(help="output of every other request")] = 700,
+    requests: Annotated[int, typer.Option(help="of each repeat")] = 80,
+    gap: Annotated[float, typer.Option(help="seconds between two requests")] = 0.25,
+    long_tokens: Annotated[int, typer.Option(help="output of every other request")] = 500,
     short_tokens: Annotated[int, typer.Option(help="output of the others")] = 48,
     prefill: Annotated[bool, typer.Option("--prefill", help="prompts are computed by the prefill worker")] = False,
-    blocks: Annotated[int, typer.Option(help="KV blocks of 32 tokens for each decode worker")] = 128,
+    blocks: Annotated[int, typer.Option(help="KV blocks of 32 tokens for each decode worker")] = 96,
     repeats: Annotated[int, typer.Option(help="times the load is run on each system")] = 2,
     json: Annotated[Path | None, typer.Option("--json", help="file for all samples")] = None,
     logs: Annotated[Path | None, typer.Option(help="folder for the output of all processes")] = None,
@@ -233,7 +243,7 @@ def main(
     limit = f"num_blocks: {blocks}, step_s: 0.01" if engine == "paged" else f"num_gpu_blocks_override: {blocks}"
     both = (
         f"--Common.engine={engine}",
-        f"--Common.max-model-len={min(4096, 32 * blocks)}",
+        f"--Common.max-model-len={min(4096, _BLOCK * blocks)}",
         f"--DecodeWorker.engine-args={{{limit}}}",
         "--Router.placement=round-robin",
         f"--Router.local-prefill-max-tokens={0 if prefill else 4096}",
