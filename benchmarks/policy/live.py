@@ -222,7 +222,7 @@ def show(output: Output, console: Console) -> None:
         )
     console.print(table)
     console.print(f"times in ms; texts that differ between the systems: {output.changed_texts}")
-    console.print(f"the long requests would fill {offered(output):.2f} times the KV of the worker that they are sent to")
+    console.print(f"the long requests would fill {offered(output):.2f} times the KV of their worker")
 
 
 def main(
