@@ -116,7 +116,7 @@ def cases(sizes: list[int], loads: list[float], duration_s: float) -> list[Case]
     """Large clusters are simulated for a shorter time, and waves on them at one load: they have as many requests."""
     found = []
     for workers in sizes:
-        seconds = duration_s if workers <= 64 else max(30.0, duration_s * 64 / workers)
+        seconds = duration_s if workers <= 64 else max(0.2 * duration_s, 0.4 * duration_s * 256 / workers)
         found += [Case(workers, shape, load, seconds) for shape in (Shape.STICKY, Shape.HEAVY) for load in loads]
         found.append(Case(workers, Shape.EVEN, max(loads), seconds))
         if workers <= 64:
