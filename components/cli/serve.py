@@ -138,13 +138,16 @@ async def _serve(plan: Plan, console: Console, then: Any, dashboard: int | None)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, supervisor.stop)
     jobs: list[asyncio.Task[None]] = []
-    shown = page_port(dashboard, plan.port) if serves_http else 0
     state = State(plan.namespace, variables["ETCD_ENDPOINTS"], plan.port, os.getpid())
 
     async def page() -> None:
         frontend = f"{reachable(plan.host)}:{plan.port}"
-        async with beside(shown, plan.host, frontend, variables | {"DYN_NAMESPACE": plan.namespace}):
-            console.print(f"[bold green]watch it[/] on http://{plan.host}:{shown} or with: dynamo top")
+        wanted = page_port(dashboard, plan.host, plan.port)
+        async with beside(wanted, plan.host, frontend, variables | {"DYN_NAMESPACE": plan.namespace}) as shown:
+            if shown:
+                console.print(f"[bold green]watch it[/] on http://{plan.host}:{shown} or with: dynamo top")
+            else:
+                console.print(f"[yellow]no web page[/] (port {wanted}); watch it with: dynamo top")
             await asyncio.Event().wait()
 
     async def keep_servers() -> None:
@@ -161,7 +164,7 @@ async def _serve(plan: Plan, console: Console, then: Any, dashboard: int | None)
         remember(state)
         if serves_http:
             console.print(f"[bold green]serving[/] {plan.model} on http://{plan.host}:{plan.port}/v1 (Ctrl-C stops)")
-            if shown:
+            if dashboard != 0:
                 jobs.append(asyncio.ensure_future(page()))
         jobs.append(asyncio.ensure_future(after()))
 

@@ -2,7 +2,7 @@
 """Starts the web page beside a graph, as a process that the graph can do without.
 
 ``beside`` yields its port (0: there is no page) and ends it with the block. It raises nothing: a page that does not
-start is a line in the log.
+start is a line in the log, its own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -22,19 +23,34 @@ _STOP_S = 5.0
 _TRIES = 20
 
 
-def page_port(wanted: int | None, frontend_port: int) -> int:
-    """The wanted port, or the first free one after the frontend's. 0: no page."""
+def page_port(wanted: int | None, host: str, frontend_port: int) -> int:
+    """The wanted port, or the first one after the frontend's that can be listened on. 0: no page.
+
+    To be asked once all components are up: each of them takes ports at random.
+    """
     if wanted is not None:
         return wanted
-    ports = range(frontend_port + 1, frontend_port + 1 + _TRIES)
-    return next((port for port in ports if not answers("127.0.0.1", port, 0.2)), 0)
+    ports = range(frontend_port + 1, min(frontend_port + 1 + _TRIES, 65536))
+    return next((port for port in ports if _free(host, port)), 0)
+
+
+def _free(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host, port))
+            sock.listen()
+        except OSError:
+            return False
+    return True
 
 
 @contextlib.asynccontextmanager
-async def beside(port: int, host: str, frontend: str, variables: Mapping[str, str]) -> AsyncIterator[None]:
+async def beside(port: int, host: str, frontend: str, variables: Mapping[str, str]) -> AsyncIterator[int]:
     """Run the page on ``port`` for the time of the block, which begins when it answers, or never will."""
     if not port:
-        yield
+        yield 0
         return
     command = [sys.executable, "-m", "components.dashboard", "--host", host, "--port", str(port)]
     environment = dict(os.environ) | dict(variables)
@@ -44,12 +60,7 @@ async def beside(port: int, host: str, frontend: str, variables: Mapping[str, st
         *command, "--frontend", frontend, env=environment, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
     )
     try:
-        end = time.monotonic() + _START_S
-        while child.returncode is None and time.monotonic() < end:
-            if await asyncio.to_thread(answers, dialled(host), port, 0.2):
-                break
-            await asyncio.sleep(0.1)
-        yield
+        yield port if await _up(child, dialled(host), port) else 0
     finally:
         with contextlib.suppress(ProcessLookupError):
             child.terminate()
@@ -58,3 +69,12 @@ async def beside(port: int, host: str, frontend: str, variables: Mapping[str, st
         except TimeoutError:
             child.kill()
             await child.wait()
+
+
+async def _up(child: asyncio.subprocess.Process, host: str, port: int) -> bool:
+    end = time.monotonic() + _START_S
+    while child.returncode is None and time.monotonic() < end:
+        if await asyncio.to_thread(answers, host, port, 0.2):
+            return child.returncode is None
+        await asyncio.sleep(0.1)
+    return False
