@@ -43,7 +43,7 @@ from components.transfer.handle import TransferHandle
 from components.transfer.layout import Ints, Region, pair_up, parts_of
 from components.transfer.parking.parking import Parking, parking_of
 from components.transfer.session.poison import Poison
-from components.transfer.session.worker import Job, Worker
+from components.transfer.session.worker import EAGER, SPARING, Job, Worker
 
 logger = logging.getLogger(__name__)
 Callback = Callable[[TransferHandle], None]
@@ -85,7 +85,7 @@ class TransferAgent:
         try:
             regions = self._assembly.regions
             self._parking = parking_of(self._config, self.record, regions, self._checksums, self._submit_steps)
-            self._worker.start(self._assembly.backends, eager=_has_cores_to_spare(regions))
+            self._worker.start(self._assembly.backends, EAGER if _has_cores_to_spare(regions) else SPARING)
             self._publisher.start(self.record, self.directory)
         except MigrateError:
             self.close()

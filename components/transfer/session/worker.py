@@ -30,19 +30,36 @@ _BUSY_S = 10e-6
 _SLACK_NS = 1000
 """Linux rounds every pause up by 50 us unless a thread asks for less."""
 _PR_SET_TIMERSLACK = 29
-_STEP_S = 60e-6
-"""Longest pause while something is under way: a staged chunk waits for five or six of them."""
-_ALERT_S = 100e-6
+_LONGER = 1.1
+"""Each pause while something is under way is a tenth longer than the one before: its end is seen late by as much."""
 _SPIN_S = 1e-3
 """An eager worker looks without a pause for so long after something happened: a chunk on a GPU takes 0.3 ms."""
 _ALERT_FOR_S = 0.5
-"""For so long after the last transfer a next one is expected soon."""
-_IDLE_S = 1e-3
+"""For so long after a peer's last message a next one is expected soon."""
 _HELP_S = 5e-3
 """For so long a waiting thread helps out: a gigabyte within a GPU takes less than one."""
 _QUIET_AFTER_S = 2.0
-_QUIET_S = 4e-3
-"""Nobody has moved anything for a while: each look at the peers takes the GIL from the engine's steps."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Pauses between looks at peers, and the longest one while something is under way, in seconds.
+
+    Each look takes the GIL from the engine's steps, and where all cores are at work the step then waits until this
+    thread has had its turn on one of them.
+    """
+
+    alert_s: float
+    idle_s: float
+    quiet_s: float
+    """Nobody has moved anything for a while."""
+    step_s: float
+
+
+EAGER = Pace(alert_s=100e-6, idle_s=1e-3, quiet_s=4e-3, step_s=60e-6)
+"""Spends a core rather than time: a staged chunk on a GPU waits for five or six of its steps."""
+SPARING = Pace(alert_s=1e-3, idle_s=4e-3, quiet_s=20e-3, step_s=1e-3)
+"""For hosts whose cores compute the model. Pools in shared memory and NIXL's READ, which they use, send no messages."""
 
 
 @dataclass
@@ -73,15 +90,15 @@ class Worker:
         self._jobs: list[Job] = []
         self._services: list[Generator[bool, None, None]] = []
         self._backends: list[Backend] = []
-        self._eager = False
-        self._last_work = self._last_at_once = 0.0
+        self._pace = SPARING
+        self._last_work = self._last_message = self._last_at_once = 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"kv-{name}"[:15], daemon=True)
 
-    def start(self, backends: list[Backend], eager: bool = False) -> None:
-        """Begin to step transfers and to answer peers. ``eager``: spend a core rather than time, while blocks move."""
+    def start(self, backends: list[Backend], pace: Pace = SPARING) -> None:
+        """Begin to step transfers and to answer peers."""
         self._backends = backends
-        self._eager = eager
+        self._pace = pace
         self._thread.start()
 
     def submit(self, job: Job, at_once: bool = False) -> None:
@@ -124,23 +141,24 @@ class Worker:
         while True:
             waiting = bool(self._services) or not all(job.helped for job in self._jobs)
             worked = self._take(block=not waiting)
-            worked |= self._progress()
-            worked |= self._step_services()
-            worked |= self._step_jobs()
+            answered = self._progress() | self._step_services()
+            worked |= answered | self._step_jobs()
             if self._stopping.is_set() and not self._jobs:
                 self._drain()
                 return
+            if answered:
+                self._last_message = self._clock()
             if worked:
                 pause, self._last_work = _BUSY_S, self._clock()
             elif self._may_spin():
                 os.sched_yield()
             elif waiting:
                 time.sleep(pause)
-                pause = min(pause * 1.1, _STEP_S)
+                pause = min(pause * _LONGER, self._pace.step_s)
 
     def _may_spin(self) -> bool:
         """While peers' messages decide how fast it goes; a copy that runs by itself needs nobody."""
-        if not self._eager or self._clock() - self._last_work > _SPIN_S:
+        if self._pace is not EAGER or self._clock() - self._last_work > _SPIN_S:
             return False
         return bool(self._services) or not all(job.at_once for job in self._jobs)
 
@@ -160,9 +178,10 @@ class Worker:
     def _pause(self) -> float:
         quiet = self._clock() - max(self._last_work, self._last_at_once)
         # Callers that start copies themselves want the interpreter's lock for that, not this thread's looks at peers.
-        if quiet < _ALERT_FOR_S and self._last_work > self._last_at_once:
-            return _ALERT_S
-        return _IDLE_S if quiet < _QUIET_AFTER_S else _QUIET_S
+        expecting = self._clock() - self._last_message < _ALERT_FOR_S
+        if expecting and self._last_message > self._last_at_once:
+            return self._pace.alert_s
+        return self._pace.idle_s if quiet < _QUIET_AFTER_S else self._pace.quiet_s
 
     def _progress(self) -> bool:
         worked = False
