@@ -45,6 +45,7 @@ class Neighbours(msgspec.Struct, frozen=True):
     tokens: int
     mode: str
     before: tuple[float, ...]
+    """In the quiet time before the first move, and between moves."""
     during: tuple[float, ...]
 
 
@@ -153,7 +154,7 @@ class Bench:
                     watched.task.cancel()
                     with suppress(asyncio.CancelledError, httpx.HTTPError):
                         await watched.task
-        before = tuple(gap for other in others for gap in other.gaps(quiet[:1]))
+        before = tuple(gap for other in others for gap in other.gaps(quiet))
         during = tuple(gap for other in others for gap in other.gaps(windows))
         await self._until_idle()
         return samples, Neighbours(tokens, mode, before, during), failed
