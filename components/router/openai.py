@@ -8,6 +8,7 @@ the model's ``generation_config.json``, as with ``vllm serve``. Raises ``Invalid
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class _Payload(msgspec.Struct, frozen=True):
     stop_conditions: _Stop | None = None
     output_options: _Output | None = None
     routing: _Routing | None = None
+    model: str | None = None
 
 
 def default_sampling(model: str) -> dict[str, Any]:
@@ -58,8 +60,10 @@ def default_sampling(model: str) -> dict[str, Any]:
     return {key: config[key] for key in _DEFAULTS if config.get(key) is not None}
 
 
-def to_request(request_id: str, payload: dict[str, Any], defaults: dict[str, Any], max_len: int) -> GenerateRequest:
-    """One request of the frontend."""
+def to_request(
+    request_id: str, payload: dict[str, Any], defaults: dict[str, Any], max_len: int, adapters: Collection[str] = ()
+) -> GenerateRequest:
+    """One request of the frontend, which names a LoRA adapter as the model."""
     try:
         given = msgspec.convert(payload, _Payload, strict=False)
     except msgspec.ValidationError as error:
@@ -100,7 +104,7 @@ def to_request(request_id: str, payload: dict[str, Any], defaults: dict[str, Any
         prompt_token_ids=prompt,
         sampling=sampling,
         priority=routing.priority or 0,
-        lora_name=routing.lora_name,
+        lora_name=given.model if given.model in adapters else routing.lora_name,
         cache_salt=routing.cache_salt,
     )
 

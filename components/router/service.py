@@ -84,7 +84,7 @@ class RouterService:
             raise Unknown(f"{error.code}: {error}") from error
 
     async def _serve(self, payload: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
-        request = to_request(context.id(), payload, self._defaults, self.max_model_len())
+        request = to_request(context.id(), payload, self._defaults, self.max_model_len(), self._config.lora_modules)
         stream = Stream(request, self._config.step_deadline_s)
         responder = Responder(self._tokenizer, len(request.prompt_token_ids), request.sampling.logprobs is not None)
         self.streams[request.request_id] = stream
@@ -346,18 +346,21 @@ async def serve() -> None:
     ]
     limits = ModelRuntimeConfig()
     limits.context_length = service.max_model_len()
+    names: list[dict[str, Any]] = [{"model_name": config.served_model_name or None}]
+    names += [{"lora_name": name, "base_model_path": config.model} for name in config.lora_modules]
     try:
-        await register_model(
-            ModelInput.Tokens,
-            ModelType.Chat | ModelType.Completions,
-            endpoint,
-            config.model,
-            config.served_model_name or None,
-            worker_type=WorkerType.Aggregated,
-            # The frontend refuses longer prompts itself, with OpenAI's error.
-            runtime_config=limits,
-            needs=[],
-        )
+        for name in names:
+            await register_model(
+                ModelInput.Tokens,
+                ModelType.Chat | ModelType.Completions,
+                endpoint,
+                config.model,
+                worker_type=WorkerType.Aggregated,
+                # The frontend refuses longer prompts itself, with OpenAI's error.
+                runtime_config=limits,
+                needs=[],
+                **name,
+            )
         process.ready()
         await asyncio.wait([asyncio.ensure_future(stop.wait()), polling, *serving], return_when=asyncio.FIRST_COMPLETED)
     finally:

@@ -29,6 +29,9 @@ class ComponentConfig(BaseModel):
     model: str = Field("smollm2", description="Hugging Face folder or name, or smollm2, tiny-llama, tiny-mixtral")
     served_model_name: str = Field("", description="Name that clients use; empty takes the model's own")
     replicas: int = Field(1, ge=0, le=1024, description="Processes to start")
+    lora_modules: dict[str, str] = Field(
+        default_factory=dict, description="LoRA adapters, to be set in Common: name for clients, and PEFT folder"
+    )
 
 
 class FrontendConfig(ComponentConfig):
@@ -110,6 +113,12 @@ class WorkerConfig(ComponentConfig):
     engine_args: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments for the engine, as they are"
     )
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> Self:
+        if self.engine == "paged" and self.lora_modules:
+            raise ValueError("lora-modules: the paged engine has no model that an adapter could change; use vllm")
+        return self
 
 
 T = TypeVar("T", bound=ComponentConfig)

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from components import yamltext
 from components.errors import ConfigError
+from components.models import adapters
 from components.serve import memory, reach
 from components.serve.config import ComponentConfig, FrontendConfig, PlannerConfig, WorkerConfig, nearest, parse
 from components.serve.graph import Service
@@ -136,6 +137,10 @@ def make_plan(
             plan.processes.append(_process(service, config, replica, namespace, transport, environment))
         for replica in range(config.replicas, plan.bounds.get(service.role, (0, 0))[1]):
             plan.spare.append(_process(service, config, replica, namespace, transport, environment))
+    for component, config in configs.items():
+        if config.lora_modules != configs[entry.name].lora_modules:
+            raise ConfigError(f"{component}.lora-modules differs from that of {entry.name}: write it in Common")
+        adapters.check(config.lora_modules, (config.served_model_name or config.model,))
     memory.check([(p.component, configs[p.component]) for p in [*plan.processes, *plan.spare]])
     return plan
 

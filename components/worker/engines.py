@@ -11,6 +11,7 @@ from typing import Any
 from components import process
 from components.engine.protocol import Engine
 from components.errors import ConfigError
+from components.models import adapters
 from components.serve.config import WorkerConfig, nearest
 
 
@@ -55,10 +56,20 @@ def _vllm(config: WorkerConfig, agent: dict[str, Any]) -> Engine:
         "seed": config.seed,
         "kv_cache_memory_bytes": int(config.kv_memory_gib * (1 << 30)),
     }
+    if config.lora_modules:
+        engine_args |= {
+            "enable_lora": True,
+            "max_loras": min(len(config.lora_modules), config.max_num_seqs),
+            "max_lora_rank": adapters.max_rank(config.lora_modules),
+        }
     if not config.devices:
         # Without it, vLLM on CPU ignores the seeds of a batch in which not every request has one.
         engine_args["use_fp64_gumbel"] = True
-    return VLLMEngine(VLLMOptions(engine_args | config.engine_args, agent, integrity=config.integrity))
+    return VLLMEngine(
+        VLLMOptions(
+            engine_args | config.engine_args, agent, integrity=config.integrity, lora_modules=config.lora_modules
+        )
+    )
 
 
 def _paged(config: WorkerConfig, agent: dict[str, Any]) -> Engine:

@@ -125,9 +125,9 @@ class Graph:
         """
         assert self.under_way(prompts, length, act, **more) == self.complete_all(prompts, length, **more)
 
-    def complete(self, prompt: str, count: int, **more: object) -> str:
+    def complete(self, prompt: str, count: int, **more: Any) -> str:
         reply = self.client.completions.create(
-            model=self.model, prompt=prompt, max_tokens=count, extra_body={"ignore_eos": True}, **more
+            prompt=prompt, max_tokens=count, extra_body={"ignore_eos": True}, **({"model": self.model} | more)
         )
         assert reply.usage is not None and reply.usage.completion_tokens == count
         assert reply.choices[0].finish_reason == "length"

@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
@@ -41,6 +41,7 @@ from components.errors import (
     SessionError,
     WorkerLost,
 )
+from components.models import adapters
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class VLLMOptions:
     """Copies up to this size finish within the step that needs them; larger ones run beside the steps."""
     copy_deadline_s: float = 30.0
     lease_s: float = 60.0
+    lora_modules: Mapping[str, str] = field(default_factory=dict)
+    """LoRA adapters: name and PEFT folder."""
 
 
 class VLLMEngine:
@@ -110,6 +113,7 @@ class VLLMEngine:
                     "integrity": self._options.integrity,
                     "wait_bytes": self._options.wait_bytes,
                     "copy_deadline_s": self._options.copy_deadline_s,
+                    "adapters": adapters.digest(self._options.lora_modules),
                 },
             },
         )
@@ -166,8 +170,7 @@ class VLLMEngine:
         """See the protocol. Raises ``InvalidRequest`` before anything was started."""
         if request.request_id in self._live:
             raise SessionError(f"request id {request.request_id} is in use in this engine")
-        if request.lora_name is not None:
-            raise InvalidRequest(f"no LoRA adapter {request.lora_name!r} is loaded in this engine")
+        adapter = self._adapter(request.lora_name)
         params = to_vllm(request, self.info.max_model_len)
         prompt: dict[str, Any] = {"prompt_token_ids": [*request.prompt_token_ids, *request.output_token_ids]}
         if request.cache_salt is not None:
@@ -175,7 +178,7 @@ class VLLMEngine:
         live = self._live[request.request_id] = _Live(delivered=len(request.output_token_ids))
         if request.landing is not None:
             self._renew_lease(request.request_id)
-        stream = self._llm.generate(prompt, params, request.request_id, priority=request.priority)
+        stream = self._llm.generate(prompt, params, request.request_id, lora_request=adapter, priority=request.priority)
         try:
             async for item in stream:
                 if item.finished and live.ended is not None:
@@ -199,6 +202,17 @@ class VLLMEngine:
         finally:
             self._drop(request.request_id)
             await stream.aclose()
+
+    def _adapter(self, name: str | None) -> Any:
+        if name is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        names = sorted(self._options.lora_modules)
+        if name not in names:
+            known = ", ".join(names) or "none"
+            raise InvalidRequest(f"no LoRA adapter {name!r} is loaded in this engine; loaded: {known}")
+        return LoRARequest(name, names.index(name) + 1, self._options.lora_modules[name])
 
     def _outputs(self, request_id: RequestId, live: _Live, item: Any) -> list[GenerateOutput]:
         sample = item.outputs[0]

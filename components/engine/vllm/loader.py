@@ -45,6 +45,8 @@ def layout_fingerprint(vllm_config: Any, pools: list[KVPool]) -> str:
         "cache_dtype": str(vllm_config.cache_config.cache_dtype),
         "block_size": vllm_config.cache_config.block_size,
         "tp": vllm_config.parallel_config.tensor_parallel_size,
+        # Empty for engines without adapters.
+        "adapters": vllm_config.kv_transfer_config.kv_connector_extra_config["migration"]["adapters"],
         "pools": [(p.name, str(p.tensor.dtype), p.block_dim, _per_block_shape(p)) for p in pools],
     }
     # Where the weights lie on this host says nothing about what they are.
