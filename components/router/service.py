@@ -35,7 +35,7 @@ from components.messages import (
     pack,
     unpack,
 )
-from components.metrics.export import address, expose
+from components.metrics.export import address
 from components.metrics.router import RouterMetrics
 from components.metrics.traces import export
 from components.migration.move import hand_over, migrate
@@ -43,7 +43,7 @@ from components.router.limits import MoveLimits
 from components.router.openai import Responder, default_sampling, to_request
 from components.router.stream import Stream
 from components.router.workers import Worker, WorkerPool
-from components.serve.config import RouterConfig, load_component_config
+from components.serve.config import RouterConfig
 
 logger = logging.getLogger(__name__)
 _SILENCE_CHECK_S = 0.5
@@ -318,52 +318,3 @@ class RouterService:
                 self._left_alone = tuple(d for d in call.decisions if d.verdict is Verdict.LEAVE)
                 return RouterReply()
         raise InvalidRequest(f"unknown call {call.op}")
-
-
-async def serve() -> None:
-    """Wait for workers, register the model with the frontend, serve until stopped."""
-    from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
-    from transformers import AutoTokenizer
-
-    stop = process.on_stop()
-    config = load_component_config(RouterConfig)
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
-    runtime = process.connect()
-    service = RouterService(config, runtime, tokenizer)
-    polling = asyncio.ensure_future(service.run())
-    while not any(w.role == "decode" and w.available for w in service.pool.workers.values()):
-        if polling.done():
-            polling.result()
-        if stop.is_set():
-            return
-        await asyncio.sleep(0.1)
-    prefix = f"{process.edge_namespace()}.router"
-    endpoint = runtime.endpoint(f"{prefix}.generate")
-    expose(service.metrics.registry, endpoint, process.edge_namespace(), "router")
-    serving = [
-        asyncio.ensure_future(endpoint.serve_endpoint(service.generate)),
-        asyncio.ensure_future(runtime.endpoint(f"{prefix}.control").serve_endpoint(service.control)),
-    ]
-    limits = ModelRuntimeConfig()
-    limits.context_length = service.max_model_len()
-    names: list[dict[str, Any]] = [{"model_name": config.served_model_name or None}]
-    names += [{"lora_name": name, "base_model_path": config.model} for name in config.lora_modules]
-    try:
-        for name in names:
-            await register_model(
-                ModelInput.Tokens,
-                ModelType.Chat | ModelType.Completions,
-                endpoint,
-                config.model,
-                worker_type=WorkerType.Aggregated,
-                # The frontend refuses longer prompts itself, with OpenAI's error.
-                runtime_config=limits,
-                needs=[],
-                **name,
-            )
-        process.ready()
-        await asyncio.wait([asyncio.ensure_future(stop.wait()), polling, *serving], return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        polling.cancel()
-        runtime.shutdown()
-        await asyncio.wait(serving, timeout=5.0)
