@@ -176,7 +176,9 @@ def groups_of(count: int, size: int) -> list[tuple[int, int]]:
 def is_one_run(blocks: Ints) -> bool:
     """True for neighbours in ascending order."""
     count = len(blocks)
-    return count > 0 and int(blocks[-1] - blocks[0]) == count - 1 and bool((np.diff(blocks) == 1).all())
+    if not count or int(blocks[-1] - blocks[0]) != count - 1:
+        return False
+    return int(np.count_nonzero(blocks[1:] > blocks[:-1])) == count - 1
 
 
 def extents(ours: Sequence[Segment], theirs: Sequence[Segment], our_blocks: Ints, their_blocks: Ints) -> Ints:

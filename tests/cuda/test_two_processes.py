@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.transfer.measure import Pair, fetch, pair, push
 from benchmarks.transfer.peer import Shape
-from components.errors import MigrateError
+from components.errors import MigrateError, TransferCancelled
 from components.transfer import Strategy
 from components.transfer.data.nixl import nixl_is_available
 
@@ -72,3 +72,33 @@ def test_a_transfer_that_is_out_of_time_leaves_the_pair_usable(two: Pair) -> Non
         handle.wait(10)
     fetch(two, blocks, blocks)
     assert two.agent.checksums(blocks) == two.call("checksums", blocks)
+
+
+def test_nothing_lands_after_a_transfer_was_cancelled() -> None:
+    large = Shape("large", layers=40, kv_heads=8, head_size=128)
+    blocks = list(range(200))
+    with pair(large, len(blocks), DEVICES["one GPU"], backends=("cuda_ipc",)) as case:
+        handle = case.agent.fetch(case.peer.ref, blocks, blocks, request_id="cancelled", deadline_s=20.0)
+        handle.cancel()
+        with pytest.raises(TransferCancelled):
+            handle.wait(10)
+        for pool in reversed(case.parts):  # The kernel copies them in order.
+            pool.tensor.view(torch.int16).fill_(7)
+        torch.cuda.synchronize()
+        assert all(bool((pool.tensor.view(torch.int16) == 7).all()) for pool in case.parts)
+        assert not handle.poisoned_blocks
+
+
+def test_many_transfers_in_flight_keep_their_block_lists_apart(two: Pair) -> None:
+    order = random.sample(range(BLOCKS), BLOCKS)
+    parts = [(order[i : i + 4], order[-4 - i : BLOCKS - i]) for i in range(0, BLOCKS, 4)]
+    for pool in two.parts:
+        pool.tensor.view(torch.int16).random_()
+    handles = [
+        two.agent.fetch(two.peer.ref, src, dst, request_id=f"r{n}", deadline_s=20.0)
+        for n, (src, dst) in enumerate(parts)
+    ]
+    for handle in handles:
+        handle.wait(30)
+    for src, dst in parts:
+        assert two.agent.checksums(dst) == two.call("checksums", src)

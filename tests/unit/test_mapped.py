@@ -166,10 +166,10 @@ def test_a_cancelled_transfer_stands_still(two: tuple, monkeypatch: pytest.Monke
     begun, go = threading.Event(), threading.Event()
     submit: Callable[..., Future[None]] = backend._copier.submit  # type: ignore[attr-defined]
 
-    def slow(*columns: np.ndarray) -> Future[None]:
+    def slow(*columns: np.ndarray, around: bool) -> Future[None]:
         begun.set()
         go.wait(10)
-        return submit(*columns)
+        return submit(*columns, around=around)
 
     monkeypatch.setattr(backend._copier, "submit", slow)  # type: ignore[attr-defined]
     handle = dst.fetch(src.ref, [2], [2], request_id="r", deadline_s=10)

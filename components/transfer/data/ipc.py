@@ -14,11 +14,11 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 
 from components.errors import MigrateError, TransferError
@@ -27,7 +27,7 @@ from components.transfer.config import Strategy, TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data import kernels
 from components.transfer.data.base import Copy, Steps
-from components.transfer.layout import Ints, Region
+from components.transfer.layout import Region
 from components.wire import UNREADABLE
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,19 @@ class _Mapped:
     """Held so that nothing is unmapped under a running kernel."""
 
 
+class _Flight:
+    """What one running kernel needs: the event of its end, and pinned memory for the block list that it reads."""
+
+    def __init__(self, pairs: int) -> None:
+        self.pairs = pairs
+        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.index = torch.empty(2 * pairs, dtype=torch.int64, pin_memory=True)
+
+    def ended(self) -> bool:
+        """True once the kernel has."""
+        return bool(self.event.query())  # type: ignore[no-untyped-call]
+
+
 class IpcBackend:
     """See the module docstring."""
 
@@ -80,7 +93,9 @@ class IpcBackend:
         # Of high priority, and never behind the engine's steps in the default stream.
         self._stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
         self._peers: dict[str, _Mapped | None] = {}
-        self._lingering: list[tuple[torch.cuda.Event, Callable[[], None], _Mapped]] = []
+        self._idle: list[_Flight] = []
+        """Used again: to make one takes as long as a launch."""
+        self._lingering: list[tuple[_Flight, Callable[[], None], _Mapped]] = []
 
     def handles(self) -> tuple[bytes, ...]:
         """What peers need to map our pools. Raises ``RuntimeError`` where memory cannot be shared."""
@@ -145,17 +160,16 @@ class IpcBackend:
         if mapped is None:
             raise TransferError(f"device memory of agent {copy.peer.name} is not mapped")
         begun = time.perf_counter()
-        pairs = np.stack([copy.ours, copy.theirs] if push else [copy.theirs, copy.ours])
         size = len(copy.ours) * self._block_bytes
         mark = profiling.begin("wire", size)
         with profiling.span("post", size):
-            event = self._launch(mapped.push if push else mapped.fetch, pairs)
+            flight = self._launch(mapped, copy, push)
         queued = time.perf_counter()
-        yield True
         try:
-            yield from self._ended(event, copy, mapped)
+            yield from self._ended(flight, copy, mapped)
         finally:
             profiling.end(mark)
+        self._idle.append(flight)
         copy.arrived(size)
         return TransferResult(
             size,
@@ -166,27 +180,34 @@ class IpcBackend:
             strategy=Strategy.WRITE if push else Strategy.READ,
         )
 
-    def _launch(self, mover: kernels.Mover, pairs: Ints) -> torch.cuda.Event:
-        # torch.cuda.stream() would do the same in four times the time, which a copy of half a millisecond notices.
-        before = torch.cuda.current_stream(self._device)
-        torch.cuda.set_stream(self._stream)
-        try:
-            mover(pairs)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self._stream)
-        finally:
-            torch.cuda.set_stream(before)
-        return event
+    def _launch(self, mapped: _Mapped, copy: Copy, push: bool) -> _Flight:
+        flight = self._flight(len(copy.ours))
+        with torch.cuda.device(self._device.index):
+            if push:
+                mapped.push(copy.ours, copy.theirs, flight.index, self._stream)
+            else:
+                mapped.fetch(copy.theirs, copy.ours, flight.index, self._stream)
+            flight.event.record(self._stream)
+        return flight
 
-    def _ended(self, event: torch.cuda.Event, copy: Copy, mapped: _Mapped) -> Generator[bool, None, None]:
+    def _flight(self, pairs: int) -> _Flight:
+        # Several callers may start transfers at once.
+        with suppress(IndexError):
+            flight = self._idle.pop()
+            if flight.pairs >= pairs:
+                return flight
+        return _Flight(max(pairs, self._rows[0].shape[0]))
+
+    def _ended(self, flight: _Flight, copy: Copy, mapped: _Mapped) -> Generator[bool, None, None]:
         try:
-            while not event.query():  # type: ignore[no-untyped-call]
+            yield True
+            while not flight.ended():
                 yield False
         except MigrateError:
-            yield from self._ended(event, copy, mapped)
+            yield from self._ended(flight, copy, mapped)
             raise
         except GeneratorExit:
-            self._lingering.append((event, copy.poison(), mapped))
+            self._lingering.append((flight, copy.poison(), mapped))
             raise
 
     def warm_up(self, copy: Copy) -> Steps:
@@ -198,9 +219,11 @@ class IpcBackend:
     def progress(self) -> list[Generator[bool, None, None]]:
         """Nobody asks over this lane; kernels of transfers that were given up are looked after."""
         for item in list(self._lingering):
-            if item[0].query():  # type: ignore[no-untyped-call]
+            flight, safe, _ = item
+            if flight.ended():
                 self._lingering.remove(item)
-                item[1]()
+                self._idle.append(flight)
+                safe()
         return []
 
     def close(self) -> None:

@@ -2,9 +2,11 @@
 """Gather, scatter and block-to-block copies of KV blocks: Triton kernels on CUDA, torch's index copies elsewhere.
 
 A copier is called as ``copier(blocks, buffer, gather)`` and moves the blocks of all segments between the pools
-and ``buffer``, where segment follows segment. A mover is called as ``mover(pairs)`` with host arrays: source blocks
-in the first row, target blocks in the second. On CUDA both queue work on the current stream, which must be one of the
-device that the views name; neighbouring blocks go without a list of them, whose way there takes as long as the launch.
+and ``buffer``, where segment follows segment; it queues on the current stream. A mover is called as
+``mover(sources, targets, index, stream)`` with host arrays of blocks and queues on ``stream``. It writes lists that are
+no run of neighbours into ``index``, pinned memory for as many numbers, and the kernel reads them there: a copy to the
+device would take as long as the launch. Nobody may touch ``index`` until the kernel has ended.
+Streams and the current device must be those of the views.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from components.transfer.layout import Ints, is_one_run
 
 Copier = Callable[[torch.Tensor, torch.Tensor, bool], None]
-Mover = Callable[[Ints], None]
+Mover = Callable[[Ints, Ints, torch.Tensor, torch.cuda.Stream], None]
 _WORD = 8
 _TILE_WORDS = 8192
 _WARPS = 8
@@ -55,9 +57,9 @@ def _together(movers: Sequence[Mover]) -> Mover:
     if len(movers) == 1:
         return movers[0]
 
-    def run(pairs: Ints) -> None:
+    def run(sources: Ints, targets: Ints, index: torch.Tensor, stream: torch.cuda.Stream) -> None:
         for each in movers:
-            each(pairs)
+            each(sources, targets, index, stream)
 
     return run
 
@@ -81,10 +83,11 @@ def _torch_copier(rows: Sequence[torch.Tensor]) -> Copier:
 
 
 def _torch_mover(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Mover:
-    def run(blocks: Ints) -> None:
-        index = torch.from_numpy(blocks).to(pairs[0][0].device)
-        for near, far in pairs:
-            far.index_copy_(0, index[1], near.index_select(0, index[0]))
+    def run(sources: Ints, targets: Ints, _: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        with torch.cuda.stream(stream):
+            take, put = (torch.from_numpy(blocks).to(pairs[0][0].device) for blocks in (sources, targets))
+            for near, far in pairs:
+                far.index_copy_(0, put, near.index_select(0, take))
 
     return run
 
@@ -168,20 +171,25 @@ def _triton_mover(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Mover:
     words = pairs[0][0].shape[1] // _WORD
     sources, targets = (_table(rows) for rows in zip(*pairs, strict=True))
 
-    def launch(index: torch.Tensor, take: int, put: int, count: int, listed: bool) -> None:
-        grid, tile = _grid(len(pairs), count, words), _tile(words)
-        kernel[grid](sources, targets, index, take, put, count, words, LIST=listed, TILE=tile, num_warps=_WARPS)
+    # Compiled now, by launches of no block; Triton's own way to a compiled kernel takes three times as long each time.
+    tile = _tile(words)
+    runs, lists = (
+        kernel[(0, 1, 1)](sources, targets, sources, 0, 0, 1, words, LIST=listed, TILE=tile, num_warps=_WARPS)
+        for listed in (False, True)
+    )
 
-    # Compiled now: launches of no block at all do nothing else.
-    launch(sources, 0, 0, 0, False)
-    launch(sources, 0, 0, 0, True)
-
-    def run(blocks: Ints) -> None:
-        count = blocks.shape[1]
-        if is_one_run(blocks[0]) and is_one_run(blocks[1]):
-            launch(sources, int(blocks[0, 0]), int(blocks[1, 0]), count, False)
-        elif count:
-            launch(torch.from_numpy(blocks).to(sources.device, non_blocking=True), 0, 0, count, True)
+    def run(take: Ints, put: Ints, index: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        count = len(take)
+        if not count:
+            return
+        grid = (*_grid(len(pairs), count, words), 1)
+        if is_one_run(take) and is_one_run(put):
+            first, second = int(take[0]), int(put[0])
+            runs[grid](sources, targets, index, first, second, count, words, False, tile, stream=stream.cuda_stream)
+            return
+        numbers = index.numpy()
+        numbers[:count], numbers[count : 2 * count] = take, put
+        lists[grid](sources, targets, index, 0, 0, count, words, True, tile, stream=stream.cuda_stream)
 
     return run
 

@@ -33,6 +33,9 @@ from components.transfer.layout import Region, Segment, cut, extents, pieces
 logger = logging.getLogger(__name__)
 _Flying = deque[tuple[Future[None], int]]
 _PIECE_BYTES = 8 << 20
+_AROUND_BYTES = 4 << 20
+"""From here on a transfer goes around the caches: a third less time, and what the engine has there stays. A smaller
+one leaves its bytes there for the next step."""
 _LOOK_S = 0.25
 """How often mapped peers are looked after."""
 
@@ -121,6 +124,7 @@ class MappedBackend:
             theirs = mapping.translate(memory[:, 1], memory[:, 2])
             memory[:, 1] = theirs
             groups = pieces(memory, _PIECE_BYTES)
+            total = int(memory[:, 2].sum())
             prepared = time.perf_counter()
             for group in groups:
                 while len(flying) > 2 * self._copier.threads and not _landed(flying, copy.arrived):
@@ -129,7 +133,7 @@ class MappedBackend:
                 size = int(group[:, 2].sum())
                 with profiling.span("post", size):
                     mark = profiling.begin("wire", size)
-                    job = self._copier.submit(targets, sources, group[:, 2])
+                    job = self._copier.submit(targets, sources, group[:, 2], around=total >= _AROUND_BYTES)
                 if mark is not None:
                     job.add_done_callback(partial(_arrived, mark))
                 flying.append((job, size))
@@ -141,9 +145,8 @@ class MappedBackend:
                 raise TransferError(f"agent {copy.peer.name} is gone")
             wire = time.perf_counter() - prepared
             strategy = Strategy.WRITE if push else Strategy.READ
-            size = int(memory[:, 2].sum())
             descriptors = sum(len(group) for group in groups)
-            return TransferResult(size, descriptors, prepared - begun, 0.0, wire, self.lane, strategy)
+            return TransferResult(total, descriptors, prepared - begun, 0.0, wire, self.lane, strategy)
         except GeneratorExit:
             raise
         except BaseException:
