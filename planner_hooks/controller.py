@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import msgspec
 from prometheus_client import Counter as Metric
 
-from components.errors import MigrateError
+from components.errors import MigrateError, NoRoom, RequestNotFound
 from components.messages import Mode, MoveRecord, RouterReply
 from planner_hooks.config import PolicyFile
 from planner_hooks.observe import Observer
@@ -57,6 +57,8 @@ class Outcome(msgspec.Struct, frozen=True):
     move: Move
     ok: bool
     reason: str = ""
+    begun: bool = True
+    """False when the request or a worker was not as planned any more, and nothing was done."""
     downtime_s: float = 0.0
     total_s: float = 0.0
     gap_before: float = 0.0
@@ -144,15 +146,18 @@ class Controller:
             record = await asyncio.wait_for(
                 self._commands.migrate(move.request_id, move.dst, move.mode, move.src), self._config.migration_timeout_s
             )
-            outcome = Outcome(move, record.ok, record.reason, record.downtime_s, record.total_s, gap)
+            begun = record.ok or record.ended_at > 0  # A router that refuses at once sets no times.
+            outcome = Outcome(move, record.ok, record.reason, begun, record.downtime_s, record.total_s, gap)
         except TimeoutError:
             outcome = Outcome(move, False, f"not over after {self._config.migration_timeout_s:g} s", gap_before=gap)
         except MigrateError as error:
-            outcome = Outcome(move, False, f"{error.code}: {error}", gap_before=gap)
+            begun = not isinstance(error, RequestNotFound | NoRoom)
+            outcome = Outcome(move, False, f"{error.code}: {error}", begun, gap_before=gap)
         finally:
             self._active.pop(move.request_id, None)
         self.outcomes.append(outcome)
-        MOVES.labels(move.policy, "done" if outcome.ok else "failed").inc()
+        failed = "failed" if outcome.begun else HoldReason.WORLD_CHANGED
+        MOVES.labels(move.policy, "done" if outcome.ok else failed).inc()
         if not outcome.ok:
             # The request may simply have ended: only its pair rests, and not for long.
             self._backoff[move.src, move.dst] = self._clock() + self._config.failure_backoff_s

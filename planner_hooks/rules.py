@@ -99,7 +99,7 @@ class ScaleDownRules(Section):
         default=0.85, gt=0, le=1, description="Mean usage of the remaining ones from which victims are taken back"
     )
     reserve: float = Field(
-        default=0.8, ge=0, description="KV that the remaining ones keep free together, in workers; taken back at half"
+        default=1.0, ge=0, description="KV that the remaining ones keep free together, in workers; taken back at half"
     )
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ class Config(PolicyConfig):
         default=0.75, gt=0, le=1, description="Mean usage from which retired workers are taken back"
     )
     reserve: float = Field(
-        default=0.8, ge=0, description="KV that the remaining ones keep free together, in workers; taken back at half"
+        default=1.0, ge=0, description="KV that the remaining ones keep free together, in workers; taken back at half"
     )
     min_workers: int = Field(default=1, ge=1, description="Workers that always stay")
     max_leaving: int = Field(default=1, ge=1, description="Workers that may be leaving at once, for whatever reason")

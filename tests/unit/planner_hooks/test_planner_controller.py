@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from components.engine.protocol import EngineStats, RequestId, RequestInfo, RequestPhase
-from components.errors import WorkerLost
+from components.errors import MigrateError, NoRoom, RequestNotFound, WorkerLost
 from components.messages import Mode, MoveRecord, RouterReply, StreamInfo, WorkerInfo
 from planner_hooks.config import parse
-from planner_hooks.controller import Controller
+from planner_hooks.controller import MOVES, Controller
 from planner_hooks.observe import Observer
 
 POLICY = {
@@ -109,6 +109,24 @@ async def test_a_failed_move_rests_its_pair(answer: Exception | str) -> None:
     await tested.tick()
     await tested.idle()
     assert len(router.calls) == failed
+
+
+@pytest.mark.parametrize(
+    ("answer", "counted"),
+    [
+        (RequestNotFound("no request r0 is running"), "world-changed"),
+        (NoRoom("0 workers match 'b'"), "world-changed"),
+        (WorkerLost("no router answers"), "failed"),
+    ],
+)
+async def test_what_vanished_before_the_move_began_is_counted_apart(answer: MigrateError, counted: str) -> None:
+    router = ScriptedRouter({f"r{i}": "a" for i in range(6)})
+    router.answer = answer
+    before = MOVES.labels("balance", counted)._value.get()
+    tested = controller(router)
+    await tested.tick()
+    await tested.idle()
+    assert MOVES.labels("balance", counted)._value.get() - before == len(router.calls) > 0
 
 
 async def test_a_request_under_way_is_not_asked_for_again() -> None:
