@@ -9,7 +9,7 @@ Pure functions over addresses; raises ``ConfigError`` for tensors that cannot be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,6 +40,10 @@ class Segment:
         if self.parts == 1:
             return self.address + index * self.stride
         return self.address + (index // self.parts) * self.stride + (index % self.parts) * self.gap
+
+    def span(self, blocks: int) -> int:
+        """Bytes from where the first block begins to where the last one ends."""
+        return (blocks - 1) * self.stride + (self.parts - 1) * self.gap + self.length
 
     @property
     def dense(self) -> bool:
@@ -210,3 +214,15 @@ def pieces(memory: Ints, limit: int) -> list[Ints]:
     ends = np.cumsum(memory[:, 2])
     group = (ends - 1) // limit
     return np.split(memory, np.flatnonzero(np.diff(group)) + 1)
+
+
+def batches(
+    ours: Sequence[Segment], theirs: Sequence[Segment], our_blocks: Ints, their_blocks: Ints, limit: int
+) -> Iterator[Ints]:
+    """``pieces`` of ``extents``, segment after segment: the first are copied while the next are worked out."""
+    first, size = 0, 0
+    for past, segment in enumerate(ours, 1):
+        size += len(our_blocks) * segment.length
+        if size >= limit or past == len(ours):
+            yield from pieces(extents(ours[first:past], theirs[first:past], our_blocks, their_blocks), limit)
+            first, size = past, 0

@@ -27,7 +27,7 @@ from components.transfer.control import record
 from components.transfer.control.record import AgentRecord
 from components.transfer.data.handover import Giver, Mapping, map_peer
 from components.transfer.data.tcp import TcpBackend
-from components.transfer.layout import extents, region_of
+from components.transfer.layout import Segment, extents, region_of
 from components.transfer.parking import ticket as tickets
 from components.transfer.session import messages as session
 from components.wire import UNREADABLE
@@ -160,7 +160,8 @@ def handover_answers(data: bytes) -> None:
     mapping: Mapping | None = None
     try:
         mapping = map_peer("peer", epoch, time.monotonic() + 5)
-        mapping.translate(np.array([0, 4096, 1 << 40]), np.array([1, 4097, 8]))
+        for segment in (Segment(0, 1, 1), Segment(4096, 4097, 8), Segment(1 << 40, 8, 8)):
+            mapping.seen(segment, 2)
     finally:
         if mapping is not None:
             mapping.close()

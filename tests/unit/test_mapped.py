@@ -116,7 +116,7 @@ def test_memory_outside_of_what_is_shared_is_refused(two: tuple) -> None:  # typ
     record = src.record
     region = record.regions[0]
     address, stride, length = region.segments[0]
-    for segment in ((address - 1, stride, length), (address, stride * 3, length)):
+    for segment in ((address - 1, stride, length), (address, stride * 3, length), (address, -stride, length)):
         liar = msgspec.structs.replace(
             record, regions=(msgspec.structs.replace(region, segments=(segment,)), record.regions[1])
         )

@@ -19,7 +19,7 @@ from components.transfer import AgentConfig, KVPool, TransferAgent, move_to_shar
 from components.transfer.assemble import Assembly
 from components.transfer.control.record import decode
 from components.transfer.data.tcp import TcpBackend
-from components.transfer.layout import runs
+from components.transfer.layout import Ints, Segment, batches, extents, runs
 
 BLOCKS = 16
 LAYOUTS = {"block first": (BLOCKS, 2, 8, 4), "planes first": (2, BLOCKS, 8, 4), "latent": (BLOCKS, 8, 6)}
@@ -138,3 +138,24 @@ def test_any_bytes_as_a_record_give_an_error_and_no_more(data: bytes) -> None:
 def test_neighbouring_blocks_become_one_run() -> None:
     found = runs(np.array([4, 5, 6, 9, 1]), np.array([0, 1, 2, 3, 4]))
     assert [part.tolist() for part in found] == [[4, 9, 1], [0, 3, 4], [3, 1, 1]]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    pairs=st.integers(0, 12).flatmap(lambda n: st.tuples(st.permutations(range(12)), st.permutations(range(n)))),
+    gap=st.integers(0, 5),
+    limit=st.integers(1, 200),
+)
+def test_batches_name_the_memory_that_extents_name(
+    lengths: list[int], pairs: tuple[list[int], list[int]], gap: int, limit: int
+) -> None:
+    ours = [Segment(10_000 * n, length, length) for n, length in enumerate(lengths)]
+    theirs = [Segment(10_000 * n + 1, length + gap, length) for n, length in enumerate(lengths)]
+    near, far = np.array(pairs[1], np.int64), np.array(pairs[0][: len(pairs[1])], np.int64)
+
+    def touched(memory: Ints) -> list[tuple[int, int]]:
+        return [(a + i, b + i) for a, b, size in memory.tolist() for i in range(size)]
+
+    groups = list(batches(ours, theirs, near, far, limit))
+    assert all(group[:, 2].sum() < 2 * limit for group in groups)
+    assert [pair for group in groups for pair in touched(group)] == touched(extents(ours, theirs, near, far))

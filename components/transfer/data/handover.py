@@ -17,16 +17,17 @@ import os
 import socket
 import struct
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from components.errors import TransferError
 from components.transfer.data.acceptor import Acceptor
 from components.transfer.data.shared import SharedStorage
-from components.transfer.layout import Ints
+from components.transfer.layout import Segment
 from components.wire import UNREADABLE
 
 logger = logging.getLogger(__name__)
@@ -91,20 +92,20 @@ class Mapping:
     def __init__(self, name: str, connection: socket.socket, storages: Sequence[tuple[int, int]], mapped: list[int]):
         self.name = name
         self._connection = connection
-        order = np.argsort([address for address, _ in storages])
-        self._begin = np.array([storages[n][0] for n in order], np.int64)
-        self._end = np.array([sum(storages[n]) for n in order], np.int64)
-        self._shift = np.array([mapped[n] - storages[n][0] for n in order], np.int64)
+        known = sorted((begin, begin + size, at - begin) for (begin, size), at in zip(storages, mapped, strict=True))
+        self._begins = [begin for begin, _, _ in known]
+        self._known = known
         self._pieces = [(address, size) for address, (_, size) in zip(mapped, storages, strict=True)]
         self.users = 0
 
-    def translate(self, addresses: Ints, sizes: Ints) -> Ints:
-        """Where memory of the peer is for us. Raises ``TransferError`` for what is not inside of it."""
-        at = np.searchsorted(self._begin, addresses, "right") - 1
-        if len(at) and (at.min() < 0 or bool(np.any(addresses + sizes > self._end[at]))):
-            raise TransferError(f"agent {self.name} names memory outside of what it shares")
-        moved: Ints = addresses + self._shift[at]
-        return moved
+    def seen(self, segment: Segment, blocks: int) -> Segment:
+        """The peer's segment where it is for us. Raises ``TransferError`` when a block is outside of what it shares."""
+        at = bisect_right(self._begins, segment.address) - 1
+        if at >= 0 and min(segment.stride, segment.gap, segment.length) >= 0:
+            _, end, shift = self._known[at]
+            if segment.address + segment.span(blocks) <= end:
+                return replace(segment, address=segment.address + shift)
+        raise TransferError(f"agent {self.name} names memory outside of what it shares")
 
     def alive(self) -> bool:
         """False once the peer's process or agent has ended."""

@@ -28,7 +28,7 @@ from components.transfer.data.base import Copy, Steps
 from components.transfer.data.handover import Giver, Mapping, map_peer
 from components.transfer.data.hostcopy import HostCopier
 from components.transfer.data.shared import SharedStorage, scope
-from components.transfer.layout import Region, Segment, cut, extents, pieces
+from components.transfer.layout import Region, Segment, batches, cut
 
 logger = logging.getLogger(__name__)
 _Flying = deque[tuple[Future[None], int]]
@@ -119,14 +119,11 @@ class MappedBackend:
         try:
             # Writing in ascending order is up to a quarter faster, whatever order is read in.
             order = np.argsort(copy.theirs if push else copy.ours)
-            ours, theirs_at = self._segments(copy.unit), copy.peer.segments(copy.unit)
-            memory = extents(ours, theirs_at, copy.ours[order], copy.theirs[order])
-            theirs = mapping.translate(memory[:, 1], memory[:, 2])
-            memory[:, 1] = theirs
-            groups = pieces(memory, _PIECE_BYTES)
-            total = int(memory[:, 2].sum())
-            prepared = time.perf_counter()
-            for group in groups:
+            ours = self._segments(copy.unit)
+            theirs = [mapping.seen(segment, copy.peer.num_blocks) for segment in copy.peer.segments(copy.unit)]
+            total = len(order) * sum(segment.length for segment in ours)
+            descriptors, prepared = 0, time.perf_counter()
+            for group in batches(ours, theirs, copy.ours[order], copy.theirs[order], _PIECE_BYTES):
                 while len(flying) > 2 * self._copier.threads and not _landed(flying, copy.arrived):
                     yield False
                 targets, sources = (group[:, 1], group[:, 0]) if push else (group[:, 0], group[:, 1])
@@ -137,6 +134,7 @@ class MappedBackend:
                 if mark is not None:
                     job.add_done_callback(partial(_arrived, mark))
                 flying.append((job, size))
+                descriptors += len(group)
                 yield True
             while flying:
                 if not _landed(flying, copy.arrived):
@@ -145,7 +143,6 @@ class MappedBackend:
                 raise TransferError(f"agent {copy.peer.name} is gone")
             wire = time.perf_counter() - prepared
             strategy = Strategy.WRITE if push else Strategy.READ
-            descriptors = sum(len(group) for group in groups)
             return TransferResult(total, descriptors, prepared - begun, 0.0, wire, self.lane, strategy)
         except GeneratorExit:
             raise

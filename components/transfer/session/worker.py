@@ -25,8 +25,6 @@ from components.transfer.handle import TransferHandle
 
 logger = logging.getLogger(__name__)
 
-_BUSY_S = 10e-6
-"""Pause of a thread that waits for a peer: far below the time of a chunk, long enough to let others have the GIL."""
 _SLACK_NS = 1000
 """Linux rounds every pause up by 50 us unless a thread asks for less."""
 _PR_SET_TIMERSLACK = 29
@@ -43,7 +41,7 @@ _QUIET_AFTER_S = 2.0
 
 @dataclass(frozen=True)
 class Pace:
-    """Pauses between looks at peers, and the longest one while something is under way, in seconds.
+    """Pauses between looks at peers, and the first and longest ones while something is under way, in seconds.
 
     Each look takes the GIL from the engine's steps, and where all cores are at work the step then waits until this
     thread has had its turn on one of them.
@@ -53,12 +51,14 @@ class Pace:
     idle_s: float
     quiet_s: float
     """Nobody has moved anything for a while."""
+    busy_s: float
+    """After each event: far below the time of a chunk, long enough to let others have the GIL."""
     step_s: float
 
 
-EAGER = Pace(alert_s=100e-6, idle_s=1e-3, quiet_s=4e-3, step_s=60e-6)
+EAGER = Pace(alert_s=100e-6, idle_s=1e-3, quiet_s=4e-3, busy_s=10e-6, step_s=60e-6)
 """Spends a core rather than time: a staged chunk on a GPU waits for five or six of its steps."""
-SPARING = Pace(alert_s=1e-3, idle_s=4e-3, quiet_s=20e-3, step_s=1e-3)
+SPARING = Pace(alert_s=1e-3, idle_s=4e-3, quiet_s=20e-3, busy_s=100e-6, step_s=1e-3)
 """For hosts whose cores compute the model. Pools in shared memory and NIXL's READ, which they use, send no messages."""
 
 
@@ -137,7 +137,7 @@ class Worker:
 
     def _run(self) -> None:
         _fine_timer()
-        pause = _BUSY_S
+        pause = self._pace.busy_s
         while True:
             waiting = bool(self._services) or not all(job.helped for job in self._jobs)
             worked = self._take(block=not waiting)
@@ -149,7 +149,7 @@ class Worker:
             if answered:
                 self._last_message = self._clock()
             if worked:
-                pause, self._last_work = _BUSY_S, self._clock()
+                pause, self._last_work = self._pace.busy_s, self._clock()
             elif self._may_spin():
                 os.sched_yield()
             elif waiting:
