@@ -233,6 +233,7 @@ def main(
     long_tokens: Annotated[int, typer.Option(help="output of every other request")] = 500,
     short_tokens: Annotated[int, typer.Option(help="output of the others")] = 48,
     prefill: Annotated[bool, typer.Option("--prefill", help="prompts are computed by the prefill worker")] = False,
+    dtype: Annotated[str, typer.Option(help="in bfloat16 a text depends on what else is in the batch")] = "float32",
     blocks: Annotated[int, typer.Option(help="KV blocks of 32 tokens for each decode worker")] = 96,
     repeats: Annotated[int, typer.Option(help="times the load is run on each system")] = 2,
     json: Annotated[Path | None, typer.Option("--json", help="file for all samples")] = None,
@@ -243,6 +244,7 @@ def main(
     limit = f"num_blocks: {blocks}, step_s: 0.01" if engine == "paged" else f"num_gpu_blocks_override: {blocks}"
     both = (
         f"--Common.engine={engine}",
+        f"--Common.dtype={dtype}",
         f"--Common.max-model-len={min(4096, _BLOCK * blocks)}",
         f"--DecodeWorker.engine-args={{{limit}}}",
         "--Router.placement=round-robin",
