@@ -20,6 +20,7 @@ from components.errors import ConfigError, TransferError
 from components.transfer.config import KVPool
 
 Ints = npt.NDArray[np.int64]
+_PIECES_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -219,10 +220,10 @@ def pieces(memory: Ints, limit: int) -> list[Ints]:
 def batches(
     ours: Sequence[Segment], theirs: Sequence[Segment], our_blocks: Ints, their_blocks: Ints, limit: int
 ) -> Iterator[Ints]:
-    """``pieces`` of ``extents``, segment after segment: the first are copied while the next are worked out."""
+    """``pieces`` of ``extents``, some at a time: the first are copied while the next are worked out."""
     first, size = 0, 0
     for past, segment in enumerate(ours, 1):
         size += len(our_blocks) * segment.length
-        if size >= limit or past == len(ours):
+        if size >= _PIECES_AT_ONCE * limit or past == len(ours):
             yield from pieces(extents(ours[first:past], theirs[first:past], our_blocks, their_blocks), limit)
             first, size = past, 0

@@ -33,6 +33,8 @@ from components.transfer.layout import Region, Segment, batches, cut
 logger = logging.getLogger(__name__)
 _Flying = deque[tuple[Future[None], int]]
 _PIECE_BYTES = 8 << 20
+_AHEAD = 4
+"""Pieces queued for each thread, so that none waits for the worker's next look."""
 _AROUND_BYTES = 4 << 20
 """From here on a transfer goes around the caches: a third less time, and what the engine has there stays. A smaller
 one leaves its bytes there for the next step."""
@@ -124,7 +126,7 @@ class MappedBackend:
             total = len(order) * sum(segment.length for segment in ours)
             descriptors, prepared = 0, time.perf_counter()
             for group in batches(ours, theirs, copy.ours[order], copy.theirs[order], _PIECE_BYTES):
-                while len(flying) > 2 * self._copier.threads and not _landed(flying, copy.arrived):
+                while len(flying) > _AHEAD * self._copier.threads and not _landed(flying, copy.arrived):
                     yield False
                 targets, sources = (group[:, 1], group[:, 0]) if push else (group[:, 0], group[:, 1])
                 size = int(group[:, 2].sum())
