@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Iterable
 
 import pytest
 from typer.testing import CliRunner
@@ -14,6 +16,7 @@ from components.messages import Mode, MoveRecord, RouterReply, StreamInfo, Worke
 from planner_hooks.config import parse
 from planner_hooks.controller import MOVES, Controller
 from planner_hooks.observe import Observer
+from planner_hooks.snapshot import ActiveMove, Capture
 
 POLICY = {
     "limits": {"cooldown-s": 0, "no-return-s": 0},
@@ -137,6 +140,22 @@ async def test_a_request_under_way_is_not_asked_for_again() -> None:
     await tested.idle()
     asked = [request for request, _, _ in router.calls]
     assert len(asked) == len(set(asked))
+
+
+async def test_the_loop_goes_on_while_a_decision_is_made() -> None:
+    decided_meanwhile = threading.Event()
+
+    class Slow(Observer):
+        def capture(self, status: RouterReply, active: Iterable[ActiveMove] = ()) -> Capture:
+            assert decided_meanwhile.wait(30)
+            return super().capture(status, active)
+
+    policy = parse(POLICY)
+    tested = Controller(policy, ScriptedRouter({f"r{i}": "a" for i in range(6)}), Slow(policy.controller.cost))
+    deciding = asyncio.ensure_future(tested.tick())
+    await asyncio.sleep(0.1)
+    decided_meanwhile.set()
+    assert (await deciding).moves
 
 
 def test_explain_refuses_what_is_no_snapshot() -> None:
