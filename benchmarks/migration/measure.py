@@ -44,9 +44,11 @@ class Neighbours(msgspec.Struct, frozen=True):
 
     tokens: int
     mode: str
-    before: tuple[float, ...]
-    """In the quiet time before the first move, and between moves."""
-    during: tuple[float, ...]
+    source_before: tuple[float, ...]
+    """On the worker that the request is about to leave, in the quiet time before each move."""
+    source_during: tuple[float, ...]
+    target_before: tuple[float, ...]
+    target_during: tuple[float, ...]
 
 
 @dataclass
@@ -125,11 +127,14 @@ class Bench:
         """Samples of one length and mode, what neighbours saw, and moves that failed."""
         workers = await self._decode_workers()
         # Long enough to outlast the slowest mode.
-        others = [(await self._start(64, self._context - 128))[0] for _ in workers]
+        others = [await self._start(64, self._context - 128) for _ in workers]
         moved, request = await self._start(tokens, output)
         samples: list[Sample] = []
         failed: list[MoveRecord] = []
         windows: list[tuple[float, float]] = []
+        ends: list[tuple[str, str]] = []
+        where = {s.request_id: s.worker for s in (await self._client.status()).streams}
+        beside = {where.get(name): watched for watched, name in others}
         try:
             await asyncio.sleep(2.0)
             quiet = [(time.time() - 1.5, time.time())]
@@ -138,6 +143,7 @@ class Bench:
                 if stream is None:
                     break
                 target = next(worker for worker in workers if worker != stream.worker)
+                ends.append((stream.worker, target))
                 began = time.time()
                 record = await self._client.migrate(request, target, mode)
                 windows.append((began, time.time()))
@@ -149,15 +155,19 @@ class Bench:
                 await asyncio.sleep(_PAUSE_S)
                 quiet.append((windows[-1][1] + 0.1, time.time()))
         finally:
-            for watched in (moved, *others):
+            for watched in (moved, *beside.values()):
                 if watched.task is not None:
                     watched.task.cancel()
                     with suppress(asyncio.CancelledError, httpx.HTTPError):
                         await watched.task
-        before = tuple(gap for other in others for gap in other.gaps(quiet))
-        during = tuple(gap for other in others for gap in other.gaps(windows))
+
+        def gaps(end: int, times: list[tuple[float, float]]) -> tuple[float, ...]:
+            moves = zip(ends, times, strict=False)
+            return tuple(gap for pair, window in moves for gap in beside[pair[end]].gaps([window]))
+
+        seen = [gaps(end, times) for end in (0, 1) for times in (quiet, windows)]
         await self._until_idle()
-        return samples, Neighbours(tokens, mode, before, during), failed
+        return samples, Neighbours(tokens, mode, *seen), failed
 
     async def _until_idle(self) -> None:
         while (await self._client.status()).streams:

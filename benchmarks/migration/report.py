@@ -42,7 +42,7 @@ def show(report: Report, console: Console) -> None:
         f"{report.model}, {report.transport}, {report.machine['cpu']}",
         ("prompt", "mode", "replay/mode", "n", "downtime p50", "p99", "stall p50", "p99", "step"),
     )
-    means = _table("", ("prompt", "mode", "total p50", "MB", "rounds", "desc.", "lane", "neighbours' ITL p50"))
+    means = _table("", ("prompt", "mode", "total p50", "MB", "rounds", "desc.", "lane", "ITL beside, source", "target"))
     for tokens in sorted({s.tokens for s in report.samples}):
         replay = _p([s.downtime_s for s in _of(report, tokens, Mode.REPLAY)], 50)
         for mode in MODES:
@@ -68,10 +68,11 @@ def show(report: Report, console: Console) -> None:
                 f"{_p([float(s.rounds) for s in found], 50):.0f}",
                 f"{_p([float(s.descriptors) for s in found], 50):.0f}",
                 found[0].lane,
-                _neighbours(report, tokens, mode),
+                *_neighbours(report, tokens, mode),
             )
     console.print(times, means, sep="\n")
     console.print("times in ms; stall = downtime less the request's median gap between tokens before the move")
+    console.print("ITL beside: median gap of the neighbour on either worker, in quiet time and during moves")
     for line in report.failed:
         console.print(f"failed: {line}", style="red")
 
@@ -83,12 +84,16 @@ def _table(title: str, columns: tuple[str, ...]) -> Table:
     return table
 
 
-def _neighbours(report: Report, tokens: int, mode: str) -> str:
+def _neighbours(report: Report, tokens: int, mode: str) -> tuple[str, str]:
     found = next((n for n in report.neighbours if n.tokens == tokens and n.mode == mode), None)
-    if found is None or not found.before or not found.during:
-        return "-"
-    before, during = _p(list(found.before), 50), _p(list(found.during), 50)
-    return f"{1e3 * before:.1f} -> {1e3 * during:.1f} ({during / before - 1:+.0%})"
+    if found is None:
+        return "-", "-"
+    return _change(found.source_before, found.source_during), _change(found.target_before, found.target_during)
+
+
+def _change(before: tuple[float, ...], during: tuple[float, ...]) -> str:
+    quiet, moving = _p(list(before), 50), _p(list(during), 50)
+    return f"{1e3 * quiet:.1f} -> {1e3 * moving:.1f} ({moving / quiet - 1:+.0%})"
 
 
 def plot(report: Report, path: Path) -> None:
