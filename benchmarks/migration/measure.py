@@ -14,7 +14,7 @@ import httpx
 import msgspec
 
 from components.errors import MigrateError
-from components.messages import Mode, MoveRecord
+from components.messages import EventKind, Mode, MoveRecord
 from components.router.client import RouterClient
 
 _PAUSE_S = 0.4
@@ -46,8 +46,12 @@ class Neighbours(msgspec.Struct, frozen=True):
     mode: str
     source_before: tuple[float, ...]
     """On the worker that the request is about to leave, in the quiet time before each move."""
+    source_precopy: tuple[float, ...]
+    """Until the request is frozen. No gap in modes without pre-copy."""
     source_during: tuple[float, ...]
+    """The whole move; its last step or two are of workers that have changed places."""
     target_before: tuple[float, ...]
+    target_precopy: tuple[float, ...]
     target_during: tuple[float, ...]
 
 
@@ -121,20 +125,28 @@ class Bench:
     async def _decode_workers(self) -> list[str]:
         return [w.worker for w in (await self._client.status()).workers if w.role == "decode"]
 
+    async def _neighbour(self, worker: str) -> Watched:
+        watched, request = await self._start(64, self._context - 128)
+        while True:
+            here = next(s.worker for s in (await self._client.status()).streams if s.request_id == request)
+            if here == worker:
+                return watched
+            await self._client.migrate(request, worker, Mode.LIVE)
+            await asyncio.sleep(_PAUSE_S)
+
     async def run(
         self, tokens: int, mode: Mode, moves: int, output: int
     ) -> tuple[list[Sample], Neighbours, list[MoveRecord]]:
         """Samples of one length and mode, what neighbours saw, and moves that failed."""
         workers = await self._decode_workers()
         # Long enough to outlast the slowest mode.
-        others = [await self._start(64, self._context - 128) for _ in workers]
+        beside = {worker: await self._neighbour(worker) for worker in workers}
         moved, request = await self._start(tokens, output)
         samples: list[Sample] = []
         failed: list[MoveRecord] = []
         windows: list[tuple[float, float]] = []
+        precopies: list[tuple[float, float]] = []
         ends: list[tuple[str, str]] = []
-        where = {s.request_id: s.worker for s in (await self._client.status()).streams}
-        beside = {where.get(name): watched for watched, name in others}
         try:
             await asyncio.sleep(2.0)
             quiet = [(time.time() - 1.5, time.time())]
@@ -147,6 +159,7 @@ class Bench:
                 began = time.time()
                 record = await self._client.migrate(request, target, mode)
                 windows.append((began, time.time()))
+                precopies.append((began, await self._frozen(request, began) if mode is Mode.LIVE else began))
                 if record.ok and record.mode == mode:
                     step = sorted(moved.gaps(quiet))[len(moved.gaps(quiet)) // 2]
                     samples.append(_sample(tokens, record, step))
@@ -165,9 +178,14 @@ class Bench:
             moves = zip(ends, times, strict=False)
             return tuple(gap for pair, window in moves for gap in beside[pair[end]].gaps([window]))
 
-        seen = [gaps(end, times) for end in (0, 1) for times in (quiet, windows)]
+        seen = [gaps(end, times) for end in (0, 1) for times in (quiet, precopies, windows)]
         await self._until_idle()
         return samples, Neighbours(tokens, mode, *seen), failed
+
+    async def _frozen(self, request: str, since: float) -> float:
+        """When the request was frozen last; ``since`` where it was not."""
+        events = [e for s in (await self._client.status()).streams if s.request_id == request for e in s.events]
+        return max((e.at for e in events if e.kind is EventKind.FROZEN and e.at > since), default=since)
 
     async def _until_idle(self) -> None:
         while (await self._client.status()).streams:

@@ -42,7 +42,11 @@ def show(report: Report, console: Console) -> None:
         f"{report.model}, {report.transport}, {report.machine['cpu']}",
         ("prompt", "mode", "replay/mode", "n", "downtime p50", "p99", "stall p50", "p99", "step"),
     )
-    means = _table("", ("prompt", "mode", "total p50", "MB", "rounds", "desc.", "lane", "ITL beside, source", "target"))
+    means = _table("", ("prompt", "mode", "total p50", "MB", "rounds", "desc.", "lane"))
+    beside = _table(
+        "ITL p50 of the neighbours: quiet, in pre-copy, in the whole move",
+        ("prompt", "mode", "source quiet", "pre-copy", "move", "target quiet", "pre-copy", "move"),
+    )
     for tokens in sorted({s.tokens for s in report.samples}):
         replay = _p([s.downtime_s for s in _of(report, tokens, Mode.REPLAY)], 50)
         for mode in MODES:
@@ -68,11 +72,11 @@ def show(report: Report, console: Console) -> None:
                 f"{_p([float(s.rounds) for s in found], 50):.0f}",
                 f"{_p([float(s.descriptors) for s in found], 50):.0f}",
                 found[0].lane,
-                *_neighbours(report, tokens, mode),
             )
-    console.print(times, means, sep="\n")
+            for seen in (n for n in report.neighbours if n.tokens == tokens and n.mode == mode):
+                beside.add_row(str(tokens), mode, *_cells(seen))
+    console.print(times, means, beside, sep="\n")
     console.print("times in ms; stall = downtime less the request's median gap between tokens before the move")
-    console.print("ITL beside: median gap of the neighbour on either worker, in quiet time and during moves")
     for line in report.failed:
         console.print(f"failed: {line}", style="red")
 
@@ -84,16 +88,18 @@ def _table(title: str, columns: tuple[str, ...]) -> Table:
     return table
 
 
-def _neighbours(report: Report, tokens: int, mode: str) -> tuple[str, str]:
-    found = next((n for n in report.neighbours if n.tokens == tokens and n.mode == mode), None)
-    if found is None:
-        return "-", "-"
-    return _change(found.source_before, found.source_during), _change(found.target_before, found.target_during)
-
-
-def _change(before: tuple[float, ...], during: tuple[float, ...]) -> str:
-    quiet, moving = _p(list(before), 50), _p(list(during), 50)
-    return f"{1e3 * quiet:.1f} -> {1e3 * moving:.1f} ({moving / quiet - 1:+.0%})"
+def _cells(seen: Neighbours) -> list[str]:
+    cells = []
+    for before, *others in (
+        (seen.source_before, seen.source_precopy, seen.source_during),
+        (seen.target_before, seen.target_precopy, seen.target_during),
+    ):
+        quiet = _p([1e3 * gap for gap in before], 50)
+        cells.append(f"{quiet:.1f}")
+        for gaps in others:
+            value = _p([1e3 * gap for gap in gaps], 50)
+            cells.append(f"{value:.1f} ({value / quiet - 1:+.0%})" if gaps else "-")
+    return cells
 
 
 def plot(report: Report, path: Path) -> None:
