@@ -106,9 +106,10 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nats_key: str = ""
     namespace: str = "dynamo"
     transport: Transport = Transport.AUTO
-    backends: tuple[str, ...] = ("mapped", "cuda_ipc", "nixl", "local", "tcp")
+    backends: tuple[str, ...] = ("mapped", "cuda_ipc", "nixl", "local", "nccl", "tcp")
     """Ways of moving blocks that may be used, best first. ``mapped`` is there for host pools in shared memory,
-    with transport auto or shm and strategy auto. A transport other than ``auto`` puts NIXL before ``cuda_ipc``."""
+    with transport auto or shm and strategy auto; ``cuda_ipc`` and ``nccl`` for pools on GPUs. A transport other than
+    ``auto`` puts NIXL before ``cuda_ipc``."""
     copy_threads: int = 0
     """Threads of the ``mapped`` way; 0: one for each core, eight at most. Fewer where engines need every core."""
     strategy: Strategy = Strategy.AUTO
@@ -134,7 +135,8 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     piece_bytes: int = 0
     """Bytes posted at once; 0: 32 MiB of host memory, whose copies happen inside the post, 256 MiB on a GPU."""
     staging_bytes: int = 0
-    """Bound of the registered staging memory; 0: 1 GiB on a GPU, 64 MiB on a host."""
+    """Bound of NIXL's registered staging memory; 0: 1 GiB on a GPU, 64 MiB on a host. Also that of the staging memory
+    for NCCL, taken when a first peer is reached that way; 0: 512 MiB."""
     grace_s: float = 1.0
     """How long a failed transfer may wait for its last piece to stand still, beyond its deadline."""
 
@@ -152,7 +154,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def validate(self) -> None:
         """Raise ``ConfigError`` naming the value that cannot be used."""
-        known = {"mapped", "nixl", "local", "cuda_ipc", "tcp"}
+        known = {"mapped", "nixl", "local", "cuda_ipc", "nccl", "tcp"}
         if not self.name or "/" in self.name or len(self.name) > 200:
             raise ConfigError(f"agent name {self.name!r}: 1 to 200 characters without '/'")
         if not _NAMESPACE.fullmatch(self.namespace):

@@ -64,6 +64,12 @@ class AgentRecord(msgspec.Struct, frozen=True, tag="agent/3"):
     stages: bool = False
     """True when it can gather blocks before it writes them."""
 
+    nccl_address: _Short = ""
+    """``host:port`` of the NCCL lane; empty when it is off."""
+    nccl_version: _Short = ""
+    gpu: _Short = ""
+    """Identifies the GPU of an agent that has NCCL."""
+
     @property
     def ref(self) -> AgentRef:
         """Name and epoch."""

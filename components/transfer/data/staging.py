@@ -11,7 +11,9 @@ is done. The caller guarantees that the engine's writes to the blocks have ended
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -56,6 +58,15 @@ class Staging:
     def address(self, slot: int) -> int:
         """Where a slot begins."""
         return int(self.buffer.data_ptr()) + slot * self.slot_bytes
+
+    def part(self, slot: int, blocks: int) -> torch.Tensor:
+        """The memory of so many blocks in a slot."""
+        start = slot * self.slot_bytes
+        return self.buffer[start : start + blocks * self.block_bytes]
+
+    def ordered(self) -> AbstractContextManager[Any]:
+        """Within it, work is queued behind the copies of this staging; on a host nothing is queued."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def acquire(self, side: str, count: int) -> list[int]:
         """Up to ``count`` free slots of a side; may be empty."""

@@ -12,27 +12,27 @@ from __future__ import annotations
 
 import logging
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import msgspec
 import torch
 
-from components.errors import DeadlineExceeded, MigrateError, TransferCancelled, TransferError
+from components.errors import DeadlineExceeded, TransferCancelled, TransferError
 from components.transfer.config import Strategy, TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data.acceptor import Acceptor
 from components.transfer.data.base import Copy, Steps
+from components.transfer.data.frames import left, read_exactly, read_frame, read_into, write_frame
+from components.transfer.data.threads import on_thread
 from components.transfer.layout import Ints, Region, put, rows_of, take
 from components.transfer.session.messages import MAX_BLOCKS, pack, unpack
 
 logger = logging.getLogger(__name__)
 _MAX_ASK = 4 * MAX_BLOCKS + 1024
-_LENGTH = struct.Struct("!I")
 _REFUSED, _GRANTED = b"\x00", b"\x01"
 _SERVE_S = 60.0
 _CHUNK_BYTES = 8 << 20
@@ -81,22 +81,8 @@ class TcpBackend:
         return self._on_thread(copy, self._fetch)
 
     def _on_thread(self, copy: Copy, work: Callable[[Copy, threading.Event], int]) -> Steps:
-        stop = threading.Event()
         begun = time.perf_counter()
-        future: Future[int] = self._pool.submit(self._guarded, copy, work, stop)
-        try:
-            while not future.done():
-                yield False
-        except MigrateError:
-            stop.set()
-            while not future.done():
-                yield False
-            raise
-        finally:
-            if not future.done():
-                settled = copy.poison()
-                future.add_done_callback(lambda _: settled())
-        total = future.result()
+        total = yield from on_thread(self._pool, copy, lambda copy, stop: self._guarded(copy, work, stop))
         strategy = Strategy.WRITE if work == self._push else Strategy.READ
         wire = time.perf_counter() - begun
         return TransferResult(total, len(self._rows(copy.unit)), wire_s=wire, lane=self.lane, strategy=strategy)
@@ -115,12 +101,12 @@ class TcpBackend:
 
     def _connect(self, copy: Copy, push: bool) -> socket.socket:
         host, _, port = copy.peer.tcp_address.rpartition(":")
-        sock = socket.create_connection((host, int(port)), timeout=_left(copy.end))
+        sock = socket.create_connection((host, int(port)), timeout=left(copy.end))
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             ask = msgspec.msgpack.encode(_Ask(copy.peer.epoch, push, pack(copy.theirs), copy.unit))
-            sock.sendall(_LENGTH.pack(len(ask)) + ask)
-            if _receive(sock, 1, copy.end) != _GRANTED:
+            write_frame(sock, ask, copy.end)
+            if read_exactly(sock, 1, copy.end) != _GRANTED:
                 raise TransferError(f"agent {copy.peer.name} refused: other epoch or unknown blocks")
         except BaseException:
             sock.close()
@@ -134,7 +120,7 @@ class TcpBackend:
     def _push(self, copy: Copy, stop: threading.Event) -> int:
         with self._connect(copy, push=True) as sock:
             total = self._send_rows(sock, copy.ours, copy.unit, copy.end, stop, copy.arrived)
-            if _receive(sock, 1, copy.end) != _GRANTED:
+            if read_exactly(sock, 1, copy.end) != _GRANTED:
                 raise TransferError(f"agent {copy.peer.name} could not store the blocks")
             return total
 
@@ -151,7 +137,7 @@ class TcpBackend:
         for row in self._rows(unit):
             for part in _parts(blocks, row):
                 buffer = torch.empty((len(part), row.shape[-1]), dtype=torch.uint8)
-                _receive_into(sock, _bytes_of(buffer), end)
+                read_into(sock, _bytes_of(buffer), end)
                 _check(stop)
                 put(row, part.to(row.device), buffer.to(row.device))
                 total += buffer.numel()
@@ -172,7 +158,7 @@ class TcpBackend:
             for part in _parts(blocks, row):
                 _check(stop)
                 data = take(row, part.to(row.device)).cpu()
-                sock.settimeout(_left(end))
+                sock.settimeout(left(end))
                 sock.sendall(_bytes_of(data))
                 total += data.numel()
                 arrived(data.numel())
@@ -180,10 +166,7 @@ class TcpBackend:
 
     def _serve(self, connection: socket.socket) -> None:
         end = time.monotonic() + _SERVE_S
-        (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size, end))
-        if length > _MAX_ASK:
-            raise TransferError(f"a request of {length} bytes is too long")
-        self._answer(connection, _decoder.decode(_receive(connection, length, end)), end)
+        self._answer(connection, _decoder.decode(read_frame(connection, _MAX_ASK, end)), end)
 
     def _answer(self, connection: socket.socket, ask: _Ask, end: float) -> None:
         blocks = unpack(ask.blocks)
@@ -214,29 +197,9 @@ class TcpBackend:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _left(end: float) -> float:
-    return max(0.001, end - time.monotonic())
-
-
 def _check(stop: threading.Event) -> None:
     if stop.is_set():
         raise TransferCancelled("the transfer was stopped")
-
-
-def _receive(sock: socket.socket, count: int, end: float) -> bytes:
-    data = bytearray(count)
-    _receive_into(sock, memoryview(data), end)
-    return bytes(data)
-
-
-def _receive_into(sock: socket.socket, view: memoryview, end: float) -> None:
-    done = 0
-    while done < len(view):
-        sock.settimeout(_left(end))
-        got = sock.recv_into(view[done:])
-        if not got:
-            raise TransferError("the connection was closed in the middle of a block")
-        done += got
 
 
 def _parts(blocks: Ints, row: torch.Tensor) -> list[torch.Tensor]:

@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks between GPUs over NCCL, for pairs that neither CUDA IPC nor NIXL serves: gathered, sent, scattered.
+
+Life cycle: an agent opens a link (socket and communicator, ``nccl_link.py``) to a peer when the two meet, and again
+after one was lost. A transfer that is cancelled or fails in the middle ends its link. A peer whose link cannot be made,
+or was lost twice in a row, is not reached any more in this life of it: its next lane serves it.
+Threading: the worker thread selects and steps; each transfer, each set-up and each link that we serve has a thread.
+At most one transfer sends and one receives at a time: each takes all slots of its side, and a peer that has none free
+says so at once, so that no two agents wait for each other. Slots that NCCL may still write are never used again; the
+lane is then off.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import socket
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from components.errors import DeadlineExceeded, MigrateError, TransferCancelled, TransferError
+from components.transfer.config import Strategy, TransferResult
+from components.transfer.control.record import AgentRecord
+from components.transfer.data import nccl_wire
+from components.transfer.data.acceptor import Acceptor
+from components.transfer.data.base import Copy, Steps
+from components.transfer.data.frames import is_open, left
+from components.transfer.data.nccl_link import Answer, Ask, Hello, Link, Patience, Stopped, hear, say
+from components.transfer.data.staging import Staging
+from components.transfer.data.threads import on_thread
+from components.transfer.layout import Region
+from components.transfer.session.messages import pack, unpack
+from components.wire import UNREADABLE
+
+logger = logging.getLogger(__name__)
+_SET_UP_S = 60.0
+_MEANWHILE_S = 5.0
+"""A link that takes longer to be made, or hangs in NCCL, leaves transfers to the next lane until it is there."""
+_LOSSES = 2
+_LOOK_S = 1.0
+_AGAIN_S = 2e-3
+_SAY_S = 5.0
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a peer must know before a communicator is tried: NCCL takes no GPU twice and no two versions."""
+
+    gpu: str
+    version: str
+
+
+def card_of(device: torch.device) -> Card:
+    """Of a GPU of this process."""
+    return Card(str(torch.cuda.get_device_properties(device).uuid), nccl_wire.nccl_version())
+
+
+@dataclass
+class _Line:
+    """Our way to one life of a peer. The lock is held by the transfer that uses it."""
+
+    peer: AgentRecord
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    link: Link | None = None
+    opening: Future[Link] | None = None
+    began: float = 0.0
+    losses: int = 0
+
+    @property
+    def late(self) -> bool:
+        """True while its link is being made for longer than anybody should wait."""
+        opening = self.opening
+        return opening is not None and not opening.done() and time.monotonic() > self.began + _MEANWHILE_S
+
+    def take_links(self) -> list[Link]:
+        """What must be ended when the line is given up."""
+        opening, self.opening = self.opening, None
+        made = opening is not None and opening.done() and opening.exception() is None
+        link, self.link = self.link, None
+        return [each for each in (link, opening.result() if opening is not None and made else None) if each is not None]
+
+
+class NcclBackend:
+    """See the module docstring."""
+
+    lane = "nccl/send-recv"
+    at_once = False
+
+    def __init__(
+        self,
+        name: str,
+        epoch: str,
+        regions: Sequence[Region],
+        host: str,
+        block_size: int,
+        staging_bytes: int,
+        card: Card,
+        connect: nccl_wire.Connect = nccl_wire.connect,
+    ) -> None:
+        self._name = name
+        self._epoch = epoch
+        self._regions = list(regions)
+        self._block_size = block_size
+        self._staging_bytes = staging_bytes
+        self._connect = connect
+        self.card = card
+        self._lock = threading.Lock()
+        self._staging: Staging | None = None
+        self._lines: dict[str, _Line] = {}
+        self._told: set[str] = set()
+        self._served: set[Link] = set()
+        self._off = threading.Event()
+        self._looked = 0.0
+        nccl_wire.prepare_environment()
+        server = socket.create_server((host, 0))
+        self.address = f"{host}:{server.getsockname()[1]}"
+        self._pool = ThreadPoolExecutor(4, thread_name_prefix="kv-nccl-out")
+        self._acceptor = Acceptor(server, self._serve, "kv-nccl")
+
+    def reaches(self, peer: AgentRecord) -> bool:
+        """True for a peer with NCCL of our version on another GPU, unless its links were lost."""
+        if not peer.nccl_address or self._off.is_set():
+            return False
+        why = self._why_not(peer)
+        if why and peer.key not in self._told:
+            self._told.add(peer.key)
+            logger.info("NCCL is not used with agent %s: %s", peer.name, why)
+        return not why
+
+    def _why_not(self, peer: AgentRecord) -> str:
+        if peer.gpu == self.card.gpu:
+            return f"both are on GPU {peer.gpu}, and NCCL takes no GPU twice"
+        if peer.nccl_version != self.card.version:
+            return f"it has version {peer.nccl_version}, this agent {self.card.version}"
+        if peer.block_size != self._block_size:
+            return f"its blocks have {peer.block_size} tokens, ours {self._block_size}"
+        line = self._lines.get(peer.key)
+        if line is not None and line.late:
+            return "its link is still being made"
+        return "its links were lost" if line is not None and line.losses >= _LOSSES else ""
+
+    def fetch(self, copy: Copy) -> Steps:
+        """See ``Backend``."""
+        return self._move(copy, push=False)
+
+    def push(self, copy: Copy) -> Steps:
+        """See ``Backend``."""
+        return self._move(copy, push=True)
+
+    def warm_up(self, copy: Copy) -> Steps:
+        """Open the link."""
+        return self._move(copy, push=False)
+
+    def _move(self, copy: Copy, push: bool) -> Steps:
+        begun = time.perf_counter()
+        line = self._line(copy.peer)
+
+        def work(copy: Copy, stop: threading.Event) -> int:
+            return self._guarded(line, copy, push, stop)
+
+        size = yield from on_thread(self._pool, copy, work)
+        wire_s = time.perf_counter() - begun
+        count = len(self._staging.chunks(len(copy.ours), self._staging.slot_bytes)) if self._staging else 0
+        return TransferResult(size, count, wire_s=wire_s, lane=self.lane, strategy=Strategy.STAGED)
+
+    def _line(self, peer: AgentRecord) -> _Line:
+        if peer.key not in self._lines:
+            for key in [key for key, line in self._lines.items() if line.peer.name == peer.name]:
+                self._retire(self._lines.pop(key))
+            self._lines[peer.key] = _Line(peer)
+        return self._lines[peer.key]
+
+    def _retire(self, line: _Line) -> None:
+        for link in line.take_links():
+            threading.Thread(target=self._end, args=(link,), name="kv-nccl-end", daemon=True).start()
+
+    def _end(self, link: Link) -> bool:
+        ended = link.close()
+        if not ended:
+            logger.error("NCCL did not end a communicator in time: its lane is off until this agent restarts")
+            self._off.set()
+        return ended
+
+    def _guarded(self, line: _Line, copy: Copy, push: bool, stop: threading.Event) -> int:
+        where = f"agent {copy.peer.name} at {copy.peer.nccl_address}"
+        try:
+            return self._run(line, copy, push, lambda: stop.is_set() or self._off.is_set())
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"no answer from {where}") from error
+        except MigrateError as error:
+            raise type(error)(f"{where}: {error}") from error
+        except (OSError, RuntimeError, *UNREADABLE) as error:
+            raise TransferError(f"{where}: {error}") from error
+
+    def _run(self, line: _Line, copy: Copy, push: bool, stopped: Stopped) -> int:
+        _wait(lambda: line.lock.acquire(timeout=0.05), copy.end, stopped)
+        try:
+            link = self._linked(line, copy.end, stopped)
+            if not len(copy.ours):
+                return 0
+            patience = Patience(link.sock, copy.end, stopped)
+            try:
+                while (moved := self._try(link, copy, push, patience, stopped)) is None:
+                    _wait(lambda: _paused(random.uniform(0, _AGAIN_S)), copy.end, stopped)
+            except Exception as error:
+                line.losses += link.broken and not isinstance(error, TransferCancelled)
+                raise
+            line.losses = 0
+            return moved
+        finally:
+            line.lock.release()
+
+    def _try(self, link: Link, copy: Copy, push: bool, patience: Patience, stopped: Stopped) -> int | None:
+        """Ask once; None when the peer is busy."""
+        side = "send" if push else "receive"
+        while not (slots := self._take(side)):
+            _wait(lambda: _paused(_AGAIN_S), copy.end, stopped)
+        with self._holding(link, side, slots):
+            budget = max(1, int((copy.end - time.monotonic()) * 1000))
+            say(link.sock, Ask(push, pack(copy.theirs), budget), copy.end)
+            answer = hear(link.sock, Answer, copy.end)
+            if answer.busy:
+                return None
+            if answer.error:
+                raise TransferError(f"it refused: {answer.error}")
+            if not push:
+                return link.receive(copy.ours, slots, patience, copy.arrived)
+            moved = link.send(copy.ours, slots, patience, copy.arrived)
+            if error := hear(link.sock, Answer, copy.end).error:
+                raise TransferError(f"it could not store the blocks: {error}")
+            return moved
+
+    def _linked(self, line: _Line, end: float, stopped: Stopped) -> Link:
+        """The line's link, made when there is none. A transfer that gives up leaves the set-up to the next one."""
+        if line.link is not None:
+            if not line.link.broken and is_open(line.link.sock):
+                return line.link
+            self._end(line.link)
+            line.link = None
+        if line.opening is None:
+            line.opening, line.began = Future(), time.monotonic()
+            threading.Thread(
+                target=self._open, args=(line.peer, line.opening), name="kv-nccl-open", daemon=True
+            ).start()
+        opening = line.opening
+        _wait(lambda: opening.done() or line.late or not _paused(1e-3), end, stopped)
+        if not opening.done():
+            raise TransferError("its link is still being made")
+        line.opening = None
+        try:
+            line.link = opening.result()
+        except Exception:
+            line.losses = _LOSSES
+            raise
+        return line.link
+
+    def _open(self, peer: AgentRecord, opening: Future[Link]) -> None:
+        sock = None
+        end = time.monotonic() + _SET_UP_S
+        try:
+            host, _, port = peer.nccl_address.rpartition(":")
+            sock = socket.create_connection((host, int(port)), timeout=left(end))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            staging = self._memory()
+            say(sock, Hello(peer.epoch, self._name, staging.blocks_per_slot), end)
+            answer = hear(sock, Answer, end)
+            if answer.error:
+                raise TransferError(f"it refused: {answer.error}")
+            wire = self._connect(sock, 1, staging.device, end)
+            opening.set_result(Link(sock, wire, staging, answer.slot_blocks))
+        except Exception as error:
+            if sock is not None:
+                sock.close()
+            opening.set_exception(error)
+
+    def _memory(self) -> Staging:
+        """Slots, taken from the device when the first link is made: most agents never need them."""
+        with self._lock:
+            if self._staging is None:
+                self._staging = Staging(self._regions, self._staging_bytes)
+            return self._staging
+
+    def _take(self, side: str) -> list[int]:
+        """All slots of a side, or none."""
+        staging = self._memory()
+        with self._lock:
+            return staging.acquire(side, staging.side)
+
+    @contextmanager
+    def _holding(self, link: Link, side: str, slots: Sequence[int]) -> Iterator[None]:
+        """Give the slots back afterwards. What goes wrong ends the link first, which may still use them."""
+        try:
+            yield
+        except BaseException:
+            if self._end(link):
+                self._give(side, slots)
+            raise
+        self._give(side, slots)
+
+    def _give(self, side: str, slots: Sequence[int]) -> None:
+        staging = self._memory()
+        with self._lock:
+            staging.release(side, slots)
+
+    def _serve(self, connection: socket.socket) -> None:
+        end = time.monotonic() + _SET_UP_S
+        hello = hear(connection, Hello, end)
+        if hello.epoch != self._epoch or self._off.is_set():
+            say(connection, Answer("this is another life of that agent, or its NCCL is off"), end)
+            return
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        staging = self._memory()
+        chunk = min(hello.slot_blocks, staging.blocks_per_slot)
+        say(connection, Answer(slot_blocks=chunk), end)
+        link = Link(connection, self._connect(connection, 0, staging.device, end), staging, chunk)
+        logger.debug("agent %s is linked over NCCL", hello.name)
+        self._served.add(link)
+        try:
+            while not link.broken:
+                self._answer(link, hear(connection, Ask, None))
+        finally:
+            self._served.discard(link)
+            self._end(link)
+
+    def _answer(self, link: Link, ask: Ask) -> None:
+        blocks = unpack(ask.blocks)
+        count = self._regions[0].rows[0].shape[0]
+        said = time.monotonic() + _SAY_S
+        if not len(blocks) or int(blocks.max()) >= count:
+            say(link.sock, Answer(f"agent {self._name} has {count} blocks, and others were named"), said)
+            return
+        side = "receive" if ask.push else "send"
+        slots = self._take(side)
+        if not slots:
+            say(link.sock, Answer(busy=True), said)
+            return
+        patience = Patience(link.sock, time.monotonic() + ask.budget_ms / 1000, self._off.is_set)
+        with self._holding(link, side, slots):
+            say(link.sock, Answer(), said)
+            if ask.push:
+                link.receive(blocks, slots, patience, _ignore)
+                say(link.sock, Answer(), time.monotonic() + _SAY_S)
+            else:
+                link.send(blocks, slots, patience, _ignore)
+
+    def progress(self) -> list[Generator[bool, None, None]]:
+        """Threads of our own serve; links of peers that have gone are ended, to give their memory back."""
+        now = time.monotonic()
+        if now > self._looked + _LOOK_S:
+            self._looked = now
+            for line in self._lines.values():
+                if line.link is not None and line.lock.acquire(blocking=False):
+                    if line.link.broken or not is_open(line.link.sock):
+                        self._retire(line)
+                    line.lock.release()
+        return []
+
+    def close(self) -> None:
+        """Stop serving, end all communicators."""
+        self._off.set()
+        self._acceptor.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for link in [*self._served, *(link for line in self._lines.values() for link in line.take_links())]:
+            link.close()
+
+
+def _wait(done: Stopped, end: float, stopped: Stopped) -> None:
+    """Call it, it waits a little each time, until it says that it is done."""
+    while True:
+        if stopped():
+            raise TransferCancelled("the transfer was stopped")
+        if time.monotonic() > end:
+            raise DeadlineExceeded("the link to the peer was not free within the deadline")
+        if done():
+            return
+
+
+def _paused(seconds: float) -> bool:
+    time.sleep(seconds)
+    return True
+
+
+def _ignore(_: int) -> None:
+    """Nobody follows what is served."""

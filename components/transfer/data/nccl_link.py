@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pair's communicator, the socket that orders its use, and the loops that move blocks over both.
+
+The agent that asks opens a link to a peer and sends one ``Ask`` at a time; the peer answers and both ends then post the
+same chunks in the same order. A socket that closes tells of a dead peer at once, where NCCL's kernel would spin.
+Threading: a link belongs to one thread at a time, which polls. Nothing is queued on the device behind a receive before
+that has ended: whatever a peer does, only NCCL's own kernel waits for it, and ``abort`` ends that one.
+Errors: ``TransferError`` and its kin; the link is then ``broken`` and must be closed.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Annotated, TypeVar
+
+import msgspec
+
+from components.errors import DeadlineExceeded, TransferCancelled, TransferError
+from components.transfer import profiling
+from components.transfer.data.frames import is_open, read_frame, write_frame
+from components.transfer.data.nccl_wire import Flight, Wire
+from components.transfer.data.staging import Gate, Staging
+from components.transfer.layout import Ints
+from components.transfer.session.messages import MAX_BLOCKS
+
+MAX_FRAME = 4 * MAX_BLOCKS + 4096
+_POLL_S = 20e-6
+_LOOK_S = 5e-3
+"""How often the socket is looked at while bytes move."""
+
+_Text = Annotated[str, msgspec.Meta(max_length=1024)]
+
+
+Stopped = Callable[[], bool]
+T = TypeVar("T", "Hello", "Ask", "Answer")
+
+
+class Hello(msgspec.Struct, frozen=True):
+    """Opens a link: to whom, from whom, and how many blocks fit a slot."""
+
+    epoch: _Text
+    name: _Text
+    slot_blocks: Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """Send me these blocks of yours, or take mine into them."""
+
+    push: bool
+    blocks: Annotated[bytes, msgspec.Meta(max_length=4 * MAX_BLOCKS)]
+    budget_ms: Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """To each of both, and once more when pushed blocks are stored. ``busy``: ask again."""
+
+    error: _Text = ""
+    busy: bool = False
+    slot_blocks: int = 0
+
+
+def say(sock: socket.socket, message: Hello | Ask | Answer, end: float) -> None:
+    """Send a message."""
+    write_frame(sock, msgspec.msgpack.encode(message), end)
+
+
+def hear(sock: socket.socket, kind: type[T], end: float | None) -> T:
+    """Receive a message; without ``end`` whenever it comes."""
+    return msgspec.msgpack.decode(read_frame(sock, MAX_FRAME, end), type=kind)
+
+
+class Patience:
+    """Ends a wait when the transfer is stopped, out of time, or the peer has gone."""
+
+    def __init__(self, sock: socket.socket, end: float, stopped: Stopped) -> None:
+        self._sock = sock
+        self._end = end
+        self._stopped = stopped
+        self._look = 0.0
+
+    def until(self, done: Callable[[], bool]) -> None:
+        """Wait. Raises ``TransferCancelled``, ``DeadlineExceeded`` or ``TransferError``."""
+        while not done():
+            self.check()
+            time.sleep(_POLL_S)
+
+    def check(self) -> None:
+        """Raise when there is a reason to."""
+        if self._stopped():
+            raise TransferCancelled("the transfer was stopped")
+        now = time.monotonic()
+        if now > self._end:
+            raise DeadlineExceeded("the transfer did not end within its deadline")
+        if now > self._look:
+            self._look = now + _LOOK_S
+            if not is_open(self._sock):
+                raise TransferError("the peer has closed its link")
+
+
+class Link:
+    """See the module docstring."""
+
+    def __init__(self, sock: socket.socket, wire: Wire, staging: Staging, slot_blocks: int) -> None:
+        self.sock = sock
+        self._wire = wire
+        self._staging = staging
+        self._chunk = slot_blocks * staging.block_bytes
+        self.broken = False
+
+    def send(self, blocks: Ints, slots: Sequence[int], patience: Patience, arrived: Callable[[int], None]) -> int:
+        """Send blocks: one chunk is gathered while another flies. Gives their bytes."""
+        staging, index = self._staging, self._staging.index(blocks)
+        flying: deque[tuple[int, Flight, object]] = deque()
+        total = 0
+
+        def settle() -> int:
+            count, flight, mark = flying.popleft()
+            patience.until(flight.done)
+            profiling.end(mark)
+            arrived(count * staging.block_bytes)
+            return count * staging.block_bytes
+
+        try:
+            for number, (first, last) in enumerate(staging.chunks(len(blocks), self._chunk)):
+                if len(flying) == len(slots):
+                    total += settle()
+                slot = slots[number % len(slots)]
+                staging.gather(index[first:last], slot)
+                mark = profiling.begin("wire", (last - first) * staging.block_bytes)
+                with staging.ordered():
+                    flying.append((last - first, self._wire.send(staging.part(slot, last - first)), mark))
+            while flying:
+                total += settle()
+        finally:
+            for _, _, mark in flying:
+                profiling.end(mark)
+        return total
+
+    def receive(self, blocks: Ints, slots: Sequence[int], patience: Patience, arrived: Callable[[int], None]) -> int:
+        """Receive blocks: one chunk is scattered while another flies. Gives their bytes."""
+        staging, index = self._staging, self._staging.index(blocks)
+        chunks = staging.chunks(len(blocks), self._chunk)
+        flying: deque[tuple[int, Flight]] = deque()
+        scattered: Gate | None = None
+        total = 0
+        try:
+            for number in range(len(chunks) + len(slots)):
+                if number >= len(slots) and flying:
+                    chunk, flight = flying.popleft()
+                    patience.until(flight.done)
+                    first, last = chunks[chunk]
+                    scattered = staging.scatter(index[first:last], slots[chunk % len(slots)])
+                    # Its slot is next; the other one's chunk flies meanwhile.
+                    patience.until(scattered.ready)
+                    total += (last - first) * staging.block_bytes
+                    arrived((last - first) * staging.block_bytes)
+                if number < len(chunks):
+                    first, last = chunks[number]
+                    with staging.ordered():
+                        into = staging.part(slots[number % len(slots)], last - first)
+                        flying.append((number, self._wire.receive(into)))
+        finally:
+            if scattered is not None:
+                scattered.wait()
+        return total
+
+    def close(self) -> bool:
+        """End it, with what flies. False when NCCL may still use the slots."""
+        self.broken = True
+        ended = self._wire.abort()
+        # Closing alone wakes no thread that waits for it.
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return ended
+        self.sock.close()
+        return ended
