@@ -114,7 +114,8 @@ class NcclBackend:
         self._staging: Staging | None = None
         self._lines: dict[str, _Line] = {}
         self._told: set[str] = set()
-        self._served: set[Link] = set()
+        self._links: set[Link] = set()
+        """All that have not been ended yet, whoever opened them."""
         self._off = threading.Event()
         self._looked = 0.0
         nccl_wire.prepare_environment()
@@ -182,6 +183,7 @@ class NcclBackend:
 
     def _end(self, link: Link) -> bool:
         ended = link.close()
+        self._links.discard(link)
         if not ended:
             logger.error("NCCL did not end a communicator in time: its lane is off until this agent restarts")
             self._off.set()
@@ -273,7 +275,9 @@ class NcclBackend:
             if answer.error:
                 raise TransferError(f"it refused: {answer.error}")
             wire = self._connect(sock, 1, staging.device, end)
-            opening.set_result(Link(sock, wire, staging, answer.slot_blocks))
+            link = Link(sock, wire, staging, answer.slot_blocks)
+            self._links.add(link)
+            opening.set_result(link)
         except Exception as error:
             if sock is not None:
                 sock.close()
@@ -320,12 +324,11 @@ class NcclBackend:
         say(connection, Answer(slot_blocks=chunk), end)
         link = Link(connection, self._connect(connection, 0, staging.device, end), staging, chunk)
         logger.debug("agent %s is linked over NCCL", hello.name)
-        self._served.add(link)
+        self._links.add(link)
         try:
             while not link.broken:
                 self._answer(link, hear(connection, Ask, None))
         finally:
-            self._served.discard(link)
             self._end(link)
 
     def _answer(self, link: Link, ask: Ask) -> None:
@@ -366,8 +369,12 @@ class NcclBackend:
         self._off.set()
         self._acceptor.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for link in [*self._served, *(link for line in self._lines.values() for link in line.take_links())]:
-            link.close()
+        # All at once, each takes half a second. A process that exits while NCCL ends a communicator would be aborted.
+        threads = [threading.Thread(target=self._end, args=(link,), daemon=True) for link in list(self._links)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
 
 def _wait(done: Stopped, end: float, stopped: Stopped) -> None:

@@ -130,6 +130,7 @@ class NcclWire:
             finally:
                 os.environ.update(before)
         self._group.eager_connect_single_device(device)
+        self._lock = threading.Lock()
         self._aborted: threading.Thread | None = None
 
     def send(self, data: torch.Tensor) -> Flight:
@@ -149,9 +150,10 @@ class NcclWire:
     def abort(self) -> bool:
         """See ``Wire``."""
         # On a thread: it waits for NCCL's own threads, and nobody promises that they come.
-        if self._aborted is None:
-            self._aborted = threading.Thread(target=self._group.abort, name="kv-nccl-abort", daemon=True)
-            self._aborted.start()
+        with self._lock:
+            if self._aborted is None:
+                self._aborted = threading.Thread(target=self._group.abort, name="kv-nccl-abort", daemon=True)
+                self._aborted.start()
         self._aborted.join(_ABORT_S)
         return not self._aborted.is_alive()
 
