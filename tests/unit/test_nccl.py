@@ -149,12 +149,15 @@ def test_where_no_communicator_can_be_made_the_same_transfer_goes_by_tcp(two: Tw
 def test_a_peer_that_stalls_costs_the_deadline_and_no_more_and_then_goes_by_tcp(two: Two, cable: Cable) -> None:
     assert two.fetch([1], [2]) == "nccl/send-recv"
     cable.stuck = True
-    for _ in range(2):
+    failed = 0
+    while two.nccl(two.dst).reaches(two.src.record):
         began = time.monotonic()
         with pytest.raises((DeadlineExceeded, TransferError)):
-            two.fetch(shuffled(20), shuffled(20), deadline_s=0.3)
-        assert time.monotonic() - began < 3
-        assert all(wire.aborted for wire in cable.wires)
+            two.fetch(shuffled(20), shuffled(20), deadline_s=0.5)
+        assert time.monotonic() - began < 5
+        failed += 1
+        assert failed < 10  # Two, but for those that had no time to begin on a busy machine.
+    assert failed >= 2 and all(wire.aborted for wire in cable.wires)
     blocks = shuffled(20)
     assert two.fetch(blocks, blocks) == "tcp/sockets"
     assert two.dst.checksums(blocks) == two.src.checksums(blocks)
