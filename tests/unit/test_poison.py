@@ -250,7 +250,7 @@ async def test_rows_that_are_cut_off(monkeypatch: Patch) -> None:
         while done < len(view) and (got := sock.recv_into(view[done:])):
             done += got
 
-    monkeypatch.setattr(tcp, "_receive_into", all_is_well)
+    monkeypatch.setattr(tcp, "read_into", all_is_well)
     assert (await play()).tokens != expected
 
 
