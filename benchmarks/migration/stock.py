@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 
 from benchmarks.migration.measure import Prompts, Sample, Watched
-from benchmarks.serving.systems import Kind, System, running
+from benchmarks.serving.systems import Kind, Part, System, running
 from components.errors import MigrateError
 from components.transfer import Transport
 
@@ -51,6 +51,7 @@ async def _lose_worker(system: System, body: dict[str, Any], tokens: int) -> Sam
     watched = Watched()
     async with httpx.AsyncClient(base_url=system.url, timeout=_TIMEOUT_S) as http:
         watched.task = asyncio.ensure_future(watched.run(http, body))
+        lost: Part | None = None
         try:
             await _until(watched, _BEFORE)
             lost = await asyncio.to_thread(system.busiest, decode)
@@ -61,10 +62,11 @@ async def _lose_worker(system: System, body: dict[str, Any], tokens: int) -> Sam
             watched.task.cancel()
             with suppress(asyncio.CancelledError, httpx.HTTPError):
                 await watched.task
+            if lost is not None:
+                await asyncio.to_thread(system.start, lost)
+                await asyncio.to_thread(system.wait_ready, [lost])
     step = statistics.median(watched.gaps([(0.0, killed)]))
     downtime = max(watched.gaps([(killed, time.time())]))
-    await asyncio.to_thread(system.start, lost)
-    await asyncio.to_thread(system.wait_ready, [lost])
     return Sample(
         tokens=tokens,
         mode=DYNAMO,

@@ -18,6 +18,8 @@ MAX_RECORD_BYTES = 4 << 20
 
 _Short = Annotated[str, msgspec.Meta(max_length=512)]
 _Blob = Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)]
+_Whole = Annotated[int, msgspec.Meta(ge=0)]
+_Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class RegionRecord(msgspec.Struct, frozen=True):
@@ -28,7 +30,7 @@ class RegionRecord(msgspec.Struct, frozen=True):
     device_id: int
     order: Annotated[str, msgspec.Meta(max_length=4096)]
     """Axes inside a block in memory order; see ``layout.Region``."""
-    token_bytes: int
+    token_bytes: _Whole
     """Bytes of a token inside a segment; 0 when blocks cannot be cut between tokens."""
     segments: Annotated[tuple[tuple[int, int, int], ...], msgspec.Meta(max_length=4096)]
 
@@ -49,14 +51,14 @@ class AgentRecord(msgspec.Struct, frozen=True, tag="agent/3"):
     ipc: Annotated[tuple[_Blob, ...], msgspec.Meta(max_length=4096)]
     """CUDA IPC handles of the pools; empty when that lane is off."""
     fingerprint: _Short
-    block_size: int
+    block_size: _Positive
     dtype: _Short
-    layers: int
-    kv_heads: int
-    head_size: int
-    num_blocks: int
-    tp_rank: int
-    tp_size: int
+    layers: _Whole
+    kv_heads: _Whole
+    head_size: _Whole
+    num_blocks: _Whole
+    tp_rank: _Whole
+    tp_size: _Positive
     regions: Annotated[tuple[RegionRecord, ...], msgspec.Meta(max_length=4096)]
     lanes: tuple[_Short, ...]
     scope: _Short = ""
@@ -115,7 +117,7 @@ class AgentRecord(msgspec.Struct, frozen=True, tag="agent/3"):
                 raise TransferError(f"a block of agent {self.name} is named twice as a destination")
 
     def _divides(self, peer: AgentRecord) -> bool:
-        whole = self.block_size > 0 and peer.block_size % self.block_size == 0
+        whole = peer.block_size % self.block_size == 0
         return whole and all(region.token_bytes for region in (*self.regions, *peer.regions))
 
     @property
