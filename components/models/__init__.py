@@ -33,7 +33,7 @@ def resolve(model: str, console: Console | None = None) -> str:
     if model in _MAKERS:
         return str(_made(model, console or Console(stderr=True)))
     path = Path(model).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         missing = [n for n in ("config.json", "tokenizer.json") if not (path / n).is_file()]
         if not list(path.glob("*.safetensors")) and not list(path.glob("*.bin")):
             missing.append("*.safetensors")

@@ -199,7 +199,7 @@ def _process(
         added |= _device_environment(service.name, config, replica)
     if not isinstance(config, WorkerConfig) and "ETCD_LEASE_TTL" not in environment:
         added["ETCD_LEASE_TTL"] = _STREAM_LEASE_S
-    if Path(config.model).is_dir():
+    if os.path.isdir(config.model):
         added["HF_HUB_OFFLINE"] = "1"
     return Process(
         component=service.name,

@@ -113,7 +113,7 @@ def read(path: Path, speedup: float = 1.0) -> list[Arrival]:
 
 def _azure(row: dict[str, str]) -> Arrival:
     # Seven digits of a second; Python reads six.
-    stamp = row["TIMESTAMP"].strip()
+    stamp = (row["TIMESTAMP"] or "").strip()
     whole, _, fraction = stamp.partition(".")
     zone = fraction[len(fraction.rstrip("+-:0123456789")) :] if fraction else ""
     digits = fraction[: len(fraction) - len(zone)] if zone else fraction
