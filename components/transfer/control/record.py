@@ -51,7 +51,8 @@ class AgentRecord(msgspec.Struct, frozen=True, tag="agent/3"):
     ipc: Annotated[tuple[_Blob, ...], msgspec.Meta(max_length=4096)]
     """CUDA IPC handles of the pools; empty when that lane is off."""
     fingerprint: _Short
-    block_size: _Positive
+    block_size: _Whole
+    """Tokens of a block; 0 where the blocks are not of tokens."""
     dtype: _Short
     layers: _Whole
     kv_heads: _Whole
@@ -117,7 +118,7 @@ class AgentRecord(msgspec.Struct, frozen=True, tag="agent/3"):
                 raise TransferError(f"a block of agent {self.name} is named twice as a destination")
 
     def _divides(self, peer: AgentRecord) -> bool:
-        whole = peer.block_size % self.block_size == 0
+        whole = min(self.block_size, peer.block_size) > 0 and peer.block_size % self.block_size == 0
         return whole and all(region.token_bytes for region in (*self.regions, *peer.regions))
 
     @property
