@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -51,6 +52,9 @@ def main(
     if unknown := [word for word in words if word not in MODES]:
         raise typer.BadParameter(f"unknown mode {unknown[0]!r}: use {', '.join(MODES)}", param_hint="--modes")
     ours = [Mode(word) for word in words if word != DYNAMO]
+    for path in (json, picture):
+        if path is not None and not path.parent.is_dir():
+            raise typer.BadParameter(f"no folder {path.parent}: make it first", param_hint=str(path))
     chosen = [256, 1024] if quick else [int(word) for word in lengths.split(",")]
     count = 6 if quick else moves
     limit = max(chosen) + _OUTPUT + 8
@@ -59,23 +63,27 @@ def main(
     prompts = _prompts(model)
     with Progress() as progress:
         task = progress.add_task("migrations", total=len(chosen) * len(words))
+
+        def row_done() -> None:
+            # The whole run takes an hour: what was measured outlives a run that is cut short.
+            progress.advance(task)
+            if json is not None:
+                json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
+
         if ours:
             graph = served("graphs.disagg:Frontend", "configs/disagg.yaml", *overrides, f"--nixl-transport={transport}")
             with graph as port:
                 join()
-                asyncio.run(_run(report, chosen, ours, count, port, prompts, limit, progress))
+                asyncio.run(_run(report, chosen, ours, count, port, prompts, limit, progress, row_done))
         if DYNAMO in words:
             progress.update(task, description=DYNAMO)
             engine = {"max-model-len": limit, "enable-prefix-caching": False}
-            samples, failed = measure(
-                chosen, min(count, _STOCK_MOVES), model, prompts, engine, lambda: progress.advance(task)
-            )
-            report.samples += samples
-            report.failed += failed
+            for samples, failed in measure(chosen, min(count, _STOCK_MOVES), model, prompts, engine):
+                report.samples += samples
+                report.failed += failed
+                row_done()
     console = Console()
     show(report, console)
-    if json is not None:
-        json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
     if picture is not None:
         plot(report, picture)
     os._exit(0 if report.samples and not report.failed else 1)
@@ -96,6 +104,7 @@ async def _run(
     prompts: Prompts,
     context: int,
     progress: Progress,
+    row_done: Callable[[], None],
 ) -> None:
     client = RouterClient(process.connect())
     await client.connect()
@@ -110,7 +119,7 @@ async def _run(
             report.samples += samples
             report.neighbours.append(neighbours)
             report.failed += [f"{tokens} tokens, {record.mode}: {record.reason}" for record in failed]
-            progress.advance(task)
+            row_done()
     await bench.close()
 
 

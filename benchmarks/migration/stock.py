@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -30,20 +30,19 @@ _TIMEOUT_S = 120.0
 
 
 def measure(
-    lengths: list[int], count: int, model: str, prompts: Prompts, engine: Mapping[str, Any], done: Callable[[], None]
-) -> tuple[list[Sample], list[str]]:
-    """``count`` samples for each length, and what went wrong. ``done`` is called after each length."""
-    samples: list[Sample] = []
-    failed: list[str] = []
+    lengths: list[int], count: int, model: str, prompts: Prompts, engine: Mapping[str, Any]
+) -> Iterator[tuple[list[Sample], list[str]]]:
+    """For each length ``count`` samples, and what went wrong."""
     with running(Kind.STOCK_RETRY, model, Transport.AUTO, engine=engine) as system:
         for tokens in lengths:
+            samples: list[Sample] = []
+            failed: list[str] = []
             for _ in range(count):
                 try:
                     samples.append(asyncio.run(_lose_worker(system, prompts.body(tokens, 400), tokens)))
                 except (MigrateError, httpx.HTTPError) as error:
                     failed.append(f"{tokens} tokens, {DYNAMO}: {error or type(error).__name__}")
-            done()
-    return samples, failed
+            yield samples, failed
 
 
 async def _lose_worker(system: System, body: dict[str, Any], tokens: int) -> Sample:
