@@ -81,6 +81,7 @@ class WorkerCall(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens: tuple[int, ...] = ()
     frozen: Frozen | None = None
     hold_s: float = 0.0
+    """``expect-commit``: for how long to begin no step. ``landing``: when to answer though blocks are on the way."""
 
 
 class WorkerReply(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -198,6 +198,11 @@ class LandingStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     error: tuple[str, str] | None = None
     """(code, message) of the last failed round; the blocks it covered count as not landed."""
 
+    @property
+    def landed(self) -> bool:
+        """Has the request its blocks, and is no round under way?"""
+        return self.reserved and not self.in_flight
+
 
 class RequestInfo(msgspec.Struct, frozen=True, gc=False):
     """One row of the per-request table that planners and ``dynamo status`` read."""

@@ -26,7 +26,8 @@ from components.router.stream import Stream
 from components.router.workers import Worker
 
 logger = logging.getLogger(__name__)
-_POLL_S = 0.004
+_LANDING_S = 1.0
+"""The target answers after this time even when blocks are still on the way."""
 _HOLD_STEPS = 1.25
 """Gaps between tokens for which the target waits for the commit: a step of the source and the way to here."""
 
@@ -205,16 +206,24 @@ class _Move:
         return reply.frozen
 
     async def _landed(self, leg: Leg) -> LandingStatus:
+        """Asks once for each round: the target answers when the blocks are there."""
         end = time.monotonic() + self._stream.deadline_s
-        while time.monotonic() < end:
-            if leg.ended.is_set():
-                raise leg.error or SessionError("the target ended the landing")
-            try:
-                reply = await leg.worker.call(WorkerOp.LANDING, self._request_id)
-            except RequestNotFound:
-                await asyncio.sleep(_POLL_S)
-                continue
-            if reply.landing is not None and reply.landing.reserved and not reply.landing.in_flight:
-                return reply.landing
-            await asyncio.sleep(_POLL_S)
+        ended = asyncio.ensure_future(leg.ended.wait())
+        try:
+            while time.monotonic() < end:
+                call = leg.worker.call(WorkerOp.LANDING, self._request_id, hold_s=_LANDING_S)
+                asking = asyncio.ensure_future(call)
+                try:
+                    await asyncio.wait((asking, ended), return_when=asyncio.FIRST_COMPLETED)
+                    if ended.done():
+                        raise leg.error or SessionError("the target ended the landing")
+                    status = asking.result().landing
+                except RequestNotFound:
+                    continue
+                finally:
+                    asking.cancel()
+                if status is not None and status.landed:
+                    return status
+        finally:
+            ended.cancel()
         raise DeadlineExceeded(f"blocks did not land on {leg.worker.name} within {self._stream.deadline_s:g} s")

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from components import process
-from components.engine.protocol import Engine, EngineInfo, FinishReason, GenerateOutput, RequestId
+from components.engine.protocol import Engine, EngineInfo, FinishReason, GenerateOutput, LandingStatus, RequestId
 from components.errors import DeadlineExceeded, InvalidRequest, MigrateError, RequestNotFound
 from components.messages import Generate, WorkerCall, WorkerOp, WorkerReply, pack, unpack
 from components.metrics.export import address, expose
@@ -29,6 +29,9 @@ from components.worker.metrics import publish_card, publish_forward_pass
 from components.worker.outputs import OutputServer
 
 logger = logging.getLogger(__name__)
+_POLL_S = 0.004
+_MAX_HOLD_S = 5.0
+"""Longest time for which a call is kept without an answer."""
 
 
 class WorkerService:
@@ -141,7 +144,7 @@ class WorkerService:
             case WorkerOp.ABORT:
                 await engine.abort(request_id)
             case WorkerOp.LANDING:
-                return WorkerReply(landing=await engine.landing_status(request_id))
+                return WorkerReply(landing=await self._landing(request_id, call.hold_s))
             case WorkerOp.EXTEND if call.offer is not None:
                 await engine.extend(request_id, call.offer, call.tokens)
             case WorkerOp.EXPECT_COMMIT:
@@ -153,6 +156,20 @@ class WorkerService:
             case _:
                 raise InvalidRequest(f"call {call.op} lacks its arguments")
         return WorkerReply()
+
+    async def _landing(self, request_id: RequestId, hold_s: float) -> LandingStatus:
+        """Progress of a landing, once its blocks are there or after ``hold_s``; the request may still be on its way."""
+        end = time.monotonic() + min(hold_s, _MAX_HOLD_S)
+        while True:
+            over = time.monotonic() >= end
+            try:
+                status = await self._engine.landing_status(request_id)
+                if status.landed or over:
+                    return status
+            except RequestNotFound:
+                if over:
+                    raise
+            await asyncio.sleep(_POLL_S)
 
     async def drained(self, grace_s: float) -> None:
         """Report as draining and wait until the router has moved everything away."""

@@ -114,7 +114,7 @@ async def move(
                 status = await target.landing_status(request.request_id)
             except RequestNotFound:
                 continue
-            if status.reserved and not status.in_flight:
+            if status.landed:
                 break
         else:
             raise AssertionError("blocks never landed")
