@@ -66,10 +66,15 @@ class Watched:
     task: asyncio.Task[None] | None = None
 
     async def run(self, http: httpx.AsyncClient, body: dict[str, Any]) -> None:
-        """Read the stream until it ends or is cancelled."""
+        """Read the stream until it ends or is cancelled. Raises ``MigrateError`` with the error that it gives."""
         async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as reply:
+            if reply.is_error:
+                raise MigrateError(f"HTTP {reply.status_code}: {(await reply.aread())[:500]!r}")
             async for line in reply.aiter_lines():
-                if line.startswith("data: {") and (choices := json.loads(line[6:]).get("choices")):
+                event = json.loads(line[6:]) if line.startswith("data: {") else {}
+                if error := event.get("error"):
+                    raise MigrateError(str(error))
+                if choices := event.get("choices"):
                     self.times.append(time.time())
                     self.text += choices[0].get("text") or ""
                     self.ended = choices[0].get("finish_reason") in ("length", "stop")

@@ -59,7 +59,7 @@ async def _lose_worker(system: System, body: dict[str, Any], tokens: int) -> Sam
             await _until(watched, len(watched.times) + _AFTER)
         finally:
             watched.task.cancel()
-            with suppress(asyncio.CancelledError, httpx.HTTPError):
+            with suppress(asyncio.CancelledError, httpx.HTTPError, MigrateError):
                 await watched.task
             if lost is not None:
                 await asyncio.to_thread(system.start, lost)
