@@ -37,6 +37,7 @@ def main(
     moves: Annotated[int, typer.Option(help="migrations per length and mode")] = 20,
     modes: Annotated[str, typer.Option(help=f"of {', '.join(MODES)}")] = ",".join(MODES),
     model: Annotated[str, typer.Option(help="as in configs/disagg.yaml")] = "smollm2",
+    dtype: Annotated[str, typer.Option(help="as in configs/disagg.yaml")] = "auto",
     transport: Annotated[Transport, typer.Option("--nixl-transport")] = Transport.AUTO,
     quick: Annotated[bool, typer.Option("--quick", help="256 and 1024 tokens, 6 migrations each")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="file for the raw samples")] = None,
@@ -59,7 +60,8 @@ def main(
     count = 6 if quick else moves
     limit = max(chosen) + _OUTPUT + 8
     overrides = [f"--Common.model={model}", f"--Common.max-model-len={limit}", "--Common.enable-prefix-caching=false"]
-    report = Report(machine(), model, transport.value, [], [], [])
+    overrides.append(f"--Common.dtype={dtype}")
+    report = Report(machine(), model, transport.value, [], [], [], dtype)
     prompts = _prompts(model)
     with Progress() as progress:
         task = progress.add_task("migrations", total=len(chosen) * len(words))
@@ -77,7 +79,7 @@ def main(
                 asyncio.run(_run(report, chosen, ours, count, port, prompts, limit, progress, row_done))
         if DYNAMO in words:
             progress.update(task, description=DYNAMO)
-            engine = {"max-model-len": limit, "enable-prefix-caching": False}
+            engine = {"dtype": dtype, "max-model-len": limit, "enable-prefix-caching": False}
             for samples, failed in measure(chosen, min(count, _STOCK_MOVES), model, prompts, engine):
                 report.samples += samples
                 report.failed += failed

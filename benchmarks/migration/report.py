@@ -26,6 +26,7 @@ class Report(msgspec.Struct):
     samples: list[Sample]
     neighbours: list[Neighbours]
     failed: list[str]
+    dtype: str = "auto"
 
 
 def _of(report: Report, tokens: int, mode: str) -> list[Sample]:
@@ -39,7 +40,7 @@ def _p(values: list[float], q: float) -> float:
 def show(report: Report, console: Console) -> None:
     """Ratio first: how many times shorter than token replay the downtime is. Then what it took."""
     times = _table(
-        f"{report.model}, {report.transport}, {report.machine['cpu']}",
+        f"{report.model} ({report.dtype}), {report.transport}, {report.machine['cpu']}",
         ("prompt", "mode", "replay/mode", "n", "downtime p50", "p99", "stall p50", "p99", "step"),
     )
     means = _table("", ("prompt", "mode", "total p50", "MB", "rounds", "desc.", "lane"))
@@ -120,7 +121,7 @@ def plot(report: Report, path: Path) -> None:
         axes.plot(lengths, p99, marker=".", linestyle=":", color=line.get_color(), label=f"{mode} p99")
     axes.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="added stall, ms")
     axes.set_xticks(lengths, [str(tokens) for tokens in lengths])
-    axes.set_title(f"{report.model}, {report.transport}, {report.machine['cpu']}", fontsize=9)
+    axes.set_title(f"{report.model} ({report.dtype}), {report.transport}, {report.machine['cpu']}", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)

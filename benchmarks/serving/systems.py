@@ -29,6 +29,7 @@ import psutil
 from components import models
 from components.cli.serve import resolve
 from components.errors import MigrateError
+from components.serve import precision
 from components.serve.servers import Servers, free_port, system_port
 from components.transfer import Transport
 
@@ -330,6 +331,8 @@ def running(
         folder = logs / kind.value if logs else Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         port = free_port()
+        # What this package takes for ``auto`` on such a processor, the others get as well.
+        engine = {"dtype": precision.on_cpu("auto")} | engine
         match kind:
             case Kind.VLLM:
                 parts = _vllm(model, port, engine)

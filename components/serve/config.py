@@ -98,7 +98,10 @@ class WorkerConfig(ComponentConfig):
     max_model_len: int = Field(4096, ge=16, description="Longest prompt and answer together, in tokens")
     block_size: int = Field(32, ge=8, description="Tokens per KV block")
     kv_memory_gib: float = Field(1.0, gt=0, description="Memory for KV blocks per worker, in GiB")
-    dtype: str = Field("auto", description="Weights and activations: auto, bfloat16, float16, float32")
+    dtype: str = Field(
+        "auto",
+        description="bfloat16, float16, float32, or auto: the model's, but float32 on x86 without AVX-512",
+    )
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs per worker")
     devices: tuple[tuple[int, ...], ...] = Field((), description="GPU indices for each replica; empty for CPU")
     max_num_seqs: int = Field(16, ge=1, description="Requests that run at once")

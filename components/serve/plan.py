@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from components import yamltext
 from components.errors import ConfigError
 from components.models import adapters
-from components.serve import memory, reach
+from components.serve import memory, precision, reach
 from components.serve.config import ComponentConfig, FrontendConfig, PlannerConfig, WorkerConfig, nearest, parse
 from components.serve.graph import Service
 from components.transfer import lanes
@@ -124,7 +124,7 @@ def make_plan(
         fields = {key.replace("-", "_") for key in service.config.model_fields}
         shared = {k: v for k, v in common.items() if k.replace("-", "_") in fields}
         own = values.get(service.name, {}) | overrides.get(service.name, {})
-        configs[service.name] = parse(service.config, service.name, shared | own)
+        configs[service.name] = precision.resolve(parse(service.config, service.name, shared | own))
     plan.bounds = _bounds(services, configs)
     for service in services:
         config = configs[service.name]

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import uuid
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ import pytest
 
 from components.errors import ConfigError, TransferUnavailable
 from components.models import resolve
+from components.serve import precision
 from components.serve.graph import load
 from components.serve.plan import Plan, make_plan, parse_overrides, read_yaml
 from components.transfer import lanes
@@ -51,6 +53,24 @@ def test_overrides_reach_the_component_and_replicas_multiply() -> None:
     assert json.loads(decode[0].environment["DYN_MIGRATE_CONFIG"])["max-model-len"] == 512
 
 
+@pytest.mark.parametrize(
+    ("flags", "name", "dtypes"),
+    [
+        ("fma avx2", "disagg", {"float32"}),
+        ("fma avx2 avx512f avx512bw avx512dq avx512vl", "disagg", {"auto"}),
+        ("fma avx2", "disagg_gpu", {"bfloat16"}),
+    ],
+)
+def test_a_processor_with_slow_bfloat16_serves_in_float32(
+    flags: str, name: str, dtypes: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"model name\t: some\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(precision, "fast_bfloat16", partial(precision.fast_bfloat16, cpuinfo))
+    workers = [p for p in plan(name).processes if "Worker" in p.component]
+    assert {json.loads(p.environment["DYN_MIGRATE_CONFIG"])["dtype"] for p in workers} == dtypes
+
+
 def test_the_planner_is_told_how_many_workers_start() -> None:
     values = read_yaml(CONFIGS / "planner.yaml")
     found = make_plan(load("graphs.planner:Frontend"), values, {}, Transport.AUTO, {})
@@ -79,15 +99,15 @@ def test_transport_sets_ucx_before_the_engine_starts() -> None:
 )
 def test_wrong_input_is_named_with_the_fix(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        plan("disagg", *arguments)
+        plan("disagg", "--Common.dtype=bfloat16", *arguments)
 
 
 def test_a_kv_cache_too_small_for_one_request_is_refused(tiny_llama: str) -> None:
     # 4 layers, 2 KV heads of 32, bfloat16: 1 KiB a token; 4,096 tokens are 4 MiB.
     model = f"--Common.model={tiny_llama}"
     with pytest.raises(ConfigError, match=r"holds 2097 tokens, and max-model-len = 4096: give at least 0.00391"):
-        plan("disagg", model, "--DecodeWorker.kv-memory-gib=0.002")
-    assert plan("disagg", model, "--DecodeWorker.kv-memory-gib=0.004").processes
+        plan("disagg", "--Common.dtype=bfloat16", model, "--DecodeWorker.kv-memory-gib=0.002")
+    assert plan("disagg", "--Common.dtype=bfloat16", model, "--DecodeWorker.kv-memory-gib=0.004").processes
 
 
 @pytest.mark.parametrize("target", ["graphs.disag:Frontend", "graphs.disagg:Frontent", "graphs.disagg"])
