@@ -79,6 +79,10 @@ def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"there is no configuration file {path}") from error
     if not isinstance(data, dict) or not all(isinstance(v, dict) for v in data.values()):
         raise ConfigError(f"{path}: the top level must be component names, each with its keys below")
+    for key in [*data, *(key for keys in data.values() for key in keys)]:
+        if not isinstance(key, str):
+            # YAML's on, off, yes, no and numbers are no text.
+            raise ConfigError(f"{path}: YAML reads one of the keys as {key!r}, which is no text: correct or quote it")
     return data
 
 
