@@ -137,7 +137,7 @@ class RouterService:
         leg, limit = stream.owner, self._config.silence_s
         since = time.monotonic() - limit
         if leg is not None and not leg.ended.is_set() and leg.heard < since and leg.worker.reported < since:
-            leg.give_up(f"worker {leg.worker.name} was silent for {limit:g} s")
+            leg.give_up(f"worker {leg.worker.name} was silent for {limit:g} s (Router.silence-s)")
 
     async def _start(self, stream: Stream) -> None:
         length = len(stream.request.prompt_token_ids)
