@@ -57,7 +57,7 @@ def test_wrong_requests_get_openai_errors(graph: Graph) -> None:
 def test_commands_name_what_is_wrong(graph: Graph) -> None:
     done = graph.command("migrate", "no-such-request", "--to", "0")
     assert done.returncode == 2
-    assert "error: no request 'no-such-request' is running" in done.stderr
+    assert "error: no running requests begin with 'no-such-request'" in done.stderr
 
 
 def test_nothing_is_left_on_the_workers(graph: Graph) -> None:
