@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from components.serve import precision
 from components.transfer import lanes
 
 PACKAGE = "dynamo-migrate"
@@ -38,6 +39,7 @@ class Host:
     open_files: int | None = None
     shm_bytes: int = 0
     ptrace_scope: int = 0
+    fast_bfloat16: bool = True
 
 
 def gather() -> Host:
@@ -55,6 +57,7 @@ def gather() -> Host:
         open_files=_limit(resource.RLIMIT_NOFILE),
         shm_bytes=shutil.disk_usage(_SHM).total if _SHM.is_dir() else 0,
         ptrace_scope=int(_read(_PTRACE) or 0),
+        fast_bfloat16=precision.fast_bfloat16(),
     )
 
 

@@ -25,6 +25,7 @@ def judge(host: Host, transport: Transport) -> list[Check]:
         *_packages(host),
         _nixl(host),
         _gpus(host, transport),
+        _processor(host),
         _rdma(host, transport),
         _memlock(host),
         _open_files(host),
@@ -117,6 +118,13 @@ def _rdma(host: Host, transport: Transport) -> Check:
         fix = "load the driver; in a container pass /dev/infiniband and the capability IPC_LOCK"
         return Check("RDMA devices", State.FAIL, found, fix)
     return Check("RDMA devices", State.SKIP, "none: hosts are reached over TCP")
+
+
+def _processor(host: Host) -> Check:
+    if host.fast_bfloat16 or host.gpus:
+        return Check("processor", State.OK, "bfloat16 is fast here" if host.fast_bfloat16 else "GPUs compute")
+    fix = "prompts are computed slowly; hosts with other processors need the same Common.dtype"
+    return Check("processor", State.WARN, "no AVX-512: dtype auto is float32 here", fix)
 
 
 def _memlock(host: Host) -> Check:

@@ -55,6 +55,7 @@ def test_a_good_host_has_nothing_to_repair() -> None:
         ("GPUs", {"gpus": ("NVIDIA H100",)}, State.WARN, "[gpu]"),
         ("RDMA devices", {"rdma": {"mlx5_0": "DOWN"}}, State.WARN, "ibstat"),
         ("locked memory", {"rdma": {"mlx5_0": "ACTIVE"}, "memlock": 65536}, State.FAIL, "ulimit -l unlimited"),
+        ("processor", {"fast_bfloat16": False}, State.WARN, "Common.dtype"),
         ("open files", {"open_files": 256}, State.WARN, "ulimit -n"),
         ("shared memory", {"shm_bytes": 64 << 20}, State.WARN, "--shm-size"),
         ("copies between processes", {"ptrace_scope": 1}, State.WARN, "ptrace_scope=0"),
