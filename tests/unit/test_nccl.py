@@ -20,7 +20,7 @@ import torch
 from torch import distributed
 
 from components.errors import ConfigError, DeadlineExceeded, TransferCancelled, TransferError
-from components.transfer import AgentConfig, KVPool, TransferAgent
+from components.transfer import AgentConfig, KVPool, TransferAgent, TransferHandle
 from components.transfer.control.record import AgentRecord
 from components.transfer.data import nccl_wire
 from components.transfer.data.nccl import Card, NcclBackend
@@ -163,11 +163,17 @@ def test_a_peer_that_stalls_costs_the_deadline_and_no_more_and_then_goes_by_tcp(
     assert two.dst.checksums(blocks) == two.src.checksums(blocks)
 
 
-def test_a_transfer_that_was_cancelled_ends_its_link_and_the_next_one_makes_another(two: Two, cable: Cable) -> None:
+def under_way(two: Two, cable: Cable) -> TransferHandle:
+    """A fetch of 20 blocks that stands still in the middle, over a link that has served one before."""
     two.fetch([1], [2])
     cable.stuck = True
-    handle = two.dst.fetch(two.src.ref, shuffled(20), shuffled(20), request_id="r", deadline_s=20)
+    handle = two.dst.fetch(two.src.ref, shuffled(20), shuffled(20), request_id="r", deadline_s=30)
     time.sleep(0.1)
+    return handle
+
+
+def test_a_transfer_that_was_cancelled_ends_its_link_and_the_next_one_makes_another(two: Two, cable: Cable) -> None:
+    handle = under_way(two, cable)
     handle.cancel()
     with pytest.raises(TransferCancelled):
         handle.wait(5)
@@ -181,10 +187,7 @@ def test_a_transfer_that_was_cancelled_ends_its_link_and_the_next_one_makes_anot
 
 
 def test_a_peer_that_dies_in_the_middle_is_noticed_before_the_deadline(two: Two, cable: Cable) -> None:
-    two.fetch([1], [2])
-    cable.stuck = True
-    handle = two.dst.fetch(two.src.ref, shuffled(20), shuffled(20), request_id="r", deadline_s=30)
-    time.sleep(0.1)
+    handle = under_way(two, cable)
     two.nccl(two.src)._acceptor.close()  # What the kernel does to a killed process's sockets.
     began = time.monotonic()
     with pytest.raises(TransferError):
