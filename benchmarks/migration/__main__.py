@@ -22,6 +22,7 @@ from components import models, process
 from components.cli.live import join
 from components.messages import Mode
 from components.router.client import RouterClient
+from components.serve import precision
 from components.transfer import Transport
 
 _OUTPUT = 500
@@ -60,6 +61,7 @@ def main(
     count = 6 if quick else moves
     limit = max(chosen) + _OUTPUT + 8
     overrides = [f"--Common.model={model}", f"--Common.max-model-len={limit}", "--Common.enable-prefix-caching=false"]
+    dtype = precision.on_cpu(dtype)
     overrides.append(f"--Common.dtype={dtype}")
     report = Report(machine(), model, transport.value, [], [], [], dtype)
     prompts = _prompts(model)

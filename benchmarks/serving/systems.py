@@ -331,8 +331,8 @@ def running(
         folder = logs / kind.value if logs else Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         port = free_port()
-        # What this package takes for ``auto`` on such a processor, the others get as well.
-        engine = {"dtype": precision.on_cpu("auto")} | engine
+        # What this package takes for ``auto`` on this processor, the others get as well.
+        engine = {**engine, "dtype": precision.on_cpu(engine.get("dtype", "auto"))}
         match kind:
             case Kind.VLLM:
                 parts = _vllm(model, port, engine)
