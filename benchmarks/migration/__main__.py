@@ -29,6 +29,8 @@ _OUTPUT = 500
 """Longest output of a moved request, which ends when its moves are done: 20 of them with some tokens between."""
 _REPLAYS = 5
 """Samples of token replay for each length: with 7,680 tokens one takes 45 s here."""
+_PATIENCE_S = 120
+"""For a step of a migration and for a silent worker: a replay of 7,680 tokens takes longer than their defaults."""
 _STOCK_MOVES = 3
 """Samples of Dynamo's own migration for each length: each costs a worker, which takes half a minute to start."""
 
@@ -63,6 +65,7 @@ def main(
     overrides = [f"--Common.model={model}", f"--Common.max-model-len={limit}", "--Common.enable-prefix-caching=false"]
     dtype = precision.on_cpu(dtype)
     overrides.append(f"--Common.dtype={dtype}")
+    overrides += [f"--Router.step-deadline-s={_PATIENCE_S}", f"--Router.silence-s={_PATIENCE_S}"]
     report = Report(machine(), model, transport.value, [], [], [], dtype)
     prompts = _prompts(model)
     with Progress() as progress:
