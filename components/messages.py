@@ -47,6 +47,7 @@ class WorkerOp(StrEnum):
     EXPECT_COMMIT = "expect-commit"
     COMMIT = "commit"
     CHECK = "check"
+    BUSY = "busy"
 
 
 class Generate(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -99,6 +100,8 @@ class WorkerReply(msgspec.Struct, frozen=True, omit_defaults=True):
     offer: KVOffer | None = None
     frozen: Frozen | None = None
     landing: LandingStatus | None = None
+    busy: bool = False
+    """To ``busy``: its engine computes, whether or not it answers."""
 
 
 class Mode(StrEnum):

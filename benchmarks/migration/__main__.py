@@ -30,7 +30,10 @@ _OUTPUT = 500
 _REPLAYS = 5
 """Samples of token replay for each length: with 7,680 tokens one takes 45 s here."""
 _PATIENCE_S = 120
-"""For a step of a migration and for a silent worker: a replay of 7,680 tokens takes longer than their defaults."""
+"""For a step of a migration and for a silent worker: a replay of 7,680 tokens takes longer than their defaults.
+
+A step may take a third of the lease.
+"""
 _STOCK_MOVES = 3
 """Samples of Dynamo's own migration for each length: each costs a worker, which takes half a minute to start."""
 
@@ -66,6 +69,7 @@ def main(
     dtype = precision.on_cpu(dtype)
     overrides.append(f"--Common.dtype={dtype}")
     overrides += [f"--Router.step-deadline-s={_PATIENCE_S}", f"--Router.silence-s={_PATIENCE_S}"]
+    overrides.append(f"--Common.lease-s={4 * _PATIENCE_S}")
     report = Report(machine(), model, transport.value, [], [], [], dtype)
     prompts = _prompts(model)
     with Progress() as progress:

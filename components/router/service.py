@@ -133,11 +133,18 @@ class RouterService:
                 self._check_silence(stream)
 
     def _check_silence(self, stream: Stream) -> None:
-        """A stopped process or a cut cable breaks no connection: neither token nor report is what tells."""
-        leg, limit = stream.owner, self._config.silence_s
-        since = time.monotonic() - limit
-        if leg is not None and not leg.ended.is_set() and leg.heard < since and leg.worker.reported < since:
-            leg.give_up(f"worker {leg.worker.name} was silent for {limit:g} s (Router.silence-s)")
+        """A stopped process or a cut cable breaks no connection: neither token nor report is what tells.
+
+        An engine in one long step is as silent, but at work.
+        """
+        leg, now = stream.owner, time.monotonic()
+        if leg is None or leg.ended.is_set():
+            return
+        heard, silence_s, busy_s = max(leg.heard, leg.worker.reported), self._config.silence_s, self._config.busy_s
+        if now - leg.worker.busy > silence_s and now - heard > silence_s:
+            leg.give_up(f"worker {leg.worker.name} was silent for {silence_s:g} s (Router.silence-s)")
+        elif now - heard > max(silence_s, busy_s):
+            leg.give_up(f"worker {leg.worker.name} computes, but was silent for {busy_s:g} s (Router.busy-s)")
 
     async def _start(self, stream: Stream) -> None:
         length = len(stream.request.prompt_token_ids)

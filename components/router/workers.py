@@ -24,6 +24,7 @@ POLL_S = 0.5
 _ROUND_S = 2.0
 _REPORT_S, _FIRST_REPORT_S = 30.0, 3.0
 _CONNECT_AGAIN_S = 30.0
+_LOOK_AFTER_S, _LOOK_S = 1.0, 5.0
 
 
 class Worker:
@@ -41,8 +42,11 @@ class Worker:
         self.state = WorkerReply()
         self.reported = time.monotonic()
         self.moving = 0
-        self.asked = False
-        """A call for its state is under way."""
+        self.asked_at: float | None = None
+        """Since when a call for its state is under way."""
+        self.busy = 0.0
+        """When its engine was last seen at work while that call had no answer."""
+        self.looking = False
         self.tokens = 0
         self.channel: OutputChannel | None = None
         """Where outputs come; without it each request has a stream of Dynamo's."""
@@ -93,6 +97,10 @@ class Worker:
             self.channel = await OutputChannel.connect(self.name, self.state.outputs)
         except WorkerLost as error:
             logger.warning("%s; its requests have a stream each", error)
+
+    def unanswered_s(self) -> float:
+        """How long it has owed the answer to a call for its state."""
+        return time.monotonic() - self.asked_at if self.asked_at is not None else 0.0
 
     @property
     def available(self) -> bool:
@@ -151,6 +159,7 @@ class WorkerPool:
         self._turn = itertools.count() if round_robin else None
         self._clients: dict[str, tuple[Any, Any]] = {}
         self.workers: dict[int, Worker] = {}
+        self._looks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Keep the table current until cancelled."""
@@ -176,13 +185,29 @@ class WorkerPool:
             channel = self.workers.pop(gone).channel
             if channel is not None:
                 channel.retire()
-        asking = [asyncio.ensure_future(self._refresh(w)) for w in self.workers.values() if not w.asked]
+        asking = [asyncio.ensure_future(self._refresh(w)) for w in self.workers.values() if w.asked_at is None]
         if asking:
             # One that stands still must not keep the others' state from us.
             await asyncio.wait(asking, timeout=_ROUND_S)
+        for worker in self.workers.values():
+            if worker.unanswered_s() > _LOOK_AFTER_S and not worker.looking:
+                look = asyncio.ensure_future(self._look(worker))
+                self._looks.add(look)
+                look.add_done_callback(self._looks.discard)
+
+    async def _look(self, worker: Worker) -> None:
+        """Its engine does not answer: is it in a long step, or does it stand still?"""
+        worker.looking = True
+        try:
+            if (await worker.call(WorkerOp.BUSY, timeout_s=_LOOK_S)).busy:
+                worker.busy = time.monotonic()
+        except MigrateError as error:
+            logger.debug("worker %s did not say whether it is busy: %s", worker.name, error)
+        finally:
+            worker.looking = False
 
     async def _refresh(self, worker: Worker) -> None:
-        worker.asked = True
+        worker.asked_at = time.monotonic()
         try:
             # Nobody can use a worker before its first report: that one is asked for again soon.
             timeout_s = _REPORT_S if worker.state.info is not None else _FIRST_REPORT_S
@@ -194,7 +219,7 @@ class WorkerPool:
             logger.debug("worker %s did not report: %s", worker.name, error)
             return
         finally:
-            worker.asked = False
+            worker.asked_at = None
         if worker.state.draining and not worker.draining:
             worker.draining = True
             self._on_drain(worker)

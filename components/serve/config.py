@@ -60,6 +60,9 @@ class RouterConfig(ComponentConfig):
         True, description="Outputs over one connection to each worker; false: a stream of Dynamo's for each request"
     )
     silence_s: float = Field(30.0, gt=0, description="Seconds without token and report after which a worker is lost")
+    busy_s: float = Field(
+        600.0, gt=0, description="The same for a worker whose engine uses the processor all the time: one long step"
+    )
     replay_limit: int = Field(3, ge=0, description="Times a request is replayed after losing its worker")
 
 
@@ -112,6 +115,9 @@ class WorkerConfig(ComponentConfig):
     calibration: str = Field("", description="File of dynamo calibrate; empty takes measured defaults")
     advertise_host: str = Field("127.0.0.1", description="Address under which other hosts reach this worker")
     drain_grace_s: float = Field(60.0, ge=0, description="Seconds to move requests away after SIGTERM")
+    lease_s: float = Field(
+        60.0, gt=0, description="Seconds for which a request on the move is kept without a word from its router"
+    )
     seed: int = Field(0, description="Seed of the engine")
     engine_args: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments for the engine, as they are"

@@ -67,7 +67,11 @@ def _vllm(config: WorkerConfig, agent: dict[str, Any]) -> Engine:
         engine_args["use_fp64_gumbel"] = True
     return VLLMEngine(
         VLLMOptions(
-            engine_args | config.engine_args, agent, integrity=config.integrity, lora_modules=config.lora_modules
+            engine_args | config.engine_args,
+            agent,
+            integrity=config.integrity,
+            lease_s=config.lease_s,
+            lora_modules=config.lora_modules,
         )
     )
 
@@ -91,6 +95,7 @@ def _paged(config: WorkerConfig, agent: dict[str, Any]) -> Engine:
         "seed": config.seed,
         "prefix_caching": config.enable_prefix_caching,
         "integrity": config.integrity,
+        "lease_s": config.lease_s,
     }
     return PagedEngine(PagedOptions(agent, **(options | config.engine_args)))
 

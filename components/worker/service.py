@@ -24,6 +24,7 @@ from components.messages import Generate, WorkerCall, WorkerOp, WorkerReply, pac
 from components.metrics.export import address, expose
 from components.metrics.worker import WorkerMetrics
 from components.serve.config import WorkerConfig, load_component_config
+from components.worker.busy import computes
 from components.worker.engines import build_engine
 from components.worker.metrics import publish_card, publish_forward_pass
 from components.worker.outputs import OutputServer
@@ -153,6 +154,8 @@ class WorkerService:
                 await engine.commit(request_id, call.frozen)
             case WorkerOp.CHECK:
                 await engine.check_integrity()
+            case WorkerOp.BUSY:
+                return WorkerReply(busy=await computes())
             case _:
                 raise InvalidRequest(f"call {call.op} lacks its arguments")
         return WorkerReply()

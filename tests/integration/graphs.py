@@ -35,7 +35,8 @@ DTYPE = os.environ.get("DYNAMO_MIGRATE_TEST_DTYPE", "float32")
 PAGED = (
     "--Common.engine=paged",
     "--PrefillWorker.engine-args={step_s: 0.002}",
-    "--DecodeWorker.engine-args={step_s: 0.004, lease_s: 20}",
+    "--DecodeWorker.engine-args={step_s: 0.004}",
+    "--DecodeWorker.lease-s=20",
 )
 
 

@@ -24,7 +24,7 @@ policies:
   drain: {}
   balance: {high: 0.1, start-gap: 0.15, stop-gap: 0.05}
 """
-CROWDED = (*PAGED, "--DecodeWorker.engine-args={step_s: 0.004, lease_s: 20, num_blocks: 640}")
+CROWDED = (*PAGED, "--DecodeWorker.engine-args={step_s: 0.004, num_blocks: 640}")
 """Few KV blocks, so that a handful of requests fills a good part of them."""
 
 

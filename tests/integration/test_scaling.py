@@ -62,7 +62,7 @@ ENGINES = {
     "paged": (
         "--Common.engine=paged",
         "--PrefillWorker.engine-args={step_s: 0.002}",
-        "--DecodeWorker.engine-args={step_s: 0.004, lease_s: 20, num_blocks: 256}",
+        "--DecodeWorker.engine-args={step_s: 0.004, num_blocks: 256}",
     ),
     "vllm": ("--DecodeWorker.engine-args={num_gpu_blocks_override: 256}",),
 }
