@@ -96,7 +96,7 @@ def main(
             plan = _QUICK if quick and not (systems or workloads) else _PLAN
             if chosen:
                 plan = {kind: [w for w in planned if w in chosen] for kind, planned in plan.items()}
-            pairs = _QUICK_PAIRS if plan is _QUICK else max(_PAIRS, repeats)
+            pairs = repeats or (_QUICK_PAIRS if quick else _PAIRS)
             settings = (repeats or (1 if quick else 3), [4] if quick else [1, 2, 4, 8], pairs, logs)
             _run(found, load, systems, plan, *settings, console, keep)
         keep()
