@@ -7,6 +7,7 @@ worker that is told to end stays away until the benchmark starts it again. Raise
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -355,8 +357,10 @@ def running(
             _wait_model(system)
             yield system
         finally:
-            for part in sorted(parts, key=lambda p: p.role != "front"):
-                system.terminate(part, 5.0 if part.role == "front" else 20.0)
+            # Those that bring requests end first, then all workers at once: nobody waits for a request to come.
+            for ending, timeout_s in (([p for p in parts if p.role == "front"], 5.0), (system.workers, 20.0)):
+                with ThreadPoolExecutor(max(1, len(ending))) as pool:
+                    list(pool.map(system.terminate, ending, itertools.repeat(timeout_s)))
             servers.stop()
 
 
