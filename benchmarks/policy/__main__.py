@@ -16,7 +16,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from benchmarks.graph import machine
 from benchmarks.policy.calibrate import Fit
 from benchmarks.policy.report import Output, plot, show
-from benchmarks.policy.runs import cases, requests, run
+from benchmarks.policy.runs import bound, cases, requests, run
 from benchmarks.policy.speed import cluster, measure
 from planner_hooks.config import parse
 from planner_hooks.simulate.model import Slo, WorkerModel
@@ -52,11 +52,18 @@ def main(
     if add and json is not None:
         output = msgspec.json.decode(json.read_bytes(), type=Output)
     done = Counter(result.case for result in output.results)
-    chosen = [] if speed else cases([int(n) for n in sizes.split(",")], [float(u) for u in loads.split(",")], duration)
-    chosen = [case for case in chosen if case.shape in shapes.split(",") and done[case] < len(case.variants)]
+    numbers = [int(n) for n in sizes.split(",")], [float(u) for u in loads.split(",")]
+    all_cases = [] if speed else [case for case in cases(*numbers, duration) if case.shape in shapes.split(",")]
+    chosen = [case for case in all_cases if done[case] < len(case.variants)]
     output.results = [result for result in output.results if result.case not in chosen]
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), TextColumn("{task.fields[what]}")) as progress:
-        task = progress.add_task("simulating", total=sum(len(c.variants) for c in chosen) + 2, what="")
+        bare = [case for case in all_cases if case not in {b.case for b in output.bounds}]
+        total = sum(len(c.variants) for c in chosen) + len(bare) + 2
+        task = progress.add_task("simulating", total=total, what="")
+        for case in bare:
+            progress.update(task, what=f"{case.workers} workers, {case.shape}, {case.load:.0%}: what is possible")
+            output.bounds.append(bound(case, requests(case, model), model))
+            progress.advance(task)
         for case in chosen:
             arrivals = requests(case, model)
             for variant in case.variants:

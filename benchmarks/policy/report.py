@@ -10,7 +10,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.policy.runs import Case, Result
+from benchmarks.policy.runs import Bound, Case, Result
 from benchmarks.policy.speed import Speed
 from planner_hooks.simulate.model import Slo, WorkerModel
 from planner_hooks.simulate.traces import Shape
@@ -26,6 +26,8 @@ class Output(msgspec.Struct):
     speed: list[Speed]
     memory_mib: list[tuple[int, float]]
     """(decisions made, resident memory)."""
+    bounds: list[Bound] = []
+    """One for each case."""
 
 
 def ratio(results: list[Result], one: Result) -> float:
@@ -62,6 +64,11 @@ def _table(output: Output, case: Case) -> Table:
     for column in ("moved", "GB", "worker-h", "saved", "decision"):
         table.add_column(column, justify="right")
     hours = _all_the_time(rows, rows[0])
+    at_best = next((b for b in output.bounds if b.case == case), None)
+    if at_best is not None:
+        base = next(r for r in rows if r.variant.name == "no migration").report.ttft_p99_ms
+        saved = "" if at_best.saved is None else f"; at most {at_best.saved:.1%} saved"
+        table.caption = f"no policy can do better than {base / at_best.ttft_p99_ms:.2f}x{saved}"
     for row in rows:
         r = row.report
         table.add_row(

@@ -12,7 +12,10 @@ Loads
 
 from __future__ import annotations
 
+import math
+
 import msgspec
+import numpy as np
 
 from planner_hooks.config import PolicyFile, parse
 from planner_hooks.simulate.cluster import Cluster, Dispatch
@@ -25,6 +28,8 @@ EACH = ("balance", "defragment", "priority")
 """Policies that a steady load can use; drain and consolidate need a number of workers that changes."""
 
 
+WARM_UP = 0.2
+"""Share of a run whose requests are left out of the figures."""
 _SESSIONS = 32
 """For each worker."""
 
@@ -109,7 +114,39 @@ def run(case: Case, variant: Variant, arrivals: list[Arrival], model: WorkerMode
     policy, scale_down = (file.build(), file.controller.scale_down) if file else (None, None)
     cluster = Cluster(model, case.workers, dispatch, policy, scaling, scale_down=scale_down)
     cluster.run(arrivals)
-    return Result(case, variant, report(cluster, len(arrivals), slo, 0.2 * case.duration_s))
+    return Result(case, variant, report(cluster, len(arrivals), slo, WARM_UP * case.duration_s))
+
+
+class Bound(msgspec.Struct, frozen=True):
+    """What no policy can beat in a case."""
+
+    case: Case
+    ttft_p99_ms: float
+    """Of the same requests, each alone on an idle worker that knows its prefix."""
+    saved: float | None
+    """Largest share of worker-hours: in each second as many workers as the KV of its requests fills, without a rest.
+
+    KV of a run with all workers and KV routing: on fewer, fuller workers steps take longer, and more is held.
+    None where the number of workers stays.
+    """
+
+
+def bound(case: Case, arrivals: list[Arrival], model: WorkerModel) -> Bound:
+    """See ``Bound``."""
+    step = model.step
+    alone = []
+    for arrival in arrivals:
+        if arrival.time_s >= WARM_UP * case.duration_s:
+            tokens = max(1, arrival.prompt_tokens - len(arrival.prefix) * model.prefix_block_tokens)
+            alone.append(math.ceil(tokens / model.chunk_tokens) * step.base_s + tokens * step.per_prefill_token_s)
+    ttft_p99_ms = 1e3 * float(np.percentile(alone, 99, method="higher"))
+    if case.shape is not Shape.WAVE:
+        return Bound(case, ttft_p99_ms, None)
+    cluster = Cluster(model, case.workers, Dispatch.KV)
+    cluster.watch()
+    cluster.run(arrivals)
+    needed = sum(max(1, math.ceil(load)) for _, load in cluster.loads) / 3600
+    return Bound(case, ttft_p99_ms, 1.0 - needed / cluster.worker_hours())
 
 
 def cases(sizes: list[int], loads: list[float], duration_s: float) -> list[Case]:

@@ -64,6 +64,8 @@ class Cluster:
         self.bytes_moved = 0
         self.by_policy: Counter[str] = Counter()
         self.decision_s: list[float] = []
+        self.loads: list[tuple[float, float]] = []
+        """(time, KV held and queued in capacities of one worker), once a second of a run that ``watch``es."""
         self._dispatch = dispatch
         self._policy = policy
         self._scaling = scaling
@@ -108,6 +110,14 @@ class Cluster:
             call()
         for worker in self.workers:
             worker.gone_s = min(worker.gone_s, self.time_s)
+
+    def watch(self) -> None:
+        """Note the load of every second from now on."""
+        self.loads.append((self.time_s, self._load()))
+        self._at(self.time_s + 1.0, self.watch)
+
+    def _load(self) -> float:
+        return sum(worker.held + worker.queued_tokens() for worker in self.workers) / self.model.capacity_tokens
 
     def _feed(self, feed: object) -> None:
         arrival: Arrival | None = next(feed, None)  # type: ignore[call-overload]
@@ -297,8 +307,7 @@ class Cluster:
         self._reopen()
 
     def _scale(self, scaler: Autoscaler) -> None:
-        load = sum(worker.held + worker.queued_tokens() for worker in self.workers) / self.model.capacity_tokens
-        change = scaler.decide(self.time_s, self.workers, load)
+        change = scaler.decide(self.time_s, self.workers, self._load())
         leaving = [worker for worker in self.workers if worker.leaving]
         if self._plugin is not None:
             self._ask_plugin(self._plugin, change, len(leaving))
