@@ -44,6 +44,10 @@ class Leg:
             self._number = self._channel.add(self)
             message = msgspec.structs.replace(message, channel=self._channel.id, leg=self._number)
         worker.streams += 1
+        asked = message.request
+        tokens = len(asked.prompt_token_ids) + len(asked.output_token_ids)
+        self._to_compute = tokens if asked.landing is None else 0
+        worker.prompt_tokens += self._to_compute
         self.task = asyncio.ensure_future(self._read(message))
 
     async def _read(self, message: Generate) -> None:
@@ -70,6 +74,7 @@ class Leg:
             if self._channel is not None:
                 self._channel.remove(self._number)
             self.worker.streams -= 1
+            self._computed()
             self.ended.set()
             self._stream.leg_ended(self)
 
@@ -80,8 +85,14 @@ class Leg:
             if self._over:
                 self.task.cancel()
 
+    def _computed(self) -> None:
+        """Its prompt is no load any more."""
+        self.worker.prompt_tokens -= self._to_compute
+        self._to_compute = 0
+
     def _take(self, output: GenerateOutput) -> None:
         self.heard = time.monotonic()
+        self._computed()
         if output.error is not None:
             self.error = from_code(*output.error)
         elif output.finish_reason is FinishReason.CANCELLED:

@@ -28,7 +28,7 @@ _LOOK_AFTER_S, _LOOK_S = 1.0, 5.0
 
 
 class Worker:
-    """One worker instance. ``streams`` counts the requests that this router has on it."""
+    """One worker instance."""
 
     def __init__(self, instance: int, role: str, generate: Any, control: Any) -> None:
         self.instance = instance
@@ -36,6 +36,11 @@ class Worker:
         # Instance ids of one etcd differ only in their last digits.
         self.name = f"{instance:016x}"[-8:]
         self.streams = 0
+        """Requests that this router has on it."""
+        self.prompt_tokens = 0
+        """Of those, tokens of prompts that it has to compute before their first output."""
+        self.others = 0
+        """Requests of other routers, as of its last report."""
         self.draining = False
         self.held_back = False
         """Set by ``dynamo drain``: no new requests, whatever the worker itself says."""
@@ -113,12 +118,24 @@ class Worker:
         return self.state.info.lease_s if self.state.info is not None else float("inf")
 
     def load(self) -> float:
-        """Share of KV blocks in use, plus what this router has just sent and the worker not yet shown."""
+        """Shares of KV blocks and seats in use, plus the steps that its prompts still take.
+
+        Reports are up to a step and half a second old: what this router itself has there is known better.
+        """
         stats, info = self.state.stats, self.state.info
         if stats is None or info is None:
             return float("inf")
         used = 1.0 - stats.free_blocks / max(1, stats.total_blocks)
-        return used + max(self.streams, stats.running + stats.waiting) / max(1, info.max_num_seqs)
+        seats = (self.streams + self.others) / max(1, info.max_num_seqs)
+        return used + seats + self.prompt_tokens / max(1, info.max_num_batched_tokens)
+
+    def report(self, state: WorkerReply, asked_with: int) -> None:
+        """Take its state in. ``asked_with`` are the streams that it had when it was asked: some have ended since."""
+        self.state = state
+        self.reported = time.monotonic()
+        if (stats := state.stats) is not None:
+            there = stats.running + stats.waiting + stats.frozen + stats.landing
+            self.others = max(0, there - max(self.streams, asked_with))
 
     def describe(self) -> WorkerInfo:
         """Row for ``dynamo status``."""
@@ -211,8 +228,8 @@ class WorkerPool:
         try:
             # Nobody can use a worker before its first report: that one is asked for again soon.
             timeout_s = _REPORT_S if worker.state.info is not None else _FIRST_REPORT_S
-            worker.state = await worker.call(WorkerOp.INFO, timeout_s=timeout_s)
-            worker.reported = time.monotonic()
+            streams = worker.streams
+            worker.report(await worker.call(WorkerOp.INFO, timeout_s=timeout_s), streams)
             if self._channels:
                 await worker.connect()
         except MigrateError as error:

@@ -32,6 +32,41 @@ def test_least_loaded_and_round_robin() -> None:
     assert Counter(in_turn.pick("decode").instance for _ in range(6)) == {1: 2, 2: 2, 3: 2}
 
 
+def report(running: int, waiting: int = 0) -> WorkerReply:
+    """What a worker with no block in use says."""
+    info = EngineInfo("m", "f", 16, 100, 4096, 16, 2048, agents=())
+    return WorkerReply(info=info, stats=EngineStats(running, waiting, 0, 0, free_blocks=100, total_blocks=100))
+
+
+def test_requests_that_ended_since_the_report_are_no_load() -> None:
+    workers = pool(False, {1: 0, 2: 0}).workers
+    for worker in workers.values():
+        worker.streams = 2
+        worker.report(report(running=2), asked_with=2)
+    workers[1].streams = 1
+    assert workers[1].load() < workers[2].load()
+    # It was asked before the end of the request and answers after it: still the same two requests.
+    workers[1].report(report(running=2), asked_with=2)
+    assert workers[1].load() < workers[2].load()
+
+
+def test_requests_of_other_routers_are_load() -> None:
+    workers = pool(False, {1: 0, 2: 0}).workers
+    workers[1].streams = workers[2].streams = 2
+    workers[1].report(report(running=4, waiting=1), asked_with=2)
+    workers[2].report(report(running=2), asked_with=2)
+    assert workers[1].others == 3
+    assert workers[1].load() > workers[2].load()
+
+
+def test_among_equals_the_one_that_computes_no_prompt() -> None:
+    found = pool(False, {1: 0, 2: 0})
+    for worker in found.workers.values():
+        worker.streams = 2
+    found.workers[1].prompt_tokens = 500
+    assert found.pick("decode").instance == 2
+
+
 def test_round_robin_leaves_out_workers_that_take_nothing() -> None:
     in_turn = pool(True, {1: 0, 2: 0})
     in_turn.workers[1].held_back = True

@@ -50,7 +50,7 @@ class ScriptedWorker:
         self.name = name
         self.lease_s = 60.0
         self.role = role
-        self.streams = self.moving = self.tokens = 0
+        self.streams = self.moving = self.tokens = self.prompt_tokens = 0
         self.channel = None
         self.calls: list[WorkerOp] = []
         self.on: dict[WorkerOp, Callable[[], Awaitable[WorkerReply | None]]] = {}
