@@ -50,7 +50,7 @@ class Pace:
     alert_s: float
     idle_s: float
     quiet_s: float
-    """Nobody has moved anything for a while."""
+    """No peer has sent a message for a while."""
     busy_s: float
     """After each event: far below the time of a chunk, long enough to let others have the GIL."""
     step_s: float
@@ -176,7 +176,8 @@ class Worker:
                 taken |= not job.at_once
 
     def _pause(self) -> float:
-        quiet = self._clock() - max(self._last_work, self._last_at_once)
+        # Own copies from shared memory bring no message: they are no reason to look more often.
+        quiet = self._clock() - max(self._last_message, self._last_at_once)
         # Callers that start copies themselves want the interpreter's lock for that, not this thread's looks at peers.
         expecting = self._clock() - self._last_message < _ALERT_FOR_S
         if expecting and self._last_message > self._last_at_once:
