@@ -30,6 +30,8 @@ EACH = ("balance", "defragment", "priority")
 
 WARM_UP = 0.2
 """Share of a run whose requests are left out of the figures."""
+_FULLER = (0.6, 0.85)
+"""Mean KV usage at which the planner takes a worker away and adds one."""
 _SESSIONS = 32
 """For each worker."""
 
@@ -41,13 +43,25 @@ class Variant(msgspec.Struct, frozen=True):
     policies: tuple[str, ...] = ()
     kv_routing: bool = False
     scaling: bool = False
+    fuller: bool = False
+    """A planner that lets workers be fuller, and nothing in reserve."""
+
+    def planner(self, max_workers: int) -> Scaling | None:
+        """How many workers there should be; None keeps them all."""
+        if not self.scaling:
+            return None
+        return Scaling(*(_FULLER if self.fuller else ()), max_workers=max_workers)
 
     def policy_file(self) -> PolicyFile | None:
         """The policies of the live system with their defaults, but for what follows from the time to start a worker."""
         if not self.policies:
             return None
-        delay = {"delay-s": Scaling().startup_s / 2}
-        return parse({"interval-s": 1, "scale-down": delay, "policies": {name: {} for name in self.policies}})
+        policies: dict[str, dict[str, float]] = {name: {} for name in self.policies}
+        if not self.fuller:
+            delay = {"delay-s": Scaling().startup_s / 2}
+            return parse({"interval-s": 1, "scale-down": delay, "policies": policies})
+        policies["consolidate"] = {"reserve": 0.0}
+        return parse({"interval-s": 1, "scale-down": {"delay-s": 0, "reserve": 0.0}, "policies": policies})
 
 
 STEADY = (
@@ -57,19 +71,18 @@ STEADY = (
     Variant("all", ("defragment", "priority", "balance")),
     Variant("all + kv-routing", ("defragment", "priority", "balance"), kv_routing=True),
 )
+_ALL = ("drain", "consolidate", "defragment", "priority", "balance")
 WAVES = (
     Variant("no migration"),
     Variant("kv-routing", kv_routing=True),
     Variant("scaling only", scaling=True),
     Variant("scaling + drain", ("drain",), scaling=True),
     Variant("scaling + consolidate", ("drain", "consolidate"), scaling=True),
-    Variant("scaling + all", ("drain", "consolidate", "defragment", "priority", "balance"), scaling=True),
-    Variant(
-        "scaling + all + kv-routing",
-        ("drain", "consolidate", "defragment", "priority", "balance"),
-        kv_routing=True,
-        scaling=True,
-    ),
+    Variant("scaling + all", _ALL, scaling=True),
+    Variant("scaling + all + kv-routing", _ALL, kv_routing=True, scaling=True),
+    Variant("fuller only", scaling=True, fuller=True),
+    Variant("fuller + all", _ALL, scaling=True, fuller=True),
+    Variant("fuller + all + kv-routing", _ALL, kv_routing=True, scaling=True, fuller=True),
 )
 
 
@@ -109,10 +122,9 @@ def run(case: Case, variant: Variant, arrivals: list[Arrival], model: WorkerMode
     """Simulate one variant."""
     own = Dispatch.STICKY if case.shape is Shape.STICKY else Dispatch.ROUND_ROBIN
     dispatch = Dispatch.KV if variant.kv_routing else own
-    scaling = Scaling(max_workers=case.workers) if variant.scaling else None
     file = variant.policy_file()
     policy, scale_down = (file.build(), file.controller.scale_down) if file else (None, None)
-    cluster = Cluster(model, case.workers, dispatch, policy, scaling, scale_down=scale_down)
+    cluster = Cluster(model, case.workers, dispatch, policy, variant.planner(case.workers), scale_down=scale_down)
     cluster.run(arrivals)
     return Result(case, variant, report(cluster, len(arrivals), slo, WARM_UP * case.duration_s))
 
