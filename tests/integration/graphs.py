@@ -213,6 +213,8 @@ class Graph:
             status = self.status()
             if "workers" in status:  # A NATS server that has just come back carries no calls yet.
                 left = [w for w in status["workers"] if not (s := w["stats"]) or s["free_blocks"] != s["total_blocks"]]
+                # A dead one stays listed for its lease, with the state of its last report.
+                left += [w for w in status["workers"] if w["report_age_s"] > 4.0]
                 if not status["streams"] and not left and len(status["workers"]) == workers:
                     return
             if time.monotonic() > end:
