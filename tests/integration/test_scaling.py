@@ -63,6 +63,7 @@ ENGINES = {
         "--Common.engine=paged",
         "--PrefillWorker.engine-args={step_s: 0.002}",
         "--DecodeWorker.engine-args={step_s: 0.004, num_blocks: 256}",
+        "--DecodeWorker.lease-s=20",
     ),
     "vllm": ("--DecodeWorker.engine-args={num_gpu_blocks_override: 256}",),
 }
