@@ -24,7 +24,8 @@ from transformers import AutoTokenizer
 
 from benchmarks.graph import end_on_sigterm, machine
 from benchmarks.migration.measure import Prompts, Watched
-from benchmarks.serving.systems import Kind, System, running
+from benchmarks.serving.parts import Kind
+from benchmarks.serving.systems import System, running
 from components import models
 from components.transfer import Transport
 

@@ -18,7 +18,8 @@ from typing import Any
 import httpx
 
 from benchmarks.migration.measure import Prompts, Sample, Watched
-from benchmarks.serving.systems import Kind, Part, System, running
+from benchmarks.serving.parts import Kind, Part
+from benchmarks.serving.systems import System, running
 from components.errors import MigrateError
 from components.transfer import Transport
 

@@ -15,11 +15,13 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.graph import machine
 from benchmarks.policy.calibrate import Fit
-from benchmarks.policy.report import Output, plot, show
+from benchmarks.policy.cost import sweep
+from benchmarks.policy.report import Output, plot, plot_costs, show
 from benchmarks.policy.runs import bound, cases, requests, run
 from benchmarks.policy.speed import cluster, measure
 from planner_hooks.config import parse
 from planner_hooks.simulate.model import Slo, WorkerModel
+from planner_hooks.simulate.traces import Shape
 from planner_hooks.snapshot import Snapshot
 
 _TICKS = 100_000
@@ -36,7 +38,9 @@ def main(
     speed: Annotated[bool, typer.Option("--speed", help="only the time and memory of decisions")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="file for all figures")] = None,
     add: Annotated[bool, typer.Option("--add", help="go on with that file: what it holds is not run again")] = False,
-    picture: Annotated[Path | None, typer.Option("--plot", help="PNG or SVG file")] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--plot", help="PNG or SVG file; waves get one more, NAME-cost")
+    ] = None,
 ) -> None:
     """No migration, Dynamo's KV routing and each policy on the same simulated requests; time of one decision.
 
@@ -56,9 +60,17 @@ def main(
     all_cases = [] if speed else [case for case in cases(*numbers, duration) if case.shape in shapes.split(",")]
     chosen = [case for case in all_cases if done[case] < len(case.variants)]
     output.results = [result for result in output.results if result.case not in chosen]
+
+    def keep() -> None:
+        if json is not None:
+            json.write_bytes(msgspec.json.format(msgspec.json.encode(output)))
+
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), TextColumn("{task.fields[what]}")) as progress:
         bare = [case for case in all_cases if case not in {b.case for b in output.bounds}]
-        total = sum(len(c.variants) for c in chosen) + len(bare) + 2
+        waves = [case for case in all_cases if case.shape is Shape.WAVE]
+        unpriced = [case for case in waves if case in chosen or case not in {p.case for p in output.points}]
+        output.points = [point for point in output.points if point.case not in unpriced]
+        total = sum(len(c.variants) for c in chosen) + len(bare) + len(unpriced) + 2
         task = progress.add_task("simulating", total=total, what="")
         for case in bare:
             progress.update(task, what=f"{case.workers} workers, {case.shape}, {case.load:.0%}: what is possible")
@@ -73,8 +85,18 @@ def main(
                 progress.update(task, what=what)
                 output.results.append(run(case, variant, arrivals, model, slo))
                 progress.advance(task)
-                if json is not None:
-                    json.write_bytes(msgspec.json.format(msgspec.json.encode(output)))
+                keep()
+        for case in unpriced:
+            where = f"{case.workers} workers, {case.load:.0%}, without migration: "
+            rivals = [r for r in output.results if r.case == case and r.variant.scaling and r.variant.policies]
+            fastest_ms = min(r.report.ttft_p99_ms for r in rivals)
+            for point in sweep(
+                *(case, requests(case, model), model, fastest_ms),
+                lambda what, where=where: progress.update(task, what=where + what),
+            ):
+                output.points.append(point)
+            keep()
+            progress.advance(task)
         progress.update(task, what="time of a decision")
         output.speed = measure()
         progress.advance(task)
@@ -82,10 +104,11 @@ def main(
         output.memory_mib = memory(_TICKS if speed else _TICKS // 10)
         progress.advance(task)
     show(output, Console())
-    if json is not None:
-        json.write_bytes(msgspec.json.format(msgspec.json.encode(output)))
+    keep()
     if picture is not None:
         plot(output, picture)
+        if output.points:
+            plot_costs(output, picture.with_stem(f"{picture.stem}-cost"))
 
 
 def memory(ticks: int) -> list[tuple[int, float]]:

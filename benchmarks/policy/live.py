@@ -26,7 +26,8 @@ from rich.table import Table
 
 from benchmarks.graph import end_on_sigterm, machine
 from benchmarks.serving.load import Control
-from benchmarks.serving.systems import Kind, System, running
+from benchmarks.serving.parts import Kind
+from benchmarks.serving.systems import System, running
 from components.errors import MigrateError
 from components.messages import MoveRecord
 from components.transfer import Transport

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.policy.cost import Point, Price, prices
 from benchmarks.policy.runs import Bound, Case, Result
 from benchmarks.policy.speed import Speed
 from planner_hooks.simulate.model import Slo, WorkerModel
+from planner_hooks.simulate.report import Report
 from planner_hooks.simulate.traces import Shape
 
 
@@ -28,12 +31,12 @@ class Output(msgspec.Struct):
     """(decisions made, resident memory)."""
     bounds: list[Bound] = []
     """One for each case."""
+    points: list[Point] = []
+    """Clusters without migration, for worker-hours at equal P99 TTFT."""
 
-
-def ratio(results: list[Result], one: Result) -> float:
-    """P99 TTFT without migration, divided by that of a variant of the same case."""
-    base = next(r for r in results if r.case == one.case and r.variant.name == "no migration")
-    return base.report.ttft_p99_ms / max(one.report.ttft_p99_ms, 1e-9)
+    def base(self, case: Case) -> Report:
+        """All workers all the time, round robin, no migration."""
+        return next(r.report for r in self.results if r.case == case and r.variant.name == "no migration")
 
 
 def show(output: Output, console: Console) -> None:
@@ -48,6 +51,8 @@ def show(output: Output, console: Console) -> None:
         console.print(
             "times in ms; saved = worker-hours less than with all workers all the time; goodput within the SLO"
         )
+    if output.points:
+        console.print(_prices(prices(output.results, output.points)))
     if output.speed:
         console.print(_speed(output.speed))
     if output.memory_mib:
@@ -63,24 +68,40 @@ def _table(output: Output, case: Case) -> Table:
         table.add_column(column, justify="left" if column == "variant" else "right")
     for column in ("moved", "GB", "worker-h", "saved", "decision"):
         table.add_column(column, justify="right")
-    hours = _all_the_time(rows, rows[0])
+    base = output.base(case)
     at_best = next((b for b in output.bounds if b.case == case), None)
     if at_best is not None:
-        base = next(r for r in rows if r.variant.name == "no migration").report.ttft_p99_ms
         saved = "" if at_best.saved is None else f"; at most {at_best.saved:.1%} saved"
-        table.caption = f"no policy can do better than {base / at_best.ttft_p99_ms:.2f}x{saved}"
+        table.caption = f"no policy can do better than {base.ttft_p99_ms / at_best.ttft_p99_ms:.2f}x{saved}"
     for row in rows:
         r = row.report
         table.add_row(
             row.variant.name,
-            f"{ratio(output.results, row):.2f}x",
+            f"{base.ttft_p99_ms / max(r.ttft_p99_ms, 1e-9):.2f}x",
             *(f"{value:.1f}" for value in (r.ttft_p50_ms, r.ttft_p99_ms, r.tpot_p50_ms, r.tpot_p99_ms)),
             f"{r.goodput:.1%}",
             *(str(value) for value in (r.preemptions, r.migrations)),
             *(f"{r.gb_moved:.0f}", f"{r.worker_hours:.2f}"),
-            f"{1 - r.worker_hours / hours:.1%}" if row.variant.scaling else "",
+            f"{1 - r.worker_hours / base.worker_hours:.1%}" if row.variant.scaling else "",
             f"{r.decision_ms:.2f}",
         )
+    return table
+
+
+def _prices(found: list[Price]) -> Table:
+    table = Table(title="worker-hours at equal P99 TTFT: the cheapest cluster without migration that is as fast")
+    for column in ("case", "with migration", "saved", "P99 TTFT", "worker-h", "without", "P99 TTFT", "worker-h"):
+        table.add_column(column, justify="left" if column in ("case", "with migration", "without") else "right")
+    for price in found:
+        case, r, point = price.result.case, price.result.report, price.point
+        ours = (f"{r.ttft_p99_ms:.0f}", f"{r.worker_hours:.2f}")
+        name = (f"{case.workers} workers, {case.load:.0%}", price.result.variant.name)
+        if point is None:
+            table.add_row(*name, "", *ours, "none tried was as fast")
+            continue
+        planner = "all the time" if point.full is None else f"usage up to {point.full:.0%}"
+        theirs = (f"{point.workers}, {planner}", f"{point.ttft_p99_ms:.0f}", f"{point.worker_hours:.2f}")
+        table.add_row(*name, f"{price.saved:.1%}", *ours, *theirs)
     return table
 
 
@@ -118,7 +139,7 @@ def plot(output: Output, path: Path) -> None:
     waves = [r for r in output.results if r.case.shape is Shape.WAVE]
     for name in dict.fromkeys(r.variant.name for r in waves):
         rows = [r for r in waves if r.variant.name == name]
-        saved = [100 * (1 - r.report.worker_hours / _all_the_time(output.results, r)) for r in rows]
+        saved = [100 * (1 - r.report.worker_hours / output.base(r.case).worker_hours) for r in rows]
         middle.plot(saved, [r.report.ttft_p99_ms for r in rows], marker="o", linestyle="", label=name)
     middle.set(yscale="log", xlabel="worker-hours saved, %", ylabel="P99 TTFT, ms", title="waves, all sizes and loads")
     if output.speed:
@@ -134,7 +155,39 @@ def plot(output: Output, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _all_the_time(results: list[Result], one: Result) -> float:
-    """Worker-hours of a case without scaling."""
-    base = next(r for r in results if r.case == one.case and r.variant.name == "no migration")
-    return base.report.worker_hours
+def plot_costs(output: Output, path: Path) -> None:
+    """P99 TTFT over worker-hours, with and without migration; one panel for each case of waves."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = list(dict.fromkeys(point.case for point in output.points))
+    rows = math.ceil(len(cases) / 4)
+    figure, panels = pyplot.subplots(rows, 4, figsize=(16, 4 * rows), layout="constrained", squeeze=False)
+    for axes in panels.flat[len(cases) :]:
+        axes.axis("off")
+    for case, axes in zip(cases, panels.flat, strict=False):
+        for kv_routing, colour in ((False, "tab:blue"), (True, "tab:green")):
+            routing = "KV routing" if kv_routing else "round robin"
+            for scaled, marker in ((False, "o"), (True, "^")):
+                here = [p for p in output.points if p.case == case and p.kv_routing == kv_routing]
+                series = [(p.worker_hours, p.ttft_p99_ms) for p in here if (p.full is not None) == scaled]
+                how = "scaled" if scaled else "all the time"
+                axes.plot(*zip(*sorted(series), strict=True), marker=marker, color=colour, label=f"{routing}, {how}")
+            ours = [
+                (r.report.worker_hours, r.report.ttft_p99_ms)
+                for r in output.results
+                if r.case == case
+                and r.variant.scaling
+                and len(r.variant.policies) > 2
+                and r.variant.kv_routing == kv_routing
+            ]
+            axes.plot(
+                *zip(*ours, strict=True), marker="*", ms=14, linestyle="", color=colour, label=f"{routing}, migration"
+            )
+        axes.set(yscale="log", xlabel="worker-hours", ylabel="P99 TTFT, ms")
+        axes.set_title(f"{case.workers} workers, peak load {case.load:.0%}")
+        axes.grid(alpha=0.3)
+    panels.flat[0].legend(fontsize=7)
+    figure.savefig(path, dpi=150)

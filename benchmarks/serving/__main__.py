@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 import threading
@@ -20,8 +21,9 @@ from benchmarks.serving.actions import Action, moves, rolling_restart, scale_dow
 from benchmarks.serving.load import Control, Load
 from benchmarks.serving.metrics import Event, Run, Slo, duration
 from benchmarks.serving.overhead import measure
+from benchmarks.serving.parts import Kind
 from benchmarks.serving.report import Report, merge, write_report
-from benchmarks.serving.systems import Kind, System, running
+from benchmarks.serving.systems import System, running
 from benchmarks.serving.workloads import Scale, Workload, arrivals
 from components.errors import MigrateError
 from components.transfer import Transport
@@ -117,16 +119,21 @@ def _run(
     keep: Callable[[], None],
 ) -> None:
     names = [word.strip() for word in systems.split(",") if word.strip()]
-    for kind, todo in plan.items():
-        if (names and kind.value not in names) or not todo:
-            continue
+    chosen = [kind for kind, todo in plan.items() if todo and (not names or kind.value in names)]
+    # Kinds with the same workers follow each other and share them: most of a start is the workers' imports.
+    for kinds in [list(group) for _, group in itertools.groupby(chosen, key=lambda kind: kind.workers)]:
+        kind = kinds[0]
         try:
             with running(kind, found.model, Transport(found.transport), logs) as system:
-                console.print(f"{kind}: up")
-                _system(found, load, system, todo, repeats, console, keep)
+                for kind in kinds:
+                    if kind is not system.kind:
+                        system.become(kind)
+                    console.print(f"{kind}: up")
+                    _system(found, load, system, plan[kind], repeats, console, keep)
         except MigrateError as error:
-            console.print(f"[red]{kind}: {error}")
-            found.errors.append(f"{kind}: {error}")
+            lost = ", ".join(kinds[kinds.index(kind) :])
+            console.print(f"[red]{lost}: {error}")
+            found.errors.append(f"{lost}: {error}")
     if not names or "overhead" in names:
         arguments = (load, found.model, Transport(found.transport), levels, pairs, found.scale.seed, logs)
         try:

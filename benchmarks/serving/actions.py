@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 from benchmarks.serving.load import Control
 from benchmarks.serving.metrics import Event
-from benchmarks.serving.systems import Part, System, raise_priority
+from benchmarks.serving.parts import Part
+from benchmarks.serving.systems import System, raise_priority
 
 Action = Callable[[System, Control | None, threading.Event], list[Event]]
 _NICE = 5

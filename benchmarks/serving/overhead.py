@@ -20,7 +20,8 @@ import msgspec
 
 from benchmarks.serving.load import Load
 from benchmarks.serving.metrics import Run, duration
-from benchmarks.serving.systems import Kind, System, running
+from benchmarks.serving.parts import Kind
+from benchmarks.serving.systems import System, running
 from benchmarks.serving.workloads import together
 from components.errors import MigrateError
 from components.transfer import Transport

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serving.metrics import Run
-from benchmarks.serving.systems import Kind
+from benchmarks.serving.parts import Kind
 from benchmarks.serving.workloads import Workload
 
 

@@ -21,7 +21,8 @@ from rich.console import Console
 
 from benchmarks.graph import end_on_sigterm
 from benchmarks.serving.load import Load
-from benchmarks.serving.systems import Kind, Part, running
+from benchmarks.serving.parts import Kind, Part
+from benchmarks.serving.systems import running
 from benchmarks.serving.workloads import together
 from components.errors import MigrateError
 from components.transfer import Transport

@@ -13,8 +13,8 @@ import numpy as np
 from benchmarks.serving import plots
 from benchmarks.serving.metrics import Figures, Run, Slo, figures, four
 from benchmarks.serving.overhead import Cost, Hop
+from benchmarks.serving.parts import Kind
 from benchmarks.serving.profile import Profile
-from benchmarks.serving.systems import Kind
 from benchmarks.serving.workloads import Scale, Workload
 from benchmarks.soak.report import Report as SoakReport
 

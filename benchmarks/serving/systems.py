@@ -8,19 +8,16 @@ worker that is told to end stays away until the benchmark starts it again. Raise
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,70 +25,12 @@ from typing import Any
 import httpx
 import psutil
 
-from components import models
-from components.cli.serve import resolve
+from benchmarks.serving.parts import Kind, Part, parts_of
 from components.errors import MigrateError
-from components.serve import precision
-from components.serve.servers import Servers, free_port, system_port
+from components.serve.servers import Servers, free_port
 from components.transfer import Transport
 
 _START_S = 300.0
-_MAX_LEN = 4096
-_BLOCK = 32
-_SEATS = 16
-
-
-class Kind(StrEnum):
-    """What is compared."""
-
-    VLLM = "vllm"
-    """One ``vllm serve``: prefill and decode in one engine."""
-    STOCK = "dynamo"
-    """Dynamo's frontend, one prefill and two decode ``dynamo.vllm`` with vLLM's NixlConnector; defaults."""
-    STOCK_RETRY = "dynamo+retry"
-    """The same with ``--migration-limit 3``: Dynamo replays the tokens of a lost request on another worker."""
-    STOCK_AGG = "dynamo-agg"
-    """Dynamo's frontend and two aggregated ``dynamo.vllm``, no connector."""
-    OURS = "migrate"
-    """This package, one prefill and two decode workers, no planner."""
-    PLANNER = "migrate+planner"
-    """The same with Dynamo's planner and live migration."""
-    REPLAY = "migrate+replay"
-    """The same, but requests move by token replay."""
-    OURS_AGG = "migrate-agg"
-    """This package's router, connector and transfer over two aggregated workers."""
-
-    @property
-    def ours(self) -> bool:
-        """Does it have this package's router?"""
-        return self.value.startswith("migrate")
-
-
-@dataclass
-class Part:
-    """One process of a system."""
-
-    name: str
-    role: str
-    """``worker`` for those that hold a GPU; ``decode`` ones can be retired."""
-    command: list[str]
-    environment: dict[str, str]
-    health_port: int = 0
-    ready_file: Path | None = None
-    process: subprocess.Popen[bytes] | None = None
-    started: float = 0.0
-    seconds: float = 0.0
-    """Time alive so far, of lives that are over."""
-
-    def is_ready(self) -> bool:
-        """Does it serve?"""
-        if self.ready_file is not None:
-            return self.ready_file.exists()
-        if self.health_port:
-            with suppress(httpx.HTTPError):
-                return httpx.get(f"http://127.0.0.1:{self.health_port}/health", timeout=2).status_code == 200
-            return False
-        return True
 
 
 @dataclass
@@ -103,12 +42,18 @@ class System:
     port: int
     folder: Path
     parts: list[Part]
+    parts_of: Callable[[Kind], list[Part]]
     servers: dict[str, str] = field(default_factory=dict)
 
     @property
     def workers(self) -> list[Part]:
         """Those that would hold a GPU each."""
         return [part for part in self.parts if part.role != "front"]
+
+    @property
+    def fronts(self) -> list[Part]:
+        """Those that bring them requests."""
+        return [part for part in self.parts if part.role == "front"]
 
     @property
     def url(self) -> str:
@@ -134,6 +79,26 @@ class System:
                 start_new_session=True,
             )
         part.started = time.monotonic()
+
+    def start_missing(self) -> None:
+        """Start what does not run, and wait until the system serves its model."""
+        missing = [part for part in self.parts if part.process is None or part.process.poll() is not None]
+        for part in missing:
+            self.start(part)
+        self.wait_ready(missing)
+        _wait_model(self)
+
+    def become(self, kind: Kind) -> None:
+        """Another kind with the same workers: other processes in front of them, and the workers that are missing."""
+        self.end(self.fronts, 5.0)
+        self.parts = [*self.workers, *(part for part in self.parts_of(kind) if part.role == "front")]
+        self.kind = kind
+        self.start_missing()
+
+    def end(self, parts: list[Part], timeout_s: float) -> None:
+        """SIGTERM to all of them at once."""
+        with ThreadPoolExecutor(max(1, len(parts))) as pool:
+            list(pool.map(self.terminate, parts, itertools.repeat(timeout_s)))
 
     def wait_ready(self, parts: list[Part], timeout_s: float = _START_S) -> None:
         """Until all of them serve."""
@@ -234,88 +199,6 @@ def raise_priority(part: Part) -> None:
                 os.setpriority(os.PRIO_PROCESS, int(thread.name), 0)
 
 
-_ENGINE = {
-    "PYTHONHASHSEED": "0",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_SLEEP_WHEN_IDLE": "1",
-    "DYN_LOG": "warn",
-    "DYN_EVENT_PLANE": "zmq",
-    "ETCD_LEASE_TTL": "60",
-}
-"""The same for every engine. Leases outlive a machine whose cores are all taken by a start."""
-
-
-_UNIPROC = ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
-"""The model in the engine's process, as in this package: otherwise two processes spin on two cores for each engine."""
-
-
-def _flags(engine: Mapping[str, Any]) -> list[str]:
-    """Engine arguments as vLLM's command line has them. A later one wins over an earlier one."""
-    flags = []
-    for name, value in engine.items():
-        match value:
-            case True | False:
-                flags.append(f"--{name}" if value else f"--no-{name}")
-            case _:
-                flags += [f"--{name}", str(value)]
-    return flags
-
-
-def _vllm(model: str, port: int, engine: Mapping[str, Any]) -> list[Part]:
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port), "--host", "127.0.0.1"]
-    command += ["--model", models.resolve(model), "--served-model-name", model, "--max-model-len", str(_MAX_LEN)]
-    command += ["--block-size", str(_BLOCK), "--enforce-eager", "--max-num-seqs", str(_SEATS), *_UNIPROC]
-    command += _flags(engine)
-    return [Part("vllm", "worker", command, _ENGINE, health_port=port)]
-
-
-def _stock(model: str, port: int, modes: list[str], migration_limit: int, engine: Mapping[str, Any]) -> list[Part]:
-    front = [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(port)]
-    front += ["--router-mode", "round-robin", "--migration-limit", str(migration_limit)]
-    parts = [Part("Frontend", "front", front, _ENGINE)]
-    for number, mode in enumerate(modes):
-        command = [sys.executable, "-m", "benchmarks.serving.stock_worker", "--model", models.resolve(model)]
-        command += ["--served-model-name", model, "--max-model-len", str(_MAX_LEN), "--block-size", str(_BLOCK)]
-        command += ["--enforce-eager", "--max-num-seqs", str(_SEATS), *_UNIPROC, "--disaggregation-mode", mode]
-        if mode != "agg":
-            connector = '{"kv_connector":"NixlConnector","kv_role":"kv_both","kv_buffer_device":"cpu"}'
-            command += ["--kv-transfer-config", connector]
-        command += _flags(engine)
-        health = system_port()
-        own = {"DYN_SYSTEM_PORT": str(health), "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
-        own |= {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
-        parts.append(Part(f"{mode}{number}", mode, command, _ENGINE | own, health_port=health))
-    return parts
-
-
-def _ours(kind: Kind, model: str, port: int, transport: Transport, folder: Path, more: tuple[str, ...]) -> list[Part]:
-    name = {Kind.OURS_AGG: "agg", Kind.OURS: "disagg"}.get(kind, "planner")
-    overrides = [f"--Common.model={model}", f"--Common.max-num-seqs={_SEATS}"]
-    if kind in (Kind.PLANNER, Kind.REPLAY):
-        # Nothing here would carry out another number of workers.
-        overrides += ["--Planner.policy-file=benchmarks/serving/policy.yaml", "--Planner.decode-workers=[2,2]"]
-    if kind is Kind.REPLAY:
-        overrides.append("--Router.migration-mode=replay")
-    overrides += more
-    graph, config = f"graphs.{name}:Frontend", Path(f"configs/{name}.yaml")
-    plan = resolve(graph, config, transport, port, "", overrides)
-    parts = []
-    for process in plan.processes:
-        label = f"{process.component}{process.replica}"
-        role = {"PrefillWorker": "prefill", "DecodeWorker": "decode", "AggWorker": "decode"}
-        ready = None if process.component in ("Frontend", "Planner") else folder / f"{label}.ready"
-        own = process.environment | {"DYN_SYSTEM_PORT": str(system_port())}
-        own |= {"DYN_MIGRATE_READY_FILE": str(ready)} if ready else {}
-        command = [sys.executable, *process.command[1:]]
-        parts.append(Part(label, role.get(process.component, "front"), command, _ENGINE | own, ready_file=ready))
-    return parts
-
-
 @contextmanager
 def running(
     kind: Kind,
@@ -333,34 +216,20 @@ def running(
         folder = logs / kind.value if logs else Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         port = free_port()
-        # What this package takes for ``auto`` on this processor, the others get as well.
-        engine = {**engine, "dtype": precision.on_cpu(engine.get("dtype", "auto"))}
-        match kind:
-            case Kind.VLLM:
-                parts = _vllm(model, port, engine)
-            case Kind.STOCK | Kind.STOCK_RETRY:
-                limit = 3 if kind is Kind.STOCK_RETRY else 0
-                parts = _stock(model, port, ["prefill", "decode", "decode"], limit, engine)
-            case Kind.STOCK_AGG:
-                parts = _stock(model, port, ["agg", "agg"], 0, engine)
-            case _:
-                common = tuple(f"--Common.{name}={json.dumps(value)}" for name, value in engine.items())
-                parts = _ours(kind, model, port, transport, folder, common + overrides)
+
+        def parts(kind: Kind) -> list[Part]:
+            return parts_of(kind, model, port, transport, folder, overrides, engine)
+
         servers = Servers()
-        system = System(kind, model, port, folder, parts)
+        system = System(kind, model, port, folder, parts(kind), parts)
         try:
             if kind is not Kind.VLLM:
                 system.servers = servers.start({})
-            for part in parts:
-                system.start(part)
-            system.wait_ready(parts)
-            _wait_model(system)
+            system.start_missing()
             yield system
         finally:
-            # Those that bring requests end first, then all workers at once: nobody waits for a request to come.
-            for ending, timeout_s in (([p for p in parts if p.role == "front"], 5.0), (system.workers, 20.0)):
-                with ThreadPoolExecutor(max(1, len(ending))) as pool:
-                    list(pool.map(system.terminate, ending, itertools.repeat(timeout_s)))
+            system.end(system.fronts, 5.0)
+            system.end(system.workers, 20.0)
             servers.stop()
 
 

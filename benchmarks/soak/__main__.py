@@ -18,7 +18,8 @@ from rich.console import Console
 
 from benchmarks.graph import end_on_sigterm, machine
 from benchmarks.serving.load import Control
-from benchmarks.serving.systems import Kind, Part, System, running
+from benchmarks.serving.parts import Kind, Part
+from benchmarks.serving.systems import System, running
 from benchmarks.soak.memory import Memory, plot
 from benchmarks.soak.report import Report
 from benchmarks.soak.traffic import Traffic, bodies

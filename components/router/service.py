@@ -268,6 +268,8 @@ class RouterService:
             async with limit:
                 try:
                     target = self.pool.pick("decode", (worker.instance,))
+                    if target.lost:
+                        raise NoRoom(f"worker {target.name}, the only other one, cannot be reached")
                 except NoRoom as error:
                     logger.warning("%s cannot leave %s: %s", stream.request.request_id, worker.name, error)
                     await asyncio.sleep(0.5)

@@ -46,6 +46,8 @@ class Worker:
         """Set by ``dynamo drain``: no new requests, whatever the worker itself says."""
         self.state = WorkerReply()
         self.reported = time.monotonic()
+        self.lost = False
+        """Its last call found nobody: a dead worker stays listed for its lease."""
         self.moving = 0
         self.asked_at: float | None = None
         """Since when a call for its state is under way."""
@@ -68,6 +70,7 @@ class Worker:
         except MigrateError:
             raise
         except Exception as error:
+            self.lost = True
             raise WorkerLost(f"worker {self.name}: {error}") from error
 
     async def call(self, op: WorkerOp, request_id: str = "", timeout_s: float = 20.0, **more: Any) -> WorkerReply:
@@ -89,6 +92,7 @@ class Worker:
         except MigrateError:
             raise
         except Exception as error:
+            self.lost = True
             raise WorkerLost(f"worker {self.name}: {error}") from error
         raise WorkerLost(f"worker {self.name} closed the call without an answer")
 
@@ -133,6 +137,7 @@ class Worker:
         """Take its state in. ``asked_with`` are the streams that it had when it was asked: some have ended since."""
         self.state = state
         self.reported = time.monotonic()
+        self.lost = False
         if (stats := state.stats) is not None:
             there = stats.running + stats.waiting + stats.frozen + stats.landing
             self.others = max(0, there - max(self.streams, asked_with))
@@ -242,10 +247,14 @@ class WorkerPool:
             self._on_drain(worker)
 
     def pick(self, role: str, exclude: tuple[int, ...] = ()) -> Worker:
-        """The least loaded worker of a role, or the next one in turn. Raises ``NoRoom`` when there is none."""
+        """The least loaded worker of a role, or the next one in turn; a lost one only when there is no other.
+
+        Raises ``NoRoom`` when there is none.
+        """
         fit = [w for w in self.workers.values() if w.role == role and w.available and w.instance not in exclude]
         if not fit:
             raise NoRoom(f"no {role} worker is available")
+        fit = [w for w in fit if not w.lost] or fit
         if self._turn is not None and role == "decode":
             return sorted(fit, key=lambda w: w.instance)[next(self._turn) % len(fit)]
         return min(fit, key=Worker.load)

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 
 import pytest
 
 from components.engine.protocol import EngineInfo, EngineStats
-from components.errors import NoRoom
-from components.messages import WorkerReply
+from components.errors import NoRoom, WorkerLost
+from components.messages import WorkerOp, WorkerReply
 from components.router.workers import Worker, WorkerPool
 
 
@@ -73,3 +74,30 @@ def test_round_robin_leaves_out_workers_that_take_nothing() -> None:
     assert {in_turn.pick("decode").instance for _ in range(3)} == {2}
     with pytest.raises(NoRoom):
         in_turn.pick("decode", exclude=(2,))
+
+
+def test_a_worker_that_cannot_be_reached_is_the_last_choice() -> None:
+    for round_robin in (False, True):
+        found = pool(round_robin, {1: 0, 2: 90})
+        found.workers[1].lost = True
+        assert {found.pick("decode").instance for _ in range(3)} == {2}
+        # It may be a passing failure: better tried than refused.
+        assert found.pick("decode", exclude=(2,)).instance == 1
+        found.workers[1].report(report(running=0), asked_with=0)
+        assert 1 in {found.pick("decode").instance for _ in range(2)}
+
+
+class Dead:
+    """A client of an endpoint whose process is gone."""
+
+    async def direct(self, *_: object, **__: object) -> None:
+        raise ConnectionRefusedError("nobody listens")
+
+
+def test_a_refused_call_marks_the_worker_until_its_next_report() -> None:
+    worker = Worker(1, "decode", Dead(), Dead())
+    with pytest.raises(WorkerLost, match="nobody listens"):
+        asyncio.run(worker.call(WorkerOp.INFO))
+    assert worker.lost
+    worker.report(report(running=0), asked_with=0)
+    assert not worker.lost

@@ -10,9 +10,9 @@ import pytest
 
 from benchmarks.graph import machine
 from benchmarks.serving.metrics import Event, Run, Sample, Slo, figures
+from benchmarks.serving.parts import Kind
 from benchmarks.serving.profile import self_time
 from benchmarks.serving.report import Report, merge, write_report
-from benchmarks.serving.systems import Kind
 from benchmarks.serving.workloads import CHUNK, Scale, Workload, arrivals, write
 from benchmarks.soak.memory import Life
 

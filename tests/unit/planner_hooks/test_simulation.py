@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 
+from benchmarks.policy.cost import Point, prices
 from benchmarks.policy.runs import WAVES, Case, Result, Variant, cases, requests, run
 from planner_hooks.simulate.model import Slo, WorkerModel
 from planner_hooks.simulate.traces import Shape
@@ -54,3 +55,19 @@ def test_large_clusters_are_simulated_for_a_shorter_time() -> None:
     assert {c.duration_s for c in found if c.workers == 1024} == {30.0}
     assert {c.shape for c in found if c.workers == 1024} == {Shape.STICKY, Shape.HEAVY, Shape.EVEN}
     assert sum(c.shape is Shape.WAVE for c in found if c.workers == 4) == 2
+
+
+def test_the_price_is_that_of_the_cheapest_cluster_that_is_as_fast() -> None:
+    ours = ran(Shape.WAVE, 0.6, 400.0, WAVES[5])
+    hours, p99 = ours.report.worker_hours, ours.report.ttft_p99_ms
+    points = [
+        Point(ours.case, False, None, 4, 0.5 * hours, 1.1 * p99),
+        Point(ours.case, False, None, 5, 2.0 * hours, 0.9 * p99),
+        Point(ours.case, False, None, 6, 2.5 * hours, 0.5 * p99),
+        Point(ours.case, True, None, 4, 0.7 * hours, 0.9 * p99),
+    ]
+    (price,) = prices([ours], points)
+    assert price.point == points[1]
+    assert price.saved == pytest.approx(0.5)
+    (price,) = prices([ours], points[:1])
+    assert price.point is None

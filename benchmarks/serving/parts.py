@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compared, and the processes that each of them consists of."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from components import models
+from components.cli.serve import resolve
+from components.serve import precision
+from components.serve.servers import free_port, system_port
+from components.transfer import Transport
+
+_MAX_LEN = 4096
+_BLOCK = 32
+_SEATS = 16
+
+
+class Kind(StrEnum):
+    """What is compared."""
+
+    VLLM = "vllm"
+    """One ``vllm serve``: prefill and decode in one engine."""
+    STOCK = "dynamo"
+    """Dynamo's frontend, one prefill and two decode ``dynamo.vllm`` with vLLM's NixlConnector; defaults."""
+    STOCK_RETRY = "dynamo+retry"
+    """The same with ``--migration-limit 3``: Dynamo replays the tokens of a lost request on another worker."""
+    STOCK_AGG = "dynamo-agg"
+    """Dynamo's frontend and two aggregated ``dynamo.vllm``, no connector."""
+    OURS = "migrate"
+    """This package, one prefill and two decode workers, no planner."""
+    PLANNER = "migrate+planner"
+    """The same with Dynamo's planner and live migration."""
+    REPLAY = "migrate+replay"
+    """The same, but requests move by token replay."""
+    OURS_AGG = "migrate-agg"
+    """This package's router, connector and transfer over two aggregated workers."""
+
+    @property
+    def ours(self) -> bool:
+        """Does it have this package's router?"""
+        return self.value.startswith("migrate")
+
+    @property
+    def workers(self) -> Kind:
+        """The first kind with the same workers, of which only the processes in front of them differ."""
+        same = {Kind.STOCK_RETRY: Kind.STOCK, Kind.PLANNER: Kind.OURS, Kind.REPLAY: Kind.OURS}
+        return same.get(self, self)
+
+
+@dataclass
+class Part:
+    """One process of a system."""
+
+    name: str
+    role: str
+    """``worker`` for those that hold a GPU; ``decode`` ones can be retired."""
+    command: list[str]
+    environment: dict[str, str]
+    health_port: int = 0
+    ready_file: Path | None = None
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    seconds: float = 0.0
+    """Time alive so far, of lives that are over."""
+
+    def is_ready(self) -> bool:
+        """Does it serve?"""
+        if self.ready_file is not None:
+            return self.ready_file.exists()
+        if self.health_port:
+            with suppress(httpx.HTTPError):
+                return httpx.get(f"http://127.0.0.1:{self.health_port}/health", timeout=2).status_code == 200
+            return False
+        return True
+
+
+_ENGINE = {
+    "PYTHONHASHSEED": "0",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_SLEEP_WHEN_IDLE": "1",
+    "DYN_LOG": "warn",
+    "DYN_EVENT_PLANE": "zmq",
+    "ETCD_LEASE_TTL": "60",
+}
+"""The same for every engine. Leases outlive a machine whose cores are all taken by a start."""
+
+
+_UNIPROC = ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
+"""The model in the engine's process, as in this package: otherwise two processes spin on two cores for each engine."""
+
+
+def _flags(engine: Mapping[str, Any]) -> list[str]:
+    """Engine arguments as vLLM's command line has them. A later one wins over an earlier one."""
+    flags = []
+    for name, value in engine.items():
+        match value:
+            case True | False:
+                flags.append(f"--{name}" if value else f"--no-{name}")
+            case _:
+                flags += [f"--{name}", str(value)]
+    return flags
+
+
+def _vllm(model: str, port: int, engine: Mapping[str, Any]) -> list[Part]:
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port), "--host", "127.0.0.1"]
+    command += ["--model", models.resolve(model), "--served-model-name", model, "--max-model-len", str(_MAX_LEN)]
+    command += ["--block-size", str(_BLOCK), "--enforce-eager", "--max-num-seqs", str(_SEATS), *_UNIPROC]
+    command += _flags(engine)
+    return [Part("vllm", "worker", command, _ENGINE, health_port=port)]
+
+
+def _stock(model: str, port: int, modes: list[str], migration_limit: int, engine: Mapping[str, Any]) -> list[Part]:
+    front = [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(port)]
+    front += ["--router-mode", "round-robin", "--migration-limit", str(migration_limit)]
+    parts = [Part("Frontend", "front", front, _ENGINE)]
+    for number, mode in enumerate(modes):
+        command = [sys.executable, "-m", "benchmarks.serving.stock_worker", "--model", models.resolve(model)]
+        command += ["--served-model-name", model, "--max-model-len", str(_MAX_LEN), "--block-size", str(_BLOCK)]
+        command += ["--enforce-eager", "--max-num-seqs", str(_SEATS), *_UNIPROC, "--disaggregation-mode", mode]
+        if mode != "agg":
+            connector = '{"kv_connector":"NixlConnector","kv_role":"kv_both","kv_buffer_device":"cpu"}'
+            command += ["--kv-transfer-config", connector]
+        command += _flags(engine)
+        health = system_port()
+        own = {"DYN_SYSTEM_PORT": str(health), "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
+        own |= {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
+        parts.append(Part(f"{mode}{number}", mode, command, _ENGINE | own, health_port=health))
+    return parts
+
+
+def _ours(kind: Kind, model: str, port: int, transport: Transport, folder: Path, more: tuple[str, ...]) -> list[Part]:
+    name = {Kind.OURS_AGG: "agg", Kind.OURS: "disagg"}.get(kind, "planner")
+    overrides = [f"--Common.model={model}", f"--Common.max-num-seqs={_SEATS}"]
+    if kind in (Kind.PLANNER, Kind.REPLAY):
+        # Nothing here would carry out another number of workers.
+        overrides += ["--Planner.policy-file=benchmarks/serving/policy.yaml", "--Planner.decode-workers=[2,2]"]
+    if kind is Kind.REPLAY:
+        overrides.append("--Router.migration-mode=replay")
+    overrides += more
+    graph, config = f"graphs.{name}:Frontend", Path(f"configs/{name}.yaml")
+    plan = resolve(graph, config, transport, port, "", overrides)
+    parts = []
+    for process in plan.processes:
+        label = f"{process.component}{process.replica}"
+        role = {"PrefillWorker": "prefill", "DecodeWorker": "decode", "AggWorker": "decode"}
+        ready = None if process.component in ("Frontend", "Planner") else folder / f"{label}.ready"
+        own = process.environment | {"DYN_SYSTEM_PORT": str(system_port())}
+        own |= {"DYN_MIGRATE_READY_FILE": str(ready)} if ready else {}
+        command = [sys.executable, *process.command[1:]]
+        parts.append(Part(label, role.get(process.component, "front"), command, _ENGINE | own, ready_file=ready))
+    return parts
+
+
+def parts_of(
+    kind: Kind,
+    model: str,
+    port: int,
+    transport: Transport,
+    folder: Path,
+    overrides: tuple[str, ...],
+    engine: Mapping[str, Any],
+) -> list[Part]:
+    """The processes of a system; those that bring requests have the role ``front``."""
+    # What this package takes for ``auto`` on this processor, the others get as well.
+    engine = {**engine, "dtype": precision.on_cpu(engine.get("dtype", "auto"))}
+    match kind:
+        case Kind.VLLM:
+            return _vllm(model, port, engine)
+        case Kind.STOCK | Kind.STOCK_RETRY:
+            limit = 3 if kind is Kind.STOCK_RETRY else 0
+            return _stock(model, port, ["prefill", "decode", "decode"], limit, engine)
+        case Kind.STOCK_AGG:
+            return _stock(model, port, ["agg", "agg"], 0, engine)
+        case _:
+            common = tuple(f"--Common.{name}={json.dumps(value)}" for name, value in engine.items())
+            return _ours(kind, model, port, transport, folder, common + overrides)
