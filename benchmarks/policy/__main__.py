@@ -68,7 +68,8 @@ def main(
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), TextColumn("{task.fields[what]}")) as progress:
         bare = [case for case in all_cases if case not in {b.case for b in output.bounds}]
         waves = [case for case in all_cases if case.shape is Shape.WAVE]
-        unpriced = [case for case in waves if case in chosen or case not in {p.case for p in output.points}]
+        priced = {point.case for point in output.points}
+        unpriced = [case for case in waves if case in chosen or case not in priced]
         output.points = [point for point in output.points if point.case not in unpriced]
         total = sum(len(c.variants) for c in chosen) + len(bare) + len(unpriced) + 2
         task = progress.add_task("simulating", total=total, what="")
@@ -95,13 +96,15 @@ def main(
                 lambda what, where=where: progress.update(task, what=where + what),
             ):
                 output.points.append(point)
-            keep()
+            keep()  # Not after each: a case that the file holds counts as done.
             progress.advance(task)
-        progress.update(task, what="time of a decision")
-        output.speed = measure()
+        if not output.speed:
+            progress.update(task, what="time of a decision")
+            output.speed = measure()
         progress.advance(task)
-        progress.update(task, what=f"memory over {_TICKS if speed else _TICKS // 10:,} decisions")
-        output.memory_mib = memory(_TICKS if speed else _TICKS // 10)
+        if not output.memory_mib:
+            progress.update(task, what=f"memory over {_TICKS if speed else _TICKS // 10:,} decisions")
+            output.memory_mib = memory(_TICKS if speed else _TICKS // 10)
         progress.advance(task)
     show(output, Console())
     keep()

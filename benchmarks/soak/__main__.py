@@ -143,6 +143,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="length")] = 30.0,
     engine: Annotated[str, typer.Option(help="vllm, or paged: real KV blocks and transfers without a model")] = "vllm",
     model: Annotated[str, typer.Option(help="as in configs/disagg.yaml")] = "tiny-llama",
+    dtype: Annotated[str, typer.Option(help="in bfloat16 an answer depends on what else is in the batch")] = "float32",
     distinct: Annotated[int, typer.Option(help="different requests, each of which is first answered in peace")] = 40,
     at_once: Annotated[int, typer.Option(help="requests that run at once")] = 6,
     every_s: Annotated[float, typer.Option(help="seconds between migrations")] = 1.0,
@@ -159,7 +160,7 @@ def main(
     end_on_sigterm()
     console = Console()
     report = Report(machine(), engine, model, transport.value, minutes)
-    overrides = [f"--Common.engine={engine}"]
+    overrides = [f"--Common.engine={engine}", f"--Common.dtype={dtype}"]
     if engine == "paged":
         overrides.append(f"--Common.engine-args={{step_s: {_STEP_S}}}")
     with (
