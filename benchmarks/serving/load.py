@@ -70,11 +70,15 @@ class Load(_Child):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._runs = 0
+        self._ready = False
         environment = {"PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
         super().__init__("benchmarks.serving.client", environment, folder / "client.log")
 
     def run(self, system: System, requests: list[Request], seed: int, at_once: int = 0) -> list[Sample]:
         """Send the requests at their times, ``at_once`` at most; returns what came of each."""
+        if not self._ready and (word := self.read()) != "ready":
+            raise MigrateError(f"vllm bench serve did not start: {word}")
+        self._ready = True
         self._runs += 1
         trace, result = self._folder / "trace.jsonl", self._folder / "result.json"
         write(requests, trace, first_id=self._runs * 1_000_000)

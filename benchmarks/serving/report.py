@@ -136,6 +136,7 @@ def _overhead(report: Report) -> list[str]:
     lines = [
         f"## Router and connector without migrations: {report.model}",
         "",
+        f"{report.date}, {report.machine.get('cpu', '')}. "
         f"With: {_TITLES[Kind.OURS_AGG]}. Without: {_TITLES[Kind.STOCK_AGG]}. Both up at once, runs in turn. "
         "Goal: throughput at least 0.98, p99 TTFT at most 1.05. Median of the repeats, lowest to highest in brackets; "
         "pooled: all repeats together.",

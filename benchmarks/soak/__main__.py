@@ -152,7 +152,7 @@ def main(
     seed: Annotated[int, typer.Option()] = 0,
     transport: Annotated[Transport, typer.Option("--nixl-transport")] = Transport.AUTO,
     json: Annotated[Path, typer.Option("--json", help="its plot goes beside it")] = Path(
-        "benchmarks/results/soak-cpu.json"
+        "benchmarks/results/soak-vllm.json"
     ),
     logs: Annotated[Path | None, typer.Option(help="folder to keep all logs in")] = None,
 ) -> None:
