@@ -91,15 +91,18 @@ def main(
     end_on_sigterm()
     console = Console()
     profiles = []
-    with tempfile.TemporaryDirectory(prefix="dynamo-migrate-bench-") as scratch, Load(Path(scratch)) as load:
-        with running(Kind.OURS, model, Transport.AUTO) as system:
-            load.run(system, together(8, 96, 48), 0, 4)
-            chosen = [part for part in system.parts if part.name in ("Router0", "DecodeWorker0", "PrefillWorker0")]
-            files = {part.name: Path(scratch) / f"{part.name}.txt" for part in chosen}
-            spies = [_record(part, seconds, files[part.name]) for part in chosen]
-            while any(spy.poll() is None for spy in spies):
-                load.run(system, together(32, 96, 96), 0, 8)
-            profiles = [self_time(files[part.name], when, part.name, seconds) for part in chosen]
+    with (
+        tempfile.TemporaryDirectory(prefix="dynamo-migrate-bench-") as scratch,
+        Load(Path(scratch)) as load,
+        running(Kind.OURS, model, Transport.AUTO) as system,
+    ):
+        load.run(system, together(8, 96, 48), 0, 4)
+        chosen = [part for part in system.parts if part.name in ("Router0", "DecodeWorker0", "PrefillWorker0")]
+        files = {part.name: Path(scratch) / f"{part.name}.txt" for part in chosen}
+        spies = [_record(part, seconds, files[part.name]) for part in chosen]
+        while any(spy.poll() is None for spy in spies):
+            load.run(system, together(32, 96, 96), 0, 8)
+        profiles = [self_time(files[part.name], when, part.name, seconds) for part in chosen]
     for profile in profiles:
         console.print(f"[bold]{profile.when}: {profile.process}[/], {profile.samples} samples with the GIL")
         for title, rows in (("self time", profile.top), ("of this package, with callees", profile.ours)):
