@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -55,11 +54,10 @@ def main(
     output = Output(machine(), model, slo, [], [], [])
     if add and json is not None:
         output = msgspec.json.decode(json.read_bytes(), type=Output)
-    done = Counter(result.case for result in output.results)
+    done = {(result.case, result.variant) for result in output.results}
     numbers = [int(n) for n in sizes.split(",")], [float(u) for u in loads.split(",")]
     all_cases = [] if speed else [case for case in cases(*numbers, duration) if case.shape in shapes.split(",")]
-    chosen = [case for case in all_cases if done[case] < len(case.variants)]
-    output.results = [result for result in output.results if result.case not in chosen]
+    missing = {case: [v for v in case.variants if (case, v) not in done] for case in all_cases}
 
     def keep() -> None:
         if json is not None:
@@ -67,19 +65,17 @@ def main(
 
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), TextColumn("{task.fields[what]}")) as progress:
         bare = [case for case in all_cases if case not in {b.case for b in output.bounds}]
-        waves = [case for case in all_cases if case.shape is Shape.WAVE]
-        priced = {point.case for point in output.points}
-        unpriced = [case for case in waves if case in chosen or case not in priced]
-        output.points = [point for point in output.points if point.case not in unpriced]
-        total = sum(len(c.variants) for c in chosen) + len(bare) + len(unpriced) + 2
+        waves = {case for case in all_cases if case.shape is Shape.WAVE}
+        unpriced = sorted(waves - {point.case for point in output.points}, key=all_cases.index)
+        total = sum(map(len, missing.values())) + len(bare) + len(unpriced) + 2
         task = progress.add_task("simulating", total=total, what="")
         for case in bare:
             progress.update(task, what=f"{case.workers} workers, {case.shape}, {case.load:.0%}: what is possible")
             output.bounds.append(bound(case, requests(case, model), model))
             progress.advance(task)
-        for case in chosen:
-            arrivals = requests(case, model)
-            for variant in case.variants:
+        for case, variants in missing.items():
+            arrivals = requests(case, model) if variants else []
+            for variant in variants:
                 what = (
                     f"{case.workers} workers, {case.shape}, {case.load:.0%}: {variant.name}, {len(arrivals)} requests"
                 )

@@ -2,8 +2,9 @@
 """balance: from the worker with the highest virtual usage to the one with the lowest, while that pays.
 
 What waits goes first: it has no KV to copy, and starts at once where there is room. Then running requests move.
-Nothing happens below ``high`` or while the gap between the two is below ``start_gap``; once begun it goes on down to
-``stop_gap``. Every move lowers the larger of the two usages, so that a static load comes to rest.
+A worker is left alone below ``high`` or while the gap between the two is below ``start_gap``; once it has begun to
+give, it goes on down to ``stop_gap`` while it is the fullest. Every move lowers the larger of the two usages, so that
+a static load comes to rest.
 """
 
 from __future__ import annotations
@@ -43,18 +44,19 @@ class Balance(BasePolicy[Config]):
     def decide(self, snapshot: Snapshot, ledger: Ledger) -> Plan:
         self._spread_queues(ledger)
         sources = snapshot.w_fresh & ~snapshot.w_leaving
-        high, gap = self.config.high, self.config.start_gap
+        begun = np.zeros(len(sources), dtype=bool)
         while not ledger.full:
             hot = np.where(sources & ledger.idle(), ledger.usage, -np.inf)
             src = int(np.argmax(hot))
             cold = np.where(ledger.can_take(), ledger.usage, np.inf)
             dst = int(np.argmin(cold))
+            high, gap = (0.0, self.config.stop_gap) if begun[src] else (self.config.high, self.config.start_gap)
             if not (hot[src] >= high and hot[src] - cold[dst] >= gap):
                 if not ledger.moves:
                     ledger.hold(HoldReason.BALANCED, detail=self._spread(ledger))
                 return ledger.close()
             if self._move_one(ledger, src, cold):
-                high, gap = 0.0, self.config.stop_gap
+                begun[src] = True
             else:
                 sources[src] = False
         ledger.hold(HoldReason.TICK_LIMIT)
