@@ -137,6 +137,8 @@ def test_requests_move_between_hosts_and_survive_the_stop_of_one(engine: str, ho
 def test_a_slow_and_lossy_cable_costs_no_token(tmp_path: Path) -> None:
     """200 ms each way and 5% of the packets lost, once the graph stands. A move may fail; no text may differ."""
     overrides, length = ENGINES["paged"]
+    # A minute of answers: moves over this cable take seconds.
+    overrides = (*overrides, "--DecodeWorker.engine-args={step_s: 0.03}")
 
     def first_host(cable: Cable) -> None:
         with joined(tmp_path, cable.names[1], overrides) as (graph, _, away):
@@ -146,8 +148,8 @@ def test_a_slow_and_lossy_cable_costs_no_token(tmp_path: Path) -> None:
             graph.disturbed(
                 prompts, length, lambda where: moves.extend(to_and_fro(graph, away, where)), temperature=0.8, seed=3
             )
-            print([(move["ok"], move["reason"]) for move in moves])
-            assert moves and cable.lost
+            print(*moves, sep="\n")
+            assert any(move.get("ok") for move in moves) and cable.lost
             graph.wait_until_idle()
 
     with slow_cable(0.0, 0.0) as cable:
