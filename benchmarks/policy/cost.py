@@ -76,9 +76,9 @@ def sweep(
 
 def prices(results: list[Result], points: list[Point]) -> list[Price]:
     """One for each scaled variant with policies; against clusters with KV routing where the variant has it."""
-    found = []
+    found, tried = [], {point.case for point in points}
     for result in results:
-        if not (result.variant.scaling and result.variant.policies):
+        if not (result.variant.scaling and result.variant.policies) or result.case not in tried:
             continue
         as_fast = [
             p
