@@ -48,7 +48,6 @@ _QUICK: dict[Kind, list[Workload]] = {
     Kind.STOCK: [Workload.STEADY, Workload.MIXED, Workload.LONG, Workload.SCALE_DOWN],
     Kind.STOCK_RETRY: [Workload.LONG, Workload.SCALE_DOWN],
     Kind.OURS: [Workload.STEADY, Workload.MIXED, Workload.LONG, Workload.MOVED, Workload.SCALE_DOWN],
-    Kind.PLANNER: [Workload.STEADY],
     Kind.REPLAY: [Workload.LONG, Workload.MOVED],
 }
 """What fits into ten minutes on two cores, of which every start of a system takes half a minute."""
@@ -80,7 +79,7 @@ def main(
     console = Console()
     if not report_only:
         restart = restart_s or (90.0 if quick else 120.0)
-        scale = Scale(rate, 8.0 if quick else 20.0, restart_s=restart, seed=seed)
+        scale = Scale(rate, 6.0 if quick else 20.0, restart_s=restart, seed=seed)
         scale = msgspec.structs.replace(scale, trace=str(trace or ""))
         found = Report(machine(), model, transport.value, scale, Slo(), time.strftime("%Y-%m-%d"))
         chosen = [Workload(word) for word in workloads.split(",") if word]

@@ -31,6 +31,10 @@ from components.serve.servers import Servers, free_port
 from components.transfer import Transport
 
 _START_S = 300.0
+_FRONT_S, _WORKER_S = 2.0, 6.0
+"""How long processes that have nothing left to do may take to end."""
+_LEAVE_S = 20.0
+"""The same for those whose registration must be gone before others come in their place."""
 
 
 @dataclass
@@ -90,7 +94,7 @@ class System:
 
     def become(self, kind: Kind) -> None:
         """Another kind with the same workers: other processes in front of them, and the workers that are missing."""
-        self.end(self.fronts, 5.0)
+        self.end(self.fronts, _LEAVE_S)
         self.parts = [*self.workers, *(part for part in self.parts_of(kind) if part.role == "front")]
         self.kind = kind
         self.start_missing()
@@ -228,8 +232,8 @@ def running(
             system.start_missing()
             yield system
         finally:
-            system.end(system.fronts, 5.0)
-            system.end(system.workers, 20.0)
+            system.end(system.fronts, _FRONT_S)
+            system.end(system.workers, _WORKER_S)
             servers.stop()
 
 
