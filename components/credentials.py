@@ -21,14 +21,12 @@ VARIABLE = "DYN_MIGRATE_SECRET_FILE"
 _SHORTEST = 16
 
 
+@cache
 def secret() -> bytes:
     """The secret, or nothing when none is configured."""
     path = os.environ.get(VARIABLE, "")
-    return _read(path) if path else b""
-
-
-@cache
-def _read(path: str) -> bytes:
+    if not path:
+        return b""
     try:
         found = Path(path).read_bytes().strip()
     except OSError as error:

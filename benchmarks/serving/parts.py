@@ -58,6 +58,18 @@ class Kind(StrEnum):
         return same.get(self, self)
 
 
+TITLES = {
+    Kind.VLLM: "one `vllm serve`",
+    Kind.STOCK: "stock Dynamo: frontend, 1 prefill and 2 decode `dynamo.vllm`, vLLM's NixlConnector",
+    Kind.STOCK_RETRY: "the same with `--migration-limit 3` (token replay by Dynamo's frontend)",
+    Kind.OURS: "this package, 1 prefill and 2 decode workers, no planner",
+    Kind.PLANNER: "the same with Dynamo's planner and live migration",
+    Kind.REPLAY: "the same with token replay in place of live migration",
+    Kind.STOCK_AGG: "Dynamo's frontend and 2 aggregated `dynamo.vllm`, no connector",
+    Kind.OURS_AGG: "this package's router, connector and 2 aggregated workers",
+}
+
+
 @dataclass
 class Part:
     """One process of a system."""

@@ -4,30 +4,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from benchmarks.serving import plots
-from benchmarks.serving.metrics import Figures, Run, Slo, figures, four
+from benchmarks.serving.metrics import Figures, Run, Slo, figures
 from benchmarks.serving.overhead import Cost, Hop
-from benchmarks.serving.parts import Kind
+from benchmarks.serving.overhead_report import overhead
+from benchmarks.serving.parts import TITLES, Kind
 from benchmarks.serving.profile import Profile
+from benchmarks.serving.tables import table
 from benchmarks.serving.workloads import Scale, Workload
 from benchmarks.soak.report import Report as SoakReport
-
-_TITLES = {
-    Kind.VLLM: "one `vllm serve`",
-    Kind.STOCK: "stock Dynamo: frontend, 1 prefill and 2 decode `dynamo.vllm`, vLLM's NixlConnector",
-    Kind.STOCK_RETRY: "the same with `--migration-limit 3` (token replay by Dynamo's frontend)",
-    Kind.OURS: "this package, 1 prefill and 2 decode workers, no planner",
-    Kind.PLANNER: "the same with Dynamo's planner and live migration",
-    Kind.REPLAY: "the same with token replay in place of live migration",
-    Kind.STOCK_AGG: "Dynamo's frontend and 2 aggregated `dynamo.vllm`, no connector",
-    Kind.OURS_AGG: "this package's router, connector and 2 aggregated workers",
-}
 
 
 class Report(msgspec.Struct):
@@ -57,6 +46,11 @@ def merge(old: Report, new: Report) -> Report:
     return merged
 
 
+def _overhead(report: Report) -> list[str]:
+    where = f"{report.date}, {report.machine.get('cpu', '')}"
+    return overhead(report.model, where, report.overhead, report.costs, report.hop, report.slo)
+
+
 def _of(report: Report, kind: Kind, workload: Workload) -> list[Run]:
     """Runs with a note are older than the others: they only stand in for missing ones."""
     runs = [run for run in report.runs if run.system == kind and run.workload == workload]
@@ -66,11 +60,6 @@ def _of(report: Report, kind: Kind, workload: Workload) -> list[Run]:
 def _noted(name: str, runs: list[Run]) -> str:
     notes = sorted({run.note for run in runs if run.note})
     return f"{name} ({', '.join(notes)})" if notes else name
-
-
-def _table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "|---" * 1 + "|---:" * (len(header) - 1) + "|"]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
 def _ms(values: tuple[float, ...]) -> str:
@@ -112,85 +101,6 @@ def write_report(report: Report, path: Path, raw: Path) -> None:
     names = plots.draw(report.runs, report.overhead, raw.parent)
     lines += ["## Plots", "", *(f"![{text}](results/{name})" for name, text in names), ""]
     path.write_text("\n".join(lines).rstrip() + "\n")
-
-
-def _ratios(report: Report) -> list[tuple[int, list[float], list[float]]]:
-    """For each number of requests at once: throughput and p99 TTFT of each repeat, with / without."""
-    found = []
-    for at_once in sorted({run.at_once for run in report.overhead}):
-        speed, late = [], []
-        runs = [run for run in report.overhead if run.at_once == at_once]
-        for repeat in sorted({run.repeat for run in runs}):
-            mine = {run.system: figures([run], report.slo) for run in runs if run.repeat == repeat}
-            with_, without = mine.get(Kind.OURS_AGG), mine.get(Kind.STOCK_AGG)
-            if with_ and without:
-                speed.append(with_.tokens_s / without.tokens_s)
-                late.append(with_.ttft[2] / without.ttft[2])
-        found.append((at_once, speed, late))
-    return found
-
-
-def _overhead(report: Report) -> list[str]:
-    if not report.overhead:
-        return []
-    lines = [
-        f"## Router and connector without migrations: {report.model}",
-        "",
-        f"{report.date}, {report.machine.get('cpu', '')}. "
-        f"With: {_TITLES[Kind.OURS_AGG]}. Without: {_TITLES[Kind.STOCK_AGG]}. Both up at once, runs in turn. "
-        "Goal: throughput at least 0.98, p99 TTFT at most 1.05. Median of the repeats, lowest to highest in brackets; "
-        "pooled: all repeats together.",
-        "",
-    ]
-    rows = []
-    for at_once, speed, late in _ratios(report):
-        runs = [run for run in report.overhead if run.at_once == at_once]
-        both = [
-            figures([run for run in runs if run.system == kind], report.slo) for kind in (Kind.OURS_AGG, Kind.STOCK_AGG)
-        ]
-        rows.append(
-            [
-                str(at_once),
-                f"{np.median(speed):.3f} ({min(speed):.3f} to {max(speed):.3f})",
-                f"{np.median(late):.2f} ({min(late):.2f} to {max(late):.2f})",
-                f"{both[0].tokens_s / both[1].tokens_s:.3f}",
-                f"{both[0].ttft[2] / both[1].ttft[2]:.2f}",
-                f"{both[0].tokens_s:.0f} / {both[1].tokens_s:.0f}",
-                f"{both[0].ttft[2]:.0f} / {both[1].ttft[2]:.0f}",
-                f"{both[0].itl[1]:.1f} / {both[1].itl[1]:.1f}",
-            ]
-        )
-    header = ["at once", "throughput with / without", "p99 TTFT with / without", "pooled", "pooled p99 TTFT"]
-    lines += _table([*header, "tokens/s", "TTFT p99 ms", "ITL p50 ms"], rows)
-    if report.costs:
-        parts = sorted({cost.process for cost in report.costs}, reverse=True)
-        each = {
-            kind: {cost.process: cost.us_per_token for cost in report.costs if cost.system == kind}
-            for kind in (Kind.OURS_AGG, Kind.STOCK_AGG)
-        }
-        lines += ["Time on processors for each output token, in microseconds:", ""]
-        lines += _table(
-            ["", *parts, "all"],
-            [
-                [kind.value, *(f"{mine.get(part, 0.0):.0f}" for part in parts), f"{sum(mine.values()):.0f}"]
-                for kind, mine in each.items()
-            ],
-        )
-    if report.hop.direct:
-        first = [four([times[0] for times in way]) for way in (report.hop.direct, report.hop.routed)]
-        gaps = [
-            four([b - a for times in way for a, b in zip(times, times[1:], strict=False)])
-            for way in (report.hop.direct, report.hop.routed)
-        ]
-        lines += [
-            f"Router hop, the same {len(report.hop.direct)} requests one at a time to a worker directly and through "
-            f"the router (difference of the percentiles): TTFT {first[1][1] - first[0][1]:+.2f} ms at p50, "
-            f"{first[1][2] - first[0][2]:+.2f} at p99 (direct {first[0][1]:.1f} and {first[0][2]:.1f}); ITL "
-            f"{gaps[1][1] - gaps[0][1]:+.2f} at p50, {gaps[1][2] - gaps[0][2]:+.2f} at p99 (direct {gaps[0][1]:.1f} "
-            f"and {gaps[0][2]:.1f}).",
-            "",
-        ]
-    return lines
 
 
 def _disturbed(report: Report) -> list[str]:
@@ -235,7 +145,7 @@ def _disturbed(report: Report) -> list[str]:
         "the undisturbed one. ITL is that of requests that did not fail. Leaving: seconds from SIGTERM to the end of "
         "each worker.",
         "",
-        *_table([*header, "p99 TTFT ms", "moves", "leaving s"], rows),
+        *table([*header, "p99 TTFT ms", "moves", "leaving s"], rows),
     ]
 
 
@@ -263,9 +173,9 @@ def _open(report: Report) -> list[str]:
                 rows.append([*row, f"{f.tokens_s:.0f}", _ms(f.ttft), _ms(f.tpot), _ms(f.itl), _ms(f.e2e), str(f.moves)])
         if rows:
             header = ["system", "good", "goodput /s", "failed", "tokens/s", "TTFT", "TPOT", "ITL", "E2E", "moves"]
-            lines += [f"### {workload}", "", *_table(header, rows)]
+            lines += [f"### {workload}", "", *table(header, rows)]
     shown = {run.system for run in report.runs}
-    lines += [f"- `{kind}`: {title}" for kind, title in _TITLES.items() if kind in shown]
+    lines += [f"- `{kind}`: {title}" for kind, title in TITLES.items() if kind in shown]
     return [*lines, ""] if shown else []
 
 
@@ -292,7 +202,7 @@ def _saved(report: Report) -> list[str]:
         "GPU; on this machine workers share two cores, so the figure tells of goodput and of how soon a worker that "
         "should leave is gone, not of the price of a GPU.",
         "",
-        *_table(
+        *table(
             [
                 "workload",
                 "stock, worker-s per good request",
@@ -315,7 +225,7 @@ def _moved(report: Report) -> list[str]:
     if not rows:
         return []
     header = ["system, workload", "moves", "not made", "MB of KV", "whole move p50 ms", "added stall p50 ms"]
-    return ["## Migrations", "", "Prefill hand-offs are not counted.", "", *_table(header, rows)]
+    return ["## Migrations", "", "Prefill hand-offs are not counted.", "", *table(header, rows)]
 
 
 def _soak(folder: Path) -> list[str]:
@@ -339,7 +249,7 @@ def _profiles(report: Report) -> list[str]:
         ]
         header = ["self time", "share", "of this package, with callees", "share"]
         title = f"### {profile.process}, {profile.when}: {profile.samples} samples with the GIL in {profile.seconds} s"
-        lines += [title, "", *_table(header, rows)]
+        lines += [title, "", *table(header, rows)]
     if lines:
         note = "`python -m benchmarks.serving.profile`: py-spy at 200 Hz on a loaded graph, the five largest of each."
         lines = ["## Profile of the hot path", "", note, "", *lines]

@@ -334,6 +334,10 @@ class Engine(Protocol):
         """Load at this moment."""
         ...
 
+    async def report(self) -> tuple[EngineStats, list[RequestInfo]]:
+        """Both of them, for one interruption of the engine."""
+        ...
+
     async def check_integrity(self) -> None:
         """Raise ``SessionError`` when blocks and requests do not add up (used by tests)."""
         ...

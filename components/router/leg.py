@@ -48,6 +48,7 @@ class Leg:
         tokens = len(asked.prompt_token_ids) + len(asked.output_token_ids)
         self._to_compute = tokens if asked.landing is None else 0
         worker.prompt_tokens += self._to_compute
+        worker.prompts += self._to_compute > 0
         self.task = asyncio.ensure_future(self._read(message))
 
     async def _read(self, message: Generate) -> None:
@@ -88,6 +89,7 @@ class Leg:
     def _computed(self) -> None:
         """Its prompt is no load any more."""
         self.worker.prompt_tokens -= self._to_compute
+        self.worker.prompts -= self._to_compute > 0
         self._to_compute = 0
 
     def _take(self, output: GenerateOutput) -> None:

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -39,6 +39,7 @@ from components.metrics.export import address
 from components.metrics.router import RouterMetrics
 from components.metrics.traces import export
 from components.migration.move import hand_over, migrate
+from components.router.answer import Answer
 from components.router.limits import MoveLimits
 from components.router.openai import Responder, default_sampling, to_request
 from components.router.stream import Stream
@@ -56,6 +57,7 @@ class RouterService:
 
     def __init__(self, config: RouterConfig, runtime: Any, tokenizer: Any) -> None:
         self._config = config
+        self._loop = asyncio.get_running_loop()
         self._tokenizer = tokenizer
         self._defaults = default_sampling(config.model)
         self.pool = WorkerPool(
@@ -71,37 +73,59 @@ class RouterService:
         self.metrics = RouterMetrics(self.streams.values, self.pool.workers.values)
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def generate(self, payload: Any, context: Any) -> AsyncIterator[dict[str, Any]]:
-        """Endpoint for Dynamo's frontend."""
+    def generate(self, payload: Any, context: Any) -> Answer:
+        """Endpoint for Dynamo's frontend, called on a thread of Dynamo's."""
+        answer = Answer(self._loop)
+        self._loop.call_soon_threadsafe(lambda: self._spawn(self._serve(payload, context, answer)))
+        return answer
+
+    async def _serve(self, payload: dict[str, Any], context: Any, answer: Answer) -> None:
         from dynamo.llm.exceptions import InvalidArgument, Unknown
 
+        error: Exception | None = Unknown("the router was stopped")
         try:
-            async for chunk in self._serve(payload, context):
-                yield chunk
-        except InvalidRequest as error:
-            raise InvalidArgument(str(error)) from error
-        except MigrateError as error:
-            raise Unknown(f"{error.code}: {error}") from error
+            await self._respond(payload, context, answer)
+            error = None
+        except InvalidRequest as wrong:
+            error = InvalidArgument(str(wrong))
+        except MigrateError as failed:
+            error = Unknown(f"{failed.code}: {failed}")
+        except Exception as unexpected:
+            error = Unknown(f"{type(unexpected).__name__}: {unexpected}")
+            raise
+        finally:
+            answer.end(error)
 
-    async def _serve(self, payload: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
+    async def _respond(self, payload: dict[str, Any], context: Any, answer: Answer) -> None:
         request = to_request(context.id(), payload, self._defaults, self.max_model_len(), self._config.lora_modules)
-        stream = Stream(request, self._config.step_deadline_s)
         responder = Responder(self._tokenizer, len(request.prompt_token_ids), request.sampling.logprobs is not None)
+        news: asyncio.Queue[Exception | None] = asyncio.Queue()
+
+        def give(item: GenerateOutput | MigrateError) -> None:
+            if isinstance(item, MigrateError):
+                news.put_nowait(item)
+                return
+            try:
+                answer.put(responder.chunk(item))
+            except Exception as error:
+                # Of this request alone: its worker's connection, which has just brought it, is that of others too.
+                news.put_nowait(error)
+                return
+            if item.finish_reason is not None:
+                news.put_nowait(None)
+            elif item.frozen is not None:
+                # Beside the tokens: the first ones of the decode worker need not wait for its end.
+                self._spawn(self._hand_over(stream, item.frozen))
+
+        stream = Stream(request, self._config.step_deadline_s, give)
         self.streams[request.request_id] = stream
-        watch = asyncio.ensure_future(self._watch_client(stream, context))
+        watch = asyncio.ensure_future(self._watch_client(stream, context, give))
         try:
             await self._start(stream)
-            while True:
-                item = await stream.outputs.get()
-                if isinstance(item, MigrateError):
-                    await self._recover(stream, item)
-                    continue
-                yield responder.chunk(item)
-                if item.finish_reason is not None:
-                    return
-                if item.frozen is not None:
-                    # Beside this loop: the first tokens of the decode worker need not wait for its end.
-                    self._spawn(self._hand_over(stream, item.frozen))
+            while (loss := await news.get()) is not None:
+                if not isinstance(loss, MigrateError):
+                    raise loss
+                await self._recover(stream, loss)
         finally:
             watch.cancel()
             self.streams.pop(request.request_id, None)
@@ -117,10 +141,10 @@ class RouterService:
             raise NoRoom("no worker has reported yet")
         return min(lengths)
 
-    async def _watch_client(self, stream: Stream, context: Any) -> None:
+    async def _watch_client(self, stream: Stream, context: Any, give: Callable[[GenerateOutput], None]) -> None:
         await context.async_killed_or_stopped()
         await stream.close()
-        stream.outputs.put_nowait(GenerateOutput(len(stream.tokens), finish_reason=FinishReason.CANCELLED))
+        give(GenerateOutput(len(stream.tokens), finish_reason=FinishReason.CANCELLED))
 
     async def run(self) -> None:
         """Know the workers, and give up on those that fall silent, until cancelled."""

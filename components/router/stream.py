@@ -9,10 +9,10 @@ Legs and owner
 Probation
     A new owner is on probation until its first token has reached the client. If it fails before, ``switch_back``
     gives the request to the old owner, which was frozen all the time; afterwards its loss is told to the reader
-    of ``outputs``, who replays the request.
+    of the stream, who replays the request.
 
-Threading: one asyncio loop. ``outputs`` is read by the request's handler; migrations run beside it under ``lock``.
-Errors: ``outputs`` ends with the request, or gives a ``MigrateError`` when the owner was lost.
+Threading: one asyncio loop. ``give`` gets each output as it comes; migrations run beside it under ``lock``.
+Errors: ``give`` gets a ``MigrateError`` when the owner was lost; what it raises itself would be the worker's loss.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import contextlib
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -43,11 +44,13 @@ _LATE_S = 1.0
 class Stream:
     """See the module docstring."""
 
-    def __init__(self, request: GenerateRequest, step_deadline_s: float) -> None:
+    def __init__(
+        self, request: GenerateRequest, step_deadline_s: float, give: Callable[[GenerateOutput | MigrateError], None]
+    ) -> None:
         self.request = request
+        self._give = give
         self.tokens: list[int] = list(request.output_token_ids)
         self.owner: Leg | None = None
-        self.outputs: asyncio.Queue[GenerateOutput | MigrateError] = asyncio.Queue()
         self.finished = False
         self.moves = 0
         self.replays = 0
@@ -111,7 +114,7 @@ class Stream:
             if self.owner is not None:
                 # All that it still gives comes after the gap, and one loss is told once.
                 self.owner.dropped = True
-            self.outputs.put_nowait(SessionError(gap))
+            self._give(SessionError(gap))
 
     def _deliver(self, output: GenerateOutput) -> None:
         seen = len(self.tokens) - output.index
@@ -131,14 +134,14 @@ class Stream:
                 self._cut.downtime.set_result(gap)
         if output.finish_reason is not None:
             self.finished = True
-        self.outputs.put_nowait(output)
+        self._give(output)
 
     def leg_ended(self, leg: Leg) -> None:
         """A leg is over, for whatever reason."""
         if leg is self._old:
             self._fill_from_promise()
         elif leg is self.owner and leg.error is not None and not self._is_over(leg):
-            self.outputs.put_nowait(leg.error)
+            self._give(leg.error)
 
     def _is_over(self, leg: Leg) -> bool:
         """Nobody waits for this owner: the answer is whole, its loss is known, or its migration deals with it."""
@@ -199,7 +202,7 @@ class Stream:
         self.note(EventKind.STAYS, source.worker if source else None)
         self._early.clear()
         if source is not None and source.ended.is_set() and not self.finished:
-            self.outputs.put_nowait(source.error or WorkerLost(f"worker {source.worker.name} has ended the request"))
+            self._give(source.error or WorkerLost(f"worker {source.worker.name} has ended the request"))
 
     def replace_owner(self, worker: Worker) -> Leg | None:
         """Replay the request on a worker after the loss of its owner, which is returned."""

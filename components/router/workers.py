@@ -39,6 +39,8 @@ class Worker:
         """Requests that this router has on it."""
         self.prompt_tokens = 0
         """Of those, tokens of prompts that it has to compute before their first output."""
+        self.prompts = 0
+        """How many such prompts."""
         self.others = 0
         """Requests of other routers, as of its last report."""
         self.draining = False
@@ -124,13 +126,16 @@ class Worker:
     def load(self) -> float:
         """Shares of KV blocks and seats in use, plus the steps that its prompts still take.
 
-        Reports are up to a step and half a second old: what this router itself has there is known better.
+        A prompt takes a second seat while it is computed, since the next one would wait for it: of two workers that are
+        one request apart, a new one goes where no prompt is. Reports are up to a step and half a second old: what
+        this router itself has there is known better.
         """
         stats, info = self.state.stats, self.state.info
         if stats is None or info is None:
             return float("inf")
         used = 1.0 - stats.free_blocks / max(1, stats.total_blocks)
-        seats = (self.streams + self.others) / max(1, info.max_num_seqs)
+        taken = self.streams + self.others + self.prompts
+        seats = taken / max(1, info.max_num_seqs)
         return used + seats + self.prompt_tokens / max(1, info.max_num_batched_tokens)
 
     def report(self, state: WorkerReply, asked_with: int) -> None:

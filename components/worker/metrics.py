@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from components.engine.protocol import Engine, EngineInfo
+from components.engine.protocol import EngineInfo, EngineStats
 from components.errors import MigrateError
 from components.metrics.worker import WorkerMetrics
 from components.serve.config import WorkerConfig
@@ -39,8 +40,13 @@ async def publish_card(endpoint: Any, config: WorkerConfig, info: EngineInfo, co
     )
 
 
-async def publish_forward_pass(engine: Engine, endpoint: Any, shown: WorkerMetrics) -> None:
-    """Publish the engine's load twice a second until cancelled; a failing engine is somebody else's to notice."""
+async def publish_forward_pass(
+    load: Callable[[float], Awaitable[EngineStats]], endpoint: Any, shown: WorkerMetrics
+) -> None:
+    """Publish the engine's load twice a second until cancelled; a failing engine is somebody else's to notice.
+
+    ``load`` gives it, at most so many seconds old.
+    """
     from dynamo.llm import FpmDirectPublisher
 
     publisher = FpmDirectPublisher(endpoint, str(endpoint.connection_id()), 1)
@@ -48,7 +54,7 @@ async def publish_forward_pass(engine: Engine, endpoint: Any, shown: WorkerMetri
         while True:
             await asyncio.sleep(_INTERVAL_S)
             try:
-                stats = await engine.stats()
+                stats = await load(_INTERVAL_S)
             except MigrateError as error:
                 logger.debug("no forward-pass metrics: %s", error)
                 continue

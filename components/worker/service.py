@@ -18,7 +18,16 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from components import process
-from components.engine.protocol import Engine, EngineInfo, FinishReason, GenerateOutput, LandingStatus, RequestId
+from components.engine.protocol import (
+    Engine,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    GenerateOutput,
+    LandingStatus,
+    RequestId,
+    RequestInfo,
+)
 from components.errors import DeadlineExceeded, InvalidRequest, MigrateError, RequestNotFound
 from components.messages import Generate, WorkerCall, WorkerOp, WorkerReply, pack, unpack
 from components.metrics.export import address, expose
@@ -44,6 +53,8 @@ class WorkerService:
         self._outputs_address = ""
         self._engine = engine
         self._info = info
+        self._stats: EngineStats | None = None
+        self._stats_at = 0.0
         self.draining = False
 
     async def listen(self, host: str) -> None:
@@ -126,10 +137,11 @@ class WorkerService:
         engine, request_id = self._engine, call.request_id
         match call.op:
             case WorkerOp.INFO:
+                stats, requests = await self._report()
                 return WorkerReply(
                     info=self._info,
-                    stats=await engine.stats(),
-                    requests=tuple(await engine.requests()),
+                    stats=stats,
+                    requests=tuple(requests),
                     draining=self.draining,
                     metrics=self._metrics,
                     outputs=self._outputs_address,
@@ -159,6 +171,17 @@ class WorkerService:
             case _:
                 raise InvalidRequest(f"call {call.op} lacks its arguments")
         return WorkerReply()
+
+    async def _report(self) -> tuple[EngineStats, list[RequestInfo]]:
+        report = await self._engine.report()
+        self._stats, self._stats_at = report[0], time.monotonic()
+        return report
+
+    async def load(self, max_age_s: float) -> EngineStats:
+        """The engine's load; what a router was told is good enough while it is not older than that."""
+        if self._stats is None or time.monotonic() - self._stats_at > max_age_s:
+            return (await self._report())[0]
+        return self._stats
 
     async def _landing(self, request_id: RequestId, hold_s: float) -> LandingStatus:
         """Progress of a landing, once its blocks are there or after ``hold_s``; the request may still be on its way."""
@@ -210,7 +233,7 @@ async def serve(component: str) -> None:
         process.ready()
         logger.info("%s serves %s: %d KV blocks of %d tokens", name, info.model, info.num_blocks, info.block_size)
         health = asyncio.ensure_future(_watch_health(engine))
-        metrics = asyncio.ensure_future(publish_forward_pass(engine, endpoint, shown))
+        metrics = asyncio.ensure_future(publish_forward_pass(service.load, endpoint, shown))
         await asyncio.wait([asyncio.ensure_future(stop.wait()), health, *serving], return_when=asyncio.FIRST_COMPLETED)
         if health.done():
             health.result()

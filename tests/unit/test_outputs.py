@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from components import credentials
 from components.engine.protocol import FinishReason, GenerateOutput
 from components.errors import InvalidRequest, MigrateError, SessionError, WorkerLost
 from components.frames import Frames, frame, unframe
 from components.messages import Batch, Hello, WorkerOp
 from components.router.outputs import OutputChannel
-from components.router.stream import Stream
 from components.router.workers import Worker
 from components.worker.service import WorkerService
 from tests.faults.network import Context
 from tests.paged import collect, engines, request
+from tests.unit.told import ToldStream
 
 BATCH = Batch(((1, GenerateOutput(0, (5,))), (2, GenerateOutput(3, (6, 7), finish_reason=FinishReason.LENGTH))))
 
@@ -61,7 +60,7 @@ async def served() -> AsyncIterator[tuple[Worker, Endpoint, WorkerService]]:
 
 async def answer(worker: Worker, name: str, count: int = 20) -> tuple[list[int], FinishReason | None]:
     """What a client of the router gets. Raises what its reader is told."""
-    stream = Stream(request(name, count=count), 5.0)
+    stream = ToldStream(request(name, count=count), 5.0)
     stream.owner = stream.open(worker)
     reason = None
     while reason is None:
@@ -119,12 +118,14 @@ async def test_errors_of_the_engine_come_over_the_connection() -> None:
         assert streams.items == 0
 
 
-async def test_a_worker_with_a_secret_takes_no_stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_with_a_secret_takes_no_stranger(
+    tmp_path: Path, use_secret: Callable[[Path | None], None]
+) -> None:
     async with served() as (worker, _, _):
         path = tmp_path / "secret"
         path.write_text("c0ffee" * 8)
         greeting = frame(Hello("x" * 32))
-        monkeypatch.setenv(credentials.VARIABLE, str(path))
+        use_secret(path)
         host, _, port = worker.state.outputs.partition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(greeting)

@@ -68,6 +68,15 @@ def test_among_equals_the_one_that_computes_no_prompt() -> None:
     assert found.pick("decode").instance == 2
 
 
+def test_two_prompts_are_not_computed_one_after_the_other_for_the_sake_of_one_seat() -> None:
+    found = pool(False, {1: 0, 2: 0})
+    one, two = found.workers.values()
+    one.streams, one.prompts, one.prompt_tokens, two.streams = 1, 1, 96, 2
+    assert found.pick("decode").instance == 2
+    two.streams = 3
+    assert found.pick("decode").instance == 1
+
+
 def test_round_robin_leaves_out_workers_that_take_nothing() -> None:
     in_turn = pool(True, {1: 0, 2: 0})
     in_turn.workers[1].held_back = True

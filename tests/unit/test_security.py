@@ -6,7 +6,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-from components import credentials
 from components.engine.protocol import EngineInfo, RequestId
 from components.errors import ConfigError, MigrateError, Unauthorized
 from components.messages import RouterCall, RouterOp, RouterReply, WorkerCall, WorkerOp, WorkerReply, pack, unpack
@@ -46,18 +45,18 @@ SECRET = "c0ffee" * 8
 
 
 @pytest.fixture
-def secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def secret(tmp_path: Path, use_secret: Callable[[Path | None], None]) -> Path:
     """A configured secret."""
     path = tmp_path / "secret"
     path.write_text(SECRET + "\n")
-    monkeypatch.setenv(credentials.VARIABLE, str(path))
+    use_secret(path)
     return path
 
 
 STATUS = RouterCall(RouterOp.STATUS)
 
 
-def test_with_a_secret_only_sealed_messages_are_read(secret: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_secret_only_sealed_messages_are_read(secret: Path, use_secret: Callable[[Path | None], None]) -> None:
     sealed = pack(STATUS)
     assert unpack(sealed, RouterCall) == STATUS
     for wrong in (
@@ -73,18 +72,18 @@ def test_with_a_secret_only_sealed_messages_are_read(secret: Path, monkeypatch: 
     # The seal is one of a call, not of whatever else the bytes may be read as.
     with pytest.raises(Unauthorized):
         unpack(sealed, WorkerCall)
-    monkeypatch.delenv(credentials.VARIABLE)
+    use_secret(None)
     assert "s" not in pack(STATUS)
 
 
 @pytest.mark.parametrize(("content", "what"), [(None, "No such file"), (b"short\n", "at least 16 bytes")])
 def test_a_secret_that_cannot_be_used_is_an_error_with_the_fix(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, what: str
+    tmp_path: Path, use_secret: Callable[[Path | None], None], content: bytes | None, what: str
 ) -> None:
     path = tmp_path / f"secret-{what[:2]}"
     if content is not None:
         path.write_bytes(content)
-    monkeypatch.setenv(credentials.VARIABLE, str(path))
+    use_secret(path)
     with pytest.raises(ConfigError, match=what):
         pack(STATUS)
 

@@ -6,10 +6,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from benchmarks.graph import machine
 from benchmarks.serving.metrics import Event, Run, Sample, Slo, figures
+from benchmarks.serving.overhead import Hop
+from benchmarks.serving.overhead_report import overhead
 from benchmarks.serving.parts import Kind
 from benchmarks.serving.profile import self_time
 from benchmarks.serving.report import Report, merge, write_report
@@ -105,3 +108,31 @@ def test_memory_that_grows_is_not_flat() -> None:
     times = [2.0 * n for n in range(400)]
     assert Life("w", 1, times, [300.0 + (n % 3) for n in range(400)]).is_flat()
     assert not Life("w", 1, times, [300.0 + 0.2 * n for n in range(400)]).is_flat()
+
+
+def overhead_runs(system: str, ttfts: list[list[float]], seconds: float) -> list[Run]:
+    return [
+        Run(system, "closed loop", repeat, [sample(ttft) for ttft in mine], seconds, at_once=4)
+        for repeat, mine in enumerate(ttfts)
+    ]
+
+
+def test_overhead_of_all_repeats_with_its_interval_and_of_each() -> None:
+    late = [[0.1, 0.1], [0.1, 0.2], [0.1, 0.1]]
+    runs = overhead_runs("migrate-agg", [[2 * t for t in mine] for mine in late], 2.0)
+    runs += overhead_runs("dynamo-agg", late, 1.0)
+    runs.append(msgspec.structs.replace(runs[0], repeat=3))  # Its partner has failed.
+    text = "\n".join(overhead("a model", "here", runs, [], Hop(), Slo()))
+    row = next(line for line in text.splitlines() if line.startswith("| 4 |"))
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[2:6] == [
+        "0.500 (0.500 to 0.500)",
+        "2.00 (2.00 to 2.00)",
+        "0.500 (0.500 to 0.500)",
+        "2.00 (2.00 to 2.00)",
+    ]
+    assert cells[6] == "6"
+
+
+def test_no_overhead_without_runs() -> None:
+    assert overhead("a model", "here", [], [], Hop(), Slo()) == []

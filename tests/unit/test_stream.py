@@ -24,7 +24,7 @@ from components.engine.protocol import (
 from components.errors import MigrateError, SessionError, WorkerLost
 from components.messages import Generate, Mode, WorkerOp, WorkerReply
 from components.migration.move import hand_over, migrate
-from components.router.stream import Stream
+from tests.unit.told import ToldStream
 
 REQUEST = GenerateRequest(RequestId("r"), (1, 2, 3, 4))
 OFFER = KVOffer(RequestId("r"), (AgentRef(AgentName("a"), Epoch("1")),), 2, (0, 1, 2, 3), 8, 0)
@@ -50,7 +50,7 @@ class ScriptedWorker:
         self.name = name
         self.lease_s = 60.0
         self.role = role
-        self.streams = self.moving = self.tokens = self.prompt_tokens = 0
+        self.streams = self.moving = self.tokens = self.prompt_tokens = self.prompts = 0
         self.channel = None
         self.calls: list[WorkerOp] = []
         self.on: dict[WorkerOp, Callable[[], Awaitable[WorkerReply | None]]] = {}
@@ -80,10 +80,10 @@ class ScriptedWorker:
         return WorkerReply()
 
 
-async def begin(role: str = "decode", deadline_s: float = 5.0) -> tuple[Stream, ScriptedWorker, ScriptedWorker]:
+async def begin(role: str = "decode", deadline_s: float = 5.0) -> tuple[ToldStream, ScriptedWorker, ScriptedWorker]:
     """A request with three tokens out."""
     source, target = ScriptedWorker("source", role), ScriptedWorker("target")
-    stream = Stream(REQUEST, deadline_s)
+    stream = ToldStream(REQUEST, deadline_s)
     stream.owner = stream.open(source)  # type: ignore[arg-type]
     source.out.put_nowait(token(0, 3))
     while len(stream.tokens) < 3:
@@ -91,7 +91,7 @@ async def begin(role: str = "decode", deadline_s: float = 5.0) -> tuple[Stream, 
     return stream, source, target
 
 
-async def rest(stream: Stream) -> list[int]:
+async def rest(stream: ToldStream) -> list[int]:
     """Token ids that the client gets until the request ends."""
     got: list[int] = []
     while True:

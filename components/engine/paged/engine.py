@@ -322,6 +322,10 @@ class PagedEngine:
         refused = dict(self._live.landings.refused)
         return msgspec.structs.replace(stats, leases_expired_total=self._leases_expired, kv_refused=refused)
 
+    async def report(self) -> tuple[EngineStats, list[RequestInfo]]:
+        """Both of them."""
+        return await self.stats(), await self.requests()
+
     async def check_integrity(self) -> None:
         """Raise ``SessionError`` when blocks and requests do not add up."""
         self._live.scheduler.verify(self._live.landings.flying)

@@ -59,8 +59,7 @@ class Op(StrEnum):
     EXTEND = "extend"
     EXPECT_COMMIT = "expect-commit"
     COMMIT = "commit"
-    REQUESTS = "requests"
-    STATS = "stats"
+    REPORT = "report"
     CHECK = "check"
 
 

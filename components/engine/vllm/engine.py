@@ -301,12 +301,17 @@ class VLLMEngine:
 
     async def requests(self) -> list[RequestInfo]:
         """The per-request table."""
-        return list((await self._call(Call(Op.REQUESTS))).requests)
+        return (await self.report())[1]
 
     async def stats(self) -> EngineStats:
         """Load at this moment."""
-        stats = _given((await self._call(Call(Op.STATS))).stats)
-        return msgspec.structs.replace(stats, leases_expired_total=self._leases_expired)
+        return (await self.report())[0]
+
+    async def report(self) -> tuple[EngineStats, list[RequestInfo]]:
+        """Both of them, in one call."""
+        reply = await self._call(Call(Op.REPORT))
+        stats = msgspec.structs.replace(_given(reply.stats), leases_expired_total=self._leases_expired)
+        return stats, list(reply.requests)
 
     async def check_integrity(self) -> None:
         """Raise ``SessionError`` when blocks and requests do not add up."""

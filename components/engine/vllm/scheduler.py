@@ -72,10 +72,8 @@ class MigrationMixin(LandingMixin):
         match call.op:
             case Op.INFO:
                 return self._info()
-            case Op.REQUESTS:
-                return Reply(requests=request_table(self))
-            case Op.STATS:
-                return Reply(stats=stats_of(self))
+            case Op.REPORT:
+                return Reply(stats=stats_of(self), requests=request_table(self))
             case Op.CHECK:
                 verify_blocks(self)
                 return Reply()

@@ -58,7 +58,7 @@ class Pace:
 
 EAGER = Pace(alert_s=100e-6, idle_s=1e-3, quiet_s=4e-3, busy_s=10e-6, step_s=60e-6)
 """Spends a core rather than time: a staged chunk on a GPU waits for five or six of its steps."""
-SPARING = Pace(alert_s=1e-3, idle_s=4e-3, quiet_s=20e-3, busy_s=100e-6, step_s=1e-3)
+SPARING = Pace(alert_s=1e-3, idle_s=4e-3, quiet_s=50e-3, busy_s=100e-6, step_s=1e-3)
 """For hosts whose cores compute the model. Pools in shared memory and NIXL's READ, which they use, send no messages."""
 
 
