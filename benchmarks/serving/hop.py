@@ -22,6 +22,9 @@ from components.engine.protocol import GenerateOutput, GenerateRequest, RequestI
 from components.messages import Generate, pack, unpack
 
 _PROMPT, _OUTPUT = 64, 32
+_TURN = 10
+"""Requests of one way before the other has its turn, so that either way takes the workers in turn. Request by request
+the router would always take the one that was idle for longer, whose caches are cold: 2 ms of this prompt's 50."""
 
 
 def _prompt(number: int) -> list[int]:
@@ -49,23 +52,23 @@ async def _routed(client: Any, instance: int, number: int) -> AsyncIterator[int]
 
 
 async def main(count: int) -> dict[str, list[list[float]]]:
-    """Times of the tokens of each request, from its sending, for both ways."""
+    """Times of the tokens of each request, from its sending, for both ways; ``count`` is a multiple of ten."""
     runtime = process.connect()
     direct = await runtime.endpoint(f"{process.namespace()}.backend.generate").client()
     router = await runtime.endpoint(f"{process.edge_namespace()}.router.generate").client()
     workers, routers = await direct.wait_for_instances(), await router.wait_for_instances()
     found: dict[str, list[list[float]]] = {"direct": [], "routed": []}
-    for number in range(2 * (count + 5)):
-        way = "direct" if number % 2 == 0 else "routed"
+    for number in range(2 * (count + _TURN)):
+        way = "direct" if number // _TURN % 2 == 0 else "routed"
         if way == "direct":
-            stream = _direct(direct, workers[number // 2 % len(workers)], number)
+            stream = _direct(direct, workers[number % len(workers)], number)
         else:
             stream = _routed(router, routers[0], number)
         began, times = time.perf_counter(), []
         async for tokens in stream:
             if tokens:
                 times.append(round(time.perf_counter() - began, 6))
-        if number >= 10:  # The first five of each warm up.
+        if number >= 2 * _TURN:  # The first turn of each warms up.
             found[way].append(times)
     return found
 

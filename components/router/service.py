@@ -16,16 +16,12 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
-import msgspec
-
 from components import process
 from components.engine.protocol import FinishReason, Frozen, GenerateOutput
-from components.errors import DeadlineExceeded, InvalidRequest, MigrateError, NoRoom, RequestNotFound
+from components.errors import InvalidRequest, MigrateError, NoRoom, RequestNotFound
 from components.messages import (
     Decision,
     EventKind,
-    Mode,
-    MoveRecord,
     RouterCall,
     RouterOp,
     RouterReply,
@@ -38,9 +34,9 @@ from components.messages import (
 from components.metrics.export import address
 from components.metrics.router import RouterMetrics
 from components.metrics.traces import export
-from components.migration.move import hand_over, migrate
+from components.migration.move import hand_over
 from components.router.answer import Answer
-from components.router.limits import MoveLimits
+from components.router.mover import Mover
 from components.router.openai import Responder, default_sampling, to_request
 from components.router.stream import Stream
 from components.router.workers import Worker, WorkerPool
@@ -65,12 +61,11 @@ class RouterService:
             channels=config.output_channels,
         )
         self.streams: dict[str, Stream] = {}
-        self.moves: deque[MoveRecord] = deque(maxlen=1000)
         self.ended: deque[StreamInfo] = deque(maxlen=200)
         self._decisions: deque[Decision] = deque(maxlen=200)
         self._left_alone: tuple[Decision, ...] = ()
-        self._limits = MoveLimits(config.max_migrations_per_worker, config.max_migrations_per_pair)
         self.metrics = RouterMetrics(self.streams.values, self.pool.workers.values)
+        self.mover = Mover(config, self.pool, self.streams, self.metrics)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def generate(self, payload: Any, context: Any) -> Answer:
@@ -233,34 +228,8 @@ class RouterService:
                 self._spawn(stream.abandon(lost))
             return
 
-    # Moving
-
-    async def move(self, stream: Stream, target: Worker, mode: Mode, planned_source: str = "") -> MoveRecord:
-        """Move a request, falling back to the next mode when one fails for good. Waits for its turn."""
-        source = stream.owner.worker.instance if stream.owner else target.instance
-        async with self._limits.slot(source, target.instance):
-            return await self._move(stream, target, mode, planned_source)
-
-    async def _move(self, stream: Stream, target: Worker, mode: Mode, planned_source: str) -> MoveRecord:
-        rounds = self._config.max_precopy_rounds
-        mode = max(mode, Mode(self._config.migration_mode), key=list(Mode).index)
-        record = await migrate(stream, target, mode, rounds, planned_source)
-        if not record.ok and mode is Mode.LIVE and not record.reason.startswith(("no_room", "not_migratable", "the ")):
-            reason = record.reason
-            self.metrics.fell_back(mode, reason)
-            record = await migrate(stream, target, Mode.STOP_AND_COPY, rounds)
-            record = msgspec.structs.replace(record, reason=reason)
-        self.moves.append(record)
-        self.metrics.moved(record)
-        logger.info(
-            "request %s: %s from %s to %s %s, downtime %.1f ms, added stall %.1f ms, %d bytes over %s %s",
-            *(record.request_id, record.mode, record.source, record.target, "done" if record.ok else "failed"),
-            *(record.downtime_s * 1e3, record.added_stall_s * 1e3, record.bytes, record.lane, record.reason),
-        )
-        return record
-
     def _worker_drains(self, worker: Worker) -> None:
-        self._spawn(self.drain(worker, 300.0))
+        self._spawn(self.mover.drain(worker, 300.0))
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.ensure_future(work)
@@ -271,50 +240,6 @@ class RouterService:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             logger.error("%s", task.exception())
-
-    async def drain(self, worker: Worker, timeout_s: float) -> list[MoveRecord]:
-        """Move every request of ours away from a worker. Raises ``DeadlineExceeded`` when some stay."""
-        began = time.monotonic()
-        try:
-            moved = await self._drain(worker, timeout_s)
-        except MigrateError:
-            self.metrics.drained(time.monotonic() - began, False)
-            raise
-        self.metrics.drained(time.monotonic() - began, True)
-        return moved
-
-    async def _drain(self, worker: Worker, timeout_s: float) -> list[MoveRecord]:
-        worker.held_back = True
-        limit = asyncio.Semaphore(self._config.max_migrations_per_worker)
-        moved: list[MoveRecord] = []
-
-        async def leave(stream: Stream) -> None:
-            async with limit:
-                try:
-                    target = self.pool.pick("decode", (worker.instance,))
-                    if target.lost:
-                        raise NoRoom(f"worker {target.name}, the only other one, cannot be reached")
-                except NoRoom as error:
-                    logger.warning("%s cannot leave %s: %s", stream.request.request_id, worker.name, error)
-                    await asyncio.sleep(0.5)
-                    return
-                record = await self.move(stream, target, Mode.LIVE)
-                if not record.ok and record.reason.startswith(RequestNotFound.code):
-                    # It has just ended there, which its stream is about to tell.
-                    return
-                if not record.ok and not stream.finished:
-                    record = await self.move(stream, target, Mode.REPLAY)
-                moved.append(record)
-
-        end = asyncio.get_running_loop().time() + timeout_s
-        while asyncio.get_running_loop().time() < end:
-            here = [s for s in self.streams.values() if s.owner and s.owner.worker is worker and not s.finished]
-            taken_back = not (worker.held_back or worker.draining)
-            if not here or taken_back:
-                return moved
-            await asyncio.gather(*(leave(stream) for stream in here))
-            await asyncio.sleep(0.05)
-        raise DeadlineExceeded(f"worker {worker.name} still has requests after {timeout_s:g} s")
 
     async def control(self, payload: Any) -> AsyncIterator[dict[str, str]]:
         """Endpoint for ``dynamo migrate``, ``drain`` and ``status``, and for the planner."""
@@ -329,7 +254,7 @@ class RouterService:
                 return RouterReply(
                     workers=tuple(w.describe() for w in self.pool.workers.values()),
                     streams=tuple(s.describe() for s in self.streams.values()),
-                    moves=tuple(self.moves),
+                    moves=tuple(self.mover.moves),
                     ended=tuple(self.ended),
                     decisions=(*self._decisions, *self._left_alone),
                     metrics=tuple(filter(None, (address(),))),
@@ -340,9 +265,9 @@ class RouterService:
                     known = ", ".join(list(self.streams)[:5]) or "none"
                     raise RequestNotFound(f"no request {call.request_id!r} is running; running: {known}")
                 target = self.pool.find(call.worker)
-                return RouterReply(moves=(await self.move(stream, target, call.mode, call.source),))
+                return RouterReply(moves=(await self.mover.move(stream, target, call.mode, call.source),))
             case RouterOp.DRAIN:
-                return RouterReply(moves=tuple(await self.drain(self.pool.find(call.worker), call.timeout_s)))
+                return RouterReply(moves=tuple(await self.mover.drain(self.pool.find(call.worker), call.timeout_s)))
             case RouterOp.UNDRAIN:
                 self.pool.find(call.worker).held_back = False
                 return RouterReply()

@@ -251,15 +251,18 @@ class WorkerPool:
             worker.draining = True
             self._on_drain(worker)
 
-    def pick(self, role: str, exclude: tuple[int, ...] = ()) -> Worker:
+    def pick(self, role: str, exclude: tuple[int, ...] = (), reachable: bool = False) -> Worker:
         """The least loaded worker of a role, or the next one in turn; a lost one only when there is no other.
 
-        Raises ``NoRoom`` when there is none.
+        Raises ``NoRoom`` when there is none, or none that is ``reachable`` where that is asked for.
         """
         fit = [w for w in self.workers.values() if w.role == role and w.available and w.instance not in exclude]
         if not fit:
             raise NoRoom(f"no {role} worker is available")
-        fit = [w for w in fit if not w.lost] or fit
+        found = [w for w in fit if not w.lost]
+        if reachable and not found:
+            raise NoRoom(f"no {role} worker can be reached of {', '.join(w.name for w in fit)}")
+        fit = found or fit
         if self._turn is not None and role == "decode":
             return sorted(fit, key=lambda w: w.instance)[next(self._turn) % len(fit)]
         return min(fit, key=Worker.load)

@@ -92,7 +92,7 @@ class Session:
         if watching is not None:
             watching.cancel()
         moving.cancel()
-        self.found.moved = any(record.ok for record in cluster.router.moves)
+        self.found.moved = any(record.ok for record in cluster.router.mover.moves)
         await cluster.rest()
         try:
             await cluster.accounts()
@@ -110,7 +110,7 @@ class Session:
         decode = [w for w in router.pool.workers.values() if w.role == "decode"]
         others = [w for w in decode if stream.owner is None or w is not stream.owner.worker]
         if others:
-            await router.move(stream, others[0], self._mode)
+            await router.mover.move(stream, others[0], self._mode)
 
     def _judge(self, answer: Answer) -> None:
         problems = self.found.problems

@@ -90,9 +90,9 @@ class Scenario:
             await cluster.accounts()
         except Exception as error:
             outcome.problems.append(f"accounts: {error}")
-        outcome.moves = sum(record.ok for record in cluster.router.moves)
-        outcome.failed_moves = len(cluster.router.moves) - outcome.moves
-        outcome.reasons = Counter(r.reason.split(":")[0] for r in cluster.router.moves if not r.ok)
+        outcome.moves = sum(record.ok for record in cluster.router.mover.moves)
+        outcome.failed_moves = len(cluster.router.mover.moves) - outcome.moves
+        outcome.reasons = Counter(r.reason.split(":")[0] for r in cluster.router.mover.moves if not r.ok)
         outcome.flipped = cluster.wire.flipped
         await cluster.stop()
         return outcome
@@ -147,7 +147,7 @@ class Scenario:
             return
         away = [w for w in workers if stream.owner is None or w is not stream.owner.worker]
         target = self._chance.choice(away or workers)
-        await cluster.router.move(stream, target, self._chance.choice(list(Mode)))
+        await cluster.router.mover.move(stream, target, self._chance.choice(list(Mode)))
 
     def _fault(self, cluster: Cluster, names: list[str]) -> tuple[Callable[[Host | None], None], str]:
         chance = self._chance
@@ -171,7 +171,7 @@ class Scenario:
                 case "drain":
                     worker = cluster.router.pool.workers.get(host.instance if host else 2)
                     if worker is not None:
-                        cluster.job(cluster.router.drain(worker, 30.0)).add_done_callback(lambda t: t.exception())
+                        cluster.job(cluster.router.mover.drain(worker, 30.0)).add_done_callback(lambda t: t.exception())
                         loop = asyncio.get_running_loop()
                         loop.call_later(3.0, setattr, worker, "held_back", False)
                 case "kill":

@@ -92,6 +92,9 @@ def test_a_worker_that_cannot_be_reached_is_the_last_choice() -> None:
         assert {found.pick("decode").instance for _ in range(3)} == {2}
         # It may be a passing failure: better tried than refused.
         assert found.pick("decode", exclude=(2,)).instance == 1
+        # A drain does not.
+        with pytest.raises(NoRoom, match="can be reached"):
+            found.pick("decode", exclude=(2,), reachable=True)
         found.workers[1].report(report(running=0), asked_with=0)
         assert 1 in {found.pick("decode").instance for _ in range(2)}
 
