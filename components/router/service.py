@@ -3,7 +3,8 @@
 
 A request goes to a prefill worker, which gives the first token and freezes it, then to a decode worker; when no
 prefill worker is there, or the prompt is short, to a decode worker alone. A lost worker means token replay on
-another one, up to ``replay_limit`` times. Errors reach the client as Dynamo's own exceptions.
+another one, up to ``replay_limit`` times. While no decode worker is there, a prefill worker does it all. Errors reach
+the client as Dynamo's own exceptions.
 """
 
 from __future__ import annotations
@@ -179,9 +180,18 @@ class RouterService:
                 logger.warning("request %s is prefilled on a decode worker: %s", stream.request.request_id, error)
         else:
             self.metrics.prefilled_locally("not_migratable" if single else "short")
-        worker = self.pool.pick("decode")
+        worker = self._pick()
         stream.note(EventKind.DECODE, worker)
         stream.owner = stream.open(worker)
+
+    def _pick(self, exclude: tuple[int, ...] = ()) -> Worker:
+        """A decode worker; while there is none a prefill worker, whose engine can do the same."""
+        try:
+            return self.pool.pick("decode", exclude)
+        except NoRoom:
+            with contextlib.suppress(NoRoom):
+                return self.pool.pick("prefill", exclude)
+            raise
 
     async def _hand_over(self, stream: Stream, frozen: Frozen) -> None:
         """Prefill is done: find a decode worker, or let the prefill worker go on when there is none."""
@@ -215,7 +225,7 @@ class RouterService:
         self.metrics.replayed(error.code)
         for attempt in range(20):
             try:
-                worker = self.pool.pick("decode", tuple(stream.shunned))
+                worker = self._pick(tuple(stream.shunned))
             except NoRoom:
                 if attempt == 19:
                     raise

@@ -72,8 +72,6 @@ class Session:
         self._mode = mode
         self.found = Found(plan)
         self._gone = self._router_died = False
-        self._standing: set[int] = set()
-        """Decode workers that stand still for long."""
         self._pending: tuple[WorkerOp, str] | None = None
         """What is to happen once a call of this kind was handled."""
 
@@ -118,8 +116,6 @@ class Session:
             problems.append(f"progress: it hangs after {len(answer.tokens)} of {len(_RIGHT)} tokens")
         if answer.tokens != _RIGHT[: len(answer.tokens)]:
             problems.append(f"one owner: {answer.tokens} instead of {_RIGHT}")
-        elif len(self._standing) == _DECODE and answer.error.endswith("no decode worker is available"):
-            return
         elif answer.tokens != _RIGHT and not (self._gone or self._router_died):
             problems.append(f"progress: {len(answer.tokens)} of {len(_RIGHT)} tokens: {answer.error or answer.finish}")
 
@@ -179,8 +175,6 @@ class Session:
                     cluster.kill(other)
             case "stall host" | "stall host long":
                 cluster.stall(host, 2.0 if deviation == "stall host" else 30.0)
-                if deviation == "stall host long" and host.component == "backend":
-                    self._standing.add(host.instance)
             case "cancel":
                 self._gone = True
                 if "r" in cluster.contexts:

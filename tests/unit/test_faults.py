@@ -70,3 +70,25 @@ def test_a_worker_that_stands_still_is_lost_although_discovery_still_lists_it(mo
     with quiet():
         tokens, error = clock.run(play())
     assert (tokens, error) == (expected(body), "")
+
+
+@pytest.mark.parametrize("prompt", [[1, 2, 3], list(range(100, 160))])
+def test_a_prefill_worker_does_it_all_while_no_decode_worker_is_there(prompt: list[int]) -> None:
+    bodies = [payload(prompt, 40, 5), payload(prompt, 60, 6)]
+
+    async def play() -> list[tuple[list[int], str]]:
+        cluster = Cluster(Random(1), network.Weather(), prefill=1, decode=1)
+        await cluster.start()
+        asking = [cluster.job(cluster.ask("running", bodies[0]))]
+        await asyncio.sleep(0.3)
+        for host in cluster.hosts("backend"):
+            cluster.kill(host)
+        asking.append(cluster.job(cluster.ask("new", bodies[1])))
+        answers = await asyncio.wait_for(asyncio.gather(*asking), 120.0)
+        await cluster.rest()
+        await cluster.accounts()
+        await cluster.stop()
+        return [(answer.tokens, answer.error) for answer in answers]
+
+    with quiet():
+        assert clock.run(play()) == [(expected(body), "") for body in bodies]
