@@ -114,6 +114,11 @@ def four(values: list[float]) -> tuple[float, float, float, float]:
     return float(data.mean()), float(np.percentile(data, 50)), float(np.percentile(data, 99)), float(data.max())
 
 
+def throughput(runs: list[Run]) -> float:
+    """Tokens for each second of requests that did not fail, of all runs one after the other."""
+    return sum(s.tokens for run in runs for s in run.samples if not s.failed) / sum(run.duration_s for run in runs)
+
+
 def figures(runs: list[Run], slo: Slo) -> Figures:
     """Of all runs together."""
     samples = [s for run in runs for s in run.samples]
@@ -126,7 +131,7 @@ def figures(runs: list[Run], slo: Slo) -> Figures:
         requests=len(samples),
         failed=len(samples) - len(done),
         retried=sum(run.retried for run in runs),
-        tokens_s=sum(s.tokens for s in done) / duration,
+        tokens_s=throughput(runs),
         goodput=good / duration,
         good_share=good / max(1, len(samples)),
         ttft=four([s.ttft_s for s in done]),

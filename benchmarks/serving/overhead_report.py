@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.stats import bootstrap
 
-from benchmarks.serving.metrics import Run, Slo, figures, four
+from benchmarks.serving.metrics import Run, Slo, figures, four, throughput
 from benchmarks.serving.overhead import Cost, Hop
 from benchmarks.serving.parts import TITLES, Kind
 from benchmarks.serving.tables import table
@@ -48,9 +48,9 @@ def _row(at_once: int, runs: list[Run], slo: Slo) -> list[str]:
     with_, without = (figures([pair[which] for pair in pairs], slo) for which in range(len(_KINDS)))
     return [
         str(at_once),
-        _pooled(pairs, _speed, 3),
+        _pooled(pairs, throughput, 3),
         _pooled(pairs, _late, 2),
-        _each(pairs, _speed, 3),
+        _each(pairs, throughput, 3),
         _each(pairs, _late, 2),
         str(with_.requests),
         f"{with_.tokens_s:.0f} / {without.tokens_s:.0f}",
@@ -60,12 +60,8 @@ def _row(at_once: int, runs: list[Run], slo: Slo) -> list[str]:
     ]
 
 
-def _speed(runs: list[Run]) -> float:
-    return sum(s.tokens for run in runs for s in run.samples if not s.failed) / sum(run.duration_s for run in runs)
-
-
 def _late(runs: list[Run]) -> float:
-    return float(np.percentile([s.ttft_s for run in runs for s in run.samples if not s.failed], 99))
+    return four([s.ttft_s for run in runs for s in run.samples if not s.failed])[2]
 
 
 def _ratio(pairs: list[list[Run]], of: Callable[[list[Run]], float]) -> float:

@@ -87,8 +87,8 @@ def write_report(report: Report, path: Path, raw: Path) -> None:
     ]
     # With other models, whose steps decide how much of them the rest is, and on other machines.
     files = sorted(raw.parent.glob("serving-overhead-*.json"))
-    costs = [report, *(msgspec.json.decode(other.read_bytes(), type=Report) for other in files)]
-    lines += [line for each in costs for line in _overhead(each)]
+    measured = [report, *(msgspec.json.decode(other.read_bytes(), type=Report) for other in files)]
+    lines += [line for each in measured for line in _overhead(each)]
     lines += _disturbed(report)
     lines += _open(report)
     lines += _saved(report)
@@ -98,7 +98,7 @@ def write_report(report: Report, path: Path, raw: Path) -> None:
     lines += _formulas()
     if report.errors:
         lines += ["## Errors of this run", "", *(f"- {error.splitlines()[0]}" for error in report.errors), ""]
-    names = plots.draw(report.runs, next((each.overhead for each in costs if each.overhead), []), raw.parent)
+    names = plots.draw(report.runs, next((each.overhead for each in measured if each.overhead), []), raw.parent)
     lines += ["## Plots", "", *(f"![{text}](results/{name})" for name, text in names), ""]
     path.write_text("\n".join(lines).rstrip() + "\n")
 
