@@ -8,7 +8,7 @@ the model's ``generation_config.json``, as with ``vllm serve``. Raises ``Invalid
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,18 +109,37 @@ def to_request(
     )
 
 
-class Responder:
-    """Builds the chunks of one response."""
+def has_stop_strings(payload: dict[str, Any]) -> bool:
+    """Whether the frontend may end this response, which ``to_request`` has accepted, at a text that it finds."""
+    return bool((payload.get("stop_conditions") or {}).get("stop"))
 
-    def __init__(self, tokenizer: Any, prompt_tokens: int, wants_logprobs: bool) -> None:
+
+class Responder:
+    """Builds the chunks of one response.
+
+    ``one_by_one`` gives each token a chunk of its own: a frontend that finds a stop string counts all tokens of its
+    chunk, so the usage would depend on how many a busy engine had joined.
+    """
+
+    def __init__(self, tokenizer: Any, prompt_tokens: int, wants_logprobs: bool, one_by_one: bool) -> None:
         self._tokenizer = tokenizer
         self._prompt_tokens = prompt_tokens
         self._wants_logprobs = wants_logprobs
+        self._one_by_one = one_by_one
         self._completion_tokens = 0
         self._cached_tokens = 0
 
-    def chunk(self, output: GenerateOutput) -> dict[str, Any]:
-        """One chunk in Dynamo's format."""
+    def chunks(self, output: GenerateOutput) -> Iterator[dict[str, Any]]:
+        """An output in Dynamo's format."""
+        last = len(output.token_ids) - 1
+        if not self._one_by_one or last < 1:
+            yield self._chunk(output)
+            return
+        for at, token in enumerate(output.token_ids):
+            end = output if at == last else _UNFINISHED
+            yield self._chunk(msgspec.structs.replace(end, token_ids=(token,), logprobs=output.logprobs[at : at + 1]))
+
+    def _chunk(self, output: GenerateOutput) -> dict[str, Any]:
         self._completion_tokens += len(output.token_ids)
         self._cached_tokens = max(self._cached_tokens, output.cached_tokens)
         chunk: dict[str, Any] = {"token_ids": list(output.token_ids), "index": 0}
@@ -152,6 +171,7 @@ class Responder:
         }
 
 
+_UNFINISHED = GenerateOutput(0)
 _FINISH = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",

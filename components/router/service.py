@@ -38,7 +38,7 @@ from components.metrics.traces import export
 from components.migration.move import hand_over
 from components.router.answer import Answer
 from components.router.mover import Mover
-from components.router.openai import Responder, default_sampling, to_request
+from components.router.openai import Responder, default_sampling, has_stop_strings, to_request
 from components.router.stream import Stream
 from components.router.workers import Worker, WorkerPool
 from components.serve.config import RouterConfig
@@ -94,7 +94,12 @@ class RouterService:
 
     async def _respond(self, payload: dict[str, Any], context: Any, answer: Answer) -> None:
         request = to_request(context.id(), payload, self._defaults, self.max_model_len(), self._config.lora_modules)
-        responder = Responder(self._tokenizer, len(request.prompt_token_ids), request.sampling.logprobs is not None)
+        responder = Responder(
+            self._tokenizer,
+            len(request.prompt_token_ids),
+            wants_logprobs=request.sampling.logprobs is not None,
+            one_by_one=has_stop_strings(payload),
+        )
         news: asyncio.Queue[Exception | None] = asyncio.Queue()
 
         def give(item: GenerateOutput | MigrateError) -> None:
@@ -102,7 +107,8 @@ class RouterService:
                 news.put_nowait(item)
                 return
             try:
-                answer.put(responder.chunk(item))
+                for chunk in responder.chunks(item):
+                    answer.put(chunk)
             except Exception as error:
                 # Of this request alone: its worker's connection, which has just brought it, is that of others too.
                 news.put_nowait(error)
