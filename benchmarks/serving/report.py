@@ -46,9 +46,17 @@ def merge(old: Report, new: Report) -> Report:
     return merged
 
 
+def _read(path: Path) -> Report:
+    return msgspec.json.decode(path.read_bytes(), type=Report)
+
+
+def _where(report: Report) -> str:
+    commit = report.machine.get("commit")
+    return f"{report.date}, {report.machine.get('cpu', '')}" + (f", commit {commit}" if commit else "")
+
+
 def _overhead(report: Report) -> list[str]:
-    where = f"{report.date}, {report.machine.get('cpu', '')}"
-    return overhead(report.model, where, report.overhead, report.costs, report.hop, report.slo)
+    return overhead(report.model, _where(report), report.overhead, report.costs, report.hop, report.slo)
 
 
 def _of(report: Report, kind: Kind, workload: Workload) -> list[Run]:
@@ -85,20 +93,21 @@ def write_report(report: Report, path: Path, raw: Path) -> None:
         "their own process.",
         "",
     ]
-    # With other models, whose steps decide how much of them the rest is, and on other machines.
-    files = sorted(raw.parent.glob("serving-overhead-*.json"))
-    measured = [report, *(msgspec.json.decode(other.read_bytes(), type=Report) for other in files)]
-    lines += [line for each in measured for line in _overhead(each)]
-    lines += _disturbed(report)
+    # With other models, whose steps decide how much of them the rest is.
+    others = [_read(file) for file in sorted(raw.parent.glob("serving-overhead-*.json"))]
+    lines += [line for each in (report, *others) for line in _overhead(each)]
+    disturbed = [_read(file) for file in sorted(raw.parent.glob("serving-disturbed-*.json"))]
+    lines += [line for each in (report, *disturbed) for line in _disturbed(each)]
     lines += _open(report)
     lines += _saved(report)
-    lines += _moved(report)
+    lines += [line for each in (report, *disturbed) for line in _moved(each)]
     lines += _soak(raw.parent)
     lines += _profiles(report)
     lines += _formulas()
     if report.errors:
         lines += ["## Errors of this run", "", *(f"- {error.splitlines()[0]}" for error in report.errors), ""]
-    names = plots.draw(report.runs, next((each.overhead for each in measured if each.overhead), []), raw.parent)
+    loads = next((each.overhead for each in (report, *others) if each.overhead), [])
+    names = plots.draw(report.runs, loads, raw.parent)
     lines += ["## Plots", "", *(f"![{text}](results/{name})" for name, text in names), ""]
     path.write_text("\n".join(lines).rstrip() + "\n")
 
@@ -137,13 +146,13 @@ def _disturbed(report: Report) -> list[str]:
         return []
     header = ["workload, system", "failed", "replayed", "p99 ITL / undisturbed", "p99 ITL ms", "max ITL ms"]
     return [
-        "## Rolling restart, scale-down, migrations",
+        f"## Rolling restart, scale-down, migrations: {report.model}",
         "",
-        "Long outputs at half the rate. Restart: SIGTERM to each worker in turn, started again (at low priority until "
-        "it serves, since it has no machine of its own here), then the next. Scale-down: SIGTERM to one decode worker "
-        "for good. Moved: one migration every second. The goal is no failed request and a p99 ITL of at most 3 times "
-        "the undisturbed one. ITL is that of requests that did not fail. Leaving: seconds from SIGTERM to the end of "
-        "each worker.",
+        f"{_where(report)}. Long outputs at {report.scale.rate / 2:g} requests/s. Restart: SIGTERM to each worker in "
+        "turn, started again (at low priority until it serves, since it has no machine of its own here), then the "
+        "next. Scale-down: SIGTERM to one decode worker for good. Moved: one migration every second. The goal is no "
+        "failed request and a p99 ITL of at most 3 times the undisturbed one. ITL is that of requests that did not "
+        "fail. Leaving: seconds from SIGTERM to the end of each worker.",
         "",
         *table([*header, "p99 TTFT ms", "moves", "leaving s"], rows),
     ]
@@ -225,7 +234,7 @@ def _moved(report: Report) -> list[str]:
     if not rows:
         return []
     header = ["system, workload", "moves", "not made", "MB of KV", "whole move p50 ms", "added stall p50 ms"]
-    return ["## Migrations", "", "Prefill hand-offs are not counted.", "", *table(header, rows)]
+    return [f"## Migrations: {report.model}", "", "Prefill hand-offs are not counted.", "", *table(header, rows)]
 
 
 def _soak(folder: Path) -> list[str]:
