@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.serving.metrics import Run
+from benchmarks.serving.metrics import Run, throughput
 from benchmarks.serving.parts import Kind
 from benchmarks.serving.workloads import Workload
 
@@ -93,10 +93,7 @@ def _load(pyplot: Any, runs: list[Run]) -> Any:
     figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
     levels = sorted({run.at_once for run in runs})
     for kind in (Kind.STOCK_AGG, Kind.OURS_AGG):
-        rates = [
-            [sum(s.tokens for s in r.samples) / r.duration_s for r in runs if r.system == kind and r.at_once == level]
-            for level in levels
-        ]
+        rates = [[throughput([r]) for r in runs if r.system == kind and r.at_once == level] for level in levels]
         middle = [float(np.median(values)) for values in rates]
         spread = [
             [m - min(v) for m, v in zip(middle, rates, strict=True)],

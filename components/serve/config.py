@@ -47,7 +47,8 @@ class RouterConfig(ComponentConfig):
     local_prefill_max_tokens: int = Field(0, ge=0, description="Prompts up to this long skip the prefill workers")
     placement: Literal["least-loaded", "round-robin"] = Field(
         "least-loaded",
-        description="Decode worker of a new request; round-robin is what Dynamo's frontend does by default",
+        description="Decode worker of a new request: by KV blocks and seats in use (two seats while a prompt is "
+        "computed) and prompt tokens that wait; round-robin is what Dynamo's frontend does by default",
     )
     max_migrations_per_worker: int = Field(4, ge=1, description="Migrations that one worker takes part in at once")
     max_migrations_per_pair: int = Field(4, ge=1, description="Migrations between the same two workers at once")
