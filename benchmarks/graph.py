@@ -19,6 +19,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from components.doctor.host import gpus
 from components.errors import MigrateError
 from components.serve import precision
 
@@ -79,6 +80,7 @@ def machine() -> dict[str, str]:
         model = names[0] if names else model
     return {
         "cpu": f"{model}, {os.cpu_count()} cores" + ("" if precision.fast_bfloat16() else ", no AVX-512"),
+        **({"gpus": ", ".join(found)} if (found := gpus()) else {}),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "python": platform.python_version(),
         **_commit(),

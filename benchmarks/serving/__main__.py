@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -67,6 +67,8 @@ def main(
     restart_s: Annotated[float, typer.Option(help="seconds of load while workers restart; 0: 120, --quick: 90")] = 0.0,
     trace: Annotated[Path | None, typer.Option(help="lengths from an Azure, BurstGPT or Mooncake trace")] = None,
     seed: Annotated[int, typer.Option()] = 0,
+    devices: Annotated[str, typer.Option(help="GPUs that workers take in turn, joined by commas; empty: CPU")] = "",
+    engine_args: Annotated[str, typer.Option(help="vLLM's arguments for all workers, as JSON")] = "{}",
     transport: Annotated[Transport, typer.Option("--nixl-transport")] = Transport.AUTO,
     json: Annotated[Path, typer.Option("--json", help="file for the raw samples")] = _RESULTS,
     add: Annotated[bool, typer.Option("--add", help="keep the runs of other systems that the file holds")] = False,
@@ -82,6 +84,7 @@ def main(
         scale = Scale(rate, 6.0 if quick else 20.0, restart_s=restart, seed=seed)
         scale = msgspec.structs.replace(scale, trace=str(trace or ""))
         found = Report(machine(), model, transport.value, scale, Slo(), time.strftime("%Y-%m-%d"))
+        gpus, engine = _numbers(devices), _mapping(engine_args)
         chosen = [Workload(word) for word in workloads.split(",") if word]
         before = msgspec.json.decode(json.read_bytes(), type=Report) if add and json.is_file() else None
 
@@ -97,10 +100,25 @@ def main(
                 plan = {kind: [w for w in planned if w in chosen] for kind, planned in plan.items()}
             pairs = repeats or (_QUICK_PAIRS if quick else _PAIRS)
             settings = (repeats or (1 if quick else 3), [4] if quick else [1, 2, 4, 8], pairs, logs)
-            _run(found, load, systems, plan, *settings, console, keep)
+            _run(found, load, systems, plan, *settings, engine, gpus, console, keep)
         keep()
     write_report(msgspec.json.decode(json.read_bytes(), type=Report), report, json)
     console.print(f"{report} is written from {json}")
+
+
+def _numbers(devices: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in devices.split(",") if word.strip())
+    except ValueError as error:
+        raise typer.BadParameter(f"{devices!r}: write numbers like 0,1", param_hint="--devices") from error
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        shown = """{"load-format": "dummy"}"""
+        raise typer.BadParameter(f"{text!r}: {error}; write {shown}", param_hint="--engine-args") from error
 
 
 def _run(
@@ -112,6 +130,8 @@ def _run(
     levels: list[int],
     pairs: int,
     logs: Path | None,
+    engine: dict[str, Any],
+    devices: tuple[int, ...],
     console: Console,
     keep: Callable[[], None],
 ) -> None:
@@ -121,7 +141,8 @@ def _run(
     for kinds in [list(group) for _, group in itertools.groupby(chosen, key=lambda kind: kind.workers)]:
         kind = kinds[0]
         try:
-            with running(kind, found.model, Transport(found.transport), logs) as system:
+            where = (kind, found.model, Transport(found.transport), logs)
+            with running(*where, engine=engine, devices=devices) as system:
                 for kind in kinds:
                     if kind is not system.kind:
                         system.become(kind)
@@ -134,7 +155,7 @@ def _run(
     if not names or "overhead" in names:
         arguments = (load, found.model, Transport(found.transport), levels, pairs, found.scale.seed, logs)
         try:
-            found.overhead, found.costs, found.hop = measure(*arguments, console.print)
+            found.overhead, found.costs, found.hop = measure(*arguments, engine, devices, console.print)
         except MigrateError as error:
             console.print(f"[red]overhead: {error}")
             found.errors.append(f"overhead: {error}")

@@ -12,9 +12,10 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -52,6 +53,8 @@ def measure(
     repeats: int,
     seed: int,
     logs: Path | None,
+    engine: Mapping[str, Any],
+    devices: tuple[int, ...],
     say: Callable[[str], None],
 ) -> tuple[list[Run], list[Cost], Hop]:
     """Runs of both systems at each number of requests at once, their costs, and the hop's samples."""
@@ -60,7 +63,8 @@ def measure(
     tokens: Counter[str] = Counter()
     with ExitStack() as stack:
         systems = [
-            stack.enter_context(running(kind, model, transport, logs)) for kind in (Kind.STOCK_AGG, Kind.OURS_AGG)
+            stack.enter_context(running(kind, model, transport, logs, engine=engine, devices=devices))
+            for kind in (Kind.STOCK_AGG, Kind.OURS_AGG)
         ]
         say("overhead: both systems are up")
         for system in systems:

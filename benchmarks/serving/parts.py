@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import httpx
 from components import models
 from components.cli.serve import resolve
 from components.serve import precision
+from components.serve.config import WorkerConfig
 from components.serve.servers import free_port, system_port
 from components.transfer import Transport
 
@@ -129,6 +131,14 @@ def _flags(engine: Mapping[str, Any]) -> list[str]:
     return flags
 
 
+def _overrides(engine: Mapping[str, Any]) -> tuple[str, ...]:
+    """Engine arguments as ``dynamo serve`` has them: keys of its own, and the rest as they are."""
+    known = {name.replace("_", "-") for name in WorkerConfig.model_fields}
+    rest = {name.replace("-", "_"): value for name, value in engine.items() if name not in known}
+    own = tuple(f"--Common.{name}={json.dumps(value)}" for name, value in engine.items() if name in known)
+    return (*own, f"--Common.engine-args={json.dumps(rest)}") if rest else own
+
+
 def _vllm(model: str, port: int, engine: Mapping[str, Any]) -> list[Part]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port), "--host", "127.0.0.1"]
     command += ["--model", models.resolve(model), "--served-model-name", model, "--max-model-len", str(_MAX_LEN)]
@@ -137,7 +147,9 @@ def _vllm(model: str, port: int, engine: Mapping[str, Any]) -> list[Part]:
     return [Part("vllm", "worker", command, _ENGINE, health_port=port)]
 
 
-def _stock(model: str, port: int, modes: list[str], migration_limit: int, engine: Mapping[str, Any]) -> list[Part]:
+def _stock(
+    model: str, port: int, modes: list[str], migration_limit: int, engine: Mapping[str, Any], place: str
+) -> list[Part]:
     front = [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(port)]
     front += ["--router-mode", "round-robin", "--migration-limit", str(migration_limit)]
     parts = [Part("Frontend", "front", front, _ENGINE)]
@@ -146,8 +158,8 @@ def _stock(model: str, port: int, modes: list[str], migration_limit: int, engine
         command += ["--served-model-name", model, "--max-model-len", str(_MAX_LEN), "--block-size", str(_BLOCK)]
         command += ["--enforce-eager", "--max-num-seqs", str(_SEATS), *_UNIPROC, "--disaggregation-mode", mode]
         if mode != "agg":
-            connector = '{"kv_connector":"NixlConnector","kv_role":"kv_both","kv_buffer_device":"cpu"}'
-            command += ["--kv-transfer-config", connector]
+            connector = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": place}
+            command += ["--kv-transfer-config", json.dumps(connector)]
         command += _flags(engine)
         health = system_port()
         own = {"DYN_SYSTEM_PORT": str(health), "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
@@ -187,18 +199,39 @@ def parts_of(
     folder: Path,
     overrides: tuple[str, ...],
     engine: Mapping[str, Any],
+    devices: tuple[int, ...] = (),
 ) -> list[Part]:
-    """The processes of a system; those that bring requests have the role ``front``."""
-    # What this package takes for ``auto`` on this processor, the others get as well.
-    engine = {**engine, "dtype": precision.on_cpu(engine.get("dtype", "auto"))}
+    """The processes of a system; those that bring requests have the role ``front``.
+
+    ``devices``: the GPU of each worker in turn; without any they compute on the CPU.
+    """
+    parts = _parts_of(kind, model, port, transport, folder, overrides, engine, "cuda" if devices else "cpu")
+    workers = (part for part in parts if part.role != "front")
+    for part, device in zip(workers, itertools.cycle(devices), strict=False):
+        part.environment |= {"CUDA_VISIBLE_DEVICES": str(device), "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    return parts
+
+
+def _parts_of(
+    kind: Kind,
+    model: str,
+    port: int,
+    transport: Transport,
+    folder: Path,
+    overrides: tuple[str, ...],
+    engine: Mapping[str, Any],
+    place: str,
+) -> list[Part]:
+    if place == "cpu":
+        # What this package takes for ``auto`` on this processor, the others get as well.
+        engine = {**engine, "dtype": precision.on_cpu(engine.get("dtype", "auto"))}
     match kind:
         case Kind.VLLM:
             return _vllm(model, port, engine)
         case Kind.STOCK | Kind.STOCK_RETRY:
             limit = 3 if kind is Kind.STOCK_RETRY else 0
-            return _stock(model, port, ["prefill", "decode", "decode"], limit, engine)
+            return _stock(model, port, ["prefill", "decode", "decode"], limit, engine, place)
         case Kind.STOCK_AGG:
-            return _stock(model, port, ["agg", "agg"], 0, engine)
+            return _stock(model, port, ["agg", "agg"], 0, engine, place)
         case _:
-            common = tuple(f"--Common.{name}={json.dumps(value)}" for name, value in engine.items())
-            return _ours(kind, model, port, transport, folder, common + overrides)
+            return _ours(kind, model, port, transport, folder, _overrides(engine) + overrides)

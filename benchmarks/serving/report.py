@@ -52,7 +52,8 @@ def _read(path: Path) -> Report:
 
 def _where(report: Report) -> str:
     commit = report.machine.get("commit")
-    return f"{report.date}, {report.machine.get('cpu', '')}" + (f", commit {commit}" if commit else "")
+    place = ", ".join(filter(None, (report.machine.get(key) for key in ("gpus", "cpu"))))
+    return f"{report.date}, {place}" + (f", commit {commit}" if commit else "")
 
 
 def _overhead(report: Report) -> list[str]:

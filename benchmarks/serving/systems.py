@@ -211,10 +211,12 @@ def running(
     logs: Path | None = None,
     overrides: tuple[str, ...] = (),
     engine: Mapping[str, Any] = MappingProxyType({}),
+    devices: tuple[int, ...] = (),
 ) -> Iterator[System]:
     """Start a system, and end it with all its processes.
 
-    ``overrides`` are those of ``dynamo serve``; ``engine`` are vLLM's own arguments, for all workers of any system.
+    ``overrides`` are those of ``dynamo serve``; ``engine`` are vLLM's own arguments, for all workers of any system;
+    ``devices`` are the GPUs that workers take in turn.
     """
     with tempfile.TemporaryDirectory(prefix="dynamo-migrate-bench-") as scratch:
         folder = logs / kind.value if logs else Path(scratch)
@@ -222,7 +224,7 @@ def running(
         port = free_port()
 
         def parts(kind: Kind) -> list[Part]:
-            return parts_of(kind, model, port, transport, folder, overrides, engine)
+            return parts_of(kind, model, port, transport, folder, overrides, engine, devices)
 
         servers = Servers()
         system = System(kind, model, port, folder, parts(kind), parts)

@@ -51,7 +51,7 @@ def gather() -> Host:
         packages=_packages(),
         nixl_error=error,
         nixl_plugins=plugins,
-        gpus=_gpus(),
+        gpus=gpus(),
         rdma=_rdma(),
         memlock=_limit(resource.RLIMIT_MEMLOCK),
         open_files=_limit(resource.RLIMIT_NOFILE),
@@ -94,7 +94,8 @@ def _nixl() -> tuple[str, tuple[str, ...]]:
         return f"{type(error).__name__}: {error}", ()
 
 
-def _gpus() -> tuple[str, ...]:
+def gpus() -> tuple[str, ...]:
+    """Names of NVIDIA's GPUs, as the driver lists them."""
     if not lanes.NVIDIA_DEVICES.is_dir():
         return ()
     names = []

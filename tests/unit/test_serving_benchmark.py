@@ -8,16 +8,18 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from safetensors.numpy import save_file
 
 from benchmarks.graph import machine
 from benchmarks.serving.metrics import Event, Run, Sample, Slo, figures
 from benchmarks.serving.overhead import Hop
 from benchmarks.serving.overhead_report import overhead
-from benchmarks.serving.parts import Kind
+from benchmarks.serving.parts import Kind, parts_of
 from benchmarks.serving.profile import self_time
 from benchmarks.serving.report import Report, merge, write_report
 from benchmarks.serving.workloads import CHUNK, Scale, Workload, arrivals, write
 from benchmarks.soak.memory import Life
+from components.transfer import Transport
 
 SCALE = Scale(rate=4.0, duration_s=10.0)
 
@@ -136,3 +138,20 @@ def test_overhead_of_all_repeats_with_its_interval_and_of_each() -> None:
 
 def test_no_overhead_without_runs() -> None:
     assert overhead("a model", "here", [], [], Hop(), Slo()) == []
+
+
+@pytest.mark.parametrize("kind", [Kind.STOCK, Kind.STOCK_AGG, Kind.OURS, Kind.OURS_AGG])
+def test_workers_of_every_system_take_the_gpus_in_turn(kind: Kind, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (model / name).write_text("{}")
+    save_file({}, model / "model.safetensors")
+    engine = {"dtype": "bfloat16", "load-format": "dummy"}
+    parts = parts_of(kind, str(model), 8000, Transport.AUTO, tmp_path, (), engine, (4, 6))
+    workers = [part for part in parts if part.role != "front"]
+    expected = ["4", "6", "4"] if kind in (Kind.STOCK, Kind.OURS) else ["4", "6"]
+    assert [part.environment["CUDA_VISIBLE_DEVICES"] for part in workers] == expected
+    for part in workers:
+        said = " ".join(part.command) + part.environment.get("DYN_MIGRATE_CONFIG", "")
+        assert "bfloat16" in said and "dummy" in said
