@@ -53,12 +53,16 @@ def resolve(
     overrides = parse_overrides(arguments)
     if port is not None:
         overrides.setdefault("Frontend", {})["port"] = port
+    for name, block in overrides.items():
+        if "model" in block:
+            # One that nobody will serve need not be made, nor be there.
+            values.get(name, {}).pop("model", None)
     for block in (*values.values(), *overrides.values()):
         if "model" in block:
             block.setdefault("served-model-name", block["model"])
             block["model"] = models.resolve(block["model"])
     common = values.setdefault("Common", {})
-    if "model" not in common:
+    if "model" not in {**common, **overrides.get("Common", {})}:
         common["served-model-name"] = "smollm2"
         common["model"] = models.resolve("smollm2")
     names = [name.strip() for name in only.split(",") if name.strip()]
