@@ -89,12 +89,16 @@ def machine() -> dict[str, str]:
 
 
 def _commit() -> dict[str, str]:
-    command = ["git", "describe", "--always", "--dirty"]
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    root = Path(__file__).parent.parent
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except OSError:
+        # Results of an earlier run change nothing in what the next one measures.
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.yaml", "*.toml")
+        return {"commit": git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")}
+    except (OSError, subprocess.CalledProcessError):
         return {}
-    return {"commit": done.stdout.strip()} if done.returncode == 0 else {}
 
 
 def _version(name: str) -> str:

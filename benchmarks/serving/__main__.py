@@ -154,8 +154,14 @@ def _run(
             found.errors.append(f"{lost}: {error}")
     if not names or "overhead" in names:
         arguments = (load, found.model, Transport(found.transport), levels, pairs, found.scale.seed, logs)
+
+        def keep_overhead(runs: list[Run]) -> None:
+            found.overhead = runs
+            keep()
+
         try:
-            found.overhead, found.costs, found.hop = measure(*arguments, engine, devices, console.print)
+            where = (engine, devices, console.print, keep_overhead)
+            found.overhead, found.costs, found.hop = measure(*arguments, *where)
         except MigrateError as error:
             console.print(f"[red]overhead: {error}")
             found.errors.append(f"overhead: {error}")

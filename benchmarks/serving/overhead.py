@@ -56,6 +56,7 @@ def measure(
     engine: Mapping[str, Any],
     devices: tuple[int, ...],
     say: Callable[[str], None],
+    keep: Callable[[list[Run]], None],
 ) -> tuple[list[Run], list[Cost], Hop]:
     """Runs of both systems at each number of requests at once, their costs, and the hop's samples."""
     runs: list[Run] = []
@@ -81,6 +82,7 @@ def measure(
                     tokens[system.kind.value] += sum(s.tokens for s in samples)
                     run = Run(system.kind.value, "closed loop", repeat, samples, duration(samples), at_once=at_once)
                     runs.append(run)
+                    keep(runs)
                     say(f"overhead: {system.kind}, {at_once} at once, repeat {repeat + 1}: {run.duration_s:.1f} s")
         hop = _hop(systems[1], 20 * repeats)
     costs = [

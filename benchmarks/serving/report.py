@@ -14,6 +14,7 @@ from benchmarks.serving.overhead import Cost, Hop
 from benchmarks.serving.overhead_report import overhead
 from benchmarks.serving.parts import TITLES, Kind
 from benchmarks.serving.profile import Profile
+from benchmarks.serving.steps import Steps
 from benchmarks.serving.tables import table
 from benchmarks.serving.workloads import Scale, Workload
 from benchmarks.soak.report import Report as SoakReport
@@ -97,6 +98,7 @@ def write_report(report: Report, path: Path, raw: Path) -> None:
     # With other models, whose steps decide how much of them the rest is.
     others = [_read(file) for file in sorted(raw.parent.glob("serving-overhead-*.json"))]
     lines += [line for each in (report, *others) for line in _overhead(each)]
+    lines += _steps(raw.parent)
     disturbed = [_read(file) for file in sorted(raw.parent.glob("serving-disturbed-*.json"))]
     lines += [line for each in (report, *disturbed) for line in _disturbed(each)]
     lines += _open(report)
@@ -236,6 +238,17 @@ def _moved(report: Report) -> list[str]:
         return []
     header = ["system, workload", "moves", "not made", "MB of KV", "whole move p50 ms", "added stall p50 ms"]
     return [f"## Migrations: {report.model}", "", "Prefill hand-offs are not counted.", "", *table(header, rows)]
+
+
+def _steps(folder: Path) -> list[str]:
+    found = [msgspec.json.decode(raw.read_bytes(), type=Steps) for raw in sorted(folder.glob("steps-*.json"))]
+    if not found:
+        return []
+    note = (
+        "`python -m benchmarks.serving.steps`: two engines with the same arguments on the same device, one with this "
+        "package's connector, scheduler and agent, asked in turn; no Dynamo, no router, no migration."
+    )
+    return ["## Steps of the engine", "", note, "", *(line for each in found for line in each.lines())]
 
 
 def _soak(folder: Path) -> list[str]:

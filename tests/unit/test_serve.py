@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from components.cli.serve import resolve as resolve_plan
 from components.errors import ConfigError, TransferUnavailable
 from components.models import resolve
 from components.serve import precision
@@ -178,3 +179,15 @@ def test_a_half_written_model_is_refused(tiny_llama: str, tmp_path: Path) -> Non
         resolve(str(half))
     with pytest.raises(ConfigError, match="there is no model folder"):
         resolve(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("config", ["configs/disagg.yaml", None])
+def test_a_model_that_an_override_replaces_need_not_be_there(
+    config: str | None, tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("components.models.resolve", lambda model: asked.append(model) or model)
+    arguments = [f"--Common.model={tiny_llama}"]
+    plan = resolve_plan("graphs.disagg:Frontend", config and Path(config), Transport.AUTO, 9000, "", arguments)
+    assert set(asked) == {tiny_llama}
+    assert plan.model == tiny_llama

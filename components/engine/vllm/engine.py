@@ -119,7 +119,7 @@ class VLLMEngine:
         )
         try:
             args = AsyncEngineArgs(
-                distributed_executor_backend=_executor(self._options.engine_args),
+                distributed_executor_backend=executor(self._options.engine_args),
                 kv_transfer_config=transfer,
                 worker_extension_cls="components.engine.vllm.runner_state.WorkerExtension",
                 **self._options.engine_args,
@@ -357,7 +357,7 @@ class VLLMEngine:
         self._live.pop(request_id, None)
 
 
-def _executor(engine_args: dict[str, Any]) -> str | None:
+def executor(engine_args: dict[str, Any]) -> str | None:
     """Where the model runs. On CPUs vLLM starts a process of its own and spins on two cores to talk to it."""
     from vllm.platforms import current_platform
 
