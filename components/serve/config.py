@@ -111,7 +111,9 @@ class WorkerConfig(ComponentConfig):
     max_num_seqs: int = Field(16, ge=1, description="Requests that run at once")
     max_num_batched_tokens: int | None = Field(None, description="Tokens per step; empty takes vLLM's choice")
     enable_prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prefixes")
-    enforce_eager: bool = Field(True, description="No CUDA graphs and no compilation")
+    enforce_eager: bool | None = Field(
+        None, description="No CUDA graphs and no compilation; empty: as long as there are no devices"
+    )
     integrity: Literal["tail", "full", "off"] = Field("tail", description="Which KV blocks are checksummed")
     calibration: str = Field("", description="File of dynamo calibrate; empty takes measured defaults")
     advertise_host: str = Field("127.0.0.1", description="Address under which other hosts reach this worker")

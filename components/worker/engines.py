@@ -52,7 +52,8 @@ def _vllm(config: WorkerConfig, agent: dict[str, Any]) -> Engine:
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "enable_prefix_caching": config.enable_prefix_caching,
-        "enforce_eager": config.enforce_eager,
+        # On GPUs launching each kernel by itself takes several times as long as a step of CUDA graphs.
+        "enforce_eager": not config.devices if config.enforce_eager is None else config.enforce_eager,
         "seed": config.seed,
         "kv_cache_memory_bytes": int(config.kv_memory_gib * (1 << 30)),
     }

@@ -12,18 +12,22 @@ import sys
 import uuid
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from components.cli.serve import resolve as resolve_plan
+from components.engine.vllm.engine import VLLMEngine
 from components.errors import ConfigError, TransferUnavailable
 from components.models import resolve
 from components.serve import precision
+from components.serve.config import WorkerConfig, parse
 from components.serve.graph import load
 from components.serve.plan import Plan, make_plan, parse_overrides, read_yaml
 from components.transfer import lanes
 from components.transfer.config import Transport
+from components.worker.engines import build_engine
 from tests.conftest import free_port
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -191,3 +195,12 @@ def test_a_model_that_an_override_replaces_need_not_be_there(
     plan = resolve_plan("graphs.disagg:Frontend", config and Path(config), Transport.AUTO, 9000, "", arguments)
     assert set(asked) == {tiny_llama}
     assert plan.model == tiny_llama
+
+
+@pytest.mark.parametrize(
+    ("given", "eager"), [({}, True), ({"devices": [[0]]}, False), ({"devices": [[0]], "enforce-eager": True}, True)]
+)
+def test_engines_on_gpus_take_cuda_graphs_unless_told_otherwise(given: dict[str, Any], eager: bool) -> None:
+    engine = build_engine(parse(WorkerConfig, "DecodeWorker", {"model": "m", **given}), "name")
+    assert isinstance(engine, VLLMEngine)
+    assert engine._options.engine_args["enforce_eager"] is eager
