@@ -15,9 +15,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
+import msgspec
 import psutil
+import typer
 
 from components.doctor.host import gpus
 from components.errors import MigrateError
@@ -69,6 +72,15 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path, folder: Path) 
 def end_on_sigterm() -> None:
     """Let SIGTERM end this program like any error does, with everything that it has started."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def arguments_of(text: str) -> dict[str, Any]:
+    """The value of ``--engine-args``."""
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        shown = """'{"load-format": "dummy"}'"""
+        raise typer.BadParameter(f"{text!r}: {error}; write {shown}", param_hint="--engine-args") from error
 
 
 def machine() -> dict[str, str]:

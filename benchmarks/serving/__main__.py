@@ -16,7 +16,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from benchmarks.graph import end_on_sigterm, machine
+from benchmarks.graph import arguments_of, end_on_sigterm, machine
 from benchmarks.serving.actions import Action, moves, rolling_restart, scale_down
 from benchmarks.serving.load import Control, Load
 from benchmarks.serving.metrics import Event, Run, Slo, duration
@@ -84,7 +84,9 @@ def main(
         scale = Scale(rate, 6.0 if quick else 20.0, restart_s=restart, seed=seed)
         scale = msgspec.structs.replace(scale, trace=str(trace or ""))
         found = Report(machine(), model, transport.value, scale, Slo(), time.strftime("%Y-%m-%d"))
-        gpus, engine = _numbers(devices), _mapping(engine_args)
+        gpus, engine = _numbers(devices), arguments_of(engine_args)
+        if engine:
+            found.machine["engine"] = engine_args
         chosen = [Workload(word) for word in workloads.split(",") if word]
         before = msgspec.json.decode(json.read_bytes(), type=Report) if add and json.is_file() else None
 
@@ -111,14 +113,6 @@ def _numbers(devices: str) -> tuple[int, ...]:
         return tuple(int(word) for word in devices.split(",") if word.strip())
     except ValueError as error:
         raise typer.BadParameter(f"{devices!r}: write numbers like 0,1", param_hint="--devices") from error
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode(text, type=dict[str, Any])
-    except msgspec.DecodeError as error:
-        shown = """{"load-format": "dummy"}"""
-        raise typer.BadParameter(f"{text!r}: {error}; write {shown}", param_hint="--engine-args") from error
 
 
 def _run(

@@ -53,7 +53,7 @@ def _read(path: Path) -> Report:
 
 def _where(report: Report) -> str:
     commit = report.machine.get("commit")
-    place = ", ".join(filter(None, (report.machine.get(key) for key in ("gpus", "cpu"))))
+    place = ", ".join(filter(None, (report.machine.get(key) for key in ("gpus", "cpu", "engine"))))
     return f"{report.date}, {place}" + (f", commit {commit}" if commit else "")
 
 

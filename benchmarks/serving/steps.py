@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.graph import end_on_sigterm, machine
+from benchmarks.graph import arguments_of, end_on_sigterm, machine
 from benchmarks.serving.tables import table
 from components import models
 from components.errors import MigrateError
@@ -125,7 +125,7 @@ def main(
 ) -> None:
     """Measure, and write the raw samples, from which the serving report takes them if they lie in its folder."""
     end_on_sigterm()
-    engine = msgspec.json.decode(engine_args, type=dict[str, Any])
+    engine = arguments_of(engine_args)
     engine.setdefault("dtype", "auto" if device else precision.on_cpu("auto"))
     found = Steps(machine(), model, time.strftime("%Y-%m-%d"), engine)
     servers = Servers()
