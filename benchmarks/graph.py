@@ -100,6 +100,12 @@ def machine() -> dict[str, str]:
     }
 
 
+def place(facts: dict[str, str]) -> str:
+    """Where something was measured and with what, in a few words, from ``machine``."""
+    commit = f"commit {facts['commit']}" if "commit" in facts else ""
+    return ", ".join(filter(None, (facts.get("gpus"), facts.get("cpu"), facts.get("engine"), commit)))
+
+
 def _commit() -> dict[str, str]:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()

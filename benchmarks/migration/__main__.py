@@ -27,7 +27,7 @@ from components.transfer import Transport
 
 _OUTPUT = 500
 """Longest output of a moved request, which ends when its moves are done: 20 of them with some tokens between."""
-_CONFIG = "configs/disagg.yaml"
+_CONFIG = Path("configs/disagg.yaml")
 _REPLAYS = 5
 """Samples of token replay for each length: with 7,680 tokens one takes 45 s here."""
 _PATIENCE_S = 120
@@ -44,7 +44,7 @@ def main(
     moves: Annotated[int, typer.Option(help="migrations per length and mode")] = 20,
     modes: Annotated[str, typer.Option(help=f"of {', '.join(MODES)}")] = ",".join(MODES),
     model: Annotated[str, typer.Option(help="as in configs/disagg.yaml")] = "smollm2",
-    config: Annotated[Path, typer.Option("--config", help="of graphs.disagg, for GPUs say")] = Path(_CONFIG),
+    config: Annotated[Path, typer.Option("--config", help="of graphs.disagg, for GPUs say")] = _CONFIG,
     dtype: Annotated[str, typer.Option(help="as in configs/disagg.yaml")] = "auto",
     transport: Annotated[Transport, typer.Option("--nixl-transport")] = Transport.AUTO,
     quick: Annotated[bool, typer.Option("--quick", help="256 and 1024 tokens, 6 migrations each")] = False,

@@ -99,7 +99,7 @@ class Part:
         return True
 
 
-_ENGINE = {
+ENGINE = {
     "PYTHONHASHSEED": "0",
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -113,6 +113,11 @@ _ENGINE = {
     "ETCD_LEASE_TTL": "60",
 }
 """The same for every engine. Leases outlive a machine whose cores are all taken by a start."""
+
+
+def on_gpu(device: str) -> dict[str, str]:
+    """Environment of an engine on this GPU; this package's connector needs vLLM's first model runner."""
+    return {"CUDA_VISIBLE_DEVICES": device, "VLLM_USE_V2_MODEL_RUNNER": "0"}
 
 
 _UNIPROC = ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
@@ -144,7 +149,7 @@ def _vllm(model: str, port: int, engine: Mapping[str, Any]) -> list[Part]:
     command += ["--model", models.resolve(model), "--served-model-name", model, "--max-model-len", str(_MAX_LEN)]
     command += ["--block-size", str(_BLOCK), "--enforce-eager", "--max-num-seqs", str(_SEATS), *_UNIPROC]
     command += _flags(engine)
-    return [Part("vllm", "worker", command, _ENGINE, health_port=port)]
+    return [Part("vllm", "worker", command, ENGINE, health_port=port)]
 
 
 def _stock(
@@ -152,7 +157,7 @@ def _stock(
 ) -> list[Part]:
     front = [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(port)]
     front += ["--router-mode", "round-robin", "--migration-limit", str(migration_limit)]
-    parts = [Part("Frontend", "front", front, _ENGINE)]
+    parts = [Part("Frontend", "front", front, ENGINE)]
     for number, mode in enumerate(modes):
         command = [sys.executable, "-m", "benchmarks.serving.stock_worker", "--model", models.resolve(model)]
         command += ["--served-model-name", model, "--max-model-len", str(_MAX_LEN), "--block-size", str(_BLOCK)]
@@ -164,7 +169,7 @@ def _stock(
         health = system_port()
         own = {"DYN_SYSTEM_PORT": str(health), "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
         own |= {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
-        parts.append(Part(f"{mode}{number}", mode, command, _ENGINE | own, health_port=health))
+        parts.append(Part(f"{mode}{number}", mode, command, ENGINE | own, health_port=health))
     return parts
 
 
@@ -187,7 +192,7 @@ def _ours(kind: Kind, model: str, port: int, transport: Transport, folder: Path,
         own = process.environment | {"DYN_SYSTEM_PORT": str(system_port())}
         own |= {"DYN_MIGRATE_READY_FILE": str(ready)} if ready else {}
         command = [sys.executable, *process.command[1:]]
-        parts.append(Part(label, role.get(process.component, "front"), command, _ENGINE | own, ready_file=ready))
+        parts.append(Part(label, role.get(process.component, "front"), command, ENGINE | own, ready_file=ready))
     return parts
 
 
@@ -205,33 +210,21 @@ def parts_of(
 
     ``devices``: the GPU of each worker in turn; without any they compute on the CPU.
     """
-    parts = _parts_of(kind, model, port, transport, folder, overrides, engine, "cuda" if devices else "cpu")
-    workers = (part for part in parts if part.role != "front")
-    for part, device in zip(workers, itertools.cycle(devices), strict=False):
-        part.environment |= {"CUDA_VISIBLE_DEVICES": str(device), "VLLM_USE_V2_MODEL_RUNNER": "0"}
-    return parts
-
-
-def _parts_of(
-    kind: Kind,
-    model: str,
-    port: int,
-    transport: Transport,
-    folder: Path,
-    overrides: tuple[str, ...],
-    engine: Mapping[str, Any],
-    place: str,
-) -> list[Part]:
-    if place == "cpu":
+    place = "cuda" if devices else "cpu"
+    if not devices:
         # What this package takes for ``auto`` on this processor, the others get as well.
         engine = {**engine, "dtype": precision.on_cpu(engine.get("dtype", "auto"))}
     match kind:
         case Kind.VLLM:
-            return _vllm(model, port, engine)
+            parts = _vllm(model, port, engine)
         case Kind.STOCK | Kind.STOCK_RETRY:
             limit = 3 if kind is Kind.STOCK_RETRY else 0
-            return _stock(model, port, ["prefill", "decode", "decode"], limit, engine, place)
+            parts = _stock(model, port, ["prefill", "decode", "decode"], limit, engine, place)
         case Kind.STOCK_AGG:
-            return _stock(model, port, ["agg", "agg"], 0, engine, place)
+            parts = _stock(model, port, ["agg", "agg"], 0, engine, place)
         case _:
-            return _ours(kind, model, port, transport, folder, _overrides(engine) + overrides)
+            parts = _ours(kind, model, port, transport, folder, _overrides(engine) + overrides)
+    workers = (part for part in parts if part.role != "front")
+    for part, device in zip(workers, itertools.cycle(devices), strict=False):
+        part.environment |= on_gpu(str(device))
+    return parts

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.graph import place
 from benchmarks.serving import plots
 from benchmarks.serving.metrics import Figures, Run, Slo, figures
 from benchmarks.serving.overhead import Cost, Hop
@@ -52,9 +53,7 @@ def _read(path: Path) -> Report:
 
 
 def _where(report: Report) -> str:
-    commit = report.machine.get("commit")
-    place = ", ".join(filter(None, (report.machine.get(key) for key in ("gpus", "cpu", "engine"))))
-    return f"{report.date}, {place}" + (f", commit {commit}" if commit else "")
+    return f"{report.date}, {place(report.machine)}"
 
 
 def _overhead(report: Report) -> list[str]:

@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.graph import arguments_of, end_on_sigterm, machine
+from benchmarks.graph import arguments_of, end_on_sigterm, machine, place
+from benchmarks.serving.parts import ENGINE, on_gpu
 from benchmarks.serving.tables import table
 from components import models
 from components.errors import MigrateError
@@ -70,10 +71,13 @@ class Steps(msgspec.Struct):
 
     def lines(self) -> list[str]:
         """A part of the report."""
-        where = ", ".join(filter(None, (self.machine.get(key) for key in ("gpus", "cpu", "commit"))))
         engine = json.dumps(self.engine)
         header = ["at once", "step with / without", "mean ms", "p99 ms", "means of the repeats"]
-        return [f"{self.model}, {self.date}, {where}. Engine: `{engine}`.", "", *table(header, self.rows())]
+        return [
+            f"{self.model}, {self.date}, {place(self.machine)}. Engine: `{engine}`.",
+            "",
+            *table(header, self.rows()),
+        ]
 
 
 class Child:
@@ -129,10 +133,7 @@ def main(
     engine.setdefault("dtype", "auto" if device else precision.on_cpu("auto"))
     found = Steps(machine(), model, time.strftime("%Y-%m-%d"), engine)
     servers = Servers()
-    environment = dict(os.environ) | servers.start({}) | {"VLLM_LOGGING_LEVEL": "ERROR", "TORCHDYNAMO_DISABLE": "1"}
-    environment |= {"VLLM_USE_V2_MODEL_RUNNER": "0", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    if device:
-        environment["CUDA_VISIBLE_DEVICES"] = device
+    environment = dict(os.environ) | servers.start({}) | ENGINE | (on_gpu(device) if device else {})
     levels = [int(word) for word in at_once.split(",")]
     try:
         with ExitStack() as stack:
