@@ -218,7 +218,8 @@ class MigrationMixin(LandingMixin):
         else:
             record.frozen_from_waiting = True
             self.waiting.remove_requests([request])
-            self.skipped_waiting.remove_requests([request])
+            self.kv_holding_waiting.remove_requests([request])
+            self.deferred_waiting.discard(request)
 
     def _complete_freeze(self, record: Record) -> Frozen:
         request = record.request
@@ -253,7 +254,8 @@ class MigrationMixin(LandingMixin):
         record.waiters.clear()
         if record.frozen_from_waiting:
             record.frozen_from_waiting = False
-            self.waiting.prepend_request(request)
+            queue = self.kv_holding_waiting if self._holds_kv_blocks(request) else self.waiting
+            queue.prepend_request(request)
         else:
             self.running.append(request)
             if len(self.running) > self.max_num_running_reqs:
@@ -271,6 +273,9 @@ class MigrationMixin(LandingMixin):
     def step_metadata(self, scheduler_output: Any) -> StepMetadata:
         """What the workers must know for this step."""
         meta = StepMetadata(jobs=self._new_jobs, rng_resets=self._rng_resets)
+        if any(job.wait for job in meta.jobs):
+            # vLLM starts loads after the forward pass unless a step says that it reads them.
+            scheduler_output.has_sync_kv_loads = True
         self._new_jobs, self._rng_resets = [], {}
         for vllm_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
             record = self._by_vllm_id.get(vllm_id)
