@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One case: blocks of one order by one method between two processes, timed and compared.
 
-The destination is this process and the source another one. With a method that pushes it is the other way round.
+The destination is this process and the source another one.
 """
 
 from __future__ import annotations
@@ -115,11 +115,6 @@ def fetch(case: Pair, src: list[int], dst: list[int]) -> TransferResult:
     return case.agent.fetch(case.peer.ref, src, dst, request_id="bench", deadline_s=_DEADLINE_S).wait(_DEADLINE_S + 5)
 
 
-def push(case: Pair, src: list[int], dst: list[int]) -> TransferResult:
-    """From this process into the other."""
-    return case.agent.push(case.peer.ref, dst, src, request_id="bench", deadline_s=_DEADLINE_S).wait(_DEADLINE_S + 5)
-
-
 def stock(case: Pair, src: list[int], dst: list[int]) -> TransferResult:
     """One READ descriptor for every block of every layer, posted at once: what vLLM's NIXL connector does."""
     exchange = next(b for b in case.agent._assembly.backends if isinstance(b, Exchange))
@@ -149,7 +144,7 @@ def measure(
     src, dst = order_of(order, count, total, 7), order_of(order, count, total, 8)
     row = Row(shape.name, order, method, shape.segment_bytes, count, count * shape.block_bytes, 0, "", [], [], [], [])
     plain = HostCopy(count * shape.block_bytes) if case.device == "cpu" else None
-    move = stock if method == "stock" else push if method.endswith("push") else fetch
+    move = stock if method == "stock" else fetch
     try:
         for repeat in range(repeats + 1):
             if repeat == 1:

@@ -76,6 +76,8 @@ def source(pipe: Connection, shape: Shape, blocks: int, device: str, more: dict[
         command, argument = pipe.recv()
         if command == "checksums":
             pipe.send(agent.checksums(argument))
+        elif command == "fetch":
+            pipe.send(agent.fetch(*argument, request_id="back", deadline_s=20).wait(25).lane)
         elif command == "collective":
             serve(argument, device)
             pipe.send(None)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moves KV cache blocks between agents.
 
-agent.py     TransferAgent: register pools once, publish, fetch, push
+agent.py     TransferAgent: register pools once, publish, fetch
 handle.py    TransferHandle: wait, await, call back, cancel
 config.py    AgentConfig, KVPool, TransferResult
 layout.py    where the bytes of a block lie

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transfer agent: pools registered once, one record published, blocks fetched and pushed on request.
+"""The transfer agent: pools registered once, one record published, peers' blocks fetched on request.
 
 Life cycle: ``start`` registers and publishes (raises when it cannot), ``close`` withdraws. One epoch a life.
-Threading: everything may be called from any thread; ``fetch`` and ``push`` return at once. All copies are made
+Threading: everything may be called from any thread; ``fetch`` returns at once. All copies are made
 by one worker thread, the store lives on a thread with an asyncio loop. Callbacks run on the worker thread.
 Time-outs: each transfer has a deadline, owned by the worker (``session/worker.py``); none outlives it by more
 than ``grace_s``. Errors: ``start`` raises ``ConfigError``, ``TransferUnavailable`` or ``TransferError``; a
@@ -126,21 +126,13 @@ class TransferAgent:
         transfer alone.
         """
         logger.debug("request %s: fetching %d blocks from %s", request_id, len(src_blocks), peer.name)
-        return self._submit(peer, dst_blocks, src_blocks, request_id, deadline_s, on_done, False, checksums, strategy)
-
-    def push(
-        self,
-        peer: AgentRef,
-        src_blocks: Sequence[int],
-        dst_blocks: Sequence[int],
-        *,
-        request_id: str,
-        deadline_s: float,
-        on_done: Callback | None = None,
-    ) -> TransferHandle:
-        """Copy our blocks into the peer's, pairwise."""
-        logger.debug("request %s: pushing %d blocks to %s", request_id, len(src_blocks), peer.name)
-        return self._submit(peer, src_blocks, dst_blocks, request_id, deadline_s, on_done, True)
+        handle = TransferHandle()
+        if on_done is not None:
+            handle.add_done_callback(on_done)
+        end = time.monotonic() + deadline_s
+        steps = self._run(peer, dst_blocks, src_blocks, request_id, end, handle, checksums, strategy)
+        self._worker.submit(Job(steps, handle, end), at_once=peer.epoch in self._at_once)
+        return handle
 
     def warm_up(self, peer: AgentRef, deadline_s: float = 60.0) -> TransferHandle:
         """Connect to a peer ahead of the first transfer: first contact can take seconds."""
@@ -169,26 +161,6 @@ class TransferAgent:
         """Blocks into which a peer that hangs may still write: do not use them yet."""
         return self._poisoned.blocks()
 
-    def _submit(
-        self,
-        peer: AgentRef,
-        ours: Sequence[int],
-        theirs: Sequence[int],
-        request_id: str,
-        deadline_s: float,
-        on_done: Callback | None,
-        push: bool,
-        checksums: Sequence[int] = (),
-        strategy: Strategy = Strategy.AUTO,
-    ) -> TransferHandle:
-        handle = TransferHandle()
-        if on_done is not None:
-            handle.add_done_callback(on_done)
-        end = time.monotonic() + deadline_s
-        steps = self._run(peer, ours, theirs, request_id, end, handle, push, checksums, strategy)
-        self._worker.submit(Job(steps, handle, end), at_once=peer.epoch in self._at_once)
-        return handle
-
     def _submit_steps(self, steps: Steps, handle: TransferHandle, end: float) -> None:
         self._worker.submit(Job(steps, handle, end))
 
@@ -200,17 +172,16 @@ class TransferAgent:
         request_id: str,
         end: float,
         handle: TransferHandle,
-        push: bool,
         checksums: Sequence[int],
         strategy: Strategy,
     ) -> Steps:
         mine, others = np.asarray(ours, np.int64), np.asarray(theirs, np.int64)
-        self.record.require_blocks(mine, unique=not push)
+        self.record.require_blocks(mine, unique=True)
         if ref == self.ref:
             raise TransferError(f"agent {ref.name} cannot transfer to itself")
         peer = yield from self._peer(ref, end)
         self._require_pairable(peer)
-        peer.require_blocks(others, unique=push)
+        peer.require_blocks(others, unique=False)
         near, far, unit = pair_up(mine, self.record.block_size, others, peer.block_size)
         handle.total = len(near) * self._block_bytes // (self.record.block_size // unit if unit else 1)
 
@@ -218,12 +189,12 @@ class TransferAgent:
             handle.progress += size
 
         def poison() -> Callable[[], None]:
-            return self._poison(handle, () if push else mine)
+            return self._poison(handle, mine)
 
         copy = Copy(peer, near, far, request_id, end, arrived, poison, unit, strategy)
         if not len(near):
             return TransferResult(lane=self._backend(peer).lane)
-        result = yield from self._on_a_lane(copy, "push" if push else "fetch")
+        result = yield from self._on_a_lane(copy, "fetch")
         return self._verified(result, near, checksums, unit)
 
     def _meet(self, record: AgentRecord) -> None:
@@ -256,13 +227,13 @@ class TransferAgent:
         empty = np.empty(0, np.int64)
         return (yield from self._on_a_lane(Copy(peer, empty, empty, "", end), "warm_up"))
 
-    def _on_a_lane(self, copy: Copy, what: Literal["fetch", "push", "warm_up"]) -> Steps:
+    def _on_a_lane(self, copy: Copy, what: Literal["fetch", "warm_up"]) -> Steps:
         """Use the best lane; the next one when that lane says that it does not reach the peer after all."""
         while True:
             backend = self._backend(copy.peer)
-            ways = {"fetch": backend.fetch, "push": backend.push, "warm_up": backend.warm_up}
+            way = backend.fetch if what == "fetch" else backend.warm_up
             try:
-                result = yield from ways[what](copy)
+                result = yield from way(copy)
                 if backend.at_once:
                     self._at_once.add(copy.peer.epoch)
                 return result
@@ -302,7 +273,7 @@ class TransferAgent:
             raise IntegrityError(f"blocks {wrong} are not what the source has")
         return dataclasses.replace(result, verified_blocks=count)
 
-    def _poison(self, handle: TransferHandle, blocks: Ints | tuple[()]) -> Callable[[], None]:
+    def _poison(self, handle: TransferHandle, blocks: Ints) -> Callable[[], None]:
         handle.poisoned_blocks = tuple(int(block) for block in blocks)
         return self._poisoned.add(handle.poisoned_blocks)
 

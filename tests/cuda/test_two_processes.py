@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.transfer.measure import Pair, fetch, pair, push
+from benchmarks.transfer.measure import Pair, fetch, pair
 from benchmarks.transfer.peer import Shape
 from components.errors import MigrateError, TransferCancelled
 from components.transfer import Strategy
@@ -58,14 +58,6 @@ def test_scattered_blocks_arrive_and_no_others_change(two: Pair, count: int) -> 
     fetch(two, src, dst)
     assert two.agent.checksums(dst) == two.call("checksums", src)
     assert two.agent.checksums(others) == before
-
-
-def test_pushed_blocks_arrive(two: Pair) -> None:
-    src, dst = random.sample(range(BLOCKS), 33), random.sample(range(BLOCKS), 33)
-    for pool in two.parts:
-        pool.tensor.view(torch.int16)[dst].random_()
-    push(two, src, dst)
-    assert two.agent.checksums(dst) == two.call("checksums", src)
 
 
 def test_a_transfer_that_is_out_of_time_leaves_the_pair_usable(two: Pair) -> None:

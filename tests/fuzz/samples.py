@@ -85,7 +85,6 @@ def session_messages() -> list[session.Message]:
     return [
         session.Ask(1, "mine", "r", blocks, blocks, (), 0, 1000),
         session.Ask(2, "mine", "r", blocks, b"", (4096, 8192), 4096, 1000),
-        session.Invite(3, "mine", "r", blocks, blocks, 1000),
         session.Landed(1, 0),
         session.Freed(1, 0),
         session.Ended(1, "transfer", "it broke", 10, 1, 0.1, 0.1, 0.1, "rc"),
@@ -128,7 +127,7 @@ def everything() -> dict[str, list[bytes]]:
         "record": [record.encode(agent_record())],
         "session": [session.encode(m) for m in session_messages()],
         "exchange": [session.encode(m) for m in session_messages()],
-        "tcp": [encode({"epoch": "mine", "push": push, "blocks": b"\1\0\0\0", "unit": 0}) for push in (False, True)],
+        "tcp": [encode({"epoch": "mine", "blocks": b"\1\0\0\0", "unit": 0})],
         "handover": [encode({"epoch": "mine"})],
         "handover-answer": [encode({"storages": [(4096, 4096)]})],
         "ticket": [encode(parked)],

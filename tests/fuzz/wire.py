@@ -54,7 +54,7 @@ def agent_records(data: bytes) -> None:
 def session_messages(data: bytes) -> None:
     """A NIXL notification."""
     message = session.decode(data)
-    if isinstance(message, session.Ask | session.Invite):
+    if isinstance(message, session.Ask):
         session.unpack(message.src)
         session.unpack(message.dst)
 

@@ -160,7 +160,6 @@ HOSTILE = {
     "another life": session.Ask(1, "theirs", "r", blocks(1), blocks(1), (), 0, 1000),
     "lists of different length": session.Ask(1, "mine", "r", blocks(1, 2), blocks(1), (), 0, 1000),
     "parts that the pair does not have": session.Ask(1, "mine", "r", blocks(1), blocks(1), (), 0, 1000, 3),
-    "an invitation to a block beyond the pool": session.Invite(1, "mine", "r", blocks(1), blocks(8), 1000),
     "a list that is cut off": session.Ask(1, "mine", "r", b"\1\0\0", blocks(1), (), 0, 1000),
 }
 

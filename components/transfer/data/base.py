@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every way of moving blocks offers.
 
-Contract: ``fetch`` and ``push`` give a generator that the agent's worker thread steps. It yields ``True`` after
+Contract: ``fetch`` gives a generator that the agent's worker thread steps. It yields ``True`` after
 it did something and ``False`` when it waits for others, returns the result, or raises a ``TransferError``.
 The worker owns deadline and cancel: it throws them into the generator, once. Whatever way the generator
 ends, nothing writes to the destination blocks afterwards, unless ``Copy.poison`` has named them.
@@ -32,7 +32,7 @@ def _harmless() -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class Copy:
-    """Block pairs to copy between us and a peer; with a ``unit``, pairs of parts of so many tokens."""
+    """Block pairs to copy from a peer to us; with a ``unit``, pairs of parts of so many tokens."""
 
     peer: AgentRecord
     ours: Ints
@@ -68,10 +68,6 @@ class Backend(Protocol):
 
     def fetch(self, copy: Copy) -> Steps:
         """Copy the peer's blocks into ours, pairwise."""
-        ...
-
-    def push(self, copy: Copy) -> Steps:
-        """Copy our blocks into the peer's, pairwise."""
         ...
 
     def warm_up(self, copy: Copy) -> Steps:

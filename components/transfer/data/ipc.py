@@ -23,7 +23,7 @@ import torch
 
 from components.errors import MigrateError, TransferError
 from components.transfer import profiling
-from components.transfer.config import Strategy, TransferResult
+from components.transfer.config import TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data import kernels
 from components.transfer.data.base import Copy, Steps
@@ -56,10 +56,9 @@ _handle = msgspec.msgpack.Decoder(_Handle)
 
 @dataclass(frozen=True)
 class _Mapped:
-    """A peer's memory, seen from our device, and the kernels for both directions."""
+    """A peer's memory, seen from our device, and the kernel that copies from there."""
 
     fetch: kernels.Mover
-    push: kernels.Mover
     rows: Sequence[torch.Tensor]
     """Held so that nothing is unmapped under a running kernel."""
 
@@ -127,7 +126,7 @@ class IpcBackend:
         parts = [self._rows_of(peer, number) for number in range(len(peer.ipc))]
         rows = [row for part in parts for row in part]
         with torch.cuda.device(self._device):
-            return _Mapped(kernels.mover(rows, self._rows), kernels.mover(self._rows, rows), rows)
+            return _Mapped(kernels.mover(rows, self._rows), rows)
 
     def _rows_of(self, peer: AgentRecord, number: int) -> list[torch.Tensor]:
         try:
@@ -149,13 +148,9 @@ class IpcBackend:
 
     def fetch(self, copy: Copy) -> Steps:
         """See ``Backend``."""
-        return self._move(copy, push=False)
+        return self._move(copy)
 
-    def push(self, copy: Copy) -> Steps:
-        """See ``Backend``."""
-        return self._move(copy, push=True)
-
-    def _move(self, copy: Copy, push: bool) -> Steps:
+    def _move(self, copy: Copy) -> Steps:
         mapped = self._map(copy.peer)
         if mapped is None:
             raise TransferError(f"device memory of agent {copy.peer.name} is not mapped")
@@ -163,7 +158,7 @@ class IpcBackend:
         size = len(copy.ours) * self._block_bytes
         mark = profiling.begin("wire", size)
         with profiling.span("post", size):
-            flight = self._launch(mapped, copy, push)
+            flight = self._launch(mapped, copy)
         queued = time.perf_counter()
         try:
             yield from self._ended(flight, copy, mapped)
@@ -177,16 +172,12 @@ class IpcBackend:
             post_s=queued - begun,
             wire_s=time.perf_counter() - queued,
             lane=self.lane,
-            strategy=Strategy.WRITE if push else Strategy.READ,
         )
 
-    def _launch(self, mapped: _Mapped, copy: Copy, push: bool) -> _Flight:
+    def _launch(self, mapped: _Mapped, copy: Copy) -> _Flight:
         flight = self._flight(len(copy.ours))
         with torch.cuda.device(self._device.index):
-            if push:
-                mapped.push(copy.ours, copy.theirs, flight.index, self._stream)
-            else:
-                mapped.fetch(copy.theirs, copy.ours, flight.index, self._stream)
+            mapped.fetch(copy.theirs, copy.ours, flight.index, self._stream)
             flight.event.record(self._stream)
         return flight
 
@@ -213,7 +204,7 @@ class IpcBackend:
     def warm_up(self, copy: Copy) -> Steps:
         """Map the peer's memory and compile the kernels."""
         begun = time.perf_counter()
-        yield from self._move(copy, push=False)
+        yield from self._move(copy)
         return TransferResult(wire_s=time.perf_counter() - begun, lane=self.lane)
 
     def progress(self) -> list[Generator[bool, None, None]]:

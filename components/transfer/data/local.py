@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from components.errors import TransferError
-from components.transfer.config import Strategy, TransferResult
+from components.transfer.config import TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data.base import Copy, Steps
 from components.transfer.layout import Region, put, rows_of, take
@@ -22,10 +22,9 @@ from components.transfer.layout import Region, put, rows_of, take
 _STEP_BLOCKS = 64
 
 
-def _copy_rows(copy: Copy, src: Sequence[torch.Tensor], dst: Sequence[torch.Tensor], push: bool, lane: str) -> Steps:
+def _copy_rows(copy: Copy, src: Sequence[torch.Tensor], dst: Sequence[torch.Tensor], lane: str) -> Steps:
     """Copy block rows segment by segment."""
-    ours, theirs = torch.from_numpy(copy.ours), torch.from_numpy(copy.theirs)
-    here, there = (ours, theirs) if push else (theirs, ours)
+    here, there = torch.from_numpy(copy.theirs), torch.from_numpy(copy.ours)
     total = 0
     try:
         for source, target in zip(src, dst, strict=True):
@@ -42,8 +41,7 @@ def _copy_rows(copy: Copy, src: Sequence[torch.Tensor], dst: Sequence[torch.Tens
         # Also when it fails: what is queued would still be written.
         for device in {row.device for row in (src[0], dst[0]) if row.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
-    strategy = Strategy.WRITE if push else Strategy.READ
-    return TransferResult(total, len(src) * len(copy.ours), lane=lane, strategy=strategy)
+    return TransferResult(total, len(src) * len(copy.ours), lane=lane)
 
 
 def _nothing() -> Generator[bool, None, TransferResult]:
@@ -76,12 +74,7 @@ class LocalBackend:
     def fetch(self, copy: Copy) -> Steps:
         """See ``Backend``."""
         source = self._agents[copy.peer.epoch]
-        return _copy_rows(copy, source(copy.unit), self._rows(copy.unit), False, self.lane)
-
-    def push(self, copy: Copy) -> Steps:
-        """See ``Backend``."""
-        target = self._agents[copy.peer.epoch]
-        return _copy_rows(copy, self._rows(copy.unit), target(copy.unit), True, self.lane)
+        return _copy_rows(copy, source(copy.unit), self._rows(copy.unit), self.lane)
 
     def warm_up(self, copy: Copy) -> Steps:
         """Nothing to connect."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks between processes of one host whose pools are in shared memory: one copy, from blocks to blocks.
 
-A peer's pools are mapped once, when it is first met; from then on a fetch reads its blocks where they are and a push
-writes into them. Copies run on the threads of ``HostCopier`` in bounded pieces: a cancelled transfer stands still
-after the pieces under way, some milliseconds. A peer that ended is noticed before the result is given, and its memory
-is unmapped as soon as nobody copies any more.
+A peer's pools are mapped once, when it is first met; from then on a fetch reads its blocks where they are. Copies run
+on the threads of ``HostCopier`` in bounded pieces: a cancelled transfer stands still after the pieces under way, some
+milliseconds. A peer that ended is noticed before the result is given, and its memory is unmapped as soon as nobody
+copies any more.
 Threading: worker thread; mapping and copying on threads of their own. Errors: ``TransferError``.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from components.errors import TransferError
 from components.transfer import profiling
-from components.transfer.config import Strategy, TransferResult
+from components.transfer.config import TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data.base import Copy, Steps
 from components.transfer.data.handover import Giver, Mapping, map_peer
@@ -76,11 +76,7 @@ class MappedBackend:
 
     def fetch(self, copy: Copy) -> Steps:
         """See ``Backend``."""
-        return self._copy(copy, push=False)
-
-    def push(self, copy: Copy) -> Steps:
-        """See ``Backend``."""
-        return self._copy(copy, push=True)
+        return self._copy(copy)
 
     def warm_up(self, copy: Copy) -> Steps:
         """Map the peer's memory."""
@@ -113,14 +109,14 @@ class MappedBackend:
         size = self._block_size
         return [part for r in self._regions for s in r.segments for part in cut(s, r.token_bytes, size, unit)]
 
-    def _copy(self, copy: Copy, push: bool) -> Steps:
+    def _copy(self, copy: Copy) -> Steps:
         begun = time.perf_counter()
         mapping = yield from self._mapping(copy)
         mapping.users += 1
         flying: _Flying = deque()
         try:
             # Writing in ascending order is up to a quarter faster, whatever order is read in.
-            order = np.argsort(copy.theirs if push else copy.ours)
+            order = np.argsort(copy.ours)
             ours = self._segments(copy.unit)
             theirs = [mapping.seen(segment, copy.peer.num_blocks) for segment in copy.peer.segments(copy.unit)]
             total = len(order) * sum(segment.length for segment in ours)
@@ -128,11 +124,10 @@ class MappedBackend:
             for group in batches(ours, theirs, copy.ours[order], copy.theirs[order], _PIECE_BYTES):
                 while len(flying) > _AHEAD * self._copier.threads and not _landed(flying, copy.arrived):
                     yield False
-                targets, sources = (group[:, 1], group[:, 0]) if push else (group[:, 0], group[:, 1])
                 size = int(group[:, 2].sum())
                 with profiling.span("post", size):
                     mark = profiling.begin("wire", size)
-                    job = self._copier.submit(targets, sources, group[:, 2], around=total >= _AROUND_BYTES)
+                    job = self._copier.submit(group[:, 0], group[:, 1], group[:, 2], around=total >= _AROUND_BYTES)
                 if mark is not None:
                     job.add_done_callback(partial(_arrived, mark))
                 flying.append((job, size))
@@ -144,8 +139,7 @@ class MappedBackend:
             if not mapping.alive():
                 raise TransferError(f"agent {copy.peer.name} is gone")
             wire = time.perf_counter() - prepared
-            strategy = Strategy.WRITE if push else Strategy.READ
-            return TransferResult(total, descriptors, prepared - begun, 0.0, wire, self.lane, strategy)
+            return TransferResult(total, descriptors, prepared - begun, 0.0, wire, self.lane)
         except GeneratorExit:
             raise
         except BaseException:

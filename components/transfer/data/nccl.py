@@ -148,27 +148,20 @@ class NcclBackend:
 
     def fetch(self, copy: Copy) -> Steps:
         """See ``Backend``."""
-        return self._move(copy, push=False)
-
-    def push(self, copy: Copy) -> Steps:
-        """See ``Backend``."""
-        return self._move(copy, push=True)
-
-    def warm_up(self, copy: Copy) -> Steps:
-        """Open the link."""
-        return self._move(copy, push=False)
-
-    def _move(self, copy: Copy, push: bool) -> Steps:
         begun = time.perf_counter()
         line = self._line(copy.peer)
 
         def work(copy: Copy, stop: threading.Event) -> int:
-            return self._guarded(line, copy, push, stop)
+            return self._guarded(line, copy, stop)
 
         size = yield from on_thread(self._pool, copy, work)
         wire_s = time.perf_counter() - begun
         count = len(self._staging.chunks(len(copy.ours), self._staging.slot_bytes)) if self._staging else 0
         return TransferResult(size, count, wire_s=wire_s, lane=self.lane, strategy=Strategy.STAGED)
+
+    def warm_up(self, copy: Copy) -> Steps:
+        """Open the link."""
+        return self.fetch(copy)
 
     def _line(self, peer: AgentRecord) -> _Line:
         if peer.key not in self._lines:
@@ -189,10 +182,10 @@ class NcclBackend:
             self._off.set()
         return ended
 
-    def _guarded(self, line: _Line, copy: Copy, push: bool, stop: threading.Event) -> int:
+    def _guarded(self, line: _Line, copy: Copy, stop: threading.Event) -> int:
         where = f"agent {copy.peer.name} at {copy.peer.nccl_address}"
         try:
-            return self._run(line, copy, push, lambda: stop.is_set() or self._off.is_set())
+            return self._run(line, copy, lambda: stop.is_set() or self._off.is_set())
         except TimeoutError as error:
             raise DeadlineExceeded(f"no answer from {where}") from error
         except MigrateError as error:
@@ -200,7 +193,7 @@ class NcclBackend:
         except (OSError, RuntimeError, *UNREADABLE) as error:
             raise TransferError(f"{where}: {error}") from error
 
-    def _run(self, line: _Line, copy: Copy, push: bool, stopped: Stopped) -> int:
+    def _run(self, line: _Line, copy: Copy, stopped: Stopped) -> int:
         _wait(lambda: line.lock.acquire(timeout=0.05), copy.end, stopped)
         try:
             link = self._linked(line, copy.end, stopped)
@@ -208,7 +201,7 @@ class NcclBackend:
                 return 0
             patience = Patience(link.sock, copy.end, stopped)
             try:
-                while (moved := self._try(link, copy, push, patience, stopped)) is None:
+                while (moved := self._try(link, copy, patience, stopped)) is None:
                     _wait(lambda: _paused(random.uniform(0, _AGAIN_S)), copy.end, stopped)
             except Exception as error:
                 line.losses += link.broken and not isinstance(error, TransferCancelled)
@@ -218,25 +211,19 @@ class NcclBackend:
         finally:
             line.lock.release()
 
-    def _try(self, link: Link, copy: Copy, push: bool, patience: Patience, stopped: Stopped) -> int | None:
+    def _try(self, link: Link, copy: Copy, patience: Patience, stopped: Stopped) -> int | None:
         """Ask once; None when the peer is busy."""
-        side = "send" if push else "receive"
-        while not (slots := self._take(side)):
+        while not (slots := self._take("receive")):
             _wait(lambda: _paused(_AGAIN_S), copy.end, stopped)
-        with self._holding(link, side, slots):
+        with self._holding(link, "receive", slots):
             budget = max(1, int((copy.end - time.monotonic()) * 1000))
-            say(link.sock, Ask(push, pack(copy.theirs), budget), copy.end)
+            say(link.sock, Ask(pack(copy.theirs), budget), copy.end)
             answer = hear(link.sock, Answer, copy.end)
             if answer.busy:
                 return None
             if answer.error:
                 raise TransferError(f"it refused: {answer.error}")
-            if not push:
-                return link.receive(copy.ours, slots, patience, copy.arrived)
-            moved = link.send(copy.ours, slots, patience, copy.arrived)
-            if error := hear(link.sock, Answer, copy.end).error:
-                raise TransferError(f"it could not store the blocks: {error}")
-            return moved
+            return link.receive(copy.ours, slots, patience, copy.arrived)
 
     def _linked(self, line: _Line, end: float, stopped: Stopped) -> Link:
         """The line's link, made when there is none. A transfer that gives up leaves the set-up to the next one."""
@@ -338,19 +325,14 @@ class NcclBackend:
         if not len(blocks) or int(blocks.max()) >= count:
             say(link.sock, Answer(f"agent {self._name} has {count} blocks, and others were named"), said)
             return
-        side = "receive" if ask.push else "send"
-        slots = self._take(side)
+        slots = self._take("send")
         if not slots:
             say(link.sock, Answer(busy=True), said)
             return
         patience = Patience(link.sock, time.monotonic() + ask.budget_ms / 1000, self._off.is_set)
-        with self._holding(link, side, slots):
+        with self._holding(link, "send", slots):
             say(link.sock, Answer(), said)
-            if ask.push:
-                link.receive(blocks, slots, patience, _ignore)
-                say(link.sock, Answer(), time.monotonic() + _SAY_S)
-            else:
-                link.send(blocks, slots, patience, _ignore)
+            link.send(blocks, slots, patience)
 
     def progress(self) -> list[Generator[bool, None, None]]:
         """Threads of our own serve; links of peers that have gone are ended, to give their memory back."""
@@ -391,7 +373,3 @@ def _wait(done: Stopped, end: float, stopped: Stopped) -> None:
 def _paused(seconds: float) -> bool:
     time.sleep(seconds)
     return True
-
-
-def _ignore(_: int) -> None:
-    """Nobody follows what is served."""

@@ -47,15 +47,14 @@ class Hello(msgspec.Struct, frozen=True):
 
 
 class Ask(msgspec.Struct, frozen=True):
-    """Send me these blocks of yours, or take mine into them."""
+    """Send me these blocks of yours."""
 
-    push: bool
     blocks: Annotated[bytes, msgspec.Meta(max_length=4 * MAX_BLOCKS)]
     budget_ms: Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """To each of both, and once more when pushed blocks are stored. ``busy``: ask again."""
+    """To each of both. ``busy``: ask again."""
 
     error: _Text = ""
     busy: bool = False
@@ -110,34 +109,30 @@ class Link:
         self._chunk = slot_blocks * staging.block_bytes
         self.broken = False
 
-    def send(self, blocks: Ints, slots: Sequence[int], patience: Patience, arrived: Callable[[int], None]) -> int:
-        """Send blocks: one chunk is gathered while another flies. Gives their bytes."""
+    def send(self, blocks: Ints, slots: Sequence[int], patience: Patience) -> None:
+        """Send blocks: one chunk is gathered while another flies."""
         staging, index = self._staging, self._staging.index(blocks)
-        flying: deque[tuple[int, Flight, object]] = deque()
-        total = 0
+        flying: deque[tuple[Flight, object]] = deque()
 
-        def settle() -> int:
-            count, flight, mark = flying.popleft()
+        def settle() -> None:
+            flight, mark = flying.popleft()
             patience.until(flight.done)
             profiling.end(mark)
-            arrived(count * staging.block_bytes)
-            return count * staging.block_bytes
 
         try:
             for number, (first, last) in enumerate(staging.chunks(len(blocks), self._chunk)):
                 if len(flying) == len(slots):
-                    total += settle()
+                    settle()
                 slot = slots[number % len(slots)]
                 staging.gather(index[first:last], slot)
                 mark = profiling.begin("wire", (last - first) * staging.block_bytes)
                 with staging.ordered():
-                    flying.append((last - first, self._wire.send(staging.part(slot, last - first)), mark))
+                    flying.append((self._wire.send(staging.part(slot, last - first)), mark))
             while flying:
-                total += settle()
+                settle()
         finally:
-            for _, _, mark in flying:
+            for _, mark in flying:
                 profiling.end(mark)
-        return total
 
     def receive(self, blocks: Ints, slots: Sequence[int], patience: Patience, arrived: Callable[[int], None]) -> int:
         """Receive blocks: one chunk is scattered while another flies. Gives their bytes."""

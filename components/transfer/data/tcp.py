@@ -2,7 +2,7 @@
 """Blocks over plain TCP, for hosts without NIXL.
 
 Wire format: a 4-byte length and one msgpack ``_Ask``, an answer byte, then rows of the asked blocks, segment by
-segment (to the client for a fetch; to the server, which answers once more at the end, for a push).
+segment. Nobody can write to a server: each side only fills blocks of its own, for transfers that it has opened.
 The server only touches registered pools: block numbers are checked, addresses never come from the wire.
 Threading: a daemon thread accepts, one serves each connection, one runs each of our transfers; each has its
 deadline on the socket. Rows are received into a buffer of their own and copied to blocks when they are whole.
@@ -14,7 +14,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ import msgspec
 import torch
 
 from components.errors import DeadlineExceeded, TransferCancelled, TransferError
-from components.transfer.config import Strategy, TransferResult
+from components.transfer.config import TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data.acceptor import Acceptor
 from components.transfer.data.base import Copy, Steps
@@ -40,7 +40,6 @@ _CHUNK_BYTES = 8 << 20
 
 class _Ask(msgspec.Struct, frozen=True):
     epoch: Annotated[str, msgspec.Meta(max_length=128)]
-    push: bool
     blocks: Annotated[bytes, msgspec.Meta(max_length=4 * MAX_BLOCKS)]
     unit: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Tokens of the parts that ``blocks`` numbers; 0: whole blocks."""
@@ -50,7 +49,7 @@ _decoder = msgspec.msgpack.Decoder(_Ask)
 
 
 class TcpBackend:
-    """Serves our blocks, fetches and pushes those of others."""
+    """Serves our blocks, fetches those of others."""
 
     lane = "tcp/sockets"
     at_once = False
@@ -70,41 +69,34 @@ class TcpBackend:
 
     def fetch(self, copy: Copy) -> Steps:
         """See ``Backend``."""
-        return self._on_thread(copy, self._fetch)
-
-    def push(self, copy: Copy) -> Steps:
-        """See ``Backend``."""
-        return self._on_thread(copy, self._push)
+        begun = time.perf_counter()
+        total = yield from on_thread(self._pool, copy, self._guarded)
+        wire = time.perf_counter() - begun
+        return TransferResult(total, len(self._rows(copy.unit)), wire_s=wire, lane=self.lane)
 
     def warm_up(self, copy: Copy) -> Steps:
         """Try a connection."""
-        return self._on_thread(copy, self._fetch)
-
-    def _on_thread(self, copy: Copy, work: Callable[[Copy, threading.Event], int]) -> Steps:
-        begun = time.perf_counter()
-        total = yield from on_thread(self._pool, copy, lambda copy, stop: self._guarded(copy, work, stop))
-        strategy = Strategy.WRITE if work == self._push else Strategy.READ
-        wire = time.perf_counter() - begun
-        return TransferResult(total, len(self._rows(copy.unit)), wire_s=wire, lane=self.lane, strategy=strategy)
+        return self.fetch(copy)
 
     def _rows(self, unit: int) -> list[torch.Tensor]:
         return rows_of(self._regions, self._block_size, unit)
 
-    def _guarded(self, copy: Copy, work: Callable[[Copy, threading.Event], int], stop: threading.Event) -> int:
+    def _guarded(self, copy: Copy, stop: threading.Event) -> int:
         where = f"agent {copy.peer.name} at {copy.peer.tcp_address}"
         try:
-            return work(copy, stop)
+            with self._connect(copy) as sock:
+                return self._receive_rows(sock, copy, stop)
         except TimeoutError as error:
             raise DeadlineExceeded(f"no answer from {where}") from error
         except (OSError, ValueError) as error:
             raise TransferError(f"{where}: {error}") from error
 
-    def _connect(self, copy: Copy, push: bool) -> socket.socket:
+    def _connect(self, copy: Copy) -> socket.socket:
         host, _, port = copy.peer.tcp_address.rpartition(":")
         sock = socket.create_connection((host, int(port)), timeout=left(copy.end))
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            ask = msgspec.msgpack.encode(_Ask(copy.peer.epoch, push, pack(copy.theirs), copy.unit))
+            ask = msgspec.msgpack.encode(_Ask(copy.peer.epoch, pack(copy.theirs), copy.unit))
             write_frame(sock, ask, copy.end)
             if read_exactly(sock, 1, copy.end) != _GRANTED:
                 raise TransferError(f"agent {copy.peer.name} refused: other epoch or unknown blocks")
@@ -113,56 +105,25 @@ class TcpBackend:
             raise
         return sock
 
-    def _fetch(self, copy: Copy, stop: threading.Event) -> int:
-        with self._connect(copy, push=False) as sock:
-            return self._receive_rows(sock, copy.ours, copy.unit, copy.end, stop, copy.arrived)
-
-    def _push(self, copy: Copy, stop: threading.Event) -> int:
-        with self._connect(copy, push=True) as sock:
-            total = self._send_rows(sock, copy.ours, copy.unit, copy.end, stop, copy.arrived)
-            if read_exactly(sock, 1, copy.end) != _GRANTED:
-                raise TransferError(f"agent {copy.peer.name} could not store the blocks")
-            return total
-
-    def _receive_rows(
-        self,
-        sock: socket.socket,
-        blocks: Ints,
-        unit: int,
-        end: float,
-        stop: threading.Event,
-        arrived: Callable[[int], None],
-    ) -> int:
+    def _receive_rows(self, sock: socket.socket, copy: Copy, stop: threading.Event) -> int:
         total = 0
-        for row in self._rows(unit):
-            for part in _parts(blocks, row):
+        for row in self._rows(copy.unit):
+            for part in _parts(copy.ours, row):
                 buffer = torch.empty((len(part), row.shape[-1]), dtype=torch.uint8)
-                read_into(sock, _bytes_of(buffer), end)
-                _check(stop)
+                read_into(sock, _bytes_of(buffer), copy.end)
+                if stop.is_set():
+                    raise TransferCancelled("the transfer was stopped")
                 put(row, part.to(row.device), buffer.to(row.device))
                 total += buffer.numel()
-                arrived(buffer.numel())
+                copy.arrived(buffer.numel())
         return total
 
-    def _send_rows(
-        self,
-        sock: socket.socket,
-        blocks: Ints,
-        unit: int,
-        end: float,
-        stop: threading.Event,
-        arrived: Callable[[int], None],
-    ) -> int:
-        total = 0
+    def _send_rows(self, sock: socket.socket, blocks: Ints, unit: int, end: float) -> None:
         for row in self._rows(unit):
             for part in _parts(blocks, row):
-                _check(stop)
                 data = take(row, part.to(row.device)).cpu()
                 sock.settimeout(left(end))
                 sock.sendall(_bytes_of(data))
-                total += data.numel()
-                arrived(data.numel())
-        return total
 
     def _serve(self, connection: socket.socket) -> None:
         end = time.monotonic() + _SERVE_S
@@ -174,12 +135,7 @@ class TcpBackend:
             connection.sendall(_REFUSED)
             return
         connection.sendall(_GRANTED)
-        never = threading.Event()
-        if ask.push:
-            self._receive_rows(connection, blocks, ask.unit, end, never, lambda _: None)
-            connection.sendall(_GRANTED)
-        else:
-            self._send_rows(connection, blocks, ask.unit, end, never, lambda _: None)
+        self._send_rows(connection, blocks, ask.unit, end)
 
     def _have(self, blocks: Ints, unit: int) -> bool:
         if unit and (self._block_size % unit or not all(region.token_bytes for region in self._regions)):
@@ -195,11 +151,6 @@ class TcpBackend:
         """Stop serving."""
         self._acceptor.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _check(stop: threading.Event) -> None:
-    if stop.is_set():
-        raise TransferCancelled("the transfer was stopped")
 
 
 def _parts(blocks: Ints, row: torch.Tensor) -> list[torch.Tensor]:

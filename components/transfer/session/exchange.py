@@ -32,7 +32,7 @@ from components.transfer.data.staging import Staging
 from components.transfer.layout import Ints, Region, Segment, cut, extents, runs
 from components.transfer.session import messages as wire
 from components.transfer.session.emptying import Emptying
-from components.transfer.session.serve import serve_ask, serve_invite
+from components.transfer.session.serve import serve_ask
 
 logger = logging.getLogger(__name__)
 
@@ -101,18 +101,6 @@ class Exchange:
                 raise TransferUnavailable(f"agents {self._config.name} and {copy.peer.name} have no staging memory")
             return self._fetch_staged(copy, self.staging)
         return self._ask_direct(copy)
-
-    def push(self, copy: Copy) -> Steps:
-        """See ``Backend``."""
-        if self.choose(copy) is Strategy.STAGED:
-            return self._invite(copy)
-        return self._direct(copy, "WRITE", Strategy.WRITE)
-
-    def fetch_invited(self, copy: Copy) -> Steps:
-        """Fetch for a peer that pushes: staged, since it would have written by itself otherwise."""
-        if self.staging is None or copy.unit:
-            return self._ask_direct(copy)
-        return self._fetch_staged(copy, self.staging)
 
     def choose(self, copy: Copy) -> Strategy:
         """The strategy for these blocks."""
@@ -239,21 +227,6 @@ class Exchange:
                 staging.release("receive", slots)
             del self.inboxes[copy.peer.key, number]
 
-    def _invite(self, copy: Copy) -> Steps:
-        number, inbox = self._open(copy.peer)
-        try:
-            budget = max(1, int((copy.end - time.monotonic()) * 1000))
-            src, dst = wire.pack(copy.ours), wire.pack(copy.theirs)
-            request = copy.request_id[:1024]
-            self.send(copy.peer, wire.Invite(number, copy.peer.epoch, request, src, dst, budget, copy.unit))
-            yield True
-            yield from self._until(copy, number, inbox, lambda: _over(inbox))
-            ended = _require(inbox)
-            copy.arrived(ended.bytes)
-            return self.result(ended, Strategy.STAGED, ended.lane or self.lane)
-        finally:
-            del self.inboxes[copy.peer.key, number]
-
     def warm_up(self, copy: Copy) -> Steps:
         """Load metadata, connect both ways."""
         number, inbox = self._open(copy.peer)
@@ -285,8 +258,6 @@ class Exchange:
         match message:
             case wire.Ask():
                 return self._with_peer(sender, message)
-            case wire.Invite():
-                return self._with_peer(sender, message)
             case wire.Hello(reply=True):
                 return self._with_peer(sender, message)
             case wire.Hello() if inbox is not None:
@@ -305,7 +276,7 @@ class Exchange:
                 logger.debug("agent %s: %s for a transfer that is over", sender, type(message).__name__)
         return None
 
-    def _with_peer(self, sender: str, message: wire.Ask | wire.Invite | wire.Hello) -> Generator[bool, None, None]:
+    def _with_peer(self, sender: str, message: wire.Ask | wire.Hello) -> Generator[bool, None, None]:
         # A peer that has just started may ask before its record has reached us.
         name, _, epoch = sender.rpartition("/")
         end = time.monotonic() + 5.0
@@ -322,8 +293,6 @@ class Exchange:
             elif message.epoch != self._epoch:
                 text = f"agent {self._config.name} is in epoch {self._epoch}"
                 self.send(peer, wire.Ended(message.id, "stale_epoch", text))
-            elif isinstance(message, wire.Invite):
-                yield from serve_invite(self, peer, message, inbox)
             else:
                 yield from serve_ask(self, peer, message, inbox)
         except TransferError as error:

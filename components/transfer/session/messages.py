@@ -8,8 +8,6 @@
     <-------------------------- Ended ----   nothing will be written any more
     Stop ----------------------------->      answered with Ended
 
-    Invite(src, dst)                         a source asks the destination to send it an Ask
-
 ``decode`` bounds sizes and raises ``TransferError``; what it returns may still name unknown blocks.
 """
 
@@ -83,18 +81,6 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
     id: _Id
 
 
-class Invite(msgspec.Struct, frozen=True, tag="invite"):
-    """Fetch these blocks of mine into those of yours, and tell me how it ended."""
-
-    id: _Id
-    epoch: _Text
-    request_id: _Text
-    src: _Blocks
-    dst: _Blocks
-    budget_ms: _Id
-    unit: _Id = 0
-
-
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """Warms the connection; ``reply`` asks for one back."""
 
@@ -102,7 +88,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     reply: bool
 
 
-Message = Ask | Landed | Freed | Ended | Stop | Invite | Hello
+Message = Ask | Landed | Freed | Ended | Stop | Hello
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 

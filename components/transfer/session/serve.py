@@ -11,12 +11,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from components.errors import DeadlineExceeded, MigrateError, TransferCancelled, TransferError
-from components.transfer.config import TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data.base import Copy
 from components.transfer.data.nixl import Moved
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Flow = Generator[bool, None, None]
-T = TypeVar("T")
 
 
 def serve_ask(exchange: Exchange, peer: AgentRecord, ask: wire.Ask, inbox: Inbox) -> Flow:
@@ -38,33 +36,15 @@ def serve_ask(exchange: Exchange, peer: AgentRecord, ask: wire.Ask, inbox: Inbox
     answer = wire.Ended(ask.id)
     try:
         yield from _bounded(_write(exchange, peer, ask, inbox, moved), inbox, ask.budget_ms)
-        answer = _ended(ask.id, moved, exchange.lane_of("WRITE", peer))
+        lane = exchange.lane_of("WRITE", peer)
+        figures = (moved.bytes, moved.descriptors, moved.prep_s, moved.post_s, moved.wire_s)
+        answer = wire.Ended(ask.id, "", "", *figures, lane)
     except MigrateError as error:
         answer = wire.Ended(ask.id, error.code, str(error)[:1024])
     exchange.send(peer, answer)
 
 
-def serve_invite(exchange: Exchange, peer: AgentRecord, invite: wire.Invite, inbox: Inbox) -> Flow:
-    """Fetch what the peer wants to push, and tell it how that ended."""
-    try:
-        theirs, ours = wire.unpack(invite.src), wire.unpack(invite.dst)
-        exchange.check_blocks(ours, peer, invite.unit)
-        if len(ours) != len(theirs) or (len(theirs) and int(theirs.max()) >= peer.count(invite.unit)):
-            raise TransferError("the block lists of the invitation do not fit")
-        end = time.monotonic() + invite.budget_ms / 1000
-        copy = Copy(peer, ours, theirs, invite.request_id, end, unit=invite.unit)
-        result = yield from _bounded(exchange.fetch_invited(copy), inbox, invite.budget_ms)
-        answer = _ended(invite.id, result, result.lane)
-    except MigrateError as error:
-        answer = wire.Ended(invite.id, error.code, str(error)[:1024])
-    exchange.send(peer, answer)
-
-
-def _ended(number: int, done: Moved | TransferResult, lane: str) -> wire.Ended:
-    return wire.Ended(number, "", "", done.bytes, done.descriptors, done.prep_s, done.post_s, done.wire_s, lane)
-
-
-def _bounded(steps: Generator[bool, None, T], inbox: Inbox, budget_ms: int) -> Generator[bool, None, T]:
+def _bounded(steps: Flow, inbox: Inbox, budget_ms: int) -> Flow:
     """Step until the end, or until the peer or its budget says stop."""
     end = time.monotonic() + budget_ms / 1000
     stopped = False
@@ -73,9 +53,8 @@ def _bounded(steps: Generator[bool, None, T], inbox: Inbox, budget_ms: int) -> G
             failure = None if stopped else _why_stop(inbox, end)
             stopped = stopped or failure is not None
             yield next(steps) if failure is None else steps.throw(failure)
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
+    except StopIteration:
+        return
 
 
 def _why_stop(inbox: Inbox, end: float) -> MigrateError | None:
