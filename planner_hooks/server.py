@@ -11,7 +11,7 @@ The planner is told where in its own file; one address serves both stages (docs/
            needs: [observations.fpm, observations.workers]}
     plugin_registration: {transport: {allow_insecure_grpc: true}}
 
-Dynamo 1.4 speaks plain gRPC to plugins: listen on loopback or inside a pod. Prints ``listening on ADDRESS`` when it
+Dynamo speaks plain gRPC to plugins: listen on loopback or inside a pod. Prints ``listening on ADDRESS`` when it
 serves, ends on SIGTERM. Raises ``ConfigError`` for a wrong policy file or an address that cannot be had.
 """
 
@@ -21,12 +21,16 @@ import argparse
 from typing import Any
 
 import grpc
-from dynamo.planner.plugins._proto_bridge import proto_to_pydantic, pydantic_to_proto
-from dynamo.planner.plugins.proto.v1 import plugin_pb2_grpc as rpc
 
 from components import process
 from components.errors import ConfigError
+from components.planner.perf_model import stand_in
 from planner_hooks.plugin import MigrationPlugin, ScaleDownPlugin
+
+stand_in()
+
+from dynamo.planner.plugins._proto_bridge import proto_to_pydantic, pydantic_to_proto  # noqa: E402
+from dynamo.planner.plugins.proto.v1 import plugin_pb2_grpc as rpc  # noqa: E402
 
 
 class Service(rpc.ProposePluginServicer, rpc.ConstrainPluginServicer):  # type: ignore[misc]

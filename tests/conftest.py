@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from components.planner import perf_model
 from components.serve.servers import etcd_command, nats_command
 
+perf_model.stand_in()  # Tests import parts of Dynamo's planner.
 _status = pytest.StashKey[int]()
 
 

@@ -139,10 +139,10 @@ def _tiny_llama(target: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    make: Any = LlamaForCausalLM  # untyped
     tokenizer = _tokenizer()
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(LlamaConfig(**_sizes(tokenizer)))  # typed in a way that no dtype passes
-    model.to(torch.bfloat16).save_pretrained(target)
+    make(LlamaConfig(**_sizes(tokenizer))).to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
@@ -150,11 +150,11 @@ def _tiny_mixtral(target: Path) -> None:
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
+    make: Any = MixtralForCausalLM  # untyped
     tokenizer = _tokenizer()
     torch.manual_seed(0)
     config = MixtralConfig(**_sizes(tokenizer), num_local_experts=4, num_experts_per_tok=2)
-    model: Any = MixtralForCausalLM(config)  # typed in a way that no dtype passes
-    model.to(torch.bfloat16).save_pretrained(target)
+    make(config).to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 

@@ -16,12 +16,13 @@ from typing import Any
 
 from components import process
 from components.errors import ConfigError
+from components.planner import perf_model
 from components.serve.config import PlannerConfig, load_component_config
 from planner_hooks.config import load
 
 
 def planner_file(config: PlannerConfig, namespace: str) -> dict[str, Any]:
-    """Keys of Dynamo 1.4's ``PlannerConfig``."""
+    """Keys of Dynamo 1.6's ``PlannerConfig``."""
     bounds = {"decode": config.decode_workers, "prefill": config.prefill_workers}
     shared = {
         "module": "planner_hooks.plugin",
@@ -59,6 +60,8 @@ def planner_file(config: PlannerConfig, namespace: str) -> dict[str, Any]:
         "scheduling": {"scale_interval_seconds": config.interval_s},
         "pre_deployment_sweeping_mode": "none",
         "live_dashboard_port": 0,
+        # One fixed port for each host, which a second planner there would not get.
+        "control_api_port": 0,
         "report_interval_hours": None,
         "plugin_registration": {
             "auth": {"trusted_sources": ["allow_unauthenticated"]},
@@ -70,6 +73,13 @@ def planner_file(config: PlannerConfig, namespace: str) -> dict[str, Any]:
 def main() -> None:
     """Hand over to Dynamo's planner, in this process."""
     config = load_component_config(PlannerConfig)
+    file = planner_file(config, process.namespace())
+    if file["optimization_target"] == "sla" and not perf_model.installed():
+        raise ConfigError(
+            "Planner.planner-args: optimization_target sla needs the package aisimulate_core, which is not installed: "
+            "install it from NVIDIA, or leave the target as it is (load)"
+        )
+    perf_model.stand_in()
     os.environ.setdefault("DYN_EVENT_PLANE", "zmq")
     # The planner drops and renews its watches all the time, and Dynamo's store reports each as an error.
     # Read when Dynamo is imported.
@@ -79,8 +89,9 @@ def main() -> None:
     except ImportError as error:
         raise ConfigError(f"Dynamo's planner cannot be imported ({error}): install the extra 'planner'") from error
     load(Path(config.policy_file))  # A wrong file ends here, with one line, before the planner's own start.
-    sys.argv = ["planner", "--config", json.dumps(planner_file(config, process.namespace()))]
+    sys.argv = ["planner", "--config", json.dumps(file)]
     run()  # type: ignore[no-untyped-call]
 
 
-process.run_blocking(main)
+if __name__ == "__main__":
+    process.run_blocking(main)

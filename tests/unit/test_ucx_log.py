@@ -21,10 +21,26 @@ OUTPUT = """
 [1.0] [vm:1:1]   |                      2048..inf | zero-copy              | 50% on rc_mlx5/mlx5_0:1 and 50% on rc_mlx5/mlx5_1:1 |
 """  # noqa: E501
 
+SINCE_1_22 = """
+[1.0] [vm:1:1]   | ucp_context_0 intra-node cfg#1                                   |
+[1.0] [vm:1:1]   | active message by ucp_am_send* from host memory                  |
+[1.0] [vm:1:1]   |   Range    |    Description     |    Config                       |
+[1.0] [vm:1:1]   | 16516..inf | multi-frag copy-in | tcp/lo                          |
+[1.0] [vm:1:1]   | ucp_context_0 intra-node cfg#1                                   |
+[1.0] [vm:1:1]   | remote memory read by ucp_get*(multi) into host memory from host |
+[1.0] [vm:1:1]   |   Range    |    Description     |    Config                       |
+[1.0] [vm:1:1]   | 0..inf     | zero-copy          | cma/memory                      |
+[1.0] [vm:1:1]   | ucp_context_0 inter-node cfg#2                                   |
+[1.0] [vm:1:1]   | remote memory write by ucp_put*(multi) from cuda/GPU0 memory     |
+[1.0] [vm:1:1]   | 0..2047    | short              | tcp/eth0                        |
+[1.0] [vm:1:1]   | 2048..inf  | zero-copy | 50% on rc_mlx5/mlx5_0:1 and 50% on rc_mlx5/mlx5_1:1 |
+"""
 
-def test_lanes_by_place_and_operation() -> None:
+
+@pytest.mark.parametrize("output", [OUTPUT, SINCE_1_22])
+def test_lanes_by_place_and_operation(output: str) -> None:
     tables = Tables()
-    for line in OUTPUT.splitlines():
+    for line in output.splitlines():
         tables.read(line)
     assert tables.lanes == {
         ("intra-node", "READ"): ("cma/memory",),

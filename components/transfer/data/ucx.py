@@ -19,7 +19,7 @@ from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
 
-_TABLE = re.compile(r"\|\s*\S+ (?P<where>self|intra-node|inter-node) cfg#\d+ \| (?P<what>[^|]+?)\s*\|\s*$")
+_PLACE = re.compile(r"\|\s*\S+ (?P<where>self|intra-node|inter-node) cfg#\d+\s*\|")
 _ROW = re.compile(r"\|\s*(?P<range>\d+(?:\.\.\w+)?)\s*\|\s*(?P<how>[^|]+?)\s*\|\s*(?P<lane>[^|]+?)\s*\|\s*$")
 _LANE = re.compile(r"\w+/[\w:.-]+")
 _TROUBLE = re.compile(r"UCX\s+(?:WARN|ERROR|FATAL)\s+(?P<text>.*)")
@@ -32,13 +32,15 @@ class Tables:
 
     def __init__(self) -> None:
         self.lanes: dict[tuple[str, str], tuple[str, ...]] = {}
+        self._where = ""
         self._reading: tuple[str, str] | None = None
 
     def read(self, line: str) -> None:
-        """Take in one line of UCX's output."""
-        if table := _TABLE.search(line):
-            operation = next((o for what, o in _OPERATIONS.items() if what in table["what"]), None)
-            self._reading = (table["where"], operation) if operation else None
+        """Take in one line of UCX's output. The operation is beside the place, or since UCX 1.22 in the line below."""
+        if place := _PLACE.search(line):
+            self._where, self._reading = place["where"], None
+        if operation := next((o for what, o in _OPERATIONS.items() if what in line), None):
+            self._reading = (self._where, operation)
         elif self._reading and (row := _ROW.search(line)) and row["range"].endswith("inf"):
             self.lanes[self._reading] = tuple(dict.fromkeys(_LANE.findall(row["lane"])))
 

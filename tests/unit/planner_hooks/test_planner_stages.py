@@ -58,6 +58,7 @@ def planner_file(**more: Any) -> PlannerConfig:
             "scheduling": {"scale_interval_seconds": 2} | more.pop("scheduling", {}),
             "pre_deployment_sweeping_mode": "none",
             "live_dashboard_port": 0,
+            "control_api_port": 0,
             "report_interval_hours": None,
             "plugin_registration": {"auth": {"trusted_sources": ["allow_unauthenticated"]}} | more,
         }
