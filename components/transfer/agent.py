@@ -290,4 +290,4 @@ class TransferAgent:
 
 def _has_cores_to_spare(regions: Sequence[Region]) -> bool:
     """True on a GPU host: a spinning worker gains more there than its core is worth."""
-    return any(region.tensor.is_cuda for region in regions) and len(os.sched_getaffinity(0)) >= _MANY_CORES
+    return any(region.device.type == "cuda" for region in regions) and len(os.sched_getaffinity(0)) >= _MANY_CORES

@@ -30,7 +30,8 @@ from components.transfer.data.nixl import NixlLink, nixl_is_available
 from components.transfer.data.shared import shared_storages
 from components.transfer.data.staging import Staging
 from components.transfer.data.tcp import TcpBackend
-from components.transfer.layout import Region, region_of
+from components.transfer.layout import Region
+from components.transfer.regions import regions_of, storages_of
 from components.transfer.session.exchange import Exchange
 
 logger = logging.getLogger(__name__)
@@ -66,12 +67,10 @@ def host_id() -> str:
 def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory: Directory) -> Assembly:
     """Register the pools with every lane that is wanted and there."""
     lanes.check(config.transport)
-    regions = [region_of(pool) for pool in pools]
-    _check_tokens(config, pools)
-    if not regions:
+    if not pools:
         raise TransferUnavailable("an agent needs at least one KV pool")
-    if len({r.tensor.device for r in regions}) != 1 or len({r.rows[0].shape[0] for r in regions}) != 1:
-        raise TransferUnavailable("all KV pools of an agent must be on one device and have equally many blocks")
+    regions = regions_of(pools)
+    _check_tokens(config, pools)
     host = host_id()
     backends: list[Backend] = []
     blob, address, scope, stages = b"", "", "", False
@@ -81,14 +80,14 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
         if name == "mapped" and (mapped := _mapped(config, epoch, host, regions, pools)) is not None:
             backends.append(mapped)
             scope = mapped.scope
-        elif name == "nixl" and (exchange := _nixl(config, epoch, host, regions, directory)) is not None:
+        elif name == "nixl" and (exchange := _nixl(config, epoch, host, regions, pools, directory)) is not None:
             backends.append(exchange)
             blob, stages = exchange.link.blob(), exchange.staging is not None
         elif name == "local":
             backends.append(LocalBackend(epoch, regions, config.block_size))
-        elif name == "cuda_ipc" and regions[0].tensor.is_cuda and (own := _ipc(config, host, regions)) is not None:
+        elif name == "cuda_ipc" and (own := _ipc(config, host, regions, pools)) is not None:
             backends.append(own)
-            ipc = own.handles()
+            ipc = own.handles
         elif name == "nccl" and (nccl := _nccl(config, epoch, regions)) is not None:
             backends.append(nccl)
         elif name == "tcp":
@@ -135,7 +134,7 @@ def _check_tokens(config: AgentConfig, pools: Sequence[KVPool]) -> None:
 
 
 def _published(region: Region) -> RegionRecord:
-    device = region.tensor.device
+    device = region.device
     segments = tuple((s.address, s.stride, s.length) for s in region.segments)
     return RegionRecord(region.name, device.type, device.index or 0, region.order, region.token_bytes, segments)
 
@@ -157,22 +156,30 @@ def _mapped(
     return MappedBackend(host, epoch, regions, storages, config.block_size, copier)
 
 
-def _nixl(config: AgentConfig, epoch: str, host: str, regions: list[Region], directory: Directory) -> Exchange | None:
+def _nixl(
+    config: AgentConfig,
+    epoch: str,
+    host: str,
+    regions: list[Region],
+    pools: Sequence[KVPool],
+    directory: Directory,
+) -> Exchange | None:
     available, why = nixl_is_available()
     if not available:
         logger.warning("NIXL is not used: %s; falling back to other lanes", why)
         return None
     lanes.apply(config.transport)
-    device = regions[0].tensor.device.type
+    where = regions[0].device
+    device = where.type
     staging = None
     calibration = load(config.calibration)
     if _may_stage(config, device, calibration):
         limit = config.staging_bytes or _STAGING_BYTES.get(device, 64 << 20)
         staging = Staging(regions, limit)
-    memory = [region.tensor for region in regions] + ([staging.buffer] if staging else [])
+    memory = [*storages_of(pools), *([staging.memory] if staging else [])]
     own_thread = config.transport in _PASSIVE_WORK
     piece = config.piece_bytes or _PIECE_BYTES.get(device, 32 << 20)
-    link = NixlLink(f"{config.name}/{epoch}", memory, piece, own_thread)
+    link = NixlLink(f"{config.name}/{epoch}", memory, where, piece, own_thread)
     return Exchange(config, epoch, link, regions, staging, directory, host, calibration)
 
 
@@ -182,18 +189,18 @@ def _may_stage(config: AgentConfig, device: str, calibration: Calibration) -> bo
     return config.strategy is Strategy.STAGED
 
 
-def _ipc(config: AgentConfig, host: str, regions: list[Region]) -> IpcBackend | None:
-    backend = IpcBackend(host, regions, config.block_size)
-    try:
-        backend.handles()
-    except RuntimeError as error:
-        logger.info("device memory cannot be shared between processes: %s", error)
+def _ipc(config: AgentConfig, host: str, regions: list[Region], pools: Sequence[KVPool]) -> IpcBackend | None:
+    if regions[0].device.type != "cuda":
         return None
-    return backend
+    try:
+        return IpcBackend(host, regions, pools, config.block_size)
+    except RuntimeError as error:
+        logger.warning("device memory cannot be shared between processes, other lanes move its blocks: %s", error)
+        return None
 
 
 def _nccl(config: AgentConfig, epoch: str, regions: list[Region]) -> NcclBackend | None:
-    device = regions[0].tensor.device
+    device = regions[0].device
     if device.type != "cuda":
         return None
     available, why = nccl_is_available()

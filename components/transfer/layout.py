@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the bytes of a KV block lie: segments derived from the strides of the engine's cache tensors.
+"""Where the bytes of KV blocks lie, and how lists of blocks become memory to copy.
 
-A block of a pool is one or more *segments*: equal, dense pieces of memory, one for each block, ``stride``
-bytes apart. Any axis order works (block first, K and V planes first, heads before tokens or after, one
-tensor for each layer or one for all), as long as a segment's own bytes are dense.
-Pure functions over addresses; raises ``ConfigError`` for tensors that cannot be registered.
+A block of a region is one or more *segments*: equal, dense pieces of memory, one for each block, ``stride``
+bytes apart; ``regions.py`` finds them. Pure functions over addresses; lists that do not fit raise ``TransferError``.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from components.errors import ConfigError, TransferError
-from components.transfer.config import KVPool
+from components.errors import TransferError
 
 Ints = npt.NDArray[np.int64]
 _PIECES_AT_ONCE = 4
@@ -53,48 +51,35 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Span:
+    """A piece of memory."""
+
+    address: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Region:
-    """One registered tensor, its segments, and a (blocks, bytes) view of each."""
+    """Registered memory of one pool, or of several that lie over or beside each other."""
 
     name: str
     order: str
-    """Axes inside a block in memory order with their lengths: equal on both sides or bytes get mixed up."""
-    tensor: torch.Tensor = field(compare=False, repr=False)
+    """How bytes lie inside a block: equal on both sides or they get mixed up."""
+    device: torch.device
     token_bytes: int = 0
     """Bytes of a token inside a segment, where tokens follow each other densely; 0 when that is not so."""
     segments: tuple[Segment, ...] = ()
     rows: tuple[torch.Tensor, ...] = field(default=(), compare=False, repr=False)
+    """A (blocks, bytes) view of each segment."""
 
 
-def region_of(pool: KVPool) -> Region:
-    """Segments of a pool. Raises ``ConfigError`` when a block's bytes have holes."""
-    tensor, axis = pool.tensor, pool.block_dim
-    if pool.token_dim is not None and (pool.token_dim == axis or not 0 <= pool.token_dim < tensor.dim()):
-        raise ConfigError(f"pool {pool.name}: axis {pool.token_dim} of shape {tuple(tensor.shape)} counts no tokens")
-    if not 0 <= axis < tensor.dim() or tensor.shape[axis] != pool.num_blocks or pool.num_blocks < 1:
-        raise ConfigError(f"pool {pool.name}: axis {axis} of shape {tuple(tensor.shape)} does not count its blocks")
-    size = tensor.element_size()
-    step = tensor.stride(axis)
-    offsets, inner, order, token = [0], 1, [], 0
-    axes = [a for a in range(tensor.dim()) if a != axis and tensor.shape[a] > 1]
-    for a in sorted(axes, key=lambda a: tensor.stride(a)):
-        length, stride = tensor.shape[a], tensor.stride(a)
-        order.append(f"{a}:{'tokens' if a == pool.token_dim else length}")
-        if stride == inner and (pool.num_blocks == 1 or stride < step):
-            token = inner * size if a == pool.token_dim else token
-            inner *= length
-        else:
-            # An axis outside the dense part: each index of it is a segment of its own (K and V planes).
-            offsets = [base + i * stride for base in offsets for i in range(length)]
-    if len(offsets) > 4096:
-        raise ConfigError(f"pool {pool.name}: blocks of strides {tensor.stride()} are in {len(offsets)} pieces")
-    start = tensor.storage_offset()
-    rows = tuple(
-        torch.as_strided(tensor, (pool.num_blocks, inner), (step, 1), start + offset).view(torch.uint8)
-        for offset in offsets
-    )
-    segments = tuple(Segment(tensor.data_ptr() + o * size, step * size, inner * size) for o in offsets)
-    return Region(pool.name, ",".join(reversed(order)), tensor, token, segments, rows)
+def locate(segment: Segment, blocks: int, spans: Sequence[Span]) -> tuple[int, int] | None:
+    """Which of the spans, in the order of their addresses, holds all blocks of a segment, and how far into it."""
+    at = bisect_right(spans, segment.address, key=lambda span: span.address) - 1
+    if at < 0 or min(segment.stride, segment.gap, segment.length) < 0:
+        return None
+    offset = segment.address - spans[at].address
+    return (at, offset) if offset + segment.span(blocks) <= spans[at].size else None
 
 
 def cut(segment: Segment, token_bytes: int, block_size: int, unit: int) -> list[Segment]:

@@ -20,7 +20,7 @@ from components.engine.paged import PagedEngine, PagedOptions
 from components.transfer.calibration import Calibration
 from components.transfer.config import AgentConfig, KVPool
 from components.transfer.control.directory import Directory
-from components.transfer.layout import region_of
+from components.transfer.regions import regions_of
 from components.transfer.session.exchange import Exchange
 from components.worker.service import WorkerService
 from tests.faults import clock
@@ -112,9 +112,9 @@ class _Link:
 
     memory = "DRAM"
 
-    def __init__(self, sender: str, inbox: bytes, regions: list[Any]) -> None:
+    def __init__(self, sender: str, inbox: bytes, pools: list[KVPool]) -> None:
         self._inbox = {sender: [inbox]}
-        self._pools = [(r.tensor.data_ptr(), r.tensor.numel() * r.tensor.element_size()) for r in regions]
+        self._pools = [(pool.tensor.data_ptr(), pool.tensor.nbytes) for pool in pools]
 
     def poll(self) -> dict[str, list[bytes]]:
         """All messages, once."""
@@ -135,8 +135,9 @@ class _Link:
 def exchange(data: bytes) -> None:
     """A transfer session of an agent with eight blocks gets a peer's message."""
     peer = agent_record()
-    regions = [region_of(KVPool(f"layer.{n}", torch.zeros((BLOCKS, 4, 2)), BLOCKS, 0, token_dim=1)) for n in range(2)]
-    link, directory = _Link(peer.key, data, regions), Directory()
+    pools = [KVPool(f"layer.{n}", torch.zeros((BLOCKS, 4, 2)), BLOCKS, 0, token_dim=1) for n in range(2)]
+    regions = regions_of(pools)
+    link, directory = _Link(peer.key, data, pools), Directory()
     directory.put(peer)
     config = AgentConfig(name="mine", block_size=4)
     served = Exchange(config, "mine", link, regions, None, directory, "host", Calibration())  # type: ignore[arg-type]

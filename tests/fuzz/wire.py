@@ -27,8 +27,9 @@ from components.transfer.control import record
 from components.transfer.control.record import AgentRecord
 from components.transfer.data.handover import Giver, Mapping, map_peer
 from components.transfer.data.tcp import TcpBackend
-from components.transfer.layout import Segment, extents, region_of
+from components.transfer.layout import Segment, extents
 from components.transfer.parking import ticket as tickets
+from components.transfer.regions import regions_of
 from components.transfer.session import messages as session
 from components.wire import UNREADABLE
 from tests.fuzz.inputs import Target
@@ -111,7 +112,7 @@ def _tcp() -> tuple[TcpBackend, torch.Tensor]:
     """A server whose pool has a guard of 64 blocks on either side."""
     whole = torch.zeros((BLOCKS + 128, 4, 2))
     pool = KVPool("layer.0", whole[64 : 64 + BLOCKS], BLOCKS, 0, token_dim=1)
-    return TcpBackend("mine", [region_of(pool)], "127.0.0.1", 4), whole
+    return TcpBackend("mine", regions_of([pool]), "127.0.0.1", 4), whole
 
 
 def tcp_requests(data: bytes) -> None:

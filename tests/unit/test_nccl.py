@@ -25,7 +25,7 @@ from components.transfer.control.record import AgentRecord
 from components.transfer.data import nccl_wire
 from components.transfer.data.nccl import Card, NcclBackend
 from components.transfer.data.nccl_wire import _IdStore, nccl_is_available
-from components.transfer.layout import region_of
+from components.transfer.regions import regions_of
 from tests.fake_wire import Cable
 
 BLOCKS = 48
@@ -56,7 +56,7 @@ class Two:
         return AgentConfig(name=name, namespace=namespace, block_size=8, layers=3, backends=("tcp",))
 
     def _add(self, agent: TransferAgent, parts: list[KVPool], card: Card, cable: Cable) -> None:
-        regions = [region_of(part) for part in parts]
+        regions = regions_of(parts)
         limit = 4 * SLOT_BLOCKS * BLOCK_BYTES
         backend = NcclBackend(agent.record.name, agent.epoch, regions, "127.0.0.1", 8, limit, card, cable.connect)
         whole = agent._assembly

@@ -28,8 +28,8 @@ from components.transfer.control import record
 from components.transfer.control.directory import Directory
 from components.transfer.control.endpoint import without_secrets
 from components.transfer.control.etcd import EtcdStore
-from components.transfer.layout import region_of
 from components.transfer.parking.ticket import Ticket, require_id
+from components.transfer.regions import regions_of
 from components.transfer.session import messages as session
 from components.transfer.session.exchange import Exchange
 from components.worker.service import WorkerService
@@ -181,7 +181,7 @@ def moved_for(message: session.Message) -> tuple[list[list[int]], list[tuple[int
     peer, link, directory = agent_record(), Link(), Directory()
     directory.put(peer)
     tensors = [torch.zeros((8, 4, 2)) for _ in range(2)]
-    regions = [region_of(KVPool(f"layer.{n}", t, 8, 0, token_dim=1)) for n, t in enumerate(tensors)]
+    regions = regions_of([KVPool(f"layer.{n}", t, 8, 0, token_dim=1) for n, t in enumerate(tensors)])
     config = AgentConfig(name="mine", block_size=4)
     exchange = Exchange(config, "mine", link, regions, None, directory, "host", Calibration())  # type: ignore[arg-type]
     link.inbox = {peer.key: [session.encode(message)]}

@@ -35,7 +35,7 @@ class RegionRecord(msgspec.Struct, frozen=True):
     segments: Annotated[tuple[tuple[int, int, int], ...], msgspec.Meta(max_length=4096)]
 
 
-class AgentRecord(msgspec.Struct, frozen=True, tag="agent/3"):
+class AgentRecord(msgspec.Struct, frozen=True, tag="agent/4"):
     """What a peer must know of an agent. Layout fields must be equal on both sides."""
 
     name: _Short

@@ -17,7 +17,6 @@ import os
 import socket
 import struct
 import time
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,7 +26,7 @@ import msgspec
 from components.errors import TransferError
 from components.transfer.data.acceptor import Acceptor
 from components.transfer.data.shared import SharedStorage
-from components.transfer.layout import Segment
+from components.transfer.layout import Segment, Span, locate
 from components.wire import UNREADABLE
 
 logger = logging.getLogger(__name__)
@@ -92,20 +91,19 @@ class Mapping:
     def __init__(self, name: str, connection: socket.socket, storages: Sequence[tuple[int, int]], mapped: list[int]):
         self.name = name
         self._connection = connection
-        known = sorted((begin, begin + size, at - begin) for (begin, size), at in zip(storages, mapped, strict=True))
-        self._begins = [begin for begin, _, _ in known]
-        self._known = known
+        known = sorted(zip(storages, mapped, strict=True))
+        self._spans = [Span(begin, size) for (begin, size), _ in known]
+        self._seen_at = [at for _, at in known]
         self._pieces = [(address, size) for address, (_, size) in zip(mapped, storages, strict=True)]
         self.users = 0
 
     def seen(self, segment: Segment, blocks: int) -> Segment:
         """The peer's segment where it is for us. Raises ``TransferError`` when a block is outside of what it shares."""
-        at = bisect_right(self._begins, segment.address) - 1
-        if at >= 0 and min(segment.stride, segment.gap, segment.length) >= 0:
-            _, end, shift = self._known[at]
-            if segment.address + segment.span(blocks) <= end:
-                return replace(segment, address=segment.address + shift)
-        raise TransferError(f"agent {self.name} names memory outside of what it shares")
+        found = locate(segment, blocks, self._spans)
+        if found is None:
+            raise TransferError(f"agent {self.name} names memory outside of what it shares")
+        at, offset = found
+        return replace(segment, address=self._seen_at[at] + offset)
 
     def alive(self) -> bool:
         """False once the peer's process or agent has ended."""

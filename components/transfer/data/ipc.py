@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks between device memory of two processes of one host, over CUDA IPC: one kernel, also scattered to scattered.
 
-Life cycle: a peer's pools are mapped once, when the pair first asks ``reaches``; where that cannot be done (another
-container, no peer access between the GPUs) the reason is logged once and the pair takes its next lane.
-They are mapped into *our* device, so a peer's device need not be visible to this process.
+Life cycle: a peer's storages are mapped once each, when the pair first asks ``reaches``; where that cannot be done
+(another container, no peer access between the GPUs) the reason is logged and the pair takes its next lane, until one of
+the later tries succeeds. They are mapped into *our* device, so a peer's device need not be visible to this process.
 Threading: worker thread; the kernel is queued on a stream of its own and polled. A transfer that fails while its
 kernel runs waits for it; one that may not wait any longer names its blocks as poisoned until the kernel has ended.
 """
@@ -23,21 +23,24 @@ import torch
 
 from components.errors import MigrateError, TransferError
 from components.transfer import profiling
-from components.transfer.config import TransferResult
+from components.transfer.config import KVPool, TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data import kernels
 from components.transfer.data.base import Copy, Steps
-from components.transfer.layout import Region
+from components.transfer.layout import Region, Span, locate
 from components.wire import UNREADABLE
 
 logger = logging.getLogger(__name__)
 
 _PROCESS = uuid.uuid4().hex
 """CUDA cannot map memory of the same process."""
+_AGAIN_S = 1.0
+_AGAIN_MOST_S = 60.0
+_TRIES = 10
 
 
 class _Handle(msgspec.Struct, frozen=True, array_like=True):
-    """torch's CUDA IPC handle of a storage; ``start`` is where the pool begins in it, in bytes."""
+    """torch's CUDA IPC handle of a storage, and its address at the owner."""
 
     device: int
     handle: bytes
@@ -48,10 +51,28 @@ class _Handle(msgspec.Struct, frozen=True, array_like=True):
     event_handle: bytes
     event_sync: bool
     process: str
-    start: int
+    address: int
 
 
 _handle = msgspec.msgpack.Decoder(_Handle)
+
+
+class _SameProcess(Exception):
+    """The peer's memory is this process's own: its blocks go over ``local``."""
+
+
+class _Again:
+    """When to try once more to map a peer: what stood in the way may pass, and nothing else would notice."""
+
+    def __init__(self, peer: AgentRecord) -> None:
+        self.peer = peer
+        self.tries = 0
+        self.due = 0.0
+
+    def put_off(self) -> None:
+        """Wait twice as long as before."""
+        self.due = time.monotonic() + min(_AGAIN_S * 2**self.tries, _AGAIN_MOST_S)
+        self.tries += 1
 
 
 @dataclass(frozen=True)
@@ -82,32 +103,27 @@ class IpcBackend:
     lane = "cuda_ipc/kernel"
     at_once = True
 
-    def __init__(self, host: str, regions: Sequence[Region], block_size: int) -> None:
+    def __init__(self, host: str, regions: Sequence[Region], pools: Sequence[KVPool], block_size: int) -> None:
+        """Raises ``RuntimeError`` where memory cannot be shared."""
         self._host = host
         self._block_size = block_size
-        self._regions = list(regions)
         self._rows = [row for region in regions for row in region.rows]
         self._block_bytes = sum(row.shape[1] for row in self._rows)
         self._device = self._rows[0].device
+        storages = {storage.data_ptr(): storage for storage in (pool.tensor.untyped_storage() for pool in pools)}
+        self.handles = tuple(_shared(storage) for storage in storages.values())
+        """What peers need to map our storages."""
         # Of high priority, and never behind the engine's steps in the default stream.
         self._stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
         self._peers: dict[str, _Mapped | None] = {}
+        self._unmapped: dict[str, _Again] = {}
         self._idle: list[_Flight] = []
         """Used again: to make one takes as long as a launch."""
         self._lingering: list[tuple[_Flight, Callable[[], None], _Mapped]] = []
 
-    def handles(self) -> tuple[bytes, ...]:
-        """What peers need to map our pools. Raises ``RuntimeError`` where memory cannot be shared."""
-        return tuple(self._handle_of(region.tensor) for region in self._regions)
-
-    def _handle_of(self, tensor: torch.Tensor) -> bytes:
-        storage: Any = tensor.untyped_storage()
-        shared: tuple[Any, ...] = storage._share_cuda_()
-        return msgspec.msgpack.encode((*shared, _PROCESS, tensor.data_ptr() - storage.data_ptr()))
-
     def reaches(self, peer: AgentRecord) -> bool:
         """True when the peer's device memory is mapped here."""
-        if peer.host != self._host or peer.block_size != self._block_size or len(peer.ipc) != len(self._regions):
+        if peer.host != self._host or peer.block_size != self._block_size or not peer.ipc:
             return False
         return self._map(peer) is not None
 
@@ -115,36 +131,57 @@ class IpcBackend:
         if peer.key not in self._peers:
             for key in [k for k in self._peers if k.startswith(f"{peer.name}/")]:
                 del self._peers[key]
-            try:
-                self._peers[peer.key] = self._new_mapping(peer)
-            except (MigrateError, RuntimeError, ValueError) as error:
-                logger.info("device memory of agent %s is not mapped: %s", peer.name, error)
-                self._peers[peer.key] = None
+                self._unmapped.pop(key, None)
+            self._peers[peer.key] = self._try(peer)
         return self._peers[peer.key]
 
+    def _try(self, peer: AgentRecord) -> _Mapped | None:
+        try:
+            mapped = self._new_mapping(peer)
+        except _SameProcess:
+            return None
+        except Exception as error:  # Triton passes on whatever its compiler raises.
+            again = self._unmapped.setdefault(peer.key, _Again(peer))
+            say = logger.debug if again.tries else logger.warning
+            say("device memory of agent %s is not mapped, another lane moves its blocks: %s", peer.name, error)
+            if again.tries == _TRIES:
+                del self._unmapped[peer.key]
+            again.put_off()
+            return None
+        if self._unmapped.pop(peer.key, None) is not None:
+            logger.info("device memory of agent %s is mapped now", peer.name)
+        return mapped
+
     def _new_mapping(self, peer: AgentRecord) -> _Mapped:
-        parts = [self._rows_of(peer, number) for number in range(len(peer.ipc))]
-        rows = [row for part in parts for row in part]
+        rows = self._rows_of(peer)
         with torch.cuda.device(self._device):
             return _Mapped(kernels.mover(rows, self._rows), rows)
 
-    def _rows_of(self, peer: AgentRecord, number: int) -> list[torch.Tensor]:
+    def _rows_of(self, peer: AgentRecord) -> list[torch.Tensor]:
         try:
-            parts = _handle.decode(peer.ipc[number])
+            handles = sorted((_handle.decode(each) for each in peer.ipc), key=lambda handle: handle.address)
         except UNREADABLE as error:
             raise TransferError(f"its record is malformed: {error}") from error
-        if parts.process == _PROCESS:
-            raise TransferError("it lives in this process")
+        if any(handle.process == _PROCESS for handle in handles):
+            raise _SameProcess
+        whole = [self._open(handle) for handle in handles]
+        spans = [Span(handle.address, flat.numel()) for handle, flat in zip(handles, whole, strict=True)]
+        rows = []
+        for segment in peer.segments(0):
+            found = locate(segment, peer.num_blocks, spans)
+            if found is None:
+                raise TransferError("it names memory outside of what it shares")
+            at, offset = found
+            shape = (peer.num_blocks, segment.length)
+            rows.append(torch.as_strided(whole[at], shape, (segment.stride, 1), offset))
+        return rows
+
+    def _open(self, handle: _Handle) -> torch.Tensor:
         new: Any = torch.UntypedStorage._new_shared_cuda
-        values = [getattr(parts, name) for name in _Handle.__struct_fields__]
+        values = [getattr(handle, name) for name in _Handle.__struct_fields__]
         storage = new(self._device.index, *values[1:8])
-        flat = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
-        segments = peer.regions[number].segments
-        base = min(address for address, _, _ in segments) - parts.start
-        return [
-            torch.as_strided(flat, (peer.num_blocks, length), (stride, 1), address - base)
-            for address, stride, length in segments
-        ]
+        flat: torch.Tensor = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
+        return flat
 
     def fetch(self, copy: Copy) -> Steps:
         """See ``Backend``."""
@@ -208,16 +245,26 @@ class IpcBackend:
         return TransferResult(wire_s=time.perf_counter() - begun, lane=self.lane)
 
     def progress(self) -> list[Generator[bool, None, None]]:
-        """Nobody asks over this lane; kernels of transfers that were given up are looked after."""
+        """Nobody asks over this lane; kernels of transfers that were given up and unmapped peers are looked after."""
         for item in list(self._lingering):
             flight, safe, _ = item
             if flight.ended():
                 self._lingering.remove(item)
                 self._idle.append(flight)
                 safe()
+        now = time.monotonic()
+        for key, again in list(self._unmapped.items()):
+            if again.due <= now:
+                self._peers[key] = self._try(again.peer)
         return []
 
     def close(self) -> None:
         """Unmap, once no kernel of ours runs any more."""
         self._stream.synchronize()
         self._peers.clear()
+        self._unmapped.clear()
+
+
+def _shared(storage: torch.UntypedStorage) -> bytes:
+    parts: tuple[Any, ...] = storage._share_cuda_()  # type: ignore[no-untyped-call]
+    return msgspec.msgpack.encode((*parts, _PROCESS, storage.data_ptr()))

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -29,9 +30,21 @@ _WARPS = 8
 
 def copier(rows: Sequence[torch.Tensor]) -> Copier:
     """The fastest copier for these (blocks, bytes) views."""
-    if len({row.shape[1] for row in rows}) == 1 and _kernels_take(rows):
-        return _triton_copier(rows)
-    return _torch_copier(rows)
+    parts = [list(part) for _, part in groupby(rows, key=lambda row: row.shape[1])]
+    made = [
+        (_triton_copier(part) if _kernels_take(part) else _torch_copier(part), len(part) * part[0].shape[1])
+        for part in parts
+    ]
+    if len(made) == 1:
+        return made[0][0]
+
+    def run(blocks: torch.Tensor, buffer: torch.Tensor, gather: bool) -> None:
+        start = 0
+        for each, size in made:
+            each(blocks, buffer[start : start + size * len(blocks)], gather)
+            start += size * len(blocks)
+
+    return run
 
 
 def mover(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> Mover:
@@ -39,11 +52,14 @@ def mover(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> Mov
 
     Kernels are compiled and tables made here: make a mover once for a pair of agents, not once for a transfer.
     """
-    pairs = list(zip(source, target, strict=True))
-    if _kernels_take([*source, *target]):
-        lengths = sorted({near.shape[1] for near, _ in pairs})
-        return _together([_triton_mover([p for p in pairs if p[0].shape[1] == n]) for n in lengths])
-    return _torch_mover(pairs)
+    alike: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for pair in zip(source, target, strict=True):
+        alike.setdefault(pair[0].shape[1], []).append(pair)
+    made = [
+        _triton_mover(pairs) if _kernels_take([row for pair in pairs for row in pair]) else _torch_mover(pairs)
+        for _, pairs in sorted(alike.items())
+    ]
+    return made[0] if len(made) == 1 else _together(made)
 
 
 def _kernels_take(rows: Sequence[torch.Tensor]) -> bool:
@@ -54,9 +70,6 @@ def _kernels_take(rows: Sequence[torch.Tensor]) -> bool:
 
 
 def _together(movers: Sequence[Mover]) -> Mover:
-    if len(movers) == 1:
-        return movers[0]
-
     def run(sources: Ints, targets: Ints, index: torch.Tensor, stream: torch.cuda.Stream) -> None:
         for each in movers:
             each(sources, targets, index, stream)

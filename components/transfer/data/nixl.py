@@ -24,7 +24,7 @@ from components.errors import TransferError, TransferUnavailable
 from components.transfer import profiling
 from components.transfer.control.record import AgentRecord
 from components.transfer.data import ucx
-from components.transfer.layout import Ints, pieces
+from components.transfer.layout import Ints, Span, pieces
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,9 @@ class _Posted:
 class NixlLink:
     """See the module docstring."""
 
-    def __init__(self, name: str, memory: Sequence[torch.Tensor], piece_bytes: int, own_thread: bool) -> None:
+    def __init__(
+        self, name: str, memory: Sequence[Span], device: torch.device, piece_bytes: int, own_thread: bool
+    ) -> None:
         from nixl._api import nixl_agent, nixl_agent_config
 
         # NIXL's progress thread spins: a whole core for each agent, which a small host does not have.
@@ -78,11 +80,12 @@ class NixlLink:
         self._peers: dict[str, str] = {}
         self._looked = 0.0
         self._lingering: list[tuple[_Posted, Callable[[], None]]] = []
-        first = memory[0]
-        self.memory = "VRAM" if first.is_cuda else "DRAM"
-        self.device_id = (first.device.index or 0) if first.is_cuda else 0
+        self.memory = "VRAM" if device.type == "cuda" else "DRAM"
+        self.device_id = device.index or 0
+        # Ranges, not tensors: NIXL takes contiguous ones alone, and an engine's pools are views with any strides.
+        ranges = [(span.address, span.size, self.device_id, "") for span in memory]
         try:
-            self._registered = self._agent.register_memory(list(memory))
+            self._registered = self._agent.register_memory(ranges, self.memory)
         except Exception as error:
             raise TransferUnavailable(f"NIXL cannot register the KV pools: {error}") from error
 

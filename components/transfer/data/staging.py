@@ -19,7 +19,7 @@ import torch
 
 from components.transfer import profiling
 from components.transfer.data import kernels
-from components.transfer.layout import Ints, Region, block_bytes, groups_of
+from components.transfer.layout import Ints, Region, Span, block_bytes, groups_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class Staging:
         self._free = {"send": list(range(self.side)), "receive": list(range(self.side, slots))}
         self._stream = _stream(self.device)
         self._copier = kernels.copier(self._rows)
+
+    @property
+    def memory(self) -> Span:
+        """All slots."""
+        return Span(self.buffer.data_ptr(), self.buffer.numel())
 
     def address(self, slot: int) -> int:
         """Where a slot begins."""

@@ -21,6 +21,7 @@ from functools import partial
 from components.errors import DeadlineExceeded, MigrateError, TransferCancelled, TransferError
 from components.transfer.config import TransferResult
 from components.transfer.data.base import Backend, Steps
+from components.transfer.data.capture import stand_aside
 from components.transfer.handle import TransferHandle
 
 logger = logging.getLogger(__name__)
@@ -137,6 +138,7 @@ class Worker:
 
     def _run(self) -> None:
         _fine_timer()
+        stand_aside()
         pause = self._pace.busy_s
         while True:
             waiting = bool(self._services) or not all(job.helped for job in self._jobs)
