@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from components import yamltext
 from components.errors import ConfigError
-from components.models import adapters
+from components.models import adapters, weights
 from components.serve import memory, precision, reach
 from components.serve.config import ComponentConfig, FrontendConfig, PlannerConfig, WorkerConfig, nearest, parse
 from components.serve.graph import Service
@@ -145,6 +145,10 @@ def make_plan(
         if config.lora_modules != configs[entry.name].lora_modules:
             raise ConfigError(f"{component}.lora-modules differs from that of {entry.name}: write it in Common")
         adapters.check(config.lora_modules, (config.served_model_name or config.model,))
+    for component in dict.fromkeys(process.component for process in [*plan.processes, *plan.spare]):
+        worker = configs[component]
+        if isinstance(worker, WorkerConfig) and worker.engine == "vllm":
+            weights.check(worker.model, str(worker.engine_args.get("load_format", "auto")))
     memory.check([(p.component, configs[p.component]) for p in [*plan.processes, *plan.spare]])
     return plan
 

@@ -165,24 +165,25 @@ def test_a_server_that_does_not_answer_starts_nothing(tiny_llama: str, variable:
     assert line.startswith(f"error: {variable} names {where}, where nothing answers")
 
 
-def test_a_half_written_model_is_refused(tiny_llama: str, tmp_path: Path) -> None:
+def test_a_model_folder_without_tokenizer_is_refused(tiny_llama: str, tmp_path: Path) -> None:
     half = tmp_path / "half"
     shutil.copytree(tiny_llama, half)
-    weights = half / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match="model.safetensors is not whole.*copy it again"):
-        resolve(str(half))
-    weights.unlink()
-    with pytest.raises(ConfigError, match="safetensors missing"):
-        resolve(str(half))
-    weights.write_bytes(whole)
     assert resolve(str(half)) == str(half)
-    (half / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002.safetensors"}}')
-    with pytest.raises(ConfigError, match="model-00002.safetensors missing"):
+    (half / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match="tokenizer.json or .* missing"):
         resolve(str(half))
     with pytest.raises(ConfigError, match="there is no model folder"):
         resolve(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("more", [["--AggWorker.engine-args={load_format: dummy}"], ["--AggWorker.engine=paged"]])
+def test_weights_are_asked_for_where_they_are_loaded(tiny_llama: str, tmp_path: Path, more: list[str]) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_llama, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    arguments = [f"--Common.model={bare}"]
+    with pytest.raises(ConfigError, match="safetensors.* missing.*load_format"):
+        resolve_plan("graphs.agg:Frontend", None, Transport.AUTO, 9000, "", arguments)
+    resolve_plan("graphs.agg:Frontend", None, Transport.AUTO, 9000, "", [*arguments, *more])
 
 
 @pytest.mark.parametrize("config", ["configs/disagg.yaml", None])

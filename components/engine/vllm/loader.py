@@ -8,8 +8,6 @@ Errors: a failed job is a result, never an exception: the scheduler decides what
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from typing import Any
@@ -17,6 +15,8 @@ from typing import Any
 import torch
 
 from components.engine.protocol import AgentRef
+from components.engine.vllm.fingerprint import fingerprint
+from components.engine.vllm.pools import pools_of
 from components.engine.vllm.records import Job, JobResult, StepMetadata
 from components.engine.vllm.runner_state import RunnerState
 from components.errors import DeadlineExceeded, IntegrityError, MigrateError
@@ -35,36 +35,12 @@ _QUIET_S = 30.0
 """How long a failed copy may keep a step from recomputing its blocks."""
 
 
-def layout_fingerprint(vllm_config: Any, pools: list[KVPool]) -> str:
-    """Hash over everything that must be equal before two engines may exchange KV blocks."""
-    model = vllm_config.model_config
-    facts = {
-        "model": model.hf_config.to_dict(),
-        "dtype": str(model.dtype),
-        "quantization": str(model.quantization),
-        "cache_dtype": str(vllm_config.cache_config.cache_dtype),
-        "block_size": vllm_config.cache_config.block_size,
-        "tp": vllm_config.parallel_config.tensor_parallel_size,
-        # Empty for engines without adapters.
-        "adapters": vllm_config.kv_transfer_config.kv_connector_extra_config["migration"]["adapters"],
-        "pools": [(p.name, str(p.tensor.dtype), p.block_dim, _per_block_shape(p)) for p in pools],
-    }
-    # Where the weights lie on this host says nothing about what they are.
-    facts["model"].pop("_name_or_path", None)
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _per_block_shape(pool: KVPool) -> list[int]:
-    return [size for axis, size in enumerate(pool.tensor.shape) if axis != pool.block_dim]
-
-
 class Loader:
     """Owns the transfer agent of one worker."""
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
         self._config = vllm_config
-        self._num_blocks: int = kv_cache_config.num_blocks
+        self._plan = kv_cache_config
         self._extra: dict[str, Any] = vllm_config.kv_transfer_config.kv_connector_extra_config
         self._agent: TransferAgent | None = None
         self._flying: dict[int, tuple[Job, TransferHandle | None, float]] = {}
@@ -90,16 +66,10 @@ class Loader:
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Describe vLLM's cache tensors to the agent and publish it."""
-        pools = []
-        for name, tensor in kv_caches.items():
-            # Attention backends differ in where the block axis is; its length is unique.
-            block_dim = next(a for a, size in enumerate(tensor.shape) if size == self._num_blocks)
-            pools.append(KVPool(name=name, tensor=tensor, num_blocks=self._num_blocks, block_dim=block_dim))
+        pools = pools_of(kv_caches, self._plan)
         self._share(pools)
-        self.fingerprint = layout_fingerprint(self._config, pools)
-        pool_bytes = sum(p.tensor.numel() * p.tensor.element_size() for p in pools)
+        self.fingerprint = fingerprint(self._config, pools, self._extra["migration"].get("runner", ""))
         block_size = self._config.cache_config.block_size
-        self.kv_bytes_per_token = pool_bytes // (self._num_blocks * block_size)
         settings = dict(self._extra["agent"])
         settings["name"] = f"{settings['name']}-tp{self.rank}"
         settings |= {
@@ -112,6 +82,7 @@ class Loader:
         }
         self._agent = TransferAgent(AgentConfig(**settings))
         self._agent.start(pools)
+        self.kv_bytes_per_token = self._agent.record.block_bytes // block_size
 
     def _share(self, pools: list[KVPool]) -> None:
         """Move host pools to where workers of this host can map them, before anything has taken their addresses."""

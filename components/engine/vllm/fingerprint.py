@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must be equal before two engines may exchange KV blocks, as one hash.
+
+Whatever changes a value in a block, or a token that is computed from it: the model and its weights, dtypes,
+quantization, adapters, how blocks are laid out, and what runs the model. Where the weights lie is no part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from components.models import weights
+from components.transfer import KVPool
+from components.transfer.regions import regions_of
+
+
+def fingerprint(vllm_config: Any, pools: Sequence[KVPool], runner: str) -> str:
+    """``runner`` names the model runner whose results these are."""
+    model, load, cache = vllm_config.model_config, vllm_config.load_config, vllm_config.cache_config
+    config = model.hf_config.to_dict()
+    config.pop("_name_or_path", None)
+    # vLLM keeps the address of weights in an object store apart from that of the configuration.
+    source = model.model_weights or model.model
+    facts = {
+        "model": config,
+        "weights": weights.digest(source, str(load.load_format), model.revision, load.download_dir),
+        # Random weights come from the device's own generator.
+        "device": pools[0].tensor.device.type if load.load_format == "dummy" else "",
+        "runner": runner,
+        "dtype": str(model.dtype),
+        "quantization": str(model.quantization),
+        "cache_dtype": str(cache.cache_dtype),
+        "block_size": cache.block_size,
+        "tp": vllm_config.parallel_config.tensor_parallel_size,
+        # Empty for engines without adapters.
+        "adapters": vllm_config.kv_transfer_config.kv_connector_extra_config["migration"]["adapters"],
+        "pools": [(pool.name, str(pool.tensor.dtype), list(pool.tensor.shape[1:])) for pool in pools],
+        "regions": [(r.order, [segment.length for segment in r.segments]) for r in regions_of(pools)],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]

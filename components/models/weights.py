@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight files of a model: are they whole, and which ones are they.
+
+``check`` looks before anything starts, and raises ``ConfigError``; load formats that read nothing from the folder are
+left to vLLM. ``digest`` becomes a part of what agents compare, so that KV of a fine-tune or of a new revision never
+serves another one. It reads names, sizes, headers and a few hundred pages spread over the files: milliseconds, also
+for a model of many gigabytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from components.errors import ConfigError
+
+_SAFETENSORS = ("*.safetensors",)
+_MISTRAL = ("consolidated*.safetensors",)
+_TORCH = ("*.bin", "*.pt")
+_PATTERNS = {
+    "auto": _MISTRAL + _SAFETENSORS + _TORCH,
+    "hf": _SAFETENSORS + _TORCH,
+    "safetensors": _SAFETENSORS,
+    "fastsafetensors": _SAFETENSORS,
+    "instanttensor": _SAFETENSORS,
+    "mistral": _MISTRAL,
+    "npcache": _TORCH,
+    "pt": ("*.pt",),
+}
+"""Files that vLLM's load formats read from a model's folder; the first pattern that finds some wins."""
+_PAGE = 4096
+_PAGES = 256
+"""Pages that are read of all files together; two of each file at least."""
+_LONGEST_HEADER = 64 << 20
+
+
+def check(model: str, load_format: str) -> None:
+    """Does the folder have the weights that this format reads, and are they whole?"""
+    folder = Path(model)
+    if not folder.is_dir() or load_format not in _PATTERNS:
+        return
+    if not (found := _files(folder, load_format)):
+        wanted = " or ".join(_PATTERNS[load_format])
+        raise ConfigError(
+            f"model folder {model} is not whole: {wanted} missing; copy it again, or name another load_format in "
+            "engine-args (dummy makes random weights)"
+        )
+    indexed = found[0].suffix == ".safetensors" and not found[0].match(*_MISTRAL)
+    missing = [name for name in _shards(folder) if not (folder / name).is_file()] if indexed else []
+    if missing:
+        raise ConfigError(f"model folder {model} is not whole: {', '.join(missing)} missing; copy it again")
+    for file in found:
+        if file.suffix == ".safetensors":
+            _check_whole(file)
+
+
+def _files(folder: Path, load_format: str) -> list[Path]:
+    for pattern in _PATTERNS.get(load_format, _PATTERNS["auto"]):
+        if found := sorted(folder.glob(pattern)):
+            return found
+    return []
+
+
+def _shards(folder: Path) -> list[str]:
+    """Weight files that the folder's index names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{index} is damaged ({error}); copy it again") from error
+
+
+def _check_whole(weights: Path) -> None:
+    """The header of a safetensors file says how long the file must be."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"model file {weights} is not whole ({error}); copy it again") from error
+
+
+def digest(model: str, load_format: str, revision: str | None = None, download_dir: str | None = None) -> str:
+    """SHA-256 over the weights, in hexadecimal: equal for equal copies in other folders.
+
+    Where no weights can be found (random ones, an object store), over the name, the revision and the format.
+    """
+    total = hashlib.sha256()
+    folder = _folder(model, revision, download_dir)
+    found = [] if folder is None or load_format == "dummy" else _files(folder, load_format)
+    for file in found:
+        size = file.stat().st_size
+        total.update(f"{file.name}\0{size}\0".encode())
+        with file.open("rb") as content:
+            for start, length in _samples(content.fileno(), file, size, max(2, _PAGES // len(found))):
+                total.update(os.pread(content.fileno(), length, start))
+    if not found:
+        # Random weights are the same for every model of a shape.
+        total.update(repr((load_format, None if load_format == "dummy" else (model, revision))).encode())
+    elif folder is not None:
+        for index in sorted(folder.glob("*.index.json")):
+            total.update(index.read_bytes())
+    return total.hexdigest()
+
+
+def _folder(model: str, revision: str | None, download_dir: str | None) -> Path | None:
+    """The model's folder, or the one that Hugging Face's cache has for its name."""
+    if os.path.isdir(model):
+        return Path(model)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(model, "config.json", cache_dir=download_dir, revision=revision)
+    except HFValidationError:
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _samples(descriptor: int, file: Path, size: int, count: int) -> Iterator[tuple[int, int]]:
+    """Where to read: the header and the middles of some tensors, or pages at equal distances."""
+    header = _header(descriptor, size) if file.suffix == ".safetensors" else None
+    if header is None:
+        yield from ((size * n // count, _PAGE) for n in range(count))
+        return
+    length, tensors = header
+    yield 0, length
+    # By the hash of their names: a fine-tune may have changed one kind of tensor alone, at equal distances.
+    names = sorted(tensors, key=lambda name: hashlib.sha256(name.encode()).digest())
+    for name in names[:count]:
+        begin, end = tensors[name]
+        yield length + begin + max(0, end - begin - _PAGE) // 2, min(_PAGE, end - begin)
+
+
+def _header(descriptor: int, size: int) -> tuple[int, dict[str, tuple[int, int]]] | None:
+    """Bytes before the first tensor of a safetensors file, and where in the rest each tensor lies."""
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    if not 0 < length <= min(size - 8, _LONGEST_HEADER):
+        return None
+    try:
+        entries: dict[str, Any] = json.loads(os.pread(descriptor, length, 8))
+        found = {name: entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"}
+        return 8 + length, {name: (int(begin), int(end)) for name, (begin, end) in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None

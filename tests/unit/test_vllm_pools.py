@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's own plan and allocation of KV caches, read as pools: every layout that it has, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from components.engine.vllm.pools import pools_of
+from components.errors import ConfigError
+from components.transfer import move_to_shared_memory
+from components.transfer.data.shared import shared_storages
+from components.transfer.layout import block_bytes
+from components.transfer.regions import regions_of, storages_of
+
+vllm = pytest.importorskip("vllm.v1.kv_cache_interface")
+LAYOUTS = [layout.name for layout in vllm.KVCacheLayout]
+LAYERS, BLOCKS, HEADS, TOKENS, SIZE = 3, 6, 2, 32, 16
+PAGE = HEADS * TOKENS * 2 * SIZE * 2
+
+
+def attention(kind: str = "FullAttentionSpec", **more: Any) -> Any:
+    sizes = {"block_size": TOKENS, "num_kv_heads": HEADS, "head_size": SIZE, "dtype": torch.bfloat16}
+    return getattr(vllm, kind)(**sizes | more)
+
+
+def plan(layout: str, *specs: Any) -> Any:
+    """Three layers for each of the groups, which overlay each other, as vLLM places them."""
+    groups, tensors = [], []
+    page = max(spec.page_size_bytes for spec in specs)
+    outermost = vllm.KVCacheLayout[layout].is_block_outermost
+    for number, spec in enumerate(specs):
+        names = [f"model.layers.{number * LAYERS + n}.attn" for n in range(LAYERS)]
+        fixed = (None, LAYERS * page if outermost else None, None, None, None)
+        strides = vllm.compute_layout_strides(spec, BLOCKS, LAYERS, vllm.KVCacheLayout[layout], fixed_strides=fixed)
+        tensors.append(vllm.KVCacheTensor(LAYERS * BLOCKS * page, names, strides[0], strides[1]))
+        groups.append(vllm.KVCacheGroupSpec(names, spec))
+    return vllm.KVCacheConfig(BLOCKS, tensors, groups)
+
+
+def caches(config: Any, layout: str, kernel_block: int = TOKENS) -> dict[str, torch.Tensor]:
+    from vllm.v1.worker.utils import allocate_kv_cache
+
+    sizes = [kernel_block] * len(config.kv_cache_groups)
+    made: dict[str, torch.Tensor] = allocate_kv_cache(config, torch.device("cpu"), vllm.KVCacheLayout[layout], sizes)
+    return made
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_one_storage_and_blocks_of_the_planned_size(layout: str) -> None:
+    config = plan(layout, attention())
+    made = caches(config, layout)
+    made["model.layers.9.attn"] = made["model.layers.1.attn"]  # It uses the cache of another layer.
+    pools = pools_of(made, config)
+    assert [pool.name for pool in pools] == config.kv_cache_tensors[0].layers
+    assert block_bytes(regions_of(pools)) == LAYERS * PAGE
+    assert [span.size for span in storages_of(pools)] == [LAYERS * BLOCKS * PAGE]
+
+
+def test_blocks_that_the_kernel_splits_are_moved_whole() -> None:
+    config = plan("LBHNC", attention())
+    pools = pools_of(caches(config, "LBHNC", kernel_block=8), config)
+    assert pools[0].tensor.shape == (BLOCKS, 4, HEADS, 8, 2 * SIZE)
+    assert [s.length for region in regions_of(pools) for s in region.segments] == [PAGE] * LAYERS
+
+
+@pytest.mark.parametrize("layout", ["LBNHC", "BLNHC"])
+def test_groups_over_the_same_bytes_are_moved_once(layout: str) -> None:
+    state = vllm.MambaSpec(block_size=TOKENS, shapes=((3, 5), (7,)), dtypes=(torch.float32,) * 2, page_size_padded=PAGE)
+    config = plan(layout, attention(), attention("SlidingWindowSpec", sliding_window=64), state)
+    pools = pools_of(caches(config, layout), config)
+    assert len(pools) == 3 * LAYERS
+    assert block_bytes(regions_of(pools)) == LAYERS * PAGE
+
+
+def test_all_views_follow_into_shared_memory() -> None:
+    config = plan("LBHNC", attention())
+    made = caches(config, "LBHNC", kernel_block=16)
+    pools = pools_of(made, config)
+    assert move_to_shared_memory(pools) == ""
+    made["model.layers.2.attn"][2 * 4 + 1] = 1.5
+    assert bool((pools[2].tensor[4, 1] == 1.5).all()) and not bool(pools[2].tensor[4, 0].any())
+    [shared] = shared_storages(pools)
+    assert shared.size == LAYERS * BLOCKS * PAGE
+
+
+def test_caches_that_are_not_where_the_plan_puts_them_are_refused() -> None:
+    config = plan("LBHNC", attention())
+    made = caches(config, "LBHNC")
+    first = "model.layers.0.attn"
+    shape = r"shape \(6, 2, 32, 32\)"
+    with pytest.raises(ConfigError, match=rf"layers.0.attn has {shape}.*vLLM plans"):
+        pools_of(made | {first: made["model.layers.1.attn"]}, config)
+    with pytest.raises(ConfigError, match=r"shape \(2, 6, 32, 32\).*no view \(blocks, heads, tokens, content\)"):
+        pools_of(made | {first: made[first].transpose(0, 1)}, config)
+    with pytest.raises(ConfigError, match=r"shape \(6, 6, 4, 8, 32\)"):  # No telling which six are the blocks.
+        pools_of(made | {first: torch.zeros(6, 6, 4, 8, 32)}, config)
+    with pytest.raises(ConfigError, match=rf"layers.8.attn, of {shape}, is not in vLLM's plan"):
+        pools_of(made | {"model.layers.8.attn": made[first].clone()}, config)
+    with pytest.raises(ConfigError, match="has made none"):
+        pools_of({name: cache for name, cache in made.items() if name != first}, config)
+    wider = replace(config.kv_cache_tensors[0], block_stride=2 * PAGE)
+    with pytest.raises(ConfigError, match="vLLM plans 8192"):
+        pools_of(made, replace(config, kv_cache_tensors=[wider]))

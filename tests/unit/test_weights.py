@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of a model: whole or not, and a fingerprint of an engine that knows them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from components.engine.vllm.fingerprint import fingerprint
+from components.errors import ConfigError
+from components.models.weights import check, digest
+from components.transfer import KVPool
+
+_LENGTH = (2).to_bytes(8, "little")
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Twenty layers of three tensors, in two files."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    for number, name in enumerate(SHARDS):
+        layers = range(10 * number, 10 * number + 10)
+        kinds = {"q": (64, 64), "up": (64, 512), "norm": (64,)}
+        save_file({f"layers.{n}.{k}": torch.randn(size) for n in layers for k, size in kinds.items()}, folder / name)
+    index = ",".join(f'"{number}": "{name}"' for number, name in enumerate(SHARDS))
+    (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {{{index}}}}}')
+    return folder
+
+
+def engine(model: Path | str, load_format: str = "auto", runner: str = "V1", **more: Any) -> str:
+    """The fingerprint of an engine, as far as it reads vLLM's configuration."""
+    config = SimpleNamespace(to_dict=lambda: {"_name_or_path": str(model), "hidden_size": 64})
+    values: dict[str, Any] = {
+        "hf_config": config,
+        "model": str(model),
+        "model_weights": "",
+        "revision": None,
+        "dtype": torch.bfloat16,
+        "quantization": None,
+        "cache_dtype": "auto",
+    } | more
+    extra = {"migration": {"adapters": values.get("adapters", "")}}
+    vllm_config = SimpleNamespace(
+        model_config=SimpleNamespace(**values),
+        load_config=SimpleNamespace(load_format=load_format, download_dir=None),
+        cache_config=SimpleNamespace(cache_dtype=values["cache_dtype"], block_size=16),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra),
+    )
+    order = values.get("order", (0, 1, 2))
+    pools = [KVPool("layer.0", torch.zeros(4, 8, 16).permute(order), 4, 0)]
+    return fingerprint(vllm_config, pools, runner)
+
+
+def test_equal_copies_in_other_folders_have_one_fingerprint(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "copy")
+    assert engine(model) == engine(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("kind", ["q", "up", "norm"])
+def test_a_fine_tune_with_the_same_configuration_has_another_fingerprint(model: Path, kind: str) -> None:
+    before = engine(model)
+    tensors = load_file(model / SHARDS[1])
+    save_file({n: t + 0.01 if n.endswith(kind) else t for n, t in tensors.items()}, model / SHARDS[1])
+    assert engine(model) != before
+
+
+def test_whatever_changes_a_token_changes_the_fingerprint(model: Path) -> None:
+    same = engine(model)
+    changes: list[dict[str, Any]] = [
+        {"runner": "V2"},
+        {"dtype": torch.float16},
+        {"cache_dtype": "fp8"},
+        {"quantization": "awq"},
+        {"adapters": "another"},
+        {"load_format": "dummy"},
+        {"order": (0, 2, 1)},
+    ]
+    assert len({same, *(engine(model, **change) for change in changes)}) == 1 + len(changes)
+
+
+def test_random_weights_are_those_of_every_folder(model: Path, tmp_path: Path) -> None:
+    assert engine(model, "dummy") == engine(tmp_path / "elsewhere", "dummy")
+
+
+def test_a_name_without_files_here_stands_for_itself_and_its_revision() -> None:
+    assert digest("some/model", "auto") == digest("some/model", "auto")
+    assert len({digest("some/model", "auto", r) for r in (None, "a", "b")} | {digest("some/other", "auto")}) == 4
+    assert digest("s3://bucket/model", "runai_streamer") != digest("s3://bucket/other", "runai_streamer")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 40, b"\x10" + bytes(7) + b"[]" + bytes(20), b"\x02" + bytes(7) + b"{}"]
+)
+def test_any_file_has_a_digest(model: Path, content: bytes) -> None:
+    before = digest(str(model), "auto")
+    (model / SHARDS[0]).write_bytes(content)
+    assert digest(str(model), "auto") != before
+
+
+def test_a_half_written_model_is_refused(model: Path) -> None:
+    check(str(model), "auto")
+    whole = (model / SHARDS[0]).read_bytes()
+    (model / SHARDS[0]).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match="00001-of-00002.safetensors is not whole.*copy it again"):
+        check(str(model), "auto")
+    (model / SHARDS[0]).unlink()
+    with pytest.raises(ConfigError, match="00001-of-00002.safetensors missing"):
+        check(str(model), "auto")
+    (model / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ConfigError, match="index.json is damaged"):
+        check(str(model), "auto")
+
+
+@pytest.mark.parametrize("load_format", ["dummy", "tensorizer", "runai_streamer", "some_plugin"])
+def test_formats_that_read_no_file_of_the_folder_need_none(tmp_path: Path, load_format: str) -> None:
+    check(str(tmp_path), load_format)
+    with pytest.raises(ConfigError, match="missing"):
+        check(str(tmp_path), "auto")
+
+
+def test_mistrals_own_files_are_weights(model: Path) -> None:
+    for name in SHARDS:
+        (model / name).rename(model / name.replace("model", "consolidated"))
+    check(str(model), "auto")
+    check(str(model), "mistral")
