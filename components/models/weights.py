@@ -41,7 +41,7 @@ _LONGEST_HEADER = 64 << 20
 def check(model: str, load_format: str) -> None:
     """Does the folder have the weights that this format reads, and are they whole?"""
     folder = Path(model)
-    if not folder.is_dir() or load_format not in _PATTERNS:
+    if not os.path.isdir(model) or load_format not in _PATTERNS:
         return
     if not (found := _files(folder, load_format)):
         wanted = " or ".join(_PATTERNS[load_format])
