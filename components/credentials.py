@@ -2,10 +2,10 @@
 """The secret that router, workers, planner and command line share, when one is configured.
 
 ``DYN_MIGRATE_SECRET_FILE`` names a file; its contents (16 bytes or more) seal every message of the control surface and
-of the token streams. A process with the secret takes no message without its seal, so that whoever can only reach a
-port can neither migrate, drain, read status nor feed a stream. The seal does not hide anything and does not stop
-somebody who can record messages from sending one again: for that, encrypt the network.
-Read once; no threads. Raises ``ConfigError``.
+of the token streams, and prove both ends of every connection of ours (``components.handshake``). A process with the
+secret takes no message without its seal, so that whoever can only reach a port can neither migrate, drain, read status,
+feed a stream nor read KV blocks. The seal does not hide anything and does not stop somebody who can record messages
+from sending one again: for that, encrypt the network. Read once; no threads. Raises ``ConfigError``.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ def secret() -> bytes:
     if len(found) < _SHORTEST:
         raise ConfigError(f"{VARIABLE} names {path}: a secret has at least {_SHORTEST} bytes; openssl rand -hex 32")
     return found
+
+
+def mac(*parts: bytes) -> bytes:
+    """Over the parts and where each ends. Without a secret it shows no more than that both sides mean the same."""
+    return hmac.digest(secret(), b"".join(len(part).to_bytes(4, "big") + part for part in parts), "sha256")
 
 
 def seal(kind: str, data: bytes) -> str:

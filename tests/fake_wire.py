@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from components.errors import TransferError
-from components.transfer.data.frames import read_frame, write_frame
+from components.frames import read_frame, write_frame
 
 Bytes = queue.SimpleQueue[torch.Tensor]
 

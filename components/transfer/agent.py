@@ -22,6 +22,7 @@ from typing import Literal
 
 import numpy as np
 
+from components import credentials
 from components.engine.protocol import AgentName, AgentRef, Epoch
 from components.errors import (
     IncompatibleLayout,
@@ -79,6 +80,7 @@ class TransferAgent:
     def start(self, pools: Sequence[KVPool]) -> None:
         """Register the pools and publish. Raises ``ConfigError``, ``TransferUnavailable``, ``TransferError``."""
         self._config.validate()
+        credentials.secret()  # One that cannot be read is an error now, not at the first peer.
         self._assembly = assemble(self._config, self.epoch, pools, self.directory)
         self._checksums = BlockChecksums(pools)
         self._block_bytes = self.record.block_bytes

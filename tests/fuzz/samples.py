@@ -39,6 +39,7 @@ from components.transfer import AgentConfig, KVPool, TransferAgent
 from components.transfer.calibration import Calibration, LaneCalibration, Point
 from components.transfer.control import record
 from components.transfer.control.record import AgentRecord
+from components.transfer.data.nccl_link import Answer, Ask, Hello
 from components.transfer.parking import Place
 from components.transfer.parking import ticket as tickets
 from components.transfer.session import messages as session
@@ -83,8 +84,8 @@ def session_messages() -> list[session.Message]:
     """One of each kind, as an ``Exchange`` with eight blocks gets them."""
     blocks = session.pack(np.array([1, 2], np.int64))
     return [
-        session.Ask(1, "mine", "r", blocks, blocks, (), 0, 1000),
-        session.Ask(2, "mine", "r", blocks, b"", (4096, 8192), 4096, 1000),
+        session.Ask(1, "r", blocks, blocks, (), 0, 1000),
+        session.Ask(2, "r", blocks, b"", (4096, 8192), 4096, 1000),
         session.Landed(1, 0),
         session.Freed(1, 0),
         session.Ended(1, "transfer", "it broke", 10, 1, 0.1, 0.1, 0.1, "rc"),
@@ -125,10 +126,12 @@ def everything() -> dict[str, list[bytes]]:
     )
     return {
         "record": [record.encode(agent_record())],
-        "session": [session.encode(m) for m in session_messages()],
-        "exchange": [session.encode(m) for m in session_messages()],
-        "tcp": [encode({"epoch": "mine", "blocks": b"\1\0\0\0", "unit": 0})],
-        "handover": [encode({"epoch": "mine"})],
+        "session": [encode(m) for m in session_messages()],
+        "exchange": [encode(m) for m in session_messages()],
+        "tcp": [encode({"blocks": b"\1\0\0\0", "unit": 0})],
+        "nccl": [encode(m) for m in (Hello("name", 5), Ask(b"\1\0\0\0", 1000), Answer("why", True, 5))],
+        "handshake": [bytes(64), bytes(range(64)), b"dynmig1\n" + bytes(32)],
+        "handshake-answer": [b"dynmig1\n" + bytes(64), b"dynmig2\n" + bytes(64)],
         "handover-answer": [encode({"storages": [(4096, 4096)]})],
         "ticket": [encode(parked)],
         "messages": [encode(m) for m in (Generate(request(), frozen()), *calls(), *outcomes, output, *routed)],

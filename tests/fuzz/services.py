@@ -29,7 +29,7 @@ from tests.faults.cluster import Cluster, payload, quiet
 from tests.faults.network import Context, Weather
 from tests.fuzz.inputs import Target
 from tests.fuzz.samples import R, agent_record
-from tests.fuzz.wire import BLOCKS
+from tests.fuzz.wire import BLOCKS, sealed
 
 
 def _envelope(data: bytes) -> dict[str, str]:
@@ -137,7 +137,7 @@ def exchange(data: bytes) -> None:
     peer = agent_record()
     pools = [KVPool(f"layer.{n}", torch.zeros((BLOCKS, 4, 2)), BLOCKS, 0, token_dim=1) for n in range(2)]
     regions = regions_of(pools)
-    link, directory = _Link(peer.key, data, pools), Directory()
+    link, directory = _Link(peer.key, sealed(data, peer.key, "mine/mine"), pools), Directory()
     directory.put(peer)
     config = AgentConfig(name="mine", block_size=4)
     served = Exchange(config, "mine", link, regions, None, directory, "host", Calibration())  # type: ignore[arg-type]

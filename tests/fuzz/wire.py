@@ -20,12 +20,16 @@ import numpy as np
 import torch
 
 from components.errors import InvalidRequest
+from components.frames import hear
+from components.handshake import accepting, connecting, greet
 from components.messages import Generate, RouterCall, RouterReply, WorkerCall, WorkerReply, pack, unpack
 from components.router.openai import to_request
 from components.transfer.config import KVPool
 from components.transfer.control import record
 from components.transfer.control.record import AgentRecord
-from components.transfer.data.handover import Giver, Mapping, map_peer
+from components.transfer.data import handover
+from components.transfer.data.handover import Mapping, map_peer
+from components.transfer.data.nccl_link import MAX_FRAME, Answer, Ask, Hello
 from components.transfer.data.tcp import TcpBackend
 from components.transfer.layout import Segment, extents
 from components.transfer.parking import ticket as tickets
@@ -52,9 +56,14 @@ def agent_records(data: bytes) -> None:
     extents(_own_record().segments(0), peer.segments(0), near, near)
 
 
+def sealed(data: bytes, sender: str, receiver: str) -> bytes:
+    """As a peer with the secret sends it."""
+    return session.seal(data, sender, receiver) + data
+
+
 def session_messages(data: bytes) -> None:
     """A NIXL notification."""
-    message = session.decode(data)
+    message = session.decode(sealed(data, "a", "b"), "a", "b")
     if isinstance(message, session.Ask):
         session.unpack(message.src)
         session.unpack(message.dst)
@@ -116,36 +125,50 @@ def _tcp() -> tuple[TcpBackend, torch.Tensor]:
 
 
 def tcp_requests(data: bytes) -> None:
-    """A connection to the plain TCP lane: a length, a request, rows to store."""
+    """What a peer that has proved itself sends to the plain TCP lane: a length, a request, and more."""
     backend, whole = _tcp()
     # What ``Acceptor`` ends a connection for.
     with _client(struct.pack("!I", len(data)) + data + b"\x55" * 20_000) as connection, suppress(OSError, *UNREADABLE):
         backend._serve(connection)
-    if whole[:64].any() or whole[64 + BLOCKS :].any():
-        raise AssertionError("bytes were written outside of the pool")
+    if whole.any():
+        raise AssertionError("bytes were written")
 
 
-def handover_requests(data: bytes) -> None:
-    """A process that wants to map our pools."""
-    giver = Giver.__new__(Giver)
-    giver._epoch, giver._storages, giver._open, giver._lock = "mine", [], set(), threading.Lock()
-    giver._closed = False
-    with _client(struct.pack("!I", len(data)) + data) as connection, suppress(OSError, *UNREADABLE):
-        giver._serve(connection)
+def nccl_messages(data: bytes) -> None:
+    """What a peer that has proved itself sends to the NCCL lane."""
+    for kind in (Hello, Ask, Answer):
+        with _client(struct.pack("!I", len(data)) + data) as connection, suppress(InvalidRequest):
+            hear(connection, kind, MAX_FRAME, time.monotonic() + 5)
+            return
+    raise InvalidRequest("none of the messages")
+
+
+def strangers(data: bytes) -> None:
+    """Whoever connects to a socket of ours, and has not the secret."""
+    with _client(data) as connection, suppress(OSError):
+        greet(connection, accepting("kv-tcp mine"), time.monotonic() + 5)
+        raise AssertionError("a stranger was let in")
+
+
+def impostors(data: bytes) -> None:
+    """What listens where we connect to, and has not the secret."""
+    with _client(data) as connection, suppress(OSError):
+        greet(connection, connecting("kv-tcp mine"), time.monotonic() + 5)
+        raise AssertionError("an impostor was believed")
 
 
 def handover_answers(data: bytes) -> None:
     """What a peer answers that should give us its pools."""
     epoch = uuid.uuid4().hex
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    server.bind(f"\0dynamo-migrate/{epoch}")
+    server.bind(handover._name(epoch))
     server.listen()
 
     def answer() -> None:
         connection, _ = server.accept()
         with connection:
-            connection.recv(4096)
             with suppress(OSError):
+                greet(connection, accepting(handover._purpose(epoch)), time.monotonic() + 5)
                 connection.sendall(struct.pack("!I", len(data)) + data)
             fd = os.memfd_create("fuzz")
             os.ftruncate(fd, 4096)
@@ -185,7 +208,9 @@ TARGETS = [
     Target("messages", endpoint_messages),
     Target("openai", openai_payloads, "json"),
     Target("tcp", tcp_requests),
-    Target("handover", handover_requests),
+    Target("nccl", nccl_messages),
+    Target("handshake", strangers),
+    Target("handshake-answer", impostors),
     Target("handover-answer", handover_answers),
     Target("ticket", parked_tickets),
 ]

@@ -20,7 +20,7 @@ import torch
 from components.errors import TransferCancelled, TransferError
 from components.transfer import AgentConfig, KVPool, TransferAgent, move_to_shared_memory
 from components.transfer.data import hostcopy
-from components.transfer.data.handover import Giver, map_peer
+from components.transfer.data.handover import Giver, _name, map_peer
 from components.transfer.data.shared import shared_storages
 
 BLOCKS, WIDTH = 32, 4096
@@ -148,9 +148,10 @@ def test_only_the_right_epoch_and_user_get_memory(monkeypatch: pytest.MonkeyPatc
         map_peer("src", epoch, 1e12)
     monkeypatch.undo()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
-        stranger.connect(f"\0dynamo-migrate/{epoch}")
-        stranger.sendall(b"\xff\xff\xff\xff")
-        assert stranger.recv(1) == b""
+        stranger.connect(_name(epoch))
+        stranger.sendall(b"\xff" * 64)
+        # A version and a number, and no descriptor.
+        assert len(socket.recv_fds(stranger, 1000, 1)[0]) == 40 and socket.recv_fds(stranger, 1000, 1)[:2] == (b"", [])
     mapping = map_peer("src", epoch, 1e12)
     giver.close()
     assert not mapping.alive()

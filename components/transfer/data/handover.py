@@ -2,15 +2,16 @@
 """Hand-over of shared host memory between two agents of one host, and the mapping of a peer's.
 
 An agent listens on a socket in Linux's abstract namespace whose name is made of its epoch: a record can name no file.
-It gives descriptors of its pools to processes of its own user, as the kernel names them; the peer maps them. The
-connection stays open: its end says that the agent has gone.
-Threading: a thread accepts, one waits on each connection. ``map_peer`` blocks for five seconds at most. Errors:
+It gives descriptors of its pools, for reading alone, to processes of its own user, as the kernel names them, that have
+passed the handshake (``components.handshake``); the peer maps them. The connection stays open: its end says that the
+agent has gone. Threading: one thread waits on each connection. ``map_peer`` blocks for five seconds at most. Errors:
 ``TransferError``.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import mmap
 import os
@@ -18,27 +19,24 @@ import socket
 import struct
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import msgspec
 
-from components.errors import TransferError
-from components.transfer.data.acceptor import Acceptor
+from components.acceptor import Acceptor
+from components.errors import MigrateError, TransferError
+from components.frames import hear, left, say
+from components.handshake import connecting, greet
 from components.transfer.data.shared import SharedStorage
 from components.transfer.layout import Segment, Span, locate
-from components.wire import UNREADABLE
 
 logger = logging.getLogger(__name__)
 _MAX_ANSWER = 1 << 20
 _FDS_AT_ONCE = 128
 _CALL_S = 5.0
 _PEER = struct.Struct("3i")
-_LENGTH = struct.Struct("!I")
-
-
-class _Ask(msgspec.Struct, frozen=True):
-    epoch: str
 
 
 class _Answer(msgspec.Struct, frozen=True):
@@ -47,19 +45,22 @@ class _Answer(msgspec.Struct, frozen=True):
 
 
 def _name(epoch: str) -> str:
-    return f"\0dynamo-migrate/{epoch}"
+    # Every user of the host can list these names, and an epoch is half of what the handshake proves.
+    return f"\0dynamo-migrate/{hashlib.sha256(epoch.encode()).hexdigest()[:32]}"
+
+
+def _purpose(epoch: str) -> str:
+    return f"kv-shm {epoch}"
 
 
 class Giver:
     """Hands our storages to peers."""
 
     def __init__(self, epoch: str, storages: Sequence[SharedStorage]) -> None:
-        self._epoch = epoch
         self._storages = list(storages)
         server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         server.bind(_name(epoch))
-        server.listen()
-        self._acceptor = Acceptor(server, self._serve, "kv-shm")
+        self._acceptor = Acceptor(server, _purpose(epoch), self._serve, "kv-shm")
 
     def _serve(self, connection: socket.socket) -> None:
         self._give(connection)
@@ -70,15 +71,16 @@ class Giver:
         _, user, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
         if user != os.geteuid():
             raise TransferError(f"user {user} may not have memory of user {os.geteuid()}")
-        end = time.monotonic() + _CALL_S
-        ask = msgspec.msgpack.decode(_read(connection, end), type=_Ask)
-        if ask.epoch != self._epoch:
-            raise TransferError("it asked for another life of this agent")
-        answer = msgspec.msgpack.encode(_Answer(tuple((s.address, s.size) for s in self._storages)))
-        connection.sendall(_LENGTH.pack(len(answer)) + answer)
+        say(connection, _Answer(tuple((s.address, s.size) for s in self._storages)), time.monotonic() + _CALL_S)
         for start in range(0, len(self._storages), _FDS_AT_ONCE):
             part = self._storages[start : start + _FDS_AT_ONCE]
-            socket.send_fds(connection, [b"f"], [storage.fd for storage in part])
+            fds: list[int] = []
+            with ExitStack() as opened:
+                for storage in part:
+                    # Opened again, because the rights of a descriptor travel with it.
+                    fds.append(os.open(f"/proc/self/fd/{storage.fd}", os.O_RDONLY | os.O_CLOEXEC))
+                    opened.callback(os.close, fds[-1])
+                socket.send_fds(connection, [b"f"], fds)
 
     def close(self) -> None:
         """Stop giving; peers learn that we have gone."""
@@ -130,14 +132,13 @@ def map_peer(name: str, epoch: str, end: float) -> Mapping:
     sizes: list[int] = []
     try:
         end = min(end, time.monotonic() + _CALL_S)
-        connection.settimeout(max(0.001, end - time.monotonic()))
+        connection.settimeout(left(end))
         connection.connect(_name(epoch))
         _, user, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
         if user != os.geteuid():
             raise TransferError(f"the process at that address belongs to user {user}")
-        ask = msgspec.msgpack.encode(_Ask(epoch))
-        connection.sendall(_LENGTH.pack(len(ask)) + ask)
-        answer = msgspec.msgpack.decode(_read(connection, end), type=_Answer)
+        greet(connection, connecting(_purpose(epoch)), end)
+        answer = hear(connection, _Answer, _MAX_ANSWER, end)
         for start in range(0, len(answer.storages), _FDS_AT_ONCE):
             count = min(_FDS_AT_ONCE, len(answer.storages) - start)
             mark, got, _, _ = socket.recv_fds(connection, 1, count)
@@ -149,7 +150,7 @@ def map_peer(name: str, epoch: str, end: float) -> Mapping:
             sizes.append(size)
         connection.setblocking(False)
         return Mapping(name, connection, answer.storages, mapped)
-    except (OSError, TransferError, *UNREADABLE) as error:
+    except (OSError, MigrateError) as error:
         connection.close()
         for address, size in zip(mapped, sizes, strict=True):
             _libc.munmap(address, size)
@@ -171,26 +172,8 @@ def _map(fd: int, size: int) -> int:
     if size < 1 or os.fstat(fd).st_size < size:
         raise TransferError("a descriptor has fewer bytes than were promised")
     flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-    address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+    address = _libc.mmap(None, size, mmap.PROT_READ, flags, fd, 0)
     if address == _FAILED:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     return int(address)
-
-
-def _read(connection: socket.socket, end: float) -> bytes:
-    (length,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size, end))
-    if length > _MAX_ANSWER:
-        raise TransferError(f"a message of {length} bytes is too long")
-    return _exactly(connection, length, end)
-
-
-def _exactly(connection: socket.socket, count: int, end: float) -> bytes:
-    data = b""
-    while len(data) < count:
-        connection.settimeout(max(0.001, end - time.monotonic()))
-        part = connection.recv(count - len(data))
-        if not part:
-            raise TransferError("the connection was closed")
-        data += part
-    return data

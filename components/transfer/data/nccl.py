@@ -24,14 +24,15 @@ from dataclasses import dataclass, field
 
 import torch
 
+from components.acceptor import Acceptor
 from components.errors import DeadlineExceeded, MigrateError, TransferCancelled, TransferError
+from components.frames import hear, is_open, say
+from components.handshake import connect
 from components.transfer.config import Strategy, TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data import nccl_wire
-from components.transfer.data.acceptor import Acceptor
 from components.transfer.data.base import Copy, Steps
-from components.transfer.data.frames import is_open, left
-from components.transfer.data.nccl_link import Answer, Ask, Hello, Link, Patience, Stopped, hear, say
+from components.transfer.data.nccl_link import MAX_FRAME, Answer, Ask, Hello, Link, Patience, Stopped
 from components.transfer.data.staging import Staging
 from components.transfer.data.threads import on_thread
 from components.transfer.layout import Region
@@ -104,7 +105,6 @@ class NcclBackend:
         connect: nccl_wire.Connect = nccl_wire.connect,
     ) -> None:
         self._name = name
-        self._epoch = epoch
         self._regions = list(regions)
         self._block_size = block_size
         self._staging_bytes = staging_bytes
@@ -122,7 +122,7 @@ class NcclBackend:
         server = socket.create_server((host, 0))
         self.address = f"{host}:{server.getsockname()[1]}"
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="kv-nccl-out")
-        self._acceptor = Acceptor(server, self._serve, "kv-nccl")
+        self._acceptor = Acceptor(server, _purpose(epoch), self._serve, "kv-nccl")
 
     def reaches(self, peer: AgentRecord) -> bool:
         """True for a peer with NCCL of our version on another GPU, unless its links were lost."""
@@ -188,9 +188,9 @@ class NcclBackend:
             return self._run(line, copy, lambda: stop.is_set() or self._off.is_set())
         except TimeoutError as error:
             raise DeadlineExceeded(f"no answer from {where}") from error
-        except MigrateError as error:
+        except (TransferError, DeadlineExceeded) as error:
             raise type(error)(f"{where}: {error}") from error
-        except (OSError, RuntimeError, *UNREADABLE) as error:
+        except (OSError, RuntimeError, MigrateError, *UNREADABLE) as error:
             raise TransferError(f"{where}: {error}") from error
 
     def _run(self, line: _Line, copy: Copy, stopped: Stopped) -> int:
@@ -218,7 +218,7 @@ class NcclBackend:
         with self._holding(link, "receive", slots):
             budget = max(1, int((copy.end - time.monotonic()) * 1000))
             say(link.sock, Ask(pack(copy.theirs), budget), copy.end)
-            answer = hear(link.sock, Answer, copy.end)
+            answer = hear(link.sock, Answer, MAX_FRAME, copy.end)
             if answer.busy:
                 return None
             if answer.error:
@@ -253,12 +253,10 @@ class NcclBackend:
         sock = None
         end = time.monotonic() + _SET_UP_S
         try:
-            host, _, port = peer.nccl_address.rpartition(":")
-            sock = socket.create_connection((host, int(port)), timeout=left(end))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock = connect(peer.nccl_address, _purpose(peer.epoch), end)
             staging = self._memory()
-            say(sock, Hello(peer.epoch, self._name, staging.blocks_per_slot), end)
-            answer = hear(sock, Answer, end)
+            say(sock, Hello(self._name, staging.blocks_per_slot), end)
+            answer = hear(sock, Answer, MAX_FRAME, end)
             if answer.error:
                 raise TransferError(f"it refused: {answer.error}")
             wire = self._connect(sock, 1, staging.device, end)
@@ -301,11 +299,10 @@ class NcclBackend:
 
     def _serve(self, connection: socket.socket) -> None:
         end = time.monotonic() + _SET_UP_S
-        hello = hear(connection, Hello, end)
-        if hello.epoch != self._epoch or self._off.is_set():
-            say(connection, Answer("this is another life of that agent, or its NCCL is off"), end)
+        hello = hear(connection, Hello, MAX_FRAME, end)
+        if self._off.is_set():
+            say(connection, Answer("its NCCL is off"), end)
             return
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         staging = self._memory()
         chunk = min(hello.slot_blocks, staging.blocks_per_slot)
         say(connection, Answer(slot_blocks=chunk), end)
@@ -314,7 +311,7 @@ class NcclBackend:
         self._links.add(link)
         try:
             while not link.broken:
-                self._answer(link, hear(connection, Ask, None))
+                self._answer(link, hear(connection, Ask, MAX_FRAME, None))
         finally:
             self._end(link)
 
@@ -357,6 +354,10 @@ class NcclBackend:
             thread.start()
         for thread in threads:
             thread.join()
+
+
+def _purpose(epoch: str) -> str:
+    return f"kv-nccl {epoch}"
 
 
 def _wait(done: Stopped, end: float, stopped: Stopped) -> None:

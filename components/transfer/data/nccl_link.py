@@ -14,13 +14,13 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import msgspec
 
 from components.errors import DeadlineExceeded, TransferCancelled, TransferError
+from components.frames import is_open
 from components.transfer import profiling
-from components.transfer.data.frames import is_open, read_frame, write_frame
 from components.transfer.data.nccl_wire import Flight, Wire
 from components.transfer.data.staging import Gate, Staging
 from components.transfer.layout import Ints
@@ -35,13 +35,11 @@ _Text = Annotated[str, msgspec.Meta(max_length=1024)]
 
 
 Stopped = Callable[[], bool]
-T = TypeVar("T", "Hello", "Ask", "Answer")
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """Opens a link: to whom, from whom, and how many blocks fit a slot."""
+    """Opens a link: from whom, and how many blocks fit a slot."""
 
-    epoch: _Text
     name: _Text
     slot_blocks: Annotated[int, msgspec.Meta(ge=1)]
 
@@ -59,16 +57,6 @@ class Answer(msgspec.Struct, frozen=True):
     error: _Text = ""
     busy: bool = False
     slot_blocks: int = 0
-
-
-def say(sock: socket.socket, message: Hello | Ask | Answer, end: float) -> None:
-    """Send a message."""
-    write_frame(sock, msgspec.msgpack.encode(message), end)
-
-
-def hear(sock: socket.socket, kind: type[T], end: float | None) -> T:
-    """Receive a message; without ``end`` whenever it comes."""
-    return msgspec.msgpack.decode(read_frame(sock, MAX_FRAME, end), type=kind)
 
 
 class Patience:

@@ -21,7 +21,7 @@ import torch
 from torch import distributed
 
 from components.errors import TransferError
-from components.transfer.data.frames import read_frame, write_frame
+from components.frames import read_frame, write_frame
 
 _MAX_CTAS = 16
 """Processors of a GPU that one operation takes, and that it keeps while its peer is late."""

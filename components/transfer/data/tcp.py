@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks over plain TCP, for hosts without NIXL.
 
-Wire format: a 4-byte length and one msgpack ``_Ask``, an answer byte, then rows of the asked blocks, segment by
-segment. Nobody can write to a server: each side only fills blocks of its own, for transfers that it has opened.
-The server only touches registered pools: block numbers are checked, addresses never come from the wire.
-Threading: a daemon thread accepts, one serves each connection, one runs each of our transfers; each has its
-deadline on the socket. Rows are received into a buffer of their own and copied to blocks when they are whole.
+Wire format: the handshake (``components.handshake``), an ``_Ask``, an ``_Answer``, then rows of the asked blocks,
+segment by segment. Nobody can write to a server: each side only fills blocks of its own, for transfers that it has
+opened. The server only touches registered pools: block numbers are checked, addresses never come from the wire.
+Threading: one thread serves each connection, one runs each of our transfers; each has its deadline on the socket. Rows
+are received into a buffer of their own and copied to blocks when they are whole.
 """
 
 from __future__ import annotations
@@ -21,31 +21,38 @@ from typing import Annotated, Any
 import msgspec
 import torch
 
-from components.errors import DeadlineExceeded, TransferCancelled, TransferError
+from components.acceptor import Acceptor
+from components.errors import DeadlineExceeded, MigrateError, TransferCancelled, TransferError
+from components.frames import hear, left, read_into, say
+from components.handshake import connect
 from components.transfer.config import TransferResult
 from components.transfer.control.record import AgentRecord
-from components.transfer.data.acceptor import Acceptor
 from components.transfer.data.base import Copy, Steps
-from components.transfer.data.frames import left, read_exactly, read_frame, read_into, write_frame
 from components.transfer.data.threads import on_thread
 from components.transfer.layout import Ints, Region, put, rows_of, take
 from components.transfer.session.messages import MAX_BLOCKS, pack, unpack
 
 logger = logging.getLogger(__name__)
 _MAX_ASK = 4 * MAX_BLOCKS + 1024
-_REFUSED, _GRANTED = b"\x00", b"\x01"
 _SERVE_S = 60.0
 _CHUNK_BYTES = 8 << 20
 
 
-class _Ask(msgspec.Struct, frozen=True):
-    epoch: Annotated[str, msgspec.Meta(max_length=128)]
+class _Ask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     blocks: Annotated[bytes, msgspec.Meta(max_length=4 * MAX_BLOCKS)]
     unit: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Tokens of the parts that ``blocks`` numbers; 0: whole blocks."""
 
 
-_decoder = msgspec.msgpack.Decoder(_Ask)
+class _Answer(msgspec.Struct, frozen=True):
+    granted: bool
+
+
+_MAX_ANSWER = 64
+
+
+def _purpose(epoch: str) -> str:
+    return f"kv-tcp {epoch}"
 
 
 class TcpBackend:
@@ -55,13 +62,12 @@ class TcpBackend:
     at_once = False
 
     def __init__(self, epoch: str, regions: Sequence[Region], host: str, block_size: int) -> None:
-        self._epoch = epoch
         self._block_size = block_size
         self._regions = list(regions)
         server = socket.create_server((host, 0))
         self.address = f"{host}:{server.getsockname()[1]}"
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="kv-tcp-out")
-        self._acceptor = Acceptor(server, self._serve, "kv-tcp")
+        self._acceptor = Acceptor(server, _purpose(epoch), self._serve, "kv-tcp")
 
     def reaches(self, peer: AgentRecord) -> bool:
         """True when the peer serves this lane."""
@@ -88,18 +94,17 @@ class TcpBackend:
                 return self._receive_rows(sock, copy, stop)
         except TimeoutError as error:
             raise DeadlineExceeded(f"no answer from {where}") from error
-        except (OSError, ValueError) as error:
+        except TransferError:
+            raise
+        except (OSError, ValueError, MigrateError) as error:
             raise TransferError(f"{where}: {error}") from error
 
     def _connect(self, copy: Copy) -> socket.socket:
-        host, _, port = copy.peer.tcp_address.rpartition(":")
-        sock = socket.create_connection((host, int(port)), timeout=left(copy.end))
+        sock = connect(copy.peer.tcp_address, _purpose(copy.peer.epoch), copy.end)
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            ask = msgspec.msgpack.encode(_Ask(copy.peer.epoch, pack(copy.theirs), copy.unit))
-            write_frame(sock, ask, copy.end)
-            if read_exactly(sock, 1, copy.end) != _GRANTED:
-                raise TransferError(f"agent {copy.peer.name} refused: other epoch or unknown blocks")
+            say(sock, _Ask(pack(copy.theirs), copy.unit), copy.end)
+            if not hear(sock, _Answer, _MAX_ANSWER, copy.end).granted:
+                raise TransferError("it refused: it has not all of these blocks")
         except BaseException:
             sock.close()
             raise
@@ -127,15 +132,12 @@ class TcpBackend:
 
     def _serve(self, connection: socket.socket) -> None:
         end = time.monotonic() + _SERVE_S
-        self._answer(connection, _decoder.decode(read_frame(connection, _MAX_ASK, end)), end)
-
-    def _answer(self, connection: socket.socket, ask: _Ask, end: float) -> None:
+        ask = hear(connection, _Ask, _MAX_ASK, end)
         blocks = unpack(ask.blocks)
-        if ask.epoch != self._epoch or not self._have(blocks, ask.unit):
-            connection.sendall(_REFUSED)
-            return
-        connection.sendall(_GRANTED)
-        self._send_rows(connection, blocks, ask.unit, end)
+        granted = self._have(blocks, ask.unit)
+        say(connection, _Answer(granted), end)
+        if granted:
+            self._send_rows(connection, blocks, ask.unit, end)
 
     def _have(self, blocks: Ints, unit: int) -> bool:
         if unit and (self._block_size % unit or not all(region.token_bytes for region in self._regions)):

@@ -67,7 +67,7 @@ class Exchange:
     ) -> None:
         self._config = config
         self._calibration = calibration
-        self._epoch = epoch
+        self._key = f"{config.name}/{epoch}"
         self.link = link
         self._regions = list(regions)
         self.segments = [segment for region in regions for segment in region.segments]
@@ -157,14 +157,18 @@ class Exchange:
 
     def send(self, peer: AgentRecord, message: wire.Message) -> None:
         """Send a message to a peer."""
-        self.link.notify(peer, wire.encode(message))
+        self.link.notify(peer, self.sealed(peer, message))
+
+    def sealed(self, peer: AgentRecord, message: wire.Message) -> bytes:
+        """A message as that peer reads it."""
+        return wire.encode(message, self._key, peer.key)
 
     def _ask(self, copy: Copy, number: int, slots: tuple[int, ...], slot_bytes: int) -> wire.Ask:
         dst = b"" if slots else wire.pack(copy.ours)
         budget = max(1, int((copy.end - time.monotonic()) * 1000))
         request = copy.request_id[:1024]
         src = wire.pack(copy.theirs)
-        return wire.Ask(number, copy.peer.epoch, request, src, dst, slots, slot_bytes, budget, copy.unit)
+        return wire.Ask(number, request, src, dst, slots, slot_bytes, budget, copy.unit)
 
     def _ask_direct(self, copy: Copy) -> Steps:
         number, inbox = self._open(copy.peer)
@@ -245,7 +249,7 @@ class Exchange:
         for sender, batch in self.link.poll().items():
             for data in batch:
                 try:
-                    service = self._receive(sender, wire.decode(data))
+                    service = self._receive(sender, wire.decode(data, sender, self._key))
                 except TransferError as error:
                     logger.warning("a message from %s: %s", sender, error)
                     continue
@@ -290,9 +294,6 @@ class Exchange:
                 yield False
             if isinstance(message, wire.Hello):
                 self.send(peer, wire.Hello(message.id, reply=False))
-            elif message.epoch != self._epoch:
-                text = f"agent {self._config.name} is in epoch {self._epoch}"
-                self.send(peer, wire.Ended(message.id, "stale_epoch", text))
             else:
                 yield from serve_ask(self, peer, message, inbox)
         except TransferError as error:

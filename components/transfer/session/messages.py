@@ -8,22 +8,27 @@
     <-------------------------- Ended ----   nothing will be written any more
     Stop ----------------------------->      answered with Ended
 
-``decode`` bounds sizes and raises ``TransferError``; what it returns may still name unknown blocks.
+Each carries an HMAC with the secret (``components.credentials``) over both lives that it is from and for: nobody else
+can have an agent write its blocks somewhere, say that a chunk has landed, or send a message on. ``decode`` bounds sizes
+and raises ``TransferError``; what it returns may still name unknown blocks.
 """
 
 from __future__ import annotations
 
+import hmac
 from typing import Annotated
 
 import msgspec
 import numpy as np
 
+from components import credentials
 from components.errors import TransferError
 from components.transfer.layout import Ints
 from components.wire import UNREADABLE
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_BLOCKS = 1 << 20
+_SEAL_BYTES = 32
 
 _Id = Annotated[int, msgspec.Meta(ge=0)]
 _Text = Annotated[str, msgspec.Meta(max_length=1024)]
@@ -34,8 +39,6 @@ class Ask(msgspec.Struct, frozen=True, tag="ask"):
     """Write these blocks of yours to me: into ``slots`` in turn, or, without slots, into blocks ``dst``."""
 
     id: _Id
-    epoch: _Text
-    """Whom it is meant for: refused by any other life of that agent."""
     request_id: _Text
     src: _Blocks
     dst: _Blocks
@@ -92,17 +95,28 @@ Message = Ask | Landed | Freed | Ended | Stop | Hello
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
-def encode(message: Message) -> bytes:
-    """The message as msgpack."""
-    return msgspec.msgpack.encode(message)
+def encode(message: Message, sender: str, receiver: str) -> bytes:
+    """The message with its HMAC, from one life of an agent to one of another."""
+    data = msgspec.msgpack.encode(message)
+    return seal(data, sender, receiver) + data
 
 
-def decode(data: bytes) -> Message:
-    """Read a message. Raises ``TransferError`` on anything malformed or too large."""
+def seal(data: bytes, sender: str, receiver: str) -> bytes:
+    """What stands before a message of that sender for that receiver."""
+    return credentials.mac(b"session", sender.encode(), receiver.encode(), data)
+
+
+def decode(data: bytes, sender: str, receiver: str) -> Message:
+    """Read a message. Raises ``TransferError`` on anything malformed, too large or not sealed."""
     if len(data) > MAX_MESSAGE_BYTES:
         raise TransferError(f"a message of {len(data)} bytes is larger than {MAX_MESSAGE_BYTES}")
+    given, body = data[:_SEAL_BYTES], data[_SEAL_BYTES:]
+    if not hmac.compare_digest(given, seal(body, sender, receiver)):
+        raise TransferError(
+            f"it is not sealed with the secret in {credentials.VARIABLE}, or was meant for another agent"
+        )
     try:
-        return _decoder.decode(data)
+        return _decoder.decode(body)
     except UNREADABLE as error:
         raise TransferError(f"not a message of an agent: {error}") from error
 

@@ -111,7 +111,7 @@ def _write_staged(
                 slot, _ = gathered.popleft()
                 size = (chunks[posted][1] - chunks[posted][0]) * staging.block_bytes
                 extent = np.array([[staging.address(slot), ask.slots[posted % len(ask.slots)], size]], np.int64)
-                notice = wire.encode(wire.Landed(ask.id, posted))
+                notice = exchange.sealed(peer, wire.Landed(ask.id, posted))
                 writes.append((slot, exchange.link.move("WRITE", peer, extent, moved, _drop, _harmless, notice)))
                 posted, worked = posted + 1, True
             for slot, write in list(writes):

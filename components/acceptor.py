@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Listening sockets of this package: what connects proves itself first, and little is spent on it until then.
+
+``Acceptor`` serves each connection on a thread, ``StreamAcceptor`` on an asyncio task. Both play the handshake
+(``components.handshake``) before ``serve`` sees the connection, so that no socket can forget it.
+Bounds: ``Limits.unproven`` connections at a time that have not proved themselves yet, each for ``Limits.proof_s`` at
+most; where strangers hold all of these places, the oldest gives way to a newcomer. They cost a descriptor, a small
+buffer and, in ``Acceptor``, a thread. ``Limits.served`` connections that have; further ones are closed.
+Life cycle: accepts from construction (``start``) to ``close``, which also ends the connections that are open.
+Errors: ``serve`` owns its time-outs; what it raises of ``OSError``, ``MigrateError`` and undecodable bytes ends its
+connection and is logged, anything else is logged as a fault of ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from components.errors import MigrateError
+from components.handshake import accepting, greet, greet_stream
+from components.wire import UNREADABLE
+
+logger = logging.getLogger(__name__)
+_BACKLOG = 128
+_KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
+"""A peer whose host has vanished is noticed within a minute."""
+_ENDS = (OSError, MigrateError, asyncio.IncompleteReadError, *UNREADABLE)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an acceptor spends on others."""
+
+    unproven: int = 64
+    proof_s: float = 5.0
+    yield_s: float = 0.5
+    """How long a connection keeps its place when all are taken: more than a peer on a busy machine needs."""
+    served: int = 512
+
+
+def prepare(connection: socket.socket) -> None:
+    """Options of every connection."""
+    if connection.family == socket.AF_UNIX:
+        return
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEP_ALIVE:
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+class Acceptor:
+    """See the module docstring. ``server`` is bound; this listens on it."""
+
+    def __init__(
+        self,
+        server: socket.socket,
+        purpose: str,
+        serve: Callable[[socket.socket], None],
+        name: str,
+        limits: Limits | None = None,
+    ) -> None:
+        self._server = server
+        self._purpose = purpose
+        self._serve = serve
+        self._name = name
+        self._limits = limits or Limits()
+        self._unproven: dict[socket.socket, float] = {}
+        self._proven: set[socket.socket] = set()
+        self._free = threading.Condition()
+        self._closed = False
+        server.listen(_BACKLOG)
+        threading.Thread(target=self._accept, name=name, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._server.accept()
+            except OSError as error:
+                if self._closed:
+                    return
+                # Out of descriptors, or a client that left at once: listen on, or the lane is dead.
+                logger.warning("%s: a connection was not accepted: %s", self._name, error)
+                time.sleep(0.1)
+                continue
+            if not self._admit(connection):
+                connection.close()
+                return
+            threading.Thread(target=self._run, args=(connection,), name=f"{self._name}-in", daemon=True).start()
+
+    def _admit(self, connection: socket.socket) -> bool:
+        """Wait for a place. False once we are closed."""
+        with self._free:
+            while not self._closed and len(self._unproven) >= self._limits.unproven:
+                oldest, since = next(iter(self._unproven.items()))
+                waits = since + self._limits.yield_s - time.monotonic()
+                if waits <= 0:
+                    _shut(oldest)  # Its thread ends, and takes it out.
+                self._free.wait(max(waits, 0.01))
+            if not self._closed:
+                self._unproven[connection] = time.monotonic()
+            return not self._closed
+
+    def _run(self, connection: socket.socket) -> None:
+        try:
+            prepare(connection)
+            greet(connection, accepting(self._purpose), time.monotonic() + self._limits.proof_s)
+            if self._promote(connection):
+                self._serve(connection)
+        except _ENDS as error:
+            logger.info("%s: a connection was ended: %s", self._name, error)
+        except Exception:
+            logger.exception("%s: a connection", self._name)
+        finally:
+            with self._free:
+                self._unproven.pop(connection, None)
+                self._proven.discard(connection)
+                self._free.notify()
+            connection.close()
+
+    def _promote(self, connection: socket.socket) -> bool:
+        with self._free:
+            self._unproven.pop(connection, None)
+            self._free.notify()
+            if len(self._proven) >= self._limits.served:
+                logger.warning("%s: %d peers are connected, no more are taken", self._name, len(self._proven))
+                return False
+            self._proven.add(connection)
+            return not self._closed
+
+    def close(self) -> None:
+        """Accept no more, end what is open. Idempotent."""
+        with self._free:
+            self._closed = True
+            still = [*self._unproven, *self._proven]
+            self._free.notify()
+        for sock in (self._server, *still):
+            _shut(sock)
+        self._server.close()
+
+
+def _shut(sock: socket.socket) -> None:
+    # Closing alone wakes no thread that waits for it.
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError as error:
+        logger.debug("closing a socket: %s", error)
+
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class StreamAcceptor:
+    """See the module docstring. Belongs to the loop that calls ``start``."""
+
+    def __init__(self, purpose: str, serve: Serve, name: str, limits: Limits | None = None) -> None:
+        self._purpose = purpose
+        self._serve = serve
+        self._name = name
+        self._limits = limits or Limits()
+        self._unproven: dict[asyncio.StreamWriter, None] = {}
+        self._proven: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, host: str, port: int = 0) -> str:
+        """Listen; returns host:port. Raises ``OSError`` where that cannot be."""
+        self._server = await asyncio.start_server(self._run, host, port, backlog=_BACKLOG)
+        return f"{host}:{self._server.sockets[0].getsockname()[1]}"
+
+    async def _run(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._unproven) >= self._limits.unproven:
+            oldest = next(iter(self._unproven))
+            del self._unproven[oldest]
+            oldest.transport.abort()
+        self._unproven[writer] = None
+        try:
+            prepare(writer.get_extra_info("socket"))
+            await greet_stream(reader, writer, accepting(self._purpose), time.monotonic() + self._limits.proof_s)
+            self._unproven.pop(writer, None)
+            if len(self._proven) >= self._limits.served:
+                logger.warning("%s: %d peers are connected, no more are taken", self._name, len(self._proven))
+                return
+            self._proven.add(writer)
+            await self._serve(reader, writer)
+        except _ENDS as error:
+            logger.info("%s: a connection was ended: %s", self._name, error)
+        except Exception:
+            logger.exception("%s: a connection", self._name)
+        finally:
+            self._unproven.pop(writer, None)
+            self._proven.discard(writer)
+            writer.close()
+
+    def close(self) -> None:
+        """Accept no more, end what is open. Idempotent."""
+        if self._server is not None:
+            self._server.close()
+        for writer in (*self._unproven, *self._proven):
+            writer.transport.abort()

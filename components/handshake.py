@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How two processes of one system recognise each other on a socket, before anything else is read or written.
+
+    accepting side                            connecting side
+    version, nonce ------------------------>
+    <---------------- nonce, HMAC(client) ---  proves first: a stranger gets nothing that the secret has touched
+    HMAC(server) -------------------------->
+
+Both HMACs are keyed with the secret (``components.credentials``) and cover both nonces, the side that makes them and
+the ``purpose``: the kind of socket and the life of the process that listens. A proof is of no use for another
+connection, socket, process or direction. Without a secret the purpose alone is proved, so that a peer of another life,
+which used its address before, is found out all the same.
+
+The handshake hides nothing and guards nothing afterwards from somebody who can change packets on their way: for that,
+encrypt the network. 136 bytes in all; ``end`` bounds each side's wait. ``connect`` and ``greet`` are for threads, their
+``_stream`` forms for asyncio; servers use ``components.acceptor``, which bounds what comes before the proof.
+Raises ``Unauthorized`` for a peer that fails, ``OSError`` and ``TimeoutError`` as sockets do. No state, no threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import secrets
+import socket
+import time
+from collections.abc import Generator
+
+from components import credentials
+from components.errors import Unauthorized
+from components.frames import left, read_exactly
+
+_VERSION = b"dynmig1\n"
+_NONCE = 32
+_PROOF = 32
+
+Steps = Generator[bytes | int, bytes, None]
+"""Yields bytes to send, or a number of bytes to be given."""
+
+
+def _proof(side: bytes, purpose: str, server_nonce: bytes, client_nonce: bytes) -> bytes:
+    return credentials.mac(_VERSION, side, purpose.encode(), server_nonce, client_nonce)
+
+
+def accepting(purpose: str) -> Steps:
+    """The side that listens."""
+    own = secrets.token_bytes(_NONCE)
+    yield _VERSION + own
+    answer = yield _NONCE + _PROOF
+    theirs, proof = answer[:_NONCE], answer[_NONCE:]
+    if not hmac.compare_digest(proof, _proof(b"client", purpose, own, theirs)):
+        raise Unauthorized(f"whoever connected has not the secret in {credentials.VARIABLE}, or meant another process")
+    yield _proof(b"server", purpose, own, theirs)
+
+
+def connecting(purpose: str) -> Steps:
+    """The side that connects."""
+    hello = yield len(_VERSION) + _NONCE
+    if not hello.startswith(_VERSION):
+        raise Unauthorized("what listens there is no process of this system, or one of another version")
+    theirs, own = hello[len(_VERSION) :], secrets.token_bytes(_NONCE)
+    yield own + _proof(b"client", purpose, theirs, own)
+    try:
+        proof = yield _PROOF
+    except ConnectionError as error:
+        raise Unauthorized(
+            f"it refused us: both need the same secret in {credentials.VARIABLE}, or it has started again since"
+        ) from error
+    if not hmac.compare_digest(proof, _proof(b"server", purpose, theirs, own)):
+        raise Unauthorized(f"what listens there has not the secret in {credentials.VARIABLE}")
+
+
+def greet(sock: socket.socket, steps: Steps, end: float) -> None:
+    """Play one side on a connected socket, until ``end`` on ``time.monotonic``."""
+    try:
+        want = next(steps)
+        while True:
+            if isinstance(want, bytes):
+                sock.settimeout(left(end))
+                sock.sendall(want)
+                want = next(steps)
+                continue
+            try:
+                got = read_exactly(sock, want, end)
+            except ConnectionError as error:
+                want = steps.throw(error)
+            else:
+                want = steps.send(got)
+    except StopIteration:
+        return
+
+
+async def greet_stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, steps: Steps, end: float) -> None:
+    """As ``greet``, in asyncio."""
+    try:
+        async with asyncio.timeout(left(end)):
+            want = next(steps)
+            while True:
+                if isinstance(want, bytes):
+                    writer.write(want)
+                    await writer.drain()
+                    want = next(steps)
+                    continue
+                try:
+                    got = await reader.readexactly(want)
+                except (ConnectionError, asyncio.IncompleteReadError) as error:
+                    want = steps.throw(ConnectionResetError(str(error)))
+                else:
+                    want = steps.send(got)
+    except StopIteration:
+        return
+
+
+def connect(address: str, purpose: str, end: float) -> socket.socket:
+    """A connection to ``host:port`` whose other end has proved itself."""
+    host, _, port = address.rpartition(":")
+    sock = socket.create_connection((host.strip("[]"), int(port)), timeout=left(end))
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        greet(sock, connecting(purpose), end)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def connect_stream(
+    address: str, purpose: str, timeout_s: float
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """As ``connect``, in asyncio."""
+    end = time.monotonic() + timeout_s
+    host, _, port = address.rpartition(":")
+    async with asyncio.timeout(timeout_s):
+        reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    try:
+        await greet_stream(reader, writer, connecting(purpose), end)
+    except BaseException:
+        writer.transport.abort()
+        raise
+    return reader, writer
