@@ -116,8 +116,8 @@ ENGINE = {
 
 
 def on_gpu(device: str) -> dict[str, str]:
-    """Environment of an engine on this GPU; this package's connector needs vLLM's first model runner."""
-    return {"CUDA_VISIBLE_DEVICES": device, "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    """Environment of an engine on this GPU."""
+    return {"CUDA_VISIBLE_DEVICES": device}
 
 
 _UNIPROC = ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]

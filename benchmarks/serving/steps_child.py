@@ -28,10 +28,12 @@ _numbers = itertools.count()
 async def _engine(kind: str, model: str, more: dict[str, Any]) -> Any:
     arguments = {"model": model, "max_model_len": 4096, "block_size": 32, "max_num_seqs": 16, "seed": 0}
     arguments |= {"enable_prefix_caching": False, "kv_cache_memory_bytes": 1 << 30, **more}
-    from components.engine.vllm.engine import VLLMEngine, VLLMOptions, executor
+    from components.engine.vllm.arguments import executor
+    from components.engine.vllm.engine import VLLMEngine, VLLMOptions
 
     if kind == "without":
-        config = AsyncEngineArgs(distributed_executor_backend=executor(arguments), **arguments).create_engine_config()
+        where = executor(arguments.get("tensor_parallel_size", 1))
+        config = AsyncEngineArgs(distributed_executor_backend=where, **arguments).create_engine_config()
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     etcd, nats = os.environ["ETCD_ENDPOINTS"], os.environ["NATS_SERVER"]
     agent = {"name": "steps", "etcd_endpoints": etcd.split(","), "nats_url": nats, "namespace": "steps"}

@@ -227,6 +227,6 @@ def _device_environment(name: str, config: WorkerConfig, replica: int) -> dict[s
             raise ConfigError(
                 f"{name}.devices[{replica}] has {len(mine)} GPUs, tensor-parallel-size is {config.tensor_parallel_size}"
             )
-        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, mine)), "VLLM_USE_V2_MODEL_RUNNER": "0"}
+        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, mine))}
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     return threads if config.engine == "paged" else {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **threads}

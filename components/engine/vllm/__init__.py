@@ -2,15 +2,24 @@
 """vLLM behind the engine protocol.
 
     engine.py       VLLMEngine: the protocol, in the worker's own process, around ``AsyncLLM``
-    control.py      the structs that travel between it and the engine core, and how they get there
-    scheduler.py    freeze, land, commit: a vLLM scheduler that can hand requests over
-    records.py      what that scheduler remembers of each request on the move
-    connector.py    the KV connector that vLLM loads; delegates to the two sides
-    loader.py       worker side: runs copy jobs on the transfer component
-    runner_state.py worker side: puts a migrated request into the model runner
+    arguments.py    what vLLM must be told; for every ``AsyncLLM``, whoever makes it
+    client.py       CoreClient: calls into the engine core
+    control.py      the structs that travel between the two
 
-No file of vLLM is changed. The scheduler is loaded by ``scheduler_cls``, the connector by
-``kv_connector_module_path``, the worker calls by ``worker_extension_cls``.
+In the engine core's process:
+    scheduler.py    vLLM's schedulers with a ``Migration``
+    migration.py    records of all requests, and the calls; ``tables.py`` its views
+    migrate_out.py  the source: offer, freeze, resume
+    migrate_in.py   the destination: reserve, copy, commit
+    ranks.py        calls to the workers
+    connector.py    the KV connector that vLLM loads
+
+In the worker's:
+    loader.py       the transfer agent and its copy jobs
+    worker.py       what ``ranks.py`` calls
+
+``compat/`` has every private name of vLLM. No file of vLLM is changed. The scheduler is loaded by ``scheduler_cls``,
+the connector by ``kv_connector_module_path``, the worker's methods by ``worker_extension_cls``.
 """
 
 from components.engine.vllm.engine import VLLMEngine

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KV connector that vLLM loads: scheduler side keeps the queue of jobs, worker side runs them.
+"""The KV connector that vLLM loads: scheduler side asks ``Migration``, worker side runs the copies.
 
-vLLM makes two instances, one in the scheduler and one in each worker. Which requests move, and when, is
-decided in ``scheduler.py``; this class only answers vLLM's questions from that scheduler's records.
+vLLM makes two instances, one in the scheduler and one in each worker. What moves, and when, is decided in
+``migration.py``; this class only answers vLLM's questions. No load is part of a step, so the order in which vLLM
+starts loads and the forward pass does not matter.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from components.engine.vllm.loader import Loader
+from components.engine.vllm.migration import Migration, Settings
 from components.engine.vllm.records import StepMetadata, StepResults
 
 if TYPE_CHECKING:
@@ -28,7 +30,13 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-    from components.engine.vllm.scheduler import MigrationMixin
+    from components.engine.vllm.compat.runners import RunnerPort
+
+
+def settings_of(vllm_config: VllmConfig) -> Settings:
+    """This package's part of vLLM's connector configuration."""
+    transfer = vllm_config.kv_transfer_config
+    return Settings(**(transfer.kv_connector_extra_config["migration"] if transfer else {}))
 
 
 class MigrationConnector(KVConnectorBase_V1):
@@ -36,64 +44,91 @@ class MigrationConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        self.scheduler: MigrationMixin | None = None
-        self.loader = Loader(vllm_config, kv_cache_config) if role is KVConnectorRole.WORKER else None
-
-    @property
-    def requires_kv_delivery(self) -> bool:
-        """False: nothing is handed over when a request finishes, only while it is frozen."""
-        return False
+        self._migration: Migration | None = None
+        self._loader = Loader(vllm_config, kv_cache_config) if role is KVConnectorRole.WORKER else None
+        self._runner: RunnerPort | None = None
 
     # Scheduler side
 
-    def _scheduler(self) -> MigrationMixin:
-        if self.scheduler is None:
+    @property
+    def migration(self) -> Migration:
+        """Set by the scheduler."""
+        if self._migration is None:
             raise RuntimeError("MigrationConnector needs scheduler_cls from components.engine.vllm.scheduler")
-        return self.scheduler
+        return self._migration
+
+    @migration.setter
+    def migration(self, migration: Migration) -> None:
+        self._migration = migration
+
+    def on_new_request(self, request: Request) -> None:
+        """A request has come."""
+        self.migration.on_new_request(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """See ``MigrationMixin.external_tokens``."""
-        return self._scheduler().external_tokens(request, num_computed_tokens)
+        """See ``Migration.external_tokens``."""
+        return self.migration.external_tokens(request)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        """Blocks exist now: the first copy job can be made."""
-        if num_external_tokens:
-            self._scheduler().blocks_allocated(request, blocks.get_block_ids()[0])
+        """Nothing: blocks of a landing are reserved before vLLM asks."""
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """Everything that the workers must do with this step."""
-        return self._scheduler().step_metadata(scheduler_output)
+        return self.migration.step_metadata(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Results of the workers' jobs."""
         meta = connector_output.kv_connector_worker_meta
         if isinstance(meta, StepResults):
-            self._scheduler().job_results(meta.results)
+            self.migration.step_results(meta)
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Never delays the freeing: blocks that a copy needs are not the request's any more."""
+        self.migration.request_finished(request)
+        return False, None
+
+    def has_pending_push_work(self) -> bool:
+        """Keep stepping while a worker owes a result."""
+        return self.migration.incoming.busy
 
     # Worker side
 
-    def _loader(self) -> Loader:
-        if self.loader is None:
+    @property
+    def loader(self) -> Loader:
+        """The transfer agent and its jobs."""
+        if self._loader is None:
             raise RuntimeError("worker-side call on the scheduler's connector")
-        return self.loader
+        return self._loader
+
+    @property
+    def runner(self) -> RunnerPort:
+        """The worker's model runner, known once the engine has been asked for its agents."""
+        if self._runner is None:
+            raise RuntimeError("a request from elsewhere came before CoreClient.info was called")
+        return self._runner
+
+    @runner.setter
+    def runner(self, runner: RunnerPort) -> None:
+        self._runner = runner
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Register all KV pools with the transfer agent, once."""
-        self._loader().register(kv_caches)
+        self.loader.register(kv_caches)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """First hook of a step: the model runner learns of migrated requests before it needs them."""
         if isinstance(kv_connector_metadata, StepMetadata):
-            self._loader().install(kv_connector_metadata)
+            for install in kv_connector_metadata.installs:
+                self.runner.import_state(install)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Start the step's copy jobs; those that the forward pass needs end here."""
+        """Begin the step's copies, collect older ones that are done."""
         meta = self._get_connector_metadata()
         if isinstance(meta, StepMetadata):
-            self._loader().start(meta)
+            self.loader.step(meta.jobs)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to wait for: loads end before the forward pass."""
+        """Nothing to wait for: no step reads what it loads."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         """Nothing to save: blocks are read from the cache itself."""
@@ -101,16 +136,11 @@ class MigrationConnector(KVConnectorBase_V1):
     def wait_for_save(self) -> None:
         """Nothing to save."""
 
-    def get_block_ids_with_load_errors(self) -> set[int]:
-        """Blocks of ``wait`` jobs that failed in this step; vLLM recomputes them."""
-        return self._loader().take_failed_blocks()
-
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """Results since the last step."""
-        results = self._loader().take_results()
-        return StepResults(results) if results else None
+        return self.loader.take_results()
 
     def shutdown(self) -> None:
         """Withdraw the agent's record and stop its threads."""
-        if self.loader is not None:
-            self.loader.close()
+        if self._loader is not None:
+            self._loader.close()

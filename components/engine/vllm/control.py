@@ -1,20 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages between ``VLLMEngine`` and the engine core, and the call that carries them.
-
-The engine core runs utility calls between two steps of its loop, one after the other, which is
-exactly the atomicity that freezing and committing need. ``install`` adds one such call, ``kv_control``,
-to the engine core's class; everything it does is in the scheduler.
+"""Messages between ``CoreClient`` and the engine core; the call that carries them is in ``compat/core.py``.
 
 Errors of this package travel as (code, message) in the reply, so that the caller raises the same class.
 """
 
 from __future__ import annotations
 
-import queue
-import time
-from concurrent.futures import Future
 from enum import StrEnum
-from typing import Any
 
 import msgspec
 
@@ -27,21 +19,17 @@ from components.engine.protocol import (
     RequestId,
     RequestInfo,
 )
-from components.errors import MigrateError, from_code
+from components.errors import from_code
 
 MARKER = "dynamo_migrate"
 """Key under ``kv_transfer_params`` that carries a ``Marker`` into and a ``Frozen`` out of the core."""
 
 
-MAX_HOLD_S = 0.25
-"""Longest time for which an engine stands still for a commit, whatever it is asked for."""
-
-
 class Marker(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the scheduler must know of a request besides what vLLM tells it."""
+    """What the scheduler must know of a request besides what vLLM tells it. A request without one is new."""
 
     request_id: RequestId
-    num_prompt_tokens: int
+    num_prompt_tokens: int | None = None
     """Tokens beyond these in vLLM's prompt were generated before the request came here."""
     freeze_after: int | None = None
     landing: KVOffer | None = None
@@ -68,6 +56,7 @@ class Call(msgspec.Struct, frozen=True, omit_defaults=True):
 
     op: Op
     request_id: RequestId = RequestId("")
+    """The caller's id, or vLLM's internal one, which names one life of the request."""
     offer: KVOffer | None = None
     tokens: tuple[int, ...] = ()
     frozen: Frozen | None = None
@@ -102,6 +91,11 @@ def encode(message: msgspec.Struct) -> bytes:
     return _encoder.encode(message)
 
 
+def decode_call(data: bytes) -> Call:
+    """The call that ``kv_control`` is to run."""
+    return _call_decoder.decode(data)
+
+
 def decode_marker(data: bytes) -> Marker:
     """The marker of a request."""
     return _marker_decoder.decode(data)
@@ -118,52 +112,3 @@ def decode_reply(data: bytes) -> Reply:
     if reply.error is not None:
         raise from_code(*reply.error)
     return reply
-
-
-def _reply_of_error(error: MigrateError) -> bytes:
-    return encode(Reply(error=(error.code, str(error))))
-
-
-def _kv_control(self: Any, data: bytes) -> bytes | Future[bytes]:
-    """Added to vLLM's ``EngineCore``: runs one call in the scheduler, between two steps."""
-    call = _call_decoder.decode(data)
-    if call.op is Op.EXPECT_COMMIT:
-        _hold(self, call)
-        return encode(Reply())
-    try:
-        result = self.scheduler.control(call, self.model_executor)
-    except MigrateError as error:
-        return _reply_of_error(error)
-    if isinstance(result, Reply):
-        return encode(result)
-    answer: Future[bytes] = Future()
-
-    def settle(done: Future[Reply]) -> None:
-        error = done.exception()
-        if error is None:
-            answer.set_result(encode(done.result()))
-        elif isinstance(error, MigrateError):
-            answer.set_result(_reply_of_error(error))
-        else:
-            answer.set_exception(error)
-
-    result.add_done_callback(settle)
-    return answer
-
-
-def _hold(core: Any, call: Call) -> None:
-    """Take in what clients send, and begin no step, until the expected commit is here or its time is over."""
-    end = time.monotonic() + min(call.hold_s, MAX_HOLD_S)
-    while core.scheduler.expects_commit(call.request_id) and (left := end - time.monotonic()) > 0:
-        try:
-            request = core.input_queue.get(timeout=left)
-        except queue.Empty:
-            return
-        core._handle_client_request(*request)
-
-
-def install() -> None:
-    """Make ``kv_control`` callable on the engine core of this process. Idempotent."""
-    from vllm.v1.engine.core import EngineCore
-
-    EngineCore.kv_control = _kv_control

@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -30,22 +30,21 @@ from components.engine.protocol import (
     RequestId,
     RequestInfo,
 )
-from components.engine.vllm.control import MARKER, Call, Op, Reply, decode_frozen, decode_reply, encode
+from components.engine.vllm import arguments
+from components.engine.vllm.client import CoreClient
+from components.engine.vllm.control import MARKER, decode_frozen
 from components.engine.vllm.sampling import finish_reason, logprobs_of, to_vllm
 from components.errors import (
     ConfigError,
     DeadlineExceeded,
     InvalidRequest,
     MigrateError,
-    RequestNotFound,
     SessionError,
     WorkerLost,
 )
 from components.models import adapters
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -69,7 +68,7 @@ class VLLMOptions:
     integrity: str = "tail"
     """Checksums: ``tail`` (last two blocks), ``full`` or ``off``."""
     wait_bytes: int = 16 << 20
-    """Copies up to this size finish within the step that needs them; larger ones run beside the steps."""
+    """A commit's copy up to this size is waited for between two steps; a larger one runs beside them."""
     copy_deadline_s: float = 30.0
     lease_s: float = 60.0
     lora_modules: Mapping[str, str] = field(default_factory=dict)
@@ -82,6 +81,7 @@ class VLLMEngine:
     def __init__(self, options: VLLMOptions) -> None:
         self._options = options
         self._llm: Any = None
+        self._client: CoreClient | None = None
         self._info: EngineInfo | None = None
         self._live: dict[RequestId, _Live] = {}
         self._leases_expired = 0
@@ -95,43 +95,32 @@ class VLLMEngine:
 
     async def start(self) -> EngineInfo:
         """Start vLLM. Raises ``ConfigError`` with vLLM's own reason when it refuses the arguments."""
-        from vllm.config import KVTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        if self._options.engine_args.get("enforce_eager"):
+        options = self._options
+        if options.engine_args.get("enforce_eager"):
             # vLLM compiles a helper of its log-probabilities even then: 20 s at the first request that asks.
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        transfer = KVTransferConfig(
-            kv_connector="MigrationConnector",
-            kv_connector_module_path="components.engine.vllm.connector",
-            kv_role="kv_both",
-            kv_load_failure_policy="recompute",
-            kv_connector_extra_config={
-                "agent": self._options.agent,
-                "migration": {
-                    "integrity": self._options.integrity,
-                    "wait_bytes": self._options.wait_bytes,
-                    "copy_deadline_s": self._options.copy_deadline_s,
-                    "adapters": adapters.digest(self._options.lora_modules),
-                },
-            },
-        )
         try:
-            args = AsyncEngineArgs(
-                distributed_executor_backend=executor(self._options.engine_args),
-                kv_transfer_config=transfer,
-                worker_extension_cls="components.engine.vllm.runner_state.WorkerExtension",
-                **self._options.engine_args,
+            args = AsyncEngineArgs(**options.engine_args)
+            arguments.configure(
+                args,
+                options.agent,
+                {
+                    "integrity": options.integrity,
+                    "wait_bytes": options.wait_bytes,
+                    "copy_deadline_s": options.copy_deadline_s,
+                    "adapters": adapters.digest(options.lora_modules),
+                },
             )
             config = args.create_engine_config()
-            asynchronous = bool(config.scheduler_config.async_scheduling)
-            kind = "AsyncMigrationScheduler" if asynchronous else "MigrationScheduler"
-            config.scheduler_config.scheduler_cls = f"components.engine.vllm.scheduler.{kind}"
+            arguments.check(config)
             self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             raise ConfigError(f"vLLM did not start: {error}") from error
-        reply = await self._call(Call(Op.INFO))
+        self._client = CoreClient(self._llm)
+        reply = await self._client.info()
         model = config.model_config
         self._info = EngineInfo(
             model=str(model.served_model_name or model.model),
@@ -150,7 +139,7 @@ class VLLMEngine:
 
     async def stop(self) -> None:
         """End the engine core. Idempotent."""
-        llm, self._llm = self._llm, None
+        llm, self._llm, self._client = self._llm, None, None
         if llm is not None:
             # It takes the end of its core, which is about to be asked for, for a failure and prints where it was.
             logging.getLogger("vllm.v1.engine.async_llm").setLevel(logging.CRITICAL)
@@ -168,6 +157,8 @@ class VLLMEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateOutput]:
         """See the protocol. Raises ``InvalidRequest`` before anything was started."""
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
         if request.request_id in self._live:
             raise SessionError(f"request id {request.request_id} is in use in this engine")
         adapter = self._adapter(request.lora_name)
@@ -193,11 +184,7 @@ class VLLMEngine:
                 yield msgspec.structs.replace(live.ended, index=live.delivered)
         except (ValueError, TypeError) as error:
             raise InvalidRequest(str(error)) from error
-        except MigrateError:
-            raise
-        except Exception as error:
-            if type(error).__name__ not in ("EngineDeadError", "EngineGenerateError"):
-                raise
+        except (EngineDeadError, EngineGenerateError) as error:
             yield GenerateOutput(live.delivered, finish_reason=FinishReason.ERROR, error=(WorkerLost.code, str(error)))
         finally:
             self._drop(request.request_id)
@@ -255,33 +242,33 @@ class VLLMEngine:
 
     async def offer(self, request_id: RequestId) -> KVOffer:
         """The full, computed blocks of a request."""
-        return _given((await self._call(Call(Op.OFFER, request_id))).offer)
+        return await self._core.offer(request_id)
 
     async def freeze(self, request_id: RequestId) -> Frozen:
         """Stop generating and return the state."""
-        frozen = _given((await self._call(Call(Op.FREEZE, request_id))).frozen)
+        frozen = await self._core.freeze(request_id)
         self._renew_lease(request_id)
         return frozen
 
     async def resume(self, request_id: RequestId) -> None:
         """Go on generating."""
-        await self._call(Call(Op.RESUME, request_id))
+        await self._core.resume(request_id)
         self._stop_lease(request_id)
 
     async def landing_status(self, request_id: RequestId) -> LandingStatus:
         """Progress of a landing request."""
         self._renew_lease(request_id)
-        return _given((await self._call(Call(Op.LANDING, request_id))).landing)
+        return await self._core.landing_status(request_id)
 
     async def extend(self, request_id: RequestId, offer: KVOffer, tokens: tuple[int, ...]) -> None:
         """Another pre-copy round."""
         self._renew_lease(request_id)
-        await self._call(Call(Op.EXTEND, request_id, offer=offer, tokens=tokens))
+        await self._core.extend(request_id, offer, tokens)
         self._count_from(request_id, tokens)
 
     async def expect_commit(self, request_id: RequestId, hold_s: float) -> None:
         """Begin no step before the commit, or for ``hold_s`` at most."""
-        await self._call(Call(Op.EXPECT_COMMIT, request_id, hold_s=hold_s))
+        await self._core.expect_commit(request_id, hold_s)
 
     async def commit(self, request_id: RequestId, frozen: Frozen) -> None:
         """Copy what is missing and run."""
@@ -289,7 +276,7 @@ class VLLMEngine:
         # Set first: the first token may overtake the answer to this call.
         self._count_from(request_id, frozen.output_token_ids)
         try:
-            await self._call(Call(Op.COMMIT, request_id, frozen=frozen))
+            await self._core.commit(request_id, frozen)
         except MigrateError:
             self._renew_lease(request_id)
             raise
@@ -309,24 +296,18 @@ class VLLMEngine:
 
     async def report(self) -> tuple[EngineStats, list[RequestInfo]]:
         """Both of them, in one call."""
-        reply = await self._call(Call(Op.REPORT))
-        stats = msgspec.structs.replace(_given(reply.stats), leases_expired_total=self._leases_expired)
-        return stats, list(reply.requests)
+        stats, requests = await self._core.report()
+        return msgspec.structs.replace(stats, leases_expired_total=self._leases_expired), requests
 
     async def check_integrity(self) -> None:
         """Raise ``SessionError`` when blocks and requests do not add up."""
-        await self._call(Call(Op.CHECK))
+        await self._core.check_integrity()
 
-    async def _call(self, call: Call) -> Reply:
-        if self._llm is None:
+    @property
+    def _core(self) -> CoreClient:
+        if self._client is None:
             raise WorkerLost("the engine has been stopped")
-        try:
-            data = await self._llm.engine_core.call_utility_async("kv_control", encode(call))
-        except Exception as error:
-            if type(error).__name__ == "EngineDeadError":
-                raise WorkerLost(f"vLLM's engine core is dead: {error}") from error
-            raise MigrateError(f"{call.op} failed inside vLLM: {error}") from error
-        return decode_reply(data)
+        return self._client
 
     # Leases
 
@@ -355,18 +336,3 @@ class VLLMEngine:
     def _drop(self, request_id: RequestId) -> None:
         self._stop_lease(request_id)
         self._live.pop(request_id, None)
-
-
-def executor(engine_args: dict[str, Any]) -> str | None:
-    """Where the model runs. On CPUs vLLM starts a process of its own and spins on two cores to talk to it."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() and engine_args.get("tensor_parallel_size", 1) == 1:
-        return "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-    return None
-
-
-def _given(value: T | None) -> T:
-    if value is None:
-        raise RequestNotFound("the engine answered without the value that was asked for")
-    return value

@@ -36,7 +36,7 @@ def fingerprint(vllm_config: Any, pools: Sequence[KVPool], runner: str) -> str:
         "block_size": cache.block_size,
         "tp": vllm_config.parallel_config.tensor_parallel_size,
         # Empty for engines without adapters.
-        "adapters": vllm_config.kv_transfer_config.kv_connector_extra_config["migration"]["adapters"],
+        "adapters": vllm_config.kv_transfer_config.kv_connector_extra_config["migration"].get("adapters", ""),
         "pools": [(pool.name, str(pool.tensor.dtype), list(pool.tensor.shape[1:])) for pool in pools],
         "regions": [(r.order, [segment.length for segment in r.segments]) for r in regions_of(pools)],
     }

@@ -1,25 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker side of the connector: one transfer agent, the copy jobs in flight, the model runner's state.
+"""Worker side of the connector: one transfer agent and the copy jobs in flight.
 
 Threading: every method is called from the engine's step thread. The agent posts and waits on threads
-of its own; only ``wait`` jobs block the step, for their deadline at most.
+of its own; only ``copy_now`` waits, within its budget. The agent ends each transfer by its deadline.
 Errors: a failed job is a result, never an exception: the scheduler decides what to recompute.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
 import torch
 
 from components.engine.protocol import AgentRef
+from components.engine.vllm.compat.runners import runner_version
 from components.engine.vllm.fingerprint import fingerprint
 from components.engine.vllm.pools import pools_of
-from components.engine.vllm.records import Job, JobResult, StepMetadata
-from components.engine.vllm.runner_state import RunnerState
-from components.errors import DeadlineExceeded, IntegrityError, MigrateError
+from components.engine.vllm.records import Job, JobResult, StepResults
+from components.errors import IntegrityError, MigrateError
 from components.transfer import (
     AgentConfig,
     KVPool,
@@ -31,8 +30,6 @@ from components.transfer import (
 )
 
 logger = logging.getLogger(__name__)
-_QUIET_S = 30.0
-"""How long a failed copy may keep a step from recomputing its blocks."""
 
 
 class Loader:
@@ -43,12 +40,13 @@ class Loader:
         self._plan = kv_cache_config
         self._extra: dict[str, Any] = vllm_config.kv_transfer_config.kv_connector_extra_config
         self._agent: TransferAgent | None = None
-        self._flying: dict[int, tuple[Job, TransferHandle | None, float]] = {}
+        self._flying: dict[int, tuple[Job, TransferHandle | None]] = {}
         self._results: list[JobResult] = []
-        self._failed_blocks: set[int] = set()
+        self._unquiet: dict[int, frozenset[int]] = {}
+        """Blocks of failed jobs into which a peer that hangs may still write."""
+        self._quiet: list[int] = []
         self.fingerprint = ""
         self.kv_bytes_per_token = 0
-        self.runner = RunnerState()
 
     @property
     def rank(self) -> int:
@@ -68,7 +66,7 @@ class Loader:
         """Describe vLLM's cache tensors to the agent and publish it."""
         pools = pools_of(kv_caches, self._plan)
         self._share(pools)
-        self.fingerprint = fingerprint(self._config, pools, self._extra["migration"].get("runner", ""))
+        self.fingerprint = fingerprint(self._config, pools, runner_version(self._config))
         block_size = self._config.cache_config.block_size
         settings = dict(self._extra["agent"])
         settings["name"] = f"{settings['name']}-tp{self.rank}"
@@ -92,59 +90,59 @@ class Loader:
         if reason := move_to_shared_memory(pools):
             logger.info("KV blocks are not mapped between workers: %s", reason)
 
-    def install(self, meta: StepMetadata) -> None:
-        """Tell the model runner of requests that were generated elsewhere."""
-        for install in meta.installs:
-            self.runner.install(install)
-        for vllm_id, state in meta.rng_resets.items():
-            self.runner.set_rng_state(vllm_id, state)
+    def step(self, jobs: list[Job]) -> None:
+        """Begin a step's jobs, collect older ones that are done."""
+        for job in jobs:
+            self._begin(job)
+        for job_id in [i for i, (_, handle) in self._flying.items() if handle is None or handle.done()]:
+            self._results.append(self._settle(job_id))
+        poisoned = self.agent.poisoned_blocks() if self._unquiet else frozenset()
+        for job_id in [i for i, blocks in self._unquiet.items() if not blocks & poisoned]:
+            del self._unquiet[job_id]
+            self._quiet.append(job_id)
 
-    def start(self, meta: StepMetadata) -> None:
-        """Start the step's jobs, finish its ``wait`` jobs, collect older ones that are done."""
-        for job in meta.jobs:
-            if not job.src_blocks:
-                self._flying[job.job_id] = (job, None, time.monotonic())
-                continue
+    def copy_now(self, job: Job, budget_s: float) -> JobResult | None:
+        """Begin a job and wait for it; None if it is not over within the budget."""
+        self._begin(job)
+        if (flying := self._flying.get(job.job_id)) is None:
+            return self._results.pop()
+        handle = flying[1]
+        if handle is not None:
+            try:
+                handle.wait(budget_s)
+            except TimeoutError:
+                return None
+            except MigrateError:
+                logger.debug("job %d has failed", job.job_id)
+        return self._settle(job.job_id)
+
+    def _begin(self, job: Job) -> None:
+        handle = None
+        if job.src_blocks:
+            agent = job.agents[self.rank]
             try:
                 handle = self.agent.fetch(
-                    AgentRef(job.agents[self.rank].name, job.agents[self.rank].epoch),
+                    AgentRef(agent.name, agent.epoch),
                     job.src_blocks,
                     job.dst_blocks,
                     request_id=job.request_id,
                     deadline_s=job.deadline_s,
                 )
             except MigrateError as error:
-                self._fail(job, error, job.dst_blocks)
-                continue
-            self._flying[job.job_id] = (job, handle, time.monotonic())
-        for job in meta.jobs:
-            if job.wait and job.job_id in self._flying:
-                self._settle(job.job_id)
-        for job_id in [i for i, (_, handle, _) in self._flying.items() if handle is None or self._quiet(handle)]:
-            self._settle(job_id)
+                self._results.append(self._failed(job, error, job.dst_blocks))
+                return
+        self._flying[job.job_id] = (job, handle)
 
-    def _quiet(self, handle: TransferHandle) -> bool:
-        """Over, and no peer that hangs may still write into its blocks."""
-        return handle.done() and not set(handle.poisoned_blocks) & self.agent.poisoned_blocks()
-
-    def _wait_until_quiet(self, handle: TransferHandle) -> None:
-        end = time.monotonic() + _QUIET_S
-        while not self._quiet(handle):
-            if time.monotonic() > end:
-                # Recomputing into these blocks could give wrong tokens: end this engine, the router replays.
-                raise RuntimeError("a peer that hangs may still write into KV blocks of this engine")
-            time.sleep(0.001)
-
-    def _settle(self, job_id: int) -> None:
-        job, handle, started = self._flying.pop(job_id)
+    def _settle(self, job_id: int) -> JobResult:
+        job, handle = self._flying.pop(job_id)
         moved, failed = TransferResult(), None
         if handle is not None:
             try:
-                moved = handle.wait(max(0.0, job.deadline_s - (time.monotonic() - started)) + 1.0)
-            except (MigrateError, TimeoutError) as error:
-                handle.cancel()
-                self._wait_until_quiet(handle)
-                failed = error if isinstance(error, MigrateError) else DeadlineExceeded(str(error))
+                moved = handle.wait(0)
+            except MigrateError as error:
+                failed = error
+                if unquiet := frozenset(handle.poisoned_blocks) & self.agent.poisoned_blocks():
+                    self._unquiet[job_id] = unquiet
         bad = set(job.dst_blocks) if failed else set()
         wrong = self._wrong_blocks(job, bad)
         if wrong:
@@ -152,19 +150,15 @@ class Loader:
             # Those of a source that has lost them are all wrong, also where nobody has looked.
             bad |= {*wrong, *job.vouched}
         if failed is not None:
-            self._fail(job, failed, tuple(bad))
-            return
-        self._results.append(
-            JobResult(
-                job.job_id,
-                job.request_id,
-                ok=True,
-                bytes=moved.bytes,
-                descriptors=moved.descriptors,
-                post_s=moved.post_s,
-                wire_s=moved.wire_s,
-                lane=moved.lane,
-            )
+            return self._failed(job, failed, tuple(bad))
+        return JobResult(
+            job_id,
+            ok=True,
+            bytes=moved.bytes,
+            descriptors=moved.descriptors,
+            post_s=moved.post_s,
+            wire_s=moved.wire_s,
+            lane=moved.lane,
         )
 
     def _wrong_blocks(self, job: Job, missing: set[int]) -> tuple[int, ...]:
@@ -174,27 +168,22 @@ class Loader:
         found = self.agent.checksums([block for block, _ in checks])
         return tuple(block for (block, sums), here in zip(checks, found, strict=True) if sums[self.rank] != here)
 
-    def _fail(self, job: Job, error: MigrateError, bad_blocks: tuple[int, ...]) -> None:
+    def _failed(self, job: Job, error: MigrateError, bad_blocks: tuple[int, ...]) -> JobResult:
         logger.warning("KV blocks of request %s did not arrive: %s", job.request_id, error)
-        if job.wait:
-            self._failed_blocks.update(bad_blocks)
-        self._results.append(
-            JobResult(job.job_id, job.request_id, ok=False, error=(error.code, str(error)), bad_blocks=bad_blocks)
-        )
+        quiet = job.job_id not in self._unquiet
+        return JobResult(job.job_id, ok=False, error=(error.code, str(error)), bad_blocks=bad_blocks, quiet=quiet)
 
-    def take_results(self) -> list[JobResult]:
-        """Results since the last call."""
-        results, self._results = self._results, []
+    def take_results(self) -> StepResults | None:
+        """What has happened since the last call."""
+        if not self._results and not self._quiet:
+            return None
+        results = StepResults(self._results, self._quiet)
+        self._results, self._quiet = [], []
         return results
-
-    def take_failed_blocks(self) -> set[int]:
-        """Our blocks that ``wait`` jobs failed to fill since the last call."""
-        failed, self._failed_blocks = self._failed_blocks, set()
-        return failed
 
     def close(self) -> None:
         """Cancel what flies and withdraw the agent."""
-        for _, handle, _ in self._flying.values():
+        for _, handle in self._flying.values():
             if handle is not None:
                 handle.cancel()
         self._flying.clear()

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scheduler remembers of a request that may move, and the jobs it hands to the workers.
+"""What the scheduler remembers of each request, and the jobs that it hands to the workers.
 
-A record lives exactly as long as vLLM's ``Request``. Jobs and their results cross the boundary between
-scheduler and workers inside vLLM's own connector metadata, so they stay in step with the forward passes.
+A record lives as long as vLLM schedules its ``Request``. It is *here* (vLLM runs or queues it), *incoming* (held until
+its commit while KV is copied) or *leaving* (being frozen, or frozen). Jobs and their results cross the boundary
+between scheduler and workers inside vLLM's own connector metadata, so they stay in step with the forward passes; only
+the small copy of a commit is a call of its own (``ranks.py``).
 """
 
 from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
@@ -19,23 +21,24 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from components.engine.protocol import AgentRef, Frozen, KVOffer, LandingStatus, RequestId
 from components.engine.vllm.control import Marker, Reply
 
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
 
 @dataclass
-class Landing:
+class Incoming:
     """The destination's side of a move: which source blocks are, or will be, in which of ours."""
 
     offer: KVOffer
     """The newest offer; its block ids are what has been asked for so far."""
     block_ids: list[int] = field(default_factory=list)
-    """Our blocks, in order; empty until vLLM has allocated them."""
+    """Our blocks, in order; empty while there was no room, or nothing to copy."""
     requested_blocks: int = 0
     """Blocks that a job has been made for."""
     landed_blocks: int = 0
     """Blocks whose copy has succeeded, counted from the front without a gap."""
     local_blocks: int = 0
     """Blocks at the front that our own prefix cache already had."""
-    held: bool = False
-    """Nothing to copy in advance: no blocks are reserved, the request waits for the commit."""
     job: Job | None = None
     commit: Frozen | None = None
     rounds: int = 0
@@ -48,34 +51,42 @@ class Landing:
 
 
 @dataclass
-class Record:
-    """One request, keyed by the id that the router gave it."""
+class Leaving:
+    """The source's side: taken out of vLLM's queues, with its blocks."""
 
+    was_running: bool
+    by_itself: bool
+    """Frozen after its n-th token, as the request asked: the state leaves with that token's output."""
+    frozen: Frozen | None = None
+    """Set once the step in flight is over."""
+    waiters: list[Future[Reply]] = field(default_factory=list)
+    """Freeze calls that wait for that."""
+
+
+@dataclass
+class Record:
+    """One request, keyed by vLLM's internal id."""
+
+    request: Request
     marker: Marker
-    request: Any
-    """vLLM's ``Request``."""
     born: float
-    landing: Landing | None = None
+    incoming: Incoming | None = None
     landed: LandingStatus | None = None
     """How the landing went, once it is over."""
-    frozen: Frozen | None = None
-    frozen_from_waiting: bool = False
-    waiters: list[Future[Reply]] = field(default_factory=list)
-    """Freeze calls that wait for the step in flight."""
-    freezing: bool = False
+    leaving: Leaving | None = None
     needs_install: bool = False
     """The model runner has not been told of the tokens generated elsewhere yet."""
     rng_state: bytes = b""
 
     @property
     def request_id(self) -> RequestId:
-        """The router's id, not vLLM's internal one."""
+        """The id that the caller of ``generate`` chose, not vLLM's internal one."""
         return self.marker.request_id
 
 
 @dataclass(frozen=True)
 class Job:
-    """Copy blocks from the source. ``wait`` jobs finish before the forward pass of their step."""
+    """Copy blocks from the source."""
 
     job_id: int
     request_id: RequestId
@@ -87,7 +98,6 @@ class Job:
     """(our block, its checksum at the source, one for each rank), compared once all bytes are here."""
     vouched: tuple[int, ...]
     """Our other copied blocks: right only if all that are checked are."""
-    wait: bool
     deadline_s: float
 
 
@@ -96,11 +106,12 @@ class JobResult:
     """How a job ended on one worker."""
 
     job_id: int
-    request_id: RequestId
     ok: bool
     error: tuple[str, str] | None = None
     bad_blocks: tuple[int, ...] = ()
     """Our blocks that do not hold the right bytes."""
+    quiet: bool = True
+    """False: a peer that hangs may still write into the job's blocks; ``StepResults.quiet`` names the job later."""
     bytes: int = 0
     descriptors: int = 0
     post_s: float = 0.0
@@ -108,7 +119,7 @@ class JobResult:
     lane: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Install:
     """State of a request that was generated elsewhere, for the model runner."""
 
@@ -119,6 +130,11 @@ class Install:
     lora_request: Any
     rng_state: bytes
 
+    def __repr__(self) -> str:
+        """Without tokens: vLLM prints a step's metadata when it crashes, and they are somebody's text."""
+        counts = f"{len(self.prompt_token_ids)} + {len(self.output_token_ids)} tokens"
+        return f"Install({self.vllm_id}, {counts})"
+
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
@@ -126,17 +142,18 @@ class StepMetadata(KVConnectorMetadata):
 
     installs: list[Install] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
-    rng_resets: dict[str, bytes] = field(default_factory=dict)
 
 
 @dataclass
 class StepResults(KVConnectorWorkerMetadata):
-    """Workers to scheduler, once a step: one list of results for each rank, joined."""
+    """Workers to scheduler, once a step: what each rank has to say, joined."""
 
     results: list[JobResult]
+    quiet: list[int] = field(default_factory=list)
+    """Jobs into whose blocks nothing can be written any more, although their result said so."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepResults:
         """Join the results of two ranks; the scheduler counts them."""
         if not isinstance(other, StepResults):
             raise TypeError(f"cannot join {type(other).__name__} with StepResults")
-        return StepResults(self.results + other.results)
+        return StepResults(self.results + other.results, self.quiet + other.quiet)

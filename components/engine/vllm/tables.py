@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read-only views of the scheduler: the per-request table, load, and block accounting."""
+"""Read-only views of the engine: the per-request table, load, and block accounting."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm.v1.request import RequestStatus
 
@@ -13,13 +13,16 @@ from components.engine.protocol import EngineStats, RequestInfo, RequestPhase
 from components.engine.vllm.records import Record
 from components.errors import SessionError
 
+if TYPE_CHECKING:
+    from components.engine.vllm.migration import Migration
+
 
 def phase_of(record: Record) -> RequestPhase:
     """Where a request is, in the protocol's words."""
     request = record.request
-    if record.frozen is not None or record.freezing:
+    if record.leaving is not None:
         return RequestPhase.FROZEN
-    if record.landing is not None:
+    if record.incoming is not None:
         return RequestPhase.LANDING
     if request.status == RequestStatus.RUNNING:
         return RequestPhase.PREFILL if request.is_prefill_chunk else RequestPhase.DECODE
@@ -28,12 +31,8 @@ def phase_of(record: Record) -> RequestPhase:
     return RequestPhase.WAITING
 
 
-def _blocks(scheduler: Any, request: Any) -> list[int]:
-    return list(scheduler.kv_cache_manager.get_block_ids(request.request_id)[0])
-
-
-def request_table(scheduler: Any) -> tuple[RequestInfo, ...]:
-    """One row for each request that came through the protocol."""
+def request_table(migration: Migration) -> tuple[RequestInfo, ...]:
+    """One row for each request."""
     now = time.monotonic()
     return tuple(
         RequestInfo(
@@ -41,55 +40,49 @@ def request_table(scheduler: Any) -> tuple[RequestInfo, ...]:
             phase=phase_of(record),
             prompt_tokens=record.request.num_prompt_tokens,
             output_tokens=record.request.num_output_tokens,
-            kv_blocks=len(_blocks(scheduler, record.request)),
+            kv_blocks=migration.port.num_blocks_of(record.request),
             age_s=now - record.born,
             priority=record.request.priority,
             max_tokens=record.request.max_tokens,
             preemptions=record.request.num_preemptions,
-            not_migratable=record.marker.not_migratable,
+            not_migratable=migration.outgoing.why_not(record),
         )
-        for record in scheduler.records.values()
+        for record in migration.records
     )
 
 
-def stats_of(scheduler: Any) -> EngineStats:
+def stats_of(migration: Migration) -> EngineStats:
     """Load at this moment."""
-    phases = Counter(phase_of(record) for record in scheduler.records.values())
-    decoding = [r for r in scheduler.running if not r.is_prefill_chunk]
-    prefilling = [r for r in scheduler.running if r.is_prefill_chunk]
-    queued = [
-        r.request for r in scheduler.records.values() if phase_of(r) in (RequestPhase.WAITING, RequestPhase.PREEMPTED)
-    ]
-    pool = scheduler.kv_cache_manager.block_pool
+    records, port = migration.records, migration.port
+    phases = Counter(map(phase_of, records))
+    decoding = [r for r in port.running if not r.is_prefill_chunk]
+    prefilling = [r for r in port.running if r.is_prefill_chunk]
+    queued = [r.request for r in records if phase_of(r) in (RequestPhase.WAITING, RequestPhase.PREEMPTED)]
     return EngineStats(
-        running=len(scheduler.running),
+        running=len(port.running),
         waiting=len(queued),
         frozen=phases[RequestPhase.FROZEN],
         landing=phases[RequestPhase.LANDING],
-        free_blocks=pool.get_num_free_blocks(),
+        free_blocks=port.free_blocks,
         # One block is vLLM's null block and never given to a request.
-        total_blocks=scheduler.kv_cache_config.num_blocks - 1,
+        total_blocks=port.num_blocks - 1,
         decode_kv_tokens=sum(r.num_computed_tokens for r in decoding),
         queued_prefill_tokens=sum(r.num_tokens for r in queued),
         scheduled_prefill_tokens=sum(r.num_tokens - r.num_computed_tokens for r in prefilling),
-        preemptions_total=scheduler.preemptions_total,
-        kv_refused=dict(scheduler.kv_refused),
-        step_s=scheduler.last_step_s,
+        preemptions_total=migration.preemptions_total,
+        kv_refused=dict(migration.incoming.refused),
+        step_s=migration.last_step_s,
     )
 
 
-def verify_blocks(scheduler: Any) -> None:
-    """Raise ``SessionError`` unless every used block belongs to a request, as often as it is used."""
-    manager = scheduler.kv_cache_manager
-    expected: Counter[int] = Counter()
-    for request in scheduler.requests.values():
-        expected.update(_blocks(scheduler, request))
-    null_id = manager.block_pool.null_block.block_id
-    for block in manager.block_pool.blocks:
-        if block.block_id != null_id and block.ref_cnt != expected[block.block_id]:
-            raise SessionError(
-                f"block {block.block_id} is held {block.ref_cnt} times, requests account for {expected[block.block_id]}"
-            )
-    unknown = [r.request_id for r in scheduler.records.values() if r.request.request_id not in scheduler.requests]
+def verify_blocks(migration: Migration) -> None:
+    """Raise ``SessionError`` unless every used block belongs to a request or a copy, as often as it is used."""
+    expected = Counter(block.block_id for block in migration.port.holders())
+    expected.update(block.block_id for block in migration.incoming.kept_blocks())
+    for block in migration.port.pool():
+        if block.ref_cnt != expected[block.block_id]:
+            known = expected[block.block_id]
+            raise SessionError(f"block {block.block_id} is held {block.ref_cnt} times, {known} of them accounted for")
+    unknown = [r.request_id for r in migration.records if migration.port.request(r.request.request_id) is None]
     if unknown:
         raise SessionError(f"records of ended requests are left: {unknown}")

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls into the engine core of an ``AsyncLLM`` that was started with ``arguments.configure``.
+
+``info`` comes first: it lets the workers know their model runners.
+
+Threading: one asyncio loop. Time-outs: the caller's. Errors: those that ``Migration`` raises; ``WorkerLost`` when the
+core has died; ``MigrateError`` for anything else that goes wrong inside vLLM.
+
+A request is named by the id that its caller chose, or by vLLM's internal one (``internal_id``). Only the latter names
+one life of it: a call that comes late finds nothing instead of the request's next life.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from components.engine.protocol import EngineStats, Frozen, KVOffer, LandingStatus, RequestId, RequestInfo
+from components.engine.vllm.control import Call, Op, Reply, decode_reply, encode
+from components.errors import MigrateError, RequestNotFound, WorkerLost
+
+T = TypeVar("T")
+
+
+class CoreClient:
+    """One method for each ``Op``."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+
+    def internal_id(self, request_id: RequestId) -> RequestId | None:
+        """vLLM's id of the newest request of that name, from the moment at which ``generate`` has yielded or waits."""
+        ids = self._llm.output_processor.external_req_ids.get(request_id)
+        return RequestId(ids[-1]) if ids else None
+
+    async def info(self) -> Reply:
+        """Agents, lanes, fingerprint and block counts."""
+        return await self._call(Call(Op.INFO))
+
+    async def offer(self, request_id: RequestId) -> KVOffer:
+        """The full, computed blocks of a request."""
+        return _given((await self._call(Call(Op.OFFER, request_id))).offer)
+
+    async def freeze(self, request_id: RequestId) -> Frozen:
+        """Stop generating and return the state."""
+        return _given((await self._call(Call(Op.FREEZE, request_id))).frozen)
+
+    async def resume(self, request_id: RequestId) -> None:
+        """Go on generating."""
+        await self._call(Call(Op.RESUME, request_id))
+
+    async def landing_status(self, request_id: RequestId) -> LandingStatus:
+        """Progress of a landing request."""
+        return _given((await self._call(Call(Op.LANDING, request_id))).landing)
+
+    async def extend(self, request_id: RequestId, offer: KVOffer, tokens: tuple[int, ...]) -> None:
+        """Another round of copying."""
+        await self._call(Call(Op.EXTEND, request_id, offer=offer, tokens=tokens))
+
+    async def expect_commit(self, request_id: RequestId, hold_s: float) -> None:
+        """Begin no step before the commit, or for ``hold_s`` at most."""
+        await self._call(Call(Op.EXPECT_COMMIT, request_id, hold_s=hold_s))
+
+    async def commit(self, request_id: RequestId, frozen: Frozen) -> None:
+        """Copy what is missing and run."""
+        await self._call(Call(Op.COMMIT, request_id, frozen=frozen))
+
+    async def report(self) -> tuple[EngineStats, list[RequestInfo]]:
+        """Load and the per-request table, for one interruption of the engine."""
+        reply = await self._call(Call(Op.REPORT))
+        return _given(reply.stats), list(reply.requests)
+
+    async def check_integrity(self) -> None:
+        """Raise ``SessionError`` when blocks and requests do not add up."""
+        await self._call(Call(Op.CHECK))
+
+    async def _call(self, call: Call) -> Reply:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            data = await self._llm.engine_core.call_utility_async("kv_control", encode(call))
+        except EngineDeadError as error:
+            raise WorkerLost(f"vLLM's engine core is dead: {error}") from error
+        except Exception as error:
+            raise MigrateError(f"{call.op} failed inside vLLM: {error}") from error
+        return decode_reply(data)
+
+
+def _given(value: T | None) -> T:
+    if value is None:
+        raise RequestNotFound("the engine answered without the value that was asked for")
+    return value

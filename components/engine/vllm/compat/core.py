@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The call ``kv_control`` of vLLM's engine core, which this package adds to its class.
+
+vLLM runs utility calls between two steps, one after the other, which is the atomicity that freezing and committing
+need, but it has no call for connectors. ``install`` adds one method to ``EngineCore`` and changes none. It runs when
+``components.engine.vllm.scheduler`` is imported, so only in engine cores whose ``scheduler_cls`` is one of ours.
+
+Errors of this package travel as (code, message) in the reply; any other error is vLLM's to report.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+from components.engine.vllm.control import Call, Op, Reply, decode_call, encode
+from components.errors import MigrateError
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.core import EngineCoreProc
+
+    from components.engine.vllm.migration import Migration
+
+MAX_HOLD_S = 0.25
+"""Upper bound on one pause of the engine for a commit, whatever a call asks for."""
+
+
+class Hold:
+    """Pauses the engine core until an expected commit has come.
+
+    Pauses neither nest nor follow each other closely: a call that comes during one does not prolong it, and the
+    engine runs between two for at least as long as the next one may last. So commits pause it half of the time at
+    most, however many are expected.
+    """
+
+    def __init__(self) -> None:
+        self._holding = False
+        self._ended = float("-inf")
+
+    def until_commit(self, core: EngineCoreProc, call: Call) -> None:
+        """Take in what clients send, and begin no step, until the commit is here or its time is over."""
+        now = time.monotonic()
+        limit = min(call.hold_s, MAX_HOLD_S, now - self._ended)
+        if self._holding:
+            return
+        self._holding = True
+        migration = _migration(core)
+        try:
+            while migration.expects_commit(call.request_id) and (left := now + limit - time.monotonic()) > 0:
+                try:
+                    request = core.input_queue.get(timeout=left)
+                except queue.Empty:
+                    return
+                core._handle_client_request(*request)
+        finally:
+            self._holding = False
+            self._ended = time.monotonic()
+
+
+def _migration(core: EngineCoreProc) -> Migration:
+    return core.scheduler.migration  # type: ignore[attr-defined, no-any-return]
+
+
+_hold = Hold()
+
+
+def kv_control(core: EngineCoreProc, data: bytes) -> bytes | Future[bytes]:
+    """Added to ``EngineCore``: one call into ``Migration``, between two steps."""
+    call = decode_call(data)
+    if call.op is Op.EXPECT_COMMIT:
+        _hold.until_commit(core, call)
+        return encode(Reply())
+    try:
+        result = _migration(core).control(call, core.model_executor)
+    except MigrateError as error:
+        return _reply_of(error)
+    if isinstance(result, Reply):
+        return encode(result)
+    answer: Future[bytes] = Future()
+
+    def settle(done: Future[Reply]) -> None:
+        error = done.exception()
+        if error is None:
+            answer.set_result(encode(done.result()))
+        elif isinstance(error, MigrateError):
+            answer.set_result(_reply_of(error))
+        else:
+            answer.set_exception(error)
+
+    result.add_done_callback(settle)
+    return answer
+
+
+def _reply_of(error: MigrateError) -> bytes:
+    return encode(Reply(error=(error.code, str(error))))
+
+
+def install() -> None:
+    """Make ``kv_control`` callable on the engine core of this process. Idempotent."""
+    from vllm.v1.engine.core import EngineCore
+
+    EngineCore.kv_control = kv_control  # type: ignore[attr-defined]

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads vLLM's ``Request``: whose it is, and whether all of its state can travel."""
+
+from __future__ import annotations
+
+import re
+
+from vllm.v1.request import Request
+
+from components.engine.protocol import RequestId
+
+_INTERNAL = re.compile(r"(?P<external>.+)-[0-9a-f]{8}", re.DOTALL)
+
+
+def external_id(request: Request) -> RequestId:
+    """The id that the caller of ``AsyncLLM.generate`` chose.
+
+    vLLM adds eight random hexadecimal digits to it (``InputProcessor.assign_request_id``), so that the id inside the
+    engine names one life of a request. ``Request`` itself does not keep the caller's.
+    """
+    match = _INTERNAL.fullmatch(request.request_id)
+    return RequestId(match["external"] if match else request.request_id)
+
+
+def why_not_migratable(request: Request) -> str | None:
+    """What of this request would be lost on the way, or None."""
+    params = request.sampling_params
+    if params is None:
+        return "pooling: the request generates no tokens"
+    if request.use_structured_output:
+        return "guided decoding: the grammar's state cannot travel"
+    if params.prompt_logprobs is not None:
+        return "prompt_logprobs: they are produced once, during prefill"
+    if request.resumable:
+        return "streaming input: the rest of the prompt is still to come"
+    if request.mm_features:
+        return "multimodal input: the encoder's output cannot travel"
+    if request.prompt_token_ids is None or request.prompt_embeds is not None:
+        return "prompt_embeds: the prompt is no list of tokens"
+    return None

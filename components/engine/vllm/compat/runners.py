@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM's model runners keep of a request beside its KV, and how a request from elsewhere gets it.
+
+V1 (``vllm.v1.worker.gpu_model_runner``; CPUs)
+    Keeps each request's tokens in ``requests`` and a random generator for each seed. A request that was generated
+    elsewhere is entered in the form of a preempted one before the step that resumes it, so penalties, minimum lengths
+    and seeded sampling go on exactly where they stopped. Only the generator's state has to travel.
+
+V2 (``vllm.v1.worker.gpu.model_runner``; vLLM's default on GPUs)
+    A resumed request comes with the step as a new one, with all of its tokens (``prefill_token_ids``), and penalties
+    are counted from those. Sampling draws its noise from (seed, position, token id), so it has no state: nothing
+    travels and nothing is entered.
+
+The two draw different noise for one seed: the runner's version is part of the fingerprint, so that a request never
+goes from one to the other.
+
+Threading: the worker's step thread.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from vllm.sampling_params import SamplingType
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+from components.engine.vllm.records import Install
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class RunnerPort(Protocol):
+    """One worker's model runner."""
+
+    def export_state(self, vllm_id: str) -> bytes:
+        """State of a request's own random generator; empty when it has none."""
+        ...
+
+    def import_state(self, install: Install) -> None:
+        """Let the runner know a request that was generated elsewhere."""
+        ...
+
+
+def runner_version(config: VllmConfig) -> str:
+    """Which runner vLLM uses with this configuration: ``v1`` or ``v2``."""
+    return "v2" if config.use_v2_model_runner else "v1"
+
+
+def runner_port(model_runner: Any) -> RunnerPort:
+    """The port of a worker's ``model_runner``."""
+    version = runner_version(model_runner.vllm_config)
+    return RunnerV2() if version == "v2" else RunnerV1(model_runner)
+
+
+class RunnerV2:
+    """See the module docstring."""
+
+    def export_state(self, vllm_id: str) -> bytes:
+        """Nothing."""
+        return b""
+
+    def import_state(self, install: Install) -> None:
+        """Nothing: vLLM's scheduler sends the tokens."""
+
+
+class RunnerV1:
+    """See the module docstring."""
+
+    def __init__(self, model_runner: Any) -> None:
+        self._runner = model_runner
+
+    def export_state(self, vllm_id: str) -> bytes:
+        """The generator's state."""
+        request = self._runner.requests.get(vllm_id)
+        if request is None or request.generator is None:
+            return b""
+        return bytes(request.generator.get_state().numpy().tobytes())
+
+    def import_state(self, install: Install) -> None:
+        """Enter it as preempted; the scheduler sends block ids with the step."""
+        params = install.sampling_params
+        generator = None
+        if params.sampling_type == SamplingType.RANDOM_SEED:
+            generator = torch.Generator(device=self._runner.device)
+            generator.manual_seed(params.seed)
+            if install.rng_state:
+                state = np.frombuffer(install.rng_state, dtype=np.uint8)
+                generator.set_state(torch.from_numpy(state.copy()))
+            else:
+                self._skip_draws(generator, len(install.output_token_ids))
+        self._runner.requests[install.vllm_id] = CachedRequestState(
+            req_id=install.vllm_id,
+            prompt_token_ids=install.prompt_token_ids,
+            mm_features=[],
+            sampling_params=params,
+            generator=generator,
+            block_ids=([],),
+            num_computed_tokens=0,
+            output_token_ids=list(install.output_token_ids),
+            lora_request=install.lora_request,
+        )
+
+    def _skip_draws(self, generator: torch.Generator, count: int) -> None:
+        # vLLM's sampler draws one exponential per vocabulary entry for every token
+        # (v1/sample/ops/topk_topp_sampler.py, random_sample): replay draws the same and drops them.
+        dtype = torch.float64 if self._runner.sampler.use_fp64_gumbel else torch.float32
+        row = torch.empty(self._runner.input_batch.vocab_size, dtype=dtype, device=self._runner.device)
+        for _ in range(count):
+            row.exponential_(generator=generator)

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a hand-over needs of vLLM's scheduler: requests leave and enter its queues with their blocks.
+
+Threading: the engine core's thread, between two steps or in one of vLLM's own hooks. No method waits.
+
+States that vLLM has and this port uses
+    RUNNING                  in ``running``; a request that is taken out of it keeps status, blocks and runner state
+    WAITING_FOR_REMOTE_KVS   holds blocks that somebody is filling; vLLM goes on with it once its id is in
+                             ``finished_recving_kv_req_ids``, and recomputes what lies behind its computed tokens
+                             if the id is in ``failed_recving_kv_req_ids`` as well
+    PREEMPTED                has output tokens; the model runner is told of all of its tokens when it runs again
+
+Seats: vLLM admits up to ``max_num_active_reqs`` requests into ``running``. A frozen request keeps its place in the
+model runner, which has ``max_num_seqs`` of them, and a reserved one will need one; both are taken off that limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """Blocks of a request whose KV comes from elsewhere; none if its own prefix cache has all of it."""
+
+    block_ids: list[int]
+    local_tokens: int
+    """Tokens at the front that the prefix cache already had; whole blocks."""
+
+
+class SchedulerPort:
+    """See the module docstring."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._seat_limit = scheduler.max_num_active_reqs
+        self._held: set[str] = set()
+
+    # What there is
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per KV block."""
+        return self._scheduler.block_size
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool, vLLM's null block among them."""
+        return self._scheduler.kv_cache_config.num_blocks
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that nobody holds."""
+        return self._scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    @property
+    def running(self) -> Sequence[Request]:
+        """Requests that the next step may schedule without admission."""
+        return self._scheduler.running
+
+    def request(self, vllm_id: str) -> Request | None:
+        """The request of that internal id, until its blocks have been freed."""
+        return self._scheduler.requests.get(vllm_id)
+
+    def movable_layout(self) -> str | None:
+        """Why no request of this engine can move, or None."""
+        groups = len(self._scheduler.kv_cache_config.kv_cache_groups)
+        if groups != 1:
+            return f"the model has {groups} groups of KV blocks; one can be moved"
+        if self._scheduler.num_spec_tokens:
+            return "speculative decoding: the drafter's state cannot travel"
+        return None
+
+    def block_ids(self, request: Request) -> list[int]:
+        """Its KV blocks in order."""
+        return list(self._scheduler.kv_cache_manager.get_block_ids(request.request_id)[0])
+
+    def num_blocks_of(self, request: Request) -> int:
+        """How many KV blocks it holds."""
+        return len(self._scheduler.kv_cache_manager.get_blocks(request.request_id).blocks[0])
+
+    def in_flight(self, request: Request) -> bool:
+        """Is a step under way whose tokens of this request have not been processed?"""
+        return request.num_in_flight_tokens > 0
+
+    def computed_tokens(self, request: Request) -> int:
+        """Tokens whose KV is in its blocks for certain."""
+        if request.status != RequestStatus.RUNNING:
+            return 0
+        return request.num_computed_tokens - request.num_in_flight_tokens
+
+    # Seats
+
+    def seats_left(self) -> int:
+        """How many more requests could run."""
+        taken = len(self._scheduler.running) + self._scheduler.num_waiting_for_streaming_input + len(self._held)
+        return self._seat_limit - taken
+
+    def hold_seat(self, request: Request) -> bool:
+        """Keep a seat for a request that is not running. False if there is none. Idempotent."""
+        if request.request_id not in self._held and self.seats_left() <= 0:
+            return False
+        self._held.add(request.request_id)
+        self._scheduler.max_num_active_reqs = self._seat_limit - len(self._held)
+        return True
+
+    def give_up_seat(self, request: Request) -> None:
+        """Its seat can be taken by the next request in line. Idempotent."""
+        self._held.discard(request.request_id)
+        self._scheduler.max_num_active_reqs = self._seat_limit - len(self._held)
+
+    # Tokens that were generated elsewhere
+
+    def as_resumed(self, request: Request, num_prompt_tokens: int) -> bool:
+        """Turn the prompt's end into output tokens. True if there are any."""
+        tokens = request.prompt_token_ids
+        if tokens is None or len(tokens) <= num_prompt_tokens:
+            return False
+        request.prompt_token_ids = tokens[:num_prompt_tokens]
+        request.num_prompt_tokens = num_prompt_tokens
+        # ``_all_token_ids`` has them already.
+        request._output_token_ids.extend(tokens[num_prompt_tokens:])
+        self._mark_resumed(request)
+        return True
+
+    def append_tokens(self, request: Request, tokens: Sequence[int]) -> None:
+        """More output tokens of a request that does not run here yet."""
+        request.append_output_token_ids(list(tokens))
+        self._mark_resumed(request)
+
+    def _mark_resumed(self, request: Request) -> None:
+        # vLLM goes on with preempted requests from their output tokens; new ones would start over.
+        if request.status == RequestStatus.WAITING:
+            request.status = RequestStatus.PREEMPTED
+        request.num_preemptions = max(1, request.num_preemptions)
+        request.prefill_stats = None
+
+    # Source
+
+    def take_out(self, request: Request) -> bool:
+        """Stop scheduling it; blocks and the model runner's state stay. True if it was running."""
+        if request.status == RequestStatus.RUNNING:
+            self._scheduler.running.remove(request)
+            self.hold_seat(request)
+            return True
+        self._leave_queues(request)
+        return False
+
+    def put_back(self, request: Request, was_running: bool) -> None:
+        """Schedule it again after ``take_out``."""
+        if was_running:
+            self.give_up_seat(request)
+            self._scheduler.running.append(request)
+            return
+        scheduler = self._scheduler
+        queue = scheduler.kv_holding_waiting if scheduler._holds_kv_blocks(request) else scheduler.waiting
+        queue.prepend_request(request)
+        if scheduler._is_blocked_waiting_status(request.status):
+            scheduler.deferred_waiting.add(request)
+
+    def _leave_queues(self, request: Request) -> None:
+        self._scheduler.waiting.remove_requests([request])
+        self._scheduler.kv_holding_waiting.remove_requests([request])
+        self._scheduler.deferred_waiting.discard(request)
+
+    # Destination
+
+    def reserve(self, request: Request, num_tokens: int) -> Reservation | None:
+        """Give a waiting request a seat and blocks for its first ``num_tokens``, as vLLM does for a load that runs
+        beside its steps. None without room, in which case nothing has changed.
+        """
+        scheduler, manager = self._scheduler, self._scheduler.kv_cache_manager
+        hit, local, _ = manager.get_computed_blocks(request)
+        if rest := local % scheduler.block_size:
+            local -= rest
+            hit = manager.truncate_computed_blocks(hit, local)
+        if not self.hold_seat(request):
+            return None
+        if num_tokens <= local:
+            return Reservation([], local)
+        given = manager.allocate_slots(
+            request,
+            0,
+            num_new_computed_tokens=local,
+            new_computed_blocks=hit,
+            num_external_computed_tokens=num_tokens - local,
+            delay_cache_blocks=True,
+            full_sequence_must_fit=scheduler.scheduler_reserve_full_isl,
+            reserved_blocks=scheduler._inflight_prefill_reserved_blocks(),
+            has_scheduled_reqs=bool(scheduler.running),
+        )
+        if given is None:
+            self.give_up_seat(request)
+            return None
+        self._leave_queues(request)
+        request.status = RequestStatus.WAITING_FOR_REMOTE_KVS
+        request.num_computed_tokens = num_tokens
+        scheduler._inflight_prefills.add(request)
+        self._do_not_zero(request, local)
+        scheduler._enqueue_waiting_request(request)
+        return Reservation(self.block_ids(request), local)
+
+    def unreserve(self, request: Request) -> list[KVCacheBlock]:
+        """Undo ``reserve``: a waiting request again, without blocks. They belong to the caller now."""
+        blocks = self.take_blocks(request)
+        self._leave_queues(request)
+        request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
+        request.num_computed_tokens = 0
+        self._scheduler._inflight_prefills.discard(request)
+        self._scheduler._enqueue_waiting_request(request)
+        self.give_up_seat(request)
+        return blocks
+
+    def is_reserved(self, request: Request) -> bool:
+        """Does it hold blocks that are being filled?"""
+        return request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+
+    def grow(self, request: Request, num_tokens: int) -> bool:
+        """Blocks of a reserved request for ``num_tokens`` in all. False without room."""
+        had = request.num_computed_tokens
+        if num_tokens <= had:
+            return True
+        manager = self._scheduler.kv_cache_manager
+        if manager.allocate_slots(request, num_tokens - had, delay_cache_blocks=True) is None:
+            return False
+        request.num_computed_tokens = num_tokens
+        self._do_not_zero(request, had)
+        return True
+
+    def _do_not_zero(self, request: Request, first_token: int) -> None:
+        scheduler = self._scheduler
+        if scheduler.needs_kv_cache_zeroing:
+            # The next step would zero them, perhaps after the copy.
+            scheduler._skip_zero_block_ids.update(
+                scheduler.kv_cache_manager.get_zeroing_block_ids_in_range(
+                    request.request_id, first_token, request.num_computed_tokens
+                )
+            )
+
+    def finish_recv(self, request: Request, num_tokens: int) -> None:
+        """Its first ``num_tokens`` are in place: the next step runs it."""
+        request.num_computed_tokens = num_tokens
+        self._scheduler.finished_recving_kv_req_ids.add(request.request_id)
+        self.give_up_seat(request)
+
+    def fail_recv(self, request: Request, num_tokens: int) -> None:
+        """Only the first ``num_tokens``, whole blocks, are in place: the next step computes the rest."""
+        request.num_computed_tokens = num_tokens
+        if self.is_reserved(request):
+            self._scheduler.failed_recving_kv_req_ids.add(request.request_id)
+            self._scheduler.finished_recving_kv_req_ids.add(request.request_id)
+        self.give_up_seat(request)
+
+    def to_front(self, request: Request) -> None:
+        """Make a waiting request without blocks the next one to be admitted, to the seat that was kept for it."""
+        self._scheduler.waiting.remove_requests([request])
+        self._scheduler.waiting.prepend_request(request)
+        self.give_up_seat(request)
+
+    # Ends
+
+    def let_finish(self, request: Request) -> None:
+        """A reserved request is about to end: vLLM shall not wait for a load that it knows nothing of."""
+        if self.is_reserved(request):
+            self._scheduler.finished_recving_kv_req_ids.add(request.request_id)
+
+    def take_blocks(self, request: Request) -> list[KVCacheBlock]:
+        """Its blocks belong to the caller now, who has to free them."""
+        return self._scheduler.kv_cache_manager.pop_blocks_for_free(request)
+
+    def free_blocks_of(self, blocks: Sequence[KVCacheBlock]) -> None:
+        """Give blocks of ``take_blocks`` back to the pool."""
+        # Reversed as vLLM does it: the prefix cache forgets a request's end first.
+        self._scheduler.kv_cache_manager.block_pool.free_blocks(list(reversed(blocks)))
+
+    def is_idle_but_for(self, taken_out: int) -> bool:
+        """True if all that is left in the scheduler is ``taken_out`` requests outside its queues."""
+        running, waiting = self._scheduler.get_request_counts()
+        return not self._scheduler.finished_req_ids and len(self._scheduler.requests) <= running + waiting + taken_out
+
+    def holders(self) -> Iterable[KVCacheBlock]:
+        """Each block once for each request that holds it, and those whose freeing waits for a step in flight."""
+        scheduler = self._scheduler
+        for request in scheduler.requests.values():
+            yield from scheduler.kv_cache_manager.get_blocks(request.request_id).blocks[0]
+        for _, blocks in scheduler.deferred_frees:
+            yield from blocks
+
+    def pool(self) -> Iterable[KVCacheBlock]:
+        """All blocks but the null block."""
+        pool = self._scheduler.kv_cache_manager.block_pool
+        return (block for block in pool.blocks if block is not pool.null_block)

@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The destination's half: blocks and a seat, rounds of copying, the commit.
+
+A request with a landing gets a seat and blocks when it is added, or refuses with ``NoRoom`` when it is asked for its
+status. It is held in vLLM's state for requests whose KV is on the way until the commit. What cannot be copied or
+proven is recomputed from the last good block.
+
+No step reads blocks that a copy of the same step fills. Rounds run beside the steps. The commit's tail, if small, is
+copied between two steps, within a budget of a few times what the lane took for as many bytes before (``_budget``), at
+most ``MAX_WAIT_S``; a copy that takes longer goes on beside the steps. So a silent source delays the other requests
+of this engine once, by that budget.
+
+Blocks belong to the jobs that name them: a request that ends, or starts over, while a job may still write leaves its
+blocks to that job, and they are free when the last worker says that nothing can land in them any more.
+
+Threading: the engine core's thread. Errors: ``NoRoom`` and ``SessionError``; a failed copy is no error.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+from components.engine.protocol import Frozen, KVOffer, LandingStatus
+from components.engine.vllm.compat.scheduler import SchedulerPort
+from components.engine.vllm.ranks import Ranks
+from components.engine.vllm.records import Incoming, Job, JobResult, Record, StepResults
+from components.errors import NoRoom, SessionError
+
+MAX_WAIT_S = 0.25
+"""Upper bound on the time for which a commit's copy holds up the other requests."""
+_MIN_WAIT_S = 0.02
+_FIRST_GUESS = 1e9
+"""Bytes a second of a lane that has not copied anything yet."""
+
+
+@dataclass
+class _Flight:
+    """A job that workers have been given."""
+
+    job: Job
+    record: Record
+    results: list[JobResult] = field(default_factory=list)
+    quiet: int = 0
+    """Workers on which nothing can land in its blocks any more."""
+    blocks: list[KVCacheBlock] = field(default_factory=list)
+    """Blocks of a request that has ended or started over."""
+
+
+class MigrateIn:
+    """See the module docstring."""
+
+    def __init__(self, port: SchedulerPort, wait_bytes: int, deadline_s: float, ranks: Callable[[], Ranks]) -> None:
+        self._port = port
+        self._wait_bytes = wait_bytes
+        self._deadline_s = deadline_s
+        self._ranks = ranks
+        self.bytes_per_block = 0
+        self.refused: Counter[str] = Counter()
+        """Copies whose blocks were not used, by error code."""
+        self._job_ids = itertools.count(1)
+        self._new: list[Job] = []
+        self._flights: dict[int, _Flight] = {}
+        self._bytes_per_s = _FIRST_GUESS
+
+    # A request arrives
+
+    def begin(self, record: Record, offer: KVOffer) -> None:
+        """Reserve for a request that was just added, and begin the first round."""
+        record.incoming = Incoming(offer)
+        self._begin_round(record, offer)
+
+    def _begin_round(self, record: Record, offer: KVOffer) -> bool:
+        """Reserve and copy whole blocks. False without room; then nothing has changed."""
+        if not self._reserve(record, offer):
+            return False
+        incoming = _incoming(record)
+        incoming.offer = offer
+        whole = min(offer.num_tokens, record.request.num_tokens - 1) // self._port.block_size
+        if incoming.block_ids and whole > incoming.requested_blocks:
+            self._new.append(self._job(record, whole))
+        return True
+
+    def _reserve(self, record: Record, offer: KVOffer) -> bool:
+        """A seat, and blocks if the offer has tokens that our own prefix cache has not."""
+        incoming, request = _incoming(record), record.request
+        known = min(offer.num_tokens, request.num_tokens - 1)
+        if known <= 0:
+            return self._port.hold_seat(request)
+        given = self._port.reserve(request, known)
+        if given is None:
+            return False
+        incoming.local_blocks = given.local_tokens // self._port.block_size
+        incoming.landed_blocks = incoming.requested_blocks = incoming.local_blocks
+        incoming.block_ids = given.block_ids
+        return True
+
+    def holds(self, record: Record) -> bool:
+        """Must vLLM leave this request alone?"""
+        return record.incoming is not None and record.incoming.commit is None
+
+    def status(self, record: Record) -> LandingStatus:
+        """Progress. Raises ``NoRoom`` while nothing could be reserved."""
+        incoming = record.incoming
+        if incoming is None:
+            return record.landed or LandingStatus(reserved=True)
+        if not incoming.block_ids and not self._begin_round(record, incoming.offer):
+            raise self._no_room()
+        return self._progress(incoming)
+
+    def _no_room(self) -> NoRoom:
+        return NoRoom(f"{self._port.free_blocks} free KV blocks and {self._port.seats_left()} free request slots")
+
+    def _progress(self, incoming: Incoming) -> LandingStatus:
+        return LandingStatus(
+            reserved=True,
+            landed_tokens=max(incoming.landed_blocks, incoming.local_blocks) * self._port.block_size,
+            landed_generation=incoming.offer.generation,
+            in_flight=incoming.job is not None,
+            rounds=incoming.rounds,
+            bytes=incoming.bytes,
+            descriptors=incoming.descriptors,
+            post_s=incoming.post_s,
+            wire_s=incoming.wire_s,
+            lane=incoming.lane,
+            error=incoming.error,
+        )
+
+    def extend(self, record: Record, offer: KVOffer, tokens: tuple[int, ...]) -> None:
+        """Another round. Raises ``NoRoom`` when the new blocks do not fit."""
+        incoming = _incoming(record)
+        if incoming.job is not None:
+            raise SessionError("the previous round is still being copied")
+        self._append(record, tokens)
+        if not incoming.block_ids:
+            if not self._begin_round(record, offer):
+                raise self._no_room()
+            return
+        if not self._port.grow(record.request, offer.num_tokens):
+            raise self._no_room()
+        self._adopt(record, offer)
+        whole = offer.num_tokens // self._port.block_size
+        if whole > incoming.requested_blocks:
+            self._new.append(self._job(record, whole))
+
+    def commit(self, record: Record, frozen: Frozen) -> None:
+        """Copy what is missing and run. Raises ``NoRoom`` when the tail does not fit; the source can resume then."""
+        incoming = _incoming(record)
+        if incoming.commit is not None:
+            return
+        offer = frozen.offer
+        self._append(record, frozen.output_token_ids)
+        if not incoming.block_ids:
+            if not self._reserve(record, offer):
+                raise self._no_room()
+        elif not self._port.grow(record.request, offer.num_tokens):
+            raise self._no_room()
+        record.rng_state = frozen.rng_state
+        incoming.commit = frozen
+        if not incoming.block_ids:
+            # Nothing to copy: the prefix cache has it, or the source had computed nothing.
+            self._end(record)
+            self._port.to_front(record.request)
+        elif offer.num_tokens <= incoming.local_blocks * self._port.block_size:
+            # The source lost its blocks (preempted): what its earlier offers named proves nothing any more.
+            self._adopt(record, offer)
+            self._start_over(record)
+        elif incoming.job is None:
+            self._copy_tail(record, may_wait=True)
+
+    def expects_commit(self, record: Record) -> bool:
+        """Has it landed here, without its commit?"""
+        return self.holds(record)
+
+    def _append(self, record: Record, tokens: tuple[int, ...]) -> None:
+        request = record.request
+        have = request.num_output_tokens
+        if tuple(request.output_token_ids) != tokens[:have]:
+            raise SessionError("the source's tokens differ from those this request started with")
+        if len(tokens) > have:
+            self._port.append_tokens(request, tokens[have:])
+            record.needs_install = True
+
+    def _adopt(self, record: Record, offer: KVOffer) -> None:
+        """Take a newer offer. Blocks copied from another place than it names prove nothing."""
+        incoming = _incoming(record)
+        incoming.block_ids = self._port.block_ids(record.request)
+        copied = slice(incoming.local_blocks, incoming.landed_blocks)
+        moved = offer.block_ids[copied] != incoming.offer.block_ids[copied]
+        if offer.generation != incoming.offer.generation or offer.agents != incoming.offer.agents or moved:
+            incoming.landed_blocks = incoming.local_blocks
+        incoming.requested_blocks = incoming.landed_blocks
+        incoming.offer = offer
+
+    # Copies
+
+    def _copy_tail(self, record: Record, may_wait: bool) -> None:
+        incoming = _incoming(record)
+        if incoming.commit is None:
+            raise SessionError(f"request {record.request_id} has no commit")
+        self._adopt(record, incoming.commit.offer)
+        total = -(-incoming.offer.num_tokens // self._port.block_size)
+        size = (total - incoming.landed_blocks) * self.bytes_per_block
+        job = self._job(record, total)
+        if not may_wait or size > self._wait_bytes:
+            self._new.append(job)
+            return
+        for result in self._ranks().copy(job, self._budget(size)):
+            if result is not None:
+                self._take(result)
+
+    def _budget(self, size: int) -> float:
+        return min(MAX_WAIT_S, max(_MIN_WAIT_S, 4 * size / self._bytes_per_s))
+
+    def _job(self, record: Record, upto_block: int) -> Job:
+        incoming = _incoming(record)
+        first = incoming.requested_blocks
+        job = Job(
+            job_id=next(self._job_ids),
+            request_id=record.request_id,
+            vllm_id=record.request.request_id,
+            agents=incoming.offer.agents,
+            src_blocks=tuple(incoming.offer.block_ids[first:upto_block]),
+            dst_blocks=tuple(incoming.block_ids[first:upto_block]),
+            checks=self._checks(incoming),
+            vouched=self._vouched(incoming),
+            deadline_s=self._deadline_s,
+        )
+        incoming.job = job
+        incoming.requested_blocks = max(first, upto_block)
+        incoming.rounds += 1
+        self._flights[job.job_id] = _Flight(job, record)
+        return job
+
+    def _checks(self, incoming: Incoming) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        if incoming.commit is None or not incoming.commit.checksums:
+            return ()
+        ranks = len(incoming.offer.agents)
+        sums = incoming.commit.checksums
+        count = len(sums) // ranks
+        total = len(incoming.offer.block_ids)
+        return tuple(
+            (incoming.block_ids[total - count + i], tuple(sums[rank * count + i] for rank in range(ranks)))
+            for i in range(count)
+            # What our own prefix cache had was computed here, perhaps with other rounding.
+            if total - count + i >= incoming.local_blocks
+        )
+
+    def _vouched(self, incoming: Incoming) -> tuple[int, ...]:
+        if incoming.commit is None or not incoming.commit.checksums:
+            return ()
+        count = len(incoming.commit.checksums) // len(incoming.offer.agents)
+        return tuple(incoming.block_ids[incoming.local_blocks : len(incoming.offer.block_ids) - count])
+
+    def take_new_jobs(self) -> list[Job]:
+        """Jobs for the workers to begin with this step."""
+        jobs, self._new = self._new, []
+        return jobs
+
+    @property
+    def busy(self) -> bool:
+        """Does a worker still owe a result, or hold blocks?"""
+        return bool(self._flights)
+
+    def take_results(self, results: StepResults) -> None:
+        """What the workers' jobs have come to since the last step."""
+        for result in results.results:
+            self._take(result)
+        for job_id in results.quiet:
+            self._quiet(self._flights[job_id])
+
+    def _take(self, result: JobResult) -> None:
+        flight = self._flights[result.job_id]
+        flight.results.append(result)
+        if len(flight.results) == len(flight.job.agents):
+            incoming = flight.record.incoming
+            if incoming is not None and incoming.job is flight.job:
+                self._settle(flight, incoming)
+        if result.quiet:
+            self._quiet(flight)
+
+    def _quiet(self, flight: _Flight) -> None:
+        flight.quiet += 1
+        if flight.quiet == len(flight.job.agents):
+            del self._flights[flight.job.job_id]
+            if flight.blocks:
+                self._port.free_blocks_of(flight.blocks)
+
+    def _settle(self, flight: _Flight, incoming: Incoming) -> None:
+        results = flight.results
+        incoming.job = None
+        incoming.bytes += sum(r.bytes for r in results)
+        incoming.descriptors += sum(r.descriptors for r in results)
+        incoming.post_s += max(r.post_s for r in results)
+        incoming.wire_s += max(r.wire_s for r in results)
+        incoming.lane = results[0].lane or incoming.lane
+        failed = next((r for r in results if not r.ok), None)
+        if failed is None:
+            incoming.landed_blocks = incoming.requested_blocks
+            self._learn(results)
+        else:
+            bad = {block for r in results for block in r.bad_blocks}
+            good = next((i for i, b in enumerate(incoming.block_ids) if b in bad), incoming.landed_blocks)
+            incoming.landed_blocks = incoming.requested_blocks = min(good, incoming.landed_blocks)
+            incoming.error = failed.error
+            if failed.error is not None:
+                self.refused[failed.error[0]] += 1
+            if not all(r.quiet for r in results):
+                self._leave_blocks_to(flight, incoming)
+                return
+        if incoming.commit is None:
+            return
+        if incoming.offer is not incoming.commit.offer:
+            # This was a round that the commit overtook: now the tail.
+            self._copy_tail(flight.record, may_wait=False)
+        elif failed is not None:
+            self._start_over(flight.record)
+        else:
+            self._end(flight.record)
+            self._port.finish_recv(flight.record.request, incoming.offer.num_tokens)
+
+    def _learn(self, results: Iterable[JobResult]) -> None:
+        for result in results:
+            if result.bytes and result.wire_s:
+                self._bytes_per_s += (result.bytes / result.wire_s - self._bytes_per_s) / 4
+
+    # Ends
+
+    def _end(self, record: Record) -> None:
+        record.landed = self._progress(_incoming(record))
+        record.incoming = None
+
+    def _start_over(self, record: Record) -> None:
+        """Compute everything behind the last good block."""
+        incoming = _incoming(record)
+        good = max(incoming.landed_blocks, incoming.local_blocks) * self._port.block_size
+        self._end(record)
+        self._port.fail_recv(record.request, good)
+
+    def _leave_blocks_to(self, flight: _Flight, incoming: Incoming) -> None:
+        """Something may still land in the blocks of a job that has failed: the request gets others."""
+        record = flight.record
+        flight.blocks = self._port.unreserve(record.request)
+        incoming.block_ids = []
+        incoming.landed_blocks = incoming.requested_blocks = incoming.local_blocks = 0
+        if incoming.commit is not None:
+            self._end(record)
+            self._port.to_front(record.request)
+
+    def finished(self, record: Record) -> None:
+        """The request is about to end: a job that workers have keeps its blocks, one that they have not is dropped."""
+        incoming, record.incoming = record.incoming, None
+        if incoming is None:
+            return
+        self._port.give_up_seat(record.request)
+        job = incoming.job
+        if job is None:
+            return
+        if job in self._new:
+            self._new.remove(job)
+            del self._flights[job.job_id]
+        else:
+            self._flights[job.job_id].blocks = self._port.take_blocks(record.request)
+
+    def kept_blocks(self) -> Iterable[KVCacheBlock]:
+        """Blocks that belong to jobs, not to requests."""
+        return itertools.chain.from_iterable(flight.blocks for flight in self._flights.values())
+
+
+def _incoming(record: Record) -> Incoming:
+    if record.incoming is None:
+        raise SessionError(f"request {record.request_id} is not landing")
+    return record.incoming

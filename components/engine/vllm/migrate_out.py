@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The source's half: offers of blocks, freezing, resuming.
+
+Freezing takes a request out of vLLM's queues: it is not scheduled, keeps its blocks, its seat and the model runner's
+state, as any running request that a step leaves out. A step in flight ends first, and its tokens leave through the
+request's stream; the state is complete after it. Resuming puts the request back as if nothing had happened.
+
+Threading: the engine core's thread. Errors: ``NotMigratable`` and ``SessionError``; a freeze call that waits for a
+step gets ``RequestNotFound`` when the request finishes with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from vllm.v1.request import RequestStatus
+
+from components.engine.protocol import AgentRef, Frozen, KVOffer
+from components.engine.vllm.compat.requests import why_not_migratable
+from components.engine.vllm.compat.scheduler import SchedulerPort
+from components.engine.vllm.control import Reply
+from components.engine.vllm.ranks import Ranks
+from components.engine.vllm.records import Leaving, Record
+from components.errors import NotMigratable, RequestNotFound, SessionError
+
+_FREEZABLE = (RequestStatus.RUNNING, RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
+class MigrateOut:
+    """See the module docstring."""
+
+    def __init__(self, port: SchedulerPort, checked_blocks: int | None, ranks: Callable[[], Ranks]) -> None:
+        self._port = port
+        self._checked_blocks = checked_blocks
+        """How many blocks at the end get a checksum; None: all."""
+        self._ranks = ranks
+        self.agents: tuple[AgentRef, ...] = ()
+        self._freezing: list[Record] = []
+        self._by_itself: list[Record] = []
+        """Requests that freeze after their n-th token and have not got so far."""
+        self.num_taken_out = 0
+        """Requests that the scheduler knows but that are in none of its queues."""
+
+    def expect_freeze(self, record: Record) -> None:
+        """The request asked to be frozen after its n-th token."""
+        self._by_itself.append(record)
+
+    def offer(self, record: Record, whole_blocks: bool = True) -> KVOffer:
+        """The computed blocks of a request; none while it is not running."""
+        request = record.request
+        size = self._port.block_size
+        computed = 0 if record.incoming is not None else self._port.computed_tokens(request)
+        if whole_blocks:
+            computed -= computed % size
+        return KVOffer(
+            request_id=record.request_id,
+            agents=self.agents,
+            block_size=size,
+            block_ids=tuple(self._port.block_ids(request)[: -(-computed // size)]) if computed else (),
+            num_tokens=computed,
+            generation=request.num_preemptions,
+        )
+
+    def why_not(self, record: Record) -> str | None:
+        """Why a request cannot move, or None."""
+        return record.marker.not_migratable or self._port.movable_layout() or why_not_migratable(record.request)
+
+    def freeze(self, record: Record) -> Reply | Future[Reply]:
+        """Freeze a request; the reply carries its state. Idempotent."""
+        if record.leaving is not None and record.leaving.frozen is not None:
+            return Reply(frozen=record.leaving.frozen)
+        if reason := self.why_not(record):
+            raise NotMigratable(reason)
+        if record.incoming is not None:
+            raise SessionError(f"request {record.request_id} is itself still landing here")
+        if record.request.status not in _FREEZABLE:
+            raise SessionError(f"request {record.request_id} cannot be frozen while {record.request.status}")
+        leaving = record.leaving or self._take_out(record, by_itself=False)
+        if not self._port.in_flight(record.request):
+            return Reply(frozen=self._complete(record, leaving))
+        waiter: Future[Reply] = Future()
+        leaving.waiters.append(waiter)
+        return waiter
+
+    def _take_out(self, record: Record, by_itself: bool) -> Leaving:
+        record.leaving = Leaving(self._port.take_out(record.request), by_itself)
+        self._freezing.append(record)
+        self.num_taken_out += 1
+        return record.leaving
+
+    def _complete(self, record: Record, leaving: Leaving) -> Frozen:
+        offer = self.offer(record, whole_blocks=False)
+        checked = offer.block_ids
+        if self._checked_blocks is not None:
+            checked = checked[len(checked) - min(self._checked_blocks, len(checked)) :]
+        ranks = self._ranks().snapshot(record.request.request_id, checked)
+        leaving.frozen = Frozen(
+            offer=offer,
+            output_token_ids=tuple(record.request.output_token_ids),
+            rng_state=record.rng_state if record.needs_install else ranks[0].rng_state,
+            checksums=tuple(value for rank in ranks for value in rank.checksums),
+        )
+        self._freezing.remove(record)
+        for waiter in leaving.waiters:
+            waiter.set_result(Reply(frozen=leaving.frozen))
+        leaving.waiters.clear()
+        return leaving.frozen
+
+    def resume(self, record: Record) -> None:
+        """Go on here. Does nothing to a request that is not frozen."""
+        leaving = record.leaving
+        if leaving is None:
+            return
+        self._forget(record, leaving, SessionError(f"request {record.request_id} was resumed meanwhile"))
+        self._port.put_back(record.request, leaving.was_running)
+
+    def finished(self, record: Record) -> None:
+        """The request has ended, whatever it was doing."""
+        if record in self._by_itself:
+            self._by_itself.remove(record)
+        if record.leaving is not None:
+            error = RequestNotFound(f"request {record.request_id} has just finished")
+            self._forget(record, record.leaving, error)
+            self._port.give_up_seat(record.request)
+
+    def _forget(self, record: Record, leaving: Leaving, error: Exception) -> None:
+        record.leaving = None
+        self.num_taken_out -= 1
+        if record in self._freezing:
+            self._freezing.remove(record)
+        for waiter in leaving.waiters:
+            waiter.set_exception(error)
+
+    def after_step(self) -> list[tuple[Record, Frozen]]:
+        """Freeze what waited for the step that has just ended; those that froze by themselves, with their states."""
+        for record in list(self._by_itself):
+            request = record.request
+            if record.leaving is not None or request.status != RequestStatus.RUNNING:
+                continue
+            if request.num_output_tokens >= (record.marker.freeze_after or 0):
+                self._by_itself.remove(record)
+                if self.why_not(record) is None:
+                    self._take_out(record, by_itself=True)
+        done = []
+        for record in list(self._freezing):
+            if record.leaving is not None and not self._port.in_flight(record.request):
+                frozen = self._complete(record, record.leaving)
+                if record.leaving.by_itself:
+                    done.append((record, frozen))
+        return done

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that a vLLM scheduler of ours does for migration: records of its requests, and the calls of ``kv_control``.
+
+Life of a record: made for every request when vLLM adds it (``on_new_request``), dropped when it ends
+(``request_finished``), whatever ends it. A request without a ``Marker`` is a plain one: it can be frozen and moved.
+
+Threading: the engine core's thread. ``control`` runs between two steps; the hooks are vLLM's.
+Errors: those that the engine protocol names, raised by ``control``.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from components.engine.protocol import Frozen, RequestId
+from components.engine.vllm.compat.requests import external_id
+from components.engine.vllm.compat.scheduler import SchedulerPort
+from components.engine.vllm.control import MARKER, Call, Marker, Op, Reply, decode_marker
+from components.engine.vllm.migrate_in import MigrateIn
+from components.engine.vllm.migrate_out import MigrateOut
+from components.engine.vllm.ranks import Ranks
+from components.engine.vllm.records import Install, Record, StepMetadata, StepResults
+from components.engine.vllm.tables import request_table, stats_of, verify_blocks
+from components.errors import ConfigError, RequestNotFound, SessionError
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.executor import Executor
+    from vllm.v1.request import Request
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``kv_connector_extra_config["migration"]``."""
+
+    integrity: str = "tail"
+    """Checksums: ``tail`` (last two blocks), ``full`` or ``off``."""
+    wait_bytes: int = 16 << 20
+    """A commit's copy up to this size is waited for between two steps; a larger one runs beside them."""
+    copy_deadline_s: float = 30.0
+    adapters: str = ""
+    """Digest of the LoRA adapters; part of the fingerprint."""
+
+    @property
+    def checked_blocks(self) -> int | None:
+        """Blocks at the end of a request that get a checksum; None: all. Raises ``ConfigError``."""
+        counts: dict[str, int | None] = {"tail": 2, "off": 0, "full": None}
+        if self.integrity not in counts:
+            raise ConfigError(f"integrity {self.integrity!r} is not one of {', '.join(counts)}")
+        return counts[self.integrity]
+
+
+class Migration:
+    """See the module docstring."""
+
+    def __init__(self, port: SchedulerPort, settings: Settings) -> None:
+        self.port = port
+        self.outgoing = MigrateOut(port, settings.checked_blocks, self._attached)
+        self.incoming = MigrateIn(port, settings.wait_bytes, settings.copy_deadline_s, self._attached)
+        self._ranks: Ranks | None = None
+        self._records: dict[str, Record] = {}
+        self._newest: dict[RequestId, Record] = {}
+        """By the caller's id, which two requests can share for a moment."""
+        self._step_began = 0.0
+        self.last_step_s = 0.0
+        self._past_preemptions = 0
+
+    @property
+    def records(self) -> list[Record]:
+        """All requests of the engine."""
+        return list(self._records.values())
+
+    @property
+    def preemptions_total(self) -> int:
+        """How often vLLM has preempted a request; one that came with tokens counts as preempted once."""
+        return self._past_preemptions + sum(record.request.num_preemptions for record in self._records.values())
+
+    def _attached(self) -> Ranks:
+        if self._ranks is None:
+            raise SessionError("the engine has not been asked for its agents (CoreClient.info), which comes first")
+        return self._ranks
+
+    # Calls
+
+    def control(self, call: Call, executor: Executor) -> Reply | Future[Reply]:
+        """Run one call between two steps."""
+        match call.op:
+            case Op.INFO:
+                return self._info(Ranks(executor))
+            case Op.REPORT:
+                return Reply(stats=stats_of(self), requests=request_table(self))
+            case Op.CHECK:
+                verify_blocks(self)
+                return Reply()
+        record = self._record(call.request_id)
+        match call.op:
+            case Op.OFFER:
+                return Reply(offer=self.outgoing.offer(record))
+            case Op.FREEZE:
+                return self.outgoing.freeze(record)
+            case Op.RESUME:
+                self.outgoing.resume(record)
+            case Op.LANDING:
+                return Reply(landing=self.incoming.status(record))
+            case Op.EXTEND if call.offer is not None:
+                self.incoming.extend(record, call.offer, call.tokens)
+            case Op.COMMIT if call.frozen is not None:
+                self.incoming.commit(record, call.frozen)
+            case _:
+                raise SessionError(f"call {call.op} lacks its arguments")
+        return Reply()
+
+    def _record(self, request_id: RequestId) -> Record:
+        record = self._records.get(request_id) or self._newest.get(request_id)
+        if record is None:
+            raise RequestNotFound(f"request {request_id} is not in this engine")
+        return record
+
+    def _info(self, ranks: Ranks) -> Reply:
+        infos = ranks.attach()
+        self._ranks = ranks
+        self.outgoing.agents = tuple(info.agent for info in infos)
+        per_token = sum(info.kv_bytes_per_token for info in infos)
+        self.incoming.bytes_per_block = per_token * self.port.block_size
+        return Reply(
+            agents=self.outgoing.agents,
+            lanes=infos[0].lanes,
+            num_blocks=self.port.num_blocks,
+            kv_bytes_per_token=per_token,
+            fingerprint=infos[0].fingerprint,
+        )
+
+    def expects_commit(self, request_id: RequestId) -> bool:
+        """True while a request has landed here and waits for its commit."""
+        record = self._records.get(request_id) or self._newest.get(request_id)
+        return record is not None and self.incoming.holds(record)
+
+    # vLLM's hooks
+
+    def on_new_request(self, request: Request) -> None:
+        """vLLM has put a request in line."""
+        params = request.kv_transfer_params or {}
+        marker = decode_marker(params[MARKER]) if MARKER in params else Marker(external_id(request))
+        record = Record(request, marker, born=time.monotonic())
+        self._records[request.request_id] = self._newest[record.request_id] = record
+        if marker.num_prompt_tokens is not None:
+            record.needs_install = self.port.as_resumed(request, marker.num_prompt_tokens)
+        if marker.landing is not None:
+            self.incoming.begin(record, marker.landing)
+        if marker.freeze_after is not None:
+            self.outgoing.expect_freeze(record)
+
+    def external_tokens(self, request: Request) -> tuple[int | None, bool]:
+        """vLLM asks how many tokens will come from elsewhere: (None, False) holds the request."""
+        record = self._records.get(request.request_id)
+        return (None, False) if record is not None and self.incoming.holds(record) else (0, False)
+
+    def before_finish(self, vllm_ids: list[str]) -> None:
+        """Requests are about to end by a call from outside."""
+        for vllm_id in vllm_ids:
+            record = self._records.get(vllm_id)
+            if record is not None:
+                self.port.let_finish(record.request)
+
+    def request_finished(self, request: Request) -> None:
+        """A request has ended; its blocks are freed after this, unless a job keeps them."""
+        record = self._records.pop(request.request_id, None)
+        if record is None:
+            return
+        if self._newest.get(record.request_id) is record:
+            del self._newest[record.request_id]
+        self._past_preemptions += request.num_preemptions
+        self.outgoing.finished(record)
+        self.incoming.finished(record)
+
+    def step_metadata(self, scheduler_output: SchedulerOutput) -> StepMetadata:
+        """What the workers must know for this step."""
+        self._step_began = time.monotonic()
+        meta = StepMetadata(jobs=self.incoming.take_new_jobs())
+        for vllm_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+            record = self._records.get(vllm_id)
+            if record is not None and record.needs_install:
+                record.needs_install = False
+                meta.installs.append(_install(record))
+        return meta
+
+    def step_results(self, results: StepResults) -> None:
+        """What the workers have to say at the end of a step."""
+        self.incoming.take_results(results)
+
+    def after_step(self) -> list[tuple[Record, Frozen]]:
+        """Freeze what waited for this step; the states that shall leave with its outputs."""
+        self.last_step_s = time.monotonic() - self._step_began
+        return self.outgoing.after_step()
+
+    def has_only_taken_out(self) -> bool:
+        """Is there nothing to do but to keep requests that are frozen?"""
+        return not self.incoming.busy and self.port.is_idle_but_for(self.outgoing.num_taken_out)
+
+
+def _install(record: Record) -> Install:
+    request: Any = record.request
+    return Install(
+        request.request_id,
+        list(request.prompt_token_ids),
+        list(request.output_token_ids),
+        request.sampling_params,
+        request.lora_request,
+        record.rng_state,
+    )

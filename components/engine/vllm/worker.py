@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods that ``worker_extension_cls`` adds to vLLM's worker; ``ranks.Ranks`` calls them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from components.engine.vllm.compat.runners import runner_port
+from components.engine.vllm.ranks import RankInfo, Snapshot
+from components.engine.vllm.records import Job, JobResult
+
+if TYPE_CHECKING:
+    from components.engine.vllm.connector import MigrationConnector
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker class."""
+
+    model_runner: Any
+
+    def dm_attach(self) -> RankInfo:
+        """Give the connector the model runner; idempotent."""
+        connector = _connector()
+        connector.runner = runner_port(self.model_runner)
+        loader = connector.loader
+        return RankInfo(loader.agent.ref, loader.agent.lanes, loader.fingerprint, loader.kv_bytes_per_token)
+
+    def dm_snapshot(self, vllm_id: str, blocks: tuple[int, ...]) -> Snapshot:
+        """Generator state of a request and checksums of some of its blocks."""
+        connector = _connector()
+        sums = list(connector.loader.agent.checksums(blocks)) if blocks else []
+        return Snapshot(connector.runner.export_state(vllm_id), sums)
+
+    def dm_copy(self, job: Job, budget_s: float) -> JobResult | None:
+        """Run a job at once; None if it is not over within the budget."""
+        return _connector().loader.copy_now(job, budget_s)
+
+
+def _connector() -> MigrationConnector:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    from components.engine.vllm.connector import MigrationConnector
+
+    connector = get_kv_transfer_group()
+    if not isinstance(connector, MigrationConnector):
+        raise TypeError(f"this worker's KV connector is {type(connector).__name__}, not MigrationConnector")
+    return connector
