@@ -27,6 +27,7 @@ import time
 from collections.abc import Generator
 
 from components import credentials
+from components.address import Address
 from components.errors import Unauthorized
 from components.frames import left, read_exactly
 
@@ -113,8 +114,7 @@ async def greet_stream(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
 
 def connect(address: str, purpose: str, end: float) -> socket.socket:
     """A connection to ``host:port`` whose other end has proved itself."""
-    host, _, port = address.rpartition(":")
-    sock = socket.create_connection((host.strip("[]"), int(port)), timeout=left(end))
+    sock = socket.create_connection(Address.of(address), timeout=left(end))
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         greet(sock, connecting(purpose), end)
@@ -129,9 +129,8 @@ async def connect_stream(
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """As ``connect``, in asyncio."""
     end = time.monotonic() + timeout_s
-    host, _, port = address.rpartition(":")
     async with asyncio.timeout(timeout_s):
-        reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+        reader, writer = await asyncio.open_connection(*Address.of(address))
     try:
         await greet_stream(reader, writer, connecting(purpose), end)
     except BaseException:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How commands find the running system: a small file per ``dynamo serve``, readable by its user only.
 
-``ETCD_ENDPOINTS`` and ``DYN_NAMESPACE`` win over the file. Nothing secret is in it.
+``ETCD_ENDPOINTS`` and ``DYN_NAMESPACE`` win over the file. Nothing secret is in it. The launcher removes it, or its
+warden does; one that is there all the same is believed only while the process that wrote it lives, and else removed.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ import os
 from pathlib import Path
 
 import msgspec
-import psutil
 
-from components.address import parts_of
+from components.address import Address
 from components.errors import ConfigError
 from components.models import cache_folder
 from components.serve.servers import answers
@@ -26,45 +26,70 @@ class State(msgspec.Struct, frozen=True):
     etcd: str
     port: int
     pid: int
+    started: int = 0
+    """When that process began, as the kernel counts it: another one may have its number now."""
+
+    @classmethod
+    def of_this_process(cls, namespace: str, etcd: str, port: int) -> State:
+        """For ``remember``."""
+        return cls(namespace, etcd, port, os.getpid(), _started(os.getpid()))
+
+    @property
+    def path(self) -> Path:
+        """Its file."""
+        return _folder() / f"{self.pid}.json"
+
+
+def _started(pid: int) -> int:
+    """Clock ticks between the start of the machine and that of the process; 0 when there is none."""
+    try:
+        # The second field is the program's name in parentheses, with whatever is in it.
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return 0
 
 
 def _folder() -> Path:
-    return Path(os.environ.get("XDG_RUNTIME_DIR", str(cache_folder()))) / "dynamo-migrate-run"
-
-
-def _file(state: State) -> Path:
-    return _folder() / f"{state.pid}.json"
+    given = os.environ.get("XDG_RUNTIME_DIR", "")
+    return (Path(given) if given and os.access(given, os.W_OK) else cache_folder()) / "dynamo-migrate-run"
 
 
 def remember(state: State) -> None:
     """Called when the graph serves."""
     _folder().mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = _file(state)
-    path.touch(mode=0o600)
-    path.write_bytes(msgspec.json.encode(state))
+    state.path.touch(mode=0o600)
+    state.path.write_bytes(msgspec.json.encode(state))
 
 
 def forget(state: State) -> None:
     """Called when it has ended."""
-    _file(state).unlink(missing_ok=True)
+    state.path.unlink(missing_ok=True)
 
 
 def join() -> None:
     """Point this process's environment at the running system. Raises ``ConfigError`` when there is none."""
     if os.environ.get("ETCD_ENDPOINTS"):
         return
-    found = []
-    for path in sorted(_folder().glob("*.json"), key=lambda p: p.stat().st_mtime):
-        try:
-            state = msgspec.json.decode(path.read_bytes(), type=State)
-        except (OSError, *UNREADABLE):
-            continue  # Of a launcher that was killed while it wrote, or has just ended.
-        if psutil.pid_exists(state.pid):
-            found.append(state)
+    found = _running()
     if not found:
         raise ConfigError("no running system is known: start one with `dynamo serve`, or set ETCD_ENDPOINTS")
     os.environ["ETCD_ENDPOINTS"] = found[-1].etcd
     os.environ.setdefault("DYN_NAMESPACE", found[-1].namespace)
+
+
+def _running() -> list[State]:
+    """Launchers that live, the newest last. Files of others are removed."""
+    found = []
+    for path in _folder().glob("*.json"):
+        try:
+            state = msgspec.json.decode(path.read_bytes(), type=State)
+        except (OSError, *UNREADABLE):
+            continue  # Of a launcher that was killed while it wrote, or has just ended.
+        if state.started and _started(state.pid) == state.started:
+            found.append(state)
+        else:
+            path.unlink(missing_ok=True)
+    return sorted(found, key=lambda state: state.started)
 
 
 def reach() -> None:
@@ -72,19 +97,18 @@ def reach() -> None:
     join()
     # Before Dynamo is imported: how it connects is of no use to who asks for a table. ``DYN_LOG=info`` shows it.
     os.environ.setdefault("DYN_LOG", "error")
-    endpoints = os.environ["ETCD_ENDPOINTS"].split(",")
-    for endpoint in endpoints:
+    asked = []
+    for endpoint in os.environ["ETCD_ENDPOINTS"].split(","):
         try:
-            parts = parts_of(endpoint.strip())
-            host, port = parts.hostname, parts.port
+            where = Address.of(endpoint)
         except ValueError:
-            host, port = None, None
-        if not host or not port:
-            raise ConfigError(f"ETCD_ENDPOINTS: {endpoint!r} is no address: write http://HOST:2379")
-        if answers(host, port):
+            raise ConfigError(f"ETCD_ENDPOINTS: {endpoint!r} is no address: write http://HOST:2379") from None
+        if answers(*where):
             return
-    where = " and ".join(f"{parts_of(endpoint).hostname}:{parts_of(endpoint).port}" for endpoint in endpoints)
-    raise ConfigError(f"etcd does not answer at {where}: start it, or set ETCD_ENDPOINTS to where the graph has it")
+        asked.append(str(where))
+    raise ConfigError(
+        f"etcd does not answer at {' and '.join(asked)}: start it, or set ETCD_ENDPOINTS to where the graph has it"
+    )
 
 
 def nobody_answers(namespace: str) -> str:

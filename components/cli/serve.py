@@ -6,27 +6,20 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import httpx
 import typer
 from rich.console import Console
 
 from components import models
-from components.cli.live import State, forget, remember
-from components.dashboard.launch import beside, page_port
-from components.errors import ConfigError
-from components.metrics.export import reachable
+from components.cli.launcher import Launcher, Then
 from components.serve.graph import load
 from components.serve.plan import Plan, make_plan, parse_overrides, read_yaml
-from components.serve.scale import connected
-from components.serve.servers import Servers, answers
-from components.serve.supervisor import Supervisor
 from components.transfer.config import Transport
 
 _EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -96,8 +89,8 @@ def serve(
     _run(plan, Console(), None, dashboard)
 
 
-def _run(plan: Plan, console: Console, then: Any, dashboard: int | None) -> None:
-    asyncio.run(_serve(plan, console, then, dashboard))
+def _run(plan: Plan, console: Console, then: Then | None, dashboard: int | None) -> None:
+    asyncio.run(Launcher(plan, console, dashboard).run(then))
     if plan.bounds:
         # Dynamo's native runtime may abort in the interpreter's finalisation.
         sys.stdout.flush()
@@ -131,72 +124,9 @@ def demo(
     _run(plan, console, first_request, dashboard)
 
 
-async def _serve(plan: Plan, console: Console, then: Any, dashboard: int | None) -> None:
-    serves_http = any(p.component == "Frontend" for p in plan.processes)
-    if serves_http and answers("127.0.0.1", plan.port, 0.5):
-        raise ConfigError(f"port {plan.port} is in use: stop what listens there, or choose another with --port")
-    servers = Servers()
-    variables = servers.start(os.environ)
-    supervisor = Supervisor(plan, variables, console)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, supervisor.stop)
-    jobs: list[asyncio.Task[None]] = []
-    state = State(plan.namespace, variables["ETCD_ENDPOINTS"], plan.port, os.getpid())
-
-    async def page() -> None:
-        frontend = f"{reachable(plan.host)}:{plan.port}"
-        wanted = page_port(dashboard, plan.host, plan.port)
-        async with beside(wanted, plan.host, frontend, variables | {"DYN_NAMESPACE": plan.namespace}) as shown:
-            if shown:
-                console.print(f"[bold green]watch it[/] on http://{plan.host}:{shown} or with: dynamo top")
-            else:
-                console.print(f"[yellow]no web page[/] (port {wanted}); watch it with: dynamo top")
-            await asyncio.Event().wait()
-
-    async def keep_servers() -> None:
-        while True:
-            await asyncio.sleep(0.5)
-            for program in servers.revive():
-                console.print(f"[bold red]{program} has ended[/]; started again with its data")
-
-    async def after() -> None:
-        if then is not None and await then():
-            supervisor.stop()
-
-    def on_ready() -> None:
-        remember(state)
-        if serves_http:
-            console.print(f"[bold green]serving[/] {plan.model} on http://{plan.host}:{plan.port}/v1 (Ctrl-C stops)")
-            if dashboard != 0:
-                jobs.append(asyncio.ensure_future(page()))
-        jobs.append(asyncio.ensure_future(after()))
-
-    keeping = asyncio.ensure_future(keep_servers())
-    jobs.append(keeping)
-    try:
-        keeping.add_done_callback(lambda _: supervisor.stop())
-        if plan.bounds:
-            # Dynamo's runtime in this process reads where etcd is from here.
-            os.environ["ETCD_ENDPOINTS"] = variables["ETCD_ENDPOINTS"]
-            # It warns of an etcd that is gone, which at the end is as it should be.
-            os.environ.setdefault("DYN_LOG", "error")
-            jobs.append(asyncio.ensure_future((await connected(plan, supervisor)).run()))
-        await supervisor.run(on_ready)
-    finally:
-        given_up = keeping.exception() if keeping.done() else None
-        for job in jobs:
-            job.cancel()
-        await asyncio.gather(*jobs, return_exceptions=True)
-        forget(state)
-        servers.stop()
-    if given_up is not None:
-        raise given_up
-
-
 async def chat(plan: Plan, console: Console) -> None:
     """One streaming request; prints text, TTFT and TPOT as vLLM defines them."""
-    url = f"http://{plan.host}:{plan.port}/v1/chat/completions"
+    url = f"{plan.url}/v1/chat/completions"
     body = {
         "model": plan.model,
         "messages": [{"role": "user", "content": "Name three things that a good cup of tea needs."}],
@@ -205,7 +135,10 @@ async def chat(plan: Plan, console: Console) -> None:
         "stream": True,
     }
     began, times = time.perf_counter(), []
-    async with httpx.AsyncClient(timeout=120) as client, client.stream("POST", url, json=body) as reply:
+    async with (
+        httpx.AsyncClient(timeout=120, trust_env=False) as client,
+        client.stream("POST", url, json=body) as reply,
+    ):
         async for line in reply.aiter_lines():
             if not line.startswith("data: {"):
                 continue

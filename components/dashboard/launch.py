@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 
-from components.address import dialled
+from components.address import bare, dialled, listen
+from components.serve import family
 from components.serve.servers import answers
 
 _START_S = 30.0
@@ -35,14 +35,10 @@ def page_port(wanted: int | None, host: str, frontend_port: int) -> int:
 
 
 def _free(host: str, port: int) -> bool:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind((host, port))
-            sock.listen()
-        except OSError:
-            return False
+    try:
+        listen(host, port).close()
+    except OSError:
+        return False
     return True
 
 
@@ -52,12 +48,15 @@ async def beside(port: int, host: str, frontend: str, variables: Mapping[str, st
     if not port:
         yield 0
         return
-    command = [sys.executable, "-m", "components.dashboard", "--host", host, "--port", str(port)]
+    command = [sys.executable, "-m", "components.dashboard", "--host", bare(host), "--port", str(port)]
     environment = dict(os.environ) | dict(variables)
     environment.setdefault("DYN_LOG", "error")
     environment.pop("DYN_SYSTEM_PORT", None)
     child = await asyncio.create_subprocess_exec(
-        *command, "--frontend", frontend, env=environment, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+        *family.tied([*command, "--frontend", frontend]),
+        env=environment,
+        stdin=asyncio.subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         yield port if await _up(child, dialled(host), port) else 0

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import shutil
 import socket
+import ssl
 from collections.abc import Mapping
-from urllib.parse import urlsplit
 
 import httpx
 
+from components.address import Address
 from components.doctor.check import Check, State
+from components.errors import ConfigError
 from components.serve.servers import answers
+from components.transfer.control.endpoint import Endpoint, without_secrets
 
 _S = 2.0
 
@@ -32,32 +35,47 @@ def _etcd(environment: Mapping[str, str]) -> Check:
     found, failed = [], []
     for url in named.split(","):
         try:
-            reply = httpx.get(f"{url.rstrip('/')}/version", timeout=_S)
-            found.append(f"{url} is {reply.json()['etcdserver']}")
-        except (httpx.HTTPError, ValueError, KeyError) as error:
-            failed.append(f"{url}: {error or type(error).__name__}")
+            found.append(f"{without_secrets(url)} is {_etcd_version(Endpoint.of(url), environment)}")
+        except (httpx.HTTPError, OSError, ValueError, KeyError, ConfigError) as error:
+            failed.append(f"{without_secrets(url)}: {error or type(error).__name__}")
     if failed:
         fix = "start it, or correct ETCD_ENDPOINTS; unset, dynamo serve starts one of its own"
         return Check("etcd", State.FAIL if not found else State.WARN, "; ".join(failed), fix)
     return Check("etcd", State.OK, "; ".join(found))
 
 
+def _etcd_version(endpoint: Endpoint, environment: Mapping[str, str]) -> str:
+    verify: ssl.SSLContext | bool = True
+    if endpoint.secure:
+        verify = ssl.create_default_context(cafile=environment.get("ETCD_AUTH_CA") or None)
+        if environment.get("ETCD_AUTH_CLIENT_CERT"):
+            verify.load_cert_chain(environment["ETCD_AUTH_CLIENT_CERT"], environment.get("ETCD_AUTH_CLIENT_KEY"))
+    url = f"{'https' if endpoint.secure else 'http'}://{Address(endpoint.host, endpoint.port)}/version"
+    return str(httpx.get(url, timeout=_S, verify=verify, trust_env=False).json()["etcdserver"])
+
+
 def _nats(environment: Mapping[str, str]) -> Check:
     named = environment.get("NATS_SERVER", "")
     if not named:
         return _program("NATS", "nats-server", "nats-server", "NATS_SERVER")
-    parts = urlsplit(named if "://" in named else f"nats://{named}")
-    address = (parts.hostname or "127.0.0.1", parts.port or 4222)
-    try:
-        with socket.create_connection(address, timeout=_S) as link:
-            link.settimeout(_S)
-            greeting = link.recv(4096)
-    except OSError as error:
+    found, failed = [], []
+    for url in named.split(","):
+        try:
+            found.append(str(_greeted(Address.of(url, 4222))))
+        except (OSError, ValueError) as error:
+            failed.append(f"{without_secrets(url)}: {error}")
+    if failed:
         fix = "start it, or correct NATS_SERVER; unset, dynamo serve starts one of its own"
-        return Check("NATS", State.FAIL, f"{address[0]}:{address[1]}: {error}", fix)
-    if not greeting.startswith(b"INFO "):
-        return Check("NATS", State.FAIL, f"{address[0]}:{address[1]} is no NATS server", "correct NATS_SERVER")
-    return Check("NATS", State.OK, f"{address[0]}:{address[1]}")
+        return Check("NATS", State.FAIL if not found else State.WARN, "; ".join(failed), fix)
+    return Check("NATS", State.OK, "; ".join(found))
+
+
+def _greeted(where: Address) -> Address:
+    with socket.create_connection(where, timeout=_S) as link:
+        link.settimeout(_S)
+        if not link.recv(4096).startswith(b"INFO "):
+            raise ValueError("what answers there is no NATS server")
+    return where
 
 
 def _program(name: str, program: str, package: str, variable: str) -> Check:

@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from components.address import dialled
+from components.address import Address, bare, dialled
 from components.metrics.names import PREFIX, Kind, Metric
 
 Family = CounterMetricFamily | GaugeMetricFamily
@@ -40,13 +40,13 @@ def family(metric: Metric, values: dict[tuple[str, ...], float]) -> Family:
 
 def reachable(host: str) -> str:
     """The name under which Prometheus reaches a process that listens on ``host``; ``DYN_MIGRATE_METRICS_HOST`` wins."""
-    return os.environ.get("DYN_MIGRATE_METRICS_HOST") or dialled(host)
+    return bare(os.environ.get("DYN_MIGRATE_METRICS_HOST", "")) or dialled(host)
 
 
 def address(host: str = "127.0.0.1") -> str:
     """host:port of this process's ``/metrics``; empty when it has none."""
     port = os.environ.get("DYN_SYSTEM_PORT", "")
-    return f"{reachable(host)}:{port}" if port else ""
+    return str(Address(reachable(host), int(port))) if port else ""
 
 
 def expose(registry: CollectorRegistry, endpoint: Any, namespace: str, component: str, name: str = "generate") -> None:

@@ -18,13 +18,25 @@ from typing import Any
 
 from rich.console import Console
 
+from components import folders
 from components.errors import ConfigError
 
 
 def cache_folder() -> Path:
-    """``DYN_MIGRATE_CACHE``, or ``dynamo-migrate`` in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
-    return Path(os.environ.get("DYN_MIGRATE_CACHE", str(Path(base) / "dynamo-migrate")))
+    """``DYN_MIGRATE_CACHE``, or ``dynamo-migrate`` in the user's cache; it is made. Raises ``ConfigError``.
+
+    Users without a home that can be written get a folder of their own among the temporary files.
+    """
+    given = os.environ.get("DYN_MIGRATE_CACHE", "")
+    if given:
+        if not folders.usable(Path(given)):
+            raise ConfigError(f"DYN_MIGRATE_CACHE = {given} cannot be written: name a folder that can")
+        return Path(given)
+    bases = [os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")]
+    for base in filter(os.path.isabs, bases):
+        if folders.usable(Path(base) / "dynamo-migrate"):
+            return Path(base) / "dynamo-migrate"
+    return folders.own("dynamo-migrate")
 
 
 _NEEDED = (("config.json", "params.json"), ("tokenizer.json", "tokenizer.model", "tekken.json"))

@@ -16,6 +16,7 @@ from typing import Protocol, cast
 
 import msgspec
 
+from components.address import Address
 from components.engine.protocol import GenerateOutput
 from components.errors import MigrateError, WorkerLost
 from components.frames import Frames, frame, unframe
@@ -53,10 +54,10 @@ class OutputChannel(asyncio.Protocol):
     async def connect(cls, worker: str, address: str) -> OutputChannel:
         """Reach a worker. Raises ``WorkerLost`` when it cannot be reached in time."""
         channel = cls(worker)
-        host, _, port = address.rpartition(":")
         try:
+            host, port = Address.of(address)
             async with asyncio.timeout(_CONNECT_S):
-                transport, _ = await asyncio.get_running_loop().create_connection(lambda: channel, host, int(port))
+                transport, _ = await asyncio.get_running_loop().create_connection(lambda: channel, host, port)
                 transport.write(frame(Hello(channel.id)))
                 try:
                     await channel._greeted

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from components import yamltext
+from components.address import Address, dialled
 from components.errors import ConfigError
 from components.models import adapters, weights
 from components.serve import memory, precision, reach
@@ -55,6 +56,11 @@ class Plan(BaseModel):
     """Workers that the planner may have started later."""
     bounds: dict[str, tuple[int, int]] = {}
     """Fewest and most workers by role, where the planner decides their number."""
+
+    @property
+    def url(self) -> str:
+        """Where the frontend is reached on this machine."""
+        return f"http://{Address(dialled(self.host), self.port)}"
 
     def shown(self) -> str:
         """As JSON, for ``--dry-run``, without passwords and tokens."""

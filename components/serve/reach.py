@@ -7,10 +7,9 @@ loopback and no worker advertises another address. A variable that the user set 
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping
 
-from components.address import parts_of
+from components.address import Address, is_loopback
 
 _LOOPBACK = {
     "DYN_TCP_RPC_HOST": "127.0.0.1",
@@ -20,18 +19,10 @@ _LOOPBACK = {
 }
 
 
-def is_loopback(host: str) -> bool:
-    """``localhost`` or an address of loopback; other names count as elsewhere."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
 def stays_here(environment: Mapping[str, str], advertised: str = "127.0.0.1") -> bool:
     """Does everything that must reach this process run on this machine?"""
     urls = [url for url in environment.get("ETCD_ENDPOINTS", "").split(",") if url]
-    hosts = [parts_of(url).hostname or "" for url in urls]
+    hosts = [Address.of(url, 2379).host for url in urls]
     return all(is_loopback(host) for host in (*hosts, advertised)) and "DYN_MIGRATE_METRICS_HOST" not in environment
 
 

@@ -17,10 +17,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from components.address import parts_of
+from components.address import Address
 from components.errors import ConfigError, MigrateError
+from components.serve import family
+from components.serve.warden import Warden
 
 RESTARTS = 5
+_PORTS = {"ETCD_ENDPOINTS": 2379, "NATS_SERVER": 4222}
 
 
 def free_port() -> int:
@@ -64,17 +67,20 @@ def nats_command(data: Path, port: int, host: str = "127.0.0.1") -> list[str]:
     return ["nats-server", "-a", host, "-p", str(port), "-js", "-sd", str(data)]
 
 
-def _popen(command: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-
-
 class Servers:
-    """The two servers of a graph. ``start`` gives the variables that its processes need."""
+    """The two servers of a graph. ``start`` gives the variables that its processes need.
 
-    def __init__(self, data: Path | None = None) -> None:
-        self._temporary = None if data else tempfile.TemporaryDirectory(prefix="dynamo-migrate-")
-        self._data = data or Path(self._temporary.name if self._temporary else ".")
+    They end with this process: call from its main thread, or from another one that lasts.
+    """
+
+    def __init__(self, warden: Warden | None = None) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="dynamo-migrate-")
+        self._data = Path(self._folder.name)
+        self._warden = warden
+        if warden is not None:
+            warden.keep_clean(self._data)
         self.processes: list[subprocess.Popen[bytes]] = []
+        self._commands: list[list[str]] = []
         self._restarts = 0
 
     def start(self, environment: Mapping[str, str]) -> dict[str, str]:
@@ -92,12 +98,12 @@ class Servers:
     def _check(self, environment: Mapping[str, str]) -> None:
         for variable in ("ETCD_ENDPOINTS", "NATS_SERVER"):
             for url in filter(None, environment.get(variable, "").split(",")):
-                parts = parts_of(url)
-                host, port = parts.hostname or "127.0.0.1", parts.port or 2379
-                if not answers(host, port):
-                    raise ConfigError(
-                        f"{variable} names {host}:{port}, where nothing answers: start it, or unset {variable}"
-                    )
+                try:
+                    where = Address.of(url, _PORTS[variable])
+                except ValueError as error:
+                    raise ConfigError(f"{variable}: an address in it cannot be read: {error}") from error
+                if not answers(*where):
+                    raise ConfigError(f"{variable} names {where}, where nothing answers: start it, or unset {variable}")
 
     def _own_etcd(self) -> str:
         port = free_port()
@@ -118,19 +124,31 @@ class Servers:
                 f"{command[0]} is not installed: apt-get install etcd-server nats-server, "
                 "or name running servers in ETCD_ENDPOINTS and NATS_SERVER"
             )
-        self.processes.append(_popen(command))
+        self._commands.append(command)
+        self.processes.append(self._popen(command))
+
+    def _popen(self, command: list[str]) -> subprocess.Popen[bytes]:
+        quiet = subprocess.DEVNULL
+        process = subprocess.Popen(family.tied(command), stdout=quiet, stderr=quiet, start_new_session=True)
+        if self._warden is not None:
+            self._warden.cover(process.pid)
+        return process
+
+    def _gone(self, process: subprocess.Popen[bytes]) -> None:
+        if self._warden is not None:
+            self._warden.release(process.pid)
 
     def revive(self) -> list[str]:
         """Start those of our own that have died; returns their programs."""
         revived = []
-        for number, process in enumerate(self.processes):
+        for number, (command, process) in enumerate(zip(self._commands, self.processes, strict=True)):
             if process.poll() is None:
                 continue
-            command = [str(part) for part in process.args]  # type: ignore[union-attr]
+            self._gone(process)
             self._restarts += 1
             if self._restarts > RESTARTS:
                 raise MigrateError(f"{command[0]} has ended {RESTARTS} times; its data is in {self._data}")
-            self.processes[number] = _popen(command)
+            self.processes[number] = self._popen(command)
             revived.append(command[0])
         return revived
 
@@ -151,6 +169,8 @@ class Servers:
                 process.wait(5)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
+            self._gone(process)
         self.processes.clear()
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        self._commands.clear()
+        self._folder.cleanup()

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the processes of a plan: start in order, watch, restart with back-off, stop in reverse.
 
-Life cycle: ``run`` returns when ``stop`` is called or a process has failed too often. Every process has a
-session of its own, so that its children (vLLM's engine core) end with it. Threading: one asyncio loop.
-Time-outs: a process must be ready within ``READY_S``; a stopped one may drain for its grace period.
+Life cycle: ``run`` returns when ``stop`` is called or a process has failed too often. Every process leads a session of
+its own (``components.serve.family``): whatever ends it, all that it started (vLLM's engine core) is gone before its
+successor starts. Each process is watched by a task of its own, so that one that ends again and again delays no other.
+Threading: one asyncio loop, in the main thread. Time-outs: a process must be ready within ``READY_S``; a stopped one
+may drain for its grace period.
 """
 
 from __future__ import annotations
@@ -12,11 +14,10 @@ import asyncio
 import contextlib
 import itertools
 import os
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import httpx
@@ -24,21 +25,23 @@ import psutil
 from rich.console import Console
 from rich.text import Text
 
-from components.address import dialled
 from components.errors import ConfigError, MigrateError
+from components.serve import family
 from components.serve.plan import Plan, Process
 from components.serve.servers import system_port
+from components.serve.warden import Warden
 
 READY_S = 300.0
 _STEADY_S = 60.0
 """A process that ran for so long has recovered: a graph must not end at the sixth crash of its life."""
+_POLL_S = 0.05
 _COLOURS = itertools.cycle(["cyan", "green", "magenta", "yellow", "blue", "bright_red"])
 
 
 class Child:
-    """One running process of the plan."""
+    """One process of the plan, through all its restarts."""
 
-    def __init__(self, process: Process, directory: Path, console: Console) -> None:
+    def __init__(self, process: Process, directory: Path, console: Console, warden: Warden | None = None) -> None:
         self.process = process
         self.label = f"{process.component}.{process.replica}"
         self.ready_file = directory / f"{self.label}.ready"
@@ -49,24 +52,30 @@ class Child:
         self.optional = False
         """Started later by the planner's wish: the graph goes on without it."""
         self._console = console
+        self._warden = warden
+        self._starting: asyncio.Future[None] | None = None
         self._colour = next(_COLOURS)
 
-    async def start(self, environment: dict[str, str]) -> None:
-        """Start it; its output is printed line by line behind its name."""
+    async def start(self, environment: Mapping[str, str]) -> None:
+        """Start it; its output is printed line by line behind its name. Whoever gives up waiting may ``stop`` it."""
+        self._starting = asyncio.ensure_future(self._start(environment))
+        await asyncio.shield(self._starting)
+
+    async def _start(self, environment: Mapping[str, str]) -> None:
         self.ready_file.unlink(missing_ok=True)
         self.started = time.monotonic()
+        own = {"DYN_MIGRATE_READY_FILE": str(self.ready_file), "PYTHONUNBUFFERED": "1"}
         self.handle = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *self.process.command[1:],
-            env=environment
-            | self.process.environment
-            | {"DYN_MIGRATE_READY_FILE": str(self.ready_file), "PYTHONUNBUFFERED": "1"},
+            *family.tied([sys.executable, *self.process.command[1:]]),
+            env={**environment, "DYN_SYSTEM_PORT": str(system_port()), **self.process.environment, **own},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
             limit=1 << 20,
         )
+        if self._warden is not None:
+            self._warden.cover(self.handle.pid)
         asyncio.ensure_future(self._print(self.handle))
 
     async def _print(self, handle: asyncio.subprocess.Process) -> None:
@@ -84,62 +93,98 @@ class Child:
         """Is the process running?"""
         return self.handle is not None and self.handle.returncode is None
 
+    async def ended(self) -> int:
+        """Wait for its end and clear away what it leaves. Returns its exit code."""
+        if self.handle is None:
+            return 0
+        await self._exit()
+        await self._clear(self.handle.pid)
+        return self.handle.returncode or 0
+
+    async def _exit(self) -> None:
+        # asyncio's own ``wait`` also waits for the end of the pipe, which the process's children hold.
+        while self.alive:
+            await asyncio.sleep(_POLL_S)
+
     async def stop(self, grace_s: float) -> None:
-        """SIGTERM, wait, then kill everything in its session."""
+        """SIGTERM, wait, then kill everything that it has started."""
+        if self._starting is not None:
+            await asyncio.wait([self._starting])
         if self.handle is None:
             return
-        family = self._family()
+        elsewhere = self._elsewhere(self.handle.pid)
         if self.alive:
             self.handle.terminate()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.handle.wait(), grace_s)
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
+                await asyncio.wait_for(self._exit(), grace_s)
+        await self._clear(self.handle.pid)
+        for member in elsewhere:
+            with contextlib.suppress(psutil.Error):
                 if member.is_running():
                     member.kill()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.handle.pid, signal.SIGKILL)
-        await self.handle.wait()
 
-    def _family(self) -> list[psutil.Process]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if self.handle is not None:
-                return list(psutil.Process(self.handle.pid).children(recursive=True))
-        return []
+    async def _clear(self, session: int) -> None:
+        await family.end([session])
+        if self._warden is not None:
+            self._warden.release(session)
+
+    @staticmethod
+    def _elsewhere(pid: int) -> list[psutil.Process]:
+        """Its descendants that have left its session."""
+        found = []
+        with contextlib.suppress(psutil.Error):
+            for member in psutil.Process(pid).children(recursive=True):
+                with contextlib.suppress(ProcessLookupError):
+                    if os.getsid(member.pid) != pid:
+                        found.append(member)
+        return found
 
 
 class Supervisor:
-    """See the module docstring."""
+    """See the module docstring. ``environment`` is that of all processes, before what the plan says of each."""
 
-    def __init__(self, plan: Plan, servers: dict[str, str], console: Console, grace_s: float = 90.0) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        environment: Mapping[str, str],
+        console: Console,
+        grace_s: float = 90.0,
+        warden: Warden | None = None,
+    ) -> None:
         self._plan = plan
-        self._environment = dict(os.environ) | servers | {"PYTHONHASHSEED": "0"}
-        # The second part: a text model "is not supported" by the routing of images.
-        self._environment.setdefault("DYN_LOG", "warn,mm_routing=off")
-        self._environment.setdefault("NIXL_LOG_LEVEL", "WARN")
-        self._environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        self._environment = environment
         self._console = console
         self._grace_s = grace_s
+        self._warden = warden
         self._directory = tempfile.TemporaryDirectory(prefix="dynamo-migrate-run-")
+        if warden is not None:
+            warden.keep_clean(Path(self._directory.name))
         self._stop = asyncio.Event()
+        self._given_up: MigrateError | None = None
+        self._watching: dict[Child, asyncio.Task[None]] = {}
         self._leaving: list[Child] = []
-        self.children = [Child(p, Path(self._directory.name), console) for p in plan.processes]
+        self.children = [self._child(p) for p in plan.processes]
+
+    def _child(self, process: Process) -> Child:
+        return Child(process, Path(self._directory.name), self._console, self._warden)
 
     async def add(self, process: Process) -> Child:
         """Start another process; it is watched like the others, but the graph does not end with it."""
         if self._stop.is_set():
             raise MigrateError(f"{process.component}.{process.replica} is not started: the graph is stopping")
-        child = Child(process, Path(self._directory.name), self._console)
+        child = self._child(process)
         child.optional = True
-        await child.start(self._environment | {"DYN_SYSTEM_PORT": str(system_port())})
+        await child.start(self._environment)
         self._say(child, "starting")
         self.children.append(child)
+        self._watch(child)
         return child
 
     async def remove(self, child: Child) -> None:
         """Stop one process for good; it may drain for the grace period."""
         self.children.remove(child)
         self._leaving.append(child)
+        await self._watch_no_more(child)
         self._say(child, "stopping")
         await child.stop(self._grace_s)
         self._leaving.remove(child)
@@ -150,18 +195,18 @@ class Supervisor:
 
     async def run(self, on_ready: Callable[[], None] | None = None, restart_limit: int = 5) -> None:
         """Start, watch, stop. Raises ``MigrateError`` when a component cannot be kept running."""
+        self._limit = restart_limit
         try:
             await self._start_all()
             if on_ready is not None and not self._stop.is_set():
                 on_ready()
-            while not self._stop.is_set():
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stop.wait(), 0.5)
-                for child in list(self.children):
-                    # One that is being removed may have gone from the list meanwhile.
-                    if child in self.children and not child.alive and not self._stop.is_set():
-                        await self._restart(child, restart_limit)
+            await self._stop.wait()
+            if self._given_up is not None:
+                raise self._given_up
         finally:
+            self._stop.set()
+            for child in list(self._watching):
+                await self._watch_no_more(child)
             for child in reversed(self.children):
                 if child.process.component in ("Frontend", "Router"):
                     await child.stop(10.0)
@@ -173,7 +218,7 @@ class Supervisor:
         """Workers load their models side by side; the router waits for them by itself."""
         began = time.monotonic()
         for child in self.children:
-            await child.start(self._environment | {"DYN_SYSTEM_PORT": str(system_port())})
+            await child.start(self._environment)
             self._say(child, "starting")
         waiting = list(self.children)
         while waiting and not self._stop.is_set():
@@ -184,6 +229,7 @@ class Supervisor:
                 if await self._is_ready(child):
                     self._say(child, f"ready after {time.monotonic() - began:.0f} s")
                     waiting.remove(child)
+                    self._watch(child)
             if time.monotonic() - began > READY_S:
                 raise MigrateError(f"not ready within {READY_S:g} s: {', '.join(c.label for c in waiting)}")
             await asyncio.sleep(0.1)
@@ -192,29 +238,53 @@ class Supervisor:
         if child.process.component != "Frontend":
             return child.ready_file.exists()
         try:
-            async with httpx.AsyncClient(timeout=2.0) as client:
-                reply = await client.get(f"http://{dialled(self._plan.host)}:{self._plan.port}/v1/models")
+            async with httpx.AsyncClient(timeout=2.0, trust_env=False) as client:
+                reply = await client.get(f"{self._plan.url}/v1/models")
                 return bool(reply.json().get("data"))
         except (httpx.HTTPError, ValueError):
             return False
 
-    async def _restart(self, child: Child, limit: int) -> None:
-        if time.monotonic() - child.started > _STEADY_S:
-            child.restarts = 0
-        child.restarts += 1
-        if child.restarts > limit and child.optional:
+    def _watch(self, child: Child) -> None:
+        self._watching[child] = task = asyncio.ensure_future(self._keep(child))
+        task.add_done_callback(self._watched)
+
+    def _watched(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._end_with(MigrateError(f"a process cannot be watched: {type(error).__name__}: {error}"))
+
+    def _end_with(self, error: MigrateError) -> None:
+        self._given_up = self._given_up or error
+        self._stop.set()
+
+    async def _watch_no_more(self, child: Child) -> None:
+        task = self._watching.pop(child, None)
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _keep(self, child: Child) -> None:
+        """Restart it whenever it ends, until it has ended too often."""
+        while True:
+            code = await child.ended()
+            if time.monotonic() - child.started > _STEADY_S:
+                child.restarts = 0
+            child.restarts += 1
+            if child.restarts > self._limit:
+                self._give_up(child)
+                return
+            delay = min(30.0, 0.5 * 2**child.restarts)
+            self._say(child, f"ended with code {code}; restart {child.restarts} of {self._limit} in {delay:g} s")
+            await asyncio.sleep(delay)
+            await child.start(self._environment)
+
+    def _give_up(self, child: Child) -> None:
+        if child.optional:
             self.children.remove(child)
+            self._watching.pop(child, None)
             self._say(child, f"has ended {child.restarts} times; going on without it")
             return
-        if child.restarts > limit:
-            raise MigrateError(f"{child.label} has ended {child.restarts} times; giving up")
-        delay = min(30.0, 0.5 * 2**child.restarts)
-        code = child.handle.returncode if child.handle else None
-        self._say(child, f"ended with code {code}; restart {child.restarts} of {limit} in {delay:g} s")
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stop.wait(), delay)
-        if not self._stop.is_set():
-            await child.start(self._environment | {"DYN_SYSTEM_PORT": str(system_port())})
+        self._end_with(MigrateError(f"{child.label} has ended {child.restarts} times; giving up"))
 
     def _say(self, child: Child, what: str) -> None:
         self._console.print(f"[bold]{child.label:>16}[/] {what}")

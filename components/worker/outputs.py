@@ -17,6 +17,7 @@ from typing import cast
 
 import msgspec
 
+from components.address import Address, bare, listen
 from components.engine.protocol import GenerateOutput
 from components.errors import MigrateError
 from components.frames import Frames, frame, unframe
@@ -102,11 +103,11 @@ class OutputServer:
         """Listen. Returns host:port, or nothing where that host is not this machine's: streams carry all then."""
         loop = asyncio.get_running_loop()
         try:
-            self._server = await loop.create_server(lambda: Outlet(self._known), host, 0)
+            self._server = await loop.create_server(lambda: Outlet(self._known), sock=listen(host))
         except OSError as error:
             logger.warning("no connections for outputs on %s: %s", host, error)
             return ""
-        return f"{host}:{self._server.sockets[0].getsockname()[1]}"
+        return str(Address(bare(host), self._server.sockets[0].getsockname()[1]))
 
     def find(self, channel: str) -> Outlet | None:
         """The router that said this, while it is there."""

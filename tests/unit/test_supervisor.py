@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 
 import pytest
 from rich.console import Console
@@ -22,7 +23,7 @@ async def watch(limit: int) -> str:
     process = Process(component="Worker", replica=0, command=["python", "-c", CODE], environment={})
     output = io.StringIO()
     plan = Plan(namespace="test", transport="auto", model="m", processes=[process])
-    watched = Supervisor(plan, {}, Console(file=output, width=200))
+    watched = Supervisor(plan, os.environ, Console(file=output, width=200))
     running = asyncio.ensure_future(watched.run(restart_limit=limit))
     while output.getvalue().count("restart 1") + output.getvalue().count("restart 2") < 2 and not running.done():
         await asyncio.sleep(0.05)

@@ -12,10 +12,12 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from components.address import parts_of
+from components.address import Address
 from components.errors import ConfigError, MigrateError
 
 _ETCD_PORT = 2379
+_ANSWER_S = 2.0
+_FAMILIES = ("ipv4", "ipv6")
 
 
 @dataclass(frozen=True)
@@ -29,31 +31,48 @@ class Endpoint:
     @classmethod
     def of(cls, url: str) -> Endpoint:
         """From ``https://host:2379`` or ``host:2379``."""
+        scheme, mark, _ = url.strip().partition("://")
         try:
-            parts = parts_of(url)
-            host, port = parts.hostname, parts.port or _ETCD_PORT
+            host, port = Address.of(url, _ETCD_PORT)
         except ValueError as error:
             raise ConfigError(f"etcd_endpoints {without_secrets(url)!r}: {error}") from error
-        if not host or parts.scheme not in ("", "http", "https"):
+        if mark and scheme not in ("http", "https"):
             raise ConfigError(f"etcd_endpoints {without_secrets(url)!r}: write http://host:2379 or https://host:2379")
-        return cls(host, port, parts.scheme == "https")
+        return cls(host, port, bool(mark) and scheme == "https")
 
 
-async def resolve(endpoints: Sequence[Endpoint]) -> list[str]:
-    """IPv4 addresses with ports, what the etcd client takes."""
-    found: list[str] = []
+async def resolve(endpoints: Sequence[Endpoint]) -> str:
+    """gRPC's target for all of them. It takes addresses of one family: that of those which answer, IPv4 first."""
+    found: list[Address] = []
     loop = asyncio.get_running_loop()
     trouble = ""
     for each in endpoints:
         try:
-            answers = await loop.getaddrinfo(each.host, each.port, family=socket.AF_INET, type=socket.SOCK_STREAM)
+            answers = await loop.getaddrinfo(each.host, each.port, type=socket.SOCK_STREAM)
         except OSError as error:
             trouble = f"{each.host}: {error.strerror or error}"
             continue
-        found.extend(f"{address[0]!s}:{each.port}" for *_, address in answers)
+        found.extend(Address(str(address[0]), each.port) for *_, address in answers)
     if not found:
-        raise MigrateError(f"no IPv4 address of {trouble}")
-    return list(dict.fromkeys(found))
+        raise MigrateError(f"no address of {trouble}")
+    families = {name: [a for a in dict.fromkeys(found) if (":" in a.host) == (name == "ipv6")] for name in _FAMILIES}
+    if all(families.values()):
+        there = dict(zip(found, await asyncio.gather(*map(_answers, found)), strict=True))
+        families = {name: [a for a in each if there[a]] for name, each in families.items()}
+    name = next((name for name in _FAMILIES if families[name]), "")
+    if not name:
+        raise MigrateError(f"nothing answers at {', '.join(map(str, found))}")
+    return f"{name}:{','.join(map(str, families[name]))}"
+
+
+async def _answers(where: Address) -> bool:
+    try:
+        async with asyncio.timeout(_ANSWER_S):
+            _, writer = await asyncio.open_connection(*where)
+    except OSError:
+        return False
+    writer.close()
+    return True
 
 
 def without_secrets(url: str) -> str:

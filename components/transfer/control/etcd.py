@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from components.address import Address
 from components.errors import ConfigError, MigrateError, TransferUnavailable
 from components.transfer.config import AgentConfig
 from components.transfer.control.directory import Directory
@@ -39,7 +40,7 @@ class EtcdStore:
 
     def __init__(self, config: AgentConfig) -> None:
         self._endpoints = [Endpoint.of(url) for url in config.etcd_endpoints]
-        self._where = "etcd at " + ", ".join(f"{each.host}:{each.port}" for each in self._endpoints)
+        self._where = "etcd at " + ", ".join(str(Address(each.host, each.port)) for each in self._endpoints)
         self._prefix = f"/dynamo-migrate/{config.namespace}/agents/"
         self._range_end = self._prefix[:-1] + chr(ord(self._prefix[-1]) + 1)
         self._ttl_s = config.lease_ttl_s
@@ -67,7 +68,10 @@ class EtcdStore:
         options: dict[str, Any] = {name: value for name, value in self._tls.items() if value is not None}
         if options:
             options["tls_server_name"] = self._endpoints[0].host
-        opened: Any = Etcd3Client(await resolve(self._endpoints), **options)
+        opened: Any = Etcd3Client(**options)
+        # The client's own way makes every address one of IPv4, and lets gRPC look for a proxy.
+        opened._manager.target = await resolve(self._endpoints)
+        opened._manager.grpc_options.append(("grpc.enable_http_proxy", 0))
         async with opened as client:
             with self._refusals():
                 if self._user:

@@ -20,6 +20,7 @@ from nats.aio.msg import Msg
 from nats.js.api import KeyValueConfig
 from nats.js.errors import BucketNotFoundError
 
+from components.address import in_url
 from components.errors import ConfigError, MigrateError, TransferUnavailable
 from components.transfer.config import AgentConfig
 from components.transfer.control.directory import Directory
@@ -52,8 +53,9 @@ async def _connect(config: AgentConfig) -> Any:
         logger.debug("NATS: %s", error)
 
     where = _where(config)
+    servers = [in_url(each.strip()) for each in config.nats_url.split(",")]
     try:
-        return await asyncio.wait_for(nats.connect(config.nats_url, error_cb=log, **options), _CALL_S)
+        return await asyncio.wait_for(nats.connect(servers, error_cb=log, **options), _CALL_S)
     except ssl.SSLError as error:
         reason = getattr(error, "verify_message", "") or error.reason or "no TLS connection"
         raise TransferUnavailable(f"{where}: {reason}; check nats_ca, nats_cert and the certificate's names") from None

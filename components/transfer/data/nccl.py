@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 import torch
 
 from components.acceptor import Acceptor
+from components.address import Address, bare, listen
 from components.errors import DeadlineExceeded, MigrateError, TransferCancelled, TransferError
 from components.frames import hear, is_open, say
 from components.handshake import connect
@@ -119,8 +120,8 @@ class NcclBackend:
         self._off = threading.Event()
         self._looked = 0.0
         nccl_wire.prepare_environment()
-        server = socket.create_server((host, 0))
-        self.address = f"{host}:{server.getsockname()[1]}"
+        server = listen(host)
+        self.address = str(Address(bare(host), server.getsockname()[1]))
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="kv-nccl-out")
         self._acceptor = Acceptor(server, _purpose(epoch), self._serve, "kv-nccl")
 

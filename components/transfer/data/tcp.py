@@ -22,6 +22,7 @@ import msgspec
 import torch
 
 from components.acceptor import Acceptor
+from components.address import Address, bare, listen
 from components.errors import DeadlineExceeded, MigrateError, TransferCancelled, TransferError
 from components.frames import hear, left, read_into, say
 from components.handshake import connect
@@ -64,8 +65,8 @@ class TcpBackend:
     def __init__(self, epoch: str, regions: Sequence[Region], host: str, block_size: int) -> None:
         self._block_size = block_size
         self._regions = list(regions)
-        server = socket.create_server((host, 0))
-        self.address = f"{host}:{server.getsockname()[1]}"
+        server = listen(host)
+        self.address = str(Address(bare(host), server.getsockname()[1]))
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="kv-tcp-out")
         self._acceptor = Acceptor(server, _purpose(epoch), self._serve, "kv-tcp")
 

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A running graph, from its plan to the end of everything: servers, processes, page, and the file that tells of it.
+
+Life cycle: ``run`` returns after SIGINT, SIGTERM or SIGHUP, or when ``then`` says so; it raises ``ConfigError`` for
+what cannot start and ``MigrateError`` for what cannot be kept running. Nothing is left either way, nor after SIGKILL
+(``components.serve.warden``). Threading: one asyncio loop, in the main thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Awaitable, Callable
+
+from rich.console import Console
+from rich.markup import escape
+
+from components.address import Address, dialled, in_url
+from components.cli.live import State, forget, remember
+from components.dashboard.launch import beside, page_port
+from components.errors import ConfigError
+from components.metrics.export import reachable
+from components.serve.places import Places
+from components.serve.plan import Plan
+from components.serve.scale import connected
+from components.serve.servers import Servers, answers
+from components.serve.supervisor import Supervisor
+from components.serve.surroundings import surroundings
+from components.serve.warden import Warden
+
+Then = Callable[[], Awaitable[bool]]
+"""What to do once the graph serves; true: end it."""
+
+
+class Launcher:
+    """See the module docstring. ``page``: port of the web page; 0: none; ``None``: the next free one."""
+
+    def __init__(self, plan: Plan, console: Console, page: int | None = None) -> None:
+        self._plan = plan
+        self._console = console
+        self._wanted_page = page
+        self._serves_http = any(process.component == "Frontend" for process in plan.processes)
+        self._jobs: list[asyncio.Task[None]] = []
+
+    async def run(self, then: Then | None = None) -> None:
+        """Serve."""
+        plan = self._plan
+        if self._serves_http and answers(dialled(plan.host), plan.port, 0.5):
+            raise ConfigError(f"port {plan.port} is in use: stop what listens there, or choose another with --port")
+        with contextlib.ExitStack() as stack:
+            warden = stack.enter_context(contextlib.closing(Warden()))
+            places = stack.enter_context(contextlib.closing(Places(os.environ, warden)))
+            for line in places.said:
+                self._console.print(f"[yellow]{escape(line)}[/]")
+            servers = Servers(warden)
+            stack.callback(servers.stop)
+            self._servers = servers.start(os.environ)
+            environment = surroundings(os.environ, places.variables, self._servers)
+            self._supervisor = Supervisor(plan, environment, self._console, warden=warden)
+            self._state = State.of_this_process(plan.namespace, self._servers["ETCD_ENDPOINTS"], plan.port)
+            warden.keep_clean(self._state.path)
+            await self._until_stopped(servers, then)
+
+    async def _until_stopped(self, servers: Servers, then: Then | None) -> None:
+        supervisor = self._supervisor
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, supervisor.stop)
+        keeping = asyncio.ensure_future(self._keep(servers))
+        keeping.add_done_callback(lambda _: supervisor.stop())
+        self._jobs.append(keeping)
+        try:
+            if self._plan.bounds:
+                # Dynamo's runtime in this process reads where etcd is from here.
+                os.environ["ETCD_ENDPOINTS"] = self._servers["ETCD_ENDPOINTS"]
+                # It warns of an etcd that is gone, which at the end is as it should be.
+                os.environ.setdefault("DYN_LOG", "error")
+                self._jobs.append(asyncio.ensure_future((await connected(self._plan, supervisor)).run()))
+            await supervisor.run(lambda: self._ready(then))
+        finally:
+            given_up = keeping.exception() if keeping.done() else None
+            for job in self._jobs:
+                job.cancel()
+            await asyncio.gather(*self._jobs, return_exceptions=True)
+            forget(self._state)
+        if given_up is not None:
+            raise given_up
+
+    def _ready(self, then: Then | None) -> None:
+        remember(self._state)
+        if self._serves_http:
+            where = f"http://{in_url(self._plan.host)}:{self._plan.port}/v1"
+            self._console.print(f"[bold green]serving[/] {self._plan.model} on {where} (Ctrl-C stops)")
+            if self._wanted_page != 0:
+                self._jobs.append(asyncio.ensure_future(self._page()))
+        if then is not None:
+            self._jobs.append(asyncio.ensure_future(self._after(then)))
+
+    async def _keep(self, servers: Servers) -> None:
+        while True:
+            await asyncio.sleep(0.5)
+            for program in servers.revive():
+                self._console.print(f"[bold red]{program} has ended[/]; started again with its data")
+
+    async def _page(self) -> None:
+        plan = self._plan
+        frontend = str(Address(reachable(plan.host), plan.port))
+        wanted = page_port(self._wanted_page, plan.host, plan.port)
+        async with beside(wanted, plan.host, frontend, self._servers | {"DYN_NAMESPACE": plan.namespace}) as shown:
+            if shown:
+                where = f"http://{in_url(plan.host)}:{shown}"
+                self._console.print(f"[bold green]watch it[/] on {where} or with: dynamo top")
+            else:
+                self._console.print(f"[yellow]no web page[/] (port {wanted}); watch it with: dynamo top")
+            await asyncio.Event().wait()
+
+    async def _after(self, then: Then) -> None:
+        if await then():
+            self._supervisor.stop()

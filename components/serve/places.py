@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders that a graph's processes need, and better ones where those that they would take do not do.
+
+    HOME     Dynamo keeps model cards in ``.cache/dynamo/mdc`` below it and nowhere else, and waits for ever when it
+             cannot write there. The processes get another one, for as long as the graph runs.
+    TMPDIR   vLLM puts sockets there, whose paths may have 107 characters. A longer one gets a short folder beside it.
+    USER     torch names a folder after the user, who may have none in a container: the number becomes one.
+
+``Places`` makes what it gives and removes it in ``close``. ``said`` is what the user should know of it. Raises
+``ConfigError`` when nothing can be written anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from components.errors import ConfigError
+from components.folders import temporary, usable
+from components.serve.warden import Warden
+
+SOCKETS = "VLLM_RPC_BASE_PATH"
+LONGEST = 107 - len("/01234567-89ab-cdef-0123-456789abcdef")
+"""Characters of a folder for vLLM's sockets."""
+CARDS = Path(".cache/dynamo/mdc")
+
+
+def home_is_usable(environment: Mapping[str, str]) -> bool:
+    """Can Dynamo keep model cards?"""
+    home = environment.get("HOME", "")
+    return bool(home) and usable(Path(home) / CARDS)
+
+
+def sockets_fit(folder: Path) -> bool:
+    """Is its path short enough for vLLM's sockets?"""
+    return len(os.fsencode(folder)) <= LONGEST
+
+
+def nameless() -> bool:
+    """Has this process's user no name?"""
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        return True
+    return False
+
+
+class Places:
+    """See the module docstring. ``variables`` are for the processes' environment."""
+
+    def __init__(self, environment: Mapping[str, str], warden: Warden | None = None) -> None:
+        self.variables: dict[str, str] = {}
+        self.said: list[str] = []
+        self._made: list[Path] = []
+        self._warden = warden
+        self._sockets(environment)
+        self._home(environment)
+        if nameless() and not environment.get("USER"):
+            self.variables["USER"] = f"user{os.getuid()}"
+
+    def _sockets(self, environment: Mapping[str, str]) -> None:
+        given = environment.get(SOCKETS)
+        if given:
+            if not sockets_fit(Path(given)) or not usable(Path(given)):
+                raise ConfigError(f"{SOCKETS} = {given}: name a folder that can be written, {LONGEST} characters long")
+            return
+        bases = [temporary(), *map(Path, filter(None, (environment.get("XDG_RUNTIME_DIR"), "/tmp", "/dev/shm")))]
+        for base in bases:
+            # What vLLM leaves when it is killed goes with the folder.
+            if sockets_fit(base / "dynamo-migrate-12345678") and base.is_dir() and usable(base):
+                self.variables[SOCKETS] = str(self._make(base))
+                return
+        raise ConfigError(
+            f"TMPDIR = {temporary()} is too long for vLLM's sockets, and no shorter folder can be written: "
+            f"set {SOCKETS} to one of at most {LONGEST} characters"
+        )
+
+    def _home(self, environment: Mapping[str, str]) -> None:
+        if home_is_usable(environment):
+            return
+        home = self._make(temporary())
+        if not usable(home / CARDS):
+            raise ConfigError(f"neither HOME nor {home} can be written: set HOME to a folder that can")
+        before = environment.get("HOME", "")
+        self.variables["HOME"] = str(home)
+        models = Path(before) / ".cache" / "huggingface"
+        if before and "HF_HOME" not in environment and models.is_dir():
+            self.variables["HF_HOME"] = str(models)
+        trouble = f"HOME = {before} cannot be written" if before else "HOME is not set"
+        self.said.append(f"{trouble}: the processes get {home} until the graph ends")
+
+    def _make(self, base: Path) -> Path:
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="dynamo-migrate-", dir=base))
+        except OSError as error:
+            raise ConfigError(f"no folder can be made in {base}: {error.strerror}; set TMPDIR to another") from error
+        self._made.append(folder)
+        if self._warden is not None:
+            self._warden.keep_clean(folder)
+        return folder
+
+    def close(self) -> None:
+        """Remove what was made. Idempotent."""
+        for folder in self._made:
+            shutil.rmtree(folder, ignore_errors=True)

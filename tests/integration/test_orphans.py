@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real graph whose launcher or worker is killed leaves nothing: no process, port, file or shared memory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from components.serve.servers import answers
+from tests.integration.graphs import PAGED, Graph
+
+pytestmark = pytest.mark.integration
+
+
+def wait_for(what: Callable[[], object], timeout_s: float = 120.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def running(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def files() -> set[Path]:
+    places = (Path(tempfile.gettempdir()), Path("/dev/shm"))
+    return {path for place in places for path in place.iterdir() if not path.name.startswith("pytest")}
+
+
+@pytest.mark.parametrize("overrides", [PAGED, ()], ids=["paged", "vllm"])
+def test_nothing_stays_of_a_graph_whose_launcher_is_killed(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    before = files()
+    graph = Graph(tmp_path, overrides=overrides)
+    graph.wait()
+    graph.complete("a", 4)
+    family = psutil.Process(graph.process.pid).children(recursive=True)
+    assert list(tmp_path.glob("dynamo-migrate-run/*.json")) and files() - before
+    graph.process.kill()
+    graph.process.wait()
+    wait_for(lambda: not running(family))
+    wait_for(lambda: not files() - before)
+    assert not list(tmp_path.glob("dynamo-migrate-run/*"))
+    assert not answers("127.0.0.1", graph.port)
+    assert "no running system is known" in graph.command("status").stderr
+
+
+def test_the_engine_of_a_killed_worker_ends_with_it_and_its_successor_serves(tmp_path: Path) -> None:
+    graph = Graph(tmp_path)
+    try:
+        graph.wait()
+        worker = graph.worker_process(0)
+        engines = worker.children(recursive=True)
+        assert engines
+        os.kill(worker.pid, signal.SIGKILL)
+        wait_for(lambda: not running(engines))
+        wait_for(lambda: b"restart 1 of 5" in graph.log.read_bytes())
+        graph.wait_until_idle()
+        graph.complete("a", 4)
+    finally:
+        graph.stop()
