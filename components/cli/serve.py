@@ -49,17 +49,17 @@ def resolve(
     for name, block in overrides.items():
         if "model" in block:
             # One that nobody will serve need not be made, nor be there.
-            values.get(name, {}).pop("model", None)
+            for lost in values.values() if name == "Common" else [values.get(name, {})]:
+                lost.pop("model", None)
+    if "model" not in {**values.get("Common", {}), **overrides.get("Common", {})}:
+        values.setdefault("Common", {})["model"] = "smollm2"
+    names_of_models: dict[str, str] = {}
     for block in (*values.values(), *overrides.values()):
-        if "model" in block:
-            block.setdefault("served-model-name", block["model"])
-            block["model"] = models.resolve(block["model"])
-    common = values.setdefault("Common", {})
-    if "model" not in {**common, **overrides.get("Common", {})}:
-        common["served-model-name"] = "smollm2"
-        common["model"] = models.resolve("smollm2")
+        if isinstance(asked := block.get("model"), str):
+            block["model"] = models.resolve(str(asked))
+            names_of_models[block["model"]] = str(asked)
     names = [name.strip() for name in only.split(",") if name.strip()]
-    return make_plan(load(graph), values, overrides, transport, os.environ, names or None)
+    return make_plan(load(graph), values, overrides, transport, os.environ, names or None, names_of_models)
 
 
 def serve(

@@ -2,7 +2,9 @@
 """Configuration of every component: one model each, every field typed, with a default and a description.
 
 Keys are written with dashes in YAML and on the command line. Unknown keys are an error that names the
-nearest known one. ``load_component_config`` is how a component's process gets its own part.
+nearest known one. What is written in several places is taken from the first of: the component's own key on the command
+line, ``Common`` on the command line, the component's own key in the file, ``Common`` in the file, the default.
+``load_component_config`` is how a component's process gets its own part.
 """
 
 from __future__ import annotations
@@ -10,21 +12,44 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
+from components import yamltext
+from components.address import bare, is_any
 from components.errors import ConfigError
 
 
-def _dashed(name: str) -> str:
+def dashed(name: str) -> str:
+    """A key as it is written."""
     return name.replace("_", "-")
+
+
+def _host(value: str) -> str:
+    host = bare(value)
+    if not host or any(mark in host for mark in "/[]@ ") or (host.count(":") == 1):
+        raise ValueError("write a host name or an address, without scheme and port")
+    return host
+
+
+def _reachable(value: str) -> str:
+    if is_any(value):
+        raise ValueError("that is where to listen, not where others reach this host: write its name or address")
+    return value
+
+
+Host = Annotated[str, AfterValidator(_host)]
+ReachableHost = Annotated[Host, AfterValidator(_reachable)]
 
 
 class ComponentConfig(BaseModel):
     """Fields that every component has."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=_dashed, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, alias_generator=dashed, populate_by_name=True, allow_inf_nan=False
+    )
 
     model: str = Field("smollm2", description="Hugging Face folder or name, or smollm2, tiny-llama, tiny-mixtral")
     served_model_name: str = Field("", description="Name that clients use; empty takes the model's own")
@@ -37,7 +62,7 @@ class ComponentConfig(BaseModel):
 class FrontendConfig(ComponentConfig):
     """Dynamo's own OpenAI frontend."""
 
-    host: str = Field("127.0.0.1", description="Address to listen on")
+    host: Host = Field("127.0.0.1", description="Address to listen on")
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on")
 
 
@@ -109,19 +134,19 @@ class WorkerConfig(ComponentConfig):
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs per worker")
     devices: tuple[tuple[int, ...], ...] = Field((), description="GPU indices for each replica; empty for CPU")
     max_num_seqs: int = Field(16, ge=1, description="Requests that run at once")
-    max_num_batched_tokens: int | None = Field(None, description="Tokens per step; empty takes vLLM's choice")
+    max_num_batched_tokens: int | None = Field(None, ge=1, description="Tokens per step; empty takes vLLM's choice")
     enable_prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prefixes")
     enforce_eager: bool | None = Field(
         None, description="No CUDA graphs and no compilation; empty: as long as there are no devices"
     )
     integrity: Literal["tail", "full", "off"] = Field("tail", description="Which KV blocks are checksummed")
     calibration: str = Field("", description="File of dynamo calibrate; empty takes measured defaults")
-    advertise_host: str = Field("127.0.0.1", description="Address under which other hosts reach this worker")
+    advertise_host: ReachableHost = Field("127.0.0.1", description="Address under which other hosts reach this worker")
     drain_grace_s: float = Field(60.0, ge=0, description="Seconds to move requests away after SIGTERM")
     lease_s: float = Field(
         60.0, gt=0, description="Seconds for which a request on the move is kept without a word from its router"
     )
-    seed: int = Field(0, description="Seed of the engine")
+    seed: int = Field(0, ge=0, description="Seed of the engine")
     engine_args: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments for the engine, as they are"
     )
@@ -132,8 +157,40 @@ class WorkerConfig(ComponentConfig):
             raise ValueError("lora-modules: the paged engine has no model that an adapter could change; use vllm")
         return self
 
+    @model_validator(mode="after")
+    def _devices_are_taken_once(self) -> Self:
+        used = [index for replica in self.devices for index in replica]
+        if len(used) != len(set(used)) or any(index < 0 for index in used):
+            raise ValueError(f"devices {[list(d) for d in self.devices]}: each GPU once, numbered from 0")
+        return self
+
 
 T = TypeVar("T", bound=ComponentConfig)
+
+
+class Given(str):
+    """The value of a key as an argument has it: text for keys that hold text, YAML for all others."""
+
+    def read(self, field: FieldInfo, where: str) -> Any:
+        """What it stands for. Only quotes are YAML's in a text: ``::``, ``on`` and ``1:20`` mean themselves."""
+        if not _holds_text(field):
+            return yamltext.parse(self, where)
+        quoted = len(self) > 1 and self[0] == self[-1] and self[0] in "'\""
+        return str(yamltext.parse(self, where) if quoted else self)
+
+
+def _holds_text(field: FieldInfo) -> bool:
+    return field.annotation is str or (bool(_choices(field)) and all(isinstance(c, str) for c in _choices(field)))
+
+
+def _choices(field: FieldInfo) -> tuple[Any, ...]:
+    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+
+
+def _meant(field: FieldInfo, value: Any) -> Any:
+    """YAML reads a bare ``off`` in a file as false."""
+    word = {True: "on", False: "off"}.get(value, "") if isinstance(value, bool) else ""
+    return word if word in _choices(field) else value
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -144,16 +201,22 @@ def nearest(word: str, known: list[str]) -> str:
 
 def parse(model: type[T], component: str, values: dict[str, Any]) -> T:
     """Validate one component's values. Raises ``ConfigError`` with the value and the fix."""
-    known = [_dashed(name) for name in model.model_fields]
-    for key in values:
-        if _dashed(key) not in known:
-            raise ConfigError(f"{component} has no key {key!r}{nearest(key, known)}")
+    known = {dashed(name): field for name, field in model.model_fields.items()}
+    read = {}
+    for key, value in values.items():
+        field = known.get(dashed(key))
+        if field is None:
+            raise ConfigError(f"{component} has no key {key!r}{nearest(key, list(known))}")
+        where = f"{component}.{dashed(key)}"
+        read[dashed(key)] = value.read(field, where) if isinstance(value, Given) else _meant(field, value)
     try:
-        return model.model_validate({_dashed(key): value for key, value in values.items()})
+        return model.model_validate(read)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{component}.{where} = {first.get('input')!r}: {first['msg']}") from error
+        path = ".".join(str(part) for part in (component, *first["loc"]))
+        shown = "" if isinstance(first.get("input"), dict) else f" = {first.get('input')!r}"
+        quote = "; quote it" if first["type"] == "string_type" else ""
+        raise ConfigError(f"{path}{shown}: {first['msg'].removeprefix('Value error, ')}{quote}") from error
 
 
 def load_component_config(model: type[T]) -> T:

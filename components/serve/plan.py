@@ -20,7 +20,16 @@ from components.address import Address, dialled
 from components.errors import ConfigError
 from components.models import adapters, weights
 from components.serve import memory, precision, reach
-from components.serve.config import ComponentConfig, FrontendConfig, PlannerConfig, WorkerConfig, nearest, parse
+from components.serve.config import (
+    ComponentConfig,
+    FrontendConfig,
+    Given,
+    PlannerConfig,
+    WorkerConfig,
+    dashed,
+    nearest,
+    parse,
+)
 from components.serve.graph import Service
 from components.transfer import lanes
 from components.transfer.config import Transport
@@ -89,11 +98,11 @@ def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
         if not isinstance(key, str):
             # YAML's on, off, yes, no and numbers are no text.
             raise ConfigError(f"{path}: YAML reads one of the keys as {key!r}, which is no text: correct or quote it")
-    return data
+    return {name: {dashed(key): value for key, value in block.items()} for name, block in data.items()}
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, dict[str, Any]]:
-    """``--Component.key=value`` arguments, values read as YAML."""
+    """``--Component.key=value`` arguments; a value is read when its key is known."""
     found: dict[str, dict[str, Any]] = {}
     for argument in arguments:
         path, equals, value = argument.removeprefix("--").partition("=")
@@ -103,7 +112,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, dict[str, Any]]:
             raise ConfigError(
                 f"{argument!r} is neither an option nor an override of the configuration: write {example}"
             )
-        found.setdefault(component, {})[key] = yamltext.parse(value, path)
+        found.setdefault(component, {})[dashed(key)] = Given(value)
     return found
 
 
@@ -114,31 +123,33 @@ def make_plan(
     transport: Transport,
     environment: Mapping[str, str],
     only: list[str] | None = None,
+    names_of_models: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Resolve everything. ``Common`` applies to each component that has the key."""
+    """Resolve everything. ``Common`` applies to each component that has the key; ``config`` tells what wins.
+
+    ``names_of_models``: what clients call a model, by its folder, where no key says it.
+    """
     services = entry.start_order()
     names = [service.name for service in services]
     for name in [*values, *overrides, *(only or [])]:
         if name not in [*names, "Common"]:
             raise ConfigError(f"the graph has no component {name!r}{nearest(name, [*names, 'Common'])}")
     lanes.check(transport)
-    common = values.get("Common", {}) | overrides.get("Common", {})
-    known = {key for s in services for f in s.config.model_fields for key in (f, f.replace("_", "-"))}
-    for key in common:
+    known = {dashed(field) for service in services for field in service.config.model_fields}
+    for key in (*values.get("Common", {}), *overrides.get("Common", {})):
         if key not in known:
             raise ConfigError(f"Common has no key {key!r}{nearest(key, sorted(known))}")
     namespace = environment.get("DYN_NAMESPACE", "dynamo")
     plan = Plan(namespace=namespace, transport=transport.value, model="", processes=[])
     configs: dict[str, ComponentConfig] = {}
     for service in services:
-        fields = {key.replace("-", "_") for key in service.config.model_fields}
-        shared = {k: v for k, v in common.items() if k.replace("-", "_") in fields}
-        own = values.get(service.name, {}) | overrides.get(service.name, {})
-        configs[service.name] = precision.resolve(parse(service.config, service.name, shared | own))
+        config = parse(service.config, service.name, _settings(service, values) | _settings(service, overrides))
+        named = config.served_model_name or (names_of_models or {}).get(config.model, config.model)
+        configs[service.name] = precision.resolve(config.model_copy(update={"served_model_name": named}))
     plan.bounds = _bounds(services, configs)
     for service in services:
         config = configs[service.name]
-        plan.model = plan.model or config.served_model_name or config.model
+        plan.model = plan.model or config.served_model_name
         if isinstance(config, FrontendConfig):
             plan.host, plan.port = config.host, config.port
         if only and service.name not in only:
@@ -157,6 +168,11 @@ def make_plan(
             weights.check(worker.model, str(worker.engine_args.get("load_format", "auto")))
     memory.check([(p.component, configs[p.component]) for p in [*plan.processes, *plan.spare]])
     return plan
+
+
+def _settings(service: Service, values: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    fields = {dashed(field) for field in service.config.model_fields}
+    return {k: v for k, v in values.get("Common", {}).items() if k in fields} | values.get(service.name, {})
 
 
 def _bounds(services: list[Service], configs: dict[str, ComponentConfig]) -> dict[str, tuple[int, int]]:

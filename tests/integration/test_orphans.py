@@ -7,7 +7,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -30,23 +30,29 @@ def running(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-def files() -> set[Path]:
-    places = (Path(tempfile.gettempdir()), Path("/dev/shm"))
-    return {path for place in places for path in place.iterdir() if not path.name.startswith("pytest")}
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """For all files of a graph; its path is short enough for vLLM's sockets."""
+    with tempfile.TemporaryDirectory(prefix="dm-") as path:
+        yield Path(path)
 
 
 @pytest.mark.parametrize("overrides", [PAGED, ()], ids=["paged", "vllm"])
-def test_nothing_stays_of_a_graph_whose_launcher_is_killed(tmp_path: Path, overrides: tuple[str, ...]) -> None:
-    before = files()
-    graph = Graph(tmp_path, overrides=overrides)
+def test_nothing_stays_of_a_graph_whose_launcher_is_killed(
+    tmp_path: Path, folder: Path, overrides: tuple[str, ...]
+) -> None:
+    memory = Path("/dev/shm")
+    before = set(memory.iterdir())
+    graph = Graph(tmp_path, overrides=overrides, TMPDIR=str(folder))
     graph.wait()
     graph.complete("a", 4)
     family = psutil.Process(graph.process.pid).children(recursive=True)
-    assert list(tmp_path.glob("dynamo-migrate-run/*.json")) and files() - before
+    shared = set(memory.iterdir()) - before
+    assert list(tmp_path.glob("dynamo-migrate-run/*.json")) and list(folder.glob("dynamo-migrate-*"))
     graph.process.kill()
     graph.process.wait()
     wait_for(lambda: not running(family))
-    wait_for(lambda: not files() - before)
+    wait_for(lambda: not list(folder.glob("dynamo-migrate-*")) and not shared & set(memory.iterdir()))
     assert not list(tmp_path.glob("dynamo-migrate-run/*"))
     assert not answers("127.0.0.1", graph.port)
     assert "no running system is known" in graph.command("status").stderr
