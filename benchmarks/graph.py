@@ -60,7 +60,7 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path, folder: Path) 
         if process.poll() is not None:
             raise MigrateError(f"the graph did not start:\n{log.read_text(errors='replace')[-3000:]}")
         try:
-            reply = httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=2)
+            reply = httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=2, trust_env=False)
             if reply.json().get("data") and list(folder.glob("*/*.json")):
                 return
         except (httpx.HTTPError, ValueError):

@@ -18,7 +18,7 @@ from typing import Any
 
 import uvloop
 
-from components import credentials
+from components import credentials, output
 from components.errors import MigrateError
 
 
@@ -80,6 +80,7 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
 
 def run_blocking(main: Callable[[], None]) -> None:
     """The same for a main that brings its own loop."""
+    output.take_any_text()
     logging.basicConfig(
         level=os.environ.get("DYN_MIGRATE_LOG", "INFO").upper(), format="%(levelname)s %(name)s: %(message)s"
     )

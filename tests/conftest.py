@@ -17,8 +17,10 @@ import pytest
 
 from components.planner import perf_model
 from components.serve.servers import etcd_command, nats_command
+from components.serve.surroundings import past_proxies
 
 perf_model.stand_in()  # Tests import parts of Dynamo's planner.
+os.environ.update(past_proxies(os.environ))  # What tests start is on this machine.
 _status = pytest.StashKey[int]()
 
 

@@ -67,7 +67,7 @@ async def _drain(system: System, prompts: Prompts, count: int, output: int) -> O
     bodies = [prompts.body(48 + 8 * (number % 9), output) for number in range(count)]
     part = [part for part in system.parts if part.role == "decode"][-1]
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=system.url, timeout=300, limits=limits) as http:
+    async with httpx.AsyncClient(base_url=system.url, timeout=300, limits=limits, trust_env=False) as http:
         streams = await _start(http, bodies)
         while not all(len(s.times) >= _BEFORE or (s.task is not None and s.task.done()) for s in streams):
             await asyncio.sleep(0.05)

@@ -113,7 +113,7 @@ class Bench:
         self._client = client
         self._prompts = prompts
         self._context = context
-        self._http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600)
+        self._http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600, trust_env=False)
 
     async def _start(self, tokens: int, output: int) -> tuple[Watched, str]:
         known = {s.request_id for s in (await self._client.status()).streams}

@@ -49,7 +49,7 @@ def measure(
 async def _lose_worker(system: System, body: dict[str, Any], tokens: int) -> Sample:
     decode = [part for part in system.parts if part.role == "decode"]
     watched = Watched()
-    async with httpx.AsyncClient(base_url=system.url, timeout=_TIMEOUT_S) as http:
+    async with httpx.AsyncClient(base_url=system.url, timeout=_TIMEOUT_S, trust_env=False) as http:
         watched.task = asyncio.ensure_future(watched.run(http, body))
         lost: Part | None = None
         try:

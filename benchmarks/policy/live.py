@@ -15,7 +15,7 @@ import asyncio
 import itertools
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -148,7 +148,9 @@ class _Client:
 
 
 async def _load(url: str, model: str, shape: Shape, repeat: int) -> list[Answer]:
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=240) as client:
+    own = openai.DefaultAsyncHttpxClient(trust_env=False)
+    known: dict[str, Any] = {"api_key": "none", "max_retries": 0, "timeout": 240, "http_client": own}
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", **known) as client:
         return await _Client(client, model, shape, repeat).load()
 
 

@@ -94,7 +94,8 @@ class Part:
             return self.ready_file.exists()
         if self.health_port:
             with suppress(httpx.HTTPError):
-                return httpx.get(f"http://127.0.0.1:{self.health_port}/health", timeout=2).status_code == 200
+                reply = httpx.get(f"http://127.0.0.1:{self.health_port}/health", timeout=2, trust_env=False)
+                return reply.status_code == 200
             return False
         return True
 

@@ -183,7 +183,7 @@ class System:
             return sum(log.count(" is replayed: ") for log in logs)
         if self.kind is Kind.VLLM:
             return 0
-        text = httpx.get(f"{self.url}/metrics", timeout=10).text
+        text = httpx.get(f"{self.url}/metrics", timeout=10, trust_env=False).text
         return int(sum(float(v) for v in re.findall(r"^dynamo_frontend_model_migration_total\{.*\} (\S+)", text, re.M)))
 
 
@@ -243,7 +243,7 @@ def _wait_model(system: System) -> None:
     end = time.monotonic() + 60.0
     while time.monotonic() < end:
         with suppress(httpx.HTTPError, ValueError):
-            if httpx.get(f"{system.url}/v1/models", timeout=2).json().get("data"):
+            if httpx.get(f"{system.url}/v1/models", timeout=2, trust_env=False).json().get("data"):
                 return
         time.sleep(0.2)
     raise MigrateError(f"{system.kind}: no model on {system.url} after its workers were ready")

@@ -60,7 +60,9 @@ class Traffic:
 
     def __init__(self, url: str, requests: list[dict[str, Any]], seed: int) -> None:
         self.tally = Tally()
-        self._http = httpx.AsyncClient(base_url=url, timeout=180, limits=httpx.Limits(max_connections=64))
+        self._http = httpx.AsyncClient(
+            base_url=url, timeout=180, limits=httpx.Limits(max_connections=64), trust_env=False
+        )
         self._requests = requests
         self._chooser = random.Random(seed)
         self._truth: list[str] = []

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from components import output
 from components.cli import calibrate, doctor, move, policy, serve, top
 from components.errors import MigrateError
 
@@ -50,6 +51,7 @@ def options(
 
 def main() -> None:
     """Entry point: errors of this package become one line and exit code 2."""
+    output.take_any_text()
     # As with ``python -m``: graphs and policies of the user's own folder can be named.
     sys.path.insert(0, os.getcwd())
     try:

@@ -39,7 +39,9 @@ def transfer(transport: Transport) -> Check:
     environment = dict(os.environ) | {"UCX_PROTO_INFO": "y", "UCX_LOG_LEVEL": "info", "NIXL_LOG_LEVEL": "ERROR"}
     command = [sys.executable, "-m", "components.doctor.probe", transport.value]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT_S
+        )
     except subprocess.TimeoutExpired:
         return Check(name, State.FAIL, f"no end within {_TIMEOUT_S:g} s", "run it with UCX_LOG_LEVEL=debug to see why")
     return judge(name, transport, done.stdout + done.stderr)

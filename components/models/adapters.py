@@ -35,7 +35,7 @@ def max_rank(adapters: Mapping[str, str]) -> int:
     for name, folder in adapters.items():
         config, _ = _files(name, folder)
         try:
-            rank = json.loads(config.read_text())["r"]
+            rank = json.loads(config.read_bytes())["r"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"lora-modules: {config} is damaged ({error!r}); copy it again") from error
         if not isinstance(rank, int) or not 1 <= rank <= _RANKS[-1]:

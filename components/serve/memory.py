@@ -51,7 +51,7 @@ def _check_one_request(name: str, config: WorkerConfig) -> None:
 def bytes_per_token(config: WorkerConfig) -> float | None:
     """KV bytes of one token on each rank; ``None`` where the model's folder does not say it."""
     try:
-        model: dict[str, Any] = json.loads((Path(config.model) / "config.json").read_text())
+        model: dict[str, Any] = json.loads((Path(config.model) / "config.json").read_bytes())
         heads = model["num_attention_heads"]
         if "kv_lora_rank" in model or "kv_cache_dtype" in config.engine_args:
             return None

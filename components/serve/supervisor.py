@@ -83,7 +83,8 @@ class Child:
             return
         with contextlib.suppress(ValueError):
             async for line in handle.stdout:
-                text = Text(f"{self.label:>16} │ ", style=self._colour)
+                bar = "│" if self._console.encoding.startswith("utf") else "|"
+                text = Text(f"{self.label:>16} {bar} ", style=self._colour)
                 self._console.print(
                     text.append(line.decode(errors="replace").rstrip(), style="default"), soft_wrap=True
                 )

@@ -104,7 +104,7 @@ def _paged(config: WorkerConfig, agent: dict[str, Any]) -> Engine:
 def _vocab_size(model: str) -> int:
     """Tokens of the model's tokenizer: the paged engine has no weights, but its clients read text."""
     path = Path(model) / "config.json"
-    size = json.loads(path.read_text()).get("vocab_size") if path.is_file() else None
+    size = json.loads(path.read_bytes()).get("vocab_size") if path.is_file() else None
     if not isinstance(size, int):
         raise ConfigError(f"the paged engine needs a model folder whose config.json has vocab_size; {model} has none")
     return size

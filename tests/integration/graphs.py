@@ -68,7 +68,9 @@ class Graph:
             command, cwd=ROOT, env=self.environment, stdout=self._output, stderr=subprocess.STDOUT
         )
         self._remote: subprocess.Popen[Any] | None = None
-        self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
+        own = openai.DefaultHttpxClient(trust_env=False)
+        url = f"http://127.0.0.1:{self.port}/v1"
+        self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, http_client=own)
 
     def wait(self, timeout_s: float = 280) -> None:
         end = time.monotonic() + timeout_s
@@ -179,9 +181,9 @@ class Graph:
 
     def metrics(self, component: str) -> str:
         """All metrics of a component, found as Prometheus finds them."""
-        groups = httpx.get(f"{self.page}/targets").json()
+        groups = httpx.get(f"{self.page}/targets", trust_env=False).json()
         places = [group["targets"][0] for group in groups if group["labels"]["component"] == component]
-        return "\n".join(httpx.get(f"http://{place}/metrics").text for place in places)
+        return "\n".join(httpx.get(f"http://{place}/metrics", trust_env=False).text for place in places)
 
     def processes(self, component: str, replica: int | None = None) -> list[psutil.Process]:
         """The component's processes, without their children."""

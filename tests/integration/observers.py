@@ -93,7 +93,7 @@ class Prometheus:
         self._address = address
 
     def get(self, path: str, **parameters: str) -> Any:
-        reply = httpx.get(f"{self._address}/api/v1/{path}", params=parameters, timeout=30)
+        reply = httpx.get(f"{self._address}/api/v1/{path}", params=parameters, timeout=30, trust_env=False)
         assert reply.status_code == 200, reply.text
         return reply.json()["data"]
 

@@ -73,7 +73,7 @@ def decoding(graph: Graph) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def scraped(busy: Graph) -> str:
     """All metrics of the graph, found as Prometheus finds them."""
-    groups = httpx.get(f"{busy.page}/targets").json()
+    groups = httpx.get(f"{busy.page}/targets", trust_env=False).json()
     components = [group["labels"]["component"] for group in groups]
     assert sorted(components) == ["decode", "decode", "frontend", "prefill", "router"]
     return "\n".join(busy.metrics(component) for component in sorted(set(components)))

@@ -100,7 +100,11 @@ MALFORMED: dict[str, bytes] = {
 def test_malformed_requests_are_the_clients_fault(served: Graph, what: str) -> None:
     for path in ("completions", "chat/completions"):
         reply = httpx.post(
-            url(served, path), content=MALFORMED[what], headers={"content-type": "application/json"}, timeout=60
+            url(served, path),
+            content=MALFORMED[what],
+            headers={"content-type": "application/json"},
+            timeout=60,
+            trust_env=False,
         )
         assert reply.status_code < 500, f"{path}: {reply.status_code} {reply.text[:300]}"
 
@@ -108,7 +112,7 @@ def test_malformed_requests_are_the_clients_fault(served: Graph, what: str) -> N
 def test_more_than_one_answer_is_refused_in_words(served: Graph) -> None:
     # Of the same refusal Dynamo's frontend makes a 500 on /v1/completions, and an error event in a stream.
     chat = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "n": 3}
-    reply = httpx.post(url(served, "chat/completions"), json=chat, timeout=60)
+    reply = httpx.post(url(served, "chat/completions"), json=chat, timeout=60, trust_env=False)
     assert reply.status_code == 400
     assert "send the request n times" in reply.json()["message"]
 
@@ -133,7 +137,7 @@ def test_clients_that_read_slowly_get_everything(served: Graph) -> None:
         text = ""
         more = {"stream": True, "temperature": 0, "ignore_eos": True}
         async with (
-            httpx.AsyncClient(timeout=120) as client,
+            httpx.AsyncClient(timeout=120, trust_env=False) as client,
             client.stream("POST", url(served), json=body(prompt=PROMPT, max_tokens=400, **more)) as reply,
         ):
             async for line in reply.aiter_lines():
@@ -161,7 +165,7 @@ def test_many_streams_at_once(served: Graph) -> None:
 
     async def all_of_them() -> Counter[tuple[int, int]]:
         limits = httpx.Limits(max_connections=STREAMS)
-        async with httpx.AsyncClient(timeout=300, limits=limits) as client:
+        async with httpx.AsyncClient(timeout=300, limits=limits, trust_env=False) as client:
             return Counter(await asyncio.gather(*(one(client, number) for number in range(STREAMS))))
 
     assert asyncio.run(all_of_them()) == Counter({(200, 1): STREAMS})
@@ -169,7 +173,7 @@ def test_many_streams_at_once(served: Graph) -> None:
 
 def test_generated_requests(served: Graph, tmp_path: Path) -> None:
     schemathesis = pytest.importorskip("schemathesis")
-    found = httpx.get(f"http://127.0.0.1:{served.port}/openapi.json", timeout=30)
+    found = httpx.get(f"http://127.0.0.1:{served.port}/openapi.json", timeout=30, trust_env=False)
     if found.status_code != 200:
         pytest.skip("this frontend serves no OpenAPI schema")
     from hypothesis import HealthCheck, Phase, given, settings

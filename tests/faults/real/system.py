@@ -105,9 +105,7 @@ class System(Graph):
 
     def follow(self, number: int, answer: Answer) -> None:
         """One streaming client, to the end of its answer or its first error."""
-        client = openai.OpenAI(
-            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=openai.Timeout(250)
-        )
+        client = self._client(250)
         try:
             stream = client.completions.create(
                 model=MODEL,
@@ -158,12 +156,15 @@ class System(Graph):
             return f"processes {cut_off} still run without their lease in etcd"
         return "" if self._serves() else "the frontend does not answer"
 
+    def _client(self, timeout_s: float) -> openai.OpenAI:
+        own = openai.DefaultHttpxClient(trust_env=False)
+        url = f"http://127.0.0.1:{self.port}/v1"
+        return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=timeout_s, http_client=own)
+
     def _serves(self) -> bool:
         # Until its lease ends, the frontend gives a dead router its share of the requests, in turn with the new one.
         try:
-            with openai.OpenAI(
-                base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=5
-            ) as client:
+            with self._client(5) as client:
                 for _ in range(4):
                     client.completions.create(model=MODEL, prompt="hello", max_tokens=2)
         except openai.OpenAIError:

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands print in any locale; what an encoding lacks is an escape, never an error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LOCALES = {
+    "ascii": {"PYTHONIOENCODING": "ascii"},
+    "latin-1": {"PYTHONIOENCODING": "latin-1:strict"},
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+}
+CODE = """
+import asyncio, os
+from rich.console import Console
+from components import output
+from components.serve.plan import Plan, Process
+from components.serve.supervisor import Supervisor
+output.take_any_text()
+code = "import os, pathlib; print('caf\\u00e9 \\u8336'); pathlib.Path(os.environ['DYN_MIGRATE_READY_FILE']).touch()"
+process = Process(component="Worker", replica=0, command=["python", "-c", code + "; input()"], environment={})
+plan = Plan(namespace="test", transport="auto", model="m", processes=[process])
+environment = dict(os.environ) | {"PYTHONIOENCODING": "utf-8"}
+async def main():
+    watched = Supervisor(plan, environment, Console())
+    await watched.run(restart_limit=0)
+asyncio.run(main())
+"""
+
+
+def ran(code: int, *command: str, **variables: str) -> str:
+    environment = dict(os.environ) | variables
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, encoding="latin-1", timeout=120
+    )
+    assert "UnicodeEncodeError" not in done.stderr and done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_commands_print_in_any_locale(locale: str) -> None:
+    variables = LOCALES[locale]
+    ran(0, "-m", "components.cli", "serve", "--help", **variables)
+    ran(2, "-m", "components.cli", "policy", "explain", "--policy-file", "caf\u00e9-\u8336.yaml", **variables)
+
+
+@pytest.mark.parametrize("locale", ["ascii", "latin-1"])
+def test_the_launcher_prints_what_processes_say(locale: str) -> None:
+    said = ran(1, "-c", CODE, **LOCALES[locale])
+    assert {"ascii": "Worker.0 | caf\\xe9 \\u8336", "latin-1": "Worker.0 | caf\u00e9 \\u8336"}[locale] in said
