@@ -41,6 +41,11 @@ def mac(*parts: bytes) -> bytes:
     return hmac.digest(secret(), b"".join(len(part).to_bytes(4, "big") + part for part in parts), "sha256")
 
 
+def token(kind: str) -> str:
+    """One that follows from the secret and says nothing of it: ``printf KIND | openssl dgst -sha256 -hmac SECRET``."""
+    return hmac.digest(secret(), kind.encode(), "sha256").hex()
+
+
 def seal(kind: str, data: bytes) -> str:
     """Of a message; empty without a secret. ``kind`` keeps an answer from being sent as a call."""
     key = secret()

@@ -232,6 +232,7 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     draining: bool
     agents: tuple[str, ...] = ()
     epochs: tuple[str, ...] = ()
+    """Their first eight digits: a whole epoch is what an agent's sockets ask for where there is no secret."""
     lanes: tuple[str, ...] = ()
     stats: EngineStats | None = None
     requests: tuple[RequestInfo, ...] = ()

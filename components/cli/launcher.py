@@ -109,8 +109,7 @@ class Launcher:
         wanted = page_port(self._wanted_page, plan.host, plan.port)
         async with beside(wanted, plan.host, frontend, self._servers | {"DYN_NAMESPACE": plan.namespace}) as shown:
             if shown:
-                where = f"http://{in_url(plan.host)}:{shown}"
-                self._console.print(f"[bold green]watch it[/] on {where} or with: dynamo top")
+                self._console.print(f"[bold green]watch it[/] on {shown} or with: dynamo top", soft_wrap=True)
             else:
                 self._console.print(f"[yellow]no web page[/] (port {wanted}); watch it with: dynamo top")
             await asyncio.Event().wait()

@@ -81,7 +81,7 @@ def _tables(reply: RouterReply) -> None:
     for w in reply.workers:
         s = w.stats
         used = f"{1 - s.free_blocks / max(1, s.total_blocks):.0%}" if s else "?"
-        epoch = ", ".join(e[:8] for e in w.epochs)
+        epoch = ", ".join(w.epochs)
         counts = (str(s.running), str(s.waiting)) if s else ("?", "?")
         table.add_row(w.worker, w.role, *counts, used, epoch, ", ".join(w.lanes), "draining" if w.draining else "")
     console.print(table)

@@ -10,6 +10,7 @@ import sys
 
 from components import process
 from components.cli.live import join
+from components.dashboard.access import VARIABLE, token_for, url_of
 from components.dashboard.sample import Sampler
 from components.dashboard.server import Page, serve
 from components.router.client import RouterClient
@@ -30,7 +31,11 @@ async def main() -> None:
     await client.connect()
     sampler = Sampler(client)
     sampling = asyncio.ensure_future(sampler.run())
-    runner = await serve(Page(sampler, arguments.frontend), arguments.host, arguments.port)
+    token = token_for(arguments.host)
+    runner = await serve(Page(sampler, arguments.frontend, token), arguments.host, arguments.port)
+    if VARIABLE not in os.environ:
+        print(f"web page: {url_of(arguments.host, arguments.port, token)}", flush=True)
+        os.environ[VARIABLE] = token  # Should this process have to start again.
     process.ready()
     await asyncio.wait([asyncio.ensure_future(stop.wait()), cut_off], return_when=asyncio.FIRST_COMPLETED)
     if not stop.is_set():

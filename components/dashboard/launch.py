@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts the web page beside a graph, as a process that the graph can do without.
 
-``beside`` yields its port (0: there is no page) and ends it with the block. It raises nothing: a page that does not
-start is a line in the log, its own.
+``beside`` yields its URL, with the token where it needs one (empty: there is no page), and ends it with the block. It
+raises nothing: a page that does not start is a line in the log, its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 
 from components.address import bare, dialled, listen
+from components.dashboard.access import VARIABLE, token_for, url_of
 from components.serve import family
 from components.serve.servers import answers
 
@@ -43,13 +44,14 @@ def _free(host: str, port: int) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def beside(port: int, host: str, frontend: str, variables: Mapping[str, str]) -> AsyncIterator[int]:
+async def beside(port: int, host: str, frontend: str, variables: Mapping[str, str]) -> AsyncIterator[str]:
     """Run the page on ``port`` for the time of the block, which begins when it answers, or never will."""
     if not port:
-        yield 0
+        yield ""
         return
+    token = token_for(host)
     command = [sys.executable, "-m", "components.dashboard", "--host", bare(host), "--port", str(port)]
-    environment = dict(os.environ) | dict(variables)
+    environment = dict(os.environ) | dict(variables) | {VARIABLE: token}
     environment.setdefault("DYN_LOG", "error")
     environment.pop("DYN_SYSTEM_PORT", None)
     child = await asyncio.create_subprocess_exec(
@@ -59,7 +61,7 @@ async def beside(port: int, host: str, frontend: str, variables: Mapping[str, st
         start_new_session=True,
     )
     try:
-        yield port if await _up(child, dialled(host), port) else 0
+        yield url_of(host, port, token) if await _up(child, dialled(host), port) else ""
     finally:
         with contextlib.suppress(ProcessLookupError):
             child.terminate()

@@ -7,6 +7,7 @@
     /targets     where Prometheus finds all metrics (its HTTP service discovery)
 
 It only reads: nothing here moves or drains. No address of another host is loaded (the page's policy forbids it).
+Beyond loopback everything needs the page's token (``access.py``).
 """
 
 from __future__ import annotations
@@ -17,22 +18,28 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from components.dashboard.access import guard
 from components.dashboard.sample import Sampler
 
 STATIC = Path(__file__).parent / "static"
-_HEADERS = {"Content-Security-Policy": "default-src 'self'", "X-Content-Type-Options": "nosniff"}
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 class Page:
-    """The handlers. ``frontend`` is Dynamo's own HTTP address, whose metrics are listed too."""
+    """The handlers. ``frontend`` is Dynamo's own HTTP address, whose metrics are listed too. No token: open to all."""
 
-    def __init__(self, sampler: Sampler, frontend: str = "") -> None:
+    def __init__(self, sampler: Sampler, frontend: str = "", token: str = "") -> None:
         self._sampler = sampler
         self._frontend = frontend
+        self._token = token
 
     def application(self) -> web.Application:
         """For ``aiohttp``."""
-        application = web.Application()
+        application = web.Application(middlewares=[guard(self._token)])
         application.add_routes(
             [
                 web.get("/", self.index),
@@ -87,7 +94,8 @@ async def _secure(_: web.Request, response: web.StreamResponse) -> None:
 
 async def serve(page: Page, host: str, port: int) -> web.AppRunner:
     """Listen. Raises ``OSError`` when the port is taken. Close the result with ``cleanup``."""
-    runner = web.AppRunner(page.application(), shutdown_timeout=1.0)
+    # No access log: the first request of a browser has the token in its URL.
+    runner = web.AppRunner(page.application(), shutdown_timeout=1.0, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, host, port).start()
     return runner

@@ -155,7 +155,7 @@ class Worker:
             role=self.role,
             draining=self.draining or self.held_back,
             agents=tuple(a.name for a in info.agents) if info else (),
-            epochs=tuple(a.epoch for a in info.agents) if info else (),
+            epochs=tuple(a.epoch[:8] for a in info.agents) if info else (),
             lanes=info.lanes if info else (),
             stats=self.state.stats,
             requests=self.state.requests,

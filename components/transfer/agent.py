@@ -253,7 +253,7 @@ class TransferAgent:
                 raise PeerUnknown(f"no record of agent {ref.name}; known: {known}")
             yield False
         if record.epoch != ref.epoch:
-            raise StaleEpoch(f"agent {ref.name} is in epoch {record.epoch}, the offer is of {ref.epoch}")
+            raise StaleEpoch(f"agent {ref.name} is in epoch {record.epoch[:8]}, the offer is of {ref.epoch[:8]}")
         return record
 
     def _backend(self, peer: AgentRecord) -> Backend:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from components.credentials import VARIABLE
+from components.dashboard.access import token_for
 from components.serve.config import RouterConfig, WorkerConfig, parse
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +77,24 @@ def test_docker_compose_accepts_the_file(tmp_path: Path) -> None:
     command = ["docker-compose", "-f", str(tmp_path / "compose.yaml"), "--project-directory", str(DEPLOY)]
     done = subprocess.run([*command, "config", "-q"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_prometheus_sends_the_token_that_the_page_takes(
+    tmp_path: Path, use_secret: Callable[[Path | None], None]
+) -> None:
+    [line] = re.findall(r"^# (printf page .*) > deploy/page-token$", (DEPLOY / "compose.yaml").read_text(), re.M)
+    (tmp_path / "deploy").mkdir()
+    secret = tmp_path / "deploy/secret"
+    secret.write_text("0123456789abcdef" * 4 + "\n")
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl here: apt-get install openssl")
+    made = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+    use_secret(secret)
+    assert made == token_for("0.0.0.0")
+    [asked] = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())["scrape_configs"]
+    path = asked["http_sd_configs"][0]["authorization"]["credentials_file"]
+    assert path == f"/run/secrets/{COMPOSE['services']['prometheus']['secrets'][0]}"
+    assert COMPOSE["services"]["graph"]["environment"][VARIABLE] == "/run/secrets/dynamo"
 
 
 def test_promtool_accepts_the_alert_rules() -> None:

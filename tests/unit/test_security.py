@@ -112,12 +112,14 @@ async def test_a_worker_does_nothing_for_who_has_no_secret(secret: Path) -> None
         await engine.stop()
 
 
-def test_a_whole_system_works_with_a_secret_and_never_shows_it(secret: Path) -> None:
+def test_a_whole_system_works_with_a_secret_and_shows_neither_that_nor_a_whole_epoch(secret: Path) -> None:
     body = payload([1, 2, 3], 40, None)
+    epochs: list[str] = []
 
     async def play() -> tuple[list[int], list[str], str]:
         cluster = Cluster(Random(1), Weather(), prefill=1, decode=2)
         await cluster.start()
+        epochs.extend(str(engine._live.agent.ref.epoch) for engine in cluster.engines.values())
         asking = cluster.job(cluster.ask("r", body))
         unsealed = {"m": pack(RouterCall(RouterOp.DRAIN, worker="0"))["m"]}
         denied = [unpack(item, RouterReply) async for item in cluster.router.control(unsealed)]
@@ -132,6 +134,7 @@ def test_a_whole_system_works_with_a_secret_and_never_shows_it(secret: Path) -> 
     assert tokens == expected(body)
     assert codes == [Unauthorized.code]
     assert SECRET not in shown
+    assert len(epochs) == 3 and all(epoch[:8] in shown and epoch not in shown for epoch in epochs)
 
 
 # Memory

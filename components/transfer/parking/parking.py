@@ -233,7 +233,7 @@ class Parking:
         (shelf, loader), record = self._shelf(ticket.place), self._record
         record.require_blocks(blocks, unique=True)
         if ticket.place is Place.HOST and ticket.epoch != record.epoch:
-            raise StaleEpoch(f"parked in epoch {ticket.epoch} of agent {ticket.agent}; its memory is gone")
+            raise StaleEpoch(f"parked in epoch {ticket.epoch[:8]} of agent {ticket.agent}; its memory is gone")
         ticket.require_fit(record, hashes)
         if len(blocks) != len(ticket.checksums):
             raise TransferError(f"{len(ticket.checksums)} blocks are parked, {len(blocks)} were given for them")

@@ -146,7 +146,7 @@ def unpack(body: bytes, check: int) -> Ticket:
 def require_same(found: Ticket, wanted: Ticket) -> None:
     """Raise when a file holds something else than the ticket says."""
     if found.epoch != wanted.epoch:
-        raise StaleEpoch(f"it was parked in epoch {found.epoch}, the ticket is of {wanted.epoch}")
+        raise StaleEpoch(f"it was parked in epoch {found.epoch[:8]}, the ticket is of {wanted.epoch[:8]}")
     for field in Ticket.__struct_fields__:
         if getattr(found, field) != getattr(wanted, field):
             raise IntegrityError(f"it differs from the ticket in {field}")

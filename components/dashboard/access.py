@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may see the web page: everybody on this machine while it listens on loopback, otherwise who has its token.
+
+The token follows from the secret (``components.credentials``), so that it stays the same from start to start; without
+a secret it is random and made anew. The URL that is printed at the start carries it: the page answers with a cookie
+and goes on without it. Programs send ``Authorization: Bearer <token>``. All else is answered with 401.
+No state but the token; nothing is logged.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from components import credentials
+from components.address import Address, is_loopback
+
+VARIABLE = "DYN_MIGRATE_PAGE_TOKEN"
+"""A token of one's own. The launcher tells the page's process in this way which one it has printed."""
+_WHY = (
+    "This page needs its token: open the URL that was printed when it started, or send 'Authorization: Bearer TOKEN'.\n"
+)
+
+
+def token_for(host: str) -> str:
+    """The token of a page that listens on ``host``; empty on loopback, where none is needed."""
+    if is_loopback(host):
+        return ""
+    if given := os.environ.get(VARIABLE):
+        return given
+    return credentials.token("page") if credentials.secret() else secrets.token_hex(32)
+
+
+def url_of(host: str, port: int, token: str) -> str:
+    """What to open in a browser."""
+    return f"http://{Address(host, port)}/" + (f"?token={token}" if token else "")
+
+
+def guard(token: str) -> Middleware:
+    """A middleware that lets through who has the token."""
+
+    def fits(given: str) -> bool:
+        return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), token.encode())
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        # Browsers share cookies between all ports of a host.
+        cookie = f"dynamo-page-{request.url.port}"
+        bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not token or fits(bearer) or fits(request.cookies.get(cookie, "")):
+            return await handler(request)
+        if request.path == "/" and fits(request.query.get("token", "")):
+            # The token leaves the address bar and the history.
+            entered = web.HTTPSeeOther("/")
+            entered.set_cookie(cookie, token, httponly=True, samesite="Strict")
+            raise entered
+        return web.Response(status=401, text=_WHY, headers={"WWW-Authenticate": "Bearer"})
+
+    return check
