@@ -385,6 +385,16 @@ def test_the_dry_run_shows_no_token_and_no_password() -> None:
     assert any("t0ps3cret" in json.dumps(process.environment) for process in plan.processes)
 
 
+def test_what_vllm_writes_of_a_step_when_it_crashes_has_no_tokens() -> None:
+    dump = pytest.importorskip("vllm.logging_utils.dump_input")
+    from components.engine.vllm.records import Install, Job, StepMetadata
+
+    install = Install("r-1", [70101, 70102], [70103], {"seed": 70104}, None, b"70105")
+    job = Job(1, RequestId("r"), "r-1", (), (4,), (5,), (), (), 1.0)
+    for shown in (dump.prepare_object_to_dump(StepMetadata([install], [job])), repr(install)):
+        assert "701" not in shown and "Install(r-1, 2 + 1 tokens)" in shown
+
+
 def test_an_address_is_told_without_its_password() -> None:
     assert without_secrets("nats://user:t0ps3cret@host:4222") == "nats://host:4222"
 

@@ -131,9 +131,12 @@ class Install:
     rng_state: bytes
 
     def __repr__(self) -> str:
-        """Without tokens: vLLM prints a step's metadata when it crashes, and they are somebody's text."""
+        """Without tokens: they are somebody's text."""
         counts = f"{len(self.prompt_token_ids)} + {len(self.output_token_ids)} tokens"
         return f"Install({self.vllm_id}, {counts})"
+
+    anon_repr = __repr__
+    """What vLLM writes of a step's metadata when it crashes: without this, every field."""
 
 
 @dataclass

@@ -251,7 +251,7 @@ class Exchange:
                 try:
                     service = self._receive(sender, wire.decode(data, sender, self._key))
                 except TransferError as error:
-                    logger.warning("a message from %s: %s", sender, error)
+                    logger.warning("a message from %s: %s", _name(sender), error)
                     continue
                 if service is not None:
                     new.append(service)
@@ -277,7 +277,7 @@ class Exchange:
             case wire.Ended() if (sender, message.id) in self._quarantine:
                 self._quarantine.pop((sender, message.id))()
             case _:
-                logger.debug("agent %s: %s for a transfer that is over", sender, type(message).__name__)
+                logger.debug("agent %s: %s for a transfer that is over", _name(sender), type(message).__name__)
         return None
 
     def _with_peer(self, sender: str, message: wire.Ask | wire.Hello) -> Generator[bool, None, None]:
@@ -289,7 +289,7 @@ class Exchange:
         try:
             while (peer := self._directory.get(name)) is None or peer.epoch != epoch:
                 if time.monotonic() > end:
-                    logger.warning("agent %s sent a request but has published no record", sender)
+                    logger.warning("agent %s sent a request but has published no record", name)
                     return
                 yield False
             if isinstance(message, wire.Hello):
@@ -297,10 +297,10 @@ class Exchange:
             else:
                 yield from serve_ask(self, peer, message, inbox)
         except TransferError as error:
-            logger.warning("serving agent %s: %s", sender, error)
+            logger.warning("serving agent %s: %s", name, error)
         except Exception as error:
             # Whatever a kernel or library raised: a peer that is not told waits until its deadline.
-            logger.exception("serving agent %s", sender)
+            logger.exception("serving agent %s", name)
             if peer is not None:
                 self.send(peer, wire.Ended(message.id, TransferError.code, f"{type(error).__name__}: {error}"[:1024]))
         finally:
@@ -318,6 +318,10 @@ class Exchange:
     def close(self) -> None:
         """See ``Backend``."""
         self.link.close()
+
+
+def _name(sender: str) -> str:
+    return sender.rpartition("/")[0][:200]
 
 
 def _over(inbox: Inbox) -> bool:
