@@ -9,7 +9,9 @@ from typing import Any
 
 import typer.main
 
+from components import credentials
 from components.cli import app
+from components.dashboard import access
 from components.errors import MigrateError
 from components.metrics import names
 from components.serve.config import ComponentConfig, FrontendConfig, PlannerConfig, RouterConfig, WorkerConfig
@@ -78,6 +80,15 @@ def text() -> str:
     ):
         lines += _fields(title, model)
     lines += [
+        "### Secrets",
+        "",
+        "| variable | meaning |",
+        "|---|---|",
+        f"| `{credentials.VARIABLE}` | File with the secret of this system, the same for all its processes and "
+        "commands; see [security](reliability.md#security) |",
+        f"| `{access.VARIABLE}` | Token of the web page where it listens beyond loopback; default: follows from the "
+        "secret |",
+        "",
         "## Metrics",
         "",
         "Dynamo adds `dynamo_namespace`, `dynamo_component`, `dynamo_endpoint`, `worker_id`.",

@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 
 from components import credentials
+from components.address import is_loopback
 from components.engine.protocol import AgentName, AgentRef, Epoch
 from components.errors import (
     IncompatibleLayout,
@@ -80,7 +81,15 @@ class TransferAgent:
     def start(self, pools: Sequence[KVPool]) -> None:
         """Register the pools and publish. Raises ``ConfigError``, ``TransferUnavailable``, ``TransferError``."""
         self._config.validate()
-        credentials.secret()  # One that cannot be read is an error now, not at the first peer.
+        # A secret that cannot be read is an error now, not at the first peer.
+        if not credentials.secret() and not is_loopback(self._config.advertise_host):
+            logger.warning(
+                "agent %s is reached at %s and has no secret: whoever learns its epoch from etcd or NATS can read its "
+                "KV blocks; give all processes one with %s",
+                self._config.name,
+                self._config.advertise_host,
+                credentials.VARIABLE,
+            )
         self._assembly = assemble(self._config, self.epoch, pools, self.directory)
         self._checksums = BlockChecksums(pools)
         self._block_bytes = self.record.block_bytes

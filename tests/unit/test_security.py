@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 
+from components.credentials import VARIABLE
 from components.engine.protocol import EngineInfo, RequestId
 from components.errors import ConfigError, MigrateError, Unauthorized
 from components.handshake import connect
@@ -225,6 +226,18 @@ def test_a_peer_with_the_secret_reads_and_can_write_nothing(lanes: Lanes) -> Non
     [line] = [text for text in Path("/proc/self/maps").read_text().splitlines() if text.startswith(f"{address:x}-")]
     assert line.split()[1] == "r--s" and size >= 8 * 256
     mapping.close()
+
+
+def test_an_agent_that_others_can_reach_says_that_it_has_no_secret(
+    secret: Path, use_secret: Callable[[Path | None], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    for path, host, said in ((None, "0.0.0.0", True), (None, "127.0.0.1", False), (secret, "0.0.0.0", False)):
+        use_secret(path)
+        caplog.clear()
+        agent = TransferAgent(AgentConfig(name="lone", backends=("tcp",), advertise_host=host))
+        agent.start([KVPool("layer.0", torch.zeros((8, 64)), 8, 0)])
+        agent.close()
+        assert (VARIABLE in caplog.text) == said
 
 
 def test_no_user_of_the_host_can_read_an_epoch_from_the_names_of_sockets(lanes: Lanes) -> None:
