@@ -155,6 +155,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """Freeze by itself once this many tokens have been generated (prefill hand-off: 1)."""
     landing: KVOffer | None = None
     """Reserve blocks and copy these before anything else; wait for ``commit``."""
+    native: bytes = b""
+    """Sampling and the like in the engine's own form; ``sampling``, ``priority`` and the names above are then unused."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, omit_defaults=True):

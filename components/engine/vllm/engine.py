@@ -30,10 +30,16 @@ from components.engine.protocol import (
     RequestId,
     RequestInfo,
 )
-from components.engine.vllm import arguments
-from components.engine.vllm.client import CoreClient
-from components.engine.vllm.control import MARKER, decode_frozen
-from components.engine.vllm.sampling import finish_reason, logprobs_of, to_vllm
+        return await self._describe(config)
+
+    async def serve(self, llm: Any) -> EngineInfo:
+        """Instead of ``start``: take over an ``AsyncLLM`` that somebody else has made with ``arguments.configure``."""
+        self._llm = llm
+        return await self._describe(llm.vllm_config)
+
+    async def _describe(self, config: Any) -> EngineInfo:
+        self._client = CoreClient(self._llm)
+        reply = await self._client.info()
 from components.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -119,8 +125,20 @@ class VLLMEngine:
             self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             raise ConfigError(f"vLLM did not start: {error}") from error
+<<<<<<< HEAD
         self._client = CoreClient(self._llm)
         reply = await self._client.info()
+=======
+        return await self._describe(config)
+
+    async def serve(self, llm: Any) -> EngineInfo:
+        """Instead of ``start``: take over an ``AsyncLLM`` that somebody else has made with our scheduler and connector."""
+        self._llm = llm
+        return await self._describe(llm.vllm_config)
+
+    async def _describe(self, config: Any) -> EngineInfo:
+        reply = await self._call(Call(Op.INFO))
+>>>>>>> 5d9a2c6 (Streams: wip)
         model = config.model_config
         self._info = EngineInfo(
             model=str(model.served_model_name or model.model),
@@ -161,15 +179,11 @@ class VLLMEngine:
 
         if request.request_id in self._live:
             raise SessionError(f"request id {request.request_id} is in use in this engine")
-        adapter = self._adapter(request.lora_name)
-        params = to_vllm(request, self.info.max_model_len)
-        prompt: dict[str, Any] = {"prompt_token_ids": [*request.prompt_token_ids, *request.output_token_ids]}
-        if request.cache_salt is not None:
-            prompt["cache_salt"] = request.cache_salt
+        prompt, params, keywords = self._arguments(request)
         live = self._live[request.request_id] = _Live(delivered=len(request.output_token_ids))
         if request.landing is not None:
             self._renew_lease(request.request_id)
-        stream = self._llm.generate(prompt, params, request.request_id, lora_request=adapter, priority=request.priority)
+        stream = self._llm.generate(prompt, params, request.request_id, **keywords)
         try:
             async for item in stream:
                 if item.finished and live.ended is not None:
@@ -189,6 +203,18 @@ class VLLMEngine:
         finally:
             self._drop(request.request_id)
             await stream.aclose()
+
+    def _arguments(self, request: GenerateRequest) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+        prompt: dict[str, Any] = {"prompt_token_ids": [*request.prompt_token_ids, *request.output_token_ids]}
+        if request.native:
+            given = native.decode(request.native)
+            salt, params, keywords = given.cache_salt, marked(given.params, request), given.keywords()
+        else:
+            salt, params = request.cache_salt, to_vllm(request, self.info.max_model_len)
+            keywords = {"lora_request": self._adapter(request.lora_name), "priority": request.priority}
+        if salt is not None:
+            prompt["cache_salt"] = salt
+        return prompt, params, keywords
 
     def _adapter(self, name: str | None) -> Any:
         if name is None:
@@ -236,6 +262,8 @@ class VLLMEngine:
     async def _end(self, request_id: RequestId, reason: FinishReason, error: tuple[str, str] | None) -> None:
         live = self._live.get(request_id)
         if live is None:
+            # A request that Dynamo's handler has entered: it sees an aborted stream.
+            await self._llm.abort(request_id)
             return
         live.ended = GenerateOutput(live.delivered, finish_reason=reason, error=error)
         await self._llm.abort(request_id)

@@ -15,6 +15,7 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from components.engine.protocol import FinishReason, GenerateRequest, TokenLogprob
 from components.engine.vllm.control import MARKER, Marker, encode
+from components.engine.vllm.native import TRANSFER_KEY
 from components.errors import InvalidRequest
 
 _FINISH = {
@@ -69,6 +70,22 @@ def to_vllm(request: GenerateRequest, max_model_len: int) -> SamplingParams:
     if s.bad_words_token_ids:
         # vLLM has no public way to give bad words as token ids.
         params._bad_words_token_ids = [list(word) for word in s.bad_words_token_ids]
+    return params
+
+
+def marked(params: SamplingParams, request: GenerateRequest) -> SamplingParams:
+    """vLLM's own parameters with what our scheduler must know of the request."""
+    marker = Marker(
+        request_id=request.request_id,
+        num_prompt_tokens=len(request.prompt_token_ids),
+        freeze_after=request.freeze_after,
+        landing=request.landing,
+        not_migratable=None,
+    )
+    params = params.clone()
+    given = params.extra_args or {}
+    transfer = {**(given.get(TRANSFER_KEY) or {}), MARKER: encode(marker)}
+    params.extra_args = {**given, TRANSFER_KEY: transfer}
     return params
 
 

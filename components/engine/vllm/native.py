@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request and its outputs in vLLM's own form: how they travel to another engine and come back.
+
+``Native`` carries everything that ``AsyncLLM.generate`` was called with, so that no parameter is translated, and none can
+be dropped. ``why_fixed`` names what cannot travel exactly. ``OutputFace`` looks at ``RequestOutput`` for
+``components.migration.requests``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from vllm import SamplingParams
+from vllm.logprobs import Logprob
+from vllm.lora.request import LoRARequest
+from vllm.outputs import CompletionOutput, RequestOutput
+
+from components.engine.protocol import FinishReason, GenerateOutput
+from components.errors import InvalidRequest
+
+MAX_BYTES = 16 << 20
+TRANSFER_KEY = "kv_transfer_params"
+_REASONS = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.CANCELLED: "abort",
+    FinishReason.ERROR: "error",
+}
+_KNOWN_PROMPT_KEYS = frozenset({"prompt_token_ids", "cache_salt", "prompt", "type", "arrival_time"})
+
+
+class Native(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Arguments of ``AsyncLLM.generate`` but the prompt's tokens and the request's id."""
+
+    params: SamplingParams
+    priority: int = 0
+    lora: LoRARequest | None = None
+    cache_salt: str | None = None
+    session_id: str | None = None
+    trace_headers: dict[str, str] | None = None
+    reasoning_ended: bool | None = None
+    reasoning_parser_kwargs: dict[str, Any] | None = None
+
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments for ``AsyncLLM.generate``."""
+        return {
+            "priority": self.priority,
+            "lora_request": self.lora,
+            "session_id": self.session_id,
+            "trace_headers": self.trace_headers,
+            "reasoning_ended": self.reasoning_ended,
+            "reasoning_parser_kwargs": self.reasoning_parser_kwargs,
+        }
+
+
+def encode(native: Native) -> bytes:
+    """As bytes for a ticket, without what a connector was told of this engine's own copy."""
+    extra = {k: v for k, v in (native.params.extra_args or {}).items() if k != TRANSFER_KEY}
+    params = native.params.clone()
+    params.extra_args = extra or None
+    return msgspec.msgpack.encode(msgspec.structs.replace(native, params=params))
+
+
+def decode(data: bytes) -> Native:
+    """Read a ticket's bytes. Raises ``InvalidRequest`` when they are malformed or too large."""
+    if len(data) > MAX_BYTES:
+        raise InvalidRequest(f"a request of {len(data)} bytes; {MAX_BYTES} are allowed")
+    try:
+        return msgspec.msgpack.decode(data, type=Native)
+    except (msgspec.DecodeError, RecursionError, TypeError, ValueError) as error:
+        raise InvalidRequest(f"a request that this vLLM cannot read: {error}") from error
+
+
+def prompt_tokens(prompt: Any) -> list[int] | None:
+    """Token ids of a prompt that consists of nothing else; None for images, embeddings and raw text."""
+    if not isinstance(prompt, Mapping) or not prompt.keys() <= _KNOWN_PROMPT_KEYS:
+        return None
+    tokens = prompt.get("prompt_token_ids")
+    return tokens if isinstance(tokens, list) else None
+
+
+def why_fixed(prompt: Any, params: SamplingParams, data_parallel_rank: int | None) -> str:
+    """Why this request cannot move exactly; empty when it can."""
+    if prompt_tokens(prompt) is None:
+        return "the prompt is more than token ids (images, embeddings): only its KV has all of it"
+    if params.n > 1:
+        return "n > 1: the samples share one request"
+    if params.prompt_logprobs is not None:
+        return "prompt_logprobs: they are produced once, during prefill"
+    if params.structured_outputs is not None:
+        return "guided decoding: the grammar's state does not travel"
+    if data_parallel_rank:
+        return f"data-parallel rank {data_parallel_rank}: only engines of one rank move requests"
+    return ""
+
+
+def why_attached(params: SamplingParams) -> str:
+    """Why Dynamo's frontend does not send this request again; empty when it does."""
+    if params.structured_outputs is not None:
+        return "guided decoding: the frontend does not repeat it"
+    if params.n > 1:
+        return "n > 1: the frontend does not repeat it"
+    return ""
+
+
+class OutputFace:
+    """``components.migration.requests.Face`` of ``RequestOutput`` (DELTA)."""
+
+    def __init__(self, request_id: str, prompt_token_ids: list[int] | None) -> None:
+        self._request_id = request_id
+        self._prompt = prompt_token_ids
+
+    def tokens(self, item: RequestOutput) -> Sequence[int]:
+        """New tokens of the first sample."""
+        return item.outputs[0].token_ids if item.outputs else ()
+
+    def finished(self, item: RequestOutput) -> bool:
+        """Is it the last of its stream?"""
+        return bool(item.finished)
+
+    def without_end(self, item: RequestOutput) -> RequestOutput | None:
+        """The item without its finish reason; None when it has no token."""
+        if not self.tokens(item):
+            return None
+        rest = copy.copy(item)
+        rest.finished = False
+        sample = copy.copy(item.outputs[0])
+        sample.finish_reason = sample.stop_reason = None
+        # vLLM repeats older rows behind the new ones when it joins an output with the end of an aborted request.
+        if sample.logprobs is not None:
+            sample.logprobs = list(sample.logprobs)[: len(sample.token_ids)]
+        rest.outputs = [sample]
+        return rest
+
+    def make(self, output: GenerateOutput) -> RequestOutput:
+        """An output of another engine as this one would have given it. Raises ``RuntimeError`` for its error."""
+        if output.finish_reason is FinishReason.ERROR:
+            raise RuntimeError(": ".join(output.error or ("internal", "the engine ended the request")))
+        reason = None if output.finish_reason is None else _REASONS.get(output.finish_reason, "stop")
+        rows = [
+            # The sampled token comes first, as in vLLM's own rows.
+            {token: Logprob(row.logprob, rank=row.rank or None)}
+            | {other: Logprob(value, rank=n + 1) for n, (other, value) in enumerate(row.top) if other != token}
+            for token, row in zip(output.token_ids, output.logprobs, strict=False)
+        ]
+        return RequestOutput(
+            request_id=self._request_id,
+            prompt=None,
+            prompt_token_ids=self._prompt,
+            prompt_logprobs=None,
+            outputs=[
+                CompletionOutput(
+                    index=0,
+                    text="",
+                    token_ids=list(output.token_ids),
+                    cumulative_logprob=None,
+                    logprobs=rows or None,
+                    finish_reason=reason,
+                    stop_reason=output.stop_reason,
+                )
+            ],
+            finished=reason is not None,
+            num_cached_tokens=output.cached_tokens or None,
+        )

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One life of a request in the engine of this worker.
+
+``Leg`` is a life that Dynamo's handler reads directly from the engine: the stock path, plus a list of its tokens and the
+times of the last ones. ``Arrival`` is a life that came from another worker: a task reads it from the engine, and whoever
+has it now reads it here, from any token on: the worker it came from (relay) or a handler to which the frontend has sent
+the request again (adoption). The newest reader wins.
+
+Threading: one asyncio loop. Nobody's time-outs but one: an arrival that nobody reads for ``orphan_s`` is given up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import msgspec
+
+from components.engine.protocol import GenerateOutput, RequestId
+from components.errors import SessionError
+from components.migration.messages import Life, Owner
+
+_GAPS = 16
+
+
+def new_life() -> Life:
+    """A number that no other life of any request has."""
+    return secrets.randbits(63)
+
+
+@dataclass(eq=False)
+class Away:
+    """The life that goes on elsewhere."""
+
+    owner: Owner
+    relay: AsyncGenerator[GenerateOutput, None]
+    """Its outputs, from the first token after the cut."""
+    cut: tuple[int, ...]
+    """All output tokens up to the cut."""
+    announced: bool = False
+    """Every worker that the frontend could choose knows the owner."""
+
+
+@dataclass(eq=False)
+class Leg:
+    """See the module docstring."""
+
+    request_id: RequestId
+    engine_id: RequestId
+    """Its name in the engine: the frontend's id for a stock request, which ``abort`` then finds."""
+    prompt_token_ids: Sequence[int]
+    native: Callable[[], bytes]
+    """The request in the engine's own form, made when a move asks for it."""
+    fixed: str = ""
+    """Why it cannot move; empty: it can."""
+    attached: str = ""
+    """Why the frontend does not repeat it; empty: it does."""
+    max_tokens: int | None = None
+    life: Life = field(default_factory=new_life)
+    began: float = field(default_factory=time.monotonic)
+    tokens: list[int] = field(default_factory=list)
+    """Output tokens that have left this worker."""
+    away: Away | None = None
+    moves: int = 0
+    handed_on: bool = False
+    """The frontend has been asked to repeat the request."""
+    over: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by the move under way."""
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once nobody in this worker has to do with it any more."""
+    _times: deque[float] = field(default_factory=lambda: deque(maxlen=_GAPS + 1))
+
+    def note(self, tokens: Sequence[int]) -> None:
+        """These have left now."""
+        self.tokens.extend(tokens)
+        self._times.append(time.monotonic())
+
+    def known(self) -> list[int]:
+        """All output tokens that this worker has seen."""
+        return self.tokens
+
+    @property
+    def last_token_at(self) -> float:
+        """When the last token left; when the life began, if none has."""
+        return self._times[-1] if self._times else self.began
+
+    def median_gap(self) -> float:
+        """Median of the last gaps between outputs, in seconds; 0 while there are none."""
+        times = list(self._times)
+        return median(b - a for a, b in zip(times, times[1:], strict=False)) if len(times) > 1 else 0.0
+
+
+@dataclass(eq=False)
+class Arrival(Leg):
+    """See the module docstring."""
+
+    before: tuple[int, ...] = ()
+    """Output tokens that were made elsewhere; complete from the commit on."""
+    outputs: list[GenerateOutput] = field(default_factory=list)
+    committed: bool = False
+    reader: int = 0
+    """Number of the reader that has it; 0 before the first."""
+    unread_since: float | None = field(default_factory=time.monotonic)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def add(self, output: GenerateOutput) -> None:
+        """The engine has given this."""
+        self.outputs.append(output)
+        self._times.append(time.monotonic())
+        self._changed.set()
+
+    def known(self) -> list[int]:
+        """All output tokens, with those of earlier lives."""
+        return [*self.before, *(token for output in self.outputs for token in output.token_ids)]
+
+    def index_after(self, token_ids: Sequence[int]) -> int | None:
+        """The output token that follows these tokens of prompt and answer; None when they are not this life's."""
+        index = len(token_ids) - len(self.prompt_token_ids)
+        if index < 0 or [*self.prompt_token_ids, *self.known()[:index]] != list(token_ids):
+            return None
+        return index
+
+    async def read(self, index: int) -> AsyncGenerator[GenerateOutput, None]:
+        """Outputs from token ``index`` on, until the one with a finish reason. Raises ``SessionError`` when superseded."""
+        self.reader += 1
+        me, position = self.reader, 0
+        self.unread_since = None
+        self._changed.set()
+        try:
+            while True:
+                if self.reader != me:
+                    raise SessionError(f"request {self.request_id} has a newer reader")
+                if position == len(self.outputs):
+                    self._changed.clear()
+                    await self._changed.wait()
+                    continue
+                output = since(self.outputs[position], index)
+                position += 1
+                if output is not None:
+                    yield output
+                    if output.finish_reason is not None:
+                        return
+        finally:
+            if self.reader == me:
+                self.unread_since = time.monotonic()
+
+
+def since(output: GenerateOutput, index: int) -> GenerateOutput | None:
+    """The part of an output from token ``index`` on; None when nothing of it is left."""
+    skip = index - output.index
+    if skip <= 0:
+        return output
+    if skip >= len(output.token_ids) and output.finish_reason is None:
+        return None
+    return msgspec.structs.replace(
+        output, index=index, token_ids=output.token_ids[skip:], logprobs=output.logprobs[skip:]
+    )

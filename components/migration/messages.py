@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What workers say to each other, and what planners and the command line say to workers.
+
+One endpoint, ``<namespace>.<component>.migrate``, answers every ``WorkerCall``: with one ``WorkerReply``, or, for
+``attach``, with a stream of ``Attached``. ``components.messages`` packs, bounds and seals them.
+
+A call names a *life* of a request, not the request: each stay of a request in an engine has a random number, and a
+call with another number is refused. A late, doubled or crossed call therefore never hits the next life.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import msgspec
+
+from components.engine.protocol import (
+    EngineInfo,
+    EngineStats,
+    Frozen,
+    GenerateOutput,
+    KVOffer,
+    LandingStatus,
+    RequestId,
+    RequestInfo,
+)
+
+Life = int
+"""Number of one stay of a request in one engine: 63 random bits."""
+
+
+class Mode(StrEnum):
+    """How a request moves. ``REPLAY`` recomputes its KV, as Dynamo's own migration does."""
+
+    LIVE = "live"
+    STOP_AND_COPY = "stop-and-copy"
+    REPLAY = "replay"
+
+
+class Owner(msgspec.Struct, frozen=True):
+    """Where a request runs: the instance id of a worker, and the number of its life there."""
+
+    instance: int
+    life: Life
+
+
+class Ticket(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Everything that another worker needs to go on with a request, but its KV and its tokens at the freeze."""
+
+    request_id: RequestId
+    life: Life
+    """Number of the life that begins at the receiver."""
+    prompt_token_ids: tuple[int, ...]
+    native: bytes
+    """The request in the engine's own form; only engines with the same fingerprint read it."""
+    fingerprint: str
+    output_token_ids: tuple[int, ...] = ()
+    attached: str = ""
+    """Why the frontend does not send this request again, so that somebody must relay it to its end; empty: it does."""
+
+
+class WorkerOp(StrEnum):
+    """Calls that a worker's ``migrate`` endpoint answers."""
+
+    RESERVE = "reserve"
+    LANDING = "landing"
+    EXTEND = "extend"
+    EXPECT_COMMIT = "expect-commit"
+    COMMIT = "commit"
+    ABORT = "abort"
+    ATTACH = "attach"
+    OWNERS = "owners"
+    STATUS = "status"
+    MIGRATE = "migrate"
+    DRAIN = "drain"
+    UNDRAIN = "undrain"
+    CHECK = "check"
+
+
+class WorkerCall(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One call to a worker."""
+
+    op: WorkerOp
+    request_id: RequestId = RequestId("")
+    life: Life = 0
+    ticket: Ticket | None = None
+    offer: KVOffer | None = None
+    tokens: tuple[int, ...] = ()
+    frozen: Frozen | None = None
+    hold_s: float = 0.0
+    """``expect-commit``: for how long to begin no step. ``landing``: when to answer though blocks are on the way."""
+    index: int = 0
+    """``attach``: output token to begin with."""
+    owners: Annotated[tuple[tuple[RequestId, Owner], ...], msgspec.Meta(max_length=65536)] = ()
+    target: int = 0
+    """``migrate``: instance id of the destination; 0 lets the worker choose."""
+    mode: Mode = Mode.LIVE
+    timeout_s: float = 60.0
+    requests: bool = True
+    """``status``: with the table of requests."""
+
+
+class MoveRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One migration that has ended, as its source saw it. Times in seconds."""
+
+    request_id: str
+    source: str
+    target: str
+    mode: Mode
+    ok: bool
+    code: str = ""
+    """``components.errors`` code of what went wrong; empty when nothing did."""
+    reason: str = ""
+    """Why it failed, or why the mode is not the one asked for."""
+    tokens: int = 0
+    rounds: int = 0
+    bytes: int = 0
+    descriptors: int = 0
+    post_s: float = 0.0
+    wire_s: float = 0.0
+    lane: str = ""
+    downtime_s: float = 0.0
+    """Last token from the source to first token from the destination."""
+    added_stall_s: float = 0.0
+    """Downtime less the request's median gap between tokens before it."""
+    total_s: float = 0.0
+    age_s: float = 0.0
+    """Time since it ended, when this record was sent."""
+
+
+class ServedInfo(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """One request of a worker: running in its engine, or relayed from the worker that it has moved to."""
+
+    info: RequestInfo
+    relayed_from: str = ""
+    """Name of the worker whose tokens are passed on; the engine here has nothing of this request any more."""
+    attached: bool = True
+    """False: nobody reads its tokens at the moment; the frontend's repeat is awaited."""
+    moving: bool = False
+    moves: int = 0
+
+
+class WorkerState(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A worker's own view of itself."""
+
+    worker: str
+    role: str
+    info: EngineInfo
+    stats: EngineStats
+    requests: tuple[ServedInfo, ...] = ()
+    moves: tuple[MoveRecord, ...] = ()
+    cordoned: bool = False
+    draining: bool = False
+    tokens_total: int = 0
+    metrics: str = ""
+    """host:port of the worker's Prometheus metrics."""
+
+
+class WorkerReply(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Answer to a call; ``error`` is (code, message)."""
+
+    error: tuple[str, str] | None = None
+    landing: LandingStatus | None = None
+    state: WorkerState | None = None
+    moves: tuple[MoveRecord, ...] = ()
+
+
+class Attached(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One item of an ``attach`` stream: tokens, the request's next owner, or an error."""
+
+    outputs: tuple[GenerateOutput, ...] = ()
+    moved: Owner | None = None
+    error: tuple[str, str] | None = None

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls to the ``migrate`` endpoints of other workers, over Dynamo's request plane.
+
+Errors: what the peer raised; ``WorkerLost`` when it cannot be reached or closes a call without an answer;
+``DeadlineExceeded`` after the caller's time-out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from components.engine.protocol import GenerateOutput, RequestId
+from components.errors import DeadlineExceeded, MigrateError, WorkerLost, from_code
+from components.messages import pack, unpack
+from components.migration.messages import Attached, Owner, WorkerCall, WorkerOp, WorkerReply
+
+
+def short(instance: int) -> str:
+    """A worker's name for people. Instance ids of one etcd differ only in their last digits."""
+    return f"{instance:016x}"[-8:]
+
+
+class Peers(Protocol):
+    """See the module docstring. Tests bring one without a network."""
+
+    def instances(self) -> list[int]:
+        """Workers of all roles that can be called now."""
+        ...
+
+    async def call(self, instance: int, call: WorkerCall, timeout_s: float = 20.0) -> WorkerReply:
+        """One call and its answer."""
+        ...
+
+    def attach(
+        self, owner: Owner, request_id: RequestId, index: int, token_ids: tuple[int, ...] = ()
+    ) -> AsyncGenerator[Attached, None]:
+        """A request that runs at ``owner``, from output token ``index`` on, or from the one that follows ``token_ids``."""
+        ...
+
+
+class DynamoPeers:
+    """``Peers`` over Dynamo's clients of the components that have migrating workers."""
+
+    def __init__(self, clients: list[Any]) -> None:
+        self._clients = clients
+
+    @classmethod
+    async def connect(cls, runtime: Any, namespace: str, components: list[str]) -> DynamoPeers:
+        """Clients of ``<namespace>.<component>.migrate`` for each component."""
+        return cls([await runtime.endpoint(f"{namespace}.{name}.migrate").client() for name in components])
+
+    def instances(self) -> list[int]:
+        """Workers that are in Dynamo's discovery."""
+        return sorted({instance for client in self._clients for instance in client.instance_ids()})
+
+    def _client(self, instance: int) -> Any:
+        for client in self._clients:
+            if instance in client.instance_ids():
+                return client
+        raise WorkerLost(f"worker {short(instance)} is not known to Dynamo's discovery")
+
+    async def call(self, instance: int, call: WorkerCall, timeout_s: float = 20.0) -> WorkerReply:
+        """See ``Peers``."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                async with aclosing(self._stream(instance, call)) as stream:
+                    async for item in stream:
+                        reply = unpack(item, WorkerReply)
+                        if reply.error is not None:
+                            raise from_code(*reply.error)
+                        return reply
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"worker {short(instance)} did not answer {call.op} within {timeout_s:g} s"
+            ) from error
+        raise WorkerLost(f"worker {short(instance)} closed the call {call.op} without an answer")
+
+    async def attach(
+        self, owner: Owner, request_id: RequestId, index: int, token_ids: tuple[int, ...] = ()
+    ) -> AsyncGenerator[Attached, None]:
+        """See ``Peers``."""
+        call = WorkerCall(WorkerOp.ATTACH, request_id, owner.life, index=index, tokens=token_ids)
+        async with aclosing(self._stream(owner.instance, call)) as stream:
+            async for item in stream:
+                yield unpack(item, Attached)
+
+    async def _stream(self, instance: int, call: WorkerCall) -> AsyncGenerator[Any, None]:
+        from dynamo._core import Context
+
+        context = Context(secrets.token_hex(8))
+        try:
+            async for item in await self._client(instance).direct(
+                pack(call), instance, annotated=False, context=context
+            ):
+                yield item
+        except MigrateError:
+            raise
+        except Exception as error:
+            raise WorkerLost(f"worker {short(instance)}: {error}") from error
+        finally:
+            # A reader that leaves ends the peer's side too.
+            context.stop_generating()
+
+
+async def follow(
+    peers: Peers,
+    owner: Owner,
+    request_id: RequestId,
+    index: int,
+    moved: Callable[[Owner], None] | None = None,
+    token_ids: tuple[int, ...] = (),
+) -> AsyncGenerator[GenerateOutput, None]:
+    """Outputs of a request wherever it runs. ``moved`` is called with each next owner.
+
+    Raises what its owner reports, ``WorkerLost`` when a stream ends before the request does.
+    """
+    while True:
+        heir: Owner | None = None
+        async with aclosing(peers.attach(owner, request_id, index, token_ids)) as stream:
+            async for item in stream:
+                if item.error is not None:
+                    raise from_code(*item.error)
+                for output in item.outputs:
+                    index, token_ids = output.index + len(output.token_ids), ()
+                    yield output
+                    if output.finish_reason is not None:
+                        return
+                if item.moved is not None:
+                    heir = item.moved
+                    break
+        if heir is None:
+            raise WorkerLost(f"worker {short(owner.instance)} closed the stream of request {request_id}")
+        owner = heir
+        if moved is not None:
+            moved(owner)

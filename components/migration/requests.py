@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every request of one worker: what runs in its engine, what has left it, and who reads what.
+
+A handler's call of the engine goes through ``serve``: as long as nothing moves, it hands the engine's own items on. When
+the life has gone elsewhere, ``serve`` goes on with the next owner's outputs (relay) until the frontend can be asked to
+repeat the request (``Repeat``), which then reaches the owner itself (``claim``) or a worker that knows the owner.
+
+Directory of owners: before a stream breaks, each worker that the frontend could choose is told, in one call for all
+requests that wait to be told, and has answered. This needs no server beside Dynamo's own request plane, and the answers
+prove that the record is there before the repeat is. A worker that did not answer has no record: a repeat that reaches it
+is a new request there, as after the loss of a worker. Records end after ``OWNER_S``.
+
+Threading: one asyncio loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from components.engine.protocol import Engine, FinishReason, GenerateOutput, GenerateRequest, KVOffer, RequestId
+from components.errors import InvalidRequest, MigrateError, RequestNotFound, SessionError, WorkerLost
+from components.migration.legs import Arrival, Leg
+from components.migration.messages import Attached, Life, Owner, Ticket, WorkerCall, WorkerOp
+from components.migration.peers import Peers, follow
+
+logger = logging.getLogger(__name__)
+OWNER_S = 120.0
+_ANNOUNCE_S = 1.0
+_SWEEP_S = 1.0
+
+T = TypeVar("T")
+
+
+class Face(Protocol[T]):
+    """How an engine's own output items look. The unmoved path never converts one."""
+
+    def tokens(self, item: T) -> Sequence[int]:
+        """Its new tokens."""
+        ...
+
+    def finished(self, item: T) -> bool:
+        """Is it the last of its stream?"""
+        ...
+
+    def without_end(self, item: T) -> T | None:
+        """The item as if more would follow; None when nothing is left of it."""
+        ...
+
+    def make(self, output: GenerateOutput) -> T:
+        """An item from the protocol's output."""
+        ...
+
+
+class _ProtocolFace:
+    """``Face`` of the protocol's own outputs."""
+
+    def tokens(self, item: GenerateOutput) -> Sequence[int]:
+        return item.token_ids
+
+    def finished(self, item: GenerateOutput) -> bool:
+        return item.finish_reason is not None
+
+    def without_end(self, item: GenerateOutput) -> GenerateOutput | None:
+        return msgspec.structs.replace(item, finish_reason=None, stop_reason=None) if item.token_ids else None
+
+    def make(self, output: GenerateOutput) -> GenerateOutput:
+        return output
+
+
+PROTOCOL_FACE = _ProtocolFace()
+
+
+class Repeat(Exception):
+    """The frontend shall send the request again; not an error of anybody."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Times and limits; all with sane defaults."""
+
+    orphan_s: float = 30.0
+    """An arrival that nobody reads for so long is given up."""
+    repeats: bool = True
+    """The frontend repeats requests (``--migration-limit``); else everything is relayed to its end."""
+    relay_below: int = 32
+    """A request with fewer tokens to come is relayed to its end: a repeat would cost more."""
+
+
+class Requests:
+    """See the module docstring."""
+
+    def __init__(self, engine: Engine, peers: Peers, instance: int, fingerprint: str, options: Options) -> None:
+        self.engine = engine
+        self.peers = peers
+        self.instance = instance
+        self.fingerprint = fingerprint
+        self.options = options
+        self.legs: dict[RequestId, Leg] = {}
+        """Stock lives by the frontend's id, also those that are relayed."""
+        self.arrivals: dict[Life, Arrival] = {}
+        self.closing = False
+        """The process is about to end: what has left stays with its owner whatever happens to the streams here."""
+        self.tokens_total = 0
+        self._owners: dict[RequestId, tuple[Owner, float]] = {}
+        self._telling: dict[RequestId, tuple[Owner, asyncio.Future[None]]] = {}
+        self._teller: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[object]] = set()
+
+    # Streams of this worker's handlers
+
+    async def serve(self, leg: Leg, stream: AsyncIterator[T], face: Face[T]) -> AsyncGenerator[T, None]:
+        """The items of a request for the handler that has it. Raises ``Repeat`` when the frontend shall repeat it."""
+        self._enter(leg)
+        try:
+            async for item in stream:
+                last = face.finished(item)
+                if last and leg.away is not None:
+                    rest = face.without_end(item)
+                    if rest is None:
+                        break
+                    item = rest
+                if not isinstance(leg, Arrival):
+                    leg.note(face.tokens(item))
+                    self.tokens_total += len(face.tokens(item))
+                yield item
+                if last:
+                    break
+            if leg.away is None:
+                leg.over = True
+                return
+            async for output in self._relay(leg):
+                yield face.make(output)
+        finally:
+            await self._leave(leg)
+
+    async def _relay(self, leg: Leg) -> AsyncGenerator[GenerateOutput, None]:
+        away = leg.away
+        if away is None:
+            return
+        lost = away.cut[len(leg.tokens) :] if not isinstance(leg, Arrival) else ()
+        if lost:
+            yield GenerateOutput(index=len(leg.tokens), token_ids=lost)
+            leg.note(lost)
+        made = len(away.cut)
+        try:
+            async with aclosing(away.relay) as relay:
+                async for output in relay:
+                    made = output.index + len(output.token_ids)
+                    leg.over = output.finish_reason is not None
+                    yield output
+                    if leg.over:
+                        return
+                    if away.announced and not leg.attached and self._pays(leg, made):
+                        leg.handed_on = True
+                        raise Repeat(f"request {leg.request_id} runs at another worker")
+        except WorkerLost as error:
+            if leg.attached:
+                raise
+            # Nobody owns it any more: the frontend's token replay.
+            leg.handed_on = True
+            raise Repeat(str(error)) from error
+
+    def _pays(self, leg: Leg, made: int) -> bool:
+        return self.closing or leg.max_tokens is None or leg.max_tokens - made >= self.options.relay_below
+
+    def _enter(self, leg: Leg) -> None:
+        if not isinstance(leg, Arrival):
+            self.legs[leg.request_id] = leg
+
+    async def _leave(self, leg: Leg) -> None:
+        if not isinstance(leg, Arrival) and self.legs.get(leg.request_id) is leg:
+            del self.legs[leg.request_id]
+        leg.left.set()
+        if leg.over or leg.handed_on or self.closing:
+            return
+        # The client has gone.
+        if leg.away is not None:
+            self.spawn(self.peers.call(leg.away.owner.instance, _abort(leg.request_id, leg.away.owner.life)))
+        elif isinstance(leg, Arrival):
+            self.spawn(self.give_up(leg))
+
+    def claim(self, request_id: RequestId, token_ids: Sequence[int]) -> tuple[Arrival, int] | None:
+        """The life that continues exactly these tokens here, and the output token to begin with."""
+        for leg in self.arrivals.values():
+            if leg.request_id == request_id and leg.committed and leg.away is None:
+                index = leg.index_after(token_ids)
+                if index is not None:
+                    return leg, index
+        return None
+
+    def owner(self, request_id: RequestId) -> Owner | None:
+        """Who has been announced to have a request; None for a new one."""
+        found = self._owners.get(request_id)
+        return found[0] if found is not None and found[1] > time.monotonic() else None
+
+    def repeated(self, request_id: RequestId, token_ids: Sequence[int]) -> AsyncGenerator[GenerateOutput, None] | None:
+        """What follows these tokens of a request that the frontend has sent again; None: it is a new one here."""
+        if (claimed := self.claim(request_id, token_ids)) is not None:
+            leg, index = claimed
+            return self.serve(leg, leg.read(index), PROTOCOL_FACE)
+        owner = self.owner(request_id)
+        return self._relayed(request_id, owner, token_ids) if owner is not None else None
+
+    async def _relayed(
+        self, request_id: RequestId, owner: Owner, token_ids: Sequence[int]
+    ) -> AsyncGenerator[GenerateOutput, None]:
+        over = False
+        at = owner
+
+        def moved(heir: Owner) -> None:
+            nonlocal at
+            at = heir
+
+        try:
+            stream = follow(self.peers, owner, request_id, 0, moved, tuple(token_ids))
+            async with aclosing(stream):
+                async for output in stream:
+                    over = output.finish_reason is not None
+                    yield output
+        except (WorkerLost, RequestNotFound) as error:
+            # Its owner is gone. Whoever gets the next repeat computes it again.
+            over = True
+            self._owners.pop(request_id, None)
+            raise Repeat(str(error)) from error
+        finally:
+            if not over and not self.closing:
+                self.spawn(self.peers.call(at.instance, _abort(request_id, at.life)))
+
+    async def abort(self, request_id: RequestId) -> bool:
+        """The client has gone. False: this is a stock request of the engine's."""
+        leg = self.legs.get(request_id)
+        if leg is not None and leg.away is None:
+            return False
+        if self.closing:
+            return True
+        if leg is not None and leg.away is not None:
+            owner = leg.away.owner
+            with suppress(MigrateError):
+                await self.peers.call(owner.instance, _abort(request_id, owner.life))
+            return True
+        for arrival in [a for a in self.arrivals.values() if a.request_id == request_id]:
+            await self.give_up(arrival)
+            return True
+        return False
+
+    # Lives that come from elsewhere
+
+    def reserve(self, ticket: Ticket, offer: KVOffer | None) -> None:
+        """Let a life begin here: blocks are reserved and filled, no token comes before ``commit``."""
+        if ticket.fingerprint != self.fingerprint:
+            raise InvalidRequest("model, weights, runner or KV layout of the two workers differ")
+        if ticket.life in self.arrivals:
+            raise SessionError(f"life {ticket.life:x} of request {ticket.request_id} is here already")
+        engine_id = RequestId(f"{ticket.request_id}~{ticket.life:x}")
+        leg = Arrival(
+            ticket.request_id,
+            engine_id,
+            ticket.prompt_token_ids,
+            lambda: ticket.native,
+            attached=ticket.attached,
+            life=ticket.life,
+            before=ticket.output_token_ids,
+        )
+        self.arrivals[leg.life] = leg
+        request = GenerateRequest(
+            engine_id,
+            ticket.prompt_token_ids,
+            output_token_ids=ticket.output_token_ids,
+            landing=offer,
+            native=ticket.native,
+        )
+        self.spawn(self._run(leg, request))
+
+    async def _run(self, leg: Arrival, request: GenerateRequest) -> None:
+        try:
+            async for output in self.engine.generate(request):
+                if output.finish_reason is not FinishReason.FROZEN:
+                    self.tokens_total += len(output.token_ids)
+                leg.add(output)
+        except MigrateError as error:
+            leg.add(_failed(leg, error))
+        except Exception as error:
+            logger.exception("request %s ended in this engine", leg.request_id)
+            leg.add(_failed(leg, WorkerLost(str(error))))
+        finally:
+            leg.over = leg.away is None
+            if not leg.committed:
+                self.arrivals.pop(leg.life, None)
+
+    def arrival(self, request_id: RequestId, life: Life) -> Arrival:
+        """Raises ``RequestNotFound`` for a life that is not, or no longer, here."""
+        leg = self.arrivals.get(life)
+        if leg is None or leg.request_id != request_id:
+            raise RequestNotFound(f"life {life:x} of request {request_id} is not here")
+        return leg
+
+    async def attach(
+        self, request_id: RequestId, life: Life, index: int, token_ids: Sequence[int] = ()
+    ) -> AsyncGenerator[Attached, None]:
+        """For the worker that a life came from, or one that got its repeat with ``token_ids``: see ``Attached``."""
+        leg = self.arrival(request_id, life)
+        if token_ids:
+            after = leg.index_after(token_ids)
+            if after is None:
+                raise RequestNotFound(f"life {life:x} of request {request_id} made other tokens")
+            index = after
+        async with aclosing(leg.read(index)) as stream:
+            async for output in stream:
+                if output.finish_reason is FinishReason.FROZEN and leg.away is not None:
+                    yield Attached(moved=leg.away.owner)
+                    return
+                yield Attached((output,))
+
+    async def give_up(self, leg: Arrival) -> None:
+        """End a life here; its successor too, if it has moved on."""
+        self.arrivals.pop(leg.life, None)
+        with suppress(MigrateError):
+            if leg.away is not None:
+                owner = leg.away.owner
+                await self.peers.call(owner.instance, _abort(leg.request_id, owner.life))
+            else:
+                await self.engine.abort(leg.engine_id)
+
+    async def sweep(self) -> None:
+        """Give up what nobody reads, forget old owners; until cancelled."""
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            now = time.monotonic()
+            self._owners = {k: v for k, v in self._owners.items() if v[1] > now}
+            for leg in list(self.arrivals.values()):
+                if leg.unread_since is None or now - leg.unread_since < self.options.orphan_s:
+                    continue
+                if not leg.over and leg.away is None:
+                    logger.warning("request %s is given up: nobody has asked for its tokens", leg.request_id)
+                self.spawn(self.give_up(leg) if leg.away is None else self._forget(leg))
+
+    async def _forget(self, leg: Arrival) -> None:
+        self.arrivals.pop(leg.life, None)
+
+    # The directory
+
+    def learn(self, owners: Sequence[tuple[RequestId, Owner]]) -> None:
+        """Take another worker's records in."""
+        until = time.monotonic() + OWNER_S
+        self._owners.update({request_id: (owner, until) for request_id, owner in owners})
+
+    async def announce(self, request_id: RequestId, owner: Owner) -> None:
+        """Return once all workers know the owner, or have not answered in time."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._telling[request_id] = (owner, done)
+        if self._teller is None or self._teller.done():
+            self._teller = asyncio.ensure_future(self._tell())
+        await done
+
+    async def _tell(self) -> None:
+        while self._telling:
+            batch, self._telling = self._telling, {}
+            records = tuple((request_id, owner) for request_id, (owner, _) in batch.items())
+            self.learn(records)
+            call = WorkerCall(WorkerOp.OWNERS, owners=records)
+            others = [i for i in self.peers.instances() if i != self.instance]
+            told = (self.peers.call(i, call, _ANNOUNCE_S) for i in others)
+            for other, answer in zip(others, await asyncio.gather(*told, return_exceptions=True), strict=True):
+                if isinstance(answer, Exception):
+                    logger.warning("worker %x was not told of %d requests: %s", other, len(records), answer)
+            for _, done in batch.values():
+                if not done.done():
+                    done.set_result(None)
+
+    def spawn(self, work: object) -> None:
+        """Run something beside; its error is logged."""
+        task: asyncio.Task[object] = asyncio.ensure_future(work)  # type: ignore[call-overload]
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[object]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("%s", error)
+
+
+def _abort(request_id: RequestId, life: Life) -> WorkerCall:
+    return WorkerCall(WorkerOp.ABORT, request_id, life)
+
+
+def _failed(leg: Arrival, error: MigrateError) -> GenerateOutput:
+    return GenerateOutput(len(leg.known()), finish_reason=FinishReason.ERROR, error=(error.code, str(error)))

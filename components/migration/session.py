@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One migration, driven by the source. The destination obeys calls that name the life that begins there.
+
+    live            reserve, pre-copy rounds, freeze, commit, first token, release
+    stop-and-copy   reserve without copying, freeze, commit all, first token, release
+    replay          end the life here and have the frontend repeat the request: its KV is recomputed
+
+Grant before freeze: the source is only frozen once the destination has granted seat and blocks. Whatever fails before
+the destination's first token has come ends with the request running at the source again, and the record says why.
+
+The frozen time is bounded by ``Limits.step_s`` and by half of the lease for which the source's engine keeps it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+import msgspec
+
+from components.engine.protocol import Frozen, GenerateOutput, KVOffer, LandingStatus
+from components.errors import DeadlineExceeded, MigrateError, NotMigratable, RequestNotFound, SessionError, WorkerLost
+from components.migration.legs import Away, Leg, new_life
+from components.migration.messages import Mode, MoveRecord, Owner, Ticket, WorkerCall, WorkerOp, WorkerReply
+from components.migration.peers import follow, short
+from components.migration.requests import Requests
+
+logger = logging.getLogger(__name__)
+_LANDING_S = 1.0
+"""The destination answers after this time even when blocks are still on the way."""
+_HOLD_STEPS = 1.25
+"""Gaps between tokens for which the destination waits for the commit: a step of the source and the way to it."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one migration."""
+
+    step_s: float = 20.0
+    """Time-out of each step."""
+    rounds: int = 6
+    """Rounds of copying before the source is frozen anyway."""
+    lease_s: float = 60.0
+    """For so long the source's engine keeps a frozen request."""
+
+
+async def migrate(requests: Requests, leg: Leg, target: int, mode: Mode, limits: Limits) -> MoveRecord:
+    """Move a life of a request. Never raises but on cancellation: the record says what happened."""
+    begun = time.monotonic()
+    record = MoveRecord(
+        leg.request_id, short(requests.instance), short(target), mode, ok=False, tokens=len(leg.known())
+    )
+    try:
+        async with leg.lock:
+            if leg.away is not None or leg.over:
+                raise RequestNotFound("the request has left this worker or has ended")
+            if target == requests.instance:
+                raise SessionError("the request is already there")
+            record = await (
+                _replay(leg, requests, record)
+                if mode is Mode.REPLAY
+                else _Move(requests, leg, target, limits).run(record)
+            )
+            leg.moves += 1
+    except MigrateError as error:
+        record = msgspec.structs.replace(record, code=error.code, reason=str(error))
+        logger.warning("request %s stays: %s", leg.request_id, error)
+    return msgspec.structs.replace(record, total_s=time.monotonic() - begun)
+
+
+async def _replay(leg: Leg, requests: Requests, record: MoveRecord) -> MoveRecord:
+    if leg.attached or not requests.options.repeats:
+        raise NotMigratable(leg.attached or "the frontend does not repeat requests: --migration-limit is 0")
+    leg.away = Away(Owner(0, 0), _nobody(), tuple(leg.known()))
+    await requests.engine.abort(leg.engine_id)
+    return msgspec.structs.replace(record, ok=True)
+
+
+async def _nobody() -> AsyncGenerator[GenerateOutput, None]:
+    raise WorkerLost("the request is repeated from its tokens")
+    yield GenerateOutput(0)
+
+
+class _Move:
+    """One attempt."""
+
+    def __init__(self, requests: Requests, leg: Leg, target: int, limits: Limits) -> None:
+        self._requests = requests
+        self._engine = requests.engine
+        self._leg = leg
+        self._limits = limits
+        self._owner = Owner(target, new_life())
+        self._relay: AsyncGenerator[GenerateOutput, None] | None = None
+        self._status = LandingStatus(reserved=False)
+
+    async def run(self, record: MoveRecord) -> MoveRecord:
+        """All steps. Raises ``MigrateError`` once the request is back at the source."""
+        leg = self._leg
+        if leg.fixed:
+            raise NotMigratable(leg.fixed)
+        gap = leg.median_gap()
+        try:
+            await self._pre_copy(rounds=self._limits.rounds if record.mode is Mode.LIVE else 0)
+            self._relay = follow(self._requests.peers, self._owner, leg.request_id, 0, self._moved)
+            first = asyncio.ensure_future(anext(self._relay))
+            try:
+                frozen, downtime = await self._cut_over(first, gap)
+            finally:
+                first.cancel()
+        except BaseException:
+            await asyncio.shield(self._back())
+            raise
+        leg.away = Away(self._owner, _chain(first.result(), self._relay), frozen.output_token_ids)
+        await self._engine.release(leg.engine_id)
+        self._requests.spawn(self._settle(leg.away))
+        with contextlib.suppress(MigrateError):
+            self._status = await self._landing(0.0)
+        recomputed = self._status.error and not self._status.bytes
+        return msgspec.structs.replace(
+            record,
+            ok=True,
+            mode=Mode.REPLAY if recomputed else record.mode,
+            code=self._status.error[0] if self._status.error else "",
+            reason=self._status.error[1] if self._status.error else "",
+            rounds=self._status.rounds,
+            bytes=self._status.bytes,
+            descriptors=self._status.descriptors,
+            post_s=self._status.post_s,
+            wire_s=self._status.wire_s,
+            lane=self._status.lane,
+            downtime_s=downtime,
+            added_stall_s=max(0.0, downtime - gap),
+        )
+
+    async def _cut_over(self, first: asyncio.Future[GenerateOutput], gap: float) -> tuple[Frozen, float]:
+        limit = min(self._limits.step_s, self._limits.lease_s / 2)
+        announce = asyncio.ensure_future(self._hold(gap))
+        try:
+            async with asyncio.timeout(limit):
+                frozen = await self._engine.freeze(self._leg.engine_id)
+                last = self._leg.last_token_at
+                commit = asyncio.ensure_future(self._call(WorkerOp.COMMIT, frozen=frozen))
+                await asyncio.wait((first, commit), return_when=asyncio.FIRST_EXCEPTION)
+                if commit.done():
+                    commit.result()
+                output = await asyncio.shield(first)
+                if output.error is not None:
+                    raise SessionError(f"the destination ended the request: {': '.join(output.error)}")
+                await commit
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"no token from {short(self._owner.instance)} within {limit:g} s") from error
+        finally:
+            announce.cancel()
+        return frozen, time.monotonic() - last
+
+    async def _hold(self, gap: float) -> None:
+        with contextlib.suppress(MigrateError):
+            if gap:
+                await self._call(WorkerOp.EXPECT_COMMIT, hold_s=_HOLD_STEPS * gap)
+
+    async def _settle(self, away: Away) -> None:
+        """Tell the directory; a relay that nobody took is closed, so that the new owner sees itself unread."""
+        await self._requests.announce(self._leg.request_id, away.owner)
+        away.announced = True
+
+    async def _back(self) -> None:
+        """Whatever was reached: the destination forgets the life, the source goes on."""
+        if self._relay is not None:
+            with contextlib.suppress(MigrateError, RuntimeError):
+                await self._relay.aclose()
+        with contextlib.suppress(MigrateError):
+            await self._engine.resume(self._leg.engine_id)
+        with contextlib.suppress(MigrateError):
+            await self._call(WorkerOp.ABORT)
+
+    def _moved(self, owner: Owner) -> None:
+        self._owner = owner
+        if self._leg.away is not None:
+            self._leg.away.owner = owner
+
+    async def _pre_copy(self, rounds: int) -> None:
+        """Have seat and blocks granted; copy full blocks while the source decodes, until about one block is left."""
+        leg = self._leg
+        offer = await self._offer(rounds > 0)
+        ticket = Ticket(
+            leg.request_id,
+            self._owner.life,
+            tuple(leg.prompt_token_ids),
+            leg.native(),
+            self._requests.fingerprint,
+            tuple(leg.known()),
+            leg.attached,
+        )
+        await self._call(WorkerOp.RESERVE, ticket=ticket, offer=offer)
+        status = await self._landed()
+        for _ in range(1, rounds):
+            offer = await self._offer(True)
+            if offer.num_tokens - status.landed_tokens <= 2 * offer.block_size:
+                break
+            await self._call(WorkerOp.EXTEND, offer=offer, tokens=tuple(leg.known()))
+            status = await self._landed()
+        self._status = status
+
+    async def _offer(self, blocks: bool) -> KVOffer:
+        """What the engine offers, as far as the tokens reach that have left it."""
+        offer = await self._engine.offer(self._leg.engine_id)
+        reach = len(self._leg.prompt_token_ids) + len(self._leg.known()) - 1
+        count = min(offer.num_tokens, reach) // offer.block_size if blocks else 0
+        return msgspec.structs.replace(offer, block_ids=offer.block_ids[:count], num_tokens=count * offer.block_size)
+
+    async def _landed(self) -> LandingStatus:
+        """Asks once for each second: the destination answers when the blocks are there."""
+        end = time.monotonic() + self._limits.step_s
+        while time.monotonic() < end:
+            status = await self._landing(_LANDING_S)
+            if status.landed:
+                return status
+        raise DeadlineExceeded(f"blocks did not land on {short(self._owner.instance)} within {self._limits.step_s:g} s")
+
+    async def _landing(self, hold_s: float) -> LandingStatus:
+        return (await self._call(WorkerOp.LANDING, hold_s=hold_s)).landing or LandingStatus(reserved=False)
+
+    async def _call(self, op: WorkerOp, **more: object) -> WorkerReply:
+        call = WorkerCall(op, self._leg.request_id, self._owner.life, **more)  # type: ignore[arg-type]
+        return await self._requests.peers.call(self._owner.instance, call, self._limits.step_s)
+
+
+async def _chain(
+    first: GenerateOutput, rest: AsyncGenerator[GenerateOutput, None]
+) -> AsyncGenerator[GenerateOutput, None]:
+    try:
+        yield first
+        async for output in rest:
+            yield output
+    finally:
+        await rest.aclose()

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What migration adds to the engine arguments of a ``dynamo.vllm`` worker, and the settings that it has itself.
+
+Settings come from ``DYN_MIGRATE_*`` variables, which ``dynamo serve`` sets from the YAML file; each has a default, so that
+a stock worker command needs no more than another module name.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from components.errors import ConfigError
+
+SCHEDULERS = "components.engine.vllm.scheduler"
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """See the module docstring."""
+
+    agent: dict[str, Any]
+    """Fields of ``components.transfer.AgentConfig`` but those of the layout."""
+    components: tuple[str, ...] = ("backend", "prefill")
+    """Dynamo components whose workers move requests or hand them over."""
+    repeats: bool = True
+    lease_s: float = 60.0
+    drain_s: float = 25.0
+    integrity: str = "tail"
+    wait_bytes: int = 16 << 20
+    copy_deadline_s: float = 30.0
+
+    @classmethod
+    def from_environment(cls) -> WorkerSettings:
+        """Raises ``ConfigError`` naming the variable that cannot be used."""
+        env = os.environ
+        name = f"{socket.gethostname()}-{os.getpid()}"
+        agent: dict[str, Any] = {
+            "name": env.get("DYN_MIGRATE_AGENT", name),
+            "etcd_endpoints": env.get("ETCD_ENDPOINTS", "http://127.0.0.1:2379").split(","),
+            "etcd_user": env.get("ETCD_AUTH_USERNAME", ""),
+            "etcd_password": env.get("ETCD_AUTH_PASSWORD", ""),
+            "etcd_ca": env.get("ETCD_AUTH_CA", ""),
+            "etcd_cert": env.get("ETCD_AUTH_CLIENT_CERT", ""),
+            "etcd_key": env.get("ETCD_AUTH_CLIENT_KEY", ""),
+            "nats_url": env.get("NATS_SERVER", ""),
+            "nats_user": env.get("NATS_AUTH_USERNAME", ""),
+            "nats_password": env.get("NATS_AUTH_PASSWORD", ""),
+            "nats_token": env.get("NATS_AUTH_TOKEN", ""),
+            "nats_credentials": env.get("NATS_AUTH_CREDENTIALS_FILE", ""),
+            "nats_ca": env.get("DYN_MIGRATE_NATS_CA", ""),
+            "namespace": env.get("DYN_NAMESPACE", "dynamo"),
+            "transport": env.get("DYN_MIGRATE_TRANSPORT", "auto"),
+            "advertise_host": env.get("DYN_MIGRATE_HOST", "127.0.0.1"),
+            "calibration": env.get("DYN_MIGRATE_CALIBRATION", ""),
+        }
+        return cls(
+            agent,
+            repeats=env.get("DYN_MIGRATE_REPEATS", "1") not in ("0", "false"),
+            lease_s=_seconds("DYN_MIGRATE_LEASE_S", 60.0),
+            drain_s=_seconds("DYN_MIGRATE_DRAIN_S", 25.0),
+            integrity=env.get("DYN_MIGRATE_INTEGRITY", "tail"),
+        )
+
+
+def _seconds(name: str, default: float) -> float:
+    text = os.environ.get(name, "")
+    try:
+        value = float(text) if text else default
+    except ValueError as error:
+        raise ConfigError(f"{name}={text!r}: write seconds as a number") from error
+    if not 0 < value < 86400:
+        raise ConfigError(f"{name}={text!r}: write a number above 0 and below 86400")
+    return value
+
+
+def prepare(config: Any, settings: WorkerSettings) -> None:
+    """Give Dynamo's ``Config`` our scheduler, connector and worker extension. Raises ``ConfigError`` on a clash."""
+    from dynamo.vllm.kv_connector_protocols import KV_CONNECTOR_PROTOCOLS, NixlConnectorProtocol
+    from vllm.config import KVTransferConfig
+
+    args = config.engine_args
+    if args.kv_transfer_config is not None:
+        raise ConfigError(
+            f"--kv-transfer-config {args.kv_transfer_config.kv_connector}: a migrating worker brings its own connector; "
+            "leave the argument out"
+        )
+    KV_CONNECTOR_PROTOCOLS.setdefault("MigrationConnector", NixlConnectorProtocol)
+    args.kv_transfer_config = KVTransferConfig(
+        kv_connector="MigrationConnector",
+        kv_connector_module_path="components.engine.vllm.connector",
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config={
+            "agent": settings.agent,
+            "migration": {
+                "integrity": settings.integrity,
+                "wait_bytes": settings.wait_bytes,
+                "copy_deadline_s": settings.copy_deadline_s,
+                "adapters": "",
+            },
+        },
+    )
+    args.worker_extension_cls = "components.engine.vllm.runner_state.WorkerExtension"
+    instrumented = "InstrumentedScheduler" in str(args.scheduler_cls)
+    args.scheduler_cls = f"{SCHEDULERS}.{'Instrumented' if instrumented else 'Async'}MigrationScheduler"

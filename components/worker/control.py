@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``migrate`` endpoint of a worker: what peers, planners and the command line ask it.
+
+Errors go to the caller as (code, message). Every call about a request names its life; see ``components.migration``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from components.engine.protocol import LandingStatus
+from components.errors import InvalidRequest, MigrateError, RequestNotFound
+from components.messages import pack, unpack
+from components.migration.legs import Arrival
+from components.migration.messages import Attached, WorkerCall, WorkerOp, WorkerReply
+from components.migration.requests import Requests
+from components.worker.state import WorkerStatus
+
+_POLL_S = 0.004
+_MAX_HOLD_S = 5.0
+"""Longest time for which a call is kept without an answer."""
+
+
+class Control:
+    """See the module docstring."""
+
+    def __init__(self, requests: Requests, status: WorkerStatus) -> None:
+        self._requests = requests
+        self._status = status
+
+    async def serve(self, payload: Any) -> AsyncGenerator[dict[str, str], None]:
+        """Answer one call, with one item or, for ``attach``, with a stream of them."""
+        try:
+            call = unpack(payload, WorkerCall)
+        except MigrateError as error:
+            yield pack(WorkerReply(error=(error.code, str(error))))
+            return
+        if call.op is WorkerOp.ATTACH:
+            try:
+                async with aclosing(
+                    self._requests.attach(call.request_id, call.life, call.index, call.tokens)
+                ) as stream:
+                    async for item in stream:
+                        yield pack(item)
+            except MigrateError as error:
+                yield pack(Attached(error=(error.code, str(error))))
+            return
+        try:
+            yield pack(await self._answer(call))
+        except MigrateError as error:
+            yield pack(WorkerReply(error=(error.code, str(error))))
+
+    async def _answer(self, call: WorkerCall) -> WorkerReply:
+        requests, engine = self._requests, self._requests.engine
+        match call.op:
+            case WorkerOp.RESERVE if call.ticket is not None:
+                self._status.admit()
+                requests.reserve(call.ticket, call.offer)
+            case WorkerOp.LANDING:
+                return WorkerReply(landing=await self._landing(self._arrival(call), call.hold_s))
+            case WorkerOp.EXTEND if call.offer is not None:
+                await engine.extend(self._arrival(call).engine_id, call.offer, call.tokens)
+            case WorkerOp.EXPECT_COMMIT:
+                await engine.expect_commit(self._arrival(call).engine_id, call.hold_s)
+            case WorkerOp.COMMIT if call.frozen is not None:
+                leg = self._arrival(call)
+                leg.before = call.frozen.output_token_ids
+                await engine.commit(leg.engine_id, call.frozen)
+                leg.committed = True
+            case WorkerOp.ABORT:
+                await requests.give_up(self._arrival(call))
+            case WorkerOp.OWNERS:
+                requests.learn(call.owners)
+            case WorkerOp.STATUS:
+                return WorkerReply(state=await self._status.report(call.requests))
+            case WorkerOp.MIGRATE:
+                return WorkerReply(moves=(await self._status.move(call),))
+            case WorkerOp.DRAIN:
+                return WorkerReply(moves=await self._status.drain(call.timeout_s))
+            case WorkerOp.UNDRAIN:
+                await self._status.uncordon()
+            case WorkerOp.CHECK:
+                await engine.check_integrity()
+            case _:
+                raise InvalidRequest(f"call {call.op} lacks its arguments")
+        return WorkerReply()
+
+    def _arrival(self, call: WorkerCall) -> Arrival:
+        return self._requests.arrival(call.request_id, call.life)
+
+    async def _landing(self, leg: Arrival, hold_s: float) -> LandingStatus:
+        """Progress, once the blocks are there or after ``hold_s``; the request may still be on its way to the engine."""
+        end = time.monotonic() + min(hold_s, _MAX_HOLD_S)
+        while True:
+            over = time.monotonic() >= end
+            try:
+                status = await self._requests.engine.landing_status(leg.engine_id)
+                if status.landed or over:
+                    return status
+            except RequestNotFound:
+                if leg.over:
+                    raise
+                if over:
+                    return LandingStatus(reserved=False, in_flight=True)
+            await asyncio.sleep(_POLL_S)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stock ``dynamo.vllm`` worker with migration: ``python -m components.worker ARGS`` takes the arguments of ``dynamo.vllm``.
+
+Life cycle: Dynamo's own entry point runs. Its ``WorkerFactory`` is replaced by a subclass, which gives the engine our
+scheduler and connector, wraps two of its calls (``engine_client``), and serves one more endpoint, ``migrate``, before the
+model is registered. On SIGTERM the worker drains within the grace of ``DYN_MIGRATE_DRAIN_S`` before Dynamo ends it.
+
+``torchvision`` is missing beside CPU builds of torch: ``shim`` stands in for the one function that Dynamo imports from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import os
+import socket
+import sys
+from typing import Any
+
+from components.engine.vllm.engine import VLLMEngine, VLLMOptions
+from components.migration.peers import DynamoPeers
+from components.migration.requests import Options, Requests
+from components.worker import shim
+from components.worker.arguments import WorkerSettings, prepare
+from components.worker.control import Control
+from components.worker.engine_client import EngineClient
+from components.worker.state import WorkerStatus
+
+logger = logging.getLogger(__name__)
+
+
+class Migration:
+    """What this process adds to Dynamo's worker."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        self.runtime: Any = None
+        self.client: EngineClient | None = None
+        self.status: WorkerStatus | None = None
+        self._tasks: list[asyncio.Future[Any]] = []
+
+    def setup(self, original: Any, config: Any, *args: Any, **keywords: Any) -> Any:
+        """Around Dynamo's ``setup_vllm_engine``."""
+        prepare(config, self.settings)
+        result = original(config, *args, **keywords)
+        self.client = EngineClient(result[0])
+        return result
+
+    async def register(self, original: Any, *args: Any, **keywords: Any) -> Any:
+        """Around Dynamo's ``register_vllm_model``: peers can call this worker before clients can."""
+        names = ("model_input", "model_type", "generate_endpoint", "config", "engine_client", "vllm_config")
+        given = dict(zip(names, args, strict=False)) | keywords
+        config, endpoint, llm = given["config"], given["generate_endpoint"], given["engine_client"]
+        if self.client is not None and self.status is None:
+            await self._serve(config, endpoint, llm)
+        return await original(*args, **keywords)
+
+    async def _serve(self, config: Any, endpoint: Any, llm: Any) -> None:
+        engine = VLLMEngine(VLLMOptions({}, {}, lease_s=self.settings.lease_s))
+        info = await engine.serve(llm)
+        role = str(getattr(config.disaggregation_mode, "value", config.disaggregation_mode))
+        components = {config.component, *self.settings.components}
+        peers = await DynamoPeers.connect(self.runtime, config.namespace, sorted(components))
+        options = Options(repeats=self.settings.repeats)
+        requests = Requests(engine, peers, int(endpoint.connection_id()), info.fingerprint, options)
+        name = f"{int(endpoint.connection_id()):016x}"[-8:]
+        self.status = WorkerStatus(requests, name, role, info, endpoint)
+        control = Control(requests, self.status)
+        path = f"{config.namespace}.{config.component}.migrate"
+        self._tasks = [
+            asyncio.ensure_future(self.runtime.endpoint(path).serve_endpoint(control.serve)),
+            asyncio.ensure_future(requests.sweep()),
+        ]
+        if self.client is not None:
+            self.client.requests = requests
+        logger.info("worker %s on %s migrates over %s", name, socket.gethostname(), ", ".join(info.lanes))
+
+    async def drain(self) -> None:
+        """Dynamo's drain callback."""
+        if self.status is not None:
+            await self.status.leave(self.settings.drain_s)
+
+
+def install(settings: WorkerSettings) -> Migration:
+    """Put the migration into ``dynamo.vllm.main``. Returns it, for tests."""
+    import dynamo.vllm.main as stock
+
+    migration = Migration(settings)
+
+    class Factory(stock.WorkerFactory):  # type: ignore[misc]
+        """Dynamo's factory, told where migration goes in."""
+
+        def __init__(self, *, setup_vllm_engine_fn: Any, register_vllm_model_fn: Any, **functions: Any) -> None:
+            super().__init__(
+                setup_vllm_engine_fn=functools.partial(migration.setup, setup_vllm_engine_fn),
+                register_vllm_model_fn=functools.partial(migration.register, register_vllm_model_fn),
+                **functions,
+            )
+
+        async def create(self, runtime: Any, *args: Any, **keywords: Any) -> None:
+            migration.runtime = runtime
+            await super().create(runtime, *args, **keywords)
+
+    def handlers(*args: Any, **keywords: Any) -> None:
+        install_signal_handlers(*args, drain_callback=migration.drain, **keywords)
+
+    install_signal_handlers = stock.install_signal_handlers
+    stock.WorkerFactory = Factory
+    stock.install_signal_handlers = handlers
+    return migration
+
+
+def main(argv: list[str] | None = None) -> None:
+    """``python -m components.worker``."""
+    os.environ.setdefault("PYTHONHASHSEED", "0")
+    shim.install()
+    if argv is not None:
+        sys.argv[1:] = argv
+    from dynamo.vllm.main import main as stock_main
+
+    install(WorkerSettings.from_environment())
+    sys.argv[0] = "dynamo.vllm"
+    stock_main()

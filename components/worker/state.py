@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is true of a worker: its load and requests, whether it is cordoned, the moves that leave it.
+
+Cordoned: Dynamo's discovery no longer names it, so that frontends give it nothing new, and it refuses arrivals. Draining:
+cordoned, and its requests leave for workers of the same role that have room; what finds none goes on decoding here and
+is tried again with back-off. Both are the worker's own state; nobody else has to remember them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from typing import Any
+
+import msgspec
+
+from components.engine.protocol import EngineInfo, EngineStats, RequestId, RequestInfo, RequestPhase
+from components.errors import MigrateError, NoRoom, Refused, RequestNotFound
+from components.migration.legs import Arrival, Leg
+from components.migration.messages import (
+    Mode,
+    MoveRecord,
+    ServedInfo,
+    WorkerCall,
+    WorkerOp,
+    WorkerState,
+)
+from components.migration.peers import short
+from components.migration.requests import Requests
+from components.migration.session import Limits, migrate
+
+logger = logging.getLogger(__name__)
+_RECORDS = 256
+_STATUS_S = 2.0
+_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.25, 5.0
+_AT_ONCE = 8
+"""Moves that leave one worker at the same time."""
+
+
+class WorkerStatus:
+    """See the module docstring."""
+
+    def __init__(
+        self, requests: Requests, name: str, role: str, info: EngineInfo, endpoint: Any, metrics: str = ""
+    ) -> None:
+        self._requests = requests
+        self._info = info
+        self._name = name
+        self._role = role
+        self._endpoint = endpoint
+        self._metrics = metrics
+        self._limits = Limits(lease_s=info.lease_s)
+        self._moves: deque[tuple[float, MoveRecord]] = deque(maxlen=_RECORDS)
+        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self.cordoned = False
+        self.draining = False
+
+    def admit(self) -> None:
+        """Raise ``Refused`` unless a request may come in from elsewhere."""
+        if self.cordoned:
+            raise Refused(f"worker {self._name} is cordoned: it takes no requests in")
+
+    async def report(self, with_requests: bool) -> WorkerState:
+        """The worker's own view of itself."""
+        stats, table = await self._requests.engine.report()
+        now = time.monotonic()
+        return WorkerState(
+            worker=self._name,
+            role=self._role,
+            info=self._info,
+            stats=stats,
+            requests=tuple(self._rows(table)) if with_requests else (),
+            moves=tuple(msgspec.structs.replace(record, age_s=now - at) for at, record in self._moves),
+            cordoned=self.cordoned,
+            draining=self.draining,
+            tokens_total=self._requests.tokens_total,
+            metrics=self._metrics,
+        )
+
+    def _rows(self, table: list[RequestInfo]) -> list[ServedInfo]:
+        legs = {leg.engine_id: leg for leg in self._legs()}
+        rows = []
+        for info in table:
+            leg = legs.pop(info.request_id, None)
+            if leg is None:
+                rows.append(ServedInfo(info))
+                continue
+            rows.append(
+                ServedInfo(
+                    msgspec.structs.replace(info, request_id=leg.request_id, not_migratable=leg.fixed or None),
+                    attached=not isinstance(leg, Arrival) or leg.unread_since is None,
+                    moving=leg.lock.locked(),
+                    moves=leg.moves,
+                )
+            )
+        for leg in legs.values():
+            if leg.away is not None and not leg.over and not leg.left.is_set():
+                info = RequestInfo(
+                    leg.request_id,
+                    RequestPhase.DECODE,
+                    prompt_tokens=len(leg.prompt_token_ids),
+                    output_tokens=len(leg.away.cut),
+                    kv_blocks=0,
+                    age_s=time.monotonic() - leg.began,
+                    max_tokens=leg.max_tokens,
+                )
+                rows.append(ServedInfo(info, relayed_from=short(leg.away.owner.instance), moves=leg.moves))
+        return rows
+
+    def _legs(self) -> list[Leg]:
+        return [*self._requests.legs.values(), *self._requests.arrivals.values()]
+
+    def _here(self) -> list[Leg]:
+        """Lives that run in this worker's engine, or wait in it."""
+        return [leg for leg in self._legs() if leg.away is None and not leg.over]
+
+    # Moves
+
+    async def move(self, call: WorkerCall) -> MoveRecord:
+        """Move one request, to the worker that the call names or to the one with most room."""
+        leg = next((leg for leg in self._here() if leg.request_id == call.request_id), None)
+        if leg is None:
+            raise RequestNotFound(f"request {call.request_id} does not run on worker {self._name}")
+        target = call.target
+        if not target and call.mode is not Mode.REPLAY:
+            room = await self._peers()
+            if not room:
+                raise NoRoom("no other worker of this role and model takes requests")
+            target = max(room, key=lambda instance: room[instance].free_blocks)
+        return await self._move(leg, target, call.mode)
+
+    async def _move(self, leg: Leg, target: int, mode: Mode) -> MoveRecord:
+        async with self._slots:
+            record = await migrate(self._requests, leg, target, mode, self._limits)
+        self._moves.append((time.monotonic(), record))
+        return record
+
+    async def _peers(self) -> dict[int, EngineStats]:
+        """Load of the workers that could take a request over; one that does not answer in time is none."""
+        peers = self._requests.peers
+        others = [i for i in peers.instances() if i != self._requests.instance]
+        call = WorkerCall(WorkerOp.STATUS, requests=False)
+        asked = (peers.call(instance, call, _STATUS_S) for instance in others)
+        found: dict[int, EngineStats] = {}
+        for instance, reply in zip(others, await asyncio.gather(*asked, return_exceptions=True), strict=True):
+            if isinstance(reply, BaseException) or reply.state is None or reply.state.cordoned:
+                continue
+            if reply.state.role == self._role and reply.state.info.fingerprint == self._info.fingerprint:
+                found[instance] = reply.state.stats
+        return found
+
+    # Cordon and drain
+
+    async def cordon(self) -> None:
+        """Take nothing new. Idempotent."""
+        if not self.cordoned:
+            self.cordoned = True
+            await self._endpoint.unregister_endpoint_instance()
+
+    async def uncordon(self) -> None:
+        """Take requests again; a drain under way ends."""
+        self.draining = False
+        if self.cordoned:
+            self.cordoned = False
+            await self._endpoint.register_endpoint_instance()
+
+    async def drain(self, timeout_s: float) -> tuple[MoveRecord, ...]:
+        """Cordon, and move everything away until nothing is left, for ``timeout_s`` at most. The moves that ended."""
+        await self.cordon()
+        self.draining = True
+        ended: list[MoveRecord] = []
+        stays: set[RequestId] = set()
+        end, wait = time.monotonic() + timeout_s, _BACK_OFF_S
+        while self.draining and time.monotonic() < end and self._here():
+            plan = await self._plan([leg for leg in self._here() if leg.request_id not in stays and not leg.fixed])
+            moved = await asyncio.gather(*(self._move(leg, target, Mode.LIVE) for leg, target in plan))
+            ended += moved
+            stays |= {RequestId(r.request_id) for r in moved if r.code == "not_migratable"}
+            wait = _BACK_OFF_S if any(r.ok for r in moved) else min(2 * wait, _LONGEST_BACK_OFF_S)
+            if self._here():
+                await asyncio.sleep(min(wait, max(0.0, end - time.monotonic())))
+        if left := len(self._here()):
+            logger.warning("worker %s: %d requests are left after %g s", self._name, left, timeout_s)
+        return tuple(ended)
+
+    async def _plan(self, legs: list[Leg]) -> list[tuple[Leg, int]]:
+        """A worker with room for each request, as far as there is any: nothing is tried that cannot succeed."""
+        if not legs:
+            return []
+        stats = await self._peers()
+        blocks = {instance: s.free_blocks for instance, s in stats.items()}
+        size = self._info.block_size
+        plan = []
+        for leg in legs:
+            needed = -(-(len(leg.prompt_token_ids) + len(leg.known())) // size) + 1
+            target = max(blocks, key=lambda instance: blocks[instance], default=0)
+            if not target or blocks[target] < needed:
+                break
+            blocks[target] -= needed
+            plan.append((leg, target))
+        return plan
+
+    async def leave(self, grace_s: float) -> None:
+        """The process is about to end: drain, then wait for relays that the frontend does not repeat."""
+        end = time.monotonic() + grace_s
+        try:
+            await self.drain(grace_s)
+        except MigrateError as error:
+            logger.warning("drain: %s", error)
+        self._requests.closing = True
+        while time.monotonic() < end and (relays := self._relays()):
+            logger.info(
+                "worker %s passes on %d requests for %.0f s at most", self._name, relays, end - time.monotonic()
+            )
+            await asyncio.sleep(0.25)
+
+    def _relays(self) -> int:
+        return sum(leg.away is not None and not leg.left.is_set() for leg in self._requests.legs.values())
