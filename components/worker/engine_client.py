@@ -29,8 +29,9 @@ class EngineClient:
         self.requests: Requests | None = None
         self.pinned: set[str] = set()
         """Ids of requests that a client has tied to this worker: the frontend does not repeat them."""
-        llm.generate = functools.wraps(llm.generate)(self.generate)
-        llm.abort = functools.wraps(llm.abort)(self.abort)
+        # Dynamo reads the signature of ``generate``.
+        llm.generate = functools.wraps(llm.generate)(functools.partial(self.generate))
+        llm.abort = functools.wraps(llm.abort)(functools.partial(self.abort))
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **keywords: Any
@@ -74,7 +75,7 @@ class EngineClient:
             ),
             max_tokens=params.max_tokens,
         )
-        known = marked(params, GenerateRequest(request_id, tuple(tokens or ())))
+        known = params if tokens is None else marked(params, GenerateRequest(request_id, tuple(tokens)))
         own = self._generate(prompt, known, request_id, **keywords)
         async with aclosing(own), aclosing(requests.serve(leg, own, face)) as stream:
             async for item in stream:

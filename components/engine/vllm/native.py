@@ -76,7 +76,9 @@ def decode(data: bytes) -> Native:
 
 def prompt_tokens(prompt: Any) -> list[int] | None:
     """Token ids of a prompt that consists of nothing else; None for images, embeddings and raw text."""
-    if not isinstance(prompt, Mapping) or not prompt.keys() <= _KNOWN_PROMPT_KEYS:
+    if not isinstance(prompt, Mapping):
+        return None
+    if not {key for key, value in prompt.items() if value} <= _KNOWN_PROMPT_KEYS:
         return None
     tokens = prompt.get("prompt_token_ids")
     return tokens if isinstance(tokens, list) else None
