@@ -61,6 +61,8 @@ class Leg:
     attached: str = ""
     """Why the frontend does not repeat it; empty: it does."""
     max_tokens: int | None = None
+    tried: frozenset[int] = frozenset()
+    """Workers that have had this request from the frontend, which gives it to none of them again."""
     life: Life = field(default_factory=new_life)
     began: float = field(default_factory=time.monotonic)
     tokens: list[int] = field(default_factory=list)

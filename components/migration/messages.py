@@ -56,6 +56,9 @@ class Ticket(msgspec.Struct, frozen=True, omit_defaults=True):
     """The request in the engine's own form; only engines with the same fingerprint read it."""
     fingerprint: str
     output_token_ids: tuple[int, ...] = ()
+    tried: tuple[int, ...] = ()
+    """Workers to which the frontend has sent the request: it sends it to none of them again."""
+    max_tokens: int | None = None
     attached: str = ""
     """Why the frontend does not send this request again, so that somebody must relay it to its end; empty: it does."""
 

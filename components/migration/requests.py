@@ -158,7 +158,7 @@ class Requests:
                     yield output
                     if leg.over:
                         return
-                    if away.announced and not leg.attached and self._pays(leg, made):
+                    if away.announced and not leg.attached and self._repeats(leg, made):
                         leg.handed_on = True
                         raise Repeat(f"request {leg.request_id} runs at another worker")
         except WorkerLost as error:
@@ -168,10 +168,18 @@ class Requests:
             leg.handed_on = True
             raise Repeat(str(error)) from error
 
-    def _pays(self, leg: Leg, made: int) -> bool:
-        return self.closing or leg.max_tokens is None or leg.max_tokens - made >= self.options.relay_below
+    def _repeats(self, leg: Leg, made: int) -> bool:
+        """Shall the frontend repeat it? It never gives a request to a worker twice, and fails it when none is left."""
+        if not self.options.repeats:
+            return False
+        if self.closing:
+            return any(instance not in leg.tried for instance in self.peers.instances())
+        owner = leg.away.owner.instance if leg.away is not None else 0
+        enough = leg.max_tokens is None or leg.max_tokens - made >= self.options.relay_below
+        return enough and owner not in leg.tried
 
     def _enter(self, leg: Leg) -> None:
+        leg.tried |= {self.instance}
         if not isinstance(leg, Arrival):
             self.legs[leg.request_id] = leg
 
@@ -266,6 +274,8 @@ class Requests:
             ticket.prompt_token_ids,
             lambda: ticket.native,
             attached=ticket.attached,
+            max_tokens=ticket.max_tokens,
+            tried=frozenset(ticket.tried),
             life=ticket.life,
             before=ticket.output_token_ids,
         )

@@ -193,6 +193,8 @@ class _Move:
             leg.native(),
             self._requests.fingerprint,
             tuple(leg.known()),
+            tuple(leg.tried),
+            leg.max_tokens,
             leg.attached,
         )
         await self._call(WorkerOp.RESERVE, ticket=ticket, offer=offer)

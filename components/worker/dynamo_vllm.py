@@ -51,14 +51,14 @@ class Migration:
         """Around Dynamo's ``register_vllm_model``: peers can call this worker before clients can."""
         names = ("model_input", "model_type", "generate_endpoint", "config", "engine_client", "vllm_config")
         given = dict(zip(names, args, strict=False)) | keywords
-        config, endpoint, llm = given["config"], given["generate_endpoint"], given["engine_client"]
+        config, endpoint = given["config"], given["generate_endpoint"]
         if self.client is not None and self.status is None:
-            await self._serve(config, endpoint, llm)
+            await self._serve(config, endpoint, self.client)
         return await original(*args, **keywords)
 
-    async def _serve(self, config: Any, endpoint: Any, llm: Any) -> None:
+    async def _serve(self, config: Any, endpoint: Any, client: EngineClient) -> None:
         engine = VLLMEngine(VLLMOptions({}, {}, lease_s=self.settings.lease_s))
-        info = await engine.serve(llm)
+        info = await engine.serve(client.bare)
         role = str(getattr(config.disaggregation_mode, "value", config.disaggregation_mode))
         components = {config.component, *self.settings.components}
         peers = await DynamoPeers.connect(self.runtime, config.namespace, sorted(components))
@@ -72,8 +72,7 @@ class Migration:
             asyncio.ensure_future(self.runtime.endpoint(path).serve_endpoint(control.serve)),
             asyncio.ensure_future(requests.sweep()),
         ]
-        if self.client is not None:
-            self.client.requests = requests
+        client.requests = requests
         logger.info("worker %s on %s migrates over %s", name, socket.gethostname(), ", ".join(info.lanes))
 
     async def drain(self) -> None:

@@ -20,10 +20,23 @@ from components.migration.legs import Leg
 from components.migration.requests import Repeat, Requests
 
 
+class _Bare:
+    """The engine without the wrapping, for our own calls."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+        self.generate = llm.generate
+        self.abort = llm.abort
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
+
+
 class EngineClient:
     """See the module docstring. ``requests`` is set once the worker serves."""
 
     def __init__(self, llm: Any) -> None:
+        self.bare = _Bare(llm)
         self._generate = llm.generate
         self._abort = llm.abort
         self.requests: Requests | None = None
@@ -37,7 +50,7 @@ class EngineClient:
         self, prompt: Any, sampling_params: Any, request_id: str, **keywords: Any
     ) -> AsyncGenerator[Any, None]:
         """``AsyncLLM.generate``."""
-        if self.requests is None or "~" in request_id:
+        if self.requests is None:
             async with aclosing(self._generate(prompt, sampling_params, request_id, **keywords)) as stream:
                 async for item in stream:
                     yield item
