@@ -156,7 +156,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     landing: KVOffer | None = None
     """Reserve blocks and copy these before anything else; wait for ``commit``."""
     native: bytes = b""
-    """Sampling and the like in the engine's own form; ``sampling``, ``priority`` and the names above are then unused."""
+    """Sampling and the like in the engine's own form; ``sampling`` and ``priority`` are then unused."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One life of a request in the engine of this worker.
 
-``Leg`` is a life that Dynamo's handler reads directly from the engine: the stock path, plus a list of its tokens and the
-times of the last ones. ``Arrival`` is a life that came from another worker: a task reads it from the engine, and whoever
-has it now reads it here, from any token on: the worker it came from (relay) or a handler to which the frontend has sent
-the request again (adoption). The newest reader wins.
+``Leg`` is a life that Dynamo's handler reads directly from the engine: the stock path, plus a list of its tokens and
+the times of the last ones. ``Arrival`` is a life that came from another worker: a task reads it from the engine, and
+whoever has it now reads it here, from any token on: the worker it came from (relay) or a handler to which the frontend
+has sent the request again (adoption). The newest reader wins.
 
 Threading: one asyncio loop. Nobody's time-outs but one: an arrival that nobody reads for ``orphan_s`` is given up.
 """
@@ -129,7 +129,7 @@ class Arrival(Leg):
         return index
 
     async def read(self, index: int) -> AsyncGenerator[GenerateOutput, None]:
-        """Outputs from token ``index`` on, until the one with a finish reason. Raises ``SessionError`` when superseded."""
+        """Outputs from token ``index`` on, to the one with a finish reason. ``SessionError`` when superseded."""
         self.reader += 1
         me, position = self.reader, 0
         self.unread_since = None

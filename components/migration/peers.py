@@ -38,7 +38,7 @@ class Peers(Protocol):
     def attach(
         self, owner: Owner, request_id: RequestId, index: int, token_ids: tuple[int, ...] = ()
     ) -> AsyncGenerator[Attached, None]:
-        """A request that runs at ``owner``, from output token ``index`` on, or from the one that follows ``token_ids``."""
+        """A request at ``owner``, from output token ``index`` on, or from the one that follows ``token_ids``."""
         ...
 
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every request of one worker: what runs in its engine, what has left it, and who reads what.
 
-A handler's call of the engine goes through ``serve``: as long as nothing moves, it hands the engine's own items on. When
-the life has gone elsewhere, ``serve`` goes on with the next owner's outputs (relay) until the frontend can be asked to
-repeat the request (``Repeat``), which then reaches the owner itself (``claim``) or a worker that knows the owner.
+A handler's call of the engine goes through ``serve``: as long as nothing moves, it hands the engine's own items on.
+When the life has gone elsewhere, ``serve`` goes on with the next owner's outputs (relay) until the frontend can be
+asked to repeat the request (``Repeat``), which then reaches the owner itself (``claim``) or a worker that knows it.
 
 Directory of owners: before a stream breaks, each worker that the frontend could choose is told, in one call for all
 requests that wait to be told, and has answered. This needs no server beside Dynamo's own request plane, and the answers
-prove that the record is there before the repeat is. A worker that did not answer has no record: a repeat that reaches it
-is a new request there, as after the loss of a worker. Records end after ``OWNER_S``.
+prove that the record is there before the repeat is. A worker that did not answer has no record: a repeat that reaches
+it is a new request there, as after the loss of a worker. Records end after ``OWNER_S``.
 
 Threading: one asyncio loop.
 """

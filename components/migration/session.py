@@ -51,9 +51,8 @@ class Limits:
 async def migrate(requests: Requests, leg: Leg, target: int, mode: Mode, limits: Limits) -> MoveRecord:
     """Move a life of a request. Never raises but on cancellation: the record says what happened."""
     begun = time.monotonic()
-    record = MoveRecord(
-        leg.request_id, short(requests.instance), short(target), mode, ok=False, tokens=len(leg.known())
-    )
+    source, made = short(requests.instance), len(leg.known())
+    record = MoveRecord(leg.request_id, source, short(target), mode, ok=False, tokens=made)
     try:
         async with leg.lock:
             if leg.away is not None or leg.over:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What migration adds to the engine arguments of a ``dynamo.vllm`` worker, and the settings that it has itself.
 
-Settings come from ``DYN_MIGRATE_*`` variables, which ``dynamo serve`` sets from the YAML file; each has a default, so that
-a stock worker command needs no more than another module name.
+Settings come from ``DYN_MIGRATE_*`` variables, which ``dynamo serve`` sets from the YAML file; each has a default, so
+that a stock worker command needs no more than another module name.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
+from components.engine.vllm.arguments import configure
 from components.errors import ConfigError
-
-SCHEDULERS = "components.engine.vllm.scheduler"
 
 
 @dataclass(frozen=True)
@@ -79,30 +78,15 @@ def _seconds(name: str, default: float) -> float:
 def prepare(config: Any, settings: WorkerSettings) -> None:
     """Give Dynamo's ``Config`` our scheduler, connector and worker extension. Raises ``ConfigError`` on a clash."""
     from dynamo.vllm.kv_connector_protocols import KV_CONNECTOR_PROTOCOLS, NixlConnectorProtocol
-    from vllm.config import KVTransferConfig
 
-    args = config.engine_args
-    if args.kv_transfer_config is not None:
-        raise ConfigError(
-            f"--kv-transfer-config {args.kv_transfer_config.kv_connector}: a migrating worker brings its own connector; "
-            "leave the argument out"
-        )
+    # Dynamo's registry of prefill protocols; ours is that of NixlConnector.
     KV_CONNECTOR_PROTOCOLS.setdefault("MigrationConnector", NixlConnectorProtocol)
-    args.kv_transfer_config = KVTransferConfig(
-        kv_connector="MigrationConnector",
-        kv_connector_module_path="components.engine.vllm.connector",
-        kv_role="kv_both",
-        kv_load_failure_policy="recompute",
-        kv_connector_extra_config={
-            "agent": settings.agent,
-            "migration": {
-                "integrity": settings.integrity,
-                "wait_bytes": settings.wait_bytes,
-                "copy_deadline_s": settings.copy_deadline_s,
-                "adapters": "",
-            },
+    configure(
+        config.engine_args,
+        settings.agent,
+        {
+            "integrity": settings.integrity,
+            "wait_bytes": settings.wait_bytes,
+            "copy_deadline_s": settings.copy_deadline_s,
         },
     )
-    args.worker_extension_cls = "components.engine.vllm.runner_state.WorkerExtension"
-    instrumented = "InstrumentedScheduler" in str(args.scheduler_cls)
-    args.scheduler_cls = f"{SCHEDULERS}.{'Instrumented' if instrumented else 'Async'}MigrationScheduler"

@@ -41,10 +41,9 @@ class Control:
             return
         if call.op is WorkerOp.ATTACH:
             try:
-                async with aclosing(
-                    self._requests.attach(call.request_id, call.life, call.index, call.tokens)
-                ) as stream:
-                    async for item in stream:
+                attached = self._requests.attach(call.request_id, call.life, call.index, call.tokens)
+                async with aclosing(attached):
+                    async for item in attached:
                         yield pack(item)
             except MigrateError as error:
                 yield pack(Attached(error=(error.code, str(error))))
@@ -93,7 +92,7 @@ class Control:
         return self._requests.arrival(call.request_id, call.life)
 
     async def _landing(self, leg: Arrival, hold_s: float) -> LandingStatus:
-        """Progress, once the blocks are there or after ``hold_s``; the request may still be on its way to the engine."""
+        """Progress, once the blocks are there or after ``hold_s``; the engine may not have the request yet."""
         end = time.monotonic() + min(hold_s, _MAX_HOLD_S)
         while True:
             over = time.monotonic() >= end

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stock ``dynamo.vllm`` worker with migration: ``python -m components.worker ARGS`` takes the arguments of ``dynamo.vllm``.
+"""A stock ``dynamo.vllm`` worker with migration: ``python -m components.worker`` takes its arguments.
 
 Life cycle: Dynamo's own entry point runs. Its ``WorkerFactory`` is replaced by a subclass, which gives the engine our
-scheduler and connector, wraps two of its calls (``engine_client``), and serves one more endpoint, ``migrate``, before the
-model is registered. On SIGTERM the worker drains within the grace of ``DYN_MIGRATE_DRAIN_S`` before Dynamo ends it.
-
-``torchvision`` is missing beside CPU builds of torch: ``shim`` stands in for the one function that Dynamo imports from it.
+scheduler and connector, wraps two of its calls (``engine_client``), and serves one more endpoint, ``migrate``, before
+the model is registered. On SIGTERM the worker drains for ``DYN_MIGRATE_DRAIN_S`` at most before Dynamo ends it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import importlib
 import logging
 import os
 import socket
@@ -83,11 +82,12 @@ class Migration:
 
 def install(settings: WorkerSettings) -> Migration:
     """Put the migration into ``dynamo.vllm.main``. Returns it, for tests."""
-    import dynamo.vllm.main as stock
+    from dynamo.common.utils.graceful_shutdown import install_signal_handlers
+    from dynamo.vllm.worker_factory import WorkerFactory
 
     migration = Migration(settings)
 
-    class Factory(stock.WorkerFactory):  # type: ignore[misc]
+    class Factory(WorkerFactory):
         """Dynamo's factory, told where migration goes in."""
 
         def __init__(self, *, setup_vllm_engine_fn: Any, register_vllm_model_fn: Any, **functions: Any) -> None:
@@ -101,12 +101,10 @@ def install(settings: WorkerSettings) -> Migration:
             migration.runtime = runtime
             await super().create(runtime, *args, **keywords)
 
-    def handlers(*args: Any, **keywords: Any) -> None:
-        install_signal_handlers(*args, drain_callback=migration.drain, **keywords)
-
-    install_signal_handlers = stock.install_signal_handlers
-    stock.WorkerFactory = Factory
-    stock.install_signal_handlers = handlers
+    # The names under which Dynamo's entry point looks them up.
+    stock = importlib.import_module("dynamo.vllm.main")
+    vars(stock)["WorkerFactory"] = Factory
+    vars(stock)["install_signal_handlers"] = functools.partial(install_signal_handlers, drain_callback=migration.drain)
     return migration
 
 

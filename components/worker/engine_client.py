@@ -2,8 +2,8 @@
 """Puts migration behind the two calls by which Dynamo's handlers use an engine: ``generate`` and ``abort``.
 
 ``attach`` wraps them on vLLM's ``AsyncLLM``; everything else of it stays what it is. An unmoved request takes the
-engine's own stream, item by item. Raises Dynamo's ``Disconnected`` where the frontend shall send a request again: it then
-does so with the same id and the tokens so far, and keeps this worker in rotation.
+engine's own stream, item by item. Raises Dynamo's ``Disconnected`` where the frontend shall send a request again: it
+then does so with the same id and the tokens so far, and keeps this worker in rotation.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from components.engine.protocol import GenerateRequest, RequestId
+from components.engine.protocol import RequestId
 from components.engine.vllm import native
-from components.engine.vllm.sampling import marked
 from components.migration.legs import Leg
 from components.migration.requests import Repeat, Requests
+
+_PINNED = "the client has chosen the worker: the frontend does not repeat it"
 
 
 class _Bare:
@@ -88,8 +89,7 @@ class EngineClient:
             ),
             max_tokens=params.max_tokens,
         )
-        known = params if tokens is None else marked(params, GenerateRequest(request_id, tuple(tokens)))
-        own = self._generate(prompt, known, request_id, **keywords)
+        own = self._generate(prompt, params, request_id, **keywords)
         async with aclosing(own), aclosing(requests.serve(leg, own, face)) as stream:
             async for item in stream:
                 yield item

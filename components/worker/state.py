@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is true of a worker: its load and requests, whether it is cordoned, the moves that leave it.
 
-Cordoned: Dynamo's discovery no longer names it, so that frontends give it nothing new, and it refuses arrivals. Draining:
-cordoned, and its requests leave for workers of the same role that have room; what finds none goes on decoding here and
-is tried again with back-off. Both are the worker's own state; nobody else has to remember them.
+Cordoned: Dynamo's discovery no longer names it, so that frontends give it nothing new, and it refuses arrivals.
+Draining: cordoned, and its requests leave for workers of the same role that have room; what finds none goes on decoding
+here and is tried again with back-off. Both are the worker's own state; nobody else has to remember them.
 """
 
 from __future__ import annotations

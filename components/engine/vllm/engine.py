@@ -30,16 +30,10 @@ from components.engine.protocol import (
     RequestId,
     RequestInfo,
 )
-        return await self._describe(config)
-
-    async def serve(self, llm: Any) -> EngineInfo:
-        """Instead of ``start``: take over an ``AsyncLLM`` that somebody else has made with ``arguments.configure``."""
-        self._llm = llm
-        return await self._describe(llm.vllm_config)
-
-    async def _describe(self, config: Any) -> EngineInfo:
-        self._client = CoreClient(self._llm)
-        reply = await self._client.info()
+from components.engine.vllm import arguments, native
+from components.engine.vllm.client import CoreClient
+from components.engine.vllm.control import MARKER, decode_frozen
+from components.engine.vllm.sampling import finish_reason, logprobs_of, marked, to_vllm
 from components.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -125,20 +119,16 @@ class VLLMEngine:
             self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             raise ConfigError(f"vLLM did not start: {error}") from error
-<<<<<<< HEAD
-        self._client = CoreClient(self._llm)
-        reply = await self._client.info()
-=======
         return await self._describe(config)
 
     async def serve(self, llm: Any) -> EngineInfo:
-        """Instead of ``start``: take over an ``AsyncLLM`` that somebody else has made with our scheduler and connector."""
+        """Instead of ``start``: take over an ``AsyncLLM`` that somebody else has made with ``arguments.configure``."""
         self._llm = llm
         return await self._describe(llm.vllm_config)
 
     async def _describe(self, config: Any) -> EngineInfo:
-        reply = await self._call(Call(Op.INFO))
->>>>>>> 5d9a2c6 (Streams: wip)
+        self._client = CoreClient(self._llm)
+        reply = await self._client.info()
         model = config.model_config
         self._info = EngineInfo(
             model=str(model.served_model_name or model.model),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A request and its outputs in vLLM's own form: how they travel to another engine and come back.
 
-``Native`` carries everything that ``AsyncLLM.generate`` was called with, so that no parameter is translated, and none can
-be dropped. ``why_fixed`` names what cannot travel exactly. ``OutputFace`` looks at ``RequestOutput`` for
+``Native`` carries everything that ``AsyncLLM.generate`` was called with, so that no parameter is translated, and none
+can be dropped. ``why_fixed`` names what cannot travel exactly. ``OutputFace`` looks at ``RequestOutput`` for
 ``components.migration.requests``.
 """
 
@@ -133,7 +133,8 @@ class OutputFace:
         sample.finish_reason = sample.stop_reason = None
         # vLLM repeats older rows behind the new ones when it joins an output with the end of an aborted request.
         if sample.logprobs is not None:
-            sample.logprobs = list(sample.logprobs)[: len(sample.token_ids)]
+            rows: Any = list(sample.logprobs)[: len(sample.token_ids)]
+            sample.logprobs = rows
         rest.outputs = [sample]
         return rest
 
