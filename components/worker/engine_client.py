@@ -64,7 +64,7 @@ class EngineClient:
         except Repeat as repeat:
             from dynamo.llm.exceptions import Disconnected
 
-            raise Disconnected(str(repeat)) from repeat
+            raise Disconnected(str(repeat)) from None
 
     async def _stream(
         self, requests: Requests, prompt: Any, params: Any, request_id: RequestId, keywords: dict[str, Any]
