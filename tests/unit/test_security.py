@@ -40,7 +40,7 @@ from components.transfer.data.nccl import Card, NcclBackend
 from components.transfer.parking.ticket import Ticket, require_id
 from components.transfer.regions import regions_of
 from components.transfer.session import messages as session
-from components.transfer.session.exchange import Exchange
+from components.transfer.session.exchange import Exchange, Inbox
 from components.worker.service import WorkerService
 from tests.fake_wire import Cable
 from tests.faults import clock
@@ -306,6 +306,30 @@ def test_a_message_that_a_peer_has_not_sealed_for_this_life_moves_nothing(secret
     ask = session.Ask(1, "r", blocks(1, 7), blocks(1, 2), (), 0, 1000)
     assert moved_for(ask)[0]
     assert moved_for(ask, SEALED[how])[0] == []
+
+
+def test_only_the_peer_of_a_transfer_that_we_opened_says_what_has_landed(secret: Path) -> None:
+    peer, other, link, directory = agent_record(), "other/e", Link(), Directory()
+    directory.put(peer)
+    config, regions = AgentConfig(name="mine"), regions_of([KVPool("layer.0", torch.zeros((8, 4)), 8, 0)])
+    exchange = Exchange(config, "mine", link, regions, None, directory, "host", Calibration())  # type: ignore[arg-type]
+    number, inbox = exchange._open(peer)
+    said = (session.Landed, session.Freed)
+
+    def say(sender: str, message: session.Message) -> None:
+        link.inbox = {sender: [session.encode(message, sender, "mine/mine")]}
+        assert exchange.progress() == []
+
+    for kind in said:
+        say(other, kind(number, 0))
+        say(peer.key, kind(number + 1, 0))
+    say(other, session.Ended(number))
+    say(peer.key, session.Ask(number, "r", blocks(1), blocks(1), (), 0, 1000))
+    assert inbox == Inbox()
+    for kind in said:
+        say(peer.key, kind(number, 0))
+    assert inbox == Inbox(landed={0}, freed={0})
+    assert exchange.inboxes == {(peer.key, number): inbox}
 
 
 def moved_for(

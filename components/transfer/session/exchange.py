@@ -260,10 +260,9 @@ class Exchange:
     def _receive(self, sender: str, message: wire.Message) -> Generator[bool, None, None] | None:
         inbox = self.inboxes.get((sender, message.id))
         match message:
-            case wire.Ask():
-                return self._with_peer(sender, message)
-            case wire.Hello(reply=True):
-                return self._with_peer(sender, message)
+            case wire.Ask() | wire.Hello(reply=True):
+                # A number that we have chosen for a transfer of ours begins nothing.
+                return self._with_peer(sender, message) if inbox is None else None
             case wire.Hello() if inbox is not None:
                 inbox.greeted = True
             case wire.Landed() if inbox is not None:
