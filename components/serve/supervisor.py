@@ -222,26 +222,29 @@ class Supervisor:
             await child.start(self._environment)
             self._say(child, "starting")
         waiting = list(self.children)
-        while waiting and not self._stop.is_set():
-            for child in list(waiting):
-                if not child.alive:
-                    code = child.handle.returncode if child.handle else None
-                    raise ConfigError(f"{child.label} ended with code {code} before it was ready; its reason is above")
-                if await self._is_ready(child):
-                    self._say(child, f"ready after {time.monotonic() - began:.0f} s")
-                    waiting.remove(child)
-                    self._watch(child)
-            if time.monotonic() - began > READY_S:
-                raise MigrateError(f"not ready within {READY_S:g} s: {', '.join(c.label for c in waiting)}")
-            await asyncio.sleep(0.1)
+        # One client for all questions: making one takes longer than the pause between two.
+        async with httpx.AsyncClient(timeout=2.0, trust_env=False) as client:
+            while waiting and not self._stop.is_set():
+                for child in list(waiting):
+                    if not child.alive:
+                        code = child.handle.returncode if child.handle else None
+                        raise ConfigError(
+                            f"{child.label} ended with code {code} before it was ready; its reason is above"
+                        )
+                    if await self._is_ready(child, client):
+                        self._say(child, f"ready after {time.monotonic() - began:.0f} s")
+                        waiting.remove(child)
+                        self._watch(child)
+                if time.monotonic() - began > READY_S:
+                    raise MigrateError(f"not ready within {READY_S:g} s: {', '.join(c.label for c in waiting)}")
+                await asyncio.sleep(0.1)
 
-    async def _is_ready(self, child: Child) -> bool:
+    async def _is_ready(self, child: Child, client: httpx.AsyncClient) -> bool:
         if child.process.component != "Frontend":
             return child.ready_file.exists()
         try:
-            async with httpx.AsyncClient(timeout=2.0, trust_env=False) as client:
-                reply = await client.get(f"{self._plan.url}/v1/models")
-                return bool(reply.json().get("data"))
+            reply = await client.get(f"{self._plan.url}/v1/models")
+            return bool(reply.json().get("data"))
         except (httpx.HTTPError, ValueError):
             return False
 
