@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The versions of other packages that this one is tested with; ``TESTED`` is the only list of them in the code.
 
-``pyproject.toml`` and ``requirements.lock`` install from it, which a test compares. A version outside it that keeps
-its release series (major and minor number) is worth a warning, which ``dynamo doctor`` gives, and so is ``NEXT``. Another
-series has other private names: an engine does not start on it (``require``).
+``pyproject.toml`` and the lock files agree with it, which a test compares. ``dynamo doctor`` warns of a version outside
+it. An engine starts on another patch release of a tested series (major and minor number) and on that in ``NEXT``;
+other series have other private names, and are refused (``require``).
 """
 
 from __future__ import annotations
