@@ -4,7 +4,8 @@
 agent.py     TransferAgent: register pools once, publish, fetch
 handle.py    TransferHandle: wait, await, call back, cancel
 config.py    AgentConfig, KVPool, TransferResult
-layout.py    where the bytes of a block lie
+layout.py    lists of blocks as memory to copy
+regions.py   where the bytes of a block lie: storages, strides, pools over or beside each other
 checksum.py  per-block checksums
 copying.py   transfer_kv_cache: between devices of one process
 lanes.py     transports and what they need of the host

@@ -154,7 +154,7 @@ class IpcBackend:
 
     def _new_mapping(self, peer: AgentRecord) -> _Mapped:
         rows = self._rows_of(peer)
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             return _Mapped(kernels.mover(rows, self._rows), rows)
 
     def _rows_of(self, peer: AgentRecord) -> list[torch.Tensor]:
