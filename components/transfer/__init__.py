@@ -19,7 +19,7 @@ from components.transfer.agent import TransferAgent
 from components.transfer.config import AgentConfig, Integrity, KVPool, StoreKind, Strategy, TransferResult, Transport
 from components.transfer.copying import CacheCopy, transfer_kv_cache
 from components.transfer.data.nixl import nixl_is_available
-from components.transfer.data.shared import move_to_shared_memory
+from components.transfer.data.shared import SharedZeros, move_to_shared_memory
 from components.transfer.handle import TransferHandle
 from components.transfer.parking import Parking, ParkingStats, Place, Ticket
 
@@ -31,6 +31,7 @@ __all__ = [
     "Parking",
     "ParkingStats",
     "Place",
+    "SharedZeros",
     "StoreKind",
     "Strategy",
     "Ticket",

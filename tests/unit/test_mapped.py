@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from components.errors import TransferCancelled, TransferError
-from components.transfer import AgentConfig, KVPool, TransferAgent, move_to_shared_memory
+from components.transfer import AgentConfig, KVPool, SharedZeros, TransferAgent, move_to_shared_memory
 from components.transfer.data import hostcopy
 from components.transfer.data.handover import Giver, _name, map_peer
 from components.transfer.data.shared import shared_storages
@@ -62,6 +62,29 @@ def test_all_views_follow_when_a_pool_moves_and_nothing_is_left_in_dev_shm() -> 
     assert parts[1].tensor[3, 0] == view[0] != copy[0]
     assert len(shared_storages(parts)) == 1
     assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_zeros_of_an_engine_are_made_in_shared_memory_without_a_name() -> None:
+    before = set(os.listdir("/dev/shm"))
+    with SharedZeros():
+        made = torch.zeros(1 << 20, 2, dtype=torch.int16)
+        small, elsewhere = torch.zeros(16), torch.zeros(1 << 20, device="meta")
+    assert (made.shape, made.dtype, made.is_contiguous()) == ((1 << 20, 2), torch.int16, True)
+    assert made.is_shared() and not bool(made.any())
+    assert not small.is_shared() and elsewhere.device.type == "meta"
+    assert not torch.zeros(1 << 20).is_shared()
+    assert [s.size for s in shared_storages([KVPool("p", part, 512, 0) for part in made.view(2, 512, -1)])] == [4 << 20]
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_zeros_are_made_all_the_same_where_no_memory_can_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> int:
+        raise OSError("not permitted")
+
+    monkeypatch.setattr(os, "memfd_create", refused)
+    with SharedZeros():
+        made = torch.zeros(1 << 20)
+    assert not made.is_shared() and not bool(made.any())
 
 
 def test_pools_that_do_not_fit_into_dev_shm_stay(monkeypatch: pytest.MonkeyPatch) -> None:

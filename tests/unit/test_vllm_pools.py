@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,14 +12,14 @@ import torch
 
 from components.engine.vllm.pools import pools_of
 from components.errors import ConfigError
-from components.transfer import move_to_shared_memory
+from components.transfer import SharedZeros, move_to_shared_memory
 from components.transfer.data.shared import shared_storages
 from components.transfer.layout import block_bytes
 from components.transfer.regions import regions_of, storages_of
 
 vllm = pytest.importorskip("vllm.v1.kv_cache_interface")
 LAYOUTS = [layout.name for layout in vllm.KVCacheLayout]
-LAYERS, BLOCKS, HEADS, TOKENS, SIZE = 3, 6, 2, 32, 16
+LAYERS, BLOCKS, HEADS, TOKENS, SIZE = 3, 6, 2, 32, 64
 PAGE = HEADS * TOKENS * 2 * SIZE * 2
 
 
@@ -76,25 +77,28 @@ def test_groups_over_the_same_bytes_are_moved_once(layout: str) -> None:
     assert block_bytes(regions_of(pools)) == LAYERS * PAGE
 
 
-def test_all_views_follow_into_shared_memory() -> None:
-    config = plan("LBHNC", attention())
-    made = caches(config, "LBHNC", kernel_block=16)
+@pytest.mark.parametrize("how", ["made there", "moved"])
+def test_caches_are_in_shared_memory_with_all_their_views(how: str) -> None:
+    config = plan("LBHNC", attention(block_size=256))
+    with SharedZeros() if how == "made there" else nullcontext():
+        made = caches(config, "LBHNC", kernel_block=16)
     pools = pools_of(made, config)
-    assert move_to_shared_memory(pools) == ""
-    made["model.layers.2.attn"][2 * 4 + 1] = 1.5
+    if how == "moved":
+        assert shared_storages(pools) == [] and move_to_shared_memory(pools) == ""
+    made["model.layers.2.attn"][16 * 4 + 1] = 1.5
     assert bool((pools[2].tensor[4, 1] == 1.5).all()) and not bool(pools[2].tensor[4, 0].any())
     [shared] = shared_storages(pools)
-    assert shared.size == LAYERS * BLOCKS * PAGE
+    assert shared.size == config.kv_cache_tensors[0].size
 
 
 def test_caches_that_are_not_where_the_plan_puts_them_are_refused() -> None:
     config = plan("LBHNC", attention())
     made = caches(config, "LBHNC")
     first = "model.layers.0.attn"
-    shape = r"shape \(6, 2, 32, 32\)"
+    shape = r"shape \(6, 2, 32, 128\)"
     with pytest.raises(ConfigError, match=rf"layers.0.attn has {shape}.*vLLM plans"):
         pools_of(made | {first: made["model.layers.1.attn"]}, config)
-    with pytest.raises(ConfigError, match=r"shape \(2, 6, 32, 32\).*no view \(blocks, heads, tokens, content\)"):
+    with pytest.raises(ConfigError, match=r"shape \(2, 6, 32, 128\).*no view \(blocks, heads, tokens, content\)"):
         pools_of(made | {first: made[first].transpose(0, 1)}, config)
     with pytest.raises(ConfigError, match=r"shape \(6, 6, 4, 8, 32\)"):  # No telling which six are the blocks.
         pools_of(made | {first: torch.zeros(6, 6, 4, 8, 32)}, config)
@@ -103,5 +107,5 @@ def test_caches_that_are_not_where_the_plan_puts_them_are_refused() -> None:
     with pytest.raises(ConfigError, match="has made none"):
         pools_of({name: cache for name, cache in made.items() if name != first}, config)
     wider = replace(config.kv_cache_tensors[0], block_stride=2 * PAGE)
-    with pytest.raises(ConfigError, match="vLLM plans 8192"):
+    with pytest.raises(ConfigError, match="vLLM plans 32768"):
         pools_of(made, replace(config, kv_cache_tensors=[wider]))

@@ -8,6 +8,7 @@ starts loads and the forward pass does not matter.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -110,6 +111,10 @@ class MigrationConnector(KVConnectorBase_V1):
     @runner.setter
     def runner(self, runner: RunnerPort) -> None:
         self._runner = runner
+
+    def get_mem_pool_context(self) -> AbstractContextManager[Any] | None:
+        """vLLM makes its KV caches within it."""
+        return self._loader().allocation()
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Register all KV pools with the transfer agent, once."""

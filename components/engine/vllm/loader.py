@@ -9,6 +9,7 @@ Errors: a failed job is a result, never an exception: the scheduler decides what
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,12 +22,11 @@ from components.engine.vllm.records import Job, JobResult, StepResults
 from components.errors import IntegrityError, MigrateError
 from components.transfer import (
     AgentConfig,
-    KVPool,
+    SharedZeros,
     TransferAgent,
     TransferHandle,
     TransferResult,
     Transport,
-    move_to_shared_memory,
 )
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,6 @@ class Loader:
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Describe vLLM's cache tensors to the agent and publish it."""
         pools = pools_of(kv_caches, self._plan)
-        self._share(pools)
         self.fingerprint = fingerprint(self._config, pools, runner_version(self._config))
         block_size = self._config.cache_config.block_size
         settings = dict(self._extra["agent"])
@@ -82,13 +81,11 @@ class Loader:
         self._agent.start(pools)
         self.kv_bytes_per_token = self._agent.record.block_bytes // block_size
 
-    def _share(self, pools: list[KVPool]) -> None:
-        """Move host pools to where workers of this host can map them, before anything has taken their addresses."""
+    def allocation(self) -> AbstractContextManager[Any] | None:
+        """Where vLLM shall make its caches: on a host, where workers of this host can map them."""
         transport = Transport(self._extra["agent"].get("transport", Transport.AUTO))
-        if pools[0].tensor.is_cuda or transport not in (Transport.AUTO, Transport.SHM):
-            return
-        if reason := move_to_shared_memory(pools):
-            logger.info("KV blocks are not mapped between workers: %s", reason)
+        on_host = self._config.device_config.device_type == "cpu"
+        return SharedZeros() if on_host and transport in (Transport.AUTO, Transport.SHM) else None
 
     def step(self, jobs: list[Job]) -> None:
         """Begin a step's jobs, collect older ones that are done."""

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host memory that processes of one host can share: torch storages moved into it.
+"""Host memory that processes of one host can share: torch storages that are made in it, or moved into it.
 
-``move_to_shared_memory`` changes the addresses of the pools: call it before anything has taken them (NumPy views,
-registrations). All torch views of a storage follow. The segments have no name once they exist: nothing is left in
-/dev/shm, whatever kills the process. No threads, no life cycle of its own: torch frees the memory with the storage.
+Within ``SharedZeros`` an engine makes its pools where they stay. ``move_to_shared_memory`` copies pools that are there
+already, and changes their addresses: call it before anything has taken them (NumPy views, registrations). All torch
+views of a storage follow. The segments have no name once they exist: nothing is left in /dev/shm, whatever kills the
+process. No threads, no life cycle of its own: torch frees the memory with the storage.
 """
 
 from __future__ import annotations
@@ -14,9 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch.overrides import TorchFunctionMode
+
 from components.transfer.config import KVPool
 
 logger = logging.getLogger(__name__)
+_LEAST_BYTES = 1 << 20
+"""What is smaller is no KV cache."""
 _SHM = "/dev/shm"
 _SPARE_BYTES = 64 << 20
 
@@ -28,6 +34,37 @@ class SharedStorage:
     fd: int
     address: int
     size: int
+
+
+class SharedZeros(TorchFunctionMode):
+    """Within it ``torch.zeros`` on the host gives shared memory. Where there is none, the usual one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.zeros or torch.device(kwargs.get("device") or torch.get_default_device()).type != "cpu":
+            return func(*args, **kwargs)
+        form = func(*args, **{**kwargs, "device": "meta"})
+        if form.nbytes < _LEAST_BYTES:
+            return func(*args, **kwargs)
+        try:
+            storage = _new_storage(form.nbytes)
+        except (OSError, RuntimeError) as error:
+            logger.info("no %d bytes of shared memory: %s", form.nbytes, error)
+            return func(*args, **kwargs)
+        made = torch.empty(0, dtype=form.dtype).set_(storage, 0, form.shape, form.stride())
+        return made.zero_()  # Every page is taken now, and not by the first step or migration that comes to it.
+
+
+def _new_storage(size: int) -> torch.UntypedStorage:
+    # Of the kernel's own, so that neither the size of /dev/shm bounds it nor a name outlives the process.
+    fd = os.memfd_create("kv", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, size)
+        kind: Any = torch.UntypedStorage
+        storage: torch.UntypedStorage = kind._new_shared_fd_cpu(fd, size)
+        return storage
+    finally:
+        os.close(fd)
 
 
 def move_to_shared_memory(pools: Sequence[KVPool]) -> str:
@@ -54,18 +91,21 @@ def move_to_shared_memory(pools: Sequence[KVPool]) -> str:
 
 def shared_storages(pools: Sequence[KVPool]) -> list[SharedStorage]:
     """The storages of pools that are in shared memory; empty when one of them is not."""
-    found: dict[int, SharedStorage] = {}
+    everything: dict[int, Any] = {}
     for pool in pools:
-        storage: Any = pool.tensor.untyped_storage()
-        if pool.tensor.device.type != "cpu" or not storage.is_shared():
+        storage = pool.tensor.untyped_storage()
+        everything[storage.data_ptr()] = storage
+    found: list[SharedStorage] = []
+    for address, storage in everything.items():
+        if storage.device.type != "cpu" or not storage.is_shared():
             return []
         try:
             fd, size = storage._share_fd_cpu_()
         except RuntimeError as error:
-            logger.info("pool %s is shared in a way that has no descriptor: %s", pool.name, error)
+            logger.info("pools are shared in a way that has no descriptor: %s", error)
             return []
-        found[storage.data_ptr()] = SharedStorage(fd, storage.data_ptr(), size)
-    return list(found.values())
+        found.append(SharedStorage(fd, address, size))
+    return found
 
 
 def scope() -> str:
