@@ -36,7 +36,7 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def engine(model: Path | str, load_format: str = "auto", runner: str = "V1", **more: Any) -> str:
+def engine(model: Path | str, load_format: str = "auto", runner: str = "v1", adapters: str = "", **more: Any) -> str:
     """The fingerprint of an engine, as far as it reads vLLM's configuration."""
     config = SimpleNamespace(to_dict=lambda: {"_name_or_path": str(model), "hidden_size": 64})
     values: dict[str, Any] = {
@@ -48,17 +48,15 @@ def engine(model: Path | str, load_format: str = "auto", runner: str = "V1", **m
         "quantization": None,
         "cache_dtype": "auto",
     } | more
-    extra = {"migration": {"adapters": values.get("adapters", "")}}
-    vllm_config = SimpleNamespace(
+    vllm_config: Any = SimpleNamespace(
         model_config=SimpleNamespace(**values),
         load_config=SimpleNamespace(load_format=load_format, download_dir=None),
         cache_config=SimpleNamespace(cache_dtype=values["cache_dtype"], block_size=16),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
-        kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra),
     )
     order = values.get("order", (0, 1, 2))
     pools = [KVPool("layer.0", torch.zeros(4, 8, 16).permute(order), 4, 0)]
-    return fingerprint(vllm_config, pools, runner)
+    return fingerprint(vllm_config, pools, runner, adapters)
 
 
 def test_equal_copies_in_other_folders_have_one_fingerprint(model: Path, tmp_path: Path) -> None:
@@ -77,7 +75,7 @@ def test_a_fine_tune_with_the_same_configuration_has_another_fingerprint(model: 
 def test_whatever_changes_a_token_changes_the_fingerprint(model: Path) -> None:
     same = engine(model)
     changes: list[dict[str, Any]] = [
-        {"runner": "V2"},
+        {"runner": "v2"},
         {"dtype": torch.float16},
         {"cache_dtype": "fp8"},
         {"quantization": "awq"},

@@ -114,7 +114,7 @@ class MigrationConnector(KVConnectorBase_V1):
 
     def get_mem_pool_context(self) -> AbstractContextManager[Any] | None:
         """vLLM makes its KV caches within it."""
-        return self._loader().allocation()
+        return self.loader.allocation()
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Register all KV pools with the transfer agent, once."""

@@ -10,15 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from components.models import weights
 from components.transfer import KVPool
 from components.transfer.regions import regions_of
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
-def fingerprint(vllm_config: Any, pools: Sequence[KVPool], runner: str) -> str:
-    """``runner`` names the model runner whose results these are."""
+
+def fingerprint(vllm_config: VllmConfig, pools: Sequence[KVPool], runner: str, adapters: str) -> str:
+    """``runner`` names the model runner whose results these are; ``adapters`` is a digest, empty without them."""
     model, load, cache = vllm_config.model_config, vllm_config.load_config, vllm_config.cache_config
     config = model.hf_config.to_dict()
     config.pop("_name_or_path", None)
@@ -35,8 +38,7 @@ def fingerprint(vllm_config: Any, pools: Sequence[KVPool], runner: str) -> str:
         "cache_dtype": str(cache.cache_dtype),
         "block_size": cache.block_size,
         "tp": vllm_config.parallel_config.tensor_parallel_size,
-        # Empty for engines without adapters.
-        "adapters": vllm_config.kv_transfer_config.kv_connector_extra_config["migration"].get("adapters", ""),
+        "adapters": adapters,
         "pools": [(pool.name, str(pool.tensor.dtype), list(pool.tensor.shape[1:])) for pool in pools],
         "regions": [(r.order, [segment.length for segment in r.segments]) for r in regions_of(pools)],
     }

@@ -65,7 +65,8 @@ class Loader:
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Describe vLLM's cache tensors to the agent and publish it."""
         pools = pools_of(kv_caches, self._plan)
-        self.fingerprint = fingerprint(self._config, pools, runner_version(self._config))
+        adapters = self._extra["migration"].get("adapters", "")
+        self.fingerprint = fingerprint(self._config, pools, runner_version(self._config), adapters)
         block_size = self._config.cache_config.block_size
         settings = dict(self._extra["agent"])
         settings["name"] = f"{settings['name']}-tp{self.rank}"

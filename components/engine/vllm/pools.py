@@ -9,15 +9,18 @@ vLLM has made the caches.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from components.errors import ConfigError
 from components.transfer import KVPool
 
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
 
-def pools_of(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> list[KVPool]:
+
+def pools_of(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig) -> list[KVPool]:
     """One pool for each layer that has a cache of its own.
 
     Layers that use another one's are left out. Cache groups may overlay each other: a block number belongs to one group
@@ -37,7 +40,7 @@ def pools_of(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> lis
     return pools
 
 
-def _pool(layer: str, tensor: torch.Tensor, num_blocks: int, placed: Any, start: int) -> KVPool:
+def _pool(layer: str, tensor: torch.Tensor, num_blocks: int, placed: KVCacheTensor, start: int) -> KVPool:
     found = f"the KV cache of layer {layer} has shape {tuple(tensor.shape)} and strides {tensor.stride()}"
     if tensor.dim() != 4 or tensor.shape[0] % num_blocks:
         raise ConfigError(f"{found}: it is no view (blocks, heads, tokens, content) of {num_blocks} blocks")
