@@ -37,7 +37,7 @@ class Limits:
     """What an acceptor spends on others."""
 
     unproven: int = 64
-    proof_s: float = 5.0
+    proof_s: float = 10.0
     yield_s: float = 0.5
     """How long a connection keeps its place when all are taken: more than a peer on a busy machine needs."""
     served: int = 512
