@@ -11,20 +11,20 @@ from sending one again: for that, encrypt the network. Read once; no threads. Ra
 from __future__ import annotations
 
 import hmac
-import os
 from functools import cache
 from pathlib import Path
 
+from components import env
 from components.errors import ConfigError
 
-VARIABLE = "DYN_MIGRATE_SECRET_FILE"
+VARIABLE = env.SECRET_FILE.name
 _SHORTEST = 16
 
 
 @cache
 def secret() -> bytes:
     """The secret, or nothing when none is configured."""
-    path = os.environ.get(VARIABLE, "")
+    path = env.SECRET_FILE.read()
     if not path:
         return b""
     try:

@@ -18,13 +18,13 @@ from typing import Any
 
 import uvloop
 
-from components import credentials, output
+from components import credentials, env, output
 from components.errors import MigrateError
 
 
 def namespace() -> str:
     """Dynamo namespace of the workers."""
-    return os.environ.get("DYN_NAMESPACE", "dynamo")
+    return env.NAMESPACE.read()
 
 
 def edge_namespace() -> str:
@@ -38,9 +38,7 @@ def connect() -> Any:
 
     credentials.secret()  # One that cannot be read is an error now, not at the first message.
 
-    runtime, _ = create_runtime(
-        os.environ.get("DYN_DISCOVERY_BACKEND", "etcd"), os.environ.get("DYN_REQUEST_PLANE", "tcp"), event_plane="zmq"
-    )
+    runtime, _ = create_runtime(env.DISCOVERY.read(), env.REQUEST_PLANE.read(), event_plane="zmq")
     return runtime
 
 
@@ -68,7 +66,7 @@ def on_stop() -> asyncio.Event:
 
 def ready() -> None:
     """Tell the launcher that this process serves now."""
-    path = os.environ.get("DYN_MIGRATE_READY_FILE")
+    path = env.READY_FILE.read()
     if path:
         Path(path).touch()
 
@@ -81,12 +79,11 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
 def run_blocking(main: Callable[[], None]) -> None:
     """The same for a main that brings its own loop."""
     output.take_any_text()
-    logging.basicConfig(
-        level=os.environ.get("DYN_MIGRATE_LOG", "INFO").upper(), format="%(levelname)s %(name)s: %(message)s"
-    )
-    logging.getLogger("components").setLevel(os.environ.get("DYN_MIGRATE_LOG", "INFO").upper())
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
+        env.check()
+        logging.basicConfig(level=env.LOG.read(), format="%(levelname)s %(name)s: %(message)s")
+        logging.getLogger("components").setLevel(env.LOG.read())
+        logging.getLogger("httpx").setLevel(logging.WARNING)
         main()
     except MigrateError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -9,15 +9,22 @@ from typing import Any
 
 import typer.main
 
-from components import credentials
+from components import env
 from components.cli import app
-from components.dashboard import access
 from components.errors import MigrateError
 from components.metrics import names
 from components.serve.config import ComponentConfig, FrontendConfig, PlannerConfig, RouterConfig, WorkerConfig
 from planner_hooks.rules import Limits
 
 TARGET = Path(__file__).parents[1] / "docs" / "reference.md"
+
+
+_SETTINGS = (
+    "Keys of a file for `dynamo serve -f`, or `--Component.key=value`. What is written in several places is taken",
+    "from the first of: `--Component.key=value`, `--Common.key=value`, the component's own block in the file,",
+    "`Common` in the file, the default. `--port` is `--Frontend.port`. A value on the command line is YAML, but text",
+    "where the key holds text: `--Frontend.host=::` needs no quotes.",
+)
 
 
 def _cell(text: object) -> str:
@@ -56,6 +63,18 @@ def _fields(title: str, model: type[ComponentConfig] | type[Limits]) -> Iterator
     yield ""
 
 
+def _variables() -> Iterator[str]:
+    yield "## Environment variables\n"
+    yield "An empty one counts as not set. A wrong value ends the start with its name.\n"
+    for title, internal in (("Set by users", False), ("Set by `dynamo serve` for its processes", True)):
+        yield f"### {title}\n\n| variable | default | meaning |\n|---|---|---|"
+        for each in env.ALL:
+            if each.internal is internal:
+                default = "" if each.default in ("", (), {}) else f"`{_cell(each.default)}`"
+                yield f"| `{each.name}` | {default} | {_cell(each.meaning)} |"
+        yield ""
+
+
 def _errors(kind: type[MigrateError]) -> Iterator[str]:
     what = (kind.__doc__ or "").strip().splitlines()[0]
     yield f"| `{kind.code}` | `{kind.__name__}` | {'yes' if kind.retryable else 'no'} | {_cell(what)} |"
@@ -70,7 +89,7 @@ def text() -> str:
     lines = ["# Reference", "", "Written from the code by `python -m scripts.reference`; a test keeps it current.", ""]
     lines += ["## Commands", ""]
     lines += _commands(command, "dynamo")
-    lines += ["## Configuration", "", "Keys of a file for `dynamo serve -f`, or `--Component.key=value`.", ""]
+    lines += ["## Configuration", "", *_SETTINGS, ""]
     for title, model in (
         ("Frontend", FrontendConfig),
         ("Router", RouterConfig),
@@ -79,16 +98,8 @@ def text() -> str:
         ("limits of a policy file", Limits),
     ):
         lines += _fields(title, model)
+    lines += [*_variables()]
     lines += [
-        "### Secrets",
-        "",
-        "| variable | meaning |",
-        "|---|---|",
-        f"| `{credentials.VARIABLE}` | File with the secret of this system, the same for all its processes and "
-        "commands; see [security](reliability.md#security) |",
-        f"| `{access.VARIABLE}` | Token of the web page where it listens beyond loopback; default: follows from the "
-        "secret |",
-        "",
         "## Metrics",
         "",
         "Dynamo adds `dynamo_namespace`, `dynamo_component`, `dynamo_endpoint`, `worker_id`.",

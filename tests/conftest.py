@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from components.address import Address
 from components.planner import perf_model
-from components.serve.servers import etcd_command, nats_command
+from components.serve.servers import answers, etcd_command, nats_command
 from components.serve.surroundings import past_proxies
 
 perf_model.stand_in()  # Tests import parts of Dynamo's planner.
@@ -53,9 +54,8 @@ def wait_for_port(port: int, timeout_s: float = 15.0, host: str = "127.0.0.1") -
     """Return once something listens on the port."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
-        with socket.socket() as sock:
-            if sock.connect_ex((host, port)) == 0:
-                return
+        if answers(host, port, 0.5):
+            return
         time.sleep(0.05)
     raise TimeoutError(f"nothing listens on {host}:{port} after {timeout_s:g} s")
 
@@ -78,7 +78,7 @@ def etcd_server(
     data: Path, port: int, host: str = "127.0.0.1", more: Sequence[str] = (), scheme: str = "http"
 ) -> Iterator[subprocess.Popen[bytes]]:
     """One etcd with its data in ``data``, listening on ``port``; ``more`` are arguments for it."""
-    with running([*etcd_command(data, f"{scheme}://{host}:{port}", free_port()), *more]) as process:
+    with running([*etcd_command(data, f"{scheme}://{Address(host, port)}", free_port()), *more]) as process:
         wait_for_port(port, host=host)
         yield process
 

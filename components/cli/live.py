@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from components import env
 from components.address import Address
 from components.errors import ConfigError
 from components.models import cache_folder
@@ -50,7 +51,7 @@ def _started(pid: int) -> int:
 
 
 def _folder() -> Path:
-    given = os.environ.get("XDG_RUNTIME_DIR", "")
+    given = env.RUNTIME_FOLDER.read()
     return (Path(given) if given and os.access(given, os.W_OK) else cache_folder()) / "dynamo-migrate-run"
 
 
@@ -68,7 +69,7 @@ def forget(state: State) -> None:
 
 def join() -> None:
     """Point this process's environment at the running system. Raises ``ConfigError`` when there is none."""
-    if os.environ.get("ETCD_ENDPOINTS"):
+    if env.ETCD_ENDPOINTS.read():
         return
     found = _running()
     if not found:
@@ -97,18 +98,10 @@ def reach() -> None:
     join()
     # Before Dynamo is imported: how it connects is of no use to who asks for a table. ``DYN_LOG=info`` shows it.
     os.environ.setdefault("DYN_LOG", "error")
-    asked = []
-    for endpoint in os.environ["ETCD_ENDPOINTS"].split(","):
-        try:
-            where = Address.of(endpoint)
-        except ValueError:
-            raise ConfigError(f"ETCD_ENDPOINTS: {endpoint!r} is no address: write http://HOST:2379") from None
-        if answers(*where):
-            return
-        asked.append(str(where))
-    raise ConfigError(
-        f"etcd does not answer at {' and '.join(asked)}: start it, or set ETCD_ENDPOINTS to where the graph has it"
-    )
+    endpoints = [Address.of(url) for url in env.ETCD_ENDPOINTS.read()]
+    if not any(answers(*where) for where in endpoints):
+        where = " and ".join(map(str, endpoints))
+        raise ConfigError(f"etcd does not answer at {where}: start it, or set ETCD_ENDPOINTS to where the graph has it")
 
 
 def nobody_answers(namespace: str) -> str:

@@ -16,7 +16,7 @@ import httpx
 import typer
 from rich.console import Console
 
-from components import models
+from components import env, models
 from components.cli.launcher import Launcher, Then
 from components.serve.graph import load
 from components.serve.plan import Plan, make_plan, parse_overrides, read_yaml
@@ -42,6 +42,7 @@ def resolve(
     graph: str, config: Path | None, transport: Transport, port: int | None, only: str, arguments: list[str]
 ) -> Plan:
     """The plan for the command line's arguments, with models prepared."""
+    env.check()
     values = read_yaml(config) if config else {}
     overrides = parse_overrides(arguments)
     if port is not None:

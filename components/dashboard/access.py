@@ -10,16 +10,15 @@ No state but the token; nothing is logged.
 from __future__ import annotations
 
 import hmac
-import os
 import secrets
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from components import credentials
+from components import credentials, env
 from components.address import Address, is_loopback
 
-VARIABLE = "DYN_MIGRATE_PAGE_TOKEN"
+VARIABLE = env.PAGE_TOKEN.name
 """A token of one's own. The launcher tells the page's process in this way which one it has printed."""
 _WHY = (
     "This page needs its token: open the URL that was printed when it started, or send 'Authorization: Bearer TOKEN'.\n"
@@ -30,7 +29,7 @@ def token_for(host: str) -> str:
     """The token of a page that listens on ``host``; empty on loopback, where none is needed."""
     if is_loopback(host):
         return ""
-    if given := os.environ.get(VARIABLE):
+    if given := env.PAGE_TOKEN.read():
         return given
     return credentials.token("page") if credentials.secret() else secrets.token_hex(32)
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 import httpx
 
+from components import env
 from components.address import Address
 from components.doctor.check import Check, State
 from components.errors import ConfigError
@@ -24,16 +25,20 @@ _S = 2.0
 
 
 def services(environment: Mapping[str, str], port: int) -> list[Check]:
-    """All lines about servers and ports."""
+    """All lines about servers and ports, and about variables whose values are wrong."""
+    try:
+        env.check(environment)
+    except ConfigError as error:
+        return [Check("variables", State.FAIL, str(error), "correct it, or unset it"), _port(port)]
     return [_etcd(environment), _nats(environment), _port(port)]
 
 
 def _etcd(environment: Mapping[str, str]) -> Check:
-    named = environment.get("ETCD_ENDPOINTS", "")
+    named = env.ETCD_ENDPOINTS.read(environment)
     if not named:
         return _program("etcd", "etcd", "etcd-server", "ETCD_ENDPOINTS")
     found, failed = [], []
-    for url in named.split(","):
+    for url in named:
         try:
             found.append(f"{without_secrets(url)} is {_etcd_version(Endpoint.of(url), environment)}")
         except (httpx.HTTPError, OSError, ValueError, KeyError, ConfigError) as error:
@@ -47,19 +52,19 @@ def _etcd(environment: Mapping[str, str]) -> Check:
 def _etcd_version(endpoint: Endpoint, environment: Mapping[str, str]) -> str:
     verify: ssl.SSLContext | bool = True
     if endpoint.secure:
-        verify = ssl.create_default_context(cafile=environment.get("ETCD_AUTH_CA") or None)
-        if environment.get("ETCD_AUTH_CLIENT_CERT"):
-            verify.load_cert_chain(environment["ETCD_AUTH_CLIENT_CERT"], environment.get("ETCD_AUTH_CLIENT_KEY"))
+        verify = ssl.create_default_context(cafile=env.ETCD_AUTH_CA.read(environment) or None)
+        if certificate := env.ETCD_AUTH_CLIENT_CERT.read(environment):
+            verify.load_cert_chain(certificate, env.ETCD_AUTH_CLIENT_KEY.read(environment) or None)
     url = f"{'https' if endpoint.secure else 'http'}://{Address(endpoint.host, endpoint.port)}/version"
     return str(httpx.get(url, timeout=_S, verify=verify, trust_env=False).json()["etcdserver"])
 
 
 def _nats(environment: Mapping[str, str]) -> Check:
-    named = environment.get("NATS_SERVER", "")
+    named = env.NATS_SERVER.read(environment)
     if not named:
         return _program("NATS", "nats-server", "nats-server", "NATS_SERVER")
     found, failed = [], []
-    for url in named.split(","):
+    for url in named:
         try:
             found.append(str(_greeted(Address.of(url, 4222))))
         except (OSError, ValueError) as error:

@@ -6,13 +6,13 @@ Dynamo calls us from a thread of its own when somebody scrapes; collectors must 
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from components.address import Address, bare, dialled
+from components import env
+from components.address import Address, dialled, is_any
 from components.metrics.names import PREFIX, Kind, Metric
 
 Family = CounterMetricFamily | GaugeMetricFamily
@@ -40,13 +40,14 @@ def family(metric: Metric, values: dict[tuple[str, ...], float]) -> Family:
 
 def reachable(host: str) -> str:
     """The name under which Prometheus reaches a process that listens on ``host``; ``DYN_MIGRATE_METRICS_HOST`` wins."""
-    return bare(os.environ.get("DYN_MIGRATE_METRICS_HOST", "")) or dialled(host)
+    return env.METRICS_HOST.read() or dialled(host)
 
 
 def address(host: str = "127.0.0.1") -> str:
     """host:port of this process's ``/metrics``; empty when it has none."""
-    port = os.environ.get("DYN_SYSTEM_PORT", "")
-    return str(Address(reachable(host), int(port))) if port else ""
+    port, listens = env.SYSTEM_PORT.read(), env.SYSTEM_HOST.read()
+    where = listens if listens and not is_any(listens) else host
+    return str(Address(reachable(where), port)) if port > 0 else ""
 
 
 def expose(registry: CollectorRegistry, endpoint: Any, namespace: str, component: str, name: str = "generate") -> None:

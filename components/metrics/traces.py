@@ -12,12 +12,12 @@ asks for no trace in it gets none.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from components import env
 from components.messages import EventKind, StreamEvent, StreamInfo
 
 logger = logging.getLogger(__name__)
@@ -88,8 +88,7 @@ def _ns(seconds: float) -> int:
 
 @cache
 def _tracer() -> Any:
-    names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-    if not any(os.environ.get(name) for name in names):
+    if not (env.TRACES.read() or env.TRACES_ALONE.read()):
         return None
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter

@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from components import folders
+from components import env, folders
 from components.errors import ConfigError
 
 
@@ -27,12 +27,12 @@ def cache_folder() -> Path:
 
     Users without a home that can be written get a folder of their own among the temporary files.
     """
-    given = os.environ.get("DYN_MIGRATE_CACHE", "")
+    given = env.CACHE.read()
     if given:
         if not folders.usable(Path(given)):
             raise ConfigError(f"DYN_MIGRATE_CACHE = {given} cannot be written: name a folder that can")
         return Path(given)
-    bases = [os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")]
+    bases = [env.CACHE_HOME.read(), os.path.expanduser("~/.cache")]
     for base in filter(os.path.isabs, bases):
         if folders.usable(Path(base) / "dynamo-migrate"):
             return Path(base) / "dynamo-migrate"

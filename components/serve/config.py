@@ -10,14 +10,12 @@ line, ``Common`` on the command line, the component's own key in the file, ``Com
 from __future__ import annotations
 
 import difflib
-import json
-import os
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from components import yamltext
+from components import env, yamltext
 from components.address import bare, is_any
 from components.errors import ConfigError
 
@@ -221,5 +219,4 @@ def parse(model: type[T], component: str, values: dict[str, Any]) -> T:
 
 def load_component_config(model: type[T]) -> T:
     """This process's configuration, from ``DYN_MIGRATE_CONFIG``."""
-    name = os.environ.get("DYN_MIGRATE_COMPONENT", model.__name__)
-    return parse(model, name, json.loads(os.environ.get("DYN_MIGRATE_CONFIG", "{}")))
+    return parse(model, env.COMPONENT.read() or model.__name__, env.CONFIG.read())

@@ -19,11 +19,12 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from components import env
 from components.errors import ConfigError
 from components.folders import temporary, usable
 from components.serve.warden import Warden
 
-SOCKETS = "VLLM_RPC_BASE_PATH"
+SOCKETS = env.SOCKETS.name
 LONGEST = 107 - len("/01234567-89ab-cdef-0123-456789abcdef")
 """Characters of a folder for vLLM's sockets."""
 CARDS = Path(".cache/dynamo/mdc")
@@ -31,7 +32,7 @@ CARDS = Path(".cache/dynamo/mdc")
 
 def home_is_usable(environment: Mapping[str, str]) -> bool:
     """Can Dynamo keep model cards?"""
-    home = environment.get("HOME", "")
+    home = env.HOME.read(environment)
     return bool(home) and usable(Path(home) / CARDS)
 
 
@@ -63,12 +64,12 @@ class Places:
             self.variables["USER"] = f"user{os.getuid()}"
 
     def _sockets(self, environment: Mapping[str, str]) -> None:
-        given = environment.get(SOCKETS)
+        given = env.SOCKETS.read(environment)
         if given:
             if not sockets_fit(Path(given)) or not usable(Path(given)):
                 raise ConfigError(f"{SOCKETS} = {given}: name a folder that can be written, {LONGEST} characters long")
             return
-        bases = [temporary(), *map(Path, filter(None, (environment.get("XDG_RUNTIME_DIR"), "/tmp", "/dev/shm")))]
+        bases = [temporary(), *map(Path, filter(None, (env.RUNTIME_FOLDER.read(environment), "/tmp", "/dev/shm")))]
         for base in bases:
             # What vLLM leaves when it is killed goes with the folder.
             if sockets_fit(base / "dynamo-migrate-12345678") and base.is_dir() and usable(base):
@@ -85,7 +86,7 @@ class Places:
         home = self._make(temporary())
         if not usable(home / CARDS):
             raise ConfigError(f"neither HOME nor {home} can be written: set HOME to a folder that can")
-        before = environment.get("HOME", "")
+        before = env.HOME.read(environment)
         self.variables["HOME"] = str(home)
         models = Path(before) / ".cache" / "huggingface"
         if before and "HF_HOME" not in environment and models.is_dir():

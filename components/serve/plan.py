@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from components import yamltext
+from components import env, yamltext
 from components.address import Address, dialled
 from components.errors import ConfigError
 from components.models import adapters, weights
@@ -139,7 +139,7 @@ def make_plan(
     for key in (*values.get("Common", {}), *overrides.get("Common", {})):
         if key not in known:
             raise ConfigError(f"Common has no key {key!r}{nearest(key, sorted(known))}")
-    namespace = environment.get("DYN_NAMESPACE", "dynamo")
+    namespace = env.NAMESPACE.read(environment)
     plan = Plan(namespace=namespace, transport=transport.value, model="", processes=[])
     configs: dict[str, ComponentConfig] = {}
     for service in services:
@@ -227,7 +227,7 @@ def _process(
     if isinstance(config, WorkerConfig):
         added |= lanes.environment(transport, environment)
         added |= _device_environment(service.name, config, replica)
-    if not isinstance(config, WorkerConfig) and "ETCD_LEASE_TTL" not in environment:
+    if not isinstance(config, WorkerConfig) and not env.ETCD_LEASE_TTL.read(environment):
         added["ETCD_LEASE_TTL"] = _STREAM_LEASE_S
     if os.path.isdir(config.model):
         added["HF_HUB_OFFLINE"] = "1"
@@ -250,5 +250,5 @@ def _device_environment(name: str, config: WorkerConfig, replica: int) -> dict[s
                 f"{name}.devices[{replica}] has {len(mine)} GPUs, tensor-parallel-size is {config.tensor_parallel_size}"
             )
         return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, mine))}
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    threads = {env.THREADS.name: env.THREADS.read()}
     return threads if config.engine == "paged" else {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **threads}

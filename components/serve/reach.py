@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from components import env
 from components.address import Address, is_loopback
 
 _LOOPBACK = {
@@ -21,9 +22,8 @@ _LOOPBACK = {
 
 def stays_here(environment: Mapping[str, str], advertised: str = "127.0.0.1") -> bool:
     """Does everything that must reach this process run on this machine?"""
-    urls = [url for url in environment.get("ETCD_ENDPOINTS", "").split(",") if url]
-    hosts = [Address.of(url, 2379).host for url in urls]
-    return all(is_loopback(host) for host in (*hosts, advertised)) and "DYN_MIGRATE_METRICS_HOST" not in environment
+    hosts = [Address.of(url).host for url in env.ETCD_ENDPOINTS.read(environment)]
+    return all(is_loopback(host) for host in (*hosts, advertised)) and not env.METRICS_HOST.read(environment)
 
 
 def variables(environment: Mapping[str, str], advertised: str = "127.0.0.1") -> dict[str, str]:

@@ -17,13 +17,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from components import env
 from components.address import Address
 from components.errors import ConfigError, MigrateError
 from components.serve import family
 from components.serve.warden import Warden
 
 RESTARTS = 5
-_PORTS = {"ETCD_ENDPOINTS": 2379, "NATS_SERVER": 4222}
 
 
 def free_port() -> int:
@@ -88,22 +88,19 @@ class Servers:
         self._check(environment)
         try:
             return {
-                "ETCD_ENDPOINTS": environment.get("ETCD_ENDPOINTS") or self._own_etcd(),
-                "NATS_SERVER": environment.get("NATS_SERVER") or self._own_nats(),
+                env.ETCD_ENDPOINTS.name: ",".join(env.ETCD_ENDPOINTS.read(environment)) or self._own_etcd(),
+                env.NATS_SERVER.name: ",".join(env.NATS_SERVER.read(environment)) or self._own_nats(),
             }
         except ConfigError:
             self.stop()
             raise
 
     def _check(self, environment: Mapping[str, str]) -> None:
-        for variable in ("ETCD_ENDPOINTS", "NATS_SERVER"):
-            for url in filter(None, environment.get(variable, "").split(",")):
-                try:
-                    where = Address.of(url, _PORTS[variable])
-                except ValueError as error:
-                    raise ConfigError(f"{variable}: an address in it cannot be read: {error}") from error
+        for variable in (env.ETCD_ENDPOINTS, env.NATS_SERVER):
+            for url in variable.read(environment):
+                where, name = Address.of(url, 4222), variable.name
                 if not answers(*where):
-                    raise ConfigError(f"{variable} names {where}, where nothing answers: start it, or unset {variable}")
+                    raise ConfigError(f"{name} names {where}, where nothing answers: start it, or unset {name}")
 
     def _own_etcd(self) -> str:
         port = free_port()

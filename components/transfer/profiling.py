@@ -8,13 +8,14 @@ without it (wire, disk). Any thread. Uses the ``nvtx`` package, else torch's bin
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
+from components import env
+
 logger = logging.getLogger(__name__)
-SWITCH = "DYN_MIGRATE_NVTX"
+SWITCH = env.NVTX.name
 DOMAIN = "dynamo-migrate"
 
 
@@ -81,9 +82,9 @@ class _Torch:
         self._nvtx.range_end(mark)
 
 
-def sink_of(environment: str) -> Sink | None:
-    """What the switch's value asks for."""
-    if environment.lower() not in ("1", "true", "on", "yes"):
+def sink_of(wanted: bool) -> Sink | None:
+    """What the switch asks for."""
+    if not wanted:
         return None
     for kind in (_Package, _Torch):
         try:
@@ -94,7 +95,7 @@ def sink_of(environment: str) -> Sink | None:
     return None
 
 
-_sink: Sink | None = sink_of(os.environ.get(SWITCH, ""))
+_sink: Sink | None = sink_of(env.NVTX.read())
 _nothing = nullcontext()
 
 

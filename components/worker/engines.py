@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from components import process
+from components import env
 from components.engine.protocol import Engine
 from components.errors import ConfigError
 from components.models import adapters
@@ -19,20 +18,7 @@ def build_engine(config: WorkerConfig, name: str) -> Engine:
     """The engine that the configuration asks for; ``name`` is that of its transfer agent."""
     agent: dict[str, Any] = {
         "name": name,
-        "etcd_endpoints": os.environ.get("ETCD_ENDPOINTS", "http://127.0.0.1:2379").split(","),
-        "etcd_user": os.environ.get("ETCD_AUTH_USERNAME", ""),
-        "etcd_password": os.environ.get("ETCD_AUTH_PASSWORD", ""),
-        "etcd_ca": os.environ.get("ETCD_AUTH_CA", ""),
-        "etcd_cert": os.environ.get("ETCD_AUTH_CLIENT_CERT", ""),
-        "etcd_key": os.environ.get("ETCD_AUTH_CLIENT_KEY", ""),
-        "nats_url": os.environ.get("NATS_SERVER", ""),
-        "nats_user": os.environ.get("NATS_AUTH_USERNAME", ""),
-        "nats_password": os.environ.get("NATS_AUTH_PASSWORD", ""),
-        "nats_token": os.environ.get("NATS_AUTH_TOKEN", ""),
-        "nats_credentials": os.environ.get("NATS_AUTH_CREDENTIALS_FILE", ""),
-        "nats_ca": os.environ.get("DYN_MIGRATE_NATS_CA", ""),
-        "namespace": process.namespace(),
-        "transport": os.environ.get("DYN_MIGRATE_TRANSPORT", "auto"),
+        **env.stores(),
         "advertise_host": config.advertise_host,
         "calibration": config.calibration,
     }

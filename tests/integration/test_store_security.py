@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import trustme
 
+from components.address import Address
 from components.errors import ConfigError, TransferError, TransferUnavailable
 from components.transfer import AgentConfig
 from components.transfer.control.endpoint import Endpoint, without_secrets
@@ -39,7 +41,7 @@ class Files:
 def pem(tmp_path_factory: pytest.TempPathFactory) -> Files:
     folder = tmp_path_factory.mktemp("pem")
     known, other = trustme.CA(), trustme.CA()
-    server, client = known.issue_cert("localhost", "127.0.0.1"), known.issue_cert("client@example.org")
+    server, client = known.issue_cert("localhost", "127.0.0.1", "::1"), known.issue_cert("client@example.org")
     blobs = {
         "ca": known.cert_pem,
         "cert": server.cert_chain_pems[0],
@@ -81,11 +83,14 @@ def guarded_etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
+def tls(pem: Files) -> tuple[str, ...]:
+    return "--cert-file", pem.cert, "--key-file", pem.key, "--client-cert-auth", "--trusted-ca-file", pem.ca
+
+
 @pytest.fixture(scope="module")
 def tls_etcd(tmp_path_factory: pytest.TempPathFactory, pem: Files) -> Iterator[int]:
     port = free_port()
-    tls = ("--cert-file", pem.cert, "--key-file", pem.key, "--client-cert-auth", "--trusted-ca-file", pem.ca)
-    with etcd_server(tmp_path_factory.mktemp("tls"), port, more=tls, scheme="https"):
+    with etcd_server(tmp_path_factory.mktemp("tls"), port, more=tls(pem), scheme="https"):
         yield port
 
 
@@ -129,15 +134,17 @@ def test_who_may_not_publish_in_etcd_is_told_why(guarded_etcd: str, user: str, p
     assert guarded_etcd.removeprefix("http://") in message
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_agents_with_certificates_find_each_other(tls_etcd: int, pem: Files, host: str) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_agents_with_certificates_find_each_other(tls_etcd: int, pem: Files, host: str, tmp_path: Path) -> None:
+    port = free_port() if host == "::1" else tls_etcd
     where: dict[str, object] = {
-        "etcd_endpoints": (f"https://{host}:{tls_etcd}",),
+        "etcd_endpoints": (f"https://{Address(host, port)}",),
         "etcd_ca": pem.ca,
         "etcd_cert": pem.client_cert,
         "etcd_key": pem.client_key,
     }
-    with agents("a", "b", **where) as [a, b]:
+    own = etcd_server(tmp_path, port, host, tls(pem), "https") if host == "::1" else contextlib.nullcontext()
+    with own, agents("a", "b", **where) as [a, b]:
         until(lambda: "b" in a.known_peers() and "a" in b.known_peers(), "both know each other")
         assert move(b, a)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,10 +12,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from components.address import in_url
 from components.errors import ConfigError, TransferError
 from components.transfer import AgentConfig, KVPool, TransferAgent
 from tests.conftest import etcd_server, free_port, nats_server
@@ -76,6 +79,34 @@ def test_agents_find_each_other_and_forget_who_left(kind: str, etcd_url: str, na
         assert move(b, a) == 2 * 16 * 4
         a.close()
         until(lambda: "a" not in b.known_peers(), "the closed agent is forgotten")
+
+
+@pytest.mark.parametrize("form", ["[::1]", "localhost", "::1"])
+def test_agents_meet_over_ipv6_alone(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    etcd, nats = free_port(), free_port()
+    if form == "localhost":
+        both_families(monkeypatch)
+    where: dict[str, object] = {
+        "etcd_endpoints": (f"http://{in_url(form)}:{etcd}",),
+        "nats_url": f"nats://{in_url(form)}:{nats}",
+        "advertise_host": form,
+        "backends": ("tcp",),
+    }
+    servers = etcd_server(tmp_path / "e", etcd, "::1"), nats_server(tmp_path / "n", nats, "::1")
+    with servers[0], servers[1], agents("a", "b", **where) as [a, b]:
+        until(lambda: "b" in a.known_peers() and "a" in b.known_peers(), "both know each other")
+        assert move(b, a) == 2 * 16 * 4
+
+
+def both_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``localhost`` has addresses of both."""
+    real = socket.getaddrinfo
+
+    def found(host: object, *more: Any, **how: Any) -> list[Any]:
+        hosts = ("::1", "127.0.0.1") if host == "localhost" else (host,)
+        return [answer for each in hosts for answer in real(each, *more, **how)]  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
 
 
 def test_an_etcd_outage_stops_nobody_and_an_empty_etcd_is_filled_again(tmp_path: Path) -> None:

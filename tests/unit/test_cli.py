@@ -66,7 +66,7 @@ def test_an_etcd_that_does_not_answer_is_told_at_once(monkeypatch: pytest.Monkey
 
 def test_an_address_that_is_none_is_told_with_an_example(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ETCD_ENDPOINTS", "nonsense")
-    assert "ETCD_ENDPOINTS: 'nonsense' is no address: write http://HOST:2379" in refused("status")
+    assert "ETCD_ENDPOINTS = 'nonsense': write HOST:PORT" in refused("status")
 
 
 def test_a_command_finds_the_graph_that_was_started_last(monkeypatch: pytest.MonkeyPatch) -> None:

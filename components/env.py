@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The variables that this package reads, each once: name, type, default, meaning. Nothing else reads the environment.
+
+A variable that is empty counts as not set. ``read`` raises ``ConfigError`` that names the variable, its value (unless
+that is a secret) and what to write. ``check`` reads all of them, so that a wrong one ends a start before it begins.
+Variables of Dynamo, vLLM and NIXL that are only passed on are not in here. docs/reference.md is written from ``ALL``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from components.address import Address, bare
+from components.errors import ConfigError
+
+T = TypeVar("T")
+NAMESPACE_FORM = re.compile(r"[A-Za-z0-9_.-]{1,200}")
+_SWITCH = {"1": True, "true": True, "on": True, "yes": True, "0": False, "false": False, "off": False, "no": False}
+
+
+@dataclass(frozen=True)
+class Variable(Generic[T]):
+    """One of them. ``convert`` raises ``ValueError`` that says what to write."""
+
+    name: str
+    default: T
+    convert: Callable[[str], T]
+    meaning: str
+    secret: bool = False
+    internal: bool = False
+    """Set by ``dynamo serve`` for its processes, or by whoever starts them without it."""
+
+    def read(self, environment: Mapping[str, str] | None = None) -> T:
+        """Its value, or the default."""
+        text = (os.environ if environment is None else environment).get(self.name, "")
+        if not text:
+            return self.default
+        try:
+            return self.convert(text)
+        except ValueError as error:
+            hidden = self.secret or "@" in text
+            raise ConfigError(f"{self.name}{'' if hidden else f' = {text!r}'}: {error}") from None
+
+
+def _addresses(port: int | None = None) -> Callable[[str], tuple[str, ...]]:
+    def convert(text: str) -> tuple[str, ...]:
+        urls = tuple(filter(None, (url.strip() for url in text.split(","))))
+        for url in urls:
+            Address.of(url, port)
+        return urls
+
+    return convert
+
+
+def _host(text: str) -> str:
+    host = bare(text)
+    if any(mark in host for mark in "/[]@ ") or host.count(":") == 1:
+        raise ValueError("write a host name or an address, without scheme and port")
+    return host
+
+
+def _number(low: int, high: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise ValueError(f"write a whole number from {low} to {high}")
+        return value
+
+    return convert
+
+
+def _choice(*known: str, fold: bool = False) -> Callable[[str], str]:
+    def convert(text: str) -> str:
+        found = text.upper() if fold else text
+        if found not in known:
+            raise ValueError(f"write one of {', '.join(known)}")
+        return found
+
+    return convert
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in _SWITCH:
+        raise ValueError("write 1 or 0")
+    return _SWITCH[text.lower()]
+
+
+def _namespace(text: str) -> str:
+    if not NAMESPACE_FORM.fullmatch(text):
+        raise ValueError("write 1 to 200 letters, digits, '-', '_' and '.'")
+    return text
+
+
+def _file(text: str) -> str:
+    if not Path(text).is_file():
+        raise ValueError("there is no such file")
+    return text
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise ValueError(f"write a JSON object ({error})") from None
+
+
+ETCD_ENDPOINTS: Variable[tuple[str, ...]] = Variable(
+    "ETCD_ENDPOINTS", (), _addresses(), "URLs of etcd, joined by commas; without them `dynamo serve` starts its own"
+)
+ETCD_AUTH_USERNAME = Variable("ETCD_AUTH_USERNAME", "", str, "User in etcd")
+ETCD_AUTH_PASSWORD = Variable("ETCD_AUTH_PASSWORD", "", str, "Password in etcd", secret=True)
+ETCD_AUTH_CA = Variable("ETCD_AUTH_CA", "", _file, "PEM file with the authority of etcd's certificate")
+ETCD_AUTH_CLIENT_CERT = Variable("ETCD_AUTH_CLIENT_CERT", "", _file, "PEM file with a certificate for etcd")
+ETCD_AUTH_CLIENT_KEY = Variable("ETCD_AUTH_CLIENT_KEY", "", _file, "PEM file with its key")
+ETCD_LEASE_TTL = Variable(
+    "ETCD_LEASE_TTL",
+    0,
+    _number(1, 86400),
+    "Seconds after which etcd forgets a process that is gone or cut off; without it 20 for whatever holds clients' "
+    "streams and 10 for workers",
+)
+NATS_SERVER: Variable[tuple[str, ...]] = Variable(
+    "NATS_SERVER", (), _addresses(4222), "URLs of NATS, joined by commas; without them `dynamo serve` starts its own"
+)
+NATS_AUTH_USERNAME = Variable("NATS_AUTH_USERNAME", "", str, "User in NATS")
+NATS_AUTH_PASSWORD = Variable("NATS_AUTH_PASSWORD", "", str, "Password in NATS", secret=True)
+NATS_AUTH_TOKEN = Variable("NATS_AUTH_TOKEN", "", str, "Token for NATS", secret=True)
+NATS_AUTH_CREDENTIALS_FILE = Variable("NATS_AUTH_CREDENTIALS_FILE", "", _file, "NATS `.creds` file")
+NATS_CA = Variable("DYN_MIGRATE_NATS_CA", "", _file, "PEM file with the authority of the NATS server's certificate")
+NAMESPACE = Variable("DYN_NAMESPACE", "dynamo", _namespace, "Dynamo namespace of the graph")
+DISCOVERY = Variable(
+    "DYN_DISCOVERY_BACKEND", "etcd", _choice("kubernetes", "etcd", "file", "mem"), "Where Dynamo's processes meet"
+)
+REQUEST_PLANE = Variable("DYN_REQUEST_PLANE", "tcp", _choice("tcp", "nats"), "How Dynamo carries requests")
+SYSTEM_PORT = Variable(
+    "DYN_SYSTEM_PORT", -1, _number(-1, 65535), "Port of this process's `/metrics`; -1: none", internal=True
+)
+SYSTEM_HOST = Variable(
+    "DYN_SYSTEM_HOST", "", _host, "Where it listens; without it on loopback, or everywhere in a graph of several hosts"
+)
+SECRET_FILE = Variable(
+    "DYN_MIGRATE_SECRET_FILE",
+    "",
+    str,
+    "File with the secret of this system, the same for all processes and commands; see [security](reliability.md#security)",
+)
+PAGE_TOKEN = Variable(
+    "DYN_MIGRATE_PAGE_TOKEN",
+    "",
+    str,
+    "Token of the web page where it listens beyond loopback; without it one that follows from the secret",
+    secret=True,
+)
+METRICS_HOST = Variable(
+    "DYN_MIGRATE_METRICS_HOST", "", _host, "Host under which Prometheus reaches the processes of this machine"
+)
+CACHE = Variable(
+    "DYN_MIGRATE_CACHE", "", str, "Folder for prepared models; without it `dynamo-migrate` in the user's cache"
+)
+LOG = Variable(
+    "DYN_MIGRATE_LOG",
+    "INFO",
+    _choice("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL", fold=True),
+    "Least level of this package's log lines",
+)
+NVTX = Variable("DYN_MIGRATE_NVTX", False, _switch, "NVTX ranges for Nsight Systems; see profiling.md")
+TRANSPORT = Variable(
+    "DYN_MIGRATE_TRANSPORT",
+    "auto",
+    _choice("auto", "ib", "nvlink", "tcp", "shm"),
+    "Lane that KV blocks take; `--nixl-transport` sets it",
+    internal=True,
+)
+COMPONENT = Variable("DYN_MIGRATE_COMPONENT", "", str, "Name of the process's component in its graph", internal=True)
+REPLICA = Variable("DYN_MIGRATE_REPLICA", 0, _number(0, 1 << 20), "Its number among its equals", internal=True)
+CONFIG: Variable[dict[str, Any]] = Variable(
+    "DYN_MIGRATE_CONFIG", {}, _object, "Its configuration: keys of its component as a JSON object", internal=True
+)
+READY_FILE = Variable("DYN_MIGRATE_READY_FILE", "", str, "File that it makes when it serves", internal=True)
+RUNTIME_FOLDER = Variable(
+    "XDG_RUNTIME_DIR", "", str, "Folder for the file by which commands find the running graph; else the cache"
+)
+CACHE_HOME = Variable("XDG_CACHE_HOME", "", str, "The user's cache; without it `.cache` in the home folder")
+THREADS = Variable("OMP_NUM_THREADS", "1", str, "Threads of an engine without GPUs that compute one operation")
+TRACES = Variable("OTEL_EXPORTER_OTLP_ENDPOINT", "", str, "Where traces of requests go; without it there are none")
+TRACES_ALONE = Variable("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "", str, "The same for traces alone")
+
+HOME = Variable("HOME", "", str, "Dynamo keeps model cards in `.cache/dynamo/mdc` below it; else in a temporary folder")
+SOCKETS = Variable(
+    "VLLM_RPC_BASE_PATH", "", str, "Folder for vLLM's sockets, 70 characters at most; `dynamo serve` makes one"
+)
+
+ALL: tuple[Variable[Any], ...] = tuple(each for each in list(globals().values()) if isinstance(each, Variable))
+
+
+def check(environment: Mapping[str, str] | None = None) -> None:
+    """Read all. Raises ``ConfigError`` for the first that is wrong."""
+    for variable in ALL:
+        variable.read(environment)
+
+
+def stores() -> dict[str, Any]:
+    """Where agents publish their records, as keys of ``components.transfer.AgentConfig``."""
+    return {
+        "etcd_endpoints": ETCD_ENDPOINTS.read() or ("http://127.0.0.1:2379",),
+        "etcd_user": ETCD_AUTH_USERNAME.read(),
+        "etcd_password": ETCD_AUTH_PASSWORD.read(),
+        "etcd_ca": ETCD_AUTH_CA.read(),
+        "etcd_cert": ETCD_AUTH_CLIENT_CERT.read(),
+        "etcd_key": ETCD_AUTH_CLIENT_KEY.read(),
+        "nats_url": ",".join(NATS_SERVER.read()),
+        "nats_user": NATS_AUTH_USERNAME.read(),
+        "nats_password": NATS_AUTH_PASSWORD.read(),
+        "nats_token": NATS_AUTH_TOKEN.read(),
+        "nats_credentials": NATS_AUTH_CREDENTIALS_FILE.read(),
+        "nats_ca": NATS_CA.read(),
+        "namespace": NAMESPACE.read(),
+        "transport": TRANSPORT.read(),
+    }
