@@ -146,7 +146,10 @@ SYSTEM_PORT = Variable(
     "DYN_SYSTEM_PORT", -1, _number(-1, 65535), "Port of this process's `/metrics`; -1: none", internal=True
 )
 SYSTEM_HOST = Variable(
-    "DYN_SYSTEM_HOST", "", _host, "Where it listens; without it on loopback, or everywhere in a graph of several hosts"
+    "DYN_SYSTEM_HOST",
+    "",
+    _host,
+    "Where `/metrics` of processes listens; else on loopback, in a graph of several hosts everywhere",
 )
 SECRET_FILE = Variable(
     "DYN_MIGRATE_SECRET_FILE",
