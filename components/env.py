@@ -155,7 +155,8 @@ SECRET_FILE = Variable(
     "DYN_MIGRATE_SECRET_FILE",
     "",
     str,
-    "File with the secret of this system, the same for all processes and commands; see [security](reliability.md#security)",
+    "File with the secret of this system, the same for all processes and commands; see "
+    "[security](reliability.md#security)",
 )
 PAGE_TOKEN = Variable(
     "DYN_MIGRATE_PAGE_TOKEN",

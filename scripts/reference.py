@@ -70,7 +70,7 @@ def _variables() -> Iterator[str]:
         yield f"### {title}\n\n| variable | default | meaning |\n|---|---|---|"
         for each in env.ALL:
             if each.internal is internal:
-                default = "" if each.default in ("", (), {}) else f"`{_cell(each.default)}`"
+                default = f"`{_cell(each.default)}`" if each.default else ""
                 yield f"| `{each.name}` | {default} | {_cell(each.meaning)} |"
         yield ""
 

@@ -48,10 +48,10 @@ def doctor(
 
 def look(transport: Transport, port: int, quick: bool) -> list[Check]:
     """All lines, in the order in which one would repair them."""
-    from components.doctor import host, judge, services, transfer
+    from components.doctor import host, judge, places, services, transfer
 
     facts = host.gather()
-    checks = judge.judge(facts, transport) + services.services(os.environ, port)
+    checks = judge.judge(facts, transport) + places.places(os.environ) + services.services(os.environ, port)
     if not quick and not facts.nixl_error:
         checks.append(transfer.transfer(transport))
     return checks

@@ -52,7 +52,7 @@ class Launcher:
         with contextlib.ExitStack() as stack:
             warden = stack.enter_context(contextlib.closing(Warden()))
             places = stack.enter_context(contextlib.closing(Places(os.environ, warden)))
-            for line in places.said:
+            for line in (*plan.said, *places.said):
                 self._console.print(f"[yellow]{escape(line)}[/]")
             servers = Servers(warden)
             stack.callback(servers.stop)

@@ -55,7 +55,7 @@ def gather() -> Host:
         rdma=_rdma(),
         memlock=_limit(resource.RLIMIT_MEMLOCK),
         open_files=_limit(resource.RLIMIT_NOFILE),
-        shm_bytes=shutil.disk_usage(_SHM).total if _SHM.is_dir() else 0,
+        shm_bytes=shutil.disk_usage(_SHM).free if _SHM.is_dir() else 0,
         ptrace_scope=int(_read(_PTRACE) or 0),
         fast_bfloat16=precision.fast_bfloat16(),
     )

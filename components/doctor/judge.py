@@ -160,7 +160,7 @@ def _open_files(host: Host) -> Check:
 
 
 def _shm(host: Host) -> Check:
-    found = f"/dev/shm has {host.shm_bytes / _GIB:.2f} GiB"
+    found = f"/dev/shm has {host.shm_bytes / _GIB:.2f} GiB free"
     if host.shm_bytes >= _GIB:
         return Check("shared memory", State.OK, found)
     fix = "docker run --shm-size=2g (Kubernetes: an emptyDir of medium Memory at /dev/shm)"

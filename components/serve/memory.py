@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is there memory for the KV blocks that a plan asks for? Looked at before anything starts.
+"""Is there memory for the KV blocks that a plan asks for, and shared memory? Looked at before anything starts.
 
 One token of full attention takes ``2 * layers * KV heads * head size * bytes of the dtype`` (keys and values), split
 over the tensor-parallel ranks; that is how vLLM sizes its blocks. Models whose ``config.json`` says it otherwise (MLA,
@@ -9,6 +9,7 @@ sliding windows, names that are not folders) are left to vLLM. Raises ``ConfigEr
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from components.errors import ConfigError
 from components.serve.config import ComponentConfig, WorkerConfig
 
 GIB = 1 << 30
+SHM = Path("/dev/shm")
+_RANKS_GIB = 0.25
+"""Queues between the ranks of one engine."""
 
 
 def check(processes: list[tuple[str, ComponentConfig]]) -> None:
@@ -32,6 +36,28 @@ def check(processes: list[tuple[str, ComponentConfig]]) -> None:
             f"the workers ask for {asked:g} GiB of KV memory together, this host has {total:.0f} GiB: "
             "lower kv-memory-gib or replicas"
         )
+
+
+def shared(processes: list[tuple[str, ComponentConfig]], folder: Path = SHM) -> str:
+    """What to tell where shared memory is too small; empty where it is not.
+
+    Engines on CPUs keep their KV blocks there, so that workers of one host copy at the speed of memory; without room
+    they take a slower lane. Engines of several ranks exchange each step through it, and die when it is full.
+    """
+    workers = [config for _, config in processes if isinstance(config, WorkerConfig) and config.engine == "vllm"]
+    wanted = sum(config.kv_memory_gib for config in workers if not config.devices)
+    wanted += sum(_RANKS_GIB for config in workers if config.tensor_parallel_size > 1)
+    try:
+        space = os.statvfs(folder)
+        free = space.f_bavail * space.f_frsize / GIB
+    except OSError:
+        free = 0.0
+    if wanted <= free:
+        return ""
+    return (
+        f"{folder} has {free:.2f} GiB free, the workers want {wanted:.3g}: KV blocks take a slower lane, and engines "
+        "of several GPUs may die; in a container: docker run --shm-size, in Kubernetes an emptyDir of medium Memory"
+    )
 
 
 def _check_one_request(name: str, config: WorkerConfig) -> None:

@@ -65,6 +65,8 @@ class Plan(BaseModel):
     """Workers that the planner may have started later."""
     bounds: dict[str, tuple[int, int]] = {}
     """Fewest and most workers by role, where the planner decides their number."""
+    said: list[str] = []
+    """What the user should know before the start."""
 
     @property
     def url(self) -> str:
@@ -166,7 +168,9 @@ def make_plan(
         worker = configs[component]
         if isinstance(worker, WorkerConfig) and worker.engine == "vllm":
             weights.check(worker.model, str(worker.engine_args.get("load_format", "auto")))
-    memory.check([(p.component, configs[p.component]) for p in [*plan.processes, *plan.spare]])
+    here = [(p.component, configs[p.component]) for p in [*plan.processes, *plan.spare]]
+    memory.check(here)
+    plan.said = [line for line in (memory.shared(here),) if line]
     return plan
 
 

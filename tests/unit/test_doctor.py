@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from components.doctor.check import Check, State, exit_code
 from components.doctor.host import Host
 from components.doctor.judge import judge
+from components.doctor.places import places
 from components.doctor.services import services
 from components.doctor.transfer import judge as judge_transfer
 from components.doctor.transfer import lanes_used
@@ -131,3 +135,27 @@ def test_this_host_moves_bytes_and_names_ucx_lane() -> None:
     assert moved["state"] == "ok" and "GB/s over tcp/" in moved["found"], moved
     assert all(check["fix"] for check in checks.values() if check["state"] in ("warn", "fail"))
     assert done.returncode == int(any(check["state"] == "fail" for check in checks.values()))
+
+
+def test_folders_that_cannot_be_used_are_named_with_their_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def lines_of(environment: dict[str, str]) -> dict[str, Check]:
+        return {check.name: check for check in places(environment)}
+
+    assert {check.state for check in lines_of({"HOME": str(tmp_path)}).values()} <= {State.OK, State.WARN}
+    for home in ({}, {"HOME": "/proc/nohome"}):
+        assert lines_of(home)["home folder"].state is State.WARN
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    assert "VLLM_RPC_BASE_PATH" in lines_of({})["temporary files"].fix
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nothing")
+    assert lines_of({})["temporary files"].state is State.FAIL
+    monkeypatch.setenv("DYN_MIGRATE_CACHE", "/proc/nothing")
+    assert lines_of({})["cache"].state is State.FAIL
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000)
+    assert lines_of({})["user"].state is State.WARN and "user" not in lines_of({"USER": "me"})
+
+
+def test_a_variable_with_a_wrong_value_is_one_line() -> None:
+    found = {check.name: check for check in services({"DYN_REQUEST_PLANE": "smoke"}, free_port())}
+    assert found["variables"].state is State.FAIL and "DYN_REQUEST_PLANE = 'smoke'" in found["variables"].found

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import types
 import uuid
 from functools import partial
 from pathlib import Path
@@ -205,3 +206,14 @@ def test_engines_on_gpus_take_cuda_graphs_unless_told_otherwise(given: dict[str,
     engine = build_engine(parse(WorkerConfig, "DecodeWorker", {"model": "m", **given}), "name")
     assert isinstance(engine, VLLMEngine)
     assert engine._options.engine_args["enforce_eager"] is eager
+
+
+def test_shared_memory_that_is_too_small_is_said_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def free(size: int) -> None:
+        monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_bavail=size, f_frsize=1))
+
+    free(64 << 20)
+    [said] = plan("disagg", "--Common.kv-memory-gib=0.5").said
+    assert "0.06 GiB free, the workers want 1.5" in said and "--shm-size" in said
+    free(2 << 30)
+    assert plan("disagg", "--Common.kv-memory-gib=0.5").said == []
