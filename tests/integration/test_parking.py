@@ -8,8 +8,9 @@ import os
 import resource
 import subprocess
 import sys
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -33,6 +34,7 @@ from components.errors import (
 from components.transfer import AgentConfig, KVPool, Place, Ticket, TransferAgent, TransferResult, nixl_is_available
 from components.transfer.parking import fileio
 from components.transfer.parking import ticket as tickets
+from components.transfer.parking.parking import ParkingStats
 
 pytestmark = pytest.mark.integration
 BLOCKS, WIDTH = 64, 300_000
@@ -73,6 +75,13 @@ class One:
 
     def restore(self, ticket: Ticket, blocks: list[int], **more: object) -> TransferResult:
         return self.agent.parking.restore(ticket, blocks, deadline_s=20.0, **more).wait(30)  # type: ignore[arg-type]
+
+    def until(self, told: Callable[[ParkingStats], bool]) -> None:
+        """Figures are counted after whoever waits for the transfer has been woken."""
+        end = time.monotonic() + 20
+        while not told(self.agent.parking.stats()):
+            assert time.monotonic() < end, self.agent.parking.stats()
+            time.sleep(0.001)
 
     def file(self) -> Path:
         [found] = self.folder.glob("*.kv")
@@ -115,9 +124,8 @@ def test_what_was_parked_comes_back_into_other_blocks(one: tuple[One, str], data
     assert (done.lane, done.bytes, done.verified_blocks) == (LANES[way], count * 3 * WIDTH, count)
     assert all(torch.equal(a, b) for a, b in zip(kept, made.data(target), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(untouched, made.data(others), strict=True))
-    after = made.agent.parking.stats()
-    assert made.agent.parking.tickets() == [] and after.used_bytes[made.place] == 0
-    assert (after.parked - before.parked, after.restored - before.restored) == (1, 1)
+    assert made.agent.parking.tickets() == [] and made.agent.parking.stats().used_bytes[made.place] == 0
+    made.until(lambda after: (after.parked - before.parked, after.restored - before.restored) == (1, 1))
 
 
 def test_a_kept_request_can_be_restored_again_and_is_gone_when_discarded(one: tuple[One, str]) -> None:
@@ -189,7 +197,7 @@ def test_a_damaged_file_is_one_clear_error(tmp_path: Path, way: str, damage: str
             IntegrityError, match=ticket.id if damage != "changed block" else "block 5 of parked request r"
         ):
             made.restore(ticket, list(range(20, 30)))
-        assert made.agent.parking.stats().failures == {"integrity": 1}
+        made.until(lambda stats: stats.failures == {"integrity": 1})
         assert path.exists()
     finally:
         made.agent.close()
