@@ -69,6 +69,8 @@ class Leg:
     """Output tokens that have left this worker."""
     away: Away | None = None
     moves: int = 0
+    served: bool = False
+    """A handler of this worker gives its tokens to the frontend."""
     handed_on: bool = False
     """The frontend has been asked to repeat the request."""
     over: bool = False

@@ -92,18 +92,21 @@ class DynamoPeers:
         from dynamo._core import Context
 
         context = Context(secrets.token_hex(8))
+        whole = False
         try:
             async for item in await self._client(instance).direct(
                 pack(call), instance, annotated=False, context=context
             ):
                 yield item
+            whole = True
         except MigrateError:
             raise
         except Exception as error:
             raise WorkerLost(f"worker {short(instance)}: {error}") from error
         finally:
-            # A reader that leaves ends the peer's side too.
-            context.stop_generating()
+            if not whole:
+                # A reader that leaves ends the peer's side too.
+                context.stop_generating()
 
 
 async def follow(

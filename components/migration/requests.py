@@ -179,6 +179,7 @@ class Requests:
         return enough and owner not in leg.tried
 
     def _enter(self, leg: Leg) -> None:
+        leg.served = True
         leg.tried |= {self.instance}
         if not isinstance(leg, Arrival):
             self.legs[leg.request_id] = leg

@@ -96,7 +96,7 @@ class WorkerStatus:
                 )
             )
         for leg in legs.values():
-            if leg.away is not None and not leg.over and not leg.left.is_set():
+            if leg.away is not None and leg.served and not leg.over and not leg.left.is_set():
                 info = RequestInfo(
                     leg.request_id,
                     RequestPhase.DECODE,

@@ -37,9 +37,11 @@ from components.engine.protocol import (
     RequestId,
     RequestInfo,
     RequestPhase,
+    Sampling,
 )
 from components.errors import ConfigError, DeadlineExceeded, InvalidRequest, SessionError, WorkerLost
 from components.transfer import AgentConfig, TransferAgent
+from components.wire import UNREADABLE
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +209,7 @@ class PagedEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateOutput]:
         """See the protocol. Raises ``InvalidRequest``, ``NoRoom`` or ``IncompatibleLayout`` before anything started."""
-        active = self._enter(request)
+        active = self._enter(_read(request))
         try:
             while True:
                 output = await active.out.get()
@@ -347,3 +349,14 @@ class PagedEngine:
         logger.warning("request %s ended: %s", active.request_id, message)
         self._leases_expired += 1
         self._end(active, FinishReason.ERROR, (DeadlineExceeded.code, message))
+
+
+def _read(request: GenerateRequest) -> GenerateRequest:
+    """``native`` is ``Sampling`` as msgpack. Raises ``InvalidRequest`` when it is malformed."""
+    if not request.native:
+        return request
+    try:
+        sampling = msgspec.msgpack.decode(request.native, type=Sampling)
+    except UNREADABLE as error:
+        raise InvalidRequest(f"a request that this engine cannot read: {error}") from error
+    return msgspec.structs.replace(request, sampling=sampling, native=b"")

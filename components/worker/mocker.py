@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker whose engine has KV blocks and no model: ``python -m components.worker.mocker``.
+
+It serves the same endpoints as a ``dynamo.vllm`` worker with migration, behind the same frontend, and starts fast:
+for tests, for trying out policies, and as an example of another engine behind ``components.migration``.
+
+Configuration: ``DYN_MIGRATE_CONFIG`` (``components.serve.config.WorkerConfig`` as JSON), as ``dynamo serve`` sets it.
+Life cycle: as ``dynamo_vllm``; on SIGTERM it drains. A prefill mocker answers at once: decode mockers compute it all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+
+from components import process
+from components.engine.protocol import EngineInfo, GenerateOutput, RequestId
+from components.errors import InvalidRequest
+from components.migration.legs import Leg
+from components.migration.peers import DynamoPeers, short
+from components.migration.requests import PROTOCOL_FACE, Options, Repeat, Requests
+from components.serve.config import WorkerConfig, load_component_config
+from components.worker import mocker_payload
+from components.worker.arguments import WorkerSettings
+from components.worker.control import Control
+from components.worker.engines import build_engine
+from components.worker.state import WorkerStatus
+
+
+class Mocker:
+    """The ``generate`` endpoint."""
+
+    def __init__(self, requests: Requests, info: EngineInfo) -> None:
+        self._requests = requests
+        self._info = info
+
+    async def generate(self, payload: dict[str, Any], context: Any) -> AsyncGenerator[dict[str, Any], None]:
+        """Dynamo's handler of a decode worker."""
+        stop = asyncio.ensure_future(self._abort_when_stopped(context))
+        try:
+            async with aclosing(self._outputs(payload, str(context.id()))) as outputs:
+                async for output in outputs:
+                    yield mocker_payload.chunk(output)
+        except InvalidRequest as error:
+            from dynamo.llm.exceptions import InvalidArgument
+
+            raise InvalidArgument(str(error)) from None
+        except Repeat as repeat:
+            from dynamo.llm.exceptions import Disconnected
+
+            raise Disconnected(str(repeat)) from None
+        finally:
+            stop.cancel()
+
+    async def _abort_when_stopped(self, context: Any) -> None:
+        await context.async_killed_or_stopped()
+        request_id = RequestId(str(context.id()))
+        if not await self._requests.abort(request_id):
+            await self._requests.engine.abort(request_id)
+
+    def _outputs(self, payload: dict[str, Any], request_id: str) -> AsyncGenerator[GenerateOutput, None]:
+        request = mocker_payload.to_request(request_id, payload, self._info.max_model_len)
+        repeated = self._requests.repeated(request.request_id, request.prompt_token_ids)
+        if repeated is not None:
+            return repeated
+        leg = Leg(
+            request.request_id,
+            request.request_id,
+            request.prompt_token_ids,
+            functools.partial(msgspec.msgpack.encode, request.sampling),
+            max_tokens=request.sampling.max_tokens,
+        )
+        return self._requests.serve(leg, self._requests.engine.generate(request), PROTOCOL_FACE)
+
+
+async def prefill(payload: dict[str, Any], context: Any) -> AsyncGenerator[dict[str, Any], None]:
+    """Dynamo's handler of a prefill worker: nothing is handed over."""
+    yield {"token_ids": [0], "index": 0, "disaggregated_params": {"kv_transfer_params": {"do_remote_prefill": False}}}
+
+
+async def serve() -> None:
+    """Start the engine, serve, drain, stop."""
+    stop = process.on_stop()
+    config = load_component_config(WorkerConfig)
+    settings = WorkerSettings.from_environment()
+    component = os.environ.get("DYN_MIGRATE_DYNAMO_COMPONENT", "backend")
+    engine = build_engine(config, str(settings.agent["name"]))
+    info = await engine.start()
+    runtime = process.connect()
+    prefix = f"{process.namespace()}.{component}"
+    endpoint = runtime.endpoint(f"{prefix}.generate")
+    instance = int(endpoint.connection_id())
+    peers = await DynamoPeers.connect(runtime, process.namespace(), sorted({component, *settings.components}))
+    requests = Requests(engine, peers, instance, info.fingerprint, Options(repeats=settings.repeats))
+    role = "prefill" if component == "prefill" else "decode"
+    status = WorkerStatus(requests, short(instance), role, info, endpoint)
+    handler = prefill if role == "prefill" else Mocker(requests, info).generate
+    serving = [
+        asyncio.ensure_future(runtime.endpoint(f"{prefix}.migrate").serve_endpoint(Control(requests, status).serve)),
+        asyncio.ensure_future(endpoint.serve_endpoint(handler)),
+    ]
+    sweep = asyncio.ensure_future(requests.sweep())
+    try:
+        await _register(endpoint, config, info, role)
+        process.ready()
+        await asyncio.wait([asyncio.ensure_future(stop.wait()), *serving], return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set():
+            await status.leave(settings.drain_s)
+    finally:
+        sweep.cancel()
+        runtime.shutdown()
+        await asyncio.wait(serving, timeout=5.0)
+        await engine.stop()
+
+
+async def _register(endpoint: Any, config: WorkerConfig, info: EngineInfo, role: str) -> None:
+    from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
+
+    limits = ModelRuntimeConfig()
+    limits.total_kv_blocks = info.num_blocks
+    limits.max_num_seqs = info.max_num_seqs
+    limits.max_num_batched_tokens = info.max_num_batched_tokens
+    limits.context_length = info.max_model_len
+    apart = os.environ.get("DYN_MIGRATE_DISAGGREGATED", "") == "1"
+    worker_type = WorkerType.Prefill if role == "prefill" else WorkerType.Decode if apart else WorkerType.Aggregated
+    other = WorkerType.Decode if role == "prefill" else WorkerType.Prefill
+    await register_model(
+        ModelInput.Tokens,
+        ModelType.Prefill if role == "prefill" else ModelType.Chat | ModelType.Completions,
+        endpoint,
+        config.model,
+        config.served_model_name or None,
+        worker_type=worker_type,
+        needs=[[other]] if apart else [],
+        kv_cache_block_size=info.block_size,
+        runtime_config=limits,
+    )
+
+
+if __name__ == "__main__":
+    process.run(serve)
