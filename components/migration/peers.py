@@ -31,6 +31,10 @@ class Peers(Protocol):
         """Workers of all roles that can be called now."""
         ...
 
+    def siblings(self) -> list[int]:
+        """Workers to which the frontend may give what it gives to this one; this one too."""
+        ...
+
     async def call(self, instance: int, call: WorkerCall, timeout_s: float = 20.0) -> WorkerReply:
         """One call and its answer."""
         ...
@@ -50,8 +54,13 @@ class DynamoPeers:
 
     @classmethod
     async def connect(cls, runtime: Any, namespace: str, components: list[str]) -> DynamoPeers:
-        """Clients of ``<namespace>.<component>.migrate`` for each component."""
-        return cls([await runtime.endpoint(f"{namespace}.{name}.migrate").client() for name in components])
+        """Clients of ``<namespace>.<component>.migrate`` for each component, the caller's own first."""
+        names = dict.fromkeys(components)
+        return cls([await runtime.endpoint(f"{namespace}.{name}.migrate").client() for name in names])
+
+    def siblings(self) -> list[int]:
+        """See ``Peers``."""
+        return sorted(self._clients[0].instance_ids())
 
     def instances(self) -> list[int]:
         """Workers that are in Dynamo's discovery."""

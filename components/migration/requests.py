@@ -27,7 +27,7 @@ import msgspec
 
 from components.engine.protocol import Engine, FinishReason, GenerateOutput, GenerateRequest, KVOffer, RequestId
 from components.errors import InvalidRequest, MigrateError, RequestNotFound, SessionError, WorkerLost
-from components.migration.legs import Arrival, Leg
+from components.migration.legs import Arrival, Leg, new_life
 from components.migration.messages import Attached, Life, Owner, Ticket, WorkerCall, WorkerOp
 from components.migration.peers import Peers, follow
 
@@ -149,34 +149,61 @@ class Requests:
         if lost:
             yield GenerateOutput(index=len(leg.tokens), token_ids=lost)
             leg.note(lost)
-        made = len(away.cut)
+        made = list(away.cut)
         try:
             async with aclosing(away.relay) as relay:
                 async for output in relay:
-                    made = output.index + len(output.token_ids)
+                    made.extend(output.token_ids)
                     leg.over = output.finish_reason is not None
                     yield output
                     if leg.over:
                         return
-                    if away.announced and not leg.attached and self._repeats(leg, made):
+                    if away.announced and not leg.attached and self._repeats(leg, len(made)):
                         leg.handed_on = True
                         raise Repeat(f"request {leg.request_id} runs at another worker")
+            return
         except WorkerLost as error:
-            if leg.attached:
-                raise
-            # Nobody owns it any more: the frontend's token replay.
-            leg.handed_on = True
-            raise Repeat(str(error)) from error
+            logger.warning("request %s: %s", leg.request_id, error)
+            if self.closing:
+                leg.handed_on = True
+                raise Repeat(str(error)) from error
+            leg.over = True
+        # Its owner is lost. All that it needs is here: it is computed again here, after the tokens that have left.
+        again = self._again(leg, made)
+        async with aclosing(self.serve(again, again.read(len(made)), PROTOCOL_FACE)) as stream:
+            async for output in stream:
+                yield output
+
+    def _again(self, leg: Leg, made: list[int]) -> Arrival:
+        ticket = Ticket(
+            leg.request_id,
+            new_life(),
+            tuple(leg.prompt_token_ids),
+            leg.native(),
+            self.fingerprint,
+            tuple(made),
+            tuple(leg.tried),
+            leg.max_tokens,
+            leg.attached,
+        )
+        self.reserve(ticket, None)
+        again = self.arrivals[ticket.life]
+        again.committed = True
+        return again
 
     def _repeats(self, leg: Leg, made: int) -> bool:
-        """Shall the frontend repeat it? It never gives a request to a worker twice, and fails it when none is left."""
+        """Shall the frontend repeat it?
+
+        It never gives a request to a worker twice, and fails the request when it has nobody to give it to. So one
+        worker that it has not tried is kept for the loss of the owner, unless this process is about to end.
+        """
         if not self.options.repeats:
             return False
+        untried = [instance for instance in self.peers.siblings() if instance not in leg.tried]
         if self.closing:
-            return any(instance not in leg.tried for instance in self.peers.instances())
-        owner = leg.away.owner.instance if leg.away is not None else 0
+            return bool(untried)
         enough = leg.max_tokens is None or leg.max_tokens - made >= self.options.relay_below
-        return enough and owner not in leg.tried
+        return enough and len(untried) > 1 and leg.away is not None and leg.away.owner.instance in untried
 
     def _enter(self, leg: Leg) -> None:
         leg.served = True

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 import msgspec
 
 from components.engine.protocol import Frozen, GenerateOutput, KVOffer, LandingStatus
-from components.errors import DeadlineExceeded, MigrateError, NotMigratable, RequestNotFound, SessionError, WorkerLost
+from components.errors import DeadlineExceeded, MigrateError, NotMigratable, RequestNotFound, SessionError
 from components.migration.legs import Away, Leg, new_life
 from components.migration.messages import Mode, MoveRecord, Owner, Ticket, WorkerCall, WorkerOp, WorkerReply
 from components.migration.peers import follow, short
-from components.migration.requests import Requests
+from components.migration.requests import Repeat, Requests
 
 logger = logging.getLogger(__name__)
 _LANDING_S = 1.0
@@ -80,7 +80,7 @@ async def _replay(leg: Leg, requests: Requests, record: MoveRecord) -> MoveRecor
 
 
 async def _nobody() -> AsyncGenerator[GenerateOutput, None]:
-    raise WorkerLost("the request is repeated from its tokens")
+    raise Repeat("the request is repeated from its tokens")
     yield GenerateOutput(0)
 
 

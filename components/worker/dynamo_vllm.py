@@ -59,8 +59,8 @@ class Migration:
         engine = VLLMEngine(VLLMOptions({}, {}, lease_s=self.settings.lease_s))
         info = await engine.serve(client.bare)
         role = str(getattr(config.disaggregation_mode, "value", config.disaggregation_mode))
-        components = {config.component, *self.settings.components}
-        peers = await DynamoPeers.connect(self.runtime, config.namespace, sorted(components))
+        components = [config.component, *self.settings.components]
+        peers = await DynamoPeers.connect(self.runtime, config.namespace, components)
         options = Options(repeats=self.settings.repeats)
         requests = Requests(engine, peers, int(endpoint.connection_id()), info.fingerprint, options)
         name = f"{int(endpoint.connection_id()):016x}"[-8:]

@@ -96,7 +96,7 @@ async def serve() -> None:
     prefix = f"{process.namespace()}.{component}"
     endpoint = runtime.endpoint(f"{prefix}.generate")
     instance = int(endpoint.connection_id())
-    peers = await DynamoPeers.connect(runtime, process.namespace(), sorted({component, *settings.components}))
+    peers = await DynamoPeers.connect(runtime, process.namespace(), [component, *settings.components])
     requests = Requests(engine, peers, instance, info.fingerprint, Options(repeats=settings.repeats))
     role = "prefill" if component == "prefill" else "decode"
     status = WorkerStatus(requests, short(instance), role, info, endpoint)

@@ -37,15 +37,19 @@ def mix(value: int) -> int:
 
 
 def salt_of(sampling: Sampling, seed: int) -> int:
-    """The share of the sampling options in every token. ``seed`` is the engine's."""
+    """The share of the sampling options in every token. ``seed`` is the engine's.
+
+    The bound of the answer's length is no part of it: a frontend that repeats a request lowers it.
+    """
     # By value, and as after a journey: there a temperature of 0 has become 0.0.
     travelled = msgspec.msgpack.decode(msgspec.msgpack.encode(sampling), type=Sampling)
+    travelled = msgspec.structs.replace(travelled, max_tokens=None)
     return mix(zlib.crc32(msgspec.msgpack.encode(msgspec.structs.astuple(travelled))) ^ (seed << 32))
 
 
 def generator_of(sampling: Sampling, drawn: int) -> int:
     """State of the request's own generator after ``drawn`` tokens; 0 when it has none."""
-    if sampling.seed is None:
+    if sampling.seed is None or sampling.temperature == 0:
         return 0
     return mix(sampling.seed) + drawn & MASK
 
