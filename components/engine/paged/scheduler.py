@@ -185,7 +185,7 @@ class Scheduler:
         sampling = active.request.sampling
         token = self.kv.next_token(active.computed, active.blocks, active.salt, active.generator)
         active.tokens.append(token)
-        if sampling.seed is not None:
+        if sampling.seed is not None and sampling.temperature:
             active.generator = active.generator + 1 & (1 << 64) - 1
         self.run(active)
         logprobs: tuple[TokenLogprob, ...] = ()
