@@ -131,12 +131,18 @@ class Arrival(Leg):
         return index
 
     async def read(self, index: int) -> AsyncGenerator[GenerateOutput, None]:
-        """Outputs from token ``index`` on, to the one with a finish reason. ``SessionError`` when superseded."""
+        """Outputs from token ``index`` on, to the one with a finish reason. ``SessionError`` when superseded.
+
+        -1 begins with what is made here. A client whose worker died may lack some of the tokens before that.
+        """
         self.reader += 1
         me, position = self.reader, 0
         self.unread_since = None
         self._changed.set()
         try:
+            if 0 <= index < len(self.before):
+                yield GenerateOutput(index, self.before[index:])
+                index = len(self.before)
             while True:
                 if self.reader != me:
                     raise SessionError(f"request {self.request_id} has a newer reader")

@@ -94,7 +94,7 @@ class WorkerCall(msgspec.Struct, frozen=True, omit_defaults=True):
     hold_s: float = 0.0
     """``expect-commit``: for how long to begin no step. ``landing``: when to answer though blocks are on the way."""
     index: int = 0
-    """``attach``: output token to begin with."""
+    """``attach``: output token to begin with; -1 for the first one that is made there."""
     owners: Annotated[tuple[tuple[RequestId, Owner], ...], msgspec.Meta(max_length=65536)] = ()
     target: int = 0
     """``migrate``: instance id of the destination; 0 lets the worker choose."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -237,38 +237,47 @@ class Requests:
         found = self._owners.get(request_id)
         return found[0] if found is not None and found[1] > time.monotonic() else None
 
-    def repeated(self, request_id: RequestId, token_ids: Sequence[int]) -> AsyncGenerator[GenerateOutput, None] | None:
+    def repeated(
+        self, request_id: RequestId, token_ids: Sequence[int], native: Callable[[], bytes], max_tokens: int | None
+    ) -> AsyncGenerator[GenerateOutput, None] | None:
         """What follows these tokens of a request that the frontend has sent again; None: it is a new one here."""
         if (claimed := self.claim(request_id, token_ids)) is not None:
             leg, index = claimed
             return self.serve(leg, leg.read(index), PROTOCOL_FACE)
         owner = self.owner(request_id)
-        return self._relayed(request_id, owner, token_ids) if owner is not None else None
+        if owner is None:
+            return None
+        here = Leg(request_id, request_id, tuple(token_ids), native, max_tokens=max_tokens)
+        return self._relayed(here, owner)
 
-    async def _relayed(
-        self, request_id: RequestId, owner: Owner, token_ids: Sequence[int]
-    ) -> AsyncGenerator[GenerateOutput, None]:
-        over = False
+    async def _relayed(self, here: Leg, owner: Owner) -> AsyncGenerator[GenerateOutput, None]:
+        """The outputs of a request whose repeat came here, though another worker owns it."""
         at = owner
 
         def moved(heir: Owner) -> None:
             nonlocal at
             at = heir
 
+        here.served = True
         try:
-            stream = follow(self.peers, owner, request_id, 0, moved, tuple(token_ids))
+            stream = follow(self.peers, owner, here.request_id, 0, moved, tuple(here.prompt_token_ids))
             async with aclosing(stream):
                 async for output in stream:
-                    over = output.finish_reason is not None
+                    here.note(output.token_ids)
+                    here.over = output.finish_reason is not None
                     yield output
+            return
         except (WorkerLost, RequestNotFound) as error:
-            # Its owner is gone. Whoever gets the next repeat computes it again.
-            over = True
-            self._owners.pop(request_id, None)
-            raise Repeat(str(error)) from error
+            logger.warning("request %s: %s", here.request_id, error)
+            here.over = True
+            self._owners.pop(here.request_id, None)
         finally:
-            if not over and not self.closing:
-                self.spawn(self.peers.call(at.instance, _abort(request_id, at.life)))
+            if not here.over and not self.closing:
+                self.spawn(self.peers.call(at.instance, _abort(here.request_id, at.life)))
+        again = self._again(here, here.tokens)
+        async with aclosing(self.serve(again, again.read(len(here.tokens)), PROTOCOL_FACE)) as rest:
+            async for output in rest:
+                yield output
 
     async def abort(self, request_id: RequestId) -> bool:
         """The client has gone. False: this is a stock request of the engine's."""

@@ -104,7 +104,7 @@ class _Move:
         gap = leg.median_gap()
         try:
             await self._pre_copy(rounds=self._limits.rounds if record.mode is Mode.LIVE else 0)
-            self._relay = follow(self._requests.peers, self._owner, leg.request_id, 0, self._moved)
+            self._relay = follow(self._requests.peers, self._owner, leg.request_id, -1, self._moved)
             first = asyncio.ensure_future(anext(self._relay))
             try:
                 frozen, downtime = await self._cut_over(first, gap)

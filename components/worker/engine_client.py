@@ -71,17 +71,22 @@ class EngineClient:
     ) -> AsyncGenerator[Any, None]:
         tokens = native.prompt_tokens(prompt)
         face = native.OutputFace(request_id, tokens)
-        if tokens is not None and (repeated := requests.repeated(request_id, tokens)) is not None:
-            async with aclosing(repeated) as stream:
-                async for output in stream:
-                    yield face.make(output)
-                else:
-                    return
+
+        def encoded() -> bytes:
+            return native.encode(_native(prompt, params, keywords))
+
+        if tokens is not None:
+            repeated = requests.repeated(request_id, tokens, encoded, params.max_tokens)
+            if repeated is not None:
+                async with aclosing(repeated):
+                    async for output in repeated:
+                        yield face.make(output)
+                return
         leg = Leg(
             request_id,
             request_id,
             tokens or (),
-            lambda: native.encode(_native(prompt, params, keywords)),
+            encoded,
             fixed=native.why_fixed(prompt, params, keywords.get("data_parallel_rank")),
             attached=native.why_attached(params)
             or (

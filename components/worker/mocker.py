@@ -66,15 +66,17 @@ class Mocker:
 
     def _outputs(self, payload: dict[str, Any], request_id: str) -> AsyncGenerator[GenerateOutput, None]:
         request = mocker_payload.to_request(request_id, payload, self._info.max_model_len)
-        repeated = self._requests.repeated(request.request_id, request.prompt_token_ids)
+        native = functools.partial(msgspec.msgpack.encode, request.sampling)
+        limit = request.sampling.max_tokens
+        repeated = self._requests.repeated(request.request_id, request.prompt_token_ids, native, limit)
         if repeated is not None:
             return repeated
         leg = Leg(
             request.request_id,
             request.request_id,
             request.prompt_token_ids,
-            functools.partial(msgspec.msgpack.encode, request.sampling),
-            max_tokens=request.sampling.max_tokens,
+            native,
+            max_tokens=limit,
         )
         return self._requests.serve(leg, self._requests.engine.generate(request), PROTOCOL_FACE)
 
