@@ -23,7 +23,7 @@ from components.engine.protocol import (
     KVOffer,
     LandingStatus,
     RequestId,
-    RequestInfo,
+    RequestPhase,
 )
 
 Life = int
@@ -102,6 +102,12 @@ class WorkerCall(msgspec.Struct, frozen=True, omit_defaults=True):
     timeout_s: float = 60.0
     requests: bool = True
     """``status``: with the table of requests."""
+    since: int = 0
+    """``status``: the version that the caller has; 0 for nothing yet."""
+    moves_since: int = 0
+    """``status``: how many moves of this worker the caller has been told of."""
+    after: int = 0
+    """``status``: row that the page before ended with."""
 
 
 class MoveRecord(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -132,10 +138,26 @@ class MoveRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """Time since it ended, when this record was sent."""
 
 
-class ServedInfo(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """One request of a worker: running in its engine, or relayed from the worker that it has moved to."""
+class RequestRow(msgspec.Struct, omit_defaults=True, gc=False):
+    """One request of a worker: running in its engine, or relayed from the worker that it has moved to.
 
-    info: RequestInfo
+    Not frozen: who follows a worker by differences brings its rows up to date in place.
+    """
+
+    number: int
+    """Of the row on this worker; no other row ever has it."""
+    request_id: RequestId
+    phase: RequestPhase
+    prompt_tokens: int
+    output_tokens: int = 0
+    kv_blocks: int = 0
+    age_s: float = 0.0
+    priority: int = 0
+    max_tokens: int | None = None
+    preemptions: int = 0
+    not_migratable: str = ""
+    """Why it cannot move; empty: it can."""
+    life: Life = 0
     relayed_from: str = ""
     """Name of the worker whose tokens are passed on; the engine here has nothing of this request any more."""
     attached: bool = True
@@ -144,15 +166,37 @@ class ServedInfo(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     moves: int = 0
 
 
+class RowCount(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What changes with every step of a request, for one whose row the caller has."""
+
+    number: int
+    output_tokens: int
+    kv_blocks: int
+
+
 class WorkerState(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A worker's own view of itself."""
+    """A worker's own view of itself, or what has changed in it since the version that the caller has.
+
+    Rows come in pages. A caller keeps the ``version`` of the first one, and asks on with ``after`` while ``next`` is
+    not 0.
+    """
 
     worker: str
     role: str
-    info: EngineInfo
     stats: EngineStats
-    requests: tuple[ServedInfo, ...] = ()
+    info: EngineInfo | None = None
+    """Only to callers that have no version yet. Of the epochs of its agents, the first eight digits."""
+    version: int = 0
+    whole: bool = False
+    """``rows`` begin anew: what the caller has of this worker is to be forgotten."""
+    rows: tuple[RequestRow, ...] = ()
+    counts: tuple[RowCount, ...] = ()
+    gone: tuple[int, ...] = ()
+    next: int = 0
+    age_s: float = 0.0
+    """Time since the engine has told its load and its table."""
     moves: tuple[MoveRecord, ...] = ()
+    moves_total: int = 0
     cordoned: bool = False
     draining: bool = False
     tokens_total: int = 0
@@ -175,3 +219,30 @@ class Attached(msgspec.Struct, frozen=True, omit_defaults=True):
     outputs: tuple[GenerateOutput, ...] = ()
     moved: Owner | None = None
     error: tuple[str, str] | None = None
+
+
+class Verdict(StrEnum):
+    """What a planner made of something."""
+
+    MOVE = "move"
+    RETIRE = "retire"
+    LEAVE = "leave"
+
+
+class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One decision of a planner, with its reason, for people to read."""
+
+    policy: str
+    verdict: Verdict
+    reason: str
+    request_id: str = ""
+    source: str = ""
+    target: str = ""
+    age_s: float = 0.0
+    """Time since it was made, when this was sent."""
+
+
+class PlannerReply(msgspec.Struct, frozen=True):
+    """What a planner answers on its endpoint ``decisions``."""
+
+    decisions: Annotated[tuple[Decision, ...], msgspec.Meta(max_length=256)] = ()

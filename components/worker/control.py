@@ -75,7 +75,7 @@ class Control:
             case WorkerOp.OWNERS:
                 requests.learn(call.owners)
             case WorkerOp.STATUS:
-                return WorkerReply(state=await self._status.report(call.requests))
+                return WorkerReply(state=await self._status.report(call))
             case WorkerOp.MIGRATE:
                 return WorkerReply(moves=(await self._status.move(call),))
             case WorkerOp.DRAIN:

@@ -16,23 +16,17 @@ from typing import Any
 
 import msgspec
 
-from components.engine.protocol import EngineInfo, EngineStats, RequestId, RequestInfo, RequestPhase
+from components.engine.protocol import EngineInfo, EngineStats, Epoch, RequestId
 from components.errors import MigrateError, NoRoom, Refused, RequestNotFound
-from components.migration.legs import Arrival, Leg
-from components.migration.messages import (
-    Mode,
-    MoveRecord,
-    ServedInfo,
-    WorkerCall,
-    WorkerOp,
-    WorkerState,
-)
-from components.migration.peers import short
+from components.migration.legs import Leg
+from components.migration.messages import Mode, MoveRecord, WorkerCall, WorkerOp, WorkerState
 from components.migration.requests import Requests
 from components.migration.session import Limits, migrate
+from components.worker.report import Report, lives, relays
 
 logger = logging.getLogger(__name__)
-_RECORDS = 256
+_RECORDS = 64
+"""Moves that are kept for people and planners to see."""
 _STATUS_S = 2.0
 _BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.25, 5.0
 _AT_ONCE = 8
@@ -51,8 +45,13 @@ class WorkerStatus:
         self._role = role
         self._endpoint = endpoint
         self._metrics = metrics
+        shown = tuple(msgspec.structs.replace(agent, epoch=Epoch(agent.epoch[:8])) for agent in info.agents)
+        self._shown = msgspec.structs.replace(info, agents=shown)
+        """A whole epoch is what an agent's sockets ask for where there is no secret."""
         self._limits = Limits(lease_s=info.lease_s)
+        self._report = Report(requests)
         self._moves: deque[tuple[float, MoveRecord]] = deque(maxlen=_RECORDS)
+        self._moved = 0
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self.cordoned = False
         self.draining = False
@@ -62,66 +61,46 @@ class WorkerStatus:
         if self.cordoned:
             raise Refused(f"worker {self._name} is cordoned: it takes no requests in")
 
-    async def report(self, with_requests: bool) -> WorkerState:
-        """The worker's own view of itself."""
-        stats, table = await self._requests.engine.report()
+    async def report(self, call: WorkerCall) -> WorkerState:
+        """The worker's own view of itself, or what is new in it for the caller."""
+        report = self._report
+        stats = await report.refresh()
+        page = report.page(call.since, call.after) if call.requests else None
         now = time.monotonic()
+        told = min(self._moved - call.moves_since, len(self._moves)) if call.requests and not call.after else 0
         return WorkerState(
             worker=self._name,
             role=self._role,
-            info=self._info,
             stats=stats,
-            requests=tuple(self._rows(table)) if with_requests else (),
-            moves=tuple(msgspec.structs.replace(record, age_s=now - at) for at, record in self._moves),
+            info=self._shown if not call.since else None,
+            version=report.version,
+            whole=page is not None and page.whole,
+            rows=page.rows if page is not None else (),
+            counts=page.counts if page is not None else (),
+            gone=page.gone if page is not None else (),
+            next=page.next if page is not None else 0,
+            age_s=report.age_s(),
+            moves=tuple(
+                msgspec.structs.replace(record, age_s=now - at)
+                for at, record in list(self._moves)[len(self._moves) - max(0, told) :]
+            ),
+            moves_total=self._moved,
             cordoned=self.cordoned,
             draining=self.draining,
             tokens_total=self._requests.tokens_total,
             metrics=self._metrics,
         )
 
-    def _rows(self, table: list[RequestInfo]) -> list[ServedInfo]:
-        legs = {leg.engine_id: leg for leg in self._legs()}
-        rows = []
-        for info in table:
-            leg = legs.pop(info.request_id, None)
-            if leg is None:
-                rows.append(ServedInfo(info))
-                continue
-            rows.append(
-                ServedInfo(
-                    msgspec.structs.replace(info, request_id=leg.request_id, not_migratable=leg.fixed or None),
-                    attached=not isinstance(leg, Arrival) or leg.unread_since is None,
-                    moving=leg.lock.locked(),
-                    moves=leg.moves,
-                )
-            )
-        for leg in legs.values():
-            if leg.away is not None and leg.served and not leg.over and not leg.left.is_set():
-                info = RequestInfo(
-                    leg.request_id,
-                    RequestPhase.DECODE,
-                    prompt_tokens=len(leg.prompt_token_ids),
-                    output_tokens=len(leg.away.cut),
-                    kv_blocks=0,
-                    age_s=time.monotonic() - leg.began,
-                    max_tokens=leg.max_tokens,
-                )
-                rows.append(ServedInfo(info, relayed_from=short(leg.away.owner.instance), moves=leg.moves))
-        return rows
-
-    def _legs(self) -> list[Leg]:
-        return [*self._requests.legs.values(), *self._requests.arrivals.values()]
-
     def _here(self) -> list[Leg]:
         """Lives that run in this worker's engine, or wait in it."""
-        return [leg for leg in self._legs() if leg.away is None and not leg.over]
+        return [leg for leg in lives(self._requests) if leg.away is None and not leg.over]
 
     # Moves
 
     async def move(self, call: WorkerCall) -> MoveRecord:
         """Move one request, to the worker that the call names or to the one with most room."""
         leg = next((leg for leg in self._here() if leg.request_id == call.request_id), None)
-        if leg is None:
+        if leg is None or call.life not in (0, leg.life):
             raise RequestNotFound(f"request {call.request_id} does not run on worker {self._name}")
         target = call.target
         if not target and call.mode is not Mode.REPLAY:
@@ -135,6 +114,7 @@ class WorkerStatus:
         async with self._slots:
             record = await migrate(self._requests, leg, target, mode, self._limits)
         self._moves.append((time.monotonic(), record))
+        self._moved += 1
         return record
 
     async def _peers(self) -> dict[int, EngineStats]:
@@ -145,10 +125,11 @@ class WorkerStatus:
         asked = (peers.call(instance, call, _STATUS_S) for instance in others)
         found: dict[int, EngineStats] = {}
         for instance, reply in zip(others, await asyncio.gather(*asked, return_exceptions=True), strict=True):
-            if isinstance(reply, BaseException) or reply.state is None or reply.state.cordoned:
+            if isinstance(reply, BaseException) or (state := reply.state) is None or state.cordoned:
                 continue
-            if reply.state.role == self._role and reply.state.info.fingerprint == self._info.fingerprint:
-                found[instance] = reply.state.stats
+            same = state.info is not None and state.info.fingerprint == self._info.fingerprint
+            if same and state.role == self._role:
+                found[instance] = state.stats
         return found
 
     # Cordon and drain
@@ -210,11 +191,11 @@ class WorkerStatus:
         except MigrateError as error:
             logger.warning("drain: %s", error)
         self._requests.closing = True
-        while time.monotonic() < end and (relays := self._relays()):
+        while time.monotonic() < end and (passed_on := self._relays()):
             logger.info(
-                "worker %s passes on %d requests for %.0f s at most", self._name, relays, end - time.monotonic()
+                "worker %s passes on %d requests for %.0f s at most", self._name, passed_on, end - time.monotonic()
             )
             await asyncio.sleep(0.25)
 
     def _relays(self) -> int:
-        return sum(leg.away is not None and not leg.left.is_set() for leg in self._requests.legs.values())
+        return sum(relays(leg) for leg in self._requests.legs.values())
