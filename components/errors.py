@@ -59,6 +59,12 @@ class RequestNotFound(MigrateError):
     code = "request_not_found"
 
 
+class WorkerNotFound(MigrateError):
+    """No worker has this name, or several have; ask for the list of workers."""
+
+    code = "worker_not_found"
+
+
 class Refused(MigrateError):
     """A peer refused for the reason given; nothing was changed on either side."""
 

@@ -113,9 +113,13 @@ class WorkerStatus:
     async def _move(self, leg: Leg, target: int, mode: Mode) -> MoveRecord:
         async with self._slots:
             record = await migrate(self._requests, leg, target, mode, self._limits)
+        self.note(record)
+        return record
+
+    def note(self, record: MoveRecord) -> None:
+        """A move has ended."""
         self._moves.append((time.monotonic(), record))
         self._moved += 1
-        return record
 
     async def _peers(self) -> dict[int, EngineStats]:
         """Load of the workers that could take a request over; one that does not answer in time is none."""

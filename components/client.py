@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks the workers of a namespace: their state, and to migrate, drain and undrain. For command line and planner.
+
+All workers are asked at the same time, each with a deadline of its own, and each tells what has changed since it was
+asked last. Who does not answer is named, not left out. There is no server between: every call goes to the worker that
+it concerns, and a request is moved by the worker that has it.
+
+Life cycle: ``connect`` once; ``refresh`` as often as one likes; ``status`` gives what is known, without asking.
+``close`` ends what is under way. Errors: ``WorkerLost``, ``DeadlineExceeded`` and what the worker raised;
+``RequestNotFound`` and ``WorkerNotFound`` for names that fit none or several. Threading: one asyncio loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+
+from components.engine.protocol import RequestId
+from components.errors import MigrateError, RequestNotFound, WorkerLost, WorkerNotFound
+from components.messages import pack, unpack
+from components.migration.messages import (
+    Decision,
+    Mode,
+    MoveRecord,
+    PlannerReply,
+    RequestRow,
+    WorkerCall,
+    WorkerOp,
+)
+from components.migration.peers import DynamoPeers, Peers, short
+from components.status import Status, Told, WorkerReport
+
+COMPONENTS = ("backend", "prefill")
+"""Dynamo components whose workers migrate requests or hand them over."""
+DECISIONS = "migration_planner.decisions"
+"""Endpoint at which a planner tells what it has decided."""
+_STATUS_S = 2.0
+_MOVE_S = 120.0
+_MOVES = 1024
+_AT_ONCE = 128
+"""Workers that are asked at the same time; the others' deadlines begin later."""
+_SETTLED_S = 0.2
+_TABLE_S = 1.0
+"""A worker's table is at most so old."""
+
+
+class Planners(Protocol):
+    """Who tells what planners have decided."""
+
+    async def decisions(self, timeout_s: float) -> list[Decision]:
+        """Of all planners that answer in time."""
+        ...
+
+
+class Workers:
+    """See the module docstring."""
+
+    def __init__(
+        self, peers: Peers, planners: Planners | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._peers = peers
+        self._planners = planners
+        self._clock = clock
+        self._told: dict[int, Told] = {}
+        self._asking: dict[int, asyncio.Task[None]] = {}
+        self._late: set[int] = set()
+        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._moves: deque[tuple[float, MoveRecord]] = deque(maxlen=_MOVES)
+        self._decisions: tuple[Decision, ...] = ()
+
+    @classmethod
+    async def connect(cls, runtime: Any, namespace: str, wait_s: float = 10.0) -> Workers:
+        """Find the workers. Raises ``WorkerLost`` when there are none within ``wait_s``."""
+        peers = await DynamoPeers.connect(runtime, namespace, list(COMPONENTS))
+        planners = await runtime.endpoint(f"{namespace}.{DECISIONS}").client()
+        end = time.monotonic() + wait_s
+        found: list[int] = []
+        # Discovery tells of one worker after the other.
+        while not found or found != peers.instances():
+            if not found and time.monotonic() > end:
+                raise WorkerLost(f"no worker of namespace {namespace} is in Dynamo's discovery")
+            found = peers.instances()
+            await asyncio.sleep(_SETTLED_S)
+        return cls(peers, DynamoPlanners(planners))
+
+    # What is known
+
+    async def refresh(self, patience_s: float = _STATUS_S, decisions: bool = False) -> None:
+        """Ask every worker what is new, and return when all have answered or failed, after ``patience_s`` at most.
+
+        Who was late the last time is not waited for: a worker that hangs delays one call, and its answer counts when
+        it comes. Never raises.
+        """
+        there = self._peers.instances()
+        for instance in set(self._told) - set(there):
+            del self._told[instance]
+            self._late.discard(instance)
+        for instance in there:
+            if instance not in self._asking:
+                told = self._told.setdefault(instance, Told(short(instance)))
+                self._asking[instance] = asyncio.ensure_future(self._ask(instance, told))
+        waited = {task for instance, task in self._asking.items() if instance not in self._late}
+        if decisions and self._planners is not None:
+            waited.add(asyncio.ensure_future(self._ask_planners(self._planners)))
+        if waited:
+            await asyncio.wait(waited, timeout=patience_s)
+        self._late = set(self._asking)
+        for instance in self._late:
+            if instance in self._told:
+                self._told[instance].missing = f"no answer within {patience_s:g} s"
+
+    async def _ask(self, instance: int, told: Told) -> None:
+        try:
+            after, version, moves = 0, told.version, told.moves_total
+            while True:
+                call = WorkerCall(WorkerOp.STATUS, since=version, moves_since=moves, after=after)
+                async with self._slots:
+                    state = (await self._peers.call(instance, call, _STATUS_S)).state
+                if state is None:
+                    raise WorkerLost(f"worker {told.worker} answered without its state")
+                now = self._clock()
+                told.take(state, now, first=not after)
+                self._moves.extend((now - move.age_s, move) for move in state.moves)
+                after = state.next
+                if not after:
+                    return
+        except MigrateError as error:
+            told.missing = f"{error.code}: {error}"
+        finally:
+            self._asking.pop(instance, None)
+
+    async def _ask_planners(self, planners: Planners) -> None:
+        self._decisions = tuple(await planners.decisions(_STATUS_S))
+
+    def status(self, ages: bool = True) -> Status:
+        """What is known. Without ``ages``, those of requests are as their workers told them first."""
+        now = self._clock()
+        moves = sorted(self._moves, key=lambda pair: pair[0])
+        return Status(
+            tuple(told.report(now, ages) for _, told in sorted(self._told.items())),
+            tuple(msgspec.structs.replace(move, age_s=now - at) for at, move in moves),
+            self._decisions,
+        )
+
+    # Names
+
+    def worker(self, name: str) -> WorkerReport:
+        """The one worker whose id begins so. Raises ``WorkerNotFound``."""
+        return self._named(name)[1]
+
+    def _named(self, name: str) -> tuple[int, WorkerReport]:
+        now = self._clock()
+        # A whole instance id, as Dynamo's logs have it, is good as well.
+        ids = {i: told.worker if len(name) <= len(told.worker) else f"{i:016x}" for i, told in self._told.items()}
+        found = [instance for instance, text in ids.items() if name and text.startswith(name.lower())]
+        if len(found) != 1:
+            among = ", ".join(sorted(self._told[i].worker for i in found or ids)) or "none"
+            raise WorkerNotFound(f"{len(found) or 'no'} workers begin with {name!r}; workers: {among}")
+        return found[0], self._told[found[0]].report(now, True)
+
+    def request(self, name: str) -> tuple[WorkerReport, RequestRow]:
+        """The one running request whose id begins so, and the worker that has it. Raises ``RequestNotFound``."""
+        running = list(self.status().requests())
+        found = [pair for pair in running if pair[1].request_id.startswith(name)]
+        found = [pair for pair in found if pair[1].request_id == name] or found
+        if len({row.request_id for _, row in found}) != 1:
+            among = ", ".join(sorted({row.request_id for _, row in found or running})[:5]) or "none"
+            raise RequestNotFound(
+                f"{len(found) or 'no'} running requests begin with {name!r}: dynamo status; running: {among}"
+            )
+        # Of two workers that both have it, in tables of different age, the younger one is right.
+        return min(found, key=lambda pair: pair[0].age_s)
+
+    # What workers are asked to do
+
+    async def migrate(
+        self, request_id: str, source: str, target: str = "", mode: Mode = Mode.LIVE, life: int = 0
+    ) -> MoveRecord:
+        """Move a request that is on ``source``; without ``target`` to the worker with most room.
+
+        Raises ``RequestNotFound`` when the request, or the life of it that is meant, is not there any more.
+        """
+        instance, _ = self._named(source)
+        there = self._named(target)[0] if target else 0
+        call = WorkerCall(WorkerOp.MIGRATE, RequestId(request_id), life, target=there, mode=mode)
+        reply = await self._peers.call(instance, call, _MOVE_S)
+        if not reply.moves:
+            raise WorkerLost(f"worker {source} answered without the move's record")
+        return reply.moves[0]
+
+    async def move(self, request: str, to: str = "", mode: Mode = Mode.LIVE) -> MoveRecord:
+        """``migrate``, for people: finds out where the request is, again if it has just been moved."""
+        source, row = self.request(request)
+        try:
+            return await self.migrate(row.request_id, source.worker, to, mode, row.life)
+        except RequestNotFound:
+            await asyncio.sleep(_TABLE_S)
+            await self.refresh()
+            source, row = self.request(row.request_id)
+            return await self.migrate(row.request_id, source.worker, to, mode, row.life)
+
+    async def drain(self, worker: str, timeout_s: float = 60.0) -> list[MoveRecord]:
+        """Empty a worker; it gets no new requests until ``undrain``. The moves that were tried."""
+        instance, _ = self._named(worker)
+        call = WorkerCall(WorkerOp.DRAIN, timeout_s=timeout_s)
+        return list((await self._peers.call(instance, call, timeout_s + _MOVE_S)).moves)
+
+    async def undrain(self, worker: str) -> None:
+        """Let a worker have requests again."""
+        await self._peers.call(self._named(worker)[0], WorkerCall(WorkerOp.UNDRAIN))
+
+    async def check(self, worker: str) -> None:
+        """Raise ``SessionError`` when blocks and requests of a worker do not add up."""
+        await self._peers.call(self._named(worker)[0], WorkerCall(WorkerOp.CHECK))
+
+    def close(self) -> None:
+        """Let go of what is under way."""
+        for task in self._asking.values():
+            task.cancel()
+
+
+class DynamoPlanners:
+    """``Planners`` over a client of their endpoint."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    async def decisions(self, timeout_s: float) -> list[Decision]:
+        """See ``Planners``. One that does not answer has none."""
+        asked = (self._of(instance, timeout_s) for instance in self._client.instance_ids())
+        return [decision for found in await asyncio.gather(*asked) for decision in found]
+
+    async def _of(self, instance: int, timeout_s: float) -> tuple[Decision, ...]:
+        try:
+            async with asyncio.timeout(timeout_s):
+                async for item in await self._client.direct(pack(PlannerReply(())), instance, annotated=False):
+                    return unpack(item, PlannerReply).decisions
+        except Exception:
+            # Dynamo raises plain exceptions; decisions are for people to read, and are not worth an error.
+            return ()
+        return ()

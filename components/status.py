@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All workers at one moment as somebody outside has been told of them, and how that is kept up by differences.
+
+``Told`` follows one worker. A worker that does not answer keeps what it told last, with its age and with why it is
+missing: it is not an empty one. Ages count on the clock of this process alone. Does no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from components.engine.protocol import EngineInfo, EngineStats, RequestPhase
+from components.migration.messages import Decision, MoveRecord, RequestRow, WorkerState
+
+
+class WorkerReport(msgspec.Struct, frozen=True):
+    """One worker."""
+
+    worker: str
+    """Last eight digits of its instance id."""
+    role: str = ""
+    missing: str = ""
+    """Why it has not answered; empty: it has. Everything else here is then as old as ``age_s``."""
+    age_s: float = 0.0
+    """Time since what is told here was true."""
+    info: EngineInfo | None = None
+    stats: EngineStats | None = None
+    requests: tuple[RequestRow, ...] = ()
+    cordoned: bool = False
+    draining: bool = False
+    tokens_total: int = 0
+    metrics: str = ""
+    """host:port of its Prometheus metrics."""
+
+    def here(self) -> list[RequestRow]:
+        """Requests that run or wait in its engine: neither relayed nor still on their way to it."""
+        return [row for row in self.requests if not row.relayed_from and row.phase is not RequestPhase.LANDING]
+
+
+class Status(msgspec.Struct, frozen=True):
+    """The whole system."""
+
+    workers: tuple[WorkerReport, ...] = ()
+    moves: tuple[MoveRecord, ...] = ()
+    """The last ones, in the order in which they ended."""
+    decisions: tuple[Decision, ...] = ()
+    """What planners have decided last."""
+
+    def requests(self) -> Iterable[tuple[WorkerReport, RequestRow]]:
+        """Every request with the worker that has it."""
+        return ((worker, row) for worker in self.workers for row in worker.here())
+
+
+class Told:
+    """What one worker has told. ``take`` gets its pages in their order; ``report`` gives what is known."""
+
+    def __init__(self, worker: str) -> None:
+        self.worker = worker
+        self.missing = "it has not been asked"
+        self.version = 0
+        self.moves_total = 0
+        self._next_version = 0
+        self._state: WorkerState | None = None
+        self._info: EngineInfo | None = None
+        self._at = 0.0
+        self._rows: dict[int, RequestRow] = {}
+        self._began: dict[int, float] = {}
+
+    def take(self, state: WorkerState, now: float, first: bool) -> None:
+        """A page of an answer that came at ``now``."""
+        if first:
+            self._state, self._at, self.moves_total = state, now - state.age_s, state.moves_total
+            self._info = state.info or self._info
+            self._next_version = state.version
+            if state.whole:
+                self._rows.clear()
+                self._began.clear()
+            for number in state.gone:
+                self._rows.pop(number, None)
+                self._began.pop(number, None)
+        for row in state.rows:
+            self._rows[row.number] = row
+            self._began[row.number] = now - row.age_s
+        for count in state.counts:
+            if (known := self._rows.get(count.number)) is not None:
+                known.output_tokens, known.kv_blocks = count.output_tokens, count.kv_blocks
+        if not state.next:
+            self.version, self.missing = self._next_version, ""
+
+    def report(self, now: float, ages: bool) -> WorkerReport:
+        """``ages``: bring those of the requests up to date, which takes time where there are very many."""
+        state = self._state
+        if state is None:
+            return WorkerReport(self.worker, missing=self.missing)
+        if ages:
+            for number, row in self._rows.items():
+                row.age_s = now - self._began[number]
+        return WorkerReport(
+            self.worker,
+            state.role,
+            self.missing,
+            now - self._at,
+            self._info,
+            state.stats,
+            tuple(self._rows.values()),
+            state.cordoned,
+            state.draining,
+            state.tokens_total,
+            state.metrics,
+        )
