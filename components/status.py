@@ -33,6 +33,8 @@ class WorkerReport(msgspec.Struct, frozen=True):
     tokens_total: int = 0
     metrics: str = ""
     """host:port of its Prometheus metrics."""
+    handoffs: dict[str, int] = {}
+    """How requests went from prefill to decode workers, by outcome."""
 
     def here(self) -> list[RequestRow]:
         """Requests that run or wait in its engine: neither relayed nor still on their way to it."""
@@ -109,4 +111,5 @@ class Told:
             state.draining,
             state.tokens_total,
             state.metrics,
+            state.handoffs,
         )

@@ -24,6 +24,7 @@ from components.engine.protocol import (
     LandingStatus,
     RequestId,
     RequestPhase,
+    TokenLogprob,
 )
 
 Life = int
@@ -63,9 +64,24 @@ class Ticket(msgspec.Struct, frozen=True, omit_defaults=True):
     """Why the frontend does not send this request again, so that somebody must relay it to its end; empty: it does."""
 
 
+class Handover(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a prefill worker says of a request, by way of the frontend: who lends its blocks, or who has it already."""
+
+    owner: Owner | None = None
+    fingerprint: str = ""
+    instance: int = 0
+    frozen: Frozen | None = None
+    """The KV of the prompt, and the first token."""
+    stops: bool = False
+    """The first token is one that ends an answer."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
 class WorkerOp(StrEnum):
     """Calls that a worker's ``migrate`` endpoint answers."""
 
+    RELEASE = "release"
+    """Blocks that a prefill worker lends, named by the offer's request id, are not needed any more."""
     RESERVE = "reserve"
     LANDING = "landing"
     EXTEND = "extend"
@@ -200,6 +216,8 @@ class WorkerState(msgspec.Struct, frozen=True, omit_defaults=True):
     cordoned: bool = False
     draining: bool = False
     tokens_total: int = 0
+    handoffs: dict[str, int] = {}
+    """How requests went from prefill to decode workers, by outcome; see ``components.worker.handoff``."""
     metrics: str = ""
     """host:port of the worker's Prometheus metrics."""
 

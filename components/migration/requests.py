@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
@@ -109,6 +110,8 @@ class Requests:
         self.closing = False
         """The process is about to end: what has left stays with its owner whatever happens to the streams here."""
         self.tokens_total = 0
+        self.handoffs: Counter[str] = Counter()
+        """Outcomes of hand-overs from prefill to decode workers."""
         self._owners: dict[RequestId, tuple[Owner, float]] = {}
         self._telling: dict[RequestId, tuple[Owner, asyncio.Future[None]]] = {}
         self._teller: asyncio.Task[None] | None = None

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
-from components.engine.protocol import LandingStatus
+from components.engine.protocol import LandingStatus, RequestId
 from components.errors import InvalidRequest, MigrateError, RequestNotFound
 from components.messages import pack, unpack
 from components.migration.legs import Arrival
@@ -24,13 +24,17 @@ _POLL_S = 0.004
 _MAX_HOLD_S = 5.0
 """Longest time for which a call is kept without an answer."""
 
+Release = Callable[[RequestId], Awaitable[None]]
+"""Frees what a prefill worker lends under that id."""
+
 
 class Control:
     """See the module docstring."""
 
-    def __init__(self, requests: Requests, status: WorkerStatus) -> None:
+    def __init__(self, requests: Requests, status: WorkerStatus, release: Release | None = None) -> None:
         self._requests = requests
         self._status = status
+        self._release = release
 
     async def serve(self, payload: Any) -> AsyncGenerator[dict[str, str], None]:
         """Answer one call, with one item or, for ``attach``, with a stream of them."""
@@ -72,6 +76,8 @@ class Control:
                 leg.committed = True
             case WorkerOp.ABORT:
                 await requests.give_up(self._arrival(call))
+            case WorkerOp.RELEASE if self._release is not None:
+                await self._release(call.request_id)
             case WorkerOp.OWNERS:
                 requests.learn(call.owners)
             case WorkerOp.STATUS:

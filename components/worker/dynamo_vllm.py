@@ -11,12 +11,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib
+import json
 import logging
 import os
 import socket
 import sys
+import time
 from typing import Any
 
+from components.engine.vllm.arguments import STOCK_CONNECTOR
 from components.engine.vllm.engine import VLLMEngine, VLLMOptions
 from components.migration.peers import DynamoPeers
 from components.migration.requests import Options, Requests
@@ -24,9 +27,11 @@ from components.worker import shim
 from components.worker.arguments import WorkerSettings, prepare
 from components.worker.control import Control
 from components.worker.engine_client import EngineClient
+from components.worker.handoff import Handoffs
 from components.worker.state import WorkerStatus
 
 logger = logging.getLogger(__name__)
+_CONNECTOR = "--kv-transfer-config"
 
 
 class Migration:
@@ -37,6 +42,7 @@ class Migration:
         self.runtime: Any = None
         self.client: EngineClient | None = None
         self.status: WorkerStatus | None = None
+        self.handoffs: Handoffs | None = None
         self._tasks: list[asyncio.Future[Any]] = []
 
     def setup(self, original: Any, config: Any, *args: Any, **keywords: Any) -> Any:
@@ -65,19 +71,23 @@ class Migration:
         requests = Requests(engine, peers, int(endpoint.connection_id()), info.fingerprint, options)
         name = f"{int(endpoint.connection_id()):016x}"[-8:]
         self.status = WorkerStatus(requests, name, role, info, endpoint)
-        control = Control(requests, self.status)
+        self.handoffs = Handoffs(requests, engine.free_lent, self.settings.lease_s, info.max_model_len)
+        control = Control(requests, self.status, self.handoffs.release)
         path = f"{config.namespace}.{config.component}.migrate"
         self._tasks = [
             asyncio.ensure_future(self.runtime.endpoint(path).serve_endpoint(control.serve)),
             asyncio.ensure_future(requests.sweep()),
         ]
-        client.requests = requests
+        client.serve(requests, self.handoffs)
         logger.info("worker %s on %s migrates over %s", name, socket.gethostname(), ", ".join(info.lanes))
 
     async def drain(self) -> None:
         """Dynamo's drain callback."""
+        end = time.monotonic() + self.settings.drain_s
         if self.status is not None:
             await self.status.leave(self.settings.drain_s)
+        while self.handoffs is not None and self.handoffs.num_lent and time.monotonic() < end:
+            await asyncio.sleep(0.05)
 
 
 def install(settings: WorkerSettings) -> Migration:
@@ -117,5 +127,8 @@ def main(argv: list[str] | None = None) -> None:
     from dynamo.vllm.main import main as stock_main
 
     install(WorkerSettings.from_environment())
+    if not any(arg.split("=")[0] == _CONNECTOR for arg in sys.argv):
+        # Dynamo wants a prefill worker to name its connector, which ``prepare`` replaces.
+        sys.argv += [_CONNECTOR, json.dumps({"kv_connector": STOCK_CONNECTOR, "kv_role": "kv_both"})]
     sys.argv[0] = "dynamo.vllm"
     stock_main()

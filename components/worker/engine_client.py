@@ -11,14 +11,56 @@ from __future__ import annotations
 import functools
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from components.engine.protocol import RequestId
 from components.engine.vllm import native
 from components.migration.legs import Leg
+from components.migration.messages import Handover
 from components.migration.requests import Repeat, Requests
+from components.worker.handoff import Entry, Handoffs, is_prefill
 
+_SHORT = "prefill: it ends with its first token"
 _PINNED = "the client has chosen the worker: the frontend does not repeat it"
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of ``generate`` by a handler of Dynamo's."""
+
+    requests: Requests
+    handoffs: Handoffs
+    prompt: Any
+    params: Any
+    request_id: RequestId
+    keywords: dict[str, Any]
+
+    @functools.cached_property
+    def tokens(self) -> list[int] | None:
+        """The prompt, if it is nothing but token ids."""
+        return native.prompt_tokens(self.prompt)
+
+    @functools.cached_property
+    def face(self) -> native.OutputFace:
+        """How outputs look that were made elsewhere."""
+        return native.OutputFace(self.request_id, self.tokens)
+
+    def encoded(self) -> bytes:
+        """As another worker's engine takes it."""
+        keywords = self.keywords
+        return native.encode(
+            native.Native(
+                self.params,
+                priority=keywords.get("priority") or 0,
+                lora=keywords.get("lora_request"),
+                cache_salt=self.prompt.get("cache_salt"),
+                session_id=keywords.get("session_id"),
+                trace_headers=dict(keywords["trace_headers"]) if keywords.get("trace_headers") else None,
+                reasoning_ended=keywords.get("reasoning_ended"),
+                reasoning_parser_kwargs=keywords.get("reasoning_parser_kwargs"),
+            )
+        )
 
 
 class _Bare:
@@ -34,29 +76,35 @@ class _Bare:
 
 
 class EngineClient:
-    """See the module docstring. ``requests`` is set once the worker serves."""
+    """See the module docstring. ``serve`` comes once the worker has joined the others."""
 
     def __init__(self, llm: Any) -> None:
         self.bare = _Bare(llm)
         self._generate = llm.generate
         self._abort = llm.abort
-        self.requests: Requests | None = None
+        self._requests: Requests | None = None
+        self._handoffs: Handoffs | None = None
         self.pinned: set[str] = set()
         """Ids of requests that a client has tied to this worker: the frontend does not repeat them."""
         # Dynamo reads the signature of ``generate``.
         llm.generate = functools.wraps(llm.generate)(functools.partial(self.generate))
         llm.abort = functools.wraps(llm.abort)(functools.partial(self.abort))
 
+    def serve(self, requests: Requests, handoffs: Handoffs) -> None:
+        """From here on requests move."""
+        self._requests, self._handoffs = requests, handoffs
+
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **keywords: Any
     ) -> AsyncGenerator[Any, None]:
         """``AsyncLLM.generate``."""
-        if self.requests is None:
+        if self._requests is None or self._handoffs is None:
             async with aclosing(self._generate(prompt, sampling_params, request_id, **keywords)) as stream:
                 async for item in stream:
                     yield item
             return
-        stream = self._stream(self.requests, prompt, sampling_params, RequestId(request_id), keywords)
+        call = _Call(self._requests, self._handoffs, prompt, sampling_params, RequestId(request_id), keywords)
+        stream = self._prefill(call) if is_prefill(sampling_params) else self._stream(call)
         try:
             async with aclosing(stream):
                 async for item in stream:
@@ -66,58 +114,62 @@ class EngineClient:
 
             raise Disconnected(str(repeat)) from None
 
-    async def _stream(
-        self, requests: Requests, prompt: Any, params: Any, request_id: RequestId, keywords: dict[str, Any]
-    ) -> AsyncGenerator[Any, None]:
-        tokens = native.prompt_tokens(prompt)
-        face = native.OutputFace(request_id, tokens)
+    async def _prefill(self, call: _Call) -> AsyncGenerator[Any, None]:
+        """For Dynamo's prefill handler: one token, and who lends the blocks of its prompt."""
+        owner = call.requests.owner(call.request_id)
+        if owner is not None and call.tokens:
+            yield call.handoffs.known(call.request_id, call.tokens, owner)
+            return
+        leg = Leg(call.request_id, call.request_id, call.tokens or (), call.encoded, _SHORT, _SHORT, max_tokens=1)
+        params = call.handoffs.lending(call.params, call.request_id)
+        own = self._generate(call.prompt, params, call.request_id, **call.keywords)
+        async with aclosing(own), aclosing(call.requests.serve(leg, own, call.face)) as stream:
+            async for item in stream:
+                call.handoffs.lent(item)
+                yield item
 
-        def encoded() -> bytes:
-            return native.encode(_native(prompt, params, keywords))
-
-        if tokens is not None:
-            repeated = requests.repeated(request_id, tokens, encoded, params.max_tokens)
+    async def _stream(self, call: _Call) -> AsyncGenerator[Any, None]:
+        requests, request_id, params = call.requests, call.request_id, call.params
+        given = call.handoffs.read(params)
+        if given is not None and given.owner is not None:
+            requests.learn([(request_id, given.owner)])
+        if call.tokens is not None:
+            repeated = requests.repeated(request_id, call.tokens, call.encoded, params.max_tokens)
             if repeated is not None:
+                if given is not None:
+                    call.handoffs.give_back(given)
                 async with aclosing(repeated):
                     async for output in repeated:
-                        yield face.make(output)
+                        yield call.face.make(output)
                 return
         leg = Leg(
             request_id,
             request_id,
-            tokens or (),
-            encoded,
-            fixed=native.why_fixed(prompt, params, keywords.get("data_parallel_rank")),
-            attached=native.why_attached(params)
-            or (
-                "the client has chosen the worker: the frontend does not repeat it" if request_id in self.pinned else ""
-            ),
+            call.tokens or (),
+            call.encoded,
+            fixed=native.why_fixed(call.prompt, params, call.keywords.get("data_parallel_rank")),
+            attached=native.why_attached(params) or (_PINNED if request_id in self.pinned else ""),
             max_tokens=params.max_tokens,
         )
-        own = self._generate(prompt, params, request_id, **keywords)
-        async with aclosing(own), aclosing(requests.serve(leg, own, face)) as stream:
+        own = self._entered(call, given)
+        async with aclosing(own), aclosing(requests.serve(leg, own, call.face)) as stream:
             async for item in stream:
                 yield item
+
+    def _entered(self, call: _Call, given: Handover | None) -> AsyncGenerator[Any, None]:
+        """The engine's stream of a request, which a prefill worker may have begun."""
+        entry = Entry(call.prompt, call.params)
+        if native.transfer_of(call.params):
+            entry = call.handoffs.enter(call.request_id, call.prompt, call.params, call.tokens, given)
+        own: AsyncGenerator[Any, None] = self._generate(entry.prompt, entry.params, call.request_id, **call.keywords)
+        return own if entry.handover is None else call.handoffs.stream(entry, own, call.face, call.tokens)
 
     async def abort(self, request_id: Any, *args: Any, **keywords: Any) -> None:
         """``AsyncLLM.abort``; ends the request also where it has gone."""
         if (
             isinstance(request_id, str)
-            and self.requests is not None
-            and await self.requests.abort(RequestId(request_id))
+            and self._requests is not None
+            and await self._requests.abort(RequestId(request_id))
         ):
             return
         await self._abort(request_id, *args, **keywords)
-
-
-def _native(prompt: Any, params: Any, keywords: dict[str, Any]) -> native.Native:
-    return native.Native(
-        params,
-        priority=keywords.get("priority") or 0,
-        lora=keywords.get("lora_request"),
-        cache_salt=prompt.get("cache_salt"),
-        session_id=keywords.get("session_id"),
-        trace_headers=dict(keywords["trace_headers"]) if keywords.get("trace_headers") else None,
-        reasoning_ended=keywords.get("reasoning_ended"),
-        reasoning_parser_kwargs=keywords.get("reasoning_parser_kwargs"),
-    )

@@ -88,6 +88,7 @@ class WorkerStatus:
             cordoned=self.cordoned,
             draining=self.draining,
             tokens_total=self._requests.tokens_total,
+            handoffs=dict(self._requests.handoffs),
             metrics=self._metrics,
         )
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
 _MODULE = "components.engine.vllm"
+STOCK_CONNECTOR = "NixlConnector"
+"""vLLM's connector for prefill and decode apart. Ours does the same work, so a command line may go on naming it."""
 _SCHEDULERS = {
     "": "AsyncMigrationScheduler",
     "vllm.v1.core.sched.async_scheduler.AsyncScheduler": "AsyncMigrationScheduler",
@@ -37,7 +39,9 @@ def configure(args: AsyncEngineArgs, agent: dict[str, Any], migration: dict[str,
     require_tested_vllm()
     from vllm.config import KVTransferConfig
 
-    _refuse("kv_transfer_config", args.kv_transfer_config, "migration brings its own KV connector")
+    connector = getattr(args.kv_transfer_config, "kv_connector", None)
+    if connector != STOCK_CONNECTOR:
+        _refuse("kv_transfer_config", args.kv_transfer_config, "migration brings its own KV connector")
     _refuse("worker_extension_cls", args.worker_extension_cls, "migration brings its own")
     if args.data_parallel_size > 1:
         raise ConfigError(f"data_parallel_size is {args.data_parallel_size}: start one worker for each replica instead")

@@ -64,6 +64,10 @@ class CoreClient:
         """Copy what is missing and run."""
         await self._call(Call(Op.COMMIT, request_id, frozen=frozen))
 
+    async def release(self, vllm_id: RequestId) -> None:
+        """Free what is lent under that id; nothing if it is not."""
+        await self._call(Call(Op.RELEASE, vllm_id))
+
     async def report(self) -> tuple[EngineStats, list[RequestInfo]]:
         """Load and the per-request table, for one interruption of the engine."""
         reply = await self._call(Call(Op.REPORT))

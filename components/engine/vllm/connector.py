@@ -68,10 +68,11 @@ class MigrationConnector(KVConnectorBase_V1):
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """See ``Migration.external_tokens``."""
-        return self.migration.external_tokens(request)
+        return self.migration.external_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        """Nothing: blocks of a landing are reserved before vLLM asks."""
+        """Blocks of a request from a prefill engine; those of a landing are reserved before vLLM asks."""
+        self.migration.allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """Everything that the workers must do with this step."""
@@ -84,9 +85,8 @@ class MigrationConnector(KVConnectorBase_V1):
             self.migration.step_results(meta)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Never delays the freeing: blocks that a copy needs are not the request's any more."""
-        self.migration.request_finished(request)
-        return False, None
+        """Never delays the freeing: blocks that a copy needs, or that are lent, are not the request's any more."""
+        return False, self.migration.request_finished(request)
 
     def has_pending_push_work(self) -> bool:
         """Keep stepping while a worker owes a result."""
@@ -142,7 +142,10 @@ class MigrationConnector(KVConnectorBase_V1):
         """Nothing to save."""
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        """Results since the last step."""
+        """Results since the last step, and sums of what it has computed."""
+        meta = self._get_connector_metadata()
+        if isinstance(meta, StepMetadata):
+            self.loader.sum(meta.to_sum)
         return self.loader.take_results()
 
     def shutdown(self) -> None:

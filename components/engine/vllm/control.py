@@ -34,6 +34,19 @@ class Marker(msgspec.Struct, frozen=True, omit_defaults=True):
     freeze_after: int | None = None
     landing: KVOffer | None = None
     not_migratable: str | None = None
+    lend: bool = False
+    """The request ends with its first token, and its blocks are kept for a decode engine."""
+    handoff: Frozen | None = None
+    """What a prefill engine lends: the KV of the prompt."""
+
+
+class Lent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a prefill engine says of a request that it lends, next to its last output."""
+
+    frozen: Frozen
+    """``offer.request_id`` is vLLM's id of it there, which ``Op.RELEASE`` names."""
+    stops: bool = False
+    """The first token is one of those that end an answer."""
 
 
 class Op(StrEnum):
@@ -47,6 +60,7 @@ class Op(StrEnum):
     EXTEND = "extend"
     EXPECT_COMMIT = "expect-commit"
     COMMIT = "commit"
+    RELEASE = "release"
     REPORT = "report"
     CHECK = "check"
 
@@ -84,6 +98,7 @@ _call_decoder = msgspec.msgpack.Decoder(Call)
 _reply_decoder = msgspec.msgpack.Decoder(Reply)
 _marker_decoder = msgspec.msgpack.Decoder(Marker)
 _frozen_decoder = msgspec.msgpack.Decoder(Frozen)
+_lent_decoder = msgspec.msgpack.Decoder(Lent)
 
 
 def encode(message: msgspec.Struct) -> bytes:
@@ -104,6 +119,11 @@ def decode_marker(data: bytes) -> Marker:
 def decode_frozen(data: bytes) -> Frozen:
     """The frozen state that came with an output."""
     return _frozen_decoder.decode(data)
+
+
+def decode_lent(data: bytes) -> Lent:
+    """What came with the last output of a request that is lent."""
+    return _lent_decoder.decode(data)
 
 
 def decode_reply(data: bytes) -> Reply:

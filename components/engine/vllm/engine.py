@@ -317,6 +317,10 @@ class VLLMEngine:
         stats, requests = await self._core.report()
         return msgspec.structs.replace(stats, leases_expired_total=self._leases_expired), requests
 
+    async def free_lent(self, vllm_id: RequestId) -> None:
+        """Free blocks that are lent to a decode engine."""
+        await self._core.release(vllm_id)
+
     async def check_integrity(self) -> None:
         """Raise ``SessionError`` when blocks and requests do not add up."""
         await self._core.check_integrity()

@@ -18,7 +18,7 @@ from components.engine.protocol import AgentRef
 from components.engine.vllm.compat.runners import runner_version
 from components.engine.vllm.fingerprint import fingerprint
 from components.engine.vllm.pools import pools_of
-from components.engine.vllm.records import Job, JobResult, StepResults
+from components.engine.vllm.records import Job, JobResult, StepResults, Sums
 from components.errors import IntegrityError, MigrateError
 from components.transfer import (
     AgentConfig,
@@ -45,6 +45,7 @@ class Loader:
         self._unquiet: dict[int, frozenset[int]] = {}
         """Blocks of failed jobs into which a peer that hangs may still write."""
         self._quiet: list[int] = []
+        self._sums: list[Sums] = []
         self.fingerprint = ""
         self.kv_bytes_per_token = 0
 
@@ -171,12 +172,17 @@ class Loader:
         quiet = job.job_id not in self._unquiet
         return JobResult(job.job_id, ok=False, error=(error.code, str(error)), bad_blocks=bad_blocks, quiet=quiet)
 
+    def sum(self, wanted: list[tuple[str, tuple[int, ...]]]) -> None:
+        """Checksums of blocks that the step has completed."""
+        for vllm_id, blocks in wanted:
+            self._sums.append(Sums(vllm_id, self.rank, tuple(self.agent.checksums(blocks))))
+
     def take_results(self) -> StepResults | None:
         """What has happened since the last call."""
-        if not self._results and not self._quiet:
+        if not self._results and not self._quiet and not self._sums:
             return None
-        results = StepResults(self._results, self._quiet)
-        self._results, self._quiet = [], []
+        results = StepResults(self._results, self._quiet, self._sums)
+        self._results, self._quiet, self._sums = [], [], []
         return results
 
     def close(self) -> None:

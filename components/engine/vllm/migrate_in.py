@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -73,6 +73,19 @@ class MigrateIn:
         """Reserve for a request that was just added, and begin the first round."""
         record.incoming = Incoming(offer)
         self._begin_round(record, offer)
+
+    def begin_whole(self, record: Record, frozen: Frozen, block_ids: Sequence[int], local_blocks: int) -> None:
+        """Copy all that is lent into blocks that vLLM has given to a request, which runs afterwards."""
+        total = -(-frozen.offer.num_tokens // self._port.block_size)
+        record.incoming = Incoming(
+            frozen.offer,
+            list(block_ids[:total]),
+            requested_blocks=local_blocks,
+            landed_blocks=local_blocks,
+            local_blocks=local_blocks,
+            commit=frozen,
+        )
+        self._new.append(self._job(record, total))
 
     def _begin_round(self, record: Record, offer: KVOffer) -> bool:
         """Reserve and copy whole blocks. False without room; then nothing has changed."""

@@ -89,12 +89,15 @@ class MigrateOut:
         self.num_taken_out += 1
         return record.leaving
 
+    def checked(self, block_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of a request's blocks that get a checksum."""
+        if self._checked_blocks is None:
+            return block_ids
+        return block_ids[len(block_ids) - min(self._checked_blocks, len(block_ids)) :]
+
     def _complete(self, record: Record, leaving: Leaving) -> Frozen:
         offer = self.offer(record, whole_blocks=False)
-        checked = offer.block_ids
-        if self._checked_blocks is not None:
-            checked = checked[len(checked) - min(self._checked_blocks, len(checked)) :]
-        ranks = self._ranks().snapshot(record.request.request_id, checked)
+        ranks = self._ranks().snapshot(record.request.request_id, self.checked(offer.block_ids))
         leaving.frozen = Frozen(
             offer=offer,
             output_token_ids=tuple(record.request.output_token_ids),

@@ -19,6 +19,7 @@ from components.engine.protocol import Frozen, RequestId
 from components.engine.vllm.compat.requests import external_id
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.control import MARKER, Call, Marker, Op, Reply, decode_marker
+from components.engine.vllm.handoff import Handoff
 from components.engine.vllm.migrate_in import MigrateIn
 from components.engine.vllm.migrate_out import MigrateOut
 from components.engine.vllm.ranks import Ranks
@@ -27,6 +28,7 @@ from components.engine.vllm.tables import request_table, stats_of, verify_blocks
 from components.errors import ConfigError, RequestNotFound, SessionError
 
 if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.executor import Executor
     from vllm.v1.request import Request
@@ -60,6 +62,7 @@ class Migration:
         self.port = port
         self.outgoing = MigrateOut(port, settings.checked_blocks, self._attached)
         self.incoming = MigrateIn(port, settings.wait_bytes, settings.copy_deadline_s, self._attached)
+        self.handoff = Handoff(port, self.incoming, self.outgoing)
         self._ranks: Ranks | None = None
         self._records: dict[str, Record] = {}
         self._newest: dict[RequestId, Record] = {}
@@ -94,6 +97,9 @@ class Migration:
                 return Reply(stats=stats_of(self), requests=request_table(self))
             case Op.CHECK:
                 verify_blocks(self)
+                return Reply()
+            case Op.RELEASE:
+                self.handoff.release(call.request_id)
                 return Reply()
         record = self._record(call.request_id)
         match call.op:
@@ -152,11 +158,22 @@ class Migration:
             self.incoming.begin(record, marker.landing)
         if marker.freeze_after is not None:
             self.outgoing.expect_freeze(record)
+        self.handoff.begin(record)
 
-    def external_tokens(self, request: Request) -> tuple[int | None, bool]:
+    def external_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """vLLM asks how many tokens will come from elsewhere: (None, False) holds the request."""
         record = self._records.get(request.request_id)
-        return (None, False) if record is not None and self.incoming.holds(record) else (0, False)
+        if record is None:
+            return 0, False
+        return (
+            (None, False) if self.incoming.holds(record) else self.handoff.external_tokens(record, num_computed_tokens)
+        )
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """vLLM has given blocks to a request in line."""
+        record = self._records.get(request.request_id)
+        if record is not None and record.handoff is not None:
+            self.handoff.allocated(record, blocks.get_block_ids()[0], num_external_tokens)
 
     def before_finish(self, vllm_ids: list[str]) -> None:
         """Requests are about to end by a call from outside."""
@@ -165,21 +182,25 @@ class Migration:
             if record is not None:
                 self.port.let_finish(record.request)
 
-    def request_finished(self, request: Request) -> None:
-        """A request has ended; its blocks are freed after this, unless a job keeps them."""
+    def request_finished(self, request: Request) -> dict[str, Any] | None:
+        """A request has ended; its blocks are freed after this, unless a job keeps them or they are lent.
+
+        Returns what a decode engine must know of blocks that are lent.
+        """
         record = self._records.pop(request.request_id, None)
         if record is None:
-            return
+            return None
         if self._newest.get(record.request_id) is record:
             del self._newest[record.request_id]
         self._past_preemptions += request.num_preemptions
         self.outgoing.finished(record)
         self.incoming.finished(record)
+        return self.handoff.lend(record)
 
     def step_metadata(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         """What the workers must know for this step."""
         self._step_began = time.monotonic()
-        meta = StepMetadata(jobs=self.incoming.take_new_jobs())
+        meta = StepMetadata(jobs=self.incoming.take_new_jobs(), to_sum=self.handoff.to_sum(scheduler_output))
         for vllm_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
             record = self._records.get(vllm_id)
             if record is not None and record.needs_install:

@@ -58,10 +58,23 @@ class Native(msgspec.Struct, frozen=True, omit_defaults=True):
 
 def encode(native: Native) -> bytes:
     """As bytes for a ticket, without what a connector was told of this engine's own copy."""
-    extra = {k: v for k, v in (native.params.extra_args or {}).items() if k != TRANSFER_KEY}
-    params = native.params.clone()
+    return msgspec.msgpack.encode(msgspec.structs.replace(native, params=with_transfer(native.params, {})))
+
+
+def transfer_of(params: SamplingParams) -> dict[str, Any]:
+    """What a KV connector is told of a request."""
+    given = (params.extra_args or {}).get(TRANSFER_KEY)
+    return given if isinstance(given, dict) else {}
+
+
+def with_transfer(params: SamplingParams, transfer: dict[str, Any]) -> SamplingParams:
+    """A copy that tells the connector this, and nothing else."""
+    extra = {k: v for k, v in (params.extra_args or {}).items() if k != TRANSFER_KEY}
+    if transfer:
+        extra[TRANSFER_KEY] = transfer
+    params = params.clone()
     params.extra_args = extra or None
-    return msgspec.msgpack.encode(msgspec.structs.replace(native, params=params))
+    return params
 
 
 def decode(data: bytes) -> Native:

@@ -77,6 +77,8 @@ class Record:
     needs_install: bool = False
     """The model runner has not been told of the tokens generated elsewhere yet."""
     rng_state: bytes = b""
+    handoff: Frozen | None = None
+    """What a prefill engine lends to this request, until vLLM has given it blocks."""
 
     @property
     def request_id(self) -> RequestId:
@@ -139,12 +141,23 @@ class Install:
     """What vLLM writes of a step's metadata when it crashes: without this, every field."""
 
 
+@dataclass(frozen=True)
+class Sums:
+    """Checksums of blocks of a request on one worker."""
+
+    vllm_id: str
+    rank: int
+    checksums: tuple[int, ...]
+
+
 @dataclass
 class StepMetadata(KVConnectorMetadata):
     """Scheduler to workers, once a step."""
 
     installs: list[Install] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
+    to_sum: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    """Requests and blocks that this step completes, to be summed after it."""
 
 
 @dataclass
@@ -154,9 +167,10 @@ class StepResults(KVConnectorWorkerMetadata):
     results: list[JobResult]
     quiet: list[int] = field(default_factory=list)
     """Jobs into whose blocks nothing can be written any more, although their result said so."""
+    sums: list[Sums] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepResults:
         """Join the results of two ranks; the scheduler counts them."""
         if not isinstance(other, StepResults):
             raise TypeError(f"cannot join {type(other).__name__} with StepResults")
-        return StepResults(self.results + other.results, self.quiet + other.quiet)
+        return StepResults(self.results + other.results, self.quiet + other.quiet, self.sums + other.sums)

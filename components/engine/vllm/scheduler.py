@@ -58,6 +58,8 @@ class MigrationMixin(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """As vLLM's, then freeze what was to be frozen after this step."""
+        if (transfers := model_runner_output.kv_connector_output) is not None:
+            self.migration.handoff.summed(transfers.kv_connector_worker_meta)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for record, frozen in self.migration.after_step():
             for output in outputs[record.request.client_index].outputs:

@@ -79,6 +79,7 @@ def verify_blocks(migration: Migration) -> None:
     """Raise ``SessionError`` unless every used block belongs to a request or a copy, as often as it is used."""
     expected = Counter(block.block_id for block in migration.port.holders())
     expected.update(block.block_id for block in migration.incoming.kept_blocks())
+    expected.update(block.block_id for block in migration.handoff.lent_blocks())
     for block in migration.port.pool():
         if block.ref_cnt != expected[block.block_id]:
             known = expected[block.block_id]

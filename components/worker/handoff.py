@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefill and decode apart, as Dynamo's handlers do it: ``kv_transfer_params`` in, ``kv_transfer_params`` out.
+
+Prefill worker
+    ``do_remote_decode``: the request ends with its first token and its blocks are lent; what Dynamo passes on to a
+    decode worker says where they are, and which token it was. They are freed when the decode worker gives them back
+    (``release``, its call of this worker's ``migrate`` endpoint), or after ``lease_s``.
+
+Decode worker
+    ``do_remote_prefill``: the engine copies the blocks beside its steps and computes what does not arrive. The first
+    token is the prefill worker's, given out at once, where the one computed here could be no other (``why_not_first``);
+    elsewhere it is computed here, as in stock Dynamo. Blocks are given back with the first output of the engine, or
+    with the end of the stream. A hand-over that cannot be used is counted and computed here, never an error.
+
+Threading: the worker's asyncio loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import SamplingType
+
+from components.engine.protocol import FinishReason, GenerateOutput, RequestId
+from components.engine.vllm import native
+from components.engine.vllm.control import MARKER, Marker, decode_lent, encode
+from components.engine.vllm.sampling import logprobs_of
+from components.errors import MigrateError
+from components.messages import pack, unpack
+from components.migration.messages import Handover, Owner, WorkerCall, WorkerOp
+from components.migration.requests import Requests
+
+logger = logging.getLogger(__name__)
+_DECODE, _PREFILL = "do_remote_decode", "do_remote_prefill"
+_CACHED = "remote_prefill_cached_tokens"
+
+
+def is_prefill(params: SamplingParams) -> bool:
+    """Does Dynamo's prefill handler ask?"""
+    return bool(native.transfer_of(params).get(_DECODE))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a request enters the decode worker's engine."""
+
+    prompt: Any
+    params: SamplingParams
+    handover: Handover | None = None
+    """Blocks to give back."""
+    first: GenerateOutput | None = None
+    """To be given out before anything of the engine's; the only output if it has a finish reason."""
+
+
+class Handoffs:
+    """See the module docstring."""
+
+    def __init__(
+        self,
+        requests: Requests,
+        free: Callable[[RequestId], Awaitable[None]],
+        lease_s: float,
+        max_model_len: int,
+    ) -> None:
+        self._requests = requests
+        self._free = free
+        self._lease_s = lease_s
+        self._max_model_len = max_model_len
+        self._lent: dict[RequestId, asyncio.TimerHandle] = {}
+
+    # Prefill worker
+
+    def lending(self, params: SamplingParams, request_id: RequestId) -> SamplingParams:
+        """As Dynamo's handler gives them, but for one sample, which may be the answer's end."""
+        params = native.with_transfer(params, {MARKER: encode(Marker(request_id, lend=True))})
+        # Dynamo asks for one token at least, whatever the client asked for. Who has to recompute it is decided later.
+        params.min_tokens = 0
+        params.n = 1
+        return params
+
+    def lent(self, item: RequestOutput) -> None:
+        """Complete what the engine says of a request that has ended: Dynamo passes it on to a decode worker."""
+        given = item.kv_transfer_params or {}
+        if MARKER not in given:
+            return
+        lent, sample = decode_lent(given[MARKER]), item.outputs[0]
+        handover = Handover(
+            fingerprint=self._requests.fingerprint,
+            instance=self._requests.instance,
+            frozen=lent.frozen,
+            stops=lent.stops,
+            logprobs=logprobs_of(sample.logprobs, tuple(sample.token_ids)),
+        )
+        item.kv_transfer_params = {**given, MARKER: pack(handover)}
+        handoff_id = lent.frozen.offer.request_id
+        loop = asyncio.get_running_loop()
+        self._lent[handoff_id] = loop.call_later(self._lease_s, self._lease_over, handoff_id)
+        self._requests.handoffs["lent"] += 1
+
+    def _lease_over(self, handoff_id: RequestId) -> None:
+        logger.warning("blocks of %s are freed: no decode worker has asked within %g s", handoff_id, self._lease_s)
+        self._requests.handoffs["lease_over"] += 1
+        self._requests.spawn(self.release(handoff_id))
+
+    async def release(self, handoff_id: RequestId) -> None:
+        """Nobody needs these blocks any more. Idempotent."""
+        timer = self._lent.pop(handoff_id, None)
+        if timer is not None:
+            timer.cancel()
+            await self._free(handoff_id)
+
+    @property
+    def num_lent(self) -> int:
+        """Requests whose blocks a decode worker may still read."""
+        return len(self._lent)
+
+    def known(self, request_id: RequestId, tokens: list[int], owner: Owner) -> RequestOutput:
+        """The answer for a request that the frontend has sent again and that runs at a decode worker."""
+        self._requests.handoffs["owned"] += 1
+        sample = CompletionOutput(0, "", tokens[-1:], None, None, finish_reason="length")
+        output = RequestOutput(request_id, None, tokens, None, [sample], finished=True)
+        output.kv_transfer_params = {_PREFILL: False, _DECODE: False, MARKER: pack(Handover(owner=owner))}
+        return output
+
+    # Decode worker
+
+    def read(self, params: SamplingParams) -> Handover | None:
+        """What a prefill worker says of this request; None when there was none, or nothing that can be read."""
+        given = native.transfer_of(params).get(MARKER)
+        try:
+            return None if given is None else unpack(given, Handover)
+        except MigrateError as error:
+            logger.warning("a hand-over is not used: %s", error)
+            self._requests.handoffs[f"local_{error.code}"] += 1
+            return None
+
+    def enter(
+        self,
+        request_id: RequestId,
+        prompt: Any,
+        params: SamplingParams,
+        tokens: list[int] | None,
+        given: Handover | None,
+    ) -> Entry:
+        """The request as the engine gets it."""
+        plain = native.with_transfer(params, {})
+        if given is None or given.frozen is None:
+            return Entry(prompt, plain)
+        if given.fingerprint != self._requests.fingerprint:
+            self._requests.handoffs["local_fingerprint"] += 1
+            self.give_back(given)
+            return Entry(prompt, plain)
+        why = why_not_first(params, tokens, given)
+        self._requests.handoffs[f"first_token_{why or 'used'}"] += 1
+        if why or tokens is None:
+            return Entry(prompt, self._marked(params, Marker(request_id, handoff=given.frozen)), given)
+        made = given.frozen.output_token_ids
+        first = GenerateOutput(0, made, given.logprobs)
+        if params.max_tokens == 1 or len(tokens) + 1 >= self._max_model_len:
+            last = GenerateOutput(0, made, given.logprobs, finish_reason=FinishReason.LENGTH)
+            return Entry(prompt, plain, given, last)
+        marker = Marker(request_id, num_prompt_tokens=len(tokens), handoff=given.frozen)
+        return Entry({**prompt, "prompt_token_ids": [*tokens, *made]}, self._marked(params, marker), given, first)
+
+    def _marked(self, params: SamplingParams, marker: Marker) -> SamplingParams:
+        transfer = native.transfer_of(params)
+        told = {key: transfer[key] for key in (_PREFILL, _CACHED) if key in transfer}
+        return native.with_transfer(params, {**told, MARKER: encode(marker)})
+
+    def give_back(self, given: Handover) -> None:
+        """Tell the prefill worker that its blocks are not needed any more; its lease does the rest if it is gone."""
+        if given.frozen is not None:
+            call = WorkerCall(WorkerOp.RELEASE, given.frozen.offer.request_id)
+            self._requests.spawn(self._requests.peers.call(given.instance, call))
+
+    async def stream(
+        self, entry: Entry, own: AsyncGenerator[RequestOutput, None], face: native.OutputFace, tokens: list[int] | None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """The engine's stream with the first token in front, and the client's prompt in its items."""
+        given, unseen = entry.handover, set(range(entry.params.n))
+        ahead: asyncio.Future[Any] | None = None
+        try:
+            if entry.first is not None:
+                made = face.make(entry.first)
+                # The engine begins with what follows while this is on its way.
+                ahead = None if made.finished else asyncio.ensure_future(anext(own, None))
+                yield made
+                if made.finished:
+                    return
+            while (item := await (ahead or anext(own, None))) is not None:
+                ahead = None
+                if entry.first is not None:
+                    item.prompt_token_ids = tokens
+                if given is not None:
+                    unseen -= {sample.index for sample in item.outputs}
+                    if not unseen:
+                        self.give_back(given)
+                        given = None
+                yield item
+        finally:
+            if ahead is not None:
+                ahead.cancel()
+                await asyncio.wait((ahead,))
+            await own.aclose()
+            if given is not None:
+                self.give_back(given)
+
+
+def why_not_first(params: SamplingParams, tokens: list[int] | None, given: Handover) -> str:
+    """Why the first token has to be computed again; empty when another one would be the same.
+
+    The prefill worker samples with the client's parameters, but for ``min_tokens``, which it does not know.
+    """
+    if tokens is None:
+        return "multimodal"
+    if params.n > 1:
+        return "samples"
+    if params.prompt_logprobs is not None:
+        return "prompt_logprobs"
+    if params.structured_outputs is not None:
+        return "guided"
+    if given.stops:
+        return "stop"
+    # A greedy choice that is no stop token is the same whether these were allowed or not.
+    if params.min_tokens and params.sampling_type is not SamplingType.GREEDY:
+        return "min_tokens"
+    return ""

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefill and decode apart: stock frontend, real vLLM, one prefill and two decode workers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from components.client import Workers
+from components.errors import MigrateError
+from tests.integration.dynamo_workers import Answer, Served, ask
+
+pytestmark = pytest.mark.integration
+
+PROMPT = [50 + (7 * i * i) % 991 for i in range(300)]
+REQUESTS: dict[str, dict[str, Any]] = {
+    "greedy": {"max_tokens": 60, "ignore_eos": True},
+    "short prompt": {"prompt": [9, 8, 7], "max_tokens": 20, "ignore_eos": True},
+    "seeded": {"temperature": 0.9, "top_p": 0.9, "seed": 7, "max_tokens": 60, "ignore_eos": True},
+    "penalties": {"temperature": 0.8, "seed": 3, "presence_penalty": 0.9, "frequency_penalty": 0.5, "max_tokens": 60},
+    "logprobs": {"logprobs": 3, "max_tokens": 20, "ignore_eos": True},
+    "one token": {"max_tokens": 1},
+    "one token with logprobs": {"max_tokens": 1, "logprobs": 2},
+    "min_tokens": {"max_tokens": 30, "min_tokens": 20, "ignore_eos": True},
+    "seeded min_tokens": {"temperature": 0.9, "seed": 5, "max_tokens": 30, "min_tokens": 20},
+}
+MOVED = {"prompt": [70 + (3 * i * i) % 883 for i in range(500)], "max_tokens": 400, "ignore_eos": True}
+
+
+class Scene:
+    """What the tests share: the processes, one loop, and the answers so far."""
+
+    def __init__(self, runner: asyncio.Runner, served: Served) -> None:
+        self.runner = runner
+        self.served = served
+        self.workers: Workers = runner.run(served.ready())
+        self.apart: dict[str, Answer] = {}
+
+    def run(self, work: Callable[[aiohttp.ClientSession], Awaitable[Any]]) -> Any:
+        async def whole() -> Any:
+            async with aiohttp.ClientSession() as session:
+                return await asyncio.wait_for(work(session), 240)
+
+        return self.runner.run(whole())
+
+    async def counts(self) -> Counter[str]:
+        """Outcomes of hand-overs, over all workers."""
+        await self.workers.refresh()
+        total: Counter[str] = Counter()
+        for worker in self.workers.status().workers:
+            total.update(worker.handoffs)
+        return total
+
+    async def empty(self) -> None:
+        """Every block of every worker is accounted for, and free."""
+        for _ in range(100):
+            await self.workers.refresh()
+            workers = [worker for worker in self.workers.status().workers if not worker.missing]
+            if all(w.stats is not None and w.stats.free_blocks == w.stats.total_blocks for w in workers):
+                break
+            await asyncio.sleep(0.1)
+        else:
+            raise AssertionError([(worker.role, worker.stats) for worker in workers])
+        for worker in workers:
+            await self.workers.check(worker.worker)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str, etcd_url: str) -> Iterator[Scene]:
+    folder: Path = tmp_path_factory.mktemp("apart")
+    served = Served(folder, tiny_llama, etcd_url, ["prefill", "decode", "decode"])
+    try:
+        with asyncio.Runner() as runner:
+            yield Scene(runner, served)
+    finally:
+        served.stop()
+
+
+@pytest.mark.parametrize("kind", list(REQUESTS))
+def test_answers_with_prefill_and_decode_apart(scene: Scene, kind: str) -> None:
+    async def work(session: aiohttp.ClientSession) -> Counter[str]:
+        before = await scene.counts()
+        scene.apart[kind] = await ask(session, scene.served, **{"prompt": PROMPT, **REQUESTS[kind]})
+        await scene.empty()
+        return await scene.counts() - before
+
+    told = scene.run(work)
+    answer = scene.apart[kind]
+    assert not answer.errors and answer.usage["prompt_tokens"] == len(REQUESTS[kind].get("prompt", PROMPT))
+    used = "first_token_min_tokens" if kind == "seeded min_tokens" else "first_token_used"
+    assert told == {"lent": 1, used: 1}
+
+
+def test_a_stop_token_at_the_beginning_ends_the_answer(scene: Scene) -> None:
+    async def work(session: aiohttp.ClientSession) -> tuple[Answer, Answer, Counter[str]]:
+        first = await ask(session, scene.served, prompt=PROMPT, max_tokens=8, ignore_eos=True, logprobs=0)
+        before = await scene.counts()
+        words = {"prompt": PROMPT, "max_tokens": 8, "stop": [scene.apart["greedy"].text[:3]]}
+        stopped = await ask(session, scene.served, **words)
+        return first, stopped, await scene.counts() - before
+
+    first, stopped, _ = scene.run(work)
+    assert first.text and stopped.finish == "stop" and not stopped.text
+
+
+def test_a_request_that_has_moved_passes_the_prefill_worker_again_and_goes_on(scene: Scene) -> None:
+    async def work(session: aiohttp.ClientSession) -> None:
+        plain = await ask(session, scene.served, **MOVED)
+        before = await scene.counts()
+        asking = asyncio.ensure_future(ask(session, scene.served, **MOVED))
+        moved = 0
+        while moved < 2 and not asking.done():
+            await asyncio.sleep(0.2)
+            await scene.workers.refresh()
+            for worker, row in scene.workers.status().requests():
+                if worker.role == "decode" and row.output_tokens > 20 * (moved + 1):
+                    try:
+                        moved += (await scene.workers.move(row.request_id)).ok
+                    except MigrateError:
+                        continue
+        answer = await asking
+        assert moved and not answer.errors
+        assert answer.same() == plain.same()
+        await scene.empty()
+        assert (await scene.counts() - before)["owned"] >= 1
+
+    scene.run(work)
+
+
+def test_a_killed_prefill_worker_loses_no_answer_and_the_answers_are_those_of_aggregated_workers(scene: Scene) -> None:
+    prompts = [[60 + number + (5 * i * i) % 877 for i in range(900)] for number in range(8)]
+
+    async def work(session: aiohttp.ClientSession) -> None:
+        many = [ask(session, scene.served, prompt=prompt, max_tokens=30, ignore_eos=True) for prompt in prompts]
+        asking = [asyncio.ensure_future(one) for one in many]
+        while (await scene.counts())["first_token_used"] < len(REQUESTS) + 2:
+            await asyncio.sleep(0.01)
+        scene.served.kill("prefill")
+        answers = await asyncio.gather(*asking)
+        assert [answer.errors for answer in answers] == [[]] * len(prompts)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            again = await ask(session, scene.served, prompt=prompt, max_tokens=30, ignore_eos=True)
+            assert again.same() == answer.same()
+        await scene.empty()
+        for kind, apart in scene.apart.items():
+            assert (await ask(session, scene.served, **{"prompt": PROMPT, **REQUESTS[kind]})).same() == apart.same(), (
+                kind
+            )
+        await scene.empty()
+
+    scene.run(work)

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefill and decode apart: what a prefill engine lends, how a decode engine takes it, which first token is used."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.request import RequestStatus
+
+from components.engine.protocol import AgentName, AgentRef, Epoch, Frozen, KVOffer, RequestId, TokenLogprob
+from components.engine.vllm import native
+from components.engine.vllm.control import MARKER, Lent, Marker, decode_lent, decode_marker, encode
+from components.engine.vllm.handoff import Handoff
+from components.engine.vllm.migrate_in import MigrateIn
+from components.engine.vllm.migrate_out import MigrateOut
+from components.engine.vllm.records import JobResult, Record, StepResults, Sums
+from components.messages import pack, unpack
+from components.migration.messages import Handover, Owner, WorkerCall, WorkerOp, WorkerReply
+from components.migration.requests import Options, Requests
+from components.worker.handoff import Handoffs, is_prefill, why_not_first
+
+AGENT = AgentRef(AgentName("prefill"), Epoch("1"))
+BLOCK = 4
+
+
+@dataclass
+class Port:
+    """``SchedulerPort`` as far as a hand-over goes: what it was told, in order."""
+
+    ids: list[int]
+    told: list[tuple[Any, ...]] = field(default_factory=list)
+    block_size: int = BLOCK
+
+    def movable_layout(self) -> str | None:
+        return None
+
+    def block_ids(self, request: Any) -> list[int]:
+        return self.ids
+
+    def take_blocks(self, request: Any) -> list[str]:
+        return [f"block {number}" for number in self.ids]
+
+    def free_blocks_of(self, blocks: list[str]) -> None:
+        self.told.append(("free", *blocks))
+
+    def finish_recv(self, request: Any, num_tokens: int) -> None:
+        self.told.append(("arrived", num_tokens))
+
+    def fail_recv(self, request: Any, num_tokens: int) -> None:
+        self.told.append(("recompute from", num_tokens))
+
+    def give_up_seat(self, request: Any) -> None:
+        pass
+
+
+def request_of(prompt: int = 10, outputs: tuple[int, ...] = (7,), **params: Any) -> Any:
+    return SimpleNamespace(
+        request_id="r-12345678",
+        num_prompt_tokens=prompt,
+        num_computed_tokens=0,
+        num_preemptions=0,
+        num_tokens=prompt + len(outputs),
+        output_token_ids=list(outputs),
+        status=RequestStatus.FINISHED_LENGTH_CAPPED,
+        sampling_params=SamplingParams(**params),
+    )
+
+
+def engine(ids: list[int], checked: int | None = 2) -> tuple[Handoff, MigrateIn, Port]:
+    port = Port(ids)
+    outgoing = MigrateOut(port, checked, lambda: None)  # type: ignore[arg-type, return-value]
+    outgoing.agents = (AGENT,)
+    incoming = MigrateIn(port, 1 << 20, 30.0, lambda: None)  # type: ignore[arg-type, return-value]
+    return Handoff(port, incoming, outgoing), incoming, port  # type: ignore[arg-type]
+
+
+def lent(handoff: Handoff, request: Any, sums: tuple[int, ...] = (11, 12)) -> dict[str, Any] | None:
+    record = Record(request, Marker(RequestId("r"), lend=True), born=0.0)
+    handoff.begin(record)
+    step = SimpleNamespace(num_scheduled_tokens={request.request_id: request.num_prompt_tokens})
+    assert handoff.to_sum(step) == [("r-12345678", (5, 6))]  # type: ignore[arg-type]
+    if sums:
+        handoff.summed(StepResults([], sums=[Sums("r-12345678", 0, sums)]))
+    return handoff.lend(record)
+
+
+def test_a_prefill_engine_lends_its_blocks_until_they_are_given_back() -> None:
+    handoff, _, port = engine([4, 5, 6])
+    given = lent(handoff, request_of())
+    assert given is not None and given["do_remote_prefill"] is True
+    told = decode_lent(given[MARKER])
+    assert told.frozen.offer.block_ids == (4, 5, 6) and told.frozen.offer.num_tokens == 10
+    assert told.frozen.output_token_ids == (7,) and told.frozen.checksums == (11, 12) and not told.stops
+    assert list(handoff.lent_blocks()) == ["block 4", "block 5", "block 6"]
+    assert handoff.release("r-12345678") and not handoff.release("r-12345678")
+    assert port.told == [("free", "block 4", "block 5", "block 6")]
+    assert list(handoff.lent_blocks()) == []
+
+
+@pytest.mark.parametrize("why", ["aborted", "not summed"])
+def test_what_is_not_whole_is_not_lent(why: str) -> None:
+    handoff, _, _ = engine([4, 5, 6])
+    request = request_of()
+    if why == "aborted":
+        request.status = RequestStatus.FINISHED_ABORTED
+    given = lent(handoff, request, () if why == "not summed" else (11, 12))
+    assert given == {"do_remote_prefill": False, "do_remote_decode": False}
+    assert list(handoff.lent_blocks()) == []
+
+
+def test_a_first_token_that_ends_answers_is_named_even_where_it_may_not_end_this_one() -> None:
+    handoff, _, _ = engine([4, 5, 6])
+    request = request_of(outputs=(2,), ignore_eos=True)
+    request.sampling_params.update_from_generation_config({}, eos_token_id=2)
+    given = lent(handoff, request)
+    assert given is not None and decode_lent(given[MARKER]).stops
+
+
+def test_an_ordinary_request_is_not_lent() -> None:
+    handoff, _, _ = engine([4])
+    record = Record(request_of(), Marker(RequestId("r")), born=0.0)
+    handoff.begin(record)
+    assert handoff.lend(record) is None
+
+
+def frozen_of(prompt: int = 10, first: tuple[int, ...] = (7,)) -> Frozen:
+    blocks = tuple(range(50, 50 - (-prompt // BLOCK)))
+    return Frozen(KVOffer(RequestId("p-1"), (AGENT,), BLOCK, blocks, prompt, 0), first, checksums=(11, 12))
+
+
+def taken(local: int, ids: list[int]) -> tuple[MigrateIn, Port, Record]:
+    handoff, incoming, port = engine(ids)
+    record = Record(request_of(), Marker(RequestId("r"), handoff=frozen_of()), born=0.0)
+    handoff.begin(record)
+    assert handoff.external_tokens(record, local) == (10 - local, True)
+    handoff.allocated(record, ids, 10 - local)
+    assert handoff.external_tokens(record, 0) == (0, False), "a request that starts over computes by itself"
+    return incoming, port, record
+
+
+def test_a_decode_engine_copies_what_its_own_cache_has_not_and_runs_once_it_is_proven() -> None:
+    incoming, port, record = taken(4, [1, 2, 3])
+    (job,) = incoming.take_new_jobs()
+    assert (job.src_blocks, job.dst_blocks) == ((51, 52), (2, 3))
+    assert job.checks == ((2, (11,)), (3, (12,)))
+    incoming.take_results(StepResults([JobResult(job.job_id, ok=True, bytes=2)]))
+    assert port.told == [("arrived", 10)] and not incoming.busy and record.incoming is None
+
+
+def test_blocks_that_are_not_proven_are_computed_again() -> None:
+    incoming, port, _ = taken(4, [1, 2, 3])
+    (job,) = incoming.take_new_jobs()
+    failed = JobResult(job.job_id, ok=False, error=("integrity", "differ"), bad_blocks=(2, 3))
+    incoming.take_results(StepResults([failed]))
+    assert port.told == [("recompute from", 4)] and incoming.refused == {"integrity": 1}
+
+
+def test_nothing_is_copied_where_the_own_cache_has_all_or_the_prompt_is_another() -> None:
+    handoff, incoming, _ = engine([1, 2, 3])
+    record = Record(request_of(), Marker(RequestId("r"), handoff=frozen_of()), born=0.0)
+    handoff.begin(record)
+    assert handoff.external_tokens(record, 10) == (0, False)
+    handoff.allocated(record, [1, 2, 3], 0)
+    assert incoming.take_new_jobs() == []
+    other = Record(request_of(prompt=11), Marker(RequestId("r"), handoff=frozen_of()), born=0.0)
+    handoff.begin(other)
+    assert handoff.external_tokens(other, 0) == (0, False)
+
+
+# The workers' side
+
+
+class Peers:
+    """Records the calls of a worker."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, WorkerCall]] = []
+
+    def instances(self) -> list[int]:
+        return [1, 2]
+
+    async def call(self, instance: int, call: WorkerCall, timeout_s: float = 20.0) -> WorkerReply:
+        self.calls.append((instance, call))
+        return WorkerReply()
+
+
+def worker(lease_s: float = 60.0) -> tuple[Handoffs, Requests, Peers, list[RequestId]]:
+    peers, freed = Peers(), list[RequestId]()
+    requests = Requests(None, peers, 5, "same", Options())  # type: ignore[arg-type]
+
+    async def free(vllm_id: RequestId) -> None:
+        freed.append(vllm_id)
+
+    return Handoffs(requests, free, lease_s, 100), requests, peers, freed
+
+
+def output_of(tokens: list[int], finish: str | None = None, logprob: float | None = None) -> RequestOutput:
+    rows: Any = None if logprob is None else [{tokens[0]: SimpleNamespace(logprob=logprob, rank=1)}]
+    sample = CompletionOutput(0, "", tokens, None, rows, finish_reason=finish)
+    return RequestOutput("r", None, [1, 2, 3, 4], None, [sample], finished=finish is not None)
+
+
+def asked(given: Handover | None = None, **params: Any) -> SamplingParams:
+    transfer = {"do_remote_prefill": True, MARKER: pack(given)} if given else {"do_remote_decode": True}
+    return native.with_transfer(SamplingParams(**params), transfer)
+
+
+HANDOVER = Handover(fingerprint="same", instance=9, frozen=frozen_of(prompt=3), logprobs=(TokenLogprob(-0.5, 1),))
+
+
+async def test_a_prefill_worker_says_who_lends_and_frees_at_the_call_or_at_the_end_of_the_lease() -> None:
+    handoffs, requests, _, freed = worker(lease_s=0.02)
+    params = asked(min_tokens=1, max_tokens=1, n=2)
+    assert is_prefill(params)
+    lending = handoffs.lending(params, RequestId("r"))
+    assert decode_marker(native.transfer_of(lending)[MARKER]).lend and (lending.min_tokens, lending.n) == (0, 1)
+    for number in (1, 2):
+        frozen = Frozen(KVOffer(RequestId(f"p-{number}"), (AGENT,), BLOCK, (1,), 3, 0), (7,))
+        item = output_of([7], "length", logprob=-0.25)
+        item.kv_transfer_params = {"do_remote_prefill": True, MARKER: encode(Lent(frozen))}
+        handoffs.lent(item)
+        told = unpack(item.kv_transfer_params[MARKER], Handover)
+        assert (told.instance, told.fingerprint, told.frozen) == (5, "same", frozen)
+        assert told.logprobs[0].logprob == -0.25
+    await handoffs.release(RequestId("p-1"))
+    assert freed == ["p-1"] and handoffs.num_lent == 1
+    while handoffs.num_lent:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
+    assert freed == ["p-1", "p-2"] and requests.handoffs["lease_over"] == 1
+
+
+async def read(handoffs: Handoffs, params: SamplingParams, engine_gives: list[RequestOutput]) -> Any:
+    """The items a handler gets, and how the engine was asked."""
+    tokens = [1, 2, 3]
+    given = handoffs.read(params)
+    entry = handoffs.enter(RequestId("r"), {"prompt_token_ids": tokens}, params, tokens, given)
+
+    async def own() -> AsyncGenerator[RequestOutput, None]:
+        for item in engine_gives:
+            yield item
+
+    face = native.OutputFace("r", tokens)
+    return [item async for item in handoffs.stream(entry, own(), face, tokens)], entry
+
+
+async def test_the_first_token_is_given_out_before_the_engines_and_counted_as_output() -> None:
+    handoffs, requests, peers, _ = worker()
+    items, entry = await read(handoffs, asked(HANDOVER, max_tokens=5), [output_of([8]), output_of([9], "length")])
+    assert [item.outputs[0].token_ids for item in items] == [[7], [8], [9]]
+    assert [item.prompt_token_ids for item in items] == [[1, 2, 3]] * 3
+    assert items[0].outputs[0].logprobs[0][7].logprob == -0.5 and not items[0].finished
+    assert entry.prompt["prompt_token_ids"] == [1, 2, 3, 7]
+    marker = decode_marker(native.transfer_of(entry.params)[MARKER])
+    assert marker.num_prompt_tokens == 3 and marker.handoff == HANDOVER.frozen
+    await asyncio.sleep(0)
+    assert peers.calls == [(9, WorkerCall(WorkerOp.RELEASE, RequestId("p-1")))]
+    assert requests.handoffs == {"first_token_used": 1}
+
+
+async def test_one_token_asked_for_needs_no_engine_here() -> None:
+    handoffs, _, peers, _ = worker()
+    items, _ = await read(handoffs, asked(HANDOVER, max_tokens=1), [])
+    assert [(i.outputs[0].token_ids, i.outputs[0].finish_reason, i.finished) for i in items] == [([7], "length", True)]
+    await asyncio.sleep(0)
+    assert [call.op for _, call in peers.calls] == [WorkerOp.RELEASE]
+
+
+async def test_a_first_token_that_is_computed_again_is_not_given_out() -> None:
+    handoffs, requests, peers, _ = worker()
+    params = asked(HANDOVER, max_tokens=5, min_tokens=2, seed=1)
+    items, entry = await read(handoffs, params, [output_of([7]), output_of([8], "length")])
+    assert [item.outputs[0].token_ids for item in items] == [[7], [8]]
+    assert entry.prompt["prompt_token_ids"] == [1, 2, 3]
+    assert decode_marker(native.transfer_of(entry.params)[MARKER]).handoff == HANDOVER.frozen
+    assert requests.handoffs == {"first_token_min_tokens": 1}
+    await asyncio.sleep(0)
+    assert len(peers.calls) == 1
+
+
+async def test_blocks_of_another_model_are_given_back_unread() -> None:
+    handoffs, requests, peers, _ = worker()
+    other = Handover(fingerprint="other", instance=9, frozen=HANDOVER.frozen)
+    _, entry = await read(handoffs, asked(other), [output_of([7], "length")])
+    assert native.transfer_of(entry.params) == {} and requests.handoffs == {"local_fingerprint": 1}
+    await asyncio.sleep(0)
+    assert len(peers.calls) == 1
+
+
+async def test_what_cannot_be_read_is_computed_here() -> None:
+    handoffs, requests, _, _ = worker()
+    params = native.with_transfer(SamplingParams(), {"do_remote_prefill": True, MARKER: {"m": "no"}})
+    assert handoffs.read(params) is None and requests.handoffs == {"local_invalid_request": 1}
+
+
+async def test_a_client_that_leaves_gives_the_blocks_back() -> None:
+    handoffs, _, peers, _ = worker()
+    params = asked(HANDOVER, max_tokens=5)
+    entry = handoffs.enter(RequestId("r"), {"prompt_token_ids": [1, 2, 3]}, params, [1, 2, 3], HANDOVER)
+    ended = False
+
+    async def own() -> AsyncGenerator[RequestOutput, None]:
+        nonlocal ended
+        try:
+            await asyncio.Event().wait()
+            yield output_of([8])
+        finally:
+            ended = True
+
+    stream = handoffs.stream(entry, own(), native.OutputFace("r", [1, 2, 3]), [1, 2, 3])
+    assert (await anext(stream)).outputs[0].token_ids == [7]
+    await asyncio.sleep(0)
+    await stream.aclose()
+    await asyncio.sleep(0)
+    assert ended and [call.op for _, call in peers.calls] == [WorkerOp.RELEASE]
+
+
+async def test_a_prefill_worker_answers_for_a_request_that_runs_elsewhere() -> None:
+    handoffs, _, _, _ = worker()
+    answer = handoffs.known(RequestId("r"), [1, 2, 3], Owner(9, 77))
+    assert answer.finished and answer.kv_transfer_params is not None
+    assert answer.kv_transfer_params["do_remote_prefill"] is False
+    params = native.with_transfer(SamplingParams(), answer.kv_transfer_params)
+    given = handoffs.read(params)
+    assert given is not None and given.owner == Owner(9, 77)
+    assert handoffs.enter(RequestId("r"), {}, params, [1], given).handover is None
+
+
+@pytest.mark.parametrize(
+    ("params", "given", "why"),
+    [
+        ({}, HANDOVER, ""),
+        ({"temperature": 0.0, "min_tokens": 5}, HANDOVER, ""),
+        ({"min_tokens": 5}, HANDOVER, "min_tokens"),
+        ({"n": 2}, HANDOVER, "samples"),
+        ({"prompt_logprobs": 1}, HANDOVER, "prompt_logprobs"),
+        ({"structured_outputs": StructuredOutputsParams(regex="a")}, HANDOVER, "guided"),
+        ({}, Handover(frozen=HANDOVER.frozen, stops=True), "stop"),
+    ],
+)
+def test_which_first_token_is_computed_again(params: dict[str, Any], given: Handover, why: str) -> None:
+    assert why_not_first(SamplingParams(**params), [1, 2, 3], given) == why
