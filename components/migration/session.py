@@ -110,6 +110,8 @@ class _Move:
                 frozen, downtime = await self._cut_over(first, gap)
             finally:
                 first.cancel()
+                # A generator that still runs cannot be closed.
+                await asyncio.gather(first, return_exceptions=True)
         except BaseException:
             await asyncio.shield(self._back())
             raise
@@ -138,6 +140,7 @@ class _Move:
     async def _cut_over(self, first: asyncio.Future[GenerateOutput], gap: float) -> tuple[Frozen, float]:
         limit = min(self._limits.step_s, self._limits.lease_s / 2)
         announce = asyncio.ensure_future(self._hold(gap))
+        commit: asyncio.Future[WorkerReply] | None = None
         try:
             async with asyncio.timeout(limit):
                 frozen = await self._engine.freeze(self._leg.engine_id)
@@ -153,7 +156,10 @@ class _Move:
         except TimeoutError as error:
             raise DeadlineExceeded(f"no token from {short(self._owner.instance)} within {limit:g} s") from error
         finally:
-            announce.cancel()
+            beside = [task for task in (announce, commit) if task is not None]
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
         return frozen, time.monotonic() - last
 
     async def _hold(self, gap: float) -> None:
@@ -169,7 +175,7 @@ class _Move:
     async def _back(self) -> None:
         """Whatever was reached: the destination forgets the life, the source goes on."""
         if self._relay is not None:
-            with contextlib.suppress(MigrateError, RuntimeError):
+            with contextlib.suppress(MigrateError):
                 await self._relay.aclose()
         with contextlib.suppress(MigrateError):
             await self._engine.resume(self._leg.engine_id)

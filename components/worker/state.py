@@ -92,15 +92,19 @@ class WorkerStatus:
             metrics=self._metrics,
         )
 
-    def _here(self) -> list[Leg]:
+    def running(self) -> list[Leg]:
         """Lives that run in this worker's engine, or wait in it."""
-        return [leg for leg in lives(self._requests) if leg.away is None and not leg.over]
+        return [
+            leg
+            for leg in lives(self._requests)
+            if leg.away is None and not leg.over and (not isinstance(leg, Arrival) or leg.committed)
+        ]
 
     # Moves
 
     async def move(self, call: WorkerCall) -> MoveRecord:
         """Move one request, to the worker that the call names or to the one with most room."""
-        leg = next((leg for leg in self._here() if leg.request_id == call.request_id), None)
+        leg = next((leg for leg in self.running() if leg.request_id == call.request_id), None)
         if leg is None or call.life not in (0, leg.life):
             raise RequestNotFound(f"request {call.request_id} does not run on worker {self._name}")
         target = call.target
@@ -159,15 +163,15 @@ class WorkerStatus:
         ended: list[MoveRecord] = []
         stays: set[RequestId] = set()
         end, wait = time.monotonic() + timeout_s, _BACK_OFF_S
-        while self.draining and time.monotonic() < end and self._here():
-            plan = await self._plan([leg for leg in self._here() if leg.request_id not in stays and not leg.fixed])
+        while self.draining and time.monotonic() < end and self.running():
+            plan = await self._plan([leg for leg in self.running() if leg.request_id not in stays and not leg.fixed])
             moved = await asyncio.gather(*(self._move(leg, target, Mode.LIVE) for leg, target in plan))
             ended += moved
             stays |= {RequestId(r.request_id) for r in moved if r.code == "not_migratable"}
             wait = _BACK_OFF_S if any(r.ok for r in moved) else min(2 * wait, _LONGEST_BACK_OFF_S)
-            if self._here():
+            if self.running():
                 await asyncio.sleep(min(wait, max(0.0, end - time.monotonic())))
-        if left := len(self._here()):
+        if left := len(self.running()):
             logger.warning("worker %s: %d requests are left after %g s", self._name, left, timeout_s)
         return tuple(ended)
 

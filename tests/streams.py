@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Workers and a frontend without a network: real engines, real migration code, and doubles of what is Dynamo's.
+
+``Cluster.complete`` repeats requests as Dynamo 1.6.1's frontend was seen to: with the same id, the tokens so far
+behind the prompt and fewer ``max_tokens``, to a worker that has not had the request yet; without one the request fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import random
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from typing import Any
+
+import msgspec
+
+from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, RequestId, Sampling
+from components.errors import MigrateError, WorkerLost, from_code
+from components.messages import pack, unpack
+from components.migration.legs import Leg
+from components.migration.messages import Attached, Mode, MoveRecord, Owner, WorkerCall, WorkerOp, WorkerReply
+from components.migration.requests import PROTOCOL_FACE, Options, Repeat, Requests
+from components.worker.control import Control
+from components.worker.state import WorkerStatus
+from tests.paged import new_engine
+
+
+class Endpoint:
+    """Dynamo's registration of a worker."""
+
+    def __init__(self) -> None:
+        self.registered = True
+
+    async def unregister_endpoint_instance(self) -> None:
+        self.registered = False
+
+    async def register_endpoint_instance(self) -> None:
+        self.registered = True
+
+
+class Node:
+    """One worker process."""
+
+    def __init__(self, cluster: Cluster, instance: int, **engine: Any) -> None:
+        self.cluster = cluster
+        self.instance = instance
+        self.engine = new_engine(cluster.name, f"node-{instance}", **engine)
+        self.endpoint = Endpoint()
+        self.alive = True
+        self.died = asyncio.Event()
+
+    async def start(self) -> None:
+        info = await self.engine.start()
+        options = Options(orphan_s=1.0, relay_below=4)
+        self.requests = Requests(self.engine, Wire(self), self.instance, info.fingerprint, options)
+        self.status = WorkerStatus(self.requests, f"node-{self.instance}", "decode", info, self.endpoint)
+        self.control = Control(self.requests, self.status)
+        self.sweep = asyncio.ensure_future(self.requests.sweep())
+
+    async def kill(self) -> None:
+        """As kill -9: nothing is said to anybody."""
+        self.alive = False
+        self.died.set()
+        self.sweep.cancel()
+        await self.engine.stop()
+
+    async def handle(self, request: GenerateRequest) -> AsyncGenerator[GenerateOutput, None]:
+        """Dynamo's handler."""
+        native = functools.partial(msgspec.msgpack.encode, request.sampling)
+        limit = request.sampling.max_tokens
+        repeated = self.requests.repeated(request.request_id, request.prompt_token_ids, native, limit)
+        if repeated is None:
+            leg = Leg(request.request_id, request.request_id, request.prompt_token_ids, native, max_tokens=limit)
+            repeated = self.requests.serve(leg, self.engine.generate(request), PROTOCOL_FACE)
+        async with aclosing(repeated):
+            async for output in repeated:
+                yield output
+
+
+class Wire:
+    """``components.migration.peers.Peers`` of one node. Every call takes a moment; some answers get lost."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._cluster = node.cluster
+
+    def instances(self) -> list[int]:
+        return [node.instance for node in self._cluster.nodes if node.alive]
+
+    def siblings(self) -> list[int]:
+        return self.instances()
+
+    async def call(self, instance: int, call: WorkerCall, timeout_s: float = 20.0) -> WorkerReply:
+        self._alive()
+        node = self._cluster.reach(instance)
+        await self._cluster.moment()
+        self._alive()
+        reply: WorkerReply | None = None
+        for _ in range(2 if self._cluster.chance("double") else 1):
+            async with aclosing(node.control.serve(pack(call))) as answers:
+                async for item in answers:
+                    reply = unpack(item, WorkerReply)
+        await self._cluster.moment()
+        if self._cluster.chance("lost answer"):
+            raise WorkerLost("the answer got lost")
+        if reply is None or not (node.alive and self._node.alive):
+            raise WorkerLost(f"node {instance} has died")
+        if reply.error is not None:
+            raise from_code(*reply.error)
+        return reply
+
+    def _alive(self) -> None:
+        if not self._node.alive:
+            raise WorkerLost(f"node {self._node.instance} has died itself")
+
+    async def attach(
+        self, owner: Owner, request_id: RequestId, index: int, token_ids: tuple[int, ...] = ()
+    ) -> AsyncGenerator[Attached, None]:
+        node = self._cluster.reach(owner.instance)
+        call = WorkerCall(WorkerOp.ATTACH, request_id, owner.life, index=index, tokens=token_ids)
+        async with aclosing(node.control.serve(pack(call))) as items:
+            async for item in until(items, node.died):
+                yield unpack(item, Attached)
+        if not node.alive:
+            raise WorkerLost(f"node {owner.instance} has died")
+
+
+async def until(items: AsyncGenerator[Any, None], end: asyncio.Event) -> AsyncGenerator[Any, None]:
+    """Items until an event: then whatever comes is lost."""
+    ended = asyncio.ensure_future(end.wait())
+    step: asyncio.Future[Any] | None = None
+    try:
+        while not end.is_set():
+            step = asyncio.ensure_future(anext(items))
+            await asyncio.wait((step, ended), return_when=asyncio.FIRST_COMPLETED)
+            if not step.done() or end.is_set():
+                return
+            try:
+                yield step.result()
+            except StopAsyncIteration:
+                return
+    finally:
+        ended.cancel()
+        if step is not None:
+            step.cancel()
+            await asyncio.gather(step, return_exceptions=True)
+
+
+class Cluster:
+    """Nodes and one frontend."""
+
+    def __init__(self, name: str, seed: int, faults: dict[str, float] | None = None) -> None:
+        self.name = name
+        self.rng = random.Random(seed)
+        self.nodes: list[Node] = []
+        self._faults = faults or {}
+        self._ids = itertools.count()
+
+    async def start(self, count: int, **engine: Any) -> None:
+        for instance in range(1, count + 1):
+            node = Node(self, instance, **engine)
+            self.nodes.append(node)
+            await node.start()
+
+    async def stop(self) -> None:
+        for node in self.nodes:
+            if node.alive:
+                await node.kill()
+
+    def reach(self, instance: int) -> Node:
+        for node in self.nodes:
+            if node.instance == instance and node.alive:
+                return node
+        raise WorkerLost(f"node {instance} cannot be reached")
+
+    def chance(self, fault: str) -> bool:
+        return self.rng.random() < self._faults.get(fault, 0.0)
+
+    async def moment(self) -> None:
+        """A call takes a while, sometimes a long one."""
+        await asyncio.sleep(self.rng.random() * (0.05 if self.chance("late") else 0.001))
+
+    async def complete(self, prompt: tuple[int, ...], sampling: Sampling) -> list[int]:
+        """One request of a client, as the frontend sees to it. Raises ``WorkerLost`` when it has nobody left."""
+        request_id = RequestId(f"request-{next(self._ids)}")
+        tokens: list[int] = []
+        tried: set[int] = set()
+        most = sampling.max_tokens or 0
+        while True:
+            free = [n for n in self.nodes if n.alive and n.endpoint.registered and n.instance not in tried]
+            if not free:
+                raise WorkerLost(f"{request_id}: no untried eligible worker remains")
+            node = self.rng.choice(free)
+            tried.add(node.instance)
+            left = msgspec.structs.replace(sampling, max_tokens=most - len(tokens))
+            request = GenerateRequest(request_id, (*prompt, *tokens), left)
+            stream = node.handle(request)
+            try:
+                async with aclosing(stream):
+                    async for output in until(stream, node.died):
+                        tokens.extend(output.token_ids)
+                        if output.error is not None and output.error[0] != WorkerLost.code:
+                            raise from_code(*output.error)
+                        if output.finish_reason is FinishReason.CANCELLED:
+                            raise MigrateError(f"{request_id}: node {node.instance} cancelled it")
+                        if output.finish_reason is not None and output.error is None:
+                            return tokens
+            except Repeat:
+                continue
+            if node.alive:
+                raise MigrateError(f"{request_id}: the stream of node {node.instance} just ended")
+
+    async def move(self, mode: Mode = Mode.LIVE) -> MoveRecord | None:
+        """Move any request to any other node."""
+        alive = [node for node in self.nodes if node.alive]
+        here = [(node, leg) for node in alive for leg in node.status.running()]
+        if not here or len(alive) < 2:
+            return None
+        node, leg = self.rng.choice(here)
+        target = self.rng.choice([other for other in alive if other is not node]).instance
+        call = WorkerCall(WorkerOp.MIGRATE, leg.request_id, target=target, mode=mode)
+        with suppress(MigrateError):
+            return await node.status.move(call)
+        return None
+
+    async def quiet(self) -> None:
+        """Wait until no engine has anything; raise ``SessionError`` when its blocks do not add up."""
+        for _ in range(300):
+            alive = [node for node in self.nodes if node.alive]
+            if not any([await node.engine.requests() for node in alive]):
+                break
+            await asyncio.sleep(0.02)
+        for node in alive:
+            await node.engine.check_integrity()
+            stats = await node.engine.stats()
+            assert stats.free_blocks == stats.total_blocks, await node.engine.requests()
+            assert not node.requests.legs

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests keep their tokens whatever happens between workers; see ``tests.streams`` for the doubles."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from components.engine.protocol import GenerateRequest, RequestId, Sampling
+from components.migration.messages import Mode
+from tests.paged import engines
+from tests.streams import Cluster
+
+PROMPT = tuple(range(3, 24))
+ENGINE: dict[str, Any] = {"step_s": 0.001, "num_blocks": 128}
+
+
+@asynccontextmanager
+async def cluster(count: int, seed: int = 0, faults: dict[str, float] | None = None) -> AsyncIterator[Cluster]:
+    made = Cluster(uuid.uuid4().hex, seed, faults)
+    await made.start(count, **ENGINE)
+    try:
+        yield made
+    finally:
+        await made.stop()
+
+
+async def expected(prompts: list[tuple[int, ...]], sampling: Sampling) -> list[list[int]]:
+    """Answers of one engine that nothing happens to."""
+    async with engines(1, **ENGINE) as (engine,):
+        answers = []
+        for number, prompt in enumerate(prompts):
+            request = GenerateRequest(RequestId(f"request-{number}"), prompt, sampling)
+            answers.append([token async for output in engine.generate(request) for token in output.token_ids])
+        return answers
+
+
+async def test_an_unmoved_request_is_as_without_migration() -> None:
+    sampling = Sampling(temperature=0.0, max_tokens=60)
+    async with cluster(2) as workers:
+        assert await workers.complete(PROMPT, sampling) == (await expected([PROMPT], sampling))[0]
+        await workers.quiet()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("mode", [Mode.LIVE, Mode.STOP_AND_COPY])
+async def test_moved_requests_keep_their_tokens(count: int, mode: Mode) -> None:
+    """With two workers the old one relays to the end, with more of them the frontend repeats the request."""
+    sampling = Sampling(temperature=0.9, seed=5, max_tokens=80)
+    prompts = [(*PROMPT, 30 + n) for n in range(6)]
+    async with cluster(count) as workers:
+        answers = asyncio.gather(*(workers.complete(prompt, sampling) for prompt in prompts))
+        moves = 0
+        while not answers.done():
+            await asyncio.sleep(0.005)
+            record = await workers.move(mode)
+            moves += record is not None and record.ok
+        assert await answers == await expected(prompts, sampling)
+        assert moves > 5
+        await workers.quiet()
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_a_killed_worker_costs_no_token(seed: int) -> None:
+    """Moves at random, calls that are late, doubled or lose their answer, and one worker that dies in the middle."""
+    sampling = Sampling(temperature=0.0, max_tokens=80)
+    prompts = [(*PROMPT, 30 + n) for n in range(6)]
+    async with cluster(4, seed, {"late": 0.1, "double": 0.1, "lost answer": 0.05}) as workers:
+        answers = asyncio.gather(*(workers.complete(prompt, sampling) for prompt in prompts))
+        death = workers.rng.randrange(3, 16)
+        for step in range(10_000):
+            if answers.done():
+                break
+            await asyncio.sleep(0.004)
+            if step == death:
+                await workers.rng.choice(workers.nodes).kill()
+            asyncio.ensure_future(workers.move(workers.rng.choice([Mode.LIVE, Mode.LIVE, Mode.STOP_AND_COPY])))
+        assert await answers == await expected(prompts, sampling)
+        await workers.quiet()
+
+
+async def test_a_drained_worker_gets_empty_and_its_clients_see_nothing() -> None:
+    sampling = Sampling(temperature=0.0, max_tokens=90)
+    prompts = [(*PROMPT, 30 + n) for n in range(5)]
+    async with cluster(3) as workers:
+        answers = asyncio.gather(*(workers.complete(prompt, sampling) for prompt in prompts))
+        await asyncio.sleep(0.03)
+        leaving = max(workers.nodes, key=lambda node: len(node.status.running()))
+        await leaving.status.leave(5.0)
+        assert not leaving.status.running()
+        assert not leaving.requests.legs
+        await leaving.kill()
+        assert await answers == await expected(prompts, sampling)
+        await workers.quiet()
+
+
+async def test_a_client_that_leaves_ends_its_request_wherever_it_runs() -> None:
+    sampling = Sampling(temperature=0.0, max_tokens=90)
+    async with cluster(2) as workers:
+        answer = asyncio.ensure_future(workers.complete(PROMPT, sampling))
+        await asyncio.sleep(0.02)
+        record = await workers.move()
+        assert record is not None and record.ok
+        answer.cancel()
+        await workers.quiet()
