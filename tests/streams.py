@@ -122,28 +122,30 @@ class Wire:
         node = self._cluster.reach(owner.instance)
         call = WorkerCall(WorkerOp.ATTACH, request_id, owner.life, index=index, tokens=token_ids)
         async with aclosing(node.control.serve(pack(call))) as items:
-            async for item in until(items, node.died):
+            async for item in until(items, node.died, self._node.died):
                 yield unpack(item, Attached)
+        self._alive()
         if not node.alive:
             raise WorkerLost(f"node {owner.instance} has died")
 
 
-async def until(items: AsyncGenerator[Any, None], end: asyncio.Event) -> AsyncGenerator[Any, None]:
-    """Items until an event: then whatever comes is lost."""
-    ended = asyncio.ensure_future(end.wait())
+async def until(items: AsyncGenerator[Any, None], *ends: asyncio.Event) -> AsyncGenerator[Any, None]:
+    """Items until one of the events: then whatever comes is lost."""
+    waits = [asyncio.ensure_future(end.wait()) for end in ends]
     step: asyncio.Future[Any] | None = None
     try:
-        while not end.is_set():
+        while not any(end.is_set() for end in ends):
             step = asyncio.ensure_future(anext(items))
-            await asyncio.wait((step, ended), return_when=asyncio.FIRST_COMPLETED)
-            if not step.done() or end.is_set():
+            await asyncio.wait((step, *waits), return_when=asyncio.FIRST_COMPLETED)
+            if not step.done() or any(end.is_set() for end in ends):
                 return
             try:
                 yield step.result()
             except StopAsyncIteration:
                 return
     finally:
-        ended.cancel()
+        for wait in waits:
+            wait.cancel()
         if step is not None:
             step.cancel()
             await asyncio.gather(step, return_exceptions=True)

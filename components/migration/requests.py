@@ -227,8 +227,15 @@ class Requests:
             self.spawn(self.give_up(leg))
 
     def claim(self, request_id: RequestId, token_ids: Sequence[int]) -> tuple[Arrival, int] | None:
-        """The life that continues exactly these tokens here, and the output token to begin with."""
+        """The life that continues exactly these tokens here, and the output token to begin with.
+
+        Where an owner was announced, only its life counts: another one here is left from a move that failed, and its
+        source may be about to end it. Without an announcement the source has died.
+        """
+        owner = self.owner(request_id)
         for leg in self.arrivals.values():
+            if owner is not None and owner.life != leg.life:
+                continue
             if leg.request_id == request_id and leg.committed and leg.away is None:
                 index = leg.index_after(token_ids)
                 if index is not None:
