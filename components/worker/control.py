@@ -75,16 +75,12 @@ class Control:
                 await engine.commit(leg.engine_id, call.frozen)
                 leg.committed = True
             case WorkerOp.ABORT:
-<<<<<<< HEAD
-                await requests.give_up(self._arrival(call))
-            case WorkerOp.RELEASE if self._release is not None:
-                await self._release(call.request_id)
-=======
                 leg = self._arrival(call)
                 # One that a handler here gives to the frontend is no longer its source's to end.
                 if not leg.served:
                     await requests.give_up(leg)
->>>>>>> 1858de9 (Streams: only the announced life is adopted, and a life with a handler is no longer its source's to end; explorer with deaths)
+            case WorkerOp.RELEASE if self._release is not None:
+                await self._release(call.request_id)
             case WorkerOp.OWNERS:
                 requests.learn(call.owners)
             case WorkerOp.STATUS:
