@@ -18,7 +18,7 @@ import msgspec
 
 from components.engine.protocol import EngineInfo, EngineStats, Epoch, RequestId
 from components.errors import MigrateError, NoRoom, Refused, RequestNotFound
-from components.migration.legs import Leg
+from components.migration.legs import Arrival, Leg
 from components.migration.messages import Mode, MoveRecord, WorkerCall, WorkerOp, WorkerState
 from components.migration.requests import Requests
 from components.migration.session import Limits, migrate
