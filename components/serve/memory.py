@@ -41,12 +41,10 @@ def check(processes: list[tuple[str, ComponentConfig]]) -> None:
 def shared(processes: list[tuple[str, ComponentConfig]], folder: Path = SHM) -> str:
     """What to tell where shared memory is too small; empty where it is not.
 
-    Engines on CPUs keep their KV blocks there, so that workers of one host copy at the speed of memory; without room
-    they take a slower lane. Engines of several ranks exchange each step through it, and die when it is full.
+    Engines of several ranks exchange each step through it, and die when it is full. KV blocks take no room there.
     """
     workers = [config for _, config in processes if isinstance(config, WorkerConfig) and config.engine == "vllm"]
-    wanted = sum(config.kv_memory_gib for config in workers if not config.devices)
-    wanted += sum(_RANKS_GIB for config in workers if config.tensor_parallel_size > 1)
+    wanted = sum(_RANKS_GIB for config in workers if config.tensor_parallel_size > 1)
     try:
         space = os.statvfs(folder)
         free = space.f_bavail * space.f_frsize / GIB
@@ -55,8 +53,8 @@ def shared(processes: list[tuple[str, ComponentConfig]], folder: Path = SHM) -> 
     if wanted <= free:
         return ""
     return (
-        f"{folder} has {free:.2f} GiB free, the workers want {wanted:.3g}: KV blocks take a slower lane, and engines "
-        "of several GPUs may die; in a container: docker run --shm-size, in Kubernetes an emptyDir of medium Memory"
+        f"{folder} has {free:.2f} GiB free, engines of several ranks want {wanted:.3g} and may die without it: "
+        "docker run --shm-size=2g (Kubernetes: an emptyDir of medium Memory at /dev/shm)"
     )
 
 

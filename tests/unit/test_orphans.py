@@ -17,12 +17,15 @@ import psutil
 import pytest
 from rich.console import Console
 
+from components import lifeline
 from components.cli import live
 from components.errors import ConfigError
 from components.serve import family
 from components.serve.plan import Plan, Process
 from components.serve.supervisor import Supervisor
 from components.serve.warden import follow
+
+ROOT = Path(__file__).parents[2]
 
 WORKER = """
 import os, pathlib, subprocess, sys
@@ -168,6 +171,31 @@ def test_a_tied_process_ends_with_its_parent_even_without_a_warden(tmp_path: Pat
     parent.kill()
     parent.wait()
     wait_for(lambda: gone(child))
+
+
+@pytest.mark.parametrize("way", ["spawn", "fork"])
+def test_a_process_of_multiprocessing_ends_with_its_parent_though_nobody_watches(tmp_path: Path, way: str) -> None:
+    code = (
+        "import multiprocessing, sys, time\nfrom tests.unit.test_orphans import live_on\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context(sys.argv[1])\n"
+        "    context.Process(target=live_on, args=(sys.argv[2],)).start(); time.sleep(1000)\n"
+    )
+    (tmp_path / "parent.py").write_text(code)
+    command = [sys.executable, str(tmp_path / "parent.py"), way, str(tmp_path / "pid")]
+    environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    parent = subprocess.Popen(command, env=environment)
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: gone(int((tmp_path / "pid").read_text())))
+
+
+def live_on(path: str) -> None:
+    """A process that watches its parent, and never ends by itself."""
+    lifeline.end_with_parent()
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(1000)
 
 
 def test_a_line_that_the_launchers_end_cut_off_names_nothing() -> None:

@@ -213,7 +213,8 @@ def test_shared_memory_that_is_too_small_is_said_before_the_start(monkeypatch: p
         monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_bavail=size, f_frsize=1))
 
     free(64 << 20)
-    [said] = plan("disagg", "--Common.kv-memory-gib=0.5").said
-    assert "0.06 GiB free, the workers want 1.5" in said and "--shm-size" in said
-    free(2 << 30)
-    assert plan("disagg", "--Common.kv-memory-gib=0.5").said == []
+    [said] = plan("disagg", "--Common.tensor-parallel-size=2").said
+    assert "0.06 GiB free, engines of several ranks want 0.75" in said and "--shm-size" in said
+    assert plan("disagg").said == []
+    free(1 << 30)
+    assert plan("disagg", "--Common.tensor-parallel-size=2").said == []

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from components import lifeline
 from components.engine.vllm.compat import core, require_tested_vllm
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.connector import MigrationConnector, settings_of
@@ -38,6 +39,7 @@ class MigrationMixin(Scheduler):
     """Adds migration to a vLLM scheduler class."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        lifeline.end_with_parent()
         super().__init__(*args, **kwargs)
         if not isinstance(self.connector, MigrationConnector):
             raise ConfigError("a scheduler that migrates needs kv_connector MigrationConnector in kv_transfer_config")
