@@ -27,7 +27,7 @@ from components.serve.plan import Plan
 from components.serve.scale import connected
 from components.serve.servers import Servers, answers
 from components.serve.supervisor import Supervisor
-from components.serve.surroundings import surroundings
+from components.serve.surroundings import quiet, surroundings
 from components.serve.warden import Warden
 
 Then = Callable[[], Awaitable[bool]]
@@ -75,7 +75,7 @@ class Launcher:
                 # Dynamo's runtime in this process reads where etcd is from here.
                 os.environ["ETCD_ENDPOINTS"] = self._servers["ETCD_ENDPOINTS"]
                 # It warns of an etcd that is gone, which at the end is as it should be.
-                os.environ.setdefault("DYN_LOG", "error")
+                quiet(os.environ)
                 self._jobs.append(asyncio.ensure_future((await connected(self._plan, supervisor)).run()))
             await supervisor.run(lambda: self._ready(then))
         finally:

@@ -17,6 +17,7 @@ from components.address import Address
 from components.errors import ConfigError
 from components.models import cache_folder
 from components.serve.servers import answers
+from components.serve.surroundings import quiet
 from components.wire import UNREADABLE
 
 
@@ -96,8 +97,7 @@ def _running() -> list[State]:
 def reach() -> None:
     """``join``, for a command: also raises ``ConfigError`` when etcd does not answer, where Dynamo would wait."""
     join()
-    # Before Dynamo is imported: how it connects is of no use to who asks for a table. ``DYN_LOG=info`` shows it.
-    os.environ.setdefault("DYN_LOG", "error")
+    quiet(os.environ)  # How Dynamo connects is of no use to who asks for a table.
     endpoints = [Address.of(url) for url in env.ETCD_ENDPOINTS.read()]
     if not any(answers(*where) for where in endpoints):
         where = " and ".join(map(str, endpoints))

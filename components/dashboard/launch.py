@@ -18,6 +18,7 @@ from components.address import bare, dialled, listen
 from components.dashboard.access import VARIABLE, token_for, url_of
 from components.serve import family
 from components.serve.servers import answers
+from components.serve.surroundings import quiet
 
 _START_S = 30.0
 _STOP_S = 5.0
@@ -52,7 +53,7 @@ async def beside(port: int, host: str, frontend: str, variables: Mapping[str, st
     token = token_for(host)
     command = [sys.executable, "-m", "components.dashboard", "--host", bare(host), "--port", str(port)]
     environment = dict(os.environ) | dict(variables) | {VARIABLE: token}
-    environment.setdefault("DYN_LOG", "error")
+    quiet(environment)
     environment.pop("DYN_SYSTEM_PORT", None)
     child = await asyncio.create_subprocess_exec(
         *family.tied([*command, "--frontend", frontend]),

@@ -29,6 +29,7 @@ from components.errors import ConfigError, MigrateError
 from components.serve import family
 from components.serve.plan import Plan, Process
 from components.serve.servers import system_port
+from components.serve.surroundings import is_noise
 from components.serve.warden import Warden
 
 READY_S = 300.0
@@ -76,13 +77,15 @@ class Child:
         )
         if self._warden is not None:
             self._warden.cover(self.handle.pid)
-        asyncio.ensure_future(self._print(self.handle))
+        asyncio.ensure_future(self._print(self.handle, environment))
 
-    async def _print(self, handle: asyncio.subprocess.Process) -> None:
+    async def _print(self, handle: asyncio.subprocess.Process, environment: Mapping[str, str]) -> None:
         if handle.stdout is None:
             return
         with contextlib.suppress(ValueError):
             async for line in handle.stdout:
+                if is_noise(line, environment):
+                    continue
                 bar = "│" if self._console.encoding.startswith("utf") else "|"
                 text = Text(f"{self.label:>16} {bar} ", style=self._colour)
                 self._console.print(

@@ -7,7 +7,7 @@ as the launcher reads it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 _DEFAULTS = {
     # The second part: a text model "is not supported" by the routing of images.
@@ -15,6 +15,8 @@ _DEFAULTS = {
     "NIXL_LOG_LEVEL": "WARN",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
+_QUIET = {"DYN_LOG": "error", "DYNAMO_SKIP_PYTHON_LOG_INIT": "1"}
+"""The second: Dynamo 1.6 logs a line for each call at any level."""
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
 _HERE = ("localhost", "127.0.0.1", "::1")
 
@@ -25,6 +27,18 @@ def surroundings(environment: Mapping[str, str], *more: Mapping[str, str]) -> di
     for each in more:
         found |= each
     return found | past_proxies(found)
+
+
+def quiet(environment: MutableMapping[str, str]) -> None:
+    """For a process whose log nobody reads, before Dynamo is imported. ``DYN_LOG`` of the user shows it."""
+    if "DYN_LOG" not in environment:
+        environment.update(_QUIET)
+
+
+def is_noise(line: bytes, environment: Mapping[str, str]) -> bool:
+    """A line of Dynamo's for one call, which ``DYN_LOG`` does not ask for."""
+    wanted = environment.get("DYN_LOG", "").partition(",")[0].lower()
+    return b"request_span" in line and b" INFO" in line and wanted in ("off", "error", "warn")
 
 
 def past_proxies(environment: Mapping[str, str]) -> dict[str, str]:

@@ -98,7 +98,7 @@ class Graph:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.integration.remote"],
             cwd=ROOT,
-            env=self.environment | {"DYN_LOG": "error"},
+            env=self.environment | {"DYNAMO_SKIP_PYTHON_LOG_INIT": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             **how,

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from components.serve.surroundings import is_noise, quiet, surroundings
+
 ROOT = Path(__file__).parents[2]
 LOCALES = {
     "ascii": {"PYTHONIOENCODING": "ascii"},
@@ -54,3 +56,14 @@ def test_commands_print_in_any_locale(locale: str) -> None:
 def test_the_launcher_prints_what_processes_say(locale: str) -> None:
     said = ran(1, "-c", CODE, **LOCALES[locale])
     assert {"ascii": "Worker.0 | caf\\xe9 \\u8336", "latin-1": "Worker.0 | caf\u00e9 \\u8336"}[locale] in said
+
+
+def test_lines_of_dynamos_for_each_call_are_left_out_unless_they_are_asked_for() -> None:
+    line = b"\x1b[32m INFO\x1b[0m router.route_request: request_span: route request completed"
+    assert is_noise(line, surroundings({})) and is_noise(line, {"DYN_LOG": "error"})
+    assert not is_noise(line, {"DYN_LOG": "info"}) and not is_noise(line.replace(b"INFO", b"WARN"), surroundings({}))
+    assert not is_noise(b" INFO components.worker.service: serves", surroundings({}))
+    mine, theirs = {"DYN_LOG": "info"}, dict[str, str]()
+    quiet(mine)
+    quiet(theirs)
+    assert mine == {"DYN_LOG": "info"} and theirs["DYNAMO_SKIP_PYTHON_LOG_INIT"] == "1"
