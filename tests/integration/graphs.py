@@ -181,7 +181,9 @@ class Graph:
 
     def metrics(self, component: str) -> str:
         """All metrics of a component, found as Prometheus finds them."""
-        groups = httpx.get(f"{self.page}/targets", trust_env=False).json()
+        page = httpx.URL(self.page)
+        bearer = {"Authorization": f"Bearer {page.params.get('token')}"}
+        groups = httpx.get(page.copy_with(path="/targets", query=None), headers=bearer, trust_env=False).json()
         places = [group["targets"][0] for group in groups if group["labels"]["component"] == component]
         return "\n".join(httpx.get(f"http://{place}/metrics", trust_env=False).text for place in places)
 

@@ -30,7 +30,7 @@ def test_a_graph_on_ipv6_with_servers_on_ipv6(tmp_path: Path) -> None:
             assert f"http://[::]:{graph.port}/v1" in graph.log.read_text()
             graph.client.base_url = f"http://[::1]:{graph.port}/v1/"
             assert graph.complete("a", 4) == text
-            assert re.fullmatch(r"http://\[::\]:\d+", graph.page)
+            assert re.match(r"http://\[::\]:\d+/\?token=", graph.page)
             assert "kv_blocks" in graph.metrics("decode")
         finally:
             graph.stop()
