@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 def doctor(
     transport: Annotated[Transport, typer.Option("--nixl-transport", help="lane to test")] = Transport.AUTO,
-    port: Annotated[int, typer.Option("-p", "--port", help="HTTP port that must be free")] = 8000,
+    port: Annotated[int, typer.Option("-p", "--port", min=1, max=65535, help="HTTP port that must be free")] = 8000,
     quick: Annotated[bool, typer.Option("--quick", help="leave the test transfer out")] = False,
     json: Annotated[bool, typer.Option("--json", help="machine-readable output")] = False,
 ) -> None:

@@ -151,7 +151,9 @@ def whole(request: str, running: Sequence[str]) -> str:
 
 def drain(
     worker: Annotated[str, typer.Argument(help="worker, or the start of its id")],
-    timeout: Annotated[float, typer.Option(help="seconds after which it is an error that requests are left")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(min=0, help="seconds after which it is an error that requests are left")
+    ] = 60.0,
     json: Json = False,
 ) -> None:
     """Move every request away from a worker and give it no new ones.

@@ -26,9 +26,13 @@ _EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 Graph = Annotated[str, typer.Argument(help="graph and entry, e.g. graphs.disagg:Frontend")]
 Config = Annotated[Path | None, typer.Option("-f", "--config-file", help="YAML: component names and their keys")]
 NixlTransport = Annotated[Transport, typer.Option("--nixl-transport", help="lane that KV blocks take")]
-Page = Annotated[int | None, typer.Option("--dashboard", help="port of the web page; 0: none; default: next free")]
+Page = Annotated[
+    int | None,
+    typer.Option("--dashboard", min=0, max=65535, help="port of the web page; 0: none; default: next free"),
+]
 Port = Annotated[
-    int | None, typer.Option("-p", "--port", help="HTTP port of the frontend; default: Frontend.port, else 8000")
+    int | None,
+    typer.Option("-p", "--port", min=1, max=65535, help="HTTP port of the frontend; default: Frontend.port, else 8000"),
 ]
 
 
