@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill and decode apart: stock frontend, real vLLM, one prefill and two decode workers."""
+"""Prefill and decode apart: stock frontend, real vLLM, one prefill and three decode workers."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Scene:
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str, etcd_url: str) -> Iterator[Scene]:
     folder: Path = tmp_path_factory.mktemp("apart")
-    served = Served(folder, tiny_llama, etcd_url, ["prefill", "decode", "decode"])
+    served = Served(folder, tiny_llama, etcd_url, ["prefill", "decode", "decode", "decode"])
     try:
         with asyncio.Runner() as runner:
             yield Scene(runner, served)

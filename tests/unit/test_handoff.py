@@ -25,6 +25,7 @@ from components.engine.vllm.records import JobResult, Record, StepResults, Sums
 from components.messages import pack, unpack
 from components.migration.messages import Handover, Owner, WorkerCall, WorkerOp, WorkerReply
 from components.migration.requests import Options, Requests
+from components.worker.engine_client import EngineClient
 from components.worker.handoff import Handoffs, is_prefill, why_not_first
 
 AGENT = AgentRef(AgentName("prefill"), Epoch("1"))
@@ -332,6 +333,40 @@ async def test_a_prefill_worker_answers_for_a_request_that_runs_elsewhere() -> N
     given = handoffs.read(params)
     assert given is not None and given.owner == Owner(9, 77)
     assert handoffs.enter(RequestId("r"), {}, params, [1], given).handover is None
+
+
+class Llm:
+    """An ``AsyncLLM`` that gives one token."""
+
+    def __init__(self) -> None:
+        self.asked: list[SamplingParams] = []
+
+    async def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **keywords: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        self.asked.append(sampling_params)
+        item = output_of([7], "length")
+        if decode_marker(native.transfer_of(sampling_params)[MARKER]).lend:
+            item.kv_transfer_params = {"do_remote_prefill": True, MARKER: encode(Lent(frozen_of(prompt=3)))}
+        yield item
+
+    async def abort(self, request_id: str) -> None:
+        pass
+
+
+async def test_a_prefill_worker_computes_what_is_new_and_nothing_that_has_an_owner() -> None:
+    handoffs, requests, _, _ = worker()
+    llm = Llm()
+    EngineClient(llm).serve(requests, handoffs)
+    prompt = {"prompt_token_ids": [1, 2, 3]}
+    new = [item async for item in llm.generate(prompt, asked(max_tokens=1), "new")]
+    assert unpack(new[-1].kv_transfer_params[MARKER], Handover).instance == 5  # type: ignore[index]
+    assert len(llm.asked) == 1 and requests.legs == {}
+    requests.learn([(RequestId("moved"), Owner(9, 77))])
+    moved = [item async for item in llm.generate(prompt, asked(max_tokens=1), "moved")]
+    assert unpack(moved[-1].kv_transfer_params[MARKER], Handover).owner == Owner(9, 77)  # type: ignore[index]
+    assert len(llm.asked) == 1 and handoffs.num_lent == 1
+    await handoffs.release(RequestId("p-1"))
 
 
 @pytest.mark.parametrize(
