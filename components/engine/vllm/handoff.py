@@ -63,6 +63,8 @@ class Handoff:
         return (
             offer.block_size == self._port.block_size
             and offer.num_tokens == request.num_prompt_tokens
+            and len(offer.block_ids) == -(-offer.num_tokens // offer.block_size)
+            and len(offer.agents) == len(self._outgoing.agents)
             and self._port.movable_layout() is None
         )
 
