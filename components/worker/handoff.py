@@ -151,6 +151,8 @@ class Handoffs:
         """The request as the engine gets it."""
         plain = native.with_transfer(params, {})
         if given is None or given.frozen is None:
+            if MARKER not in native.transfer_of(params):
+                self._requests.handoffs["local_not_lent"] += 1
             return Entry(prompt, plain)
         if given.fingerprint != self._requests.fingerprint:
             self._requests.handoffs["local_fingerprint"] += 1

@@ -302,6 +302,14 @@ async def test_what_cannot_be_read_is_computed_here() -> None:
     assert handoffs.read(params) is None and requests.handoffs == {"local_invalid_request": 1}
 
 
+async def test_what_a_worker_without_this_package_has_computed_is_computed_here() -> None:
+    handoffs, requests, _, _ = worker()
+    params = native.with_transfer(SamplingParams(), {"do_remote_prefill": True, "remote_block_ids": [1, 2]})
+    items, entry = await read(handoffs, params, [output_of([7], "length")])
+    assert len(items) == 1 and native.transfer_of(entry.params) == {}
+    assert requests.handoffs == {"local_not_lent": 1}
+
+
 async def test_a_client_that_leaves_gives_the_blocks_back() -> None:
     handoffs, _, peers, _ = worker()
     params = asked(HANDOVER, max_tokens=5)
