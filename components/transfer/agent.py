@@ -164,6 +164,10 @@ class TransferAgent:
                 raise TransferError(f"blocks of {self._config.block_size} tokens cannot be cut into {tokens}")
         return self._checksums.of(parts_of(np.asarray(blocks, np.int64), parts).tolist(), parts)
 
+    def begin_checksums(self, blocks: Sequence[int]) -> Callable[[], tuple[int, ...]]:
+        """``checksums`` of blocks that the device may still be computing: begins behind that, without waiting."""
+        return self._checksums.begin(np.asarray(blocks, np.int64).tolist())
+
     def known_peers(self) -> list[str]:
         """Names of all agents that have published, ours included."""
         return self.directory.names()

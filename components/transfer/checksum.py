@@ -8,7 +8,7 @@ have to sit on the transport itself. Callable from any thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -28,17 +28,31 @@ class BlockChecksums:
 
     def of(self, blocks: Sequence[int], parts: int = 1) -> tuple[int, ...]:
         """One checksum (63 bits, unsigned) for each block, or for each of the numbered ``parts`` of blocks."""
+        return self.begin(blocks, parts)()
+
+    def begin(self, blocks: Sequence[int], parts: int = 1) -> Callable[[], tuple[int, ...]]:
+        """Put the work behind what the device has to do already, and return at once. The result waits for it."""
         if not blocks or not self._pools:
-            return (0,) * len(blocks)
+            zeros = (0,) * len(blocks)
+            return lambda: zeros
         step = max(1, _AT_ONCE_BYTES // self._block_bytes)
-        sums: list[int] = []
-        for start in range(0, len(blocks), step):
-            sums.extend(self._sum(blocks[start : start + step], parts).tolist())
-        return tuple(value & 0x7FFF_FFFF_FFFF_FFFF for value in sums)
+        found = [_to_host(self._sum(blocks[at : at + step], parts)) for at in range(0, len(blocks), step)]
+        done = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
+
+        def result() -> tuple[int, ...]:
+            if done is not None:
+                done.synchronize()
+            return tuple(value & 0x7FFF_FFFF_FFFF_FFFF for sums in found for value in sums.tolist())
+
+        return result
+
+    @property
+    def _device(self) -> torch.device:
+        return self._pools[0].tensor.device
 
     def _sum(self, blocks: Sequence[int], parts: int) -> torch.Tensor:
-        device = self._pools[0].tensor.device
-        index = torch.tensor(list(blocks), dtype=torch.int64, device=device)
+        device = self._device
+        index = _to_device(list(blocks), device)
         # Pools alike go together: a sum for each layer alone costs more in calls than in bytes.
         alike: dict[tuple[torch.dtype, int], list[tuple[int, torch.Tensor]]] = {}
         for position, pool in enumerate(self._pools):
@@ -50,7 +64,7 @@ class BlockChecksums:
             word = next(t for t in (torch.int64, torch.int32, torch.int16, torch.uint8) if _fits(data, t))
             words = data.view(word).to(torch.int64)
             sums = _weighted(words, self._weight(words.shape[2], device))
-            odd = torch.tensor([2 * position + 1 for position, _ in rows], dtype=torch.int64, device=device)
+            odd = _to_device([2 * position + 1 for position, _ in rows], device)
             total += (sums * odd[:, None]).sum(dim=0)
         return total
 
@@ -60,6 +74,17 @@ class BlockChecksums:
             steps = torch.arange(1, length + 1, dtype=torch.int64, device=device)
             self._weights[key] = (steps * 0x9E37_79B9_7F4A_7C1) | 1
         return self._weights[key]
+
+
+def _to_device(numbers: list[int], device: torch.device) -> torch.Tensor:
+    # From memory that is not pinned, CUDA copies only when the device has done all that came before.
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def _to_host(found: torch.Tensor) -> torch.Tensor:
+    if not found.is_cuda:
+        return found
+    return torch.empty_like(found, device="cpu", pin_memory=True).copy_(found, non_blocking=True)
 
 
 def _select(pool: KVPool, index: torch.Tensor, parts: int) -> torch.Tensor:

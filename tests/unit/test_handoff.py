@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -89,7 +90,7 @@ def lent(handoff: Handoff, request: Any, sums: tuple[int, ...] = (11, 12)) -> di
     step = SimpleNamespace(num_scheduled_tokens={request.request_id: request.num_prompt_tokens})
     assert handoff.to_sum(step) == [("r-12345678", (5, 6))]  # type: ignore[arg-type]
     if sums:
-        handoff.summed(StepResults([], sums=[Sums("r-12345678", 0, sums)]))
+        handoff.summed(StepResults([], sums=[Sums.known("r-12345678", 0, sums)]))
     return handoff.lend(record)
 
 
@@ -391,3 +392,16 @@ async def test_a_prefill_worker_computes_what_is_new_and_nothing_that_has_an_own
 )
 def test_which_first_token_is_computed_again(params: dict[str, Any], given: Handover, why: str) -> None:
     assert why_not_first(SamplingParams(**params), [1, 2, 3], given) == why
+
+
+def test_sums_that_another_process_gets_are_numbers() -> None:
+    asked = 0
+
+    def begun() -> tuple[int, ...]:
+        nonlocal asked
+        asked += 1
+        return (11, 12)
+
+    sums = Sums("r", 1, begun)
+    there = pickle.loads(pickle.dumps(StepResults([], sums=[sums]))).sums[0]
+    assert asked == 1 and (there.vllm_id, there.rank, there.begun()) == ("r", 1, (11, 12))

@@ -111,7 +111,7 @@ class Handoff:
             request.num_prompt_tokens,
             request.num_preemptions,
         )
-        frozen = Frozen(offer, first, checksums=tuple(value for sums in ranks for value in sums.checksums))
+        frozen = Frozen(offer, first, checksums=tuple(value for sums in ranks for value in sums.begun()))
         self._lent[vllm_id] = self._port.take_blocks(request)
         return {
             "do_remote_prefill": True,

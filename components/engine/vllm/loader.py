@@ -175,7 +175,8 @@ class Loader:
     def sum(self, wanted: list[tuple[str, tuple[int, ...]]]) -> None:
         """Checksums of blocks that the step has completed."""
         for vllm_id, blocks in wanted:
-            self._sums.append(Sums(vllm_id, self.rank, tuple(self.agent.checksums(blocks))))
+            # The model may still be running: whoever looks at the step's tokens has waited for it anyway.
+            self._sums.append(Sums(vllm_id, self.rank, self.agent.begin_checksums(blocks)))
 
     def take_results(self) -> StepResults | None:
         """What has happened since the last call."""

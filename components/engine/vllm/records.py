@@ -9,6 +9,7 @@ the small copy of a commit is a call of its own (``ranks.py``).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -147,7 +148,17 @@ class Sums:
 
     vllm_id: str
     rank: int
-    checksums: tuple[int, ...]
+    begun: Callable[[], tuple[int, ...]]
+    """Gives them, and waits for the device."""
+
+    @classmethod
+    def known(cls, vllm_id: str, rank: int, checksums: tuple[int, ...]) -> Sums:
+        """When there is nothing to wait for."""
+        return cls(vllm_id, rank, lambda: checksums)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process gets the numbers; vLLM pickles a step's results when its tokens are known."""
+        return Sums.known, (self.vllm_id, self.rank, self.begun())
 
 
 @dataclass
