@@ -10,12 +10,14 @@ stamp=.venv/installed-$(cat pyproject.toml requirements.lock scripts/install.sh 
   pip=".venv/bin/python -m pip --quiet --disable-pip-version-check"
   uv=".venv/bin/uv --quiet --no-progress"
   $pip install "$(grep '^uv==' requirements.lock)"
-  # pip's configuration may name a place that has the CPU build, which uv does not read; uv installs it faster.
-  wheel=.venv/torch
-  $pip download --no-deps --dest "$wheel" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} \
-    "$(grep '^torch==' scripts/cpu-overrides.txt)"
-  $uv pip install --no-deps "$wheel"/*.whl
-  rm -r "$wheel"
+  torch=$(grep '^torch==' scripts/cpu-overrides.txt)
+  if ! compgen -G ".venv/lib/python3*/site-packages/torch-${torch#*==}*.dist-info" >/dev/null; then
+    # pip's configuration may name a place that has the CPU build, which uv does not read; uv installs it faster.
+    rm -rf .venv/torch
+    $pip download --no-deps --dest .venv/torch ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch"
+    $uv pip install --no-deps .venv/torch/*.whl
+    rm -r .venv/torch
+  fi
   if ! grep -q '^cuda.*None$' .venv/lib/python3*/site-packages/torch/version.py; then
     echo "error: a CUDA build of torch was installed; set TORCH_INDEX_URL to PyTorch's CPU index and try again" >&2
     exit 2
