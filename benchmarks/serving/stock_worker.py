@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the unchanged ``dynamo.vllm`` where torchvision is missing: ``python -m benchmarks.serving.stock_worker ARGS``.
 
-Dynamo 1.4's vLLM worker imports one image function of transformers, for multimodal models, and that import needs
+Dynamo 1.6's vLLM worker imports one image function of transformers, for multimodal models, and that import needs
 torchvision, of which PyPI has no build for CPU torch. A placeholder stands in for that one module; text models
 never call it. The placeholder is set at import time, so that vLLM's spawned engine process has it too.
 """

@@ -34,7 +34,7 @@ def free_port() -> int:
 
 
 def system_port() -> int:
-    """A free port for ``DYN_SYSTEM_PORT``, which Dynamo 1.4 reads as a signed 16-bit number."""
+    """A free port for ``DYN_SYSTEM_PORT``, which Dynamo reads as a signed 16-bit number."""
     for _ in range(200):
         port = random.randint(20000, 32767)
         if not answers("127.0.0.1", port, 0.2):
