@@ -22,6 +22,7 @@ from components.serve.graph import load
 from components.serve.plan import Plan, make_plan, parse_overrides, read_yaml
 from components.transfer.config import Transport
 
+_DEMO = "graphs.disagg:Frontend"
 _EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 Graph = Annotated[str, typer.Argument(help="graph and entry, e.g. graphs.disagg:Frontend")]
 Config = Annotated[Path | None, typer.Option("-f", "--config-file", help="YAML: component names and their keys")]
@@ -104,7 +105,7 @@ def _run(plan: Plan, console: Console, then: Then | None, dashboard: int | None)
 
 def demo(
     context: typer.Context,
-    graph: Annotated[str, typer.Argument(help="graph and entry")] = "graphs.disagg:Frontend",
+    graph: Annotated[str, typer.Argument(help="graph and entry")] = _DEMO,
     config: Config = Path("configs/disagg.yaml"),
     nixl_transport: NixlTransport = Transport.AUTO,
     port: Port = None,
@@ -119,7 +120,11 @@ def demo(
     """
     # What vLLM warns of is of no use to a newcomer; ``dynamo serve`` shows it.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    plan = resolve(graph, config, nixl_transport, port, "", context.args)
+    overrides = context.args
+    if graph.startswith("--"):
+        # An option that the parser does not know takes the place of an argument that is left out.
+        graph, overrides = _DEMO, [graph, *overrides]
+    plan = resolve(graph, config, nixl_transport, port, "", overrides)
     console = Console()
 
     async def first_request() -> bool:

@@ -42,6 +42,7 @@ def refused(*words: str) -> str:
         ("serve graphs.disagg:Frontend --nixl-transport rdma --dry-run", "'rdma' is not one of"),
         ("serve graphs.disagg:Frontend --Common.model=/nowhere --dry-run", "no model folder /nowhere; known names"),
         ("serve graphs.disagg:Frontend --only Decode --dry-run", "did you mean 'DecodeWorker'"),
+        ("demo --once --Common.modell=tiny-llama --port 1", "Common has no key 'modell'; did you mean 'model'"),
         ("status", "start one with `dynamo serve`, or set ETCD_ENDPOINTS"),
         ("top --once", "start one with `dynamo serve`, or set ETCD_ENDPOINTS"),
         ("migrate r", "Missing option '--to'"),
