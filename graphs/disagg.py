@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill and decode on workers of their own, behind a router that can move requests between the latter."""
+"""Prefill and decode on workers of their own, behind Dynamo's frontend. Running requests move between the latter."""
 
-from components.serve.config import FrontendConfig, RouterConfig, WorkerConfig
+from components.serve.config import FrontendConfig, WorkerConfig
 from components.serve.graph import Service
 
 Frontend = Service("Frontend", "dynamo.frontend", FrontendConfig)
-Router = Service("Router", "components.router", RouterConfig)
-PrefillWorker = Service("PrefillWorker", "components.worker.prefill", WorkerConfig)
-DecodeWorker = Service("DecodeWorker", "components.worker.decode", WorkerConfig)
+PrefillWorker = Service("PrefillWorker", "components.worker", WorkerConfig, mode="prefill")
+DecodeWorker = Service("DecodeWorker", "components.worker", WorkerConfig, mode="decode")
 
-Frontend.link(Router).link(PrefillWorker, DecodeWorker)
+Frontend.link(PrefillWorker, DecodeWorker)

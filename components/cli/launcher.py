@@ -41,14 +41,15 @@ class Launcher:
         self._plan = plan
         self._console = console
         self._wanted_page = page
-        self._serves_http = any(process.component == "Frontend" for process in plan.processes)
+        self._serves_http = bool(plan.ports)
         self._jobs: list[asyncio.Task[None]] = []
 
     async def run(self, then: Then | None = None) -> None:
         """Serve."""
         plan = self._plan
-        if self._serves_http and answers(dialled(plan.host), plan.port, 0.5):
-            raise ConfigError(f"port {plan.port} is in use: stop what listens there, or choose another with --port")
+        for port in plan.ports:
+            if answers(dialled(plan.host), port, 0.5):
+                raise ConfigError(f"port {port} is in use: stop what listens there, or choose another with --port")
         with contextlib.ExitStack() as stack:
             warden = stack.enter_context(contextlib.closing(Warden()))
             places = stack.enter_context(contextlib.closing(Places(os.environ, warden)))
@@ -90,7 +91,7 @@ class Launcher:
     def _ready(self, then: Then | None) -> None:
         remember(self._state)
         if self._serves_http:
-            where = f"http://{in_url(self._plan.host)}:{self._plan.port}/v1"
+            where = ", ".join(f"http://{in_url(self._plan.host)}:{port}/v1" for port in self._plan.ports)
             self._console.print(f"[bold green]serving[/] {self._plan.model} on {where} (Ctrl-C stops)")
             if self._wanted_page != 0:
                 self._jobs.append(asyncio.ensure_future(self._page()))
@@ -106,7 +107,7 @@ class Launcher:
     async def _page(self) -> None:
         plan = self._plan
         frontend = str(Address(reachable(plan.host), plan.port))
-        wanted = page_port(self._wanted_page, plan.host, plan.port)
+        wanted = page_port(self._wanted_page, plan.host, plan.ports[-1])
         async with beside(wanted, plan.host, frontend, self._servers | {"DYN_NAMESPACE": plan.namespace}) as shown:
             if shown:
                 self._console.print(f"[bold green]watch it[/] on {shown} or with: dynamo top", soft_wrap=True)

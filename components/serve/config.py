@@ -42,6 +42,18 @@ Host = Annotated[str, AfterValidator(_host)]
 ReachableHost = Annotated[Host, AfterValidator(_reachable)]
 
 
+RouterMode = Literal["kv", "round-robin", "random", "power-of-two", "least-loaded", "device-aware-weighted", "direct"]
+Weight = Literal[
+    "overlap-score-credit",
+    "overlap-score-credit-decay",
+    "prefill-load-scale",
+    "decode-active-request-weight",
+    "host-cache-hit-weight",
+    "disk-cache-hit-weight",
+    "temperature",
+]
+
+
 class ComponentConfig(BaseModel):
     """Fields that every component has."""
 
@@ -58,36 +70,32 @@ class ComponentConfig(BaseModel):
 
 
 class FrontendConfig(ComponentConfig):
-    """Dynamo's own OpenAI frontend."""
+    """Dynamo's own OpenAI frontend; its router chooses the worker of each request."""
 
     host: Host = Field("127.0.0.1", description="Address to listen on")
-    port: int = Field(8000, ge=1, le=65535, description="Port to listen on")
-
-
-class RouterConfig(ComponentConfig):
-    """Owner of the client streams and driver of all migrations."""
-
-    local_prefill_max_tokens: int = Field(0, ge=0, description="Prompts up to this long skip the prefill workers")
-    placement: Literal["least-loaded", "round-robin"] = Field(
-        "least-loaded",
-        description="Decode worker of a new request: by KV blocks and seats in use (two seats while a prompt is "
-        "computed) and prompt tokens that wait; round-robin is what Dynamo's frontend does by default",
+    port: int = Field(8000, ge=1, le=65535, description="Port to listen on; further replicas take the next ones")
+    router_mode: RouterMode = Field("kv", description="How a worker is chosen; kv knows which prompts are cached where")
+    router_weights: dict[Weight, float] = Field(
+        default_factory=dict, description=f"Weights of router-mode kv: {', '.join(get_args(Weight))}"
     )
-    max_migrations_per_worker: int = Field(4, ge=1, description="Migrations that one worker takes part in at once")
-    max_migrations_per_pair: int = Field(4, ge=1, description="Migrations between the same two workers at once")
-    max_precopy_rounds: int = Field(6, ge=1, description="Rounds of copying before the source is frozen anyway")
-    migration_mode: Literal["live", "stop-and-copy", "replay"] = Field(
-        "live", description="Best way to move a request; replay recomputes its KV, as Dynamo's own migration does"
+    router_policy_config: str = Field("", description="File of Dynamo's with policies and queues of its router")
+    kv_events: bool = Field(True, description="Workers tell the router what they cache; false: the router guesses")
+    migration_limit: int = Field(
+        64, ge=0, description="Times a request may be sent to another worker, after a move or the loss of one; 0: never"
     )
-    step_deadline_s: float = Field(20.0, gt=0, description="Seconds that one step of a migration may take")
-    output_channels: bool = Field(
-        True, description="Outputs over one connection to each worker; false: a stream of Dynamo's for each request"
+    session_affinity_s: int | None = Field(None, ge=1, description="Seconds for which a session keeps its worker")
+    active_decode_blocks_threshold: float | None = Field(
+        None, ge=0, le=1, description="Share of KV blocks in use above which a worker is busy; all busy: 529"
     )
-    silence_s: float = Field(30.0, gt=0, description="Seconds without token and report after which a worker is lost")
-    busy_s: float = Field(
-        600.0, gt=0, description="The same for a worker whose engine uses the processor all the time: one long step"
+    active_prefill_tokens_threshold: int | None = Field(
+        None, ge=0, description="Prompt tokens under way above which a worker is busy"
     )
-    replay_limit: int = Field(3, ge=0, description="Times a request is replayed after losing its worker")
+    active_prefill_tokens_threshold_frac: float | None = Field(
+        None, ge=0, description="The same as a share of max-num-batched-tokens"
+    )
+    frontend_args: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments of dynamo.frontend, without their dashes"
+    )
 
 
 class PlannerConfig(ComponentConfig):
@@ -142,11 +150,13 @@ class WorkerConfig(ComponentConfig):
     advertise_host: ReachableHost = Field("127.0.0.1", description="Address under which other hosts reach this worker")
     drain_grace_s: float = Field(60.0, ge=0, description="Seconds to move requests away after SIGTERM")
     lease_s: float = Field(
-        60.0, gt=0, description="Seconds for which a request on the move is kept without a word from its router"
+        60.0, gt=0, description="Seconds for which a request on the move is kept without a word from its other worker"
     )
+    tool_call_parser: str = Field("", description="Dynamo's parser of tool calls for this model, for example hermes")
+    reasoning_parser: str = Field("", description="Dynamo's parser of reasoning for this model, for example qwen3")
     seed: int = Field(0, ge=0, description="Seed of the engine")
     engine_args: dict[str, Any] = Field(
-        default_factory=dict, description="Further arguments for the engine, as they are"
+        default_factory=dict, description="Further arguments of dynamo.vllm without their dashes, or options of paged"
     )
 
     @model_validator(mode="after")

@@ -2,8 +2,8 @@
 """How a graph module declares its components: a ``Service`` for each, joined by ``link``.
 
     Frontend = Service("Frontend", "dynamo.frontend", FrontendConfig)
-    Router = Service("Router", "components.router", RouterConfig)
-    Frontend.link(Router)
+    Worker = Service("Worker", "components.worker", WorkerConfig, mode="agg")
+    Frontend.link(Worker)
 
 Everything that can be reached from the entry is started, the far ends first. ``load`` raises ``ConfigError``.
 """
@@ -24,12 +24,14 @@ class Service:
     name: str
     module: str
     config: type[ComponentConfig]
+    mode: str = ""
+    """Of a worker: ``agg``, ``prefill`` or ``decode``."""
     links: list[Service] = field(default_factory=list)
 
     @property
     def role(self) -> str:
         """``prefill``, ``decode`` (workers that only do both count as these), or empty."""
-        return {"prefill": "prefill", "decode": "decode", "agg": "decode"}.get(self.module.rpartition(".")[2], "")
+        return "decode" if self.mode == "agg" else self.mode
 
     def link(self, *others: Service) -> Service:
         """Depend on other components. Returns the last one, so that chains read left to right."""

@@ -19,7 +19,7 @@ from components import env, yamltext
 from components.address import Address, dialled
 from components.errors import ConfigError
 from components.models import adapters, weights
-from components.serve import memory, precision, reach
+from components.serve import arguments, memory, moved, precision, reach
 from components.serve.config import (
     ComponentConfig,
     FrontendConfig,
@@ -34,6 +34,8 @@ from components.serve.graph import Service
 from components.transfer import lanes
 from components.transfer.config import Transport
 
+_END_S = 30.0
+"""For what a worker does to end beside its drain: the engine's own end, on a machine whose other workers end, too."""
 _STREAM_LEASE_S = "20"
 """Lease in etcd of what holds clients' streams, in seconds. After a restart of etcd Dynamo's runtime reconnects its
 watches one after the other, with pauses, before the lease: on a busy machine its default of 10 s can end first, and
@@ -50,6 +52,10 @@ class Process(BaseModel):
     role: str = ""
     command: list[str]
     environment: dict[str, str]
+    port: int = 0
+    """Of a frontend: where it listens."""
+    stop_s: float = 10.0
+    """How long it may take to end after SIGTERM."""
 
 
 class Plan(BaseModel):
@@ -70,8 +76,17 @@ class Plan(BaseModel):
 
     @property
     def url(self) -> str:
-        """Where the frontend is reached on this machine."""
-        return f"http://{Address(dialled(self.host), self.port)}"
+        """Where the first frontend is reached on this machine."""
+        return self.url_of(self.port)
+
+    def url_of(self, port: int) -> str:
+        """Where the frontend on this port is reached."""
+        return f"http://{Address(dialled(self.host), port)}"
+
+    @property
+    def ports(self) -> list[int]:
+        """Of all frontends."""
+        return [process.port for process in self.processes if process.port]
 
     def shown(self) -> str:
         """As JSON, for ``--dry-run``, without passwords and tokens."""
@@ -83,6 +98,9 @@ def _without_secrets(value: Any, name: str = "") -> Any:
         return {key: _without_secrets(inner, str(key)) for key, inner in value.items()}
     if isinstance(value, list):
         return [_without_secrets(inner, name) for inner in value]
+    if isinstance(value, str) and value.startswith("--"):
+        flag, equals, _ = value.partition("=")
+        return f"{flag}=***" if equals and _SECRET.search(flag) else value
     if name == "DYN_MIGRATE_CONFIG":
         return json.dumps(_without_secrets(json.loads(value)))
     return "***" if value and _SECRET.search(name) else value
@@ -131,6 +149,7 @@ def make_plan(
 
     ``names_of_models``: what clients call a model, by its folder, where no key says it.
     """
+    moved.check(values, overrides)
     services = entry.start_order()
     names = [service.name for service in services]
     for name in [*values, *overrides, *(only or [])]:
@@ -157,9 +176,9 @@ def make_plan(
         if only and service.name not in only:
             continue
         for replica in range(config.replicas):
-            plan.processes.append(_process(service, config, replica, namespace, transport, environment))
+            plan.processes.append(_process(service, config, replica, plan, configs, environment))
         for replica in range(config.replicas, plan.bounds.get(service.role, (0, 0))[1]):
-            plan.spare.append(_process(service, config, replica, namespace, transport, environment))
+            plan.spare.append(_process(service, config, replica, plan, configs, environment))
     for component, config in configs.items():
         if config.lora_modules != configs[entry.name].lora_modules:
             raise ConfigError(f"{component}.lora-modules differs from that of {entry.name}: write it in Common")
@@ -207,30 +226,38 @@ def _bounds(services: list[Service], configs: dict[str, ComponentConfig]) -> dic
 
 def _process(
     service: Service,
-    config: Any,
+    config: ComponentConfig,
     replica: int,
-    namespace: str,
-    transport: Transport,
+    plan: Plan,
+    configs: Mapping[str, ComponentConfig],
     environment: Mapping[str, str],
 ) -> Process:
     added = {
         "DYN_MIGRATE_COMPONENT": service.name,
         "DYN_MIGRATE_REPLICA": str(replica),
-        "DYN_NAMESPACE": namespace,
-        "DYN_MIGRATE_TRANSPORT": transport.value,
+        "DYN_NAMESPACE": plan.namespace,
+        "DYN_MIGRATE_TRANSPORT": plan.transport,
         **reach.variables(environment, getattr(config, "advertise_host", "127.0.0.1")),
     }
-    arguments: list[str] = []
+    command, port, stop_s = ["python", "-m", service.module], 0, 10.0
     if isinstance(config, FrontendConfig):
-        # The frontend must only see routers: workers of the same model serve tokens, not clients.
-        added["DYN_NAMESPACE"] = f"{namespace}-edge"
-        arguments = ["--http-host", config.host, "--http-port", str(config.port), "--router-mode", "round-robin"]
-        arguments += ["--namespace", f"{namespace}-edge"]
+        command += arguments.frontend(config, replica)
+        port = config.port + replica
+    elif isinstance(config, WorkerConfig):
+        others = list(configs.values())
+        repeats = any(c.migration_limit for c in others if isinstance(c, FrontendConfig))
+        planned = any(isinstance(c, PlannerConfig) for c in others)
+        added |= arguments.worker_environment(config, repeats, planned)
+        added |= lanes.environment(Transport(plan.transport), environment)
+        added |= _device_environment(service.name, config, replica)
+        stop_s = config.drain_grace_s + _END_S
+        if config.engine == "paged":
+            command[2:] = ["components.worker.mocker", "--disaggregation-mode", service.mode]
+            added["DYN_MIGRATE_CONFIG"] = json.dumps(config.model_dump(by_alias=True))
+        else:
+            command += arguments.worker(config, service.mode)
     else:
         added["DYN_MIGRATE_CONFIG"] = json.dumps(config.model_dump(by_alias=True))
-    if isinstance(config, WorkerConfig):
-        added |= lanes.environment(transport, environment)
-        added |= _device_environment(service.name, config, replica)
     if not isinstance(config, WorkerConfig) and not env.ETCD_LEASE_TTL.read(environment):
         added["ETCD_LEASE_TTL"] = _STREAM_LEASE_S
     if os.path.isdir(config.model):
@@ -239,8 +266,10 @@ def _process(
         component=service.name,
         replica=replica,
         role=service.role,
-        command=["python", "-m", service.module, *arguments],
+        command=command,
         environment=added,
+        port=port,
+        stop_s=stop_s,
     )
 
 

@@ -5,7 +5,7 @@ Life cycle: ``run`` returns when ``stop`` is called or a process has failed too 
 its own (``components.serve.family``): whatever ends it, all that it started (vLLM's engine core) is gone before its
 successor starts. Each process is watched by a task of its own, so that one that ends again and again delays no other.
 Threading: one asyncio loop, in the main thread. Time-outs: a process must be ready within ``READY_S``; a stopped one
-may drain for its grace period.
+may drain for as long as the plan says.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import secrets
 import sys
 import tempfile
 import time
@@ -27,6 +28,8 @@ from rich.text import Text
 
 from components.errors import ConfigError, MigrateError
 from components.serve import family
+from components.serve.arguments import PORT, SOCKET
+from components.serve.places import SOCKETS
 from components.serve.plan import Plan, Process
 from components.serve.servers import system_port
 from components.serve.surroundings import is_noise
@@ -66,9 +69,20 @@ class Child:
         self.ready_file.unlink(missing_ok=True)
         self.started = time.monotonic()
         own = {"DYN_MIGRATE_READY_FILE": str(self.ready_file), "PYTHONUNBUFFERED": "1"}
+        found = {"DYN_SYSTEM_PORT": str(system_port()), PORT: str(system_port())}
+        found[SOCKET] = f"{environment.get(SOCKETS, tempfile.gettempdir())}/{secrets.token_hex(8)}"
+
+        def filled(text: str) -> str:
+            return text.replace(PORT, found[PORT]).replace(SOCKET, found[SOCKET])
+
         self.handle = await asyncio.create_subprocess_exec(
-            *family.tied([sys.executable, *self.process.command[1:]]),
-            env={**environment, "DYN_SYSTEM_PORT": str(system_port()), **self.process.environment, **own},
+            *family.tied([sys.executable, *map(filled, self.process.command[1:])]),
+            env={
+                **environment,
+                "DYN_SYSTEM_PORT": found["DYN_SYSTEM_PORT"],
+                **{name: filled(value) for name, value in self.process.environment.items()},
+                **own,
+            },
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -110,8 +124,8 @@ class Child:
         while self.alive:
             await asyncio.sleep(_POLL_S)
 
-    async def stop(self, grace_s: float) -> None:
-        """SIGTERM, wait, then kill everything that it has started."""
+    async def stop(self) -> None:
+        """SIGTERM, wait for as long as the plan says, then kill everything that it has started."""
         if self._starting is not None:
             await asyncio.wait([self._starting])
         if self.handle is None:
@@ -120,7 +134,7 @@ class Child:
         if self.alive:
             self.handle.terminate()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._exit(), grace_s)
+                await asyncio.wait_for(self._exit(), self.process.stop_s)
         await self._clear(self.handle.pid)
         for member in elsewhere:
             with contextlib.suppress(psutil.Error):
@@ -152,13 +166,11 @@ class Supervisor:
         plan: Plan,
         environment: Mapping[str, str],
         console: Console,
-        grace_s: float = 90.0,
         warden: Warden | None = None,
     ) -> None:
         self._plan = plan
         self._environment = environment
         self._console = console
-        self._grace_s = grace_s
         self._warden = warden
         self._directory = tempfile.TemporaryDirectory(prefix="dynamo-migrate-run-")
         if warden is not None:
@@ -185,12 +197,12 @@ class Supervisor:
         return child
 
     async def remove(self, child: Child) -> None:
-        """Stop one process for good; it may drain for the grace period."""
+        """Stop one process for good; a worker drains first."""
         self.children.remove(child)
         self._leaving.append(child)
         await self._watch_no_more(child)
         self._say(child, "stopping")
-        await child.stop(self._grace_s)
+        await child.stop()
         self._leaving.remove(child)
 
     def stop(self) -> None:
@@ -212,14 +224,14 @@ class Supervisor:
             for child in list(self._watching):
                 await self._watch_no_more(child)
             for child in reversed(self.children):
-                if child.process.component in ("Frontend", "Router"):
-                    await child.stop(10.0)
+                if child.process.port:
+                    await child.stop()
             left = [*self._leaving, *reversed(self.children)]
-            await asyncio.gather(*(child.stop(self._grace_s) for child in left))
+            await asyncio.gather(*(child.stop() for child in left))
             self._directory.cleanup()
 
     async def _start_all(self) -> None:
-        """Workers load their models side by side; the router waits for them by itself."""
+        """Workers load their models side by side; frontends wait for them by themselves."""
         began = time.monotonic()
         for child in self.children:
             await child.start(self._environment)
@@ -243,10 +255,10 @@ class Supervisor:
                 await asyncio.sleep(0.1)
 
     async def _is_ready(self, child: Child, client: httpx.AsyncClient) -> bool:
-        if child.process.component != "Frontend":
+        if not child.process.port:
             return child.ready_file.exists()
         try:
-            reply = await client.get(f"{self._plan.url}/v1/models")
+            reply = await client.get(f"{self._plan.url_of(child.process.port)}/v1/models")
             return bool(reply.json().get("data"))
         except (httpx.HTTPError, ValueError):
             return False

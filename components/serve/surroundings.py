@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 
 _DEFAULTS = {
+    # A worker's drain begins with what Dynamo waits for here: that frontends have noticed.
+    "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "1",
+    "DYN_EVENT_PLANE": "zmq",
     # The second part: a text model "is not supported" by the routing of images.
     "DYN_LOG": "warn,mm_routing=off",
     "NIXL_LOG_LEVEL": "WARN",

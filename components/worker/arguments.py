@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from components.engine.vllm.arguments import configure
 from components.errors import ConfigError
+from components.models import adapters
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,17 @@ class WorkerSettings:
     integrity: str = "tail"
     wait_bytes: int = 16 << 20
     copy_deadline_s: float = 30.0
+    lora_modules: Mapping[str, str] = field(default_factory=dict)
+    """LoRA adapters that are loaded before the worker counts as ready: name and PEFT folder."""
 
     @classmethod
     def from_environment(cls) -> WorkerSettings:
         """Raises ``ConfigError`` naming the variable that cannot be used."""
         env = os.environ
-        name = f"{socket.gethostname()}-{os.getpid()}"
+        # A successor of this process takes the same place in the graph.
+        component = env.get("DYN_MIGRATE_COMPONENT", "")
+        place = f"{component}-{env.get('DYN_MIGRATE_REPLICA', '0')}" if component else str(os.getpid())
+        name = f"{socket.gethostname()}-{place}"
         agent: dict[str, Any] = {
             "name": env.get("DYN_MIGRATE_AGENT", name),
             "etcd_endpoints": env.get("ETCD_ENDPOINTS", "http://127.0.0.1:2379").split(","),
@@ -61,6 +70,7 @@ class WorkerSettings:
             lease_s=_seconds("DYN_MIGRATE_LEASE_S", 60.0),
             drain_s=_seconds("DYN_MIGRATE_DRAIN_S", 25.0),
             integrity=env.get("DYN_MIGRATE_INTEGRITY", "tail"),
+            lora_modules=_adapters("DYN_MIGRATE_LORA_MODULES"),
         )
 
 
@@ -70,9 +80,17 @@ def _seconds(name: str, default: float) -> float:
         value = float(text) if text else default
     except ValueError as error:
         raise ConfigError(f"{name}={text!r}: write seconds as a number") from error
-    if not 0 < value < 86400:
-        raise ConfigError(f"{name}={text!r}: write a number above 0 and below 86400")
+    if not 0 <= value < 86400:
+        raise ConfigError(f"{name}={text!r}: write a number of at least 0 and below 86400")
     return value
+
+
+def _adapters(name: str) -> dict[str, str]:
+    text = os.environ.get(name, "")
+    try:
+        return msgspec.json.decode(text, type=dict[str, str]) if text else {}
+    except msgspec.DecodeError as error:
+        raise ConfigError(f'{name}={text!r}: write a JSON object, {{"name": "folder"}}') from error
 
 
 def prepare(config: Any, settings: WorkerSettings) -> None:
@@ -88,5 +106,6 @@ def prepare(config: Any, settings: WorkerSettings) -> None:
             "integrity": settings.integrity,
             "wait_bytes": settings.wait_bytes,
             "copy_deadline_s": settings.copy_deadline_s,
+            "adapters": adapters.digest(settings.lora_modules),
         },
     )

@@ -3,7 +3,10 @@
 
 Life cycle: Dynamo's own entry point runs. Its ``WorkerFactory`` is replaced by a subclass, which gives the engine our
 scheduler and connector, wraps two of its calls (``engine_client``), and serves one more endpoint, ``migrate``, before
-the model is registered. On SIGTERM the worker drains for ``DYN_MIGRATE_DRAIN_S`` at most before Dynamo ends it.
+the model is registered. Once Dynamo serves, it loads the adapters of its settings and tells the launcher. On SIGTERM
+the worker drains for ``DYN_MIGRATE_DRAIN_S`` at most before Dynamo ends it.
+
+Errors: those of this package end the process with one line and exit code 2.
 """
 
 from __future__ import annotations
@@ -17,10 +20,14 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from components import process
 from components.engine.vllm.arguments import STOCK_CONNECTOR
 from components.engine.vllm.engine import VLLMEngine, VLLMOptions
+from components.errors import ConfigError, MigrateError
 from components.migration.peers import DynamoPeers
 from components.migration.requests import Options, Requests
 from components.worker import shim
@@ -32,6 +39,9 @@ from components.worker.state import WorkerStatus
 
 logger = logging.getLogger(__name__)
 _CONNECTOR = "--kv-transfer-config"
+_DRAIN_TIMEOUT = "_DEFAULT_DRAIN_TIMEOUT_SECS"
+_MARGIN_S = 5.0
+"""For the last moves of a drain, which then have begun."""
 
 
 class Migration:
@@ -59,6 +69,7 @@ class Migration:
         config, endpoint = given["config"], given["generate_endpoint"]
         if self.client is not None and self.status is None:
             await self._serve(config, endpoint, self.client)
+            self._tasks.append(asyncio.ensure_future(self._open(config, endpoint)))
         return await original(*args, **keywords)
 
     async def _serve(self, config: Any, endpoint: Any, client: EngineClient) -> None:
@@ -74,12 +85,23 @@ class Migration:
         self.handoffs = Handoffs(requests, engine.free_lent, self.settings.lease_s, info.max_model_len)
         control = Control(requests, self.status, self.handoffs.release)
         path = f"{config.namespace}.{config.component}.migrate"
-        self._tasks = [
+        self._tasks += [
             asyncio.ensure_future(self.runtime.endpoint(path).serve_endpoint(control.serve)),
             asyncio.ensure_future(requests.sweep()),
         ]
         client.serve(requests, self.handoffs)
         logger.info("worker %s on %s migrates over %s", name, socket.gethostname(), ", ".join(info.lanes))
+
+    async def _open(self, config: Any, endpoint: Any) -> None:
+        """Once Dynamo serves."""
+        try:
+            await _known(endpoint)
+            if self.settings.lora_modules:
+                load = self.runtime.endpoint(f"{config.namespace}.{config.component}.load_lora")
+                await _load(load, self.settings.lora_modules)
+        except MigrateError as error:
+            _fail(error)
+        process.ready()
 
     async def drain(self) -> None:
         """Dynamo's drain callback."""
@@ -88,6 +110,30 @@ class Migration:
             await self.status.leave(self.settings.drain_s)
         while self.handoffs is not None and self.handoffs.num_lent and time.monotonic() < end:
             await asyncio.sleep(0.05)
+
+
+async def _known(endpoint: Any) -> Any:
+    """Wait until the endpoint's instance in this process is in Dynamo's discovery; a client of it."""
+    client = await endpoint.client()
+    while int(endpoint.connection_id()) not in client.instance_ids():
+        await asyncio.sleep(0.05)
+    return client
+
+
+async def _load(endpoint: Any, adapters: Mapping[str, str]) -> None:
+    """Through the endpoint by which anybody else would, so that frontends list the adapters, too."""
+    client = await _known(endpoint)
+    for name, folder in adapters.items():
+        source = {"uri": Path(folder).expanduser().resolve().as_uri()}
+        call = {"lora_name": name, "source": source}
+        async for reply in await client.direct(call, int(endpoint.connection_id()), annotated=False):
+            if reply.get("status") != "success":
+                raise ConfigError(f"lora-modules: {name!r} was not loaded: {reply.get('message', reply)}")
+
+
+def _fail(error: MigrateError) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def install(settings: WorkerSettings) -> Migration:
@@ -115,6 +161,9 @@ def install(settings: WorkerSettings) -> Migration:
     stock = importlib.import_module("dynamo.vllm.main")
     vars(stock)["WorkerFactory"] = Factory
     vars(stock)["install_signal_handlers"] = functools.partial(install_signal_handlers, drain_callback=migration.drain)
+    # Dynamo ends a drain after 30 s.
+    shutdown = vars(importlib.import_module("dynamo.common.utils.graceful_shutdown"))
+    shutdown[_DRAIN_TIMEOUT] = max(shutdown[_DRAIN_TIMEOUT], settings.drain_s + _MARGIN_S)
     return migration
 
 
@@ -126,9 +175,16 @@ def main(argv: list[str] | None = None) -> None:
         sys.argv[1:] = argv
     from dynamo.vllm.main import main as stock_main
 
-    install(WorkerSettings.from_environment())
     if not any(arg.split("=")[0] == _CONNECTOR for arg in sys.argv):
         # Dynamo wants a prefill worker to name its connector, which ``prepare`` replaces.
         sys.argv += [_CONNECTOR, json.dumps({"kv_connector": STOCK_CONNECTOR, "kv_role": "kv_both"})]
     sys.argv[0] = "dynamo.vllm"
-    stock_main()
+    try:
+        install(WorkerSettings.from_environment())
+        stock_main()
+    except MigrateError as error:
+        _fail(error)
+    # Dynamo's native runtime may abort in the interpreter's finalisation; everything is closed by now.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
