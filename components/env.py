@@ -114,6 +114,23 @@ def _object(text: str) -> dict[str, Any]:
         raise ValueError(f"write a JSON object ({error})") from None
 
 
+def _texts(text: str) -> dict[str, str]:
+    try:
+        return msgspec.json.decode(text, type=dict[str, str])
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise ValueError(f"write a JSON object of texts ({error})") from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 86400:
+        raise ValueError("write seconds, from 0 to below 86400")
+    return value
+
+
 ETCD_ENDPOINTS: Variable[tuple[str, ...]] = Variable(
     "ETCD_ENDPOINTS", (), _addresses(), "URLs of etcd, joined by commas; without them `dynamo serve` starts its own"
 )
@@ -185,6 +202,25 @@ TRANSPORT = Variable(
     "Lane that KV blocks take; `--nixl-transport` sets it",
     internal=True,
 )
+AGENT = Variable("DYN_MIGRATE_AGENT", "", str, "Name of a worker's transfer agent; without it one that nobody else has")
+HOST = Variable("DYN_MIGRATE_HOST", "127.0.0.1", _host, "Address under which other hosts reach a worker")
+CALIBRATION = Variable("DYN_MIGRATE_CALIBRATION", "", str, "File of `dynamo calibrate` for a worker")
+INTEGRITY = Variable(
+    "DYN_MIGRATE_INTEGRITY", "tail", _choice("tail", "full", "off"), "Which KV blocks a worker checksums"
+)
+LEASE_S = Variable(
+    "DYN_MIGRATE_LEASE_S", 60.0, _seconds, "Seconds for which a worker keeps a request on the move without a word"
+)
+DRAIN_S = Variable("DYN_MIGRATE_DRAIN_S", 25.0, _seconds, "Seconds that a worker drains after SIGTERM")
+REPEATS = Variable(
+    "DYN_MIGRATE_REPEATS",
+    True,
+    _switch,
+    "The frontends' `--migration-limit` is above 0; else a worker that a request has left relays it to its end",
+)
+LORA_MODULES: Variable[dict[str, str]] = Variable(
+    "DYN_MIGRATE_LORA_MODULES", {}, _texts, "LoRA adapters that a worker loads at its start: a JSON object of folders"
+)
 COMPONENT = Variable("DYN_MIGRATE_COMPONENT", "", str, "Name of the process's component in its graph", internal=True)
 REPLICA = Variable("DYN_MIGRATE_REPLICA", 0, _number(0, 1 << 20), "Its number among its equals", internal=True)
 CONFIG: Variable[dict[str, Any]] = Variable(
@@ -195,6 +231,7 @@ RUNTIME_FOLDER = Variable(
     "XDG_RUNTIME_DIR", "", str, "Folder for the file by which commands find the running graph; else the cache"
 )
 CACHE_HOME = Variable("XDG_CACHE_HOME", "", str, "The user's cache; without it `.cache` in the home folder")
+TORCH_COMPILE_OFF = Variable("TORCHDYNAMO_DISABLE", "1", str, "Of torch: 1 where a worker's engine compiles nothing")
 THREADS = Variable("OMP_NUM_THREADS", "1", str, "Threads of an engine without GPUs that compute one operation")
 TRACES = Variable("OTEL_EXPORTER_OTLP_ENDPOINT", "", str, "Where traces of requests go; without it there are none")
 TRACES_ALONE = Variable("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "", str, "The same for traces alone")

@@ -13,7 +13,7 @@ from components import env
 from components.cli import app
 from components.errors import MigrateError
 from components.metrics import names
-from components.serve.config import ComponentConfig, FrontendConfig, PlannerConfig, RouterConfig, WorkerConfig
+from components.serve.config import ComponentConfig, FrontendConfig, PlannerConfig, WorkerConfig
 from planner_hooks.rules import Limits
 
 TARGET = Path(__file__).parents[1] / "docs" / "reference.md"
@@ -92,7 +92,6 @@ def text() -> str:
     lines += ["## Configuration", "", *_SETTINGS, ""]
     for title, model in (
         ("Frontend", FrontendConfig),
-        ("Router", RouterConfig),
         ("PrefillWorker, DecodeWorker, AggWorker", WorkerConfig),
         ("Planner", PlannerConfig),
         ("limits of a policy file", Limits),

@@ -8,10 +8,10 @@ a folder of this user's. ``components.serve.supervisor`` fills them in.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from components import env
 from components.errors import ConfigError
 from components.models import adapters
 from components.serve.config import FrontendConfig, WorkerConfig, dashed
@@ -102,7 +102,7 @@ def worker_environment(config: WorkerConfig, repeats: bool, planned: bool) -> di
         given["DYN_FORWARDPASS_METRIC_PORT"] = PORT
     if config.engine == "vllm" and eager(config):
         # vLLM compiles a helper of its log-probabilities even then: 20 s at the first request that asks.
-        given["TORCHDYNAMO_DISABLE"] = os.environ.get("TORCHDYNAMO_DISABLE", "1")
+        given[env.TORCH_COMPILE_OFF.name] = env.TORCH_COMPILE_OFF.read()
     return given
 
 

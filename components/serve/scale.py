@@ -6,9 +6,9 @@ starts or stops one; a decision is acknowledged when both agree, and only then d
 until the next one: a worker that has ended for good is started again. What was decided before this graph began is
 acknowledged and not carried out.
 
-Stopping loses nothing: a worker that the planner's plugin has emptied goes first, any other one is drained through the
-router before its process gets SIGTERM. None is stopped while another one of its role is not ready, or before the router
-knows any of them. Threading: one asyncio loop. Errors: a worker that cannot be started or drained is said and tried
+Stopping loses nothing: a worker that the planner's plugin has emptied goes first, any other one is drained before its
+process gets SIGTERM. None is stopped while another one of its role is not ready, or before any of them answers.
+Threading: one asyncio loop. Errors: a worker that cannot be started or drained is said and tried
 again later; nothing here ends the graph.
 """
 
@@ -21,10 +21,12 @@ import time
 from typing import Any, Protocol
 
 from components import process
+from components.client import Workers
 from components.errors import MigrateError
-from components.messages import MoveRecord, RouterReply, WorkerInfo
+from components.migration.messages import MoveRecord
 from components.serve.plan import Plan, Process
 from components.serve.supervisor import READY_S, Child, Supervisor
+from components.status import Status, WorkerReport
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.5
@@ -49,10 +51,14 @@ class Decisions(Protocol):
 
 
 class Drains(Protocol):
-    """What is needed of ``RouterClient``."""
+    """What is needed of ``components.client.Workers``."""
 
-    async def status(self) -> RouterReply:
-        """Workers and streams."""
+    async def refresh(self) -> None:
+        """Ask all workers."""
+        ...
+
+    def status(self) -> Status:
+        """What they have told."""
         ...
 
     async def drain(self, worker: str, timeout_s: float) -> list[MoveRecord]:
@@ -63,12 +69,12 @@ class Drains(Protocol):
 class Scaler:
     """See the module docstring."""
 
-    def __init__(self, plan: Plan, supervisor: Supervisor, decisions: Decisions, router: Drains) -> None:
+    def __init__(self, plan: Plan, supervisor: Supervisor, decisions: Decisions, workers: Drains) -> None:
         self._bounds = plan.bounds
         self._known = [p for p in [*plan.processes, *plan.spare] if p.role]
         self._supervisor = supervisor
         self._decisions = decisions
-        self._router = router
+        self._workers = workers
         self._before: Decided | None = None
         self._acknowledged: Decided | None = None
         self._retry_at = 0.0
@@ -136,17 +142,21 @@ class Scaler:
             self._retry_at = 0.0
 
     async def _stop_one(self, role: str, running: list[Child]) -> None:
-        workers = [w for w in (await self._router.status()).workers if w.role == role]
+        await self._workers.refresh()
         names = {worker_name(child.process): child for child in running}
         # With tensor parallelism each rank has an agent, whose name goes on with the rank.
         found = [
-            (w, names[agent]) for w in workers for agent in {a.split("-tp")[0] for a in w.agents} if agent in names
+            (w, names[agent])
+            for w in self._workers.status().workers
+            if w.info is not None and not w.missing
+            for agent in {a.name.split("-tp")[0] for a in w.info.agents}
+            if agent in names
         ]
         if not found:
-            return  # The router has just been started as well: it will know them in the next rounds.
+            return  # They have just been started: they will answer in the next rounds.
         worker, child = min(found, key=lambda pair: _emptying(pair[0]))
         if role == "decode":
-            await self._router.drain(worker.worker, _DRAIN_S)
+            await self._workers.drain(worker.worker, _DRAIN_S)
         logger.info("stopping worker %s (%s)", worker.worker, child.label)
         await self._supervisor.remove(child)
 
@@ -160,12 +170,11 @@ def _all_ready(children: list[Child]) -> bool:
 
 
 def worker_name(worker: Process) -> str:
-    """Name of a worker's agent, as ``components.worker`` makes it."""
-    component = "prefill" if worker.role == "prefill" else "backend"
-    return f"{socket.gethostname()}-{component}-{worker.replica}-{worker.component}"
+    """Name of a worker's agent, as ``components.worker.arguments`` makes it."""
+    return f"{socket.gethostname()}-{worker.component}-{worker.replica}"
 
 
-def _emptying(worker: WorkerInfo) -> tuple[bool, int]:
+def _emptying(worker: WorkerReport) -> tuple[bool, int]:
     """Those that are leaving already first, then by what they hold."""
     stats = worker.stats
     return not worker.draining, stats.total_blocks - stats.free_blocks if stats else 0
@@ -176,29 +185,27 @@ async def connected(plan: Plan, supervisor: Supervisor) -> Scaler:
     from dynamo._core import VirtualConnectorClient
 
     runtime = process.connect()
-    return Scaler(plan, supervisor, VirtualConnectorClient(runtime, plan.namespace), LateRouter(runtime))
+    return Scaler(plan, supervisor, VirtualConnectorClient(runtime, plan.namespace), LateWorkers(runtime, plan))
 
 
-class LateRouter:
-    """The routers, looked for at the first call: they start after the scaler."""
+class LateWorkers:
+    """The workers' client, made at the first call: they start after the scaler."""
 
-    def __init__(self, runtime: Any) -> None:
-        from components.router.client import RouterClient
+    def __init__(self, runtime: Any, plan: Plan) -> None:
+        self._runtime = runtime
+        self._namespace = plan.namespace
+        self._client: Workers | None = None
 
-        self._client = RouterClient(runtime)
-        self._connected = False
+    async def refresh(self) -> None:
+        """See ``Workers``."""
+        if self._client is None:
+            self._client = await Workers.connect(self._runtime, self._namespace)
+        await self._client.refresh()
 
-    async def _connect(self) -> None:
-        if not self._connected:
-            await asyncio.wait_for(self._client.connect(), 30.0)
-            self._connected = True
-
-    async def status(self) -> RouterReply:
-        """See ``RouterClient``."""
-        await self._connect()
-        return await self._client.status()
+    def status(self) -> Status:
+        """See ``Workers``."""
+        return self._client.status() if self._client is not None else Status()
 
     async def drain(self, worker: str, timeout_s: float) -> list[MoveRecord]:
-        """See ``RouterClient``."""
-        await self._connect()
-        return await self._client.drain(worker, timeout_s)
+        """See ``Workers``."""
+        return await self._client.drain(worker, timeout_s) if self._client is not None else []

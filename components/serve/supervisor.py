@@ -26,10 +26,10 @@ import psutil
 from rich.console import Console
 from rich.text import Text
 
+from components import env
 from components.errors import ConfigError, MigrateError
 from components.serve import family
 from components.serve.arguments import PORT, SOCKET
-from components.serve.places import SOCKETS
 from components.serve.plan import Plan, Process
 from components.serve.servers import system_port
 from components.serve.surroundings import is_noise
@@ -70,7 +70,7 @@ class Child:
         self.started = time.monotonic()
         own = {"DYN_MIGRATE_READY_FILE": str(self.ready_file), "PYTHONUNBUFFERED": "1"}
         found = {"DYN_SYSTEM_PORT": str(system_port()), PORT: str(system_port())}
-        found[SOCKET] = f"{environment.get(SOCKETS, tempfile.gettempdir())}/{secrets.token_hex(8)}"
+        found[SOCKET] = f"{env.SOCKETS.read(environment) or tempfile.gettempdir()}/{secrets.token_hex(8)}"
 
         def filled(text: str) -> str:
             return text.replace(PORT, found[PORT]).replace(SOCKET, found[SOCKET])

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -18,13 +17,14 @@ import yaml
 
 from components.credentials import VARIABLE
 from components.dashboard.access import token_for
-from components.serve.config import RouterConfig, WorkerConfig, parse
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 GRAPH = yaml.safe_load((DEPLOY / "kubernetes/graph.yaml").read_text())
 SERVICES: dict[str, Any] = GRAPH["spec"]["services"]
+CONNECTOR = ("--kv-transfer-config", '{"kv_connector": "NixlConnector", "kv_role": "kv_both"}')
+"""What ``components.worker`` adds, because Dynamo wants a prefill worker to name one."""
 
 
 def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
@@ -126,25 +126,33 @@ def test_prometheus_operator_reads_the_port_that_the_pods_have() -> None:
     [label] = monitor["spec"]["selector"]["matchLabels"].items()
     assert label == ("nvidia.com/dynamo-graph-deployment-name", GRAPH["metadata"]["name"])
     assert [endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]] == ["system", "http"]
-    for name in ("Router", "PrefillWorker", "DecodeWorker"):
+    for name in ("PrefillWorker", "DecodeWorker"):
         [port] = SERVICES[name]["extraPodSpec"]["mainContainer"]["ports"]
         assert port["name"] == "system"
 
 
 @pytest.mark.parametrize("name", [name for name in SERVICES if name.endswith("Worker")])
-def test_workers_drain_before_they_end_and_have_rdma(name: str) -> None:
+def test_workers_drain_before_they_end_and_have_rdma(name: str, tiny_llama: str) -> None:
+    from dynamo.vllm.args import parse_args as worker_arguments
+
     service = SERVICES[name]
     pod, container = service["extraPodSpec"], service["extraPodSpec"]["mainContainer"]
-    config = next(e["value"] for e in container["env"] if e["name"] == "DYN_MIGRATE_CONFIG")
-    worker = parse(WorkerConfig, name, json.loads(config))
-    assert pod["terminationGracePeriodSeconds"] > worker.drain_grace_s
+    variables = {e["name"]: e.get("value") for e in container["env"]}
+    assert pod["terminationGracePeriodSeconds"] > float(variables["DYN_MIGRATE_DRAIN_S"])
+    assert variables["DYN_MIGRATE_HOST"] == "$(POD_IP)"
     assert "kill -TERM 1" in container["lifecycle"]["preStop"]["exec"]["command"][2]
     assert service["resources"]["limits"]["custom"]["rdma/ib"] == "2"
-    assert int(service["resources"]["limits"]["gpu"]) == worker.tensor_parallel_size
     assert container["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
-    assert Path(ROOT / f"components/worker/{container['command'][2].rpartition('.')[2]}.py").is_file()
+    assert container["command"][:3] == ["python", "-m", "components.worker"]
+    config = worker_arguments([*container["command"][3:], *container["args"], f"--model={tiny_llama}", *CONNECTOR])
+    assert config.disaggregation_mode.value == name.removesuffix("Worker").lower()
+    assert int(service["resources"]["limits"]["gpu"]) == config.engine_args.tensor_parallel_size
+    assert config.use_kv_events
 
 
-def test_the_router_has_a_valid_configuration() -> None:
-    [config] = SERVICES["Router"]["extraPodSpec"]["mainContainer"]["env"]
-    assert parse(RouterConfig, "Router", json.loads(config["value"])).model
+def test_the_frontend_takes_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dynamo.frontend.main import parse_args
+
+    monkeypatch.setattr("sys.argv", ["frontend", *SERVICES["Frontend"]["extraPodSpec"]["mainContainer"]["args"]])
+    config = parse_args()[0]
+    assert (config.router_mode, config.http_port) == ("kv", 8000) and config.migration_limit

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from components.engine.protocol import EngineStats
-from components.messages import MoveRecord, RouterReply, WorkerInfo
+from components.engine.protocol import AgentName, AgentRef, EngineInfo, EngineStats, Epoch
+from components.migration.messages import MoveRecord
 from components.serve.plan import Plan, Process
 from components.serve.scale import Scaler, worker_name
+from components.status import Status, WorkerReport
 
 
 @dataclass
@@ -38,7 +39,7 @@ def process(replica: int) -> Process:
 
 @dataclass
 class Graph:
-    """Supervisor, planner and router at once."""
+    """Supervisor, planner and the workers' client at once."""
 
     folder: Path
     decision: Decision = field(default_factory=lambda: Decision(-1, -1, -1))
@@ -46,7 +47,7 @@ class Graph:
     done: list[Decision] = field(default_factory=list)
     drained: list[str] = field(default_factory=list)
     leaving: tuple[int, ...] = ()
-    router_is_up: bool = True
+    workers_answer: bool = True
 
     async def add(self, added: Process) -> Worker:
         child = Worker(added, self.folder / f"{added.replica}.ready")
@@ -63,18 +64,22 @@ class Graph:
     async def complete(self, decision: Decision) -> None:
         self.done.append(decision)
 
-    async def status(self) -> RouterReply:
-        known = [c for c in self.children if c.ready_file.exists() and self.router_is_up]
-        return RouterReply(
-            workers=tuple(
-                WorkerInfo(
+    async def refresh(self) -> None:
+        pass
+
+    def status(self) -> Status:
+        known = [c for c in self.children if c.ready_file.exists() and self.workers_answer]
+        return Status(
+            tuple(
+                WorkerReport(
                     worker=c.label,
                     role="decode",
                     draining=c.process.replica in self.leaving,
-                    agents=(worker_name(c.process),),
+                    info=EngineInfo("m", "", 32, 100, 4096, 16, 2048, (AgentRef(AgentName(n), Epoch("")),)),
                     stats=EngineStats(1, 0, 0, 0, 50, 100),
                 )
                 for c in known
+                for n in [worker_name(c.process)]
             )
         )
 
@@ -133,8 +138,8 @@ async def test_none_is_stopped_while_another_one_has_crashed(graph: Graph, scale
     assert len(graph.children) == 2
 
 
-async def test_none_is_stopped_before_the_router_knows_them(graph: Graph, scaler: Scaler) -> None:
-    graph.router_is_up, graph.decision = False, Decision(0, 1, 1)
+async def test_none_is_stopped_before_they_answer(graph: Graph, scaler: Scaler) -> None:
+    graph.workers_answer, graph.decision = False, Decision(0, 1, 1)
     await scaler.follow()
     assert (len(graph.children), graph.done) == (2, [])
 

@@ -19,17 +19,17 @@ import psutil
 import pytest
 
 from components.cli.serve import resolve as resolve_plan
-from components.engine.vllm.engine import VLLMEngine
 from components.errors import ConfigError, TransferUnavailable
 from components.models import resolve
-from components.serve import precision
-from components.serve.config import WorkerConfig, parse
+from components.serve import arguments, precision
+from components.serve.config import FrontendConfig, WorkerConfig, parse
 from components.serve.graph import load
 from components.serve.plan import Plan, make_plan, parse_overrides, read_yaml
 from components.transfer import lanes
 from components.transfer.config import Transport
-from components.worker.engines import build_engine
+from tests.adapters import make_adapter
 from tests.conftest import free_port
+from tests.flags import flag
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -44,7 +44,12 @@ def plan(name: str, *arguments: str, transport: Transport = Transport.AUTO) -> P
 def test_every_configuration_gives_a_plan(name: str) -> None:
     found = json.loads(plan(name).shown())
     assert found["processes"][-1]["component"] == "Frontend"
-    assert "--namespace" in found["processes"][-1]["command"]
+    assert "--router-mode=kv" in found["processes"][-1]["command"]
+    workers = [p for p in found["processes"] if "Worker" in p["component"]]
+    assert all(p["command"][2] == "components.worker" for p in workers)
+    assert [p["role"] for p in workers] == [
+        flag(p["command"], "disaggregation-mode").replace("agg", "decode") for p in workers
+    ]
 
 
 def test_gpu_replicas_get_their_own_devices() -> None:
@@ -56,7 +61,7 @@ def test_overrides_reach_the_component_and_replicas_multiply() -> None:
     found = plan("disagg", "--DecodeWorker.replicas=3", "--DecodeWorker.max-model-len=512")
     decode = [p for p in found.processes if p.component == "DecodeWorker"]
     assert len(decode) == 3
-    assert json.loads(decode[0].environment["DYN_MIGRATE_CONFIG"])["max-model-len"] == 512
+    assert flag(decode[0].command, "max-model-len") == "512"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +79,7 @@ def test_a_processor_with_slow_bfloat16_serves_in_float32(
     cpuinfo.write_text(f"model name\t: some\nflags\t\t: {flags}\n")
     monkeypatch.setattr(precision, "fast_bfloat16", partial(precision.fast_bfloat16, cpuinfo))
     workers = [p for p in plan(name).processes if "Worker" in p.component]
-    assert {json.loads(p.environment["DYN_MIGRATE_CONFIG"])["dtype"] for p in workers} == dtypes
+    assert {flag(p.command, "dtype") for p in workers} == dtypes
 
 
 def test_the_planner_is_told_how_many_workers_start() -> None:
@@ -203,9 +208,8 @@ def test_a_model_that_an_override_replaces_need_not_be_there(
     ("given", "eager"), [({}, True), ({"devices": [[0]]}, False), ({"devices": [[0]], "enforce-eager": True}, True)]
 )
 def test_engines_on_gpus_take_cuda_graphs_unless_told_otherwise(given: dict[str, Any], eager: bool) -> None:
-    engine = build_engine(parse(WorkerConfig, "DecodeWorker", {"model": "m", **given}), "name")
-    assert isinstance(engine, VLLMEngine)
-    assert engine._options.engine_args["enforce_eager"] is eager
+    config = parse(WorkerConfig, "DecodeWorker", {"model": "m", **given})
+    assert ("--enforce-eager" if eager else "--no-enforce-eager") in arguments.worker(config, "decode")
 
 
 def test_shared_memory_that_is_too_small_is_said_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,3 +222,60 @@ def test_shared_memory_that_is_too_small_is_said_before_the_start(monkeypatch: p
     assert plan("disagg").said == []
     free(1 << 30)
     assert plan("disagg", "--Common.tensor-parallel-size=2").said == []
+
+
+def test_what_plans_make_is_what_dynamos_own_programs_take(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dynamo.frontend.main import parse_args as frontend_arguments
+    from dynamo.vllm.args import parse_args as worker_arguments
+
+    adapter = make_adapter(tmp_path / "red", tiny_llama, 1)
+    frontend = {
+        "replicas": 2,
+        "router-weights": {"temperature": 0.5, "overlap-score-credit": 0.8},
+        "active-decode-blocks-threshold": 0.9,
+        "session-affinity-s": 60,
+        "frontend-args": {"namespace-prefix": "x"},
+    }
+    worker = {
+        "model": tiny_llama,
+        "served-model-name": "m",
+        "max-num-batched-tokens": 512,
+        "tool-call-parser": "hermes",
+        "reasoning-parser": "qwen3",
+        "lora-modules": {"red": adapter},
+        "engine-args": {"load_format": "dummy", "hf-overrides": {"a": 1}, "async-scheduling": False},
+    }
+    monkeypatch.setattr("sys.argv", ["frontend", *arguments.frontend(parse(FrontendConfig, "Frontend", frontend), 1)])
+    front = frontend_arguments()[0]
+    assert (front.http_port, front.router_mode, front.migration_limit) == (8001, "kv", 64)
+    assert (front.router_temperature, front.overlap_score_credit, front.router_replica_sync) == (0.5, 0.8, True)
+    assert (front.active_decode_blocks_threshold, front.namespace_prefix) == (0.9, "x")
+    back = worker_arguments(arguments.worker(parse(WorkerConfig, "DecodeWorker", worker), "decode"))
+    engine = back.engine_args
+    assert (back.component, back.served_model_name, back.use_kv_events) == ("backend", "m", True)
+    assert (back.dyn_tool_call_parser, back.dyn_reasoning_parser) == ("hermes", "qwen3")
+    assert (engine.max_num_batched_tokens, engine.kv_cache_memory_bytes, engine.max_lora_rank) == (512, 1 << 30, 8)
+    assert (engine.load_format, engine.hf_overrides, engine.async_scheduling) == ("dummy", {"a": 1}, False)
+
+
+@pytest.mark.parametrize("key", ["replay-limit", "placement", "no-such-key"])
+def test_keys_of_the_former_router_name_their_new_place(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"Router.{key}: graphs have no Router any more; in its place: .*Frontend"):
+        plan("disagg", f"--Router.{key}=1")
+
+
+def test_further_frontends_take_the_next_ports() -> None:
+    found = plan("agg", "--Frontend.replicas=3", "--Frontend.port=9000")
+    assert found.ports == [9000, 9001, 9002]
+    assert found.url == "http://127.0.0.1:9000"
+
+
+def test_settings_of_workers_reach_them() -> None:
+    keys = ("drain-grace-s=90", "lease-s=7", "integrity=off", "advertise-host=10.0.0.1", "calibration=c.json")
+    worker = plan("agg", *(f"--AggWorker.{key}" for key in keys), "--Frontend.migration-limit=0").processes[0]
+    found = {name.removeprefix("DYN_MIGRATE_"): value for name, value in worker.environment.items()}
+    assert (found["DRAIN_S"], found["LEASE_S"], found["INTEGRITY"]) == ("90", "7", "off")
+    assert (found["HOST"], found["CALIBRATION"], found["REPEATS"]) == ("10.0.0.1", "c.json", "0")
+    assert worker.stop_s > 90
