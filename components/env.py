@@ -221,6 +221,13 @@ REPEATS = Variable(
 LORA_MODULES: Variable[dict[str, str]] = Variable(
     "DYN_MIGRATE_LORA_MODULES", {}, _texts, "LoRA adapters that a worker loads at its start: a JSON object of folders"
 )
+MODE = Variable(
+    "DYN_MIGRATE_MODE",
+    "agg",
+    _choice("agg", "prefill", "decode"),
+    "What a worker of the paged engine does",
+    internal=True,
+)
 COMPONENT = Variable("DYN_MIGRATE_COMPONENT", "", str, "Name of the process's component in its graph", internal=True)
 REPLICA = Variable("DYN_MIGRATE_REPLICA", 0, _number(0, 1 << 20), "Its number among its equals", internal=True)
 CONFIG: Variable[dict[str, Any]] = Variable(

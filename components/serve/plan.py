@@ -252,7 +252,8 @@ def _process(
         added |= _device_environment(service.name, config, replica)
         stop_s = config.drain_grace_s + _END_S
         if config.engine == "paged":
-            command[2:] = ["components.worker.mocker", "--disaggregation-mode", service.mode]
+            command[2] += ".mocker"
+            added["DYN_MIGRATE_MODE"] = service.mode
             added["DYN_MIGRATE_CONFIG"] = json.dumps(config.model_dump(by_alias=True))
         else:
             command += arguments.worker(config, service.mode)

@@ -4,7 +4,8 @@
 It serves the same endpoints as a ``dynamo.vllm`` worker with migration, behind the same frontend, and starts fast:
 for tests, for trying out policies, and as an example of another engine behind ``components.migration``.
 
-Configuration: ``DYN_MIGRATE_CONFIG`` (``components.serve.config.WorkerConfig`` as JSON), as ``dynamo serve`` sets it.
+Configuration: ``DYN_MIGRATE_CONFIG`` (``components.serve.config.WorkerConfig`` as JSON) and ``DYN_MIGRATE_MODE``, as
+``dynamo serve`` sets them.
 Life cycle: as ``dynamo_vllm``; on SIGTERM it drains. A prefill mocker answers at once: decode mockers compute it all.
 """
 
@@ -12,14 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 import msgspec
 
-from components import process
+from components import env, process
 from components.engine.protocol import EngineInfo, GenerateOutput, RequestId
 from components.errors import InvalidRequest
 from components.migration.legs import Leg
@@ -91,7 +91,8 @@ async def serve() -> None:
     stop = process.on_stop()
     config = load_component_config(WorkerConfig)
     settings = WorkerSettings.from_environment()
-    component = os.environ.get("DYN_MIGRATE_DYNAMO_COMPONENT", "backend")
+    mode = env.MODE.read()
+    component = "prefill" if mode == "prefill" else "backend"
     engine = build_engine(config, str(settings.agent["name"]))
     info = await engine.start()
     runtime = process.connect()
@@ -100,16 +101,15 @@ async def serve() -> None:
     instance = int(endpoint.connection_id())
     peers = await DynamoPeers.connect(runtime, process.namespace(), [component, *settings.components])
     requests = Requests(engine, peers, instance, info.fingerprint, Options(repeats=settings.repeats))
-    role = "prefill" if component == "prefill" else "decode"
-    status = WorkerStatus(requests, short(instance), role, info, endpoint)
-    handler = prefill if role == "prefill" else Mocker(requests, info).generate
+    status = WorkerStatus(requests, short(instance), mode, info, endpoint)
+    handler = prefill if mode == "prefill" else Mocker(requests, info).generate
     serving = [
         asyncio.ensure_future(runtime.endpoint(f"{prefix}.migrate").serve_endpoint(Control(requests, status).serve)),
         asyncio.ensure_future(endpoint.serve_endpoint(handler)),
     ]
     sweep = asyncio.ensure_future(requests.sweep())
     try:
-        await _register(endpoint, config, info, role)
+        await _register(endpoint, config, info, mode)
         process.ready()
         await asyncio.wait([asyncio.ensure_future(stop.wait()), *serving], return_when=asyncio.FIRST_COMPLETED)
         if stop.is_set():
@@ -121,7 +121,7 @@ async def serve() -> None:
         await engine.stop()
 
 
-async def _register(endpoint: Any, config: WorkerConfig, info: EngineInfo, role: str) -> None:
+async def _register(endpoint: Any, config: WorkerConfig, info: EngineInfo, mode: str) -> None:
     from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
 
     limits = ModelRuntimeConfig()
@@ -129,17 +129,19 @@ async def _register(endpoint: Any, config: WorkerConfig, info: EngineInfo, role:
     limits.max_num_seqs = info.max_num_seqs
     limits.max_num_batched_tokens = info.max_num_batched_tokens
     limits.context_length = info.max_model_len
-    apart = os.environ.get("DYN_MIGRATE_DISAGGREGATED", "") == "1"
-    worker_type = WorkerType.Prefill if role == "prefill" else WorkerType.Decode if apart else WorkerType.Aggregated
-    other = WorkerType.Decode if role == "prefill" else WorkerType.Prefill
+    worker_type, needs = {
+        "prefill": (WorkerType.Prefill, [[WorkerType.Decode]]),
+        "decode": (WorkerType.Decode, [[WorkerType.Prefill]]),
+        "agg": (WorkerType.Aggregated, []),
+    }[mode]
     await register_model(
         ModelInput.Tokens,
-        ModelType.Prefill if role == "prefill" else ModelType.Chat | ModelType.Completions,
+        ModelType.Prefill if mode == "prefill" else ModelType.Chat | ModelType.Completions,
         endpoint,
         config.model,
         config.served_model_name or None,
         worker_type=worker_type,
-        needs=[[other]] if apart else [],
+        needs=needs,
         kv_cache_block_size=info.block_size,
         runtime_config=limits,
     )

@@ -86,7 +86,7 @@ class Graph:
         )
 
     def ask(self, *call: str) -> Any:
-        """A call to the router; see ``remote.py``."""
+        """A call to the workers; see ``remote.py``."""
         if self._remote is None:
             self._remote = self._asking_process(text=True)
         assert self._remote.stdin is not None and self._remote.stdout is not None
@@ -112,11 +112,9 @@ class Graph:
         with ThreadPoolExecutor(len(prompts)) as pool:
             texts = [pool.submit(self.complete, prompt, length, **more) for prompt in prompts]
             while True:
-                status = self.status()
-                decode = {w["worker"] for w in status["workers"] if w["role"] == "decode"}
-                streams = [s for s in status["streams"] if s["worker"] in decode and s["output_tokens"] > 5]
-                if len(streams) == len(prompts):
-                    act({s["request_id"]: s["worker"] for s in streams})
+                running = {r: s["worker"] for r, s in self.running().items() if s["output_tokens"] > 5}
+                if len(running) == len(prompts):
+                    act(running)
                     break
                 assert not any(text.done() for text in texts), [text.result() for text in texts if text.done()]
             return [text.result(240) for text in texts]
@@ -170,6 +168,24 @@ class Graph:
         status: dict[str, Any] = self.ask("status")
         return status
 
+    def decoding(self) -> list[str]:
+        """Workers that requests can move between."""
+        return [w["worker"] for w in self.status()["workers"] if w["role"] in ("decode", "agg")]
+
+    def running(self) -> dict[str, dict[str, Any]]:
+        """Requests by their id, where they decode; each with its worker."""
+        return {
+            row["request_id"]: {"output_tokens": 0, **row, "worker": worker["worker"]}
+            for worker in self.status()["workers"]
+            if worker["role"] in ("decode", "agg")
+            for row in worker["requests"]
+            if not row.get("relayed_from") and row["phase"] == "decode"
+        }
+
+    def another(self, worker: str) -> str:
+        """One that a request can move to from this one."""
+        return next(other for other in self.decoding() if other != worker)
+
     @property
     def page(self) -> str:
         """Where the launcher's web page is. It comes shortly after the graph."""
@@ -206,9 +222,9 @@ class Graph:
         return process
 
     def replica_of(self, worker: str) -> int:
-        """Number of a decode worker in the plan, from its name in ``dynamo status``."""
-        agents = next(w["agents"] for w in self.status()["workers"] if w["worker"] == worker)
-        return int(agents[0].split("-backend-")[1].split("-")[0])
+        """Number of a worker in the plan, from its name in ``dynamo status``."""
+        agents = next(w["info"]["agents"] for w in self.status()["workers"] if w["worker"] == worker)
+        return int(agents[0]["name"].split("-tp")[0].rpartition("-")[2])
 
     def wait_until_idle(self, workers: int = 3, timeout_s: float = 90) -> None:
         """Until all workers are there and hold no block. Fails with what is left."""
@@ -217,10 +233,12 @@ class Graph:
             status = self.status()
             if "workers" in status:  # A NATS server that has just come back carries no calls yet.
                 left = [w for w in status["workers"] if not (s := w["stats"]) or s["free_blocks"] != s["total_blocks"]]
-                # A dead one stays listed for its lease, with the state of its last report.
-                left += [w for w in status["workers"] if w["report_age_s"] > 4.0]
-                if not status["streams"] and not left and len(status["workers"]) == workers:
-                    return
+                # A dead one stays listed for its lease.
+                left += [w for w in status["workers"] if w["missing"] or w["requests"]]
+                if not left and len(status["workers"]) == workers:
+                    break
             if time.monotonic() > end:
                 pytest.fail(f"not idle: {status}")
             time.sleep(0.5)
+        for worker in status["workers"]:
+            assert self.ask("check", worker["worker"]) is None
