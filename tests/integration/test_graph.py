@@ -11,6 +11,8 @@ import pytest
 from tests.integration.graphs import MODEL, PROMPT, Graph
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
+GREEDY: dict[str, float] = {"temperature": 0}
+SEEDED: dict[str, float] = {"temperature": 0.8, "seed": 3}
 
 
 def test_chat_streams_and_answers_alike(graph: Graph) -> None:
@@ -28,8 +30,14 @@ def test_seeded_requests_repeat(graph: Graph) -> None:
     assert graph.complete("Tell me", 30, temperature=0.9, seed=6) != first
 
 
-@pytest.mark.parametrize("mode", ["live", "stop-and-copy", "replay"])
-@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "seeded"])
+# A replay is exact where sampling has no state: on CPUs vLLM's seeded sampling has one.
+@pytest.mark.parametrize(
+    ("mode", "sampling"),
+    [
+        *((mode, sampling) for mode in ("live", "stop-and-copy") for sampling in (GREEDY, SEEDED)),
+        ("replay", GREEDY),
+    ],
+)
 def test_a_migrated_stream_gives_the_text_of_an_unmigrated_one(
     graph: Graph, mode: str, sampling: dict[str, float]
 ) -> None:
@@ -38,8 +46,7 @@ def test_a_migrated_stream_gives_the_text_of_an_unmigrated_one(
 
     def move(where: dict[str, str]) -> None:
         [(request, source)] = where.items()
-        workers = [w["worker"] for w in graph.status()["workers"] if w["role"] == "decode"]
-        moves.append(graph.ask("migrate", request, next(w for w in workers if w != source), mode))
+        moves.append(graph.ask("migrate", request, graph.another(source), mode))
 
     [moved] = graph.under_way([prompt], 1500, move, **sampling)
     assert moves[0]["ok"] and moves[0]["mode"] == mode, json.dumps(moves[0])

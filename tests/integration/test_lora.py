@@ -40,9 +40,8 @@ def test_a_request_keeps_its_adapter_when_it_moves(graph: Graph, mode: str) -> N
     records = []
 
     def move(where: dict[str, str]) -> None:
-        workers = [w["worker"] for w in graph.status()["workers"] if w["role"] == "decode"]
         for request, source in where.items():
-            records.append(graph.ask("migrate", request, next(w for w in workers if w != source), mode))
+            records.append(graph.ask("migrate", request, graph.another(source), mode))
 
     prompts = [f"{mode} {number} {PROMPT}" for number in range(2)]
     for model in ("red", "blue"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole served graph in seconds: Dynamo's frontend, our router and workers, etcd, NATS and NIXL; no model.
+"""The whole served graph in seconds: Dynamo's frontend, workers, etcd, NATS and NIXL; no model.
 
 The engine is the paged one, whose tokens follow from its KV bytes: text that is equal came from the right bytes.
 """
@@ -7,7 +7,6 @@ The engine is the paged one, whose tokens follow from its KV bytes: text that is
 from __future__ import annotations
 
 import os
-import re
 import signal
 import time
 from collections import Counter
@@ -38,11 +37,6 @@ def paged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
             graph.stop()
 
 
-def other(graph: Graph, worker: str) -> str:
-    """A decode worker that is not this one."""
-    return next(w["worker"] for w in graph.status()["workers"] if w["role"] == "decode" and w["worker"] != worker)
-
-
 def test_openai_client_chat_and_completions(paged: Graph) -> None:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20, "temperature": 0}
     whole = paged.client.chat.completions.create(**body)
@@ -51,9 +45,6 @@ def test_openai_client_chat_and_completions(paged: Graph) -> None:
     assert text == whole.choices[0].message.content != ""
     with pytest.raises(openai.BadRequestError):
         paged.client.completions.create(model=MODEL, prompt="word " * 6000, max_tokens=5)
-    # Dynamo 1.4.2 keeps the status of errors that come from behind it for whole chat answers only.
-    with pytest.raises(openai.BadRequestError, match="min_tokens = 99 is more"):
-        paged.client.chat.completions.create(**body, extra_body={"min_tokens": 99})
 
 
 @pytest.mark.parametrize("mode", ["live", "stop-and-copy", "replay"])
@@ -63,9 +54,11 @@ def test_a_migrated_stream_gives_the_text_of_an_unmigrated_one(paged: Graph, mod
 
     def move(where: dict[str, str]) -> None:
         for request, source in where.items():
-            moves.append(paged.ask("migrate", request, other(paged, source), mode))
+            moves.append(paged.ask("migrate", request, paged.another(source), mode))
 
-    paged.disturbed(prompts, LENGTH, move, temperature=0.8, seed=3)
+    # A replay is exact where sampling has no state.
+    sampling = {"temperature": 0.0} if mode == "replay" else {"temperature": 0.8, "seed": 3}
+    paged.disturbed(prompts, LENGTH, move, **sampling)
     assert [(m["ok"], m["mode"]) for m in moves] == [(True, mode)] * 2, moves
     paged.wait_until_idle()
 
@@ -77,11 +70,7 @@ def test_drain_of_16_running_requests_and_undrain(paged: Graph) -> None:
     def drain(where: dict[str, str]) -> None:
         victim.append(Counter(where.values()).most_common(1)[0][0])
         moves = paged.ask("drain", victim[0])
-        assert (
-            list(where.values()).count(victim[0]) >= 16
-            and moves
-            and not [(m["mode"], m["reason"]) for m in moves if not m["ok"]]
-        )
+        assert list(where.values()).count(victim[0]) >= 16 and moves and not [m for m in moves if not m["ok"]]
 
     try:
         paged.disturbed(prompts, 2 * LENGTH, drain, temperature=0)
@@ -102,17 +91,6 @@ def test_a_killed_worker_costs_no_token(paged: Graph) -> None:
         os.kill(paged.worker_process(paged.replica_of(next(iter(where.values())))).pid, signal.SIGKILL)
 
     paged.disturbed(prompts, LENGTH, kill, temperature=0)
-    paged.wait_until_idle()
-
-
-def test_without_a_prefill_worker_the_decode_workers_prefill_and_say_so(paged: Graph) -> None:
-    expected = paged.complete(PROMPT, 20, temperature=0)
-    # It leaves in order, and needs seconds to come back.
-    paged.worker_process(0, "PrefillWorker").send_signal(signal.SIGTERM)
-    end = time.monotonic() + 20
-    while not re.search(r'local_prefills_total{.*reason="no_worker".*} [1-9]', paged.metrics("router")):
-        assert time.monotonic() < end, paged.metrics("router")
-        assert paged.complete(PROMPT, 20, temperature=0) == expected
     paged.wait_until_idle()
 
 

@@ -66,7 +66,7 @@ def test_the_page_shows_the_planners_moves_and_reasons(planned: Graph) -> None:
     with chromium() as browser, ThreadPoolExecutor(8) as pool:
         browser.get(planned.page)
         running = [pool.submit(planned.complete, f"page {i} {PROMPT}", 1200 + 200 * i, temperature=0) for i in range(8)]
-        while sum(s["output_tokens"] > 5 for s in planned.status()["streams"]) < len(running):
+        while sum(s["output_tokens"] > 5 for s in planned.running().values()) < len(running):
             assert not any(text.done() for text in running), [text.result() for text in running if text.done()]
         planned.ask("undrain", second)
         wait = WebDriverWait(browser, 60)

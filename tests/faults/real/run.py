@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run from a seed: streams, migrations and one fault on a real system; then what must hold.
 
-1. Every client has the text of an undisturbed run. A client whose router or frontend was killed, or stood still for
+1. Every client has the text of an undisturbed run. A client whose frontend was killed, or stood still for
    longer than its lease, may have a prefix of it and an error.
 2. Within ``REST_S`` all workers are there again, no block is held, no stream is left, and new requests are served.
 """
@@ -24,7 +24,7 @@ from tests.faults.real.system import LEASE_S, Answer, System, kill
 REST_S = 300.0
 CLIENT_S = 300.0
 PROMPTS = 8
-_VICTIMS = ["source", "destination", "Router", "PrefillWorker", "Frontend", "Planner", "etcd", "nats"]
+_VICTIMS = ["source", "destination", "PrefillWorker", "Frontend", "Planner", "etcd", "nats"]
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Outcome:
     answers: int = 0
     whole: int = 0
     broken: int = 0
-    """Answers cut short by the death of the router or the frontend."""
+    """Answers cut short by the death of the frontend."""
     moves: int = 0
     rest_s: float = 0.0
 
@@ -98,13 +98,18 @@ class Run:
 
     def move_some(self) -> None:
         """Ask for a migration of up to three streams."""
-        status = self._system.ask("status")
-        decode = [w["worker"] for w in status.get("workers", []) if w["role"] == "decode"]
-        for stream in status.get("streams", [])[: self._chance.randint(1, 3)]:
-            others = [worker for worker in decode if worker != stream["worker"]]
+        decode, running = self._decode()
+        for request_id, worker in list(running.items())[: self._chance.randint(1, 3)]:
+            others = [other for other in decode if other != worker]
             if others:
                 mode = self._chance.choice(["live", "stop-and-copy", "replay"])
-                self._system.ask("migrate", stream["request_id"], self._chance.choice(others), mode)
+                self._system.ask("migrate", request_id, self._chance.choice(others), mode)
+
+    def _decode(self) -> tuple[list[str], dict[str, str]]:
+        """Decode workers, and the worker of each request that one of them has."""
+        workers = [w for w in self._system.ask("status").get("workers", []) if w["role"] == "decode"]
+        running = {row["request_id"]: w["worker"] for w in workers for row in w["requests"]}
+        return [w["worker"] for w in workers], running
 
     def _judge(self, answers: dict[int, Answer], threads: list[threading.Thread]) -> None:
         outcome = self.outcome
@@ -134,7 +139,7 @@ class Run:
             self.outcome.fault += " (nobody there)"
             return
         process = self._chance.choice(processes)
-        self._may_break = victim in ("Router", "Frontend") and act != "stop"
+        self._may_break = victim == "Frontend" and act != "stop"
         if act == "kill":
             kill(process)
             return
@@ -144,22 +149,17 @@ class Run:
     def _victims(self, victim: str) -> list[psutil.Process]:
         if victim not in ("source", "destination"):
             return self._system.processes(victim)
-        status = self._system.ask("status")
-        decode = {w["worker"] for w in status.get("workers", []) if w["role"] == "decode"}
-        busy = {s["worker"] for s in status.get("streams", [])} & decode
-        chosen = sorted(busy if victim == "source" else decode - busy) or sorted(decode)
-        if not chosen:
-            return []
-        agents = next(w["agents"] for w in status["workers"] if w["worker"] == chosen[0])
-        replica = int(agents[0].split("-backend-")[1].split("-")[0])
-        return self._system.processes("DecodeWorker", replica)
+        decode, running = self._decode()
+        busy = set(running.values())
+        chosen = [w for w in sorted(decode) if (w in busy) == (victim == "source")] or sorted(decode)
+        return self._system.processes("DecodeWorker", self._system.replica_of(chosen[0])) if chosen else []
 
     def _harm_server(self, server: Server, act: str) -> None:
         if act == "kill":
             empty = self._chance.random() < 0.5
             self.outcome.fault += " and empty it" if empty else ""
             if empty and server.name == "etcd":
-                parts = ("Router", "PrefillWorker", "DecodeWorker", "Frontend", "Planner")
+                parts = ("PrefillWorker", "DecodeWorker", "Frontend", "Planner")
                 self._system.cut_off += [process for part in parts for process in self._system.processes(part)]
             server.kill(empty)
             time.sleep(self._chance.choice([0.0, 1.0, 4.0]))
