@@ -67,7 +67,7 @@ def test_a_server_that_stands_still_for_a_minute(server: str, lease_s: int, tmp_
             assert [(n, a.error) for n, a in answers if a.error or a.text != expected[n]] == []
         else:
             assert [n for n, a in answers if not a.error and a.text != expected[n]] == []
-            # What the router still shows is of the time before.
+            # What discovery still shows is of the time before.
             time.sleep(lease_s)
         print(f"{server}, lease {lease_s} s: {len(answers)} answers, {sum(not a.error for _, a in answers)} whole")
         assert system.rest(REST_S) == ""

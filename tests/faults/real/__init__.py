@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seeded faults on a served graph: real processes, NIXL, etcd and NATS; Dynamo's frontend, router, workers, planner.
+"""Seeded faults on a served graph: real processes, NIXL, etcd and NATS; Dynamo's frontend, workers, planner.
 
 servers.py  etcd and NATS that can be killed, emptied and stopped
 system.py   the graph, its processes, its clients

@@ -115,7 +115,7 @@ def _sum_up(outcomes: list[Outcome], seconds: float) -> int:
     rest = sorted(outcome.rest_s for outcome in outcomes)
     print(
         f"{len(outcomes)} runs, {bad} with problems; {totals['answers']} answers, {totals['whole']} whole, "
-        f"{totals['broken']} cut short by the loss of their router or frontend; {totals['moves']} migrations; at rest "
+        f"{totals['broken']} cut short by the loss of their frontend; {totals['moves']} migrations; at rest "
         f"after {statistics.median(rest):.1f} s (median), {rest[-1]:.1f} s at most; {seconds:.0f} s"
     )
     return bool(bad)

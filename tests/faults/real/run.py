@@ -82,7 +82,7 @@ class Run:
             thread.join(CLIENT_S)
         self._judge(answers, threads)
         if system.cut_off:
-            # What the router still shows is of the time before.
+            # What discovery still shows is of the time before.
             time.sleep(LEASE_S)
         begun = time.monotonic()
         left = system.rest(REST_S)
