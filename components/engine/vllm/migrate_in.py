@@ -350,6 +350,9 @@ class MigrateIn:
     def _start_over(self, record: Record) -> None:
         """Compute everything behind the last good block."""
         incoming = _incoming(record)
+        if flight := self._stop_job(incoming):
+            self._leave_blocks_to(flight, incoming)
+            return
         good = max(incoming.landed_blocks, incoming.local_blocks) * self._port.block_size
         self._end(record)
         self._port.fail_recv(record.request, good)
@@ -365,19 +368,24 @@ class MigrateIn:
             self._port.to_front(record.request)
 
     def finished(self, record: Record) -> None:
-        """The request is about to end: a job that workers have keeps its blocks, one that they have not is dropped."""
+        """The request is about to end, and vLLM will free the blocks that it still has."""
         incoming, record.incoming = record.incoming, None
         if incoming is None:
             return
         self._port.give_up_seat(record.request)
-        job = incoming.job
+        if flight := self._stop_job(incoming):
+            flight.blocks = self._port.take_blocks(record.request)
+
+    def _stop_job(self, incoming: Incoming) -> _Flight | None:
+        """Drop a job that workers have not been given; one that they have, and that may write, is returned."""
+        job, incoming.job = incoming.job, None
         if job is None:
-            return
-        if job in self._new:
-            self._new.remove(job)
-            del self._flights[job.job_id]
-        else:
-            self._flights[job.job_id].blocks = self._port.take_blocks(record.request)
+            return None
+        if job not in self._new:
+            return self._flights[job.job_id]
+        self._new.remove(job)
+        del self._flights[job.job_id]
+        return None
 
     def kept_blocks(self) -> Iterable[KVCacheBlock]:
         """Blocks that belong to jobs, not to requests."""

@@ -26,6 +26,7 @@ import torch
 from vllm.sampling_params import SamplingType
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
+from components import versions
 from components.engine.vllm.records import Install
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class RunnerV1:
 
     def __init__(self, model_runner: Any) -> None:
         self._runner = model_runner
+        # From 0.32 on, the CPU's sampler draws one number for a token and hashes the rest.
+        self._seeds_from_generator = versions.series(versions.installed("vllm")) >= (0, 32)
 
     def export_state(self, vllm_id: str) -> bytes:
         """The generator's state."""
@@ -104,9 +107,14 @@ class RunnerV1:
         )
 
     def _skip_draws(self, generator: torch.Generator, count: int) -> None:
-        # vLLM's sampler draws one exponential per vocabulary entry for every token
-        # (v1/sample/ops/topk_topp_sampler.py, random_sample): replay draws the same and drops them.
-        dtype = torch.float64 if self._runner.sampler.use_fp64_gumbel else torch.float32
-        row = torch.empty(self._runner.input_batch.vocab_size, dtype=dtype, device=self._runner.device)
+        """Leave the generator as it is after ``count`` tokens, by drawing what vLLM's sampler draws for each."""
+        fp64, device = self._runner.sampler.use_fp64_gumbel, self._runner.device
+        if self._seeds_from_generator and device.type == "cpu" and not fp64:
+            for _ in range(count):
+                torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long)
+            return
+        # One exponential for each entry of the vocabulary (v1/sample/ops/topk_topp_sampler.py, random_sample).
+        dtype = torch.float64 if fp64 else torch.float32
+        row = torch.empty(self._runner.input_batch.vocab_size, dtype=dtype, device=device)
         for _ in range(count):
             row.exponential_(generator=generator)

@@ -201,7 +201,7 @@ class SchedulerPort:
         request.status = RequestStatus.WAITING_FOR_REMOTE_KVS
         request.num_computed_tokens = num_tokens
         scheduler._inflight_prefills.add(request)
-        self._do_not_zero(request, local)
+        self._do_not_zero(request)
         scheduler._enqueue_waiting_request(request)
         return Reservation(self.block_ids(request), local)
 
@@ -229,18 +229,16 @@ class SchedulerPort:
         if manager.allocate_slots(request, num_tokens - had, delay_cache_blocks=True) is None:
             return False
         request.num_computed_tokens = num_tokens
-        self._do_not_zero(request, had)
+        self._do_not_zero(request)
         return True
 
-    def _do_not_zero(self, request: Request, first_token: int) -> None:
-        scheduler = self._scheduler
-        if scheduler.needs_kv_cache_zeroing:
-            # The next step would zero them, perhaps after the copy.
-            scheduler._skip_zero_block_ids.update(
-                scheduler.kv_cache_manager.get_zeroing_block_ids_in_range(
-                    request.request_id, first_token, request.num_computed_tokens
-                )
-            )
+    def _do_not_zero(self, request: Request) -> None:
+        """vLLM zeroes new blocks of some caches with the next step, which may come after the copy."""
+        if not self._scheduler.needs_kv_cache_zeroing:
+            return
+        ours = set(self.block_ids(request))
+        for manager in self._scheduler.kv_cache_manager.coordinator.single_type_managers:
+            manager.new_block_ids = [block for block in manager.new_block_ids if block not in ours]
 
     def finish_recv(self, request: Request, num_tokens: int) -> None:
         """Its first ``num_tokens`` are in place: the next step runs it."""

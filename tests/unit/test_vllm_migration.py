@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real vLLM schedulers, played step by step: requests are frozen, reserved for and committed in every order."""
+
+from __future__ import annotations
+
+import random
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from components.engine.protocol import Frozen, RequestId
+from components.engine.vllm.control import MARKER, Marker, Op, Reply, decode_frozen
+from components.engine.vllm.records import JobResult, StepResults
+from components.errors import NoRoom, NotMigratable, RequestNotFound, SessionError
+from tests.vllm_scheduler import BLOCK, Played, offer_of
+
+pytest.importorskip("vllm")
+ABORTED = "FINISHED_ABORTED"
+
+
+def end(played: Played, request: Any) -> None:
+    from vllm.v1.request import RequestStatus
+
+    played.scheduler.finish_requests(request.request_id, RequestStatus[ABORTED])
+
+
+def everything_is_free(played: Played) -> bool:
+    played.check()
+    return played.free == played.scheduler.migration.port.num_blocks - 1
+
+
+def test_a_request_that_nobody_marked_is_frozen_and_goes_on(tiny_llama: str) -> None:
+    played = Played(tiny_llama)
+    request = played.add(list(range(40)), name="plain")
+    played.step()
+    frozen = played.call(Op.FREEZE, "plain").frozen  # type: ignore[union-attr]
+    assert frozen.output_token_ids == (7,) and frozen.offer.num_tokens == 40
+    assert not played.step().num_scheduled_tokens
+    assert not played.scheduler.has_requests(), "a frozen request must not keep the engine stepping"
+    played.call(Op.RESUME, request)
+    assert played.step().num_scheduled_tokens == {request.request_id: 1}
+    end(played, request)
+    with pytest.raises(RequestNotFound):
+        played.call(Op.FREEZE, "plain")
+    assert everything_is_free(played)
+
+
+def test_a_call_by_the_internal_id_does_not_reach_the_next_life(tiny_llama: str) -> None:
+    played = Played(tiny_llama)
+    first = played.add([1, 2, 3], name="twice")
+    end(played, first)
+    second = played.add([1, 2, 3], name="twice")
+    with pytest.raises(RequestNotFound):
+        played.call(Op.OFFER, first)
+    played.call(Op.OFFER, second)
+    played.call(Op.OFFER, "twice")
+
+
+def test_a_step_in_flight_ends_before_the_state_is_complete(tiny_llama: str) -> None:
+    played = Played(tiny_llama, "AsyncMigrationScheduler")
+    request = played.add(list(range(20)))
+    played.step()
+    under_way = played.schedule()
+    answer = played.call(Op.FREEZE, request)
+    assert isinstance(answer, Future) and not answer.done()
+    assert not played.schedule().num_scheduled_tokens
+    played.finish_step(under_way)
+    reply = answer.result(0)
+    assert reply.frozen is not None and reply.frozen.output_token_ids == (7, 7)
+    assert reply.frozen.offer.num_tokens == 21
+
+
+def test_resuming_ends_a_freeze_that_waits(tiny_llama: str) -> None:
+    played = Played(tiny_llama, "AsyncMigrationScheduler")
+    request = played.add(list(range(20)))
+    under_way = played.schedule()
+    answer = played.call(Op.FREEZE, request)
+    played.call(Op.RESUME, request)
+    assert isinstance(answer, Future)
+    with pytest.raises(SessionError):
+        answer.result(0)
+    played.finish_step(under_way)
+    assert played.step().num_scheduled_tokens == {request.request_id: 1}
+
+
+def test_a_request_that_finishes_with_the_step_is_not_frozen(tiny_llama: str) -> None:
+    played = Played(tiny_llama, "AsyncMigrationScheduler")
+    request = played.add(list(range(20)), max_tokens=1)
+    under_way = played.schedule()
+    answer = played.call(Op.FREEZE, request)
+    played.finish_step(under_way)
+    assert isinstance(answer, Future)
+    with pytest.raises(RequestNotFound):
+        answer.result(0)
+    assert everything_is_free(played)
+
+
+def test_a_prefill_freezes_by_itself_and_its_state_leaves_with_the_token(tiny_llama: str) -> None:
+    played = Played(tiny_llama)
+    marker = Marker(RequestId("prefill"), freeze_after=1)
+    request = played.add(list(range(40)), marker)
+    output = played.schedule()
+    sent = played.finish_step(output)[request.client_index].outputs
+    frozen = decode_frozen(sent[0].kv_transfer_params[MARKER])
+    assert sent[0].new_token_ids == [7] and frozen.output_token_ids == (7,)
+    assert not played.step().num_scheduled_tokens
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"prompt_logprobs": 1}, {"structured_outputs": {"regex": "a+"}}],
+    ids=["prompt_logprobs", "guided"],
+)
+def test_what_would_be_lost_is_refused(tiny_llama: str, sampling: dict[str, Any]) -> None:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if "structured_outputs" in sampling:
+        sampling = {"structured_outputs": StructuredOutputsParams(regex="a+")}
+    played = Played(tiny_llama)
+    request = played.add([1, 2, 3], **sampling)
+    with pytest.raises(NotMigratable):
+        played.call(Op.FREEZE, request)
+    report = played.call(Op.REPORT)
+    assert isinstance(report, Reply) and report.requests[0].not_migratable
+
+
+def test_frozen_requests_keep_their_seats(tiny_llama: str) -> None:
+    played = Played(tiny_llama, max_num_seqs=2)
+    first, second = played.add([1, 2, 3]), played.add([4, 5, 6])
+    played.step()
+    played.call(Op.FREEZE, first)
+    third = played.add([7, 8, 9])
+    assert list(played.step().num_scheduled_tokens) == [second.request_id]
+    played.call(Op.RESUME, first)
+    assert set(played.step().num_scheduled_tokens) == {first.request_id, second.request_id}
+    played.call(Op.FREEZE, second)
+    end(played, second)
+    assert set(played.step().num_scheduled_tokens) == {first.request_id, third.request_id}
+
+
+def test_landings_are_granted_seats_that_nobody_else_takes(tiny_llama: str) -> None:
+    played = Played(tiny_llama, max_num_seqs=2)
+    running = played.add([1, 2, 3])
+    played.step()
+    landed = played.land("landed", 50)
+    for name in ("second", "third"):
+        refused = played.land(name, 50)
+        with pytest.raises(NoRoom):
+            played.call(Op.LANDING, refused)
+        end(played, refused)
+    waiting = played.add([4, 5, 6])
+    output = played.step()
+    assert list(output.num_scheduled_tokens) == [running.request_id]
+    played.step(played.done(*played.jobs(output)))
+    played.commit(landed)
+    assert set(played.step().num_scheduled_tokens) == {running.request_id, landed.request_id}
+    assert waiting.num_output_tokens == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 5, BLOCK, 2 * BLOCK + 1])
+def test_a_landing_without_kv_is_granted_a_seat(tiny_llama: str, tokens: int) -> None:
+    played = Played(tiny_llama, max_num_seqs=2)
+    running = played.add([1, 2, 3])
+    played.step()
+    landed = played.land("landed", tokens, generated=0, offer=offer_of("landed", 0))
+    assert played.call(Op.LANDING, landed).landing.landed  # type: ignore[union-attr]
+    played.add([4, 5, 6])
+    played.step()
+    played.commit(landed, tokens=0)
+    assert set(played.step().num_scheduled_tokens) == {running.request_id, landed.request_id}
+
+
+def test_a_commit_between_two_steps_runs_with_the_next_one(tiny_llama: str) -> None:
+    played = Played(tiny_llama)
+    request = played.land("moved", 50)
+    output = played.step()
+    played.step(played.done(*played.jobs(output)))
+    played.commit(request)
+    assert [job.src_blocks for job in played.executor.jobs] == [(103,)]
+    output = played.step()
+    assert output.num_scheduled_tokens == {request.request_id: 1}
+    assert [i.vllm_id for i in output.kv_connector_metadata.installs] == [request.request_id]
+    assert list(request.output_token_ids) == [50, 7]
+
+
+@pytest.mark.parametrize("wait_bytes", [0, 1 << 24], ids=["large", "late"])
+def test_a_copy_that_takes_long_runs_beside_the_steps_of_others(tiny_llama: str, wait_bytes: int) -> None:
+    played = Played(tiny_llama, wait_bytes=wait_bytes)
+    played.executor.copied = lambda job, budget_s: None
+    other = played.add([1, 2, 3])
+    request = played.land("moved", 50)
+    output = played.step()
+    played.step(played.done(*played.jobs(output)))
+    played.commit(request)
+    output = played.step()
+    (tail,) = played.executor.jobs or played.jobs(output)
+    assert list(output.num_scheduled_tokens) == [other.request_id]
+    assert list(played.step(played.done(tail)).num_scheduled_tokens) == [other.request_id]
+    assert set(played.step().num_scheduled_tokens) == {other.request_id, request.request_id}
+
+
+def test_a_round_that_the_commit_overtakes_is_followed_by_the_tail(tiny_llama: str) -> None:
+    played = Played(tiny_llama)
+    request = played.land("moved", 50)
+    (first,) = played.jobs(played.step())
+    played.commit(request)
+    assert not played.executor.jobs
+    played.step(played.done(first))
+    output = played.step()
+    (tail,) = played.jobs(output)
+    assert (first.src_blocks, tail.src_blocks) == ((100, 101, 102), (103,))
+    played.step(played.done(tail))
+    assert played.step().num_scheduled_tokens == {request.request_id: 1}
+
+
+def test_rounds_grow_with_the_source(tiny_llama: str) -> None:
+    played = Played(tiny_llama)
+    request = played.land("moved", 40)
+    played.step(played.done(*played.jobs(played.step())))
+    tokens = (40, *range(41, 70))
+    played.call(Op.EXTEND, request, offer=offer_of("moved", 4 * BLOCK), tokens=tokens)
+    (job,) = played.jobs(played.step())
+    assert job.src_blocks == (102, 103)
+    played.step(played.done(job))
+    played.commit(request)
+    assert played.step().num_scheduled_tokens == {request.request_id: 1}
+    assert tuple(request.output_token_ids)[:-1] == tokens
+
+
+def test_blocks_of_a_source_that_was_preempted_prove_nothing(tiny_llama: str) -> None:
+    played = Played(tiny_llama)
+    request = played.land("moved", 50)
+    played.step(played.done(*played.jobs(played.step())))
+    played.call(Op.COMMIT, request, frozen=Frozen(offer_of("moved", 0, generation=1), (50,)))
+    assert played.step().num_scheduled_tokens == {request.request_id: 50}
+    assert not played.executor.jobs
+
+
+def test_a_copy_that_failed_is_computed_from_the_last_good_block(tiny_llama: str) -> None:
+    played = Played(tiny_llama)
+    request = played.land("moved", 50)
+    (job,) = played.jobs(played.step())
+    bad = JobResult(job.job_id, ok=False, error=("integrity", "wrong"), bad_blocks=job.dst_blocks[1:])
+    played.step(StepResults([bad]))
+    played.executor.copied = lambda job, _: JobResult(job.job_id, ok=False, bad_blocks=job.dst_blocks)
+    played.commit(request)
+    assert played.executor.jobs[0].src_blocks == (100, 101, 102, 103)
+    assert played.step().num_scheduled_tokens == {request.request_id: 50}
+    assert played.scheduler.migration.incoming.refused == {"integrity": 1}
+
+
+def test_all_ranks_must_have_copied(tiny_llama: str) -> None:
+    played = Played(tiny_llama)
+    request = played.land("moved", 50, offer=offer_of_two_ranks("moved", 49))
+    (job,) = played.jobs(played.step())
+    played.step(played.done(job))
+    assert played.call(Op.LANDING, request).landing.in_flight  # type: ignore[union-attr]
+    played.step(played.done(job))
+    assert played.call(Op.LANDING, request).landing.landed  # type: ignore[union-attr]
+
+
+def offer_of_two_ranks(name: str, tokens: int) -> Any:
+    import msgspec
+
+    offer = offer_of(name, tokens)
+    return msgspec.structs.replace(offer, agents=offer.agents * 2)
+
+
+@pytest.mark.parametrize("wait_bytes", [0, 1 << 24], ids=["beside the steps", "between them"])
+def test_an_abort_after_the_commit_leaves_no_copy_behind(tiny_llama: str, wait_bytes: int) -> None:
+    played = Played(tiny_llama, wait_bytes=wait_bytes)
+    request = played.land("moved", 50)
+    played.step(played.done(*played.jobs(played.step())))
+    played.commit(request)
+    end(played, request)
+    assert everything_is_free(played)
+    assert not played.jobs(played.step())
+
+
+def test_a_copy_under_way_keeps_the_blocks_of_an_aborted_request(tiny_llama: str) -> None:
+    played = Played(tiny_llama)
+    request = played.land("moved", 50)
+    (job,) = played.jobs(played.step())
+    end(played, request)
+    assert not everything_is_free(played)
+    assert played.scheduler.has_requests(), "somebody has to collect the result"
+    other = played.add(list(range(200)))
+    played.step(played.done(job))
+    assert not set(job.dst_blocks) & set(played.blocks(other))
+    end(played, other)
+    assert everything_is_free(played)
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_a_peer_that_hangs_costs_blocks_and_no_wait(tiny_llama: str, committed: bool) -> None:
+    played = Played(tiny_llama)
+    request = played.land("moved", 50)
+    (job,) = played.jobs(played.step())
+    if committed:
+        played.commit(request)
+    hung = JobResult(job.job_id, ok=False, error=("deadline", "late"), bad_blocks=job.dst_blocks, quiet=False)
+    played.step(StepResults([hung]))
+    played.check()
+    if not committed:
+        assert not played.step().num_scheduled_tokens
+        played.executor.copied = lambda job, _: JobResult(job.job_id, ok=False, bad_blocks=job.dst_blocks)
+        played.commit(request)
+    assert played.step().num_scheduled_tokens == {request.request_id: 50}
+    assert not set(job.dst_blocks) & set(played.blocks(request))
+    end(played, request)
+    assert not everything_is_free(played)
+    played.step(StepResults([], [job.job_id]))
+    assert everything_is_free(played)
+
+
+def test_the_second_runner_gets_a_resumed_request_with_all_its_tokens(tiny_llama: str) -> None:
+    played = Played(tiny_llama, "AsyncMigrationScheduler", v2=True)
+    request = played.land("moved", 50, generated=10)
+    played.step(played.done(*played.jobs(played.step())))
+    played.commit(request)
+    (new,) = played.schedule().scheduled_new_reqs
+    assert (new.prompt_token_ids, new.prefill_token_ids) == (list(range(1, 41)), list(range(1, 51)))
+    assert new.num_computed_tokens == 49
+
+
+def test_dynamos_scheduler_with_metrics_migrates_too(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("dynamo.vllm.instrumented_scheduler")
+    from tests.conftest import free_port
+
+    monkeypatch.setenv("DYN_FORWARDPASS_METRIC_PORT", str(free_port()))
+    played = Played(tiny_llama, "InstrumentedMigrationScheduler")
+    request = played.land("moved", 50)
+    played.step(played.done(*played.jobs(played.step())))
+    played.commit(request)
+    assert played.step().num_scheduled_tokens == {request.request_id: 1}
+    played.call(Op.FREEZE, request)
+    end(played, request)
+    assert everything_is_free(played)
+    played.scheduler.shutdown()
+
+
+@pytest.mark.parametrize("cls", ["MigrationScheduler", "AsyncMigrationScheduler"])
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_happens_no_block_is_lost_and_none_has_two_writers(tiny_llama: str, cls: str, seed: int) -> None:
+    """Random operations; ``Played.schedule`` looks at every step, ``check`` at the blocks after it."""
+    chance = random.Random(seed)
+    played = Played(tiny_llama, cls, blocks=chance.choice([14, 40]), max_num_seqs=4, wait_bytes=chance.choice([0, 1 << 24]))
+    kept: list[Any] = []
+    under_way: list[Any] = []
+    jobs: dict[int, Any] = {}
+    hung: list[int] = []
+
+    def answer(job: Any, _: float = 0.0) -> JobResult | None:
+        if chance.random() < 0.3:
+            jobs[job.job_id] = job
+            return None
+        ok = chance.random() < 0.8
+        quiet = ok or chance.random() < 0.5
+        if not quiet:
+            hung.append(job.job_id)
+        bad = () if ok else tuple(chance.sample(job.dst_blocks, len(job.dst_blocks) // 2))
+        return JobResult(job.job_id, ok, bad_blocks=bad, quiet=quiet)
+
+    played.executor.copied = answer
+
+    def operate() -> None:
+        what = chance.choice(["add", "land", "freeze", "resume", "status", "extend", "commit", "commit", "end"])
+        if what == "add":
+            kept.append(played.add([chance.randrange(9) for _ in range(chance.randrange(1, 90))]))
+        elif what == "land":
+            tokens = chance.randrange(1, 90)
+            computed = chance.choice([tokens - 1, tokens // 2, 0])
+            kept.append(played.land(f"l{chance.random()}", tokens, min(1, tokens - 1), offer_of("l", computed)))
+        elif kept:
+            request = chance.choice(kept)
+            tokens = tuple(request.output_token_ids)
+            if what in ("extend", "commit"):
+                tokens += tuple(chance.randrange(9) for _ in range(chance.randrange(20)))
+            computed = request.num_prompt_tokens + len(tokens) - 1
+            offer = offer_of("l", computed // BLOCK * BLOCK, generation=chance.choice([0, 0, 0, 1]))
+            try:
+                if what == "end":
+                    end(played, request)
+                elif what == "freeze":
+                    played.call(Op.FREEZE, request)
+                elif what == "resume":
+                    played.call(Op.RESUME, request)
+                elif what == "status":
+                    played.call(Op.LANDING, request)
+                elif what == "extend":
+                    played.call(Op.EXTEND, request, offer=offer, tokens=tokens)
+                else:
+                    offer = offer_of("l", chance.choice([computed] * 4 + [0]), generation=offer.generation)
+                    played.call(Op.COMMIT, request, frozen=Frozen(offer, tokens))
+            except (NoRoom, SessionError, RequestNotFound):
+                pass
+
+    def finish(output: Any) -> None:
+        begun = [result for job in played.jobs(output) if (result := answer(job)) is not None]
+        for job_id in [i for i in jobs if chance.random() < 0.4]:
+            if (result := answer(jobs.pop(job_id))) is not None:
+                begun.append(result)
+        quiet = [hung.pop() for _ in range(len(hung)) if chance.random() < 0.4 and not is_new(hung[-1], begun)]
+        played.finish_step(output, StepResults(begun, quiet))
+        kept[:] = [r for r in kept if r.request_id in played.scheduler.migration._records]
+        played.check()
+
+    def is_new(job_id: int, begun: list[JobResult]) -> bool:
+        return any(result.job_id == job_id for result in begun)
+
+    ahead = 2 if cls.startswith("Async") else 1
+    for _ in range(150):
+        for _ in range(chance.randrange(4)):
+            operate()
+        under_way.append(played.schedule())
+        if len(under_way) == ahead:
+            finish(under_way.pop(0))
+    for request in list(kept):
+        end(played, request)
+    while under_way or jobs or hung:
+        finish(under_way.pop(0) if under_way else played.schedule())
+    played.step()
+    assert everything_is_free(played)
+    assert played.scheduler.max_num_active_reqs == 4
