@@ -7,6 +7,7 @@ import random
 from concurrent.futures import Future
 from typing import Any
 
+import msgspec
 import pytest
 
 from components.engine.protocol import Frozen, RequestId
@@ -252,7 +253,10 @@ def test_a_copy_that_failed_is_computed_from_the_last_good_block(tiny_llama: str
 
 def test_all_ranks_must_have_copied(tiny_llama: str) -> None:
     played = Played(tiny_llama)
-    request = played.land("moved", 50, offer=offer_of_two_ranks("moved", 49))
+    played.executor.ranks = 2
+    played.call(Op.INFO)
+    two = offer_of("moved", 49)
+    request = played.land("moved", 50, offer=msgspec.structs.replace(two, agents=two.agents * 2))
     (job,) = played.jobs(played.step())
     played.step(played.done(job))
     assert played.call(Op.LANDING, request).landing.in_flight  # type: ignore[union-attr]
@@ -260,11 +264,29 @@ def test_all_ranks_must_have_copied(tiny_llama: str) -> None:
     assert played.call(Op.LANDING, request).landing.landed  # type: ignore[union-attr]
 
 
-def offer_of_two_ranks(name: str, tokens: int) -> Any:
-    import msgspec
-
-    offer = offer_of(name, tokens)
-    return msgspec.structs.replace(offer, agents=offer.agents * 2)
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("block_size", 2 * BLOCK, "blocks have 32 tokens"),
+        ("agents", (), "of 0 workers, we have 1"),
+        ("block_ids", (100,), "1 blocks for 49 tokens"),
+    ],
+)
+def test_an_offer_that_cannot_be_used_harms_nobody(tiny_llama: str, field: str, value: Any, reason: str) -> None:
+    played = Played(tiny_llama)
+    good = offer_of("moved", 49)
+    bad = msgspec.structs.replace(good, **{field: value})
+    request = played.land("moved", 50, offer=bad)
+    played.step()
+    calls = [(Op.LANDING, {}), (Op.EXTEND, {"offer": bad}), (Op.COMMIT, {"frozen": Frozen(bad, (50,))})]
+    for op, fields in calls:
+        with pytest.raises(SessionError, match=reason):
+            played.call(op, request, **fields)
+    played.call(Op.EXTEND, request, offer=good, tokens=(50,))
+    with pytest.raises(SessionError, match="max_model_len"):
+        played.call(Op.COMMIT, request, frozen=Frozen(good, (50,) * 500))
+    end(played, request)
+    assert everything_is_free(played)
 
 
 @pytest.mark.parametrize("wait_bytes", [0, 1 << 24], ids=["beside the steps", "between them"])
@@ -345,7 +367,9 @@ def test_dynamos_scheduler_with_metrics_migrates_too(tiny_llama: str, monkeypatc
 def test_whatever_happens_no_block_is_lost_and_none_has_two_writers(tiny_llama: str, cls: str, seed: int) -> None:
     """Random operations; ``Played.schedule`` looks at every step, ``check`` at the blocks after it."""
     chance = random.Random(seed)
-    played = Played(tiny_llama, cls, blocks=chance.choice([14, 40]), max_num_seqs=4, wait_bytes=chance.choice([0, 1 << 24]))
+    played = Played(
+        tiny_llama, cls, blocks=chance.choice([14, 40]), max_num_seqs=4, wait_bytes=chance.choice([0, 1 << 24])
+    )
     kept: list[Any] = []
     under_way: list[Any] = []
     jobs: dict[int, Any] = {}

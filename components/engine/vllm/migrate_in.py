@@ -60,6 +60,8 @@ class MigrateIn:
         self._deadline_s = deadline_s
         self._ranks = ranks
         self.bytes_per_block = 0
+        self.num_ranks = 0
+        """Known once the workers have been asked, as the size of a block."""
         self.refused: Counter[str] = Counter()
         """Copies whose blocks were not used, by error code."""
         self._job_ids = itertools.count(1)
@@ -72,7 +74,23 @@ class MigrateIn:
     def begin(self, record: Record, offer: KVOffer) -> None:
         """Reserve for a request that was just added, and begin the first round."""
         record.incoming = Incoming(offer)
-        self._begin_round(record, offer)
+        # An offer that cannot be used is said to whoever asks for the status.
+        if self._why_unusable(offer) is None:
+            self._begin_round(record, offer)
+
+    def _why_unusable(self, offer: KVOffer) -> str | None:
+        size, blocks = self._port.block_size, len(offer.block_ids)
+        if offer.block_size != size:
+            return f"its blocks have {offer.block_size} tokens, ours {size}"
+        if len(offer.agents) != self.num_ranks:
+            return f"it is of {len(offer.agents)} workers, we have {self.num_ranks}"
+        if blocks < -(-offer.num_tokens // size):
+            return f"it names {blocks} blocks for {offer.num_tokens} tokens"
+        return None
+
+    def _require_usable(self, offer: KVOffer) -> None:
+        if reason := self._why_unusable(offer):
+            raise SessionError(f"the source's offer cannot be used: {reason}")
 
     def begin_whole(self, record: Record, frozen: Frozen, block_ids: Sequence[int], local_blocks: int) -> None:
         """Copy all that is lent into blocks that vLLM has given to a request, which runs afterwards."""
@@ -89,6 +107,7 @@ class MigrateIn:
 
     def _begin_round(self, record: Record, offer: KVOffer) -> bool:
         """Reserve and copy whole blocks. False without room; then nothing has changed."""
+        self._require_usable(offer)
         if not self._reserve(record, offer):
             return False
         incoming = _incoming(record)
@@ -146,6 +165,7 @@ class MigrateIn:
     def extend(self, record: Record, offer: KVOffer, tokens: tuple[int, ...]) -> None:
         """Another round. Raises ``NoRoom`` when the new blocks do not fit."""
         incoming = _incoming(record)
+        self._require_usable(offer)
         if incoming.job is not None:
             raise SessionError("the previous round is still being copied")
         self._append(record, tokens)
@@ -166,6 +186,7 @@ class MigrateIn:
         if incoming.commit is not None:
             return
         offer = frozen.offer
+        self._require_usable(offer)
         self._append(record, frozen.output_token_ids)
         if not incoming.block_ids:
             if not self._reserve(record, offer):
@@ -194,6 +215,8 @@ class MigrateIn:
         have = request.num_output_tokens
         if tuple(request.output_token_ids) != tokens[:have]:
             raise SessionError("the source's tokens differ from those this request started with")
+        if request.num_prompt_tokens + len(tokens) > self._port.max_tokens:
+            raise SessionError(f"{len(tokens)} output tokens are more than max_model_len allows")
         if len(tokens) > have:
             self._port.append_tokens(request, tokens[have:])
             record.needs_install = True

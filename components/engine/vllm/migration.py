@@ -130,7 +130,7 @@ class Migration:
         self._ranks = ranks
         self.outgoing.agents = tuple(info.agent for info in infos)
         per_token = sum(info.kv_bytes_per_token for info in infos)
-        self.incoming.bytes_per_block = per_token * self.port.block_size
+        self.incoming.bytes_per_block, self.incoming.num_ranks = per_token * self.port.block_size, len(infos)
         return Reply(
             agents=self.outgoing.agents,
             lanes=infos[0].lanes,

@@ -49,6 +49,11 @@ class SchedulerPort:
         return self._scheduler.block_size
 
     @property
+    def max_tokens(self) -> int:
+        """Prompt and answer of one request."""
+        return self._scheduler.max_model_len
+
+    @property
     def num_blocks(self) -> int:
         """Blocks of the pool, vLLM's null block among them."""
         return self._scheduler.kv_cache_config.num_blocks
