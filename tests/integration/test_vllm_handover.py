@@ -12,6 +12,7 @@ import pytest
 
 from components.engine.protocol import FinishReason, Frozen, GenerateOutput, GenerateRequest, RequestId, Sampling
 from components.engine.vllm import VLLMEngine
+from components.engine.vllm.client import CoreClient
 from components.errors import NotMigratable, RequestNotFound
 from tests.integration.vllm_engines import Pair, start_pair
 
@@ -25,8 +26,8 @@ def runner() -> Iterator[asyncio.Runner]:
 
 
 @pytest.fixture(scope="module")
-def pair(runner: asyncio.Runner, tiny_llama: str, etcd_url: str) -> Iterator[Pair]:
-    pair = runner.run(start_pair(tiny_llama, etcd_url))
+def pair(runner: asyncio.Runner, tiny_llama: str, etcd_url: str, request: pytest.FixtureRequest) -> Iterator[Pair]:
+    pair = runner.run(start_pair(tiny_llama, etcd_url, **getattr(request, "param", {})))
     yield pair
     runner.run(pair.stop())
 
@@ -184,6 +185,25 @@ def test_moved_to_and_fro_gives_the_same_tokens(
     runner.run(asyncio.wait_for(scenario(), 60))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", [{"wait_bytes": 0}], indirect=True, ids=["copies beside the steps"])
+@pytest.mark.parametrize("live", [True, False], ids=["live", "stop-and-copy"])
+@pytest.mark.parametrize("kind", list(SAMPLINGS))
+def test_no_token_changes_when_every_copy_runs_beside_the_steps(
+    runner: asyncio.Runner, pair: Pair, kind: str, live: bool
+) -> None:
+    test_moved_to_and_fro_gives_the_same_tokens(runner, pair, kind, 700, live)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", [{"async_scheduling": False}], indirect=True, ids=["one step at a time"])
+@pytest.mark.parametrize("kind", list(SAMPLINGS))
+def test_no_token_changes_with_the_scheduler_that_does_not_run_ahead(
+    runner: asyncio.Runner, pair: Pair, kind: str
+) -> None:
+    test_moved_to_and_fro_gives_the_same_tokens(runner, pair, kind, 64, live=True)
+
+
 def plain_prompt(_: Client, kind: str, prompt: int, live: bool) -> tuple[int, ...]:
     return request_of(f"plain-{kind}-{prompt}-{live}", prompt, SAMPLINGS[kind]).prompt_token_ids
 
@@ -251,6 +271,47 @@ def test_replay_continues_with_the_same_tokens(runner: asyncio.Runner, pair: Pai
         async for output in pair.b.generate(again):
             client.take(output)
         assert client.tokens == plain.tokens
+
+    runner.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_request_that_nobody_marked_can_be_frozen_and_moved(runner: asyncio.Runner, pair: Pair) -> None:
+    """What Dynamo's own worker sends to vLLM has no marker of ours."""
+
+    async def scenario() -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        expected = await run(pair.a, request_of("unmarked", 300, SAMPLINGS["seeded"]))
+        request = request_of("unmarked", 300, SAMPLINGS["seeded"])
+        params = SamplingParams(
+            temperature=0.9,
+            top_p=0.95,
+            seed=7,
+            max_tokens=150,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        llm = pair.a._llm
+        stream = llm.generate({"prompt_token_ids": list(request.prompt_token_ids)}, params, "unmarked")
+        tokens: list[int] = []
+        async for output in stream:
+            tokens += output.outputs[0].token_ids
+            if len(tokens) >= 10:
+                break
+        client = CoreClient(llm)
+        internal = client.internal_id(request.request_id)
+        assert internal is not None and internal != request.request_id
+        frozen = await client.freeze(internal)
+        target, first = await taken_in(pair.b, request, frozen)
+        await llm.abort("unmarked")
+        moved = Client(list(frozen.output_token_ids))
+        moved.take(first)
+        async for output in target:
+            moved.take(output)
+        assert moved.tokens == expected.tokens
+        await stream.aclose()
 
     runner.run(asyncio.wait_for(scenario(), 60))
 

@@ -23,8 +23,10 @@ class Pair:
         await self.b.stop()
 
 
-def options(model: str, name: str, etcd_url: str, namespace: str, **engine_args: object) -> VLLMOptions:
-    """A small engine: 512 blocks of 32 tokens at most."""
+def options(
+    model: str, name: str, etcd_url: str, namespace: str, wait_bytes: int = 1 << 24, **engine_args: object
+) -> VLLMOptions:
+    """A small engine: 300 blocks of 32 tokens."""
     args: dict[str, object] = {
         "model": model,
         "max_model_len": 2048,
@@ -37,10 +39,11 @@ def options(model: str, name: str, etcd_url: str, namespace: str, **engine_args:
     return VLLMOptions(
         engine_args=args | engine_args,
         agent={"name": name, "etcd_endpoints": [etcd_url], "namespace": namespace, "transport": "auto"},
+        wait_bytes=wait_bytes,
     )
 
 
-async def start_pair(model: str, etcd_url: str, **engine_args: object) -> Pair:
+async def start_pair(model: str, etcd_url: str, wait_bytes: int = 1 << 24, **engine_args: object) -> Pair:
     """Start both engines, one after the other (two at once need twice the memory)."""
     os.environ.update(
         VLLM_CPU_KVCACHE_SPACE="1",
@@ -51,7 +54,7 @@ async def start_pair(model: str, etcd_url: str, **engine_args: object) -> Pair:
     namespace = f"test-{uuid.uuid4().hex[:8]}"
     engines = []
     for name in ("a", "b"):
-        engine = VLLMEngine(options(model, name, etcd_url, namespace, **engine_args))
+        engine = VLLMEngine(options(model, name, etcd_url, namespace, wait_bytes, **engine_args))
         await engine.start()
         engines.append(engine)
     return Pair(*engines)
