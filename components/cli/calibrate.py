@@ -66,7 +66,7 @@ def calibrate(
         sizes = (point.block_bytes >> 10, point.run_bytes >> 10)
         table.add_row(*map(str, sizes), *(f"{speed:.2f}" for speed in speeds), faster)
     console.print(table)
-    console.print(f"{out}: {explain(measured.direct_bytes)}")
+    console.print(f"{out}: {explain(measured.direct_bytes)}", soft_wrap=True)
     sys.stdout.flush()
     # NIXL's native library may abort in the interpreter's finalisation.
     os._exit(0)

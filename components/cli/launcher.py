@@ -92,7 +92,7 @@ class Launcher:
         remember(self._state)
         if self._serves_http:
             where = ", ".join(f"http://{in_url(self._plan.host)}:{port}/v1" for port in self._plan.ports)
-            self._console.print(f"[bold green]serving[/] {self._plan.model} on {where} (Ctrl-C stops)")
+            self._console.print(f"[bold green]serving[/] {escape(self._plan.model)} on {where} (Ctrl-C stops)")
             if self._wanted_page != 0:
                 self._jobs.append(asyncio.ensure_future(self._page()))
         if then is not None:

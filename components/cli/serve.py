@@ -92,7 +92,7 @@ def serve(
     if dry_run:
         print(plan.shown())
         return
-    _run(plan, Console(), None, dashboard)
+    _run(plan, Console(soft_wrap=True), None, dashboard)
 
 
 def _run(plan: Plan, console: Console, then: Then | None, dashboard: int | None) -> None:
@@ -125,7 +125,7 @@ def demo(
         # An option that the parser does not know takes the place of an argument that is left out.
         graph, overrides = _DEMO, [graph, *overrides]
     plan = resolve(graph, config, nixl_transport, port, "", overrides)
-    console = Console()
+    console = Console(soft_wrap=True)
 
     async def first_request() -> bool:
         await chat(plan, console)

@@ -75,7 +75,7 @@ def _made(name: str, console: Console) -> Path:
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    console.print(f"model {name} is in {final}")
+    console.print(f"model {name} is in {final}", soft_wrap=True)
     return final
 
 
