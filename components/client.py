@@ -57,6 +57,16 @@ class Planners(Protocol):
         ...
 
 
+class Drained(msgspec.Struct, frozen=True):
+    """What has become of a drain."""
+
+    worker: str
+    left: int
+    """Requests that still run there."""
+    moves: tuple[MoveRecord, ...]
+    """Those that were tried."""
+
+
 class Workers:
     """See the module docstring."""
 
@@ -83,7 +93,10 @@ class Workers:
         # Discovery tells of one worker after the other.
         while not found or found != peers.instances():
             if not found and time.monotonic() > end:
-                raise WorkerLost(f"no worker of namespace {namespace} is in Dynamo's discovery")
+                raise WorkerLost(
+                    f"no worker of namespace {namespace} is in Dynamo's discovery: is the graph running, and are "
+                    "DYN_NAMESPACE and ETCD_ENDPOINTS those it was started with?"
+                )
             found = peers.instances()
             await asyncio.sleep(_SETTLED_S)
         return cls(peers, DynamoPlanners(planners))
@@ -204,11 +217,12 @@ class Workers:
             source, row = self.request(row.request_id)
             return await self.migrate(row.request_id, source.worker, to, mode, row.life)
 
-    async def drain(self, worker: str, timeout_s: float = 60.0) -> list[MoveRecord]:
-        """Empty a worker; it gets no new requests until ``undrain``. The moves that were tried."""
-        instance, _ = self._named(worker)
+    async def drain(self, worker: str, timeout_s: float = 60.0) -> Drained:
+        """Empty a worker, within ``timeout_s``; it gets no new requests until ``undrain``."""
+        instance, report = self._named(worker)
         call = WorkerCall(WorkerOp.DRAIN, timeout_s=timeout_s)
-        return list((await self._peers.call(instance, call, timeout_s + _MOVE_S)).moves)
+        reply = await self._peers.call(instance, call, timeout_s + _MOVE_S)
+        return Drained(report.worker, reply.left, reply.moves)
 
     async def undrain(self, worker: str) -> None:
         """Let a worker have requests again."""

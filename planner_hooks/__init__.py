@@ -9,7 +9,7 @@ snapshot.py, plan.py    what a policy is given and what it answers
 rules.py, ledger.py     limits and costs that all policies share; bookkeeping of one plan
 policies/               one policy per file; compose.py runs several
 config.py               the policy file
-observe.py, metrics.py  live state of routers and workers, forward-pass metrics
+observe.py, metrics.py  live state of workers, forward-pass metrics
 controller.py           carries plans out
 scaledown.py            holds a reduction until its victims are empty
 decider.py              one decision for all plugins of a process

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Observes, plans, and carries plans out through the routers; keeps what became of each move.
+"""Observes, plans, and asks workers to carry plans out; keeps what became of each move.
 
-Life cycle: ``tick`` once for every decision; ``close`` waits for nothing and cancels what is under way (the routers
-end their part themselves). One asyncio loop, one tick at a time; a tick never waits for a migration. Its arithmetic
-runs in a thread, so that a table of a hundred thousand requests does not hold the planner's loop.
-Errors: ``tick`` raises ``MigrateError`` when no router answers; a failed move is an outcome.
+Life cycle: ``tick`` once for every decision; ``close`` waits for nothing and cancels what is under way (the workers
+end their part themselves). One asyncio loop, one tick at a time; a tick never waits for a migration, and for workers
+no longer than ``_PATIENCE_S``. Its arithmetic runs in a thread, so that a table of a hundred thousand requests does not
+hold the planner's loop.
+Errors: ``tick`` raises ``WorkerLost`` while no worker has told anything; a failed move is an outcome.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from typing import Any, Protocol
 import msgspec
 from prometheus_client import Counter as Metric
 
-from components.errors import MigrateError, NoRoom, RequestNotFound
-from components.messages import Mode, MoveRecord, RouterReply
+from components.client import Drained
+from components.errors import MigrateError, NoRoom, Refused, RequestNotFound, WorkerLost, WorkerNotFound
+from components.migration.messages import Mode, MoveRecord
+from components.status import Status
 from planner_hooks.config import PolicyFile
 from planner_hooks.observe import Observer
 from planner_hooks.plan import HoldReason, Move, Plan
@@ -28,21 +31,28 @@ from planner_hooks.snapshot import ActiveMove, Capture, Snapshot
 
 logger = logging.getLogger(__name__)
 MOVES = Metric("dynamo_migrate_planner_moves", "Moves that policies planned", ["policy", "outcome"])
+_PATIENCE_S = 0.5
+_NOTHING_DONE = (NoRoom.code, Refused.code, RequestNotFound.code, WorkerNotFound.code)
+"""The request or a worker was not as planned any more."""
 HOLDS = Metric("dynamo_migrate_planner_holds", "What policies left alone", ["policy", "reason"])
 
 
 class Commands(Protocol):
-    """What the controller needs of ``components.router.client.RouterClient``."""
+    """What the controller needs of ``components.client.Workers``."""
 
-    async def status(self) -> RouterReply:
-        """Workers, streams and recent migrations."""
+    async def refresh(self, patience_s: float) -> None:
+        """Ask all workers."""
         ...
 
-    async def migrate(self, request_id: str, worker: str, mode: Mode, source: str) -> MoveRecord:
+    def status(self, ages: bool = True) -> Status:
+        """What they have told."""
+        ...
+
+    async def migrate(self, request_id: str, source: str, target: str, mode: Mode, life: int) -> MoveRecord:
         """Move one request."""
         ...
 
-    async def drain(self, worker: str, timeout_s: float) -> list[MoveRecord]:
+    async def drain(self, worker: str, timeout_s: float) -> Drained:
         """Empty a worker; it gets no new requests."""
         ...
 
@@ -79,6 +89,8 @@ class Controller:
         self._observer = observer
         self._clock = clock
         self._active: dict[str, ActiveMove] = {}
+        self._ended: list[tuple[float, ActiveMove]] = []
+        """Moves that tables of workers, which are up to a second old, may still not show."""
         self._backoff: dict[tuple[str, str], float] = {}
         self.retired: set[str] = set()
         """Workers that are to go by a policy's wish."""
@@ -90,15 +102,21 @@ class Controller:
 
     async def tick(self) -> Plan:
         """One decision; its moves go on after this returns."""
-        status = await self._commands.status()
-        capture, self.seen, plan = await asyncio.to_thread(self._decide, status, tuple(self._active.values()))
+        await self._commands.refresh(_PATIENCE_S)
+        status = self._commands.status(ages=False)
+        if all(worker.stats is None for worker in status.workers):
+            raise WorkerLost("no worker tells its state")
+        self._forget_shown(status)
+        active = (*self._active.values(), *(move for _, move in self._ended))
+        capture, self.seen, plan = await asyncio.to_thread(self._decide, status, active)
         self._settle_gaps(capture)
         self.retired &= set(self.seen.worker_ids)
         self.ticks += 1
         for hold in plan.holds:
             HOLDS.labels(hold.policy, hold.reason).inc()
+        lives = _lives(status, plan.moves)
         for move in plan.moves:
-            self._begin(move, _gap(capture, move))
+            self._begin(move, _gap(capture, move), lives.get((move.src, move.request_id), 0))
         if not self._config.dry_run:
             new = set(plan.retire) - self.retired
             self.retired |= new
@@ -107,10 +125,16 @@ class Controller:
         self.retired -= set(plan.release)
         return plan
 
-    def _decide(self, status: RouterReply, active: tuple[ActiveMove, ...]) -> tuple[Capture, Snapshot, Plan]:
+    def _decide(self, status: Status, active: tuple[ActiveMove, ...]) -> tuple[Capture, Snapshot, Plan]:
         capture = self._observer.capture(status, active)
         seen = Snapshot.of(capture, self._config.limits.stale_after_s)
         return capture, seen, self._policy.plan(seen)
+
+    def _forget_shown(self, status: Status) -> None:
+        """A move that has ended is over for policies once its source has told its table again."""
+        now = self._clock()
+        told = {worker.worker: now - worker.age_s for worker in status.workers}
+        self._ended = [(at, move) for at, move in self._ended if told.get(move.src, now) <= at]
 
     def retire(self, workers: Iterable[str]) -> None:
         """Begin to empty workers; they get no new requests."""
@@ -126,7 +150,7 @@ class Controller:
             if not self._config.dry_run:
                 self._spawn(self._undrain(worker))
 
-    def _begin(self, move: Move, gap: float) -> None:
+    def _begin(self, move: Move, gap: float, life: int) -> None:
         what = f"{move.request_id} from {move.src} to {move.dst} ({move.policy}: {move.reason})"
         if self._config.dry_run:
             logger.info("would move %s", what)
@@ -139,22 +163,23 @@ class Controller:
         self._active[move.request_id] = ActiveMove(
             move.request_id, move.src, move.dst, move.tokens, copies=move.mode is not Mode.REPLAY
         )
-        self._spawn(self._carry_out(move, gap))
+        self._spawn(self._carry_out(move, gap, life))
 
-    async def _carry_out(self, move: Move, gap: float) -> None:
+    async def _carry_out(self, move: Move, gap: float, life: int) -> None:
         try:
             record = await asyncio.wait_for(
-                self._commands.migrate(move.request_id, move.dst, move.mode, move.src), self._config.migration_timeout_s
+                self._commands.migrate(move.request_id, move.src, move.dst, move.mode, life),
+                self._config.migration_timeout_s,
             )
-            begun = record.ok or record.ended_at > 0  # A router that refuses at once sets no times.
-            outcome = Outcome(move, record.ok, record.reason, begun, record.downtime_s, record.total_s, gap)
+            reason = f"{record.code}: {record.reason}" if record.code else record.reason
+            begun = record.code not in _NOTHING_DONE
+            outcome = Outcome(move, record.ok, reason, begun, record.downtime_s, record.total_s, gap)
         except TimeoutError:
             outcome = Outcome(move, False, f"not over after {self._config.migration_timeout_s:g} s", gap_before=gap)
         except MigrateError as error:
-            begun = not isinstance(error, RequestNotFound | NoRoom)
-            outcome = Outcome(move, False, f"{error.code}: {error}", begun, gap_before=gap)
+            outcome = Outcome(move, False, f"{error.code}: {error}", error.code not in _NOTHING_DONE, gap_before=gap)
         finally:
-            self._active.pop(move.request_id, None)
+            self._ended.append((self._clock(), self._active.pop(move.request_id)))
         self.outcomes.append(outcome)
         failed = "failed" if outcome.begun else HoldReason.WORLD_CHANGED
         MOVES.labels(move.policy, "done" if outcome.ok else failed).inc()
@@ -165,7 +190,9 @@ class Controller:
 
     async def _drain(self, worker: str) -> None:
         try:
-            await self._commands.drain(worker, self._config.drain_timeout_s)
+            drained = await self._commands.drain(worker, self._config.drain_timeout_s)
+            if drained.left:
+                logger.warning("worker %s is not empty: %d requests are left", worker, drained.left)
         except MigrateError as error:
             logger.warning("worker %s is not empty: %s", worker, error)
 
@@ -204,3 +231,16 @@ class Controller:
 def _gap(capture: Capture, move: Move) -> float:
     share = {view.worker: view.held_tokens / max(1, view.capacity_tokens) for view in capture.workers}
     return share.get(move.src, 0.0) - share.get(move.dst, 0.0)
+
+
+def _lives(status: Status, moves: Iterable[Move]) -> dict[tuple[str, str], int]:
+    """The life of each request that was looked at: what has left and come back since is not meant."""
+    planned = {(move.src, move.request_id) for move in moves}
+    sources = {source for source, _ in planned}
+    return {
+        key: row.life
+        for worker in status.workers
+        if worker.worker in sources
+        for row in worker.here()
+        if (key := (worker.worker, row.request_id)) in planned
+    }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands behind the plugins: one controller and one scale-down for each policy file.
 
-Life cycle: ``Decider.shared`` gives all plugins of a process the same one; it connects to the routers with the first
+Life cycle: ``Decider.shared`` gives all plugins of a process the same one; it connects to the workers with the first
 tick. ``begin`` starts a decision beside the caller and never waits. ``bound`` answers with what was seen last; what
 is older than ``limits.stale-after-s`` counts as not seen. One asyncio loop. Raises ``ConfigError`` at its start when
 the policy file is wrong; later failures are logged and tried again at the next tick.
@@ -24,15 +24,15 @@ from typing import Any, ClassVar
 import msgspec
 
 from components import process
+from components.client import DECISIONS, Workers
 from components.errors import MigrateError
-from components.router.client import RouterClient
 from planner_hooks.config import load
 from planner_hooks.controller import HOLDS, MOVES, Controller
 from planner_hooks.headcount import Headcount
 from planner_hooks.metrics import made_up
 from planner_hooks.observe import Observer
 from planner_hooks.plan import HoldReason
-from planner_hooks.report import decisions
+from planner_hooks.report import Board
 from planner_hooks.scaledown import Bound, ScaleDown
 from planner_hooks.snapshot import Snapshot
 
@@ -61,7 +61,8 @@ class Decider:
         self._replay_tokens = replay_tokens
         self._replayed = self.policy.build()
         self._observer = Observer(self.policy.controller.cost)
-        self._client: RouterClient | None = None
+        self._board = Board()
+        self._runtime: Any = None
         self._controller: Controller | None = None
         self._deciding: asyncio.Task[None] | None = None
         self._cut_off: asyncio.Task[None] | None = None
@@ -135,24 +136,33 @@ class Decider:
 
     async def _decide(self) -> None:
         try:
-            if self._controller is None or self._client is None:
+            if self._controller is None:
                 # The planner's own runtime already serves this port; the plugin is not given that runtime.
                 os.environ.pop("DYN_SYSTEM_PORT", None)
-                runtime = process.connect()
-                self._cut_off = asyncio.ensure_future(_end_when_cut_off(runtime))
-                self._client = RouterClient(runtime)
-                await asyncio.wait_for(self._client.connect(), _CONNECT_S)
-                self._controller = Controller(self.policy, self._client, self._observer)
+                if self._runtime is None:
+                    self._runtime = process.connect()
+                    self._cut_off = asyncio.ensure_future(self._serve(self._runtime))
+                workers = await Workers.connect(self._runtime, process.namespace(), _CONNECT_S)
+                self._controller = Controller(self.policy, workers, self._observer)
             plan = await self._controller.tick()
             self._seen, self._seen_at = self._controller.seen, self._now()
-            await self._client.report(decisions(plan, time.time()))
+            self._board.take(plan)
             if plan.moves or plan.retire:
                 logger.info("%d moves planned; %s", len(plan.moves), self._controller.summary())
-        except (MigrateError, TimeoutError) as error:
-            logger.warning("no decision about migrations: %s", error or "no router answers")
+        except MigrateError as error:
+            logger.warning("no decision about migrations: %s", error)
         except Exception:
             # The planner must go on whatever Dynamo's client raises here.
             logger.exception("no decision about migrations")
+
+    async def _serve(self, runtime: Any) -> None:
+        """Tell who asks what was decided, until the runtime has lost its place in etcd.
+
+        The planner would then go on for ever without seeing anybody.
+        """
+        await runtime.endpoint(f"{process.namespace()}.{DECISIONS}").serve_endpoint(self._board.serve)
+        logger.error("this planner has lost its place in etcd; it ends, for its launcher to start it again")
+        os._exit(1)
 
     def _replay(self, engines: Mapping[str, bytes]) -> None:
         leaving = {victim for scale_down in self._scale_down.values() for victim in scale_down.victims}
@@ -163,10 +173,3 @@ class Decider:
             MOVES.labels(move.policy, "replayed").inc()
         if plan.moves:
             logger.info("%d moves planned on simulated workers", len(plan.moves))
-
-
-async def _end_when_cut_off(runtime: Any) -> None:
-    """The planner would go on for ever without seeing anybody; its launcher starts it again."""
-    await process.until_cut_off(runtime, "planner")
-    logger.error("this planner has lost its place in etcd; it ends, to be started again")
-    os._exit(1)

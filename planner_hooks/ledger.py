@@ -19,7 +19,7 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
-from components.messages import Mode
+from components.migration.messages import Mode
 from planner_hooks.plan import Hold, HoldReason, Move, Plan
 from planner_hooks.rules import Rules
 from planner_hooks.snapshot import Bools, Floats, Snapshot

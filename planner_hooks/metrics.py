@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dynamo's forward-pass metrics as policies use them: when a worker was last heard of, and load without a router.
+"""Dynamo's forward-pass metrics as policies use them: when a worker was last heard of, and load by itself.
 
-Keys are ``<worker id>/<rank>``; the worker id is Dynamo's instance id in decimal, of which routers show the last
-eight hexadecimal digits. A payload that cannot be read counts as not received.
+Keys are ``<worker id>/<rank>``; the worker id is Dynamo's instance id in decimal, of which workers' names are the
+last eight hexadecimal digits. A payload that cannot be read counts as not received.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def decoded(engines: Mapping[str, bytes]) -> dict[str, list[Any]]:
-    """Metrics of all ranks by worker, as routers name them."""
+    """Metrics of all ranks by worker, by name."""
     from dynamo.common.forward_pass_metrics import decode
 
     found: dict[str, list[Any]] = {}
@@ -55,7 +55,7 @@ class Heard:
             self.queued_tokens.pop(worker, None)
 
     def age_s(self, worker: str, now: float) -> float:
-        """Seconds since news; 0 for a worker of which nothing was ever heard, whose router's report has to do."""
+        """Seconds since news; 0 for a worker of which nothing was ever heard, whose own report has to do."""
         return now - self._last[worker][1] if worker in self._last else 0.0
 
 

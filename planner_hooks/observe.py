@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what the routers tell to a ``Capture``: worker loads, the per-request table, and what past moves have cost.
+"""From what workers tell to a ``Capture``: their loads, the table of requests, and what past moves have cost.
 
-Keeps what one status does not say: output lengths of requests that have ended, when and where each request was
-moved. ``join`` may be called while ``capture`` runs in another thread; neither does any I/O or raises anything.
+Keeps what one status does not say: output lengths of requests that have ended. A worker that is missing keeps its rows
+and gets older, until it counts as stale; one that has told nothing yet does not appear. All times are ages, or of this
+process's clock. ``join`` may be called while ``capture`` runs in another thread; neither does any I/O or raises
+anything.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 import msgspec
 import numpy as np
 
-from components.engine.protocol import RequestInfo
-from components.messages import MoveRecord, RouterReply, WorkerInfo
+from components.migration.messages import MoveRecord, RequestRow
+from components.status import Status, WorkerReport
 from planner_hooks.estimate import RemainingEstimate
 from planner_hooks.metrics import Heard
 from planner_hooks.rules import Cost
@@ -23,12 +25,14 @@ from planner_hooks.snapshot import NEVER_S, ActiveMove, Capture, RequestView, Wo
 
 _MEASURED = 50
 """Migrations that the measured cost is taken from."""
+DECODE_ROLES = ("decode", "agg")
+"""Roles of workers whose requests move."""
 
 
 class Observer:
     """Call ``capture`` with every status, in order."""
 
-    def __init__(self, cost: Cost, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, cost: Cost, clock: Callable[[], float] = time.monotonic) -> None:
         self._cost = cost
         self._clock = clock
         self._remaining = RemainingEstimate()
@@ -39,45 +43,46 @@ class Observer:
         """Take the planner's forward-pass metrics in; a worker whose metrics stop counts as stale."""
         self._heard.update(engines, self._clock())
 
-    def capture(self, status: RouterReply, active: Iterable[ActiveMove] = ()) -> Capture:
+    def capture(self, status: Status, active: Iterable[ActiveMove] = ()) -> Capture:
         """Everything that policies see."""
         now = self._clock()
-        streams = {stream.request_id: stream for stream in status.streams}
-        for gone in set(self._outputs) - set(streams):
+        there = {row.request_id: row.output_tokens for worker in status.workers for row in worker.requests}
+        for gone in set(self._outputs) - set(there):
             self._remaining.finished(self._outputs.pop(gone))
-        self._outputs |= {name: stream.output_tokens for name, stream in streams.items()}
+        self._outputs |= there
         moved = {move.request_id: move for move in status.moves if move.ok}
-        decode = [worker for worker in status.workers if worker.role == "decode"]
+        decode = [w for w in status.workers if w.role in DECODE_ROLES and w.stats is not None and w.info is not None]
         # Lists beside each other, not one of tuples, which the garbage collector would look through again and again.
-        rows: list[RequestInfo] = []
-        owners: list[WorkerInfo] = []
-        for worker in decode:
-            name = worker.worker
-            mine = [r for r in worker.requests if (s := streams.get(r.request_id)) is not None and s.worker == name]
+        rows: list[RequestRow] = []
+        owners: list[WorkerReport] = []
+        seen: set[str] = set()
+        # Of two workers that show a request, because it has just moved, the younger report is right.
+        for worker in sorted(decode, key=lambda worker: worker.age_s):
+            mine = [row for row in worker.here() if row.request_id not in seen]
+            seen.update(row.request_id for row in mine)
             rows += mine
             owners += [worker] * len(mine)
         # For all at once: one call for each request would be most of the time of a large table.
         remaining = self._remaining.of(np.array([row.output_tokens for row in rows], dtype=float)).tolist()
-        moving = {name for name, stream in streams.items() if stream.moving}
         requests = [
             RequestView(
                 request_id=row.request_id,
                 worker=worker.worker,
                 phase=row.phase,
                 need_tokens=row.prompt_tokens + row.output_tokens,
-                kv_tokens=row.kv_blocks * worker.block_size,
+                kv_tokens=row.kv_blocks * _block_size(worker),
                 remaining_tokens=expected
                 if row.max_tokens is None
                 else min(expected, max(0.0, row.max_tokens - row.output_tokens)),
                 # vLLM counts the other way: its smaller numbers are more important.
                 priority=-row.priority,
-                not_migratable=row.not_migratable,
-                moving=row.request_id in moving,
+                not_migratable=row.not_migratable or None,
+                moving=row.moving,
             )
             for worker, row, expected in zip(owners, rows, remaining, strict=True)
         ]
         if moved:
-            requests = [_after_move(view, moved.get(view.request_id), now) for view in requests]
+            requests = [_after_move(view, moved.get(view.request_id)) for view in requests]
         bytes_per_s, overhead_s, downtime_s = self._measured([move for move in status.moves if move.ok and move.bytes])
         return Capture(
             time_s=now,
@@ -89,22 +94,22 @@ class Observer:
             downtime_s=downtime_s,
         )
 
-    def _worker(self, worker: WorkerInfo, now: float) -> WorkerView:
-        stats = worker.stats
-        if stats is None:
+    def _worker(self, worker: WorkerReport, now: float) -> WorkerView:
+        stats, info = worker.stats, worker.info
+        if stats is None or info is None:
             return WorkerView(worker.worker, capacity_tokens=0, report_age_s=NEVER_S)
         return WorkerView(
             worker=worker.worker,
-            capacity_tokens=stats.total_blocks * worker.block_size,
-            held_tokens=(stats.total_blocks - stats.free_blocks) * worker.block_size,
+            capacity_tokens=stats.total_blocks * info.block_size,
+            held_tokens=(stats.total_blocks - stats.free_blocks) * info.block_size,
             queued_tokens=max(stats.queued_prefill_tokens, self._heard.queued_tokens.get(worker.worker, 0)),
             running=stats.running,
             waiting=stats.waiting,
-            max_seqs=worker.max_num_seqs,
+            max_seqs=info.max_num_seqs,
             step_s=stats.step_s,
-            draining=worker.draining,
-            report_age_s=max(worker.report_age_s, self._heard.age_s(worker.worker, now)),
-            kv_bytes_per_token=worker.kv_bytes_per_token,
+            draining=worker.cordoned,
+            report_age_s=max(worker.age_s, self._heard.age_s(worker.worker, now)),
+            kv_bytes_per_token=info.kv_bytes_per_token,
         )
 
     def _measured(self, moves: list[MoveRecord]) -> tuple[float, float, float]:
@@ -120,7 +125,11 @@ class Observer:
         return speed, overhead, statistics.median(move.downtime_s for move in moves)
 
 
-def _after_move(view: RequestView, move: MoveRecord | None, now: float) -> RequestView:
+def _block_size(worker: WorkerReport) -> int:
+    return worker.info.block_size if worker.info is not None else 0
+
+
+def _after_move(view: RequestView, move: MoveRecord | None) -> RequestView:
     if move is None:
         return view
-    return msgspec.structs.replace(view, since_move_s=now - move.ended_at, came_from=move.source)
+    return msgspec.structs.replace(view, since_move_s=move.age_s, came_from=move.source)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import msgspec
 
-from components.messages import Mode
+from components.migration.messages import Mode
 from planner_hooks.snapshot import Snapshot
 
 

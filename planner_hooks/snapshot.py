@@ -35,7 +35,7 @@ NEVER_S = 1e18
 
 
 class WorkerView(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One decode worker. ``worker`` is the instance id as the router writes it."""
+    """One decode worker. ``worker`` is its name: the last eight digits of its instance id."""
 
     worker: str
     capacity_tokens: int

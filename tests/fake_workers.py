@@ -90,7 +90,7 @@ class Status(WorkerStatus):
         source.table.remove(row)
         self.cluster.engines[target].table.append(row)
         record = MoveRecord(row.request_id, short(self.instance), short(target), call.mode, ok=True, downtime_s=0.02)
-        self.note(record)
+        self.note(record, call.mode)
         return record
 
 
@@ -127,6 +127,8 @@ class Workers:
 
     def instances(self) -> list[int]:
         return sorted(self.engines)
+
+    siblings = instances
 
     async def call(self, instance: int, call: WorkerCall, timeout_s: float = 20.0) -> WorkerReply:
         self.calls.append((instance, call))

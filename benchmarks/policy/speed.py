@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long one decision of all policies takes, by cluster size, on one core, and what a live tick spends before it.
 
-``decision`` is what a policy file costs: from a snapshot to a plan. A live tick first decodes the routers' answer,
-joins it to views (``observe``) and turns those into columns (``columns``); the simulator builds columns directly.
+``decision`` is what a policy file costs: from a snapshot to a plan. A live tick first decodes what workers have told
+since the last one (``decode``; here every request has gone on by a token), joins it to views (``observe``) and turns
+those into columns (``columns``); the simulator builds columns directly.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from functools import partial
 import msgspec
 import numpy as np
 
-from components.engine.protocol import EngineStats, RequestId, RequestInfo, RequestPhase
-from components.messages import RouterReply, StreamInfo, WorkerInfo, pack, unpack
+from components.engine.protocol import EngineInfo, EngineStats, RequestId, RequestPhase
+from components.messages import pack, unpack
+from components.migration.messages import RequestRow, RowCount, WorkerReply, WorkerState
+from components.status import Status, Told
 from planner_hooks.config import parse
 from planner_hooks.observe import Observer
 from planner_hooks.rules import Cost
@@ -82,18 +85,20 @@ def cluster(workers: int, requests: int, seed: int = 0) -> Capture:
     return Capture(0.0, tuple(views), tuple(rows), bytes_per_s=10e9)
 
 
-def answer(capture: Capture) -> dict[str, str]:
-    """The same state as routers tell it, packed."""
-    rows: defaultdict[str, list[RequestInfo]] = defaultdict(list)
-    for r in capture.requests:
+def answers(capture: Capture, first: bool) -> dict[str, dict[str, str]]:
+    """The same state as workers tell it, packed: everything, or that every request has gone on."""
+    rows: defaultdict[str, list[RequestRow]] = defaultdict(list)
+    for number, r in enumerate(capture.requests, 1):
         blocks = r.kv_tokens // _BLOCK
-        rows[r.worker].append(RequestInfo(RequestId(r.request_id), r.phase, r.need_tokens, 0, blocks, 1.0, -r.priority))
-    workers = tuple(
-        WorkerInfo(
-            worker=w.worker,
-            role="decode",
-            draining=w.draining,
-            stats=EngineStats(
+        row = RequestRow(number, RequestId(r.request_id), r.phase, r.need_tokens, 0, blocks, 1.0, -r.priority)
+        rows[r.worker].append(row)
+    found = {}
+    for w in capture.workers:
+        counts = tuple(RowCount(row.number, 1, row.kv_blocks) for row in rows[w.worker])
+        state = WorkerState(
+            w.worker,
+            "decode",
+            EngineStats(
                 running=w.running,
                 waiting=w.waiting,
                 frozen=0,
@@ -103,15 +108,31 @@ def answer(capture: Capture) -> dict[str, str]:
                 queued_prefill_tokens=w.queued_tokens,
                 step_s=w.step_s,
             ),
-            requests=tuple(rows[w.worker]),
-            block_size=_BLOCK,
-            max_num_seqs=w.max_seqs,
-            kv_bytes_per_token=w.kv_bytes_per_token,
+            info=EngineInfo("m", "f", _BLOCK, w.capacity_tokens // _BLOCK, 16_384, w.max_seqs, 8192, (), (), 131_072)
+            if first
+            else None,
+            version=1 if first else 2,
+            whole=first,
+            rows=tuple(rows[w.worker]) if first else (),
+            counts=() if first else counts,
+            cordoned=w.draining,
+            draining=w.draining,
         )
-        for w in capture.workers
-    )
-    streams = tuple(StreamInfo(r.request_id, r.worker, r.need_tokens, 0, 1.0) for r in capture.requests)
-    return pack(RouterReply(workers=workers, streams=streams))
+        found[w.worker] = pack(WorkerReply(state=state))
+    return found
+
+
+def take(told: dict[str, Told], packed: dict[str, dict[str, str]]) -> None:
+    """What ``components.client.Workers`` does with the answers of one tick."""
+    for worker, message in packed.items():
+        state = unpack(message, WorkerReply).state
+        if state is not None:
+            told[worker].take(state, 0.0, first=True)
+
+
+def status_of(told: dict[str, Told]) -> Status:
+    """What it then hands to the planner."""
+    return Status(tuple(each.report(0.0, ages=False) for each in told.values()))
 
 
 def timed(call: Callable[[], object], repeat: int) -> list[float]:
@@ -140,10 +161,11 @@ def measure(repeat: int = 15) -> list[Speed]:
         took = timed(decide, repeat)
         moves = len(policy.plan(snapshot).moves)
         columns = timed(partial(Snapshot.of, capture), 3)
-        packed = answer(capture)
-        reply, observer = unpack(packed, RouterReply), Observer(Cost())
-        decode = timed(partial(unpack, packed, RouterReply), 3)
-        observe = timed(partial(observer.capture, reply), 4)[1:]  # The first one learns all names.
+        told, observer = {w.worker: Told(w.worker) for w in capture.workers}, Observer(Cost())
+        take(told, answers(capture, first=True))
+        decode = timed(partial(take, told, answers(capture, first=False)), 3)
+        # The first one learns all names.
+        observe = timed(lambda told=told, observer=observer: observer.capture(status_of(told)), 4)[1:]  # type: ignore[misc]
         others = (float(np.median(times)) for times in (columns, observe, decode))
         rows.append(Speed(workers, requests, moves, float(np.median(took)), max(took), *others))
     return rows

@@ -102,11 +102,3 @@ def reach() -> None:
     if not any(answers(*where) for where in endpoints):
         where = " and ".join(map(str, endpoints))
         raise ConfigError(f"etcd does not answer at {where}: start it, or set ETCD_ENDPOINTS to where the graph has it")
-
-
-def nobody_answers(namespace: str) -> str:
-    """What to tell when there is an etcd, but no router."""
-    return (
-        f"no router in namespace {namespace} answers: is the graph running, and are DYN_NAMESPACE and ETCD_ENDPOINTS "
-        "those it was started with?"
-    )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dynamo status``, ``dynamo migrate`` and ``dynamo drain``."""
+"""``dynamo status``, ``dynamo migrate``, ``dynamo drain`` and ``dynamo undrain``."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -11,17 +12,20 @@ from typing import Annotated, TypeVar
 import msgspec
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from components import process
-from components.cli.live import nobody_answers, reach
-from components.errors import MigrateError, RequestNotFound
-from components.messages import Mode, MoveRecord, RouterReply
-from components.router.client import RouterClient
+from components.cli.live import reach
+from components.client import Drained, Workers
+from components.errors import MigrateError
+from components.migration.messages import Mode, MoveRecord, RequestRow
+from components.status import Status, WorkerReport
 
 T = TypeVar("T")
 _WHOLE = {"worker": 8, "from": 8, "to": 8, "request": 36}
 """Ids are arguments of other commands: a narrow terminal must not cut them."""
+_OLD_S = 5.0
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 
 
@@ -34,23 +38,19 @@ def register(app: typer.Typer) -> None:
 
 
 def _run(
-    work: Callable[[RouterClient], Awaitable[T]], show: Callable[[T], None], well: Callable[[T], bool] = lambda _: True
+    work: Callable[[Workers], Awaitable[T]], show: Callable[[T], None], well: Callable[[T], bool] = lambda _: True
 ) -> None:
-    """Ask the router, show its answer, and end: with 0, with 1 when it is not ``well``, with 2 after an error."""
-    import asyncio
+    """Ask the workers, show the answer, and end: with 0, with 1 when it is not ``well``, with 2 after an error."""
 
     async def main() -> T:
-        client = RouterClient(process.connect())
-        await asyncio.wait_for(client.connect(), 10)
-        return await work(client)
+        workers = await Workers.connect(process.connect(), process.namespace())
+        await workers.refresh(decisions=True)
+        return await work(workers)
 
     reach()
     try:
         answer = asyncio.run(main())
         show(answer)
-    except TimeoutError:
-        print(f"error: {nobody_answers(process.namespace())}", file=sys.stderr)
-        os._exit(2)
     except MigrateError as error:
         print(f"error: {error}", file=sys.stderr)
         os._exit(2)
@@ -63,108 +63,135 @@ def _json(value: object) -> None:
     print(msgspec.json.format(msgspec.json.encode(value)).decode())
 
 
-def status(json: Json = False) -> None:
-    """Show workers, running requests and the last migrations.
+def status(
+    requests: Annotated[int, typer.Option(min=0, help="how many requests to show, the oldest first")] = 50,
+    json: Json = False,
+) -> None:
+    """Show workers, running requests and the last migrations. A worker that does not answer is shown as missing.
 
     \b
     dynamo status
+    dynamo status --requests 0
     dynamo status --json
     """
-    _run(lambda client: client.status(), _json if json else _tables)
+
+    async def known(workers: Workers) -> Status:
+        return workers.status()
+
+    _run(known, _json if json else (lambda found: tables(found, requests, Console())))
 
 
-def _tables(reply: RouterReply) -> None:
-    console = Console()
+def tables(status: Status, requests: int, console: Console) -> None:
+    """Everything, for people."""
     table = Table(title="workers")
-    for column in ("worker", "role", "running", "waiting", "KV use", "epoch", "lanes", ""):
+    for column in ("worker", "role", "running", "waiting", "relays", "KV use", "epoch", "lanes", ""):
         table.add_column(column, min_width=_WHOLE.get(column))
-    for w in reply.workers:
-        s = w.stats
+    for w in status.workers:
+        s, info = w.stats, w.info
         used = f"{1 - s.free_blocks / max(1, s.total_blocks):.0%}" if s else "?"
-        epoch = ", ".join(w.epochs)
         counts = (str(s.running), str(s.waiting)) if s else ("?", "?")
-        table.add_row(w.worker, w.role, *counts, used, epoch, ", ".join(w.lanes), "draining" if w.draining else "")
+        relays = str(sum(bool(row.relayed_from) for row in w.requests)) if s else "?"
+        epochs = ", ".join(agent.epoch for agent in info.agents) if info else "?"
+        lanes = ", ".join(info.lanes) if info else "?"
+        table.add_row(w.worker, w.role or "?", *counts, relays, used, epochs, lanes, condition(w))
     console.print(table)
-    if reply.streams:
-        _streams(reply, console)
-    else:
+    running = sorted(status.requests(), key=lambda pair: -pair[1].age_s)
+    if not running:
         console.print("no request is running")
-    if reply.moves:
-        _moves(list(reply.moves[-10:]))
+    elif requests:
+        _requests(running[:requests], console)
+    if len(running) > requests:
+        console.print(f"{len(running) - requests} more requests; --requests {len(running)} shows them")
+    if status.moves:
+        show_moves(status.moves[-10:], console)
 
 
-def _streams(reply: RouterReply, console: Console) -> None:
+def condition(worker: WorkerReport) -> str:
+    """What is special about a worker, as console markup."""
+    found = ["draining" if worker.draining else "cordoned"] if worker.cordoned else []
+    if worker.missing:
+        found.append(f"[red]missing[/] ({escape(worker.missing)})")
+    if worker.stats is not None and worker.age_s > _OLD_S:
+        found.append(f"as of {worker.age_s:.0f} s ago")
+    return ", ".join(found)
+
+
+def _requests(running: Sequence[tuple[WorkerReport, RequestRow]], console: Console) -> None:
     table = Table(title="requests")
-    for column in ("request", "worker", "prompt", "output", "age s", "moves", "replays"):
+    for column in ("request", "worker", "phase", "prompt", "output", "age s", "moves", ""):
         table.add_column(column, min_width=_WHOLE.get(column))
-    for r in reply.streams:
-        numbers = (str(r.prompt_tokens), str(r.output_tokens), f"{r.age_s:.1f}", str(r.moves), str(r.replays))
-        table.add_row(r.request_id, r.worker, *numbers)
+    for worker, r in running:
+        numbers = (str(r.prompt_tokens), str(r.output_tokens), f"{r.age_s:.1f}", str(r.moves))
+        told = ["moving"] if r.moving else []
+        told += [] if r.attached else ["nobody reads it"]
+        told += [f"cannot move: {r.not_migratable}"] if r.not_migratable else []
+        table.add_row(r.request_id, worker.worker, r.phase, *numbers, escape(", ".join(told)))
     console.print(table)
 
 
-def _moves(moves: list[MoveRecord]) -> None:
+def outcome(move: MoveRecord) -> str:
+    """What became of a move: code and reason of one that failed, or of one that was done in another mode."""
+    why = ": ".join(text for text in (move.code, move.reason) if text)
+    return ("done" + (f" ({why})" if why else "")) if move.ok else why or "failed"
+
+
+def show_moves(moves: Sequence[MoveRecord], console: Console) -> None:
+    """The table of migrations."""
     if not moves:
-        Console().print("nothing had to be moved")
+        console.print("nothing had to be moved")
         return
     table = Table(title="migrations")
     for column in ("request", "from", "to", "mode", "result", "downtime ms", "added stall ms", "rounds", "MB", "lane"):
         table.add_column(column, min_width=_WHOLE.get(column))
     for m in moves:
-        result = "done" if m.ok else m.reason
         numbers = (f"{m.downtime_s * 1e3:.1f}", f"{m.added_stall_s * 1e3:.1f}", str(m.rounds), f"{m.bytes / 1e6:.1f}")
-        table.add_row(m.request_id, m.source, m.target, m.mode, result, *numbers, m.lane)
-    Console().print(table)
+        table.add_row(m.request_id, m.source, m.target, m.mode, escape(outcome(m)), *numbers, m.lane)
+    console.print(table)
 
 
 def migrate(
     request: Annotated[str, typer.Argument(help="request id as `dynamo status` shows it, or the start of it")],
-    to: Annotated[str, typer.Option("--to", help="worker, or the start of its id")],
+    to: Annotated[
+        str, typer.Option("--to", help="worker, or the start of its id; without it the one with most room")
+    ] = "",
     mode: Annotated[Mode, typer.Option(help="how to move it")] = Mode.LIVE,
     json: Json = False,
 ) -> None:
-    """Move a running request to another decode worker; exit code 1 when it stays, with the reason.
+    """Move a running request to another worker; exit code 1 when it stays, with the code and the reason.
 
     \b
     dynamo migrate 623266b7-b2d2-4a5e-9f0c-0b1a52ac5a11 --to 9e28ed1f
     dynamo migrate 6232 --to 9e28 --mode stop-and-copy
+    dynamo migrate 6232
     """
-    show = _json if json else (lambda record: _moves([record]))
-
-    async def move(client: RouterClient) -> MoveRecord:
-        running = [stream.request_id for stream in (await client.status()).streams]
-        return await client.migrate(whole(request, running), to, mode)
-
-    _run(move, show, lambda record: record.ok)
-
-
-def whole(request: str, running: Sequence[str]) -> str:
-    """The one running request that begins so. Raises ``RequestNotFound``."""
-    found = [request_id for request_id in running if request_id.startswith(request)]
-    if len(found) != 1:
-        among = ", ".join((found or list(running))[:5]) or "none"
-        raise RequestNotFound(
-            f"{len(found) or 'no'} running requests begin with {request!r}: dynamo status; running: {among}"
-        )
-    return found[0]
+    show = _json if json else (lambda record: show_moves([record], Console()))
+    _run(lambda workers: workers.move(request, to, mode), show, lambda record: record.ok)
 
 
 def drain(
     worker: Annotated[str, typer.Argument(help="worker, or the start of its id")],
-    timeout: Annotated[
-        float, typer.Option(min=0, help="seconds after which it is an error that requests are left")
-    ] = 60.0,
+    timeout: Annotated[float, typer.Option(min=0, help="seconds within which it is to be empty")] = 60.0,
     json: Json = False,
 ) -> None:
-    """Move every request away from a worker and give it no new ones.
+    """Give a worker no new requests, and move all that it has away; exit code 1 when some are left.
 
     \b
     dynamo drain 9e28ed1f
     dynamo drain 9e28 --timeout 300 --json
     """
-    _run(lambda client: client.drain(worker, timeout), _json if json else _moves)
+
+    def show(drained: Drained) -> None:
+        show_moves(drained.moves, Console())
+        if drained.left:
+            print(f"{drained.left} requests are left on worker {drained.worker}; dynamo status tells why they stay")
+
+    _run(lambda workers: workers.drain(worker, timeout), _json if json else show, lambda drained: not drained.left)
 
 
 def undrain(worker: Annotated[str, typer.Argument(help="worker, or the start of its id")]) -> None:
-    """Let a drained worker have requests again: dynamo undrain 9e28ed1f"""
-    _run(lambda client: client.undrain(worker), lambda _: print(f"worker {worker} takes requests again"))
+    """Let a drained worker have requests again.
+
+    \b
+    dynamo undrain 9e28ed1f
+    """
+    _run(lambda workers: workers.undrain(worker), lambda _: print(f"worker {worker} takes requests again"))

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from components import process
-from components.cli.live import nobody_answers, reach
-from components.errors import ConfigError, MigrateError
+from components.cli.live import reach
+from components.errors import ConfigError
 from components.wire import UNREADABLE
 from planner_hooks.config import PolicyFile, load
 from planner_hooks.plan import Plan
@@ -77,16 +77,13 @@ def read(path: Path) -> Capture:
 
 async def observe(rules: PolicyFile) -> Capture:
     """What the running system looks like."""
-    from components.router.client import RouterClient
+    from components.client import Workers
     from planner_hooks.observe import Observer
 
     reach()
-    client = RouterClient(process.connect())
-    try:
-        await asyncio.wait_for(client.connect(), 10)
-    except TimeoutError as error:
-        raise MigrateError(nobody_answers(process.namespace())) from error
-    return Observer(rules.controller.cost).capture(await client.status())
+    workers = await Workers.connect(process.connect(), process.namespace())
+    await workers.refresh()
+    return Observer(rules.controller.cost).capture(workers.status())
 
 
 def show(capture: Capture, plans: dict[str, Plan], console: Console) -> None:

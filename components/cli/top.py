@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 
 from components import process
-from components.cli.live import nobody_answers, reach
+from components.cli.live import reach
 from components.dashboard.sample import Sampler
 from components.dashboard.top import view
 from components.errors import MigrateError
@@ -57,14 +57,9 @@ def _console() -> Console:
 
 
 async def _watch(interval: float, once: bool, console: Console) -> None:
-    from components.router.client import RouterClient
+    from components.client import Workers
 
-    client = RouterClient(process.connect())
-    try:
-        await asyncio.wait_for(client.connect(), 10)
-    except TimeoutError as error:
-        raise MigrateError(nobody_answers(process.namespace())) from error
-    sampler = Sampler(client, interval)
+    sampler = Sampler(await Workers.connect(process.connect(), process.namespace()), interval)
     await sampler.once()
     if once:
         # Rates need two samples.

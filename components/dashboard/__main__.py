@@ -10,10 +10,13 @@ import sys
 
 from components import process
 from components.cli.live import join
+from components.client import Workers
 from components.dashboard.access import VARIABLE, token_for, url_of
 from components.dashboard.sample import Sampler
 from components.dashboard.server import Page, serve
-from components.router.client import RouterClient
+
+_WAIT_S = 600.0
+"""For the first worker."""
 
 
 async def main() -> None:
@@ -27,9 +30,7 @@ async def main() -> None:
     stop = process.on_stop()
     runtime = process.connect()
     cut_off = asyncio.ensure_future(process.until_cut_off(runtime, "page"))
-    client = RouterClient(runtime)
-    await client.connect()
-    sampler = Sampler(client)
+    sampler = Sampler(await Workers.connect(runtime, process.namespace(), _WAIT_S))
     sampling = asyncio.ensure_future(sampler.run())
     token = token_for(arguments.host)
     runner = await serve(Page(sampler, arguments.frontend, token), arguments.host, arguments.port)

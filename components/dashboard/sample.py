@@ -1,31 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of a running system: the routers' status, and rates between two of them.
+"""Samples of a running system: what its workers tell, and rates between two looks.
 
 Life cycle: ``run`` until cancelled; ``latest`` is None before the first answer. One asyncio loop.
-A router that does not answer is remembered in ``error`` and asked again; nothing is raised.
+Workers that do not answer are named in ``error`` and asked again; nothing is raised.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
 import time
 from collections import deque
 from typing import Protocol
 
 import msgspec
 
-from components.errors import MigrateError
-from components.messages import RouterReply
+from components.dashboard.lives import Life, Lives
+from components.engine.protocol import RequestPhase
+from components.migration.messages import Decision, MoveRecord, RequestRow
+from components.status import Status, WorkerReport
 
 HISTORY = 600
+_PATIENCE_S = 2.0
+_OLDEST, _MOVES = 20, 50
 
 
 class Source(Protocol):
-    """What is needed of ``components.router.client.RouterClient``."""
+    """What is needed of ``components.client.Workers``."""
 
-    async def status(self) -> RouterReply:
-        """Workers, streams, migrations, decisions."""
+    async def refresh(self, patience_s: float, decisions: bool = False) -> None:
+        """Ask all workers."""
+        ...
+
+    def status(self) -> Status:
+        """What they have told."""
         ...
 
 
@@ -42,21 +51,35 @@ class Load(msgspec.Struct, frozen=True):
 
 
 class Point(msgspec.Struct, frozen=True):
-    """The whole system at one moment. ``at`` is Unix time."""
+    """The whole system at one moment. ``at`` is Unix time here."""
 
     at: float
     tokens_per_s: float
-    streams: int
+    requests: int
     waiting: int
     moving: int
     workers: tuple[Load, ...]
 
 
+class Running(msgspec.Struct, frozen=True):
+    """A request and the worker that has it."""
+
+    worker: str
+    row: RequestRow
+
+
 class Sample(msgspec.Struct, frozen=True):
-    """The newest point with everything behind it."""
+    """The newest point with what is behind it. Of requests only some: there may be a hundred thousand."""
 
     point: Point
-    status: RouterReply
+    workers: tuple[WorkerReport, ...]
+    """Without their requests."""
+    requests: tuple[Running, ...]
+    """The oldest."""
+    moves: tuple[MoveRecord, ...]
+    """The last, the newest first."""
+    decisions: tuple[Decision, ...]
+    lives: tuple[Life, ...]
 
 
 class Sampler:
@@ -69,7 +92,8 @@ class Sampler:
         self.latest: Sample | None = None
         self.error = ""
         self.changed = asyncio.Condition()
-        self._before: tuple[float, dict[str, int]] | None = None
+        self._lives = Lives()
+        self._before: dict[str, tuple[float, int]] = {}
 
     async def run(self) -> None:
         """Ask for ever."""
@@ -80,42 +104,59 @@ class Sampler:
     async def once(self) -> None:
         """Ask once."""
         try:
-            status = await asyncio.wait_for(self._source.status(), 5.0)
-        except (MigrateError, TimeoutError) as error:
-            self.error = str(error) or "the router does not answer"
+            await self._source.refresh(_PATIENCE_S, decisions=True)
+            status = self._source.status()
         except Exception as error:
             # Dynamo's client raises what its native side likes; people must read it, not lose the page.
             self.error = f"{type(error).__name__}: {error}"
         else:
-            self.error = ""
-            self.latest = Sample(self._point(status), status)
+            missing = [
+                f"worker {worker.worker} is missing: {worker.missing}" for worker in status.workers if worker.missing
+            ]
+            self.error = "; ".join(missing) if status.workers else "no worker is in Dynamo's discovery"
+            self.latest = self._sample(status)
             self.history.append(self.latest.point)
         async with self.changed:
             self.changed.notify_all()
 
-    def _point(self, status: RouterReply) -> Point:
+    def _sample(self, status: Status) -> Sample:
         now = time.time()
-        totals = {worker.worker: worker.tokens_total for worker in status.workers}
-        rates = dict.fromkeys(totals, 0.0)
-        if self._before is not None:
-            then, before = self._before
-            for name, total in totals.items():
-                rates[name] = max(0, total - before.get(name, total)) / max(0.1, now - then)
-        self._before = (now, totals)
+        self._lives.take(status, now)
+        oldest = heapq.nlargest(_OLDEST, status.requests(), key=lambda pair: pair[1].age_s)
+        return Sample(
+            self._point(status, now),
+            tuple(msgspec.structs.replace(worker, requests=()) for worker in status.workers),
+            tuple(Running(worker.worker, row) for worker, row in oldest),
+            tuple(reversed(status.moves[-_MOVES:])),
+            status.decisions,
+            self._lives.shown(),
+        )
+
+    def _point(self, status: Status, now: float) -> Point:
         loads = []
         for worker in sorted(status.workers, key=lambda w: (w.role, w.worker)):
-            stats = worker.stats
-            used = 1 - stats.free_blocks / max(1, stats.total_blocks) if stats else 0.0
-            counts = (stats.running, stats.waiting) if stats else (0, 0)
-            loads.append(Load(worker.worker, worker.role, used, *counts, rates[worker.worker]))
+            if (stats := worker.stats) is None:
+                continue  # Missing, which is not empty.
+            used = 1 - stats.free_blocks / max(1, stats.total_blocks)
+            rate = self._rate(worker)
+            loads.append(Load(worker.worker, worker.role, used, stats.running, stats.waiting, rate))
+        rows = [row for _, row in status.requests()]
         return Point(
             at=now,
-            tokens_per_s=sum(rates.values()),
-            streams=len(status.streams),
-            waiting=sum(load.waiting for load in loads),
-            moving=sum(stream.moving for stream in status.streams),
+            tokens_per_s=sum(load.tokens_per_s for load in loads),
+            requests=len(rows),
+            waiting=sum(row.phase in (RequestPhase.WAITING, RequestPhase.PREEMPTED) for row in rows),
+            moving=sum(row.moving for row in rows),
             workers=tuple(loads),
         )
+
+    def _rate(self, worker: WorkerReport) -> float:
+        if worker.missing:
+            return 0.0
+        now = time.monotonic()
+        then, total = self._before.get(worker.worker, (now, worker.tokens_total))
+        self._before[worker.worker] = (now, worker.tokens_total)
+        return max(0, worker.tokens_total - total) / max(0.1, now - then)
 
     async def next(self, timeout_s: float = 10.0) -> None:
         """Wait for the next sample, or for the time-out."""

@@ -81,8 +81,7 @@ class Page:
             groups.append({"targets": [self._frontend], "labels": {"component": "frontend"}})
         latest = self._sampler.latest
         if latest is not None:
-            groups += [{"targets": [a], "labels": {"component": "router"}} for a in latest.status.metrics]
-            for worker in latest.status.workers:
+            for worker in latest.workers:
                 if worker.metrics:
                     groups.append({"targets": [worker.metrics], "labels": {"component": worker.role}})
         return web.json_response(groups)

@@ -10,8 +10,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from components.dashboard.sample import Point, Sample
-from components.messages import Decision, MoveRecord, StreamInfo, Verdict
+from components.dashboard.sample import Point, Running, Sample
+from components.migration.messages import Decision, MoveRecord, Verdict
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _ROWS = 8
@@ -37,19 +37,19 @@ def spark(values: Sequence[float], width: int = 60) -> str:
 def view(sample: Sample | None, history: Sequence[Point], error: str = "") -> RenderableType:
     """The whole screen."""
     if sample is None:
-        return Panel(error or "waiting for a router", title="dynamo top")
-    point, status = sample.point, sample.status
+        return Panel(Text(error or "waiting for workers"), title="dynamo top")
+    point = sample.point
     head = Text(
-        f"{point.tokens_per_s:8.0f} tokens/s   {point.streams} requests   {point.waiting} waiting   "
+        f"{point.tokens_per_s:8.0f} tokens/s   {point.requests} requests   {point.waiting} waiting   "
         f"{point.moving} moving\n"
     )
     head.append(spark([p.tokens_per_s for p in history]), style="cyan")
     parts: list[RenderableType] = [Panel(head, title="dynamo top"), _workers(sample)]
-    if status.streams:
-        parts.append(_streams(status.streams))
-    parts.append(_moves(status.moves))
-    if status.decisions:
-        parts.append(_decisions(status.decisions))
+    if sample.requests:
+        parts.append(_requests(sample.requests[:_ROWS]))
+    parts.append(_moves(sample.moves[:_ROWS]))
+    if sample.decisions:
+        parts.append(_decisions(sample.decisions))
     if error:
         parts.append(Text(error, style="bold red"))
     return Group(*parts)
@@ -64,33 +64,37 @@ def _table(title: str, *columns: str) -> Table:
 
 def _workers(sample: Sample) -> Table:
     table = _table("workers", "worker", "role", "KV use", "", "running", "waiting", "tokens/s", "step ms", "")
-    infos = {worker.worker: worker for worker in sample.status.workers}
-    for load in sample.point.workers:
-        info = infos[load.worker]
-        step = f"{info.stats.step_s * 1e3:.1f}" if info.stats else "?"
-        numbers = (str(load.running), str(load.waiting), f"{load.tokens_per_s:.0f}", step)
-        state = "draining" if info.draining else ""
-        table.add_row(load.worker, load.role, bar(load.kv_use), f"{load.kv_use:.0%}", *numbers, state)
+    loads = {load.worker: load for load in sample.point.workers}
+    for worker in sorted(sample.workers, key=lambda worker: (worker.role, worker.worker)):
+        state = Text("missing", style="red") if worker.missing else Text("")
+        if worker.cordoned:
+            state = Text("draining" if worker.draining else "cordoned").append(" ").append_text(state)
+        load = loads.get(worker.worker)
+        if load is None or worker.stats is None:
+            table.add_row(worker.worker, worker.role or "?", *["?"] * 6, state)
+            continue
+        numbers = (load.running, load.waiting, f"{load.tokens_per_s:.0f}", f"{worker.stats.step_s * 1e3:.1f}")
+        table.add_row(load.worker, load.role, bar(load.kv_use), f"{load.kv_use:.0%}", *map(str, numbers), state)
     return table
 
 
-def _streams(streams: Sequence[StreamInfo]) -> Table:
-    table = _table("requests", "request", "worker", "prompt", "output", "age s", "moves", "replays", "")
-    for stream in sorted(streams, key=lambda s: -s.age_s)[:_ROWS]:
-        numbers = (stream.prompt_tokens, stream.output_tokens, f"{stream.age_s:.1f}", stream.moves, stream.replays)
-        now = Text("moving", style="magenta") if stream.moving else Text("")
-        table.add_row(stream.request_id[:_ID], stream.worker, *map(str, numbers), now)
+def _requests(requests: Sequence[Running]) -> Table:
+    table = _table("requests", "request", "worker", "phase", "prompt", "output", "age s", "moves", "")
+    for running in requests:
+        row = running.row
+        numbers = (row.prompt_tokens, row.output_tokens, f"{row.age_s:.1f}", row.moves)
+        now = Text("moving", style="magenta") if row.moving else Text(row.not_migratable, style="dim")
+        table.add_row(row.request_id[:_ID], running.worker, row.phase, *map(str, numbers), now)
     return table
 
 
-def _moves(moves: Sequence[MoveRecord]) -> Table:
+def _moves(last: Sequence[MoveRecord]) -> Table:
     columns = ("request", "from → to", "mode", "result", "down ms", "rounds", "MB", "lane")
     table = _table("last migrations", *columns)
-    last = sorted(moves, key=lambda move: -move.ended_at)[:_ROWS]
     most_rounds = max((move.rounds for move in last), default=0) or 1
     most_bytes = max((move.bytes for move in last), default=0) or 1
     for move in last:
-        result = Text("done", style="green") if move.ok else Text(move.reason, style="red")
+        result = Text("done", style="green") if move.ok else Text(f"{move.code}: {move.reason}", style="red")
         table.add_row(
             move.request_id[:_ID],
             f"{move.source} → {move.target}",

@@ -41,7 +41,7 @@ class Metric:
         return f"{PREFIX}_{self.name}" + ("_total" if self.kind is Kind.COUNTER else "")
 
 
-# Of the router, which drives every migration.
+# Of whoever drives a migration: its source.
 MOVES = Metric("moves", Kind.COUNTER, "Migrations that ended, by mode and outcome (done, failed)", ("mode", "outcome"))
 REFUSALS = Metric("refusals", Kind.COUNTER, "Migrations that were refused before anything changed", ("reason",))
 FALLBACKS = Metric("fallbacks", Kind.COUNTER, "Migrations that went on in a simpler mode", ("mode", "reason"))
@@ -71,6 +71,17 @@ STREAMS = Metric("streams", Kind.GAUGE, "Client streams (running, moving)", ("st
 WORKERS = Metric("workers", Kind.GAUGE, "Workers that the router knows (ready, draining)", ("role", "state"))
 
 # Of a worker.
+RELAYS = Metric(
+    "relays", Kind.GAUGE, "Requests whose tokens this worker passes on from the one that they have moved to"
+)
+REPEATS = Metric("repeats", Kind.COUNTER, "Moved requests that the frontend was asked to send again")
+ADOPTIONS = Metric(
+    "adoptions", Kind.COUNTER, "Repeats of moved requests that nobody computed again (here, relayed)", ("how",)
+)
+RECOMPUTED = Metric("recomputed", Kind.COUNTER, "Moved requests computed again here because their worker was lost")
+LANDINGS = Metric("landings", Kind.COUNTER, "Requests from other workers, by outcome (done, failed)", ("outcome",))
+ORPHANS = Metric("orphans", Kind.COUNTER, "Moved requests given up because nobody asked for their tokens")
+CORDONED = Metric("cordoned", Kind.GAUGE, "1 while this worker takes nothing new")
 KV_BLOCKS = Metric("kv_blocks", Kind.GAUGE, "KV blocks of this worker (used, free)", ("state",))
 REQUESTS = Metric("requests", Kind.GAUGE, "Requests on this worker (running, waiting, frozen, landing)", ("phase",))
 STEP = Metric("step_seconds", Kind.GAUGE, "Duration of the engine's last step")
@@ -84,4 +95,8 @@ ROUTER = (
     *(MOVES, REFUSALS, FALLBACKS, DOWNTIME, STALL, DURATION, ROUNDS, BYTES, DESCRIPTORS, POST, WIRE, INTEGRITY),
     *(HANDOFFS, HANDOFF, LOCAL_PREFILLS, REPLAYS, DRAINS, DRAIN, STREAMS, WORKERS),
 )
-WORKER = (KV_BLOCKS, REQUESTS, STEP, PREEMPTIONS, LEASES, KV_REFUSED)
+WORKER = (
+    *(MOVES, REFUSALS, FALLBACKS, DOWNTIME, STALL, DURATION, ROUNDS, BYTES, DESCRIPTORS, POST, WIRE, INTEGRITY),
+    *(RELAYS, REPEATS, ADOPTIONS, RECOMPUTED, LANDINGS, ORPHANS, CORDONED, DRAINS, DRAIN, HANDOFFS),
+    *(KV_BLOCKS, REQUESTS, STEP, PREEMPTIONS, LEASES, KV_REFUSED),
+)

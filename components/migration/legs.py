@@ -15,7 +15,7 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -61,6 +61,8 @@ class Leg:
     attached: str = ""
     """Why the frontend does not repeat it; empty: it does."""
     max_tokens: int | None = None
+    trace: Mapping[str, str] = field(default_factory=dict)
+    """W3C headers of the trace that the request belongs to."""
     tried: frozenset[int] = frozenset()
     """Workers that have had this request from the frontend, which gives it to none of them again."""
     life: Life = field(default_factory=new_life)

@@ -62,6 +62,8 @@ class Ticket(msgspec.Struct, frozen=True, omit_defaults=True):
     max_tokens: int | None = None
     attached: str = ""
     """Why the frontend does not send this request again, so that somebody must relay it to its end; empty: it does."""
+    trace: dict[str, str] = {}
+    """W3C headers of the trace that the request belongs to."""
 
 
 class Handover(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -229,6 +231,8 @@ class WorkerReply(msgspec.Struct, frozen=True, omit_defaults=True):
     landing: LandingStatus | None = None
     state: WorkerState | None = None
     moves: tuple[MoveRecord, ...] = ()
+    left: int = 0
+    """``drain``: requests that still run here."""
 
 
 class Attached(msgspec.Struct, frozen=True, omit_defaults=True):

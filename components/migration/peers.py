@@ -76,17 +76,20 @@ class DynamoPeers:
         """See ``Peers``."""
         try:
             async with asyncio.timeout(timeout_s):
+                reply: WorkerReply | None = None
+                # To the end of the stream: one that is left early is a cancelled call in the logs of both sides.
                 async with aclosing(self._stream(instance, call)) as stream:
                     async for item in stream:
                         reply = unpack(item, WorkerReply)
-                        if reply.error is not None:
-                            raise from_code(*reply.error)
-                        return reply
         except TimeoutError as error:
             raise DeadlineExceeded(
                 f"worker {short(instance)} did not answer {call.op} within {timeout_s:g} s"
             ) from error
-        raise WorkerLost(f"worker {short(instance)} closed the call {call.op} without an answer")
+        if reply is None:
+            raise WorkerLost(f"worker {short(instance)} closed the call {call.op} without an answer")
+        if reply.error is not None:
+            raise from_code(*reply.error)
+        return reply
 
     async def attach(
         self, owner: Owner, request_id: RequestId, index: int, token_ids: tuple[int, ...] = ()

@@ -28,6 +28,7 @@ import msgspec
 
 from components.engine.protocol import Engine, FinishReason, GenerateOutput, GenerateRequest, KVOffer, RequestId
 from components.errors import InvalidRequest, MigrateError, RequestNotFound, SessionError, WorkerLost
+from components.migration.events import Event
 from components.migration.legs import Arrival, Leg, new_life
 from components.migration.messages import Attached, Life, Owner, Ticket, WorkerCall, WorkerOp
 from components.migration.peers import Peers, follow
@@ -112,6 +113,7 @@ class Requests:
         self.tokens_total = 0
         self.handoffs: Counter[str] = Counter()
         """Outcomes of hand-overs from prefill to decode workers."""
+        self.events: Counter[Event] = Counter()
         self._owners: dict[RequestId, tuple[Owner, float]] = {}
         self._telling: dict[RequestId, tuple[Owner, asyncio.Future[None]]] = {}
         self._teller: asyncio.Task[None] | None = None
@@ -163,6 +165,7 @@ class Requests:
                         return
                     if away.announced and not leg.attached and self._repeats(leg, len(made)):
                         leg.handed_on = True
+                        self.events[Event.REPEATED] += 1
                         raise Repeat(f"request {leg.request_id} runs at another worker")
             return
         except WorkerLost as error:
@@ -188,10 +191,12 @@ class Requests:
             tuple(leg.tried),
             leg.max_tokens,
             leg.attached,
+            dict(leg.trace),
         )
         self.reserve(ticket, None)
         again = self.arrivals[ticket.life]
         again.committed = True
+        self.events[Event.RECOMPUTED] += 1
         return again
 
     def _repeats(self, leg: Leg, made: int) -> bool:
@@ -253,10 +258,12 @@ class Requests:
         """What follows these tokens of a request that the frontend has sent again; None: it is a new one here."""
         if (claimed := self.claim(request_id, token_ids)) is not None:
             leg, index = claimed
+            self.events[Event.ADOPTED] += 1
             return self.serve(leg, leg.read(index), PROTOCOL_FACE)
         owner = self.owner(request_id)
         if owner is None:
             return None
+        self.events[Event.PASSED_ON] += 1
         here = Leg(request_id, request_id, tuple(token_ids), native, max_tokens=max_tokens)
         return self._relayed(here, owner)
 
@@ -322,6 +329,7 @@ class Requests:
             lambda: ticket.native,
             attached=ticket.attached,
             max_tokens=ticket.max_tokens,
+            trace=ticket.trace,
             tried=frozenset(ticket.tried),
             life=ticket.life,
             before=ticket.output_token_ids,
@@ -350,6 +358,7 @@ class Requests:
         finally:
             leg.over = leg.away is None
             if not leg.committed:
+                self.events[Event.NOT_LANDED] += 1
                 self.arrivals.pop(leg.life, None)
 
     def arrival(self, request_id: RequestId, life: Life) -> Arrival:
@@ -396,6 +405,7 @@ class Requests:
                 if leg.unread_since is None or now - leg.unread_since < self.options.orphan_s:
                     continue
                 if not leg.over and leg.away is None:
+                    self.events[Event.ORPHANED] += 1
                     logger.warning("request %s is given up: nobody has asked for its tokens", leg.request_id)
                 self.spawn(self.give_up(leg) if leg.away is None else self._forget(leg))
 

@@ -201,6 +201,7 @@ class _Move:
             tuple(leg.tried),
             leg.max_tokens,
             leg.attached,
+            dict(leg.trace),
         )
         await self._call(WorkerOp.RESERVE, ticket=ticket, offer=offer)
         status = await self._landed()

@@ -15,6 +15,7 @@ from typing import Any
 from components.engine.protocol import LandingStatus, RequestId
 from components.errors import InvalidRequest, MigrateError, RequestNotFound
 from components.messages import pack, unpack
+from components.migration.events import Event
 from components.migration.legs import Arrival
 from components.migration.messages import Attached, WorkerCall, WorkerOp, WorkerReply
 from components.migration.requests import Requests
@@ -74,6 +75,7 @@ class Control:
                 leg.before = call.frozen.output_token_ids
                 await engine.commit(leg.engine_id, call.frozen)
                 leg.committed = True
+                requests.events[Event.LANDED] += 1
             case WorkerOp.ABORT:
                 leg = self._arrival(call)
                 # One that a handler here gives to the frontend is no longer its source's to end.
@@ -88,7 +90,7 @@ class Control:
             case WorkerOp.MIGRATE:
                 return WorkerReply(moves=(await self._status.move(call),))
             case WorkerOp.DRAIN:
-                return WorkerReply(moves=await self._status.drain(call.timeout_s))
+                return WorkerReply(moves=await self._status.drain(call.timeout_s), left=self._status.left)
             case WorkerOp.UNDRAIN:
                 await self._status.uncordon()
             case WorkerOp.CHECK:

@@ -28,6 +28,7 @@ from components import process
 from components.engine.vllm.arguments import STOCK_CONNECTOR
 from components.engine.vllm.engine import VLLMEngine, VLLMOptions
 from components.errors import ConfigError, MigrateError
+from components.metrics.export import address, expose
 from components.migration.peers import DynamoPeers
 from components.migration.requests import Options, Requests
 from components.worker import shim
@@ -81,7 +82,8 @@ class Migration:
         options = Options(repeats=self.settings.repeats)
         requests = Requests(engine, peers, int(endpoint.connection_id()), info.fingerprint, options)
         name = f"{int(endpoint.connection_id()):016x}"[-8:]
-        self.status = WorkerStatus(requests, name, role, info, endpoint)
+        self.status = WorkerStatus(requests, name, role, info, endpoint, address(self.settings.agent["advertise_host"]))
+        expose(self.status.metrics(), endpoint, config.namespace, config.component)
         self.handoffs = Handoffs(requests, engine.free_lent, self.settings.lease_s, info.max_model_len)
         control = Control(requests, self.status, self.handoffs.release)
         path = f"{config.namespace}.{config.component}.migrate"

@@ -150,6 +150,7 @@ class EngineClient:
             fixed=native.why_fixed(call.prompt, params, call.keywords.get("data_parallel_rank")),
             attached=native.why_attached(params) or (_PINNED if request_id in self.pinned else ""),
             max_tokens=params.max_tokens,
+            trace=call.keywords.get("trace_headers") or {},
         )
         own = self._entered(call, given)
         async with aclosing(own), aclosing(requests.serve(leg, own, call.face)) as stream:

@@ -22,6 +22,7 @@ import msgspec
 from components import env, process
 from components.engine.protocol import EngineInfo, GenerateOutput, RequestId
 from components.errors import InvalidRequest
+from components.metrics.export import address, expose
 from components.migration.legs import Leg
 from components.migration.peers import DynamoPeers, short
 from components.migration.requests import PROTOCOL_FACE, Options, Repeat, Requests
@@ -101,7 +102,8 @@ async def serve() -> None:
     instance = int(endpoint.connection_id())
     peers = await DynamoPeers.connect(runtime, process.namespace(), [component, *settings.components])
     requests = Requests(engine, peers, instance, info.fingerprint, Options(repeats=settings.repeats))
-    status = WorkerStatus(requests, short(instance), mode, info, endpoint)
+    status = WorkerStatus(requests, short(instance), mode, info, endpoint, address(config.advertise_host))
+    expose(status.metrics(), endpoint, process.namespace(), component)
     handler = prefill if mode == "prefill" else Mocker(requests, info).generate
     serving = [
         asyncio.ensure_future(runtime.endpoint(f"{prefix}.migrate").serve_endpoint(Control(requests, status).serve)),

@@ -15,9 +15,12 @@ from collections import deque
 from typing import Any
 
 import msgspec
+from prometheus_client import CollectorRegistry
 
 from components.engine.protocol import EngineInfo, EngineStats, Epoch, RequestId
 from components.errors import MigrateError, NoRoom, Refused, RequestNotFound
+from components.metrics import spans
+from components.metrics.worker import Gauges, WorkerMetrics
 from components.migration.legs import Arrival, Leg
 from components.migration.messages import Mode, MoveRecord, WorkerCall, WorkerOp, WorkerState
 from components.migration.requests import Requests
@@ -53,6 +56,8 @@ class WorkerStatus:
         self._moves: deque[tuple[float, MoveRecord]] = deque(maxlen=_RECORDS)
         self._moved = 0
         self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._counted = WorkerMetrics(self._gauges, self._wake)
         self.cordoned = False
         self.draining = False
 
@@ -100,6 +105,23 @@ class WorkerStatus:
             if leg.away is None and not leg.over and (not isinstance(leg, Arrival) or leg.committed)
         ]
 
+    def metrics(self) -> CollectorRegistry:
+        """What Prometheus is shown. Called on the loop; read by another thread."""
+        self._loop = asyncio.get_running_loop()
+        return self._counted.registry
+
+    def _gauges(self) -> Gauges:
+        return Gauges(self._report.stats, self._relays(), self.cordoned, self._requests.events, self._requests.handoffs)
+
+    def _wake(self) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(lambda: self._requests.spawn(self._report.refresh()))
+
+    @property
+    def left(self) -> int:
+        """Requests that run or wait in this worker's engine."""
+        return len(self.running())
+
     # Moves
 
     async def move(self, call: WorkerCall) -> MoveRecord:
@@ -118,11 +140,13 @@ class WorkerStatus:
     async def _move(self, leg: Leg, target: int, mode: Mode) -> MoveRecord:
         async with self._slots:
             record = await migrate(self._requests, leg, target, mode, self._limits)
-        self.note(record)
+        self.note(record, mode)
+        spans.export(record, leg.trace)
         return record
 
-    def note(self, record: MoveRecord) -> None:
-        """A move has ended."""
+    def note(self, record: MoveRecord, asked: Mode) -> None:
+        """A move has ended; ``asked`` is the mode that was wanted."""
+        self._counted.moved(record, asked)
         self._moves.append((time.monotonic(), record))
         self._moved += 1
 
@@ -162,7 +186,8 @@ class WorkerStatus:
         self.draining = True
         ended: list[MoveRecord] = []
         stays: set[RequestId] = set()
-        end, wait = time.monotonic() + timeout_s, _BACK_OFF_S
+        begun, wait = time.monotonic(), _BACK_OFF_S
+        end = begun + timeout_s
         while self.draining and time.monotonic() < end and self.running():
             plan = await self._plan([leg for leg in self.running() if leg.request_id not in stays and not leg.fixed])
             moved = await asyncio.gather(*(self._move(leg, target, Mode.LIVE) for leg, target in plan))
@@ -171,7 +196,8 @@ class WorkerStatus:
             wait = _BACK_OFF_S if any(r.ok for r in moved) else min(2 * wait, _LONGEST_BACK_OFF_S)
             if self.running():
                 await asyncio.sleep(min(wait, max(0.0, end - time.monotonic())))
-        if left := len(self.running()):
+        self._counted.drained(time.monotonic() - begun, done=not self.left)
+        if left := self.left:
             logger.warning("worker %s: %d requests are left after %g s", self._name, left, timeout_s)
         return tuple(ended)
 
@@ -207,4 +233,4 @@ class WorkerStatus:
             await asyncio.sleep(0.25)
 
     def _relays(self) -> int:
-        return sum(relays(leg) for leg in self._requests.legs.values())
+        return sum(relays(leg) for leg in list(self._requests.legs.values()))

@@ -10,8 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from components.cli import app, live
-from components.cli.move import whole
-from components.errors import ConfigError, MigrateError, RequestNotFound
+from components.errors import ConfigError, MigrateError
 from tests.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +44,8 @@ def refused(*words: str) -> str:
         ("demo --once --Common.modell=tiny-llama --port 1", "Common has no key 'modell'; did you mean 'model'"),
         ("status", "start one with `dynamo serve`, or set ETCD_ENDPOINTS"),
         ("top --once", "start one with `dynamo serve`, or set ETCD_ENDPOINTS"),
-        ("migrate r", "Missing option '--to'"),
+        ("migrate", "Missing argument 'request'"),
+        ("migrate r", "start one with `dynamo serve`, or set ETCD_ENDPOINTS"),
         ("drain", "Missing argument 'worker'"),
         ("policy explain --policy-file nope.yaml", "there is no policy file nope.yaml"),
         ("policy explain --snapshot README.md", "README.md is no snapshot"),
@@ -77,14 +77,3 @@ def test_a_command_finds_the_graph_that_was_started_last(monkeypatch: pytest.Mon
     assert os.environ["ETCD_ENDPOINTS"] == "http://127.0.0.1:1"
     with pytest.raises(ConfigError, match=r"etcd does not answer at 127\.0\.0\.1:1"):
         live.reach()
-
-
-def test_a_request_is_found_by_the_start_of_its_id() -> None:
-    running = ["6232-a", "6233-b", "71-c"]
-    assert whole("6232", running) == "6232-a"
-    with pytest.raises(RequestNotFound, match="2 running requests begin with '62'.*6232-a, 6233-b"):
-        whole("62", running)
-    with pytest.raises(RequestNotFound, match="no running requests begin with 'x'"):
-        whole("x", running)
-    with pytest.raises(RequestNotFound, match="running: none"):
-        whole("x", [])

@@ -8,7 +8,7 @@ import asyncio
 import msgspec
 import pytest
 
-from components.client import Workers
+from components.client import Drained, Workers
 from components.errors import DeadlineExceeded, RequestNotFound, WorkerNotFound
 from components.migration.messages import Decision, Mode, MoveRecord, Verdict, WorkerOp
 from components.worker import report
@@ -248,7 +248,7 @@ async def test_moves_are_told_once_with_their_age(cluster: fake_workers.Workers,
 
 async def test_a_drain_cordons_and_undrain_takes_that_back(cluster: fake_workers.Workers, client: Workers) -> None:
     await client.refresh()
-    assert await client.drain("00000001", 5) == []
+    assert await client.drain("00000001", 5) == Drained("00000001", 0, ())
     await client.refresh()
     first, second = client.status().workers
     assert first.cordoned and first.draining and not second.cordoned

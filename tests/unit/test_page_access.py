@@ -13,7 +13,7 @@ import pytest
 from components.dashboard.access import VARIABLE, token_for, url_of
 from components.dashboard.sample import Sampler
 from components.dashboard.server import Page, serve
-from components.messages import RouterReply, WorkerInfo
+from components.status import Status, WorkerReport
 
 TOKEN = "5e" * 32
 PLACES = ["/", "/api/state", "/api/stream", "/targets", "/static/app.js", "/nothing"]
@@ -22,8 +22,11 @@ PLACES = ["/", "/api/state", "/api/stream", "/targets", "/static/app.js", "/noth
 class Source:
     """Status of a system."""
 
-    async def status(self) -> RouterReply:
-        return RouterReply(workers=(WorkerInfo("1", "decode", False),))
+    async def refresh(self, patience_s: float, decisions: bool = False) -> None:
+        """It never changes."""
+
+    def status(self) -> Status:
+        return Status((WorkerReport("1", "decode"),))
 
 
 async def page(token: str) -> AsyncIterator[str]:

@@ -5,6 +5,8 @@ import { chart } from "./charts.js";
 import { colour } from "./colours.js";
 
 const HISTORY = 600;
+// Values that are not sent, because they are these.
+const NOTHING = { downtime_s: 0, added_stall_s: 0, rounds: 0, bytes: 0, lane: "", code: "", reason: "" };
 const points = [];
 const percent = (share) => `${(100 * share).toFixed(0)} %`;
 const tokens = chart(document.getElementById("tokens"), (v) => v.toFixed(0));
@@ -55,7 +57,7 @@ function named(worker) {
 
 function summary(point) {
   const pairs = {
-    "tokens/s": point.tokens_per_s.toFixed(0), requests: point.streams, waiting: point.waiting, moving: point.moving,
+    "tokens/s": point.tokens_per_s.toFixed(0), requests: point.requests, waiting: point.waiting, moving: point.moving,
   };
   document.getElementById("summary").replaceChildren(...Object.entries(pairs).map(([name, value]) => {
     const pair = element("div");
@@ -64,19 +66,26 @@ function summary(point) {
   }));
 }
 
-function workers({ point, status }) {
-  const infos = new Map(status.workers.map((worker) => [worker.worker, worker]));
+function condition({ missing, cordoned, draining }) {
+  const leaving = draining ? "draining" : cordoned ? "cordoned" : "";
+  return element("td", [leaving, missing && `missing: ${missing}`].filter(Boolean).join(", "), missing ? "missing" : "draining");
+}
+
+function workers({ point, workers }) {
+  const loads = new Map(point.workers.map((load) => [load.worker, load]));
+  const sorted = [...workers].sort((a, b) => a.role.localeCompare(b.role) || a.worker.localeCompare(b.worker));
   table("workers", ["worker", "role", "KV use", "", "running", "waiting", "tokens/s", "step", "lanes", ""],
-    point.workers.map((load) => {
-      const info = infos.get(load.worker);
+    sorted.map((worker) => {
+      const load = loads.get(worker.worker);
+      if (!load) return [named(worker.worker), worker.role || "?", ..."??????", "", condition(worker)];
       return [named(load.worker), load.role, meter(load.kv_use), percent(load.kv_use), load.running, load.waiting,
-        load.tokens_per_s.toFixed(0), info.stats ? `${(1e3 * info.stats.step_s).toFixed(1)} ms` : "?",
-        info.lanes.join(", "), element("td", info.draining ? "draining" : "", "draining")];
+        load.tokens_per_s.toFixed(0), `${(1e3 * worker.stats.step_s).toFixed(1)} ms`,
+        (worker.info?.lanes ?? []).join(", "), condition(worker)];
     }), "no workers");
 }
 
 function moves(all) {
-  const last = [...all].sort((a, b) => b.ended_at - a.ended_at).slice(0, 12);
+  const last = all.slice(0, 12).map((move) => ({ ...NOTHING, ...move }));
   const most = Math.max(1, ...last.map((move) => move.bytes));
   const rounds = Math.max(1, ...last.map((move) => move.rounds));
   table("moves", ["request", "from", "to", "mode", "result", "downtime", "added stall", "rounds", "", "MB", "", "lane"],
@@ -84,7 +93,7 @@ function moves(all) {
       element("td", move.ok ? "done" : "failed", move.ok ? "done" : "failed"),
       `${(1e3 * move.downtime_s).toFixed(1)} ms`, `${(1e3 * move.added_stall_s).toFixed(1)} ms`,
       move.rounds, share(move.rounds / rounds), (move.bytes / 1e6).toPrecision(3), share(move.bytes / most),
-      element("td", [move.lane, move.reason].filter(Boolean).join(" "), "long")]), "none yet");
+      element("td", [move.lane, move.code, move.reason].filter(Boolean).join(" "), "long")]), "none yet");
 }
 
 function decisions(all) {
@@ -92,7 +101,7 @@ function decisions(all) {
   const moved = all.filter((d) => d.verdict !== "leave").slice(-8).reverse();
   const left = all.filter((d) => d.verdict === "leave").slice(0, 8);
   table("decisions", ["policy", "decision", "request", "from", "to", "why"],
-    [...moved, ...left].map((d) => [d.policy, d.verdict, d.request_id.slice(0, 13), d.source, d.target, element("td", d.reason, "long")]),
+    [...moved, ...left].map((d) => [d.policy, d.verdict, (d.request_id ?? "").slice(0, 13), d.source ?? "", d.target ?? "", element("td", d.reason, "long")]),
     "");
 }
 
@@ -114,9 +123,9 @@ function show({ error, latest }) {
   points.splice(0, points.length - HISTORY);
   summary(latest.point);
   workers(latest);
-  moves(latest.status.moves);
-  decisions(latest.status.decisions);
-  bars(document.getElementById("timeline"), [...latest.status.streams, ...latest.status.ended], latest.point.at);
+  moves(latest.moves);
+  decisions(latest.decisions);
+  bars(document.getElementById("timeline"), latest.lives, latest.point.at);
   charts();
   document.body.dataset.samples = points.length;
 }

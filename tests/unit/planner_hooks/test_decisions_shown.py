@@ -12,26 +12,31 @@ from rich.console import Console
 from benchmarks.policy.replay import planner_config, write_trace
 from components.dashboard.sample import Sampler
 from components.dashboard.top import view
-from components.messages import Decision, RouterReply
+from components.messages import unpack
+from components.migration.messages import Decision, PlannerReply, Verdict
+from components.status import Status
 from planner_hooks.config import parse
-from planner_hooks.report import MAX_DECISIONS, decisions
+from planner_hooks.report import MAX_DECISIONS, Board, decisions
 from planner_hooks.simulate.traces import Arrival, read
 from planner_hooks.snapshot import Capture, Snapshot
 from tests.unit.planner_hooks.clusters import cluster, request
 
 
-class Routers:
-    """A router whose planner has decided this."""
+class Workers:
+    """A system whose planner has decided this."""
 
     def __init__(self, found: tuple[Decision, ...]) -> None:
         self._found = found
 
-    async def status(self) -> RouterReply:
-        return RouterReply(decisions=self._found)
+    async def refresh(self, patience_s: float, decisions: bool = False) -> None:
+        assert decisions
+
+    def status(self) -> Status:
+        return Status(decisions=self._found)
 
 
 def screen(found: tuple[Decision, ...]) -> str:
-    sampler = Sampler(Routers(found))  # type: ignore[arg-type]
+    sampler = Sampler(Workers(found))
     asyncio.run(sampler.once())
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(view(sampler.latest, sampler.history))
@@ -39,7 +44,7 @@ def screen(found: tuple[Decision, ...]) -> str:
 
 
 def decided(capture: Capture) -> tuple[Decision, ...]:
-    return decisions(parse({}).build().plan(Snapshot.of(capture)), 1000.0)
+    return decisions(parse({}).build().plan(Snapshot.of(capture)))
 
 
 def test_top_shows_moves_with_their_reasons_and_what_is_left_alone() -> None:
@@ -56,11 +61,24 @@ def test_top_shows_retired_workers_and_no_table_without_a_planner() -> None:
     assert "planner" not in screen(())
 
 
-def test_a_router_is_never_told_more_than_it_takes() -> None:
+def test_nobody_is_told_more_than_people_can_read() -> None:
     capture = cluster([request(f"r{i}", "w0", 30, not_migratable="guided decoding") for i in range(400)], 1)
     draining = cluster([request(f"r{i}", "w0", 30) for i in range(400)], {"w0": {"draining": True}})
     assert len(decided(capture)) <= MAX_DECISIONS
     assert len(decided(draining)) <= MAX_DECISIONS
+
+
+async def test_a_planner_tells_its_last_moves_and_what_it_leaves_alone_now() -> None:
+    now = 100.0
+    board = Board(lambda: now)
+    busy = parse({}).build().plan(Snapshot.of(cluster([request(f"req{i}", "w0", 1000) for i in range(9)])))
+    board.take(busy)
+    now = 103.0
+    board.take(parse({}).build().plan(Snapshot.of(cluster([request("a", "w0", 100), request("b", "w1", 100)]))))
+    [reply] = [unpack(item, PlannerReply) async for item in board.serve({})]
+    moves = [decision for decision in reply.decisions if decision.verdict is Verdict.MOVE]
+    assert len(moves) == len(busy.moves) > 0 and {move.age_s for move in moves} == {3.0}
+    assert {d.age_s for d in reply.decisions if d.verdict is Verdict.LEAVE} == {0.0}
 
 
 def test_replay_gets_a_trace_and_a_planner_that_dynamo_accepts(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The controller on a scripted router: what it asks for, what it never asks for, and what it makes of failures."""
+"""The controller on scripted workers: what it asks for, what it never asks for, and what it makes of failures."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from collections.abc import Iterable
 import pytest
 from typer.testing import CliRunner
 
-from components.engine.protocol import EngineStats, RequestId, RequestInfo, RequestPhase
-from components.errors import MigrateError, NoRoom, RequestNotFound, WorkerLost
-from components.messages import Mode, MoveRecord, RouterReply, StreamInfo, WorkerInfo
+from components.client import Drained, Workers
+from components.errors import MigrateError, NoRoom, RequestNotFound, WorkerLost, WorkerNotFound
+from components.migration.messages import Mode, MoveRecord
+from components.status import Status
 from planner_hooks.config import parse
 from planner_hooks.controller import MOVES, Controller
 from planner_hooks.observe import Observer
 from planner_hooks.snapshot import ActiveMove, Capture
+from tests import fake_workers
+from tests.fake_workers import info_of
 
 POLICY = {
     "limits": {"cooldown-s": 0, "no-return-s": 0},
@@ -25,133 +28,187 @@ POLICY = {
 }
 
 
-class ScriptedRouter:
+class Cluster:
     """Two workers at first; requests are where the test puts them until a migration moves them."""
 
-    def __init__(self, places: dict[str, str]) -> None:
-        self.places = places
-        self.names = ["a", "b"]
+    def __init__(self, places: dict[str, int]) -> None:
+        self.workers = fake_workers.Workers(2)
+        for request, place in places.items():
+            self.workers.engines[place].table.append(info_of(request))
+        self.client = Workers(self.workers)
         self.calls: list[tuple[str, str, str]] = []
-        self.answer: Exception | str = ""
+        self.answer: MigrateError | tuple[str, str] | None = None
 
-    async def status(self) -> RouterReply:
-        workers = []
-        for name in self.names:
-            here = [r for r, place in self.places.items() if place == name]
-            rows = tuple(
-                RequestInfo(RequestId(r), RequestPhase.DECODE, 100, 50, kv_blocks=10, age_s=1.0, max_tokens=1000)
-                for r in here
-            )
-            stats = EngineStats(len(here), 0, 0, 0, 100 - 10 * len(here), 100, step_s=0.05)
-            workers.append(WorkerInfo(name, "decode", False, (), (), (), stats, rows, 16, 16, 1000))
-        streams = tuple(StreamInfo(r, place, 100, 50, 1.0) for r, place in self.places.items())
-        return RouterReply(workers=tuple(workers), streams=streams)
+    def places(self) -> list[int]:
+        return [instance for instance, engine in self.workers.engines.items() for _ in engine.table]
 
-    async def migrate(self, request_id: str, worker: str, mode: Mode, source: str) -> MoveRecord:
-        self.calls.append((request_id, worker, source))
+    async def refresh(self, patience_s: float) -> None:
+        for state in self.workers.states.values():
+            state._report._told_at = -10.0
+        await self.client.refresh(patience_s)
+
+    def status(self, ages: bool = True) -> Status:
+        return self.client.status(ages)
+
+    async def migrate(self, request_id: str, source: str, target: str, mode: Mode, life: int) -> MoveRecord:
+        self.calls.append((request_id, target, source))
         await asyncio.sleep(0)
-        if isinstance(self.answer, Exception):
+        if isinstance(self.answer, MigrateError):
             raise self.answer
-        if not self.answer:
-            self.places[request_id] = worker
-        return MoveRecord(request_id, source, worker, mode, ok=not self.answer, reason=str(self.answer))
+        if self.answer is not None:
+            return MoveRecord(request_id, source, target, mode, False, *self.answer)
+        return await self.client.migrate(request_id, source, target, mode, life)
 
-    async def drain(self, worker: str, timeout_s: float) -> list[MoveRecord]:
-        return []
+    async def drain(self, worker: str, timeout_s: float) -> Drained:
+        return await self.client.drain(worker, timeout_s)
 
     async def undrain(self, worker: str) -> None:
-        return None
+        await self.client.undrain(worker)
 
 
-def controller(router: ScriptedRouter, **more: object) -> Controller:
+def controller(cluster: Cluster, **more: object) -> Controller:
     policy = parse(POLICY | more)
-    return Controller(policy, router, Observer(policy.controller.cost))
+    return Controller(policy, cluster, Observer(policy.controller.cost))
+
+
+def full() -> Cluster:
+    return Cluster({f"r{i}": 1 for i in range(6)})
 
 
 async def test_it_moves_from_the_full_worker_and_comes_to_rest() -> None:
-    router = ScriptedRouter({f"r{i}": "a" for i in range(6)})
-    tested = controller(router)
+    cluster = full()
+    tested = controller(cluster)
     for _ in range(5):
         await tested.tick()
         await tested.idle()
-    assert {(worker, source) for _, worker, source in router.calls} == {("b", "a")}
-    assert sorted(router.places.values()).count("b") in (2, 3)
-    before = len(router.calls)
+    assert {(worker, source) for _, worker, source in cluster.calls} == {("00000002", "00000001")}
+    assert cluster.places().count(2) in (2, 3)
+    before = len(cluster.calls)
     await tested.tick()
-    assert len(router.calls) == before
+    assert len(cluster.calls) == before
     assert all(o.ok and o.gap_after is not None and o.gap_after < o.gap_before for o in tested.outcomes)
 
 
 async def test_a_new_worker_takes_running_requests_in_the_first_decision_that_sees_it() -> None:
-    router = ScriptedRouter({f"r{i}": "ab"[i % 2] for i in range(12)})
-    tested = controller(router)
+    cluster = Cluster({f"r{i}": 1 + i % 2 for i in range(12)})
+    tested = controller(cluster)
     assert not (await tested.tick()).moves
-    router.names.append("c")
+    cluster.workers.add(3)
     await tested.tick()
     await tested.idle()
-    assert router.calls and {worker for _, worker, _ in router.calls} == {"c"}
+    assert cluster.calls and {worker for _, worker, _ in cluster.calls} == {"00000003"}
 
 
 async def test_dry_run_asks_for_nothing() -> None:
-    router = ScriptedRouter({f"r{i}": "a" for i in range(6)})
-    tested = controller(router, **{"dry-run": True})
+    cluster = full()
+    tested = controller(cluster, **{"dry-run": True})
     assert (await tested.tick()).moves
     await tested.idle()
-    assert router.calls == []
+    assert cluster.calls == []
 
 
-@pytest.mark.parametrize("answer", ["the request has left worker a", WorkerLost("no router answers")])
-async def test_a_failed_move_rests_its_pair(answer: Exception | str) -> None:
-    router = ScriptedRouter({f"r{i}": "a" for i in range(6)})
-    router.answer = answer
-    tested = controller(router)
+@pytest.mark.parametrize("answer", [("deadline", "no token within 20 s"), WorkerLost("no route")])
+async def test_a_failed_move_rests_its_pair(answer: MigrateError | tuple[str, str]) -> None:
+    cluster = full()
+    cluster.answer = answer
+    tested = controller(cluster)
     await tested.tick()
     await tested.idle()
-    failed = len(router.calls)
+    failed = len(cluster.calls)
     assert failed and not any(outcome.ok for outcome in tested.outcomes)
     await tested.tick()
     await tested.idle()
-    assert len(router.calls) == failed
+    assert len(cluster.calls) == failed
 
 
 @pytest.mark.parametrize(
     ("answer", "counted"),
     [
         (RequestNotFound("no request r0 is running"), "world-changed"),
-        (NoRoom("0 workers match 'b'"), "world-changed"),
-        (WorkerLost("no router answers"), "failed"),
+        (WorkerNotFound("no workers begin with 'b'"), "world-changed"),
+        ((NoRoom.code, "3 blocks are missing"), "world-changed"),
+        (("refused", "worker b is cordoned"), "world-changed"),
+        (WorkerLost("no route"), "failed"),
     ],
 )
-async def test_what_vanished_before_the_move_began_is_counted_apart(answer: MigrateError, counted: str) -> None:
-    router = ScriptedRouter({f"r{i}": "a" for i in range(6)})
-    router.answer = answer
+async def test_what_vanished_before_the_move_began_is_counted_apart(
+    answer: MigrateError | tuple[str, str], counted: str
+) -> None:
+    cluster = full()
+    cluster.answer = answer
     before = MOVES.labels("balance", counted)._value.get()
-    tested = controller(router)
+    tested = controller(cluster)
     await tested.tick()
     await tested.idle()
-    assert MOVES.labels("balance", counted)._value.get() - before == len(router.calls) > 0
+    assert MOVES.labels("balance", counted)._value.get() - before == len(cluster.calls) > 0
 
 
 async def test_a_request_under_way_is_not_asked_for_again() -> None:
-    router = ScriptedRouter({f"r{i}": "a" for i in range(6)})
-    tested = controller(router)
+    cluster = full()
+    tested = controller(cluster)
     await tested.tick()
     await tested.tick()
     await tested.idle()
-    asked = [request for request, _, _ in router.calls]
+    asked = [request for request, _, _ in cluster.calls]
     assert len(asked) == len(set(asked))
+
+
+async def test_a_missing_worker_is_neither_source_nor_destination_and_holds_nothing_up() -> None:
+    cluster = full()
+    cluster.workers.add(3)
+    tested = controller(cluster, limits={"stale-after-s": 2.5, "cooldown-s": 0, "no-return-s": 0})
+    cluster.workers.silent.add(3)
+    await tested.tick()
+    await tested.idle()
+    assert {worker for _, worker, _ in cluster.calls} == {"00000002"}
+    assert tested.seen is not None and "00000003" not in tested.seen.worker_ids
+    cluster.workers.silent = set()
+    while cluster.client._asking:
+        await asyncio.sleep(0.01)
+    await tested.tick()
+    assert "00000003" in tested.seen.worker_ids
+    cluster.workers.lost.add(1)
+    cluster.client._told[1]._at -= 60
+    await tested.tick()
+    seen = tested.seen
+    assert not seen.w_fresh[seen.index["00000001"]] and len(seen.rows_of(seen.index["00000001"])) > 0
+
+
+async def test_without_any_answer_nothing_is_decided() -> None:
+    cluster = full()
+    cluster.workers.lost = {1, 2}
+    with pytest.raises(WorkerLost, match="no worker tells its state"):
+        await controller(cluster).tick()
+
+
+async def test_a_life_that_has_gone_and_come_back_is_not_meant() -> None:
+    cluster = full()
+    lives = []
+
+    async def migrate(request_id: str, source: str, target: str, mode: Mode, life: int) -> MoveRecord:
+        lives.append(life)
+        return MoveRecord(request_id, source, target, mode, ok=False, code="request_not_found")
+
+    await cluster.refresh(1.0)
+    for row in cluster.client._told[1]._rows.values():
+        row.life = 7
+    cluster.migrate = migrate  # type: ignore[method-assign]
+    tested = controller(cluster)
+    await tested.tick()
+    await tested.idle()
+    assert lives and set(lives) == {7}
 
 
 async def test_the_loop_goes_on_while_a_decision_is_made() -> None:
     decided_meanwhile = threading.Event()
 
     class Slow(Observer):
-        def capture(self, status: RouterReply, active: Iterable[ActiveMove] = ()) -> Capture:
+        def capture(self, status: Status, active: Iterable[ActiveMove] = ()) -> Capture:
             assert decided_meanwhile.wait(30)
             return super().capture(status, active)
 
     policy = parse(POLICY)
-    tested = Controller(policy, ScriptedRouter({f"r{i}": "a" for i in range(6)}), Slow(policy.controller.cost))
+    tested = Controller(policy, full(), Slow(policy.controller.cost))
     deciding = asyncio.ensure_future(tested.tick())
     await asyncio.sleep(0.1)
     decided_meanwhile.set()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from components.engine.protocol import RequestPhase
-from components.messages import Mode
+from components.migration.messages import Mode
 from planner_hooks.config import parse
 from planner_hooks.plan import HoldReason, Plan
 from planner_hooks.snapshot import Capture, Snapshot

@@ -30,11 +30,12 @@ from dynamo.planner.plugins.clock import VirtualClock
 from dynamo.planner.plugins.orchestrator.engine_adapter import OrchestratorEngineAdapter
 
 from components.engine.protocol import EngineStats
-from components.messages import RouterReply, WorkerInfo
+from components.status import Status, WorkerReport
 from planner_hooks.observe import Observer
 from planner_hooks.plugin import MigrationPlugin, ScaleDownPlugin
 from planner_hooks.rules import Cost
 from planner_hooks.server import Service, start
+from tests.fake_workers import INFO
 
 CAPACITY = 10_000
 _NAMES = itertools.count()
@@ -157,7 +158,7 @@ def test_a_worker_whose_metrics_stop_is_held_as_stale() -> None:
     now = 100.0
     observer = Observer(Cost(), lambda: now)
     stats = EngineStats(1, 0, 0, 0, 90, 100)
-    status = RouterReply(workers=(WorkerInfo("00000007", "decode", False, stats=stats, block_size=16),))
+    status = Status((WorkerReport("00000007", "decode", info=INFO, stats=stats),))
     observer.join({"7/0": encode(metrics(7, 500, counter=1))})
     assert observer.capture(status).workers[0].report_age_s == 0.0
     now = 130.0

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the page and ``dynamo top`` make of one status after the other: rates, who is missing, lives of requests."""
+
+from __future__ import annotations
+
+import io
+
+import msgspec
+from rich.console import Console
+
+from components.cli.move import tables
+from components.client import Workers
+from components.dashboard.lives import Lives
+from components.dashboard.sample import Sampler
+from components.dashboard.top import view
+from components.engine.protocol import RequestId, RequestPhase
+from components.migration.messages import Mode, MoveRecord, RequestRow
+from components.status import Status, WorkerReport
+from tests import fake_workers
+from tests.fake_workers import info_of
+
+
+def at(worker: str, phase: RequestPhase = RequestPhase.DECODE, age_s: float = 1.0, **more: object) -> WorkerReport:
+    row = RequestRow(1, RequestId("r"), phase, 10, output_tokens=5, age_s=age_s)
+    return WorkerReport(worker, "decode", requests=(row,), **more)  # type: ignore[arg-type]
+
+
+def test_a_life_is_pieced_together_from_where_a_request_was_seen() -> None:
+    lives = Lives()
+    lives.take(Status((at("a"),)), 101.0)
+    moved = MoveRecord("r", "a", "b", Mode.LIVE, ok=True, tokens=7, downtime_s=0.25, total_s=0.5, age_s=0.5)
+    for _ in range(2):
+        lives.take(Status((at("b", age_s=2.0),), moves=(moved,)), 102.0)
+    lives.take(Status((WorkerReport("b", "decode"),), moves=(moved,)), 103.0)
+    [life] = lives.shown()
+    assert life.over
+    assert [(part.kind, part.worker, part.began, part.ended) for part in life.parts] == [
+        ("decode", "a", 100.0, 101.5),
+        ("decode", "b", 101.5, 102.0),
+        ("copying", "b", 101.0, 101.5),
+        ("frozen", "a", 101.25, 101.5),
+    ]
+    lives.take(Status(), 200.0)
+    assert lives.shown() == ()
+
+
+def test_a_relay_and_a_landing_are_no_second_life() -> None:
+    lives = Lives()
+    relayed = RequestRow(1, RequestId("r"), RequestPhase.DECODE, 10, relayed_from="b")
+    lives.take(Status((WorkerReport("a", "decode", requests=(relayed,)), at("b"))), 10.0)
+    lives.take(Status((at("b"), at("c", RequestPhase.LANDING))), 11.0)
+    [life] = lives.shown()
+    assert {part.worker for part in life.parts} == {"b"}
+
+
+async def test_who_is_missing_is_said_and_shown_and_not_counted_as_empty() -> None:
+    cluster = fake_workers.Workers(3)
+    cluster.engines[1].table = [info_of("a"), info_of("b")]
+    cluster.lost = {2}
+    sampler = Sampler(Workers(cluster))
+    await sampler.once()
+    assert sampler.latest is not None
+    assert sampler.error == "worker 00000002 is missing: worker_lost: worker 00000002: no route"
+    assert [load.worker for load in sampler.latest.point.workers] == ["00000001", "00000003"]
+    assert sampler.latest.point.requests == 2
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(view(sampler.latest, sampler.history, sampler.error))
+    text = console.export_text()
+    assert any("00000002" in line and "missing" in line for line in text.splitlines())
+    # A page is sent it every second: tables of requests stay out.
+    assert all(not worker["requests"] for worker in msgspec.json.decode(msgspec.json.encode(sampler.latest))["workers"])
+
+
+async def test_rates_are_those_between_two_looks() -> None:
+    cluster = fake_workers.Workers(1)
+    sampler = Sampler(Workers(cluster))
+    await sampler.once()
+    cluster.states[1]._requests.tokens_total = 500
+    await sampler.once()
+    assert sampler.latest is not None and sampler.latest.point.tokens_per_s > 0
+
+
+def test_status_names_the_missing_the_leaving_and_why_a_request_stays() -> None:
+    row = RequestRow(1, RequestId("r1"), RequestPhase.DECODE, 10, not_migratable="n > 1 [2]", moving=False)
+    status = Status(
+        (
+            WorkerReport("00000001", "decode", requests=(row,), cordoned=True, draining=True),
+            WorkerReport("00000002", missing="deadline: no answer"),
+        ),
+        (MoveRecord("r1", "00000001", "00000002", Mode.LIVE, ok=False, code="no_room", reason="3 blocks short"),),
+    )
+    console = Console(width=200, record=True, file=io.StringIO())
+    tables(status, 10, console)
+    text = console.export_text()
+    for told in ("draining", "missing (deadline: no answer)", "cannot move: n > 1 [2]", "no_room: 3 blocks short"):
+        assert told in text
+    tables(status, 0, console)
+    assert "1 more requests; --requests 1 shows them" in console.export_text()
