@@ -21,9 +21,8 @@ import time
 from typing import Any, Protocol
 
 from components import process
-from components.client import Workers
+from components.client import Drained, Workers
 from components.errors import MigrateError
-from components.migration.messages import MoveRecord
 from components.serve.plan import Plan, Process
 from components.serve.supervisor import READY_S, Child, Supervisor
 from components.status import Status, WorkerReport
@@ -61,7 +60,7 @@ class Drains(Protocol):
         """What they have told."""
         ...
 
-    async def drain(self, worker: str, timeout_s: float) -> list[MoveRecord]:
+    async def drain(self, worker: str, timeout_s: float) -> Drained:
         """Empty a worker."""
         ...
 
@@ -206,6 +205,6 @@ class LateWorkers:
         """See ``Workers``."""
         return self._client.status() if self._client is not None else Status()
 
-    async def drain(self, worker: str, timeout_s: float) -> list[MoveRecord]:
+    async def drain(self, worker: str, timeout_s: float) -> Drained:
         """See ``Workers``."""
-        return await self._client.drain(worker, timeout_s) if self._client is not None else []
+        return await self._client.drain(worker, timeout_s) if self._client is not None else Drained(worker, 0, ())

@@ -43,7 +43,7 @@ async def _call(workers: Workers, name: str, arguments: list[str]) -> Any:
         case "migrate":
             return await workers.move(arguments[0], arguments[1], Mode(arguments[2]))
         case "drain":
-            return await workers.drain(arguments[0])
+            return (await workers.drain(arguments[0])).moves
         case "undrain":
             return await workers.undrain(arguments[0])
         case "check":

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from components.client import Drained
 from components.engine.protocol import AgentName, AgentRef, EngineInfo, EngineStats, Epoch
-from components.migration.messages import MoveRecord
 from components.serve.plan import Plan, Process
 from components.serve.scale import Scaler, worker_name
 from components.status import Status, WorkerReport
@@ -83,9 +83,9 @@ class Graph:
             )
         )
 
-    async def drain(self, worker: str, timeout_s: float) -> list[MoveRecord]:
+    async def drain(self, worker: str, timeout_s: float) -> Drained:
         self.drained.append(worker)
-        return []
+        return Drained(worker, 0, ())
 
     def names(self) -> list[str]:
         return [child.label for child in self.children]
