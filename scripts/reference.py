@@ -105,7 +105,7 @@ def text() -> str:
         "",
     ]
     lines += ["| metric | type | labels | meaning |", "|---|---|---|---|"]
-    for metric in (*names.ROUTER, *names.WORKER):
+    for metric in names.WORKER:
         labels = ", ".join(f"`{label}`" for label in metric.labels)
         lines.append(f"| `{metric.full_name}` | {metric.kind} | {labels} | {metric.help} |")
     lines += [

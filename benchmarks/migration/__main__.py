@@ -20,8 +20,8 @@ from benchmarks.migration.report import MODES, Report, plot, show
 from benchmarks.migration.stock import DYNAMO, measure
 from components import models, process
 from components.cli.live import join
-from components.messages import Mode
-from components.router.client import RouterClient
+from components.client import Workers
+from components.migration.messages import Mode
 from components.serve import precision
 from components.transfer import Transport
 
@@ -119,8 +119,7 @@ async def _run(
     progress: Progress,
     row_done: Callable[[], None],
 ) -> None:
-    client = RouterClient(process.connect())
-    await client.connect()
+    client = await Workers.connect(process.connect(), process.namespace(), 60.0)
     bench = Bench(client, port, prompts, context)
     [task] = progress.task_ids
     for tokens in lengths:

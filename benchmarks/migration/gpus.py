@@ -27,7 +27,7 @@ from benchmarks.migration.remote import Remote, target
 from benchmarks.transfer.nvlink import topology
 from components.engine.paged import PagedEngine, PagedOptions
 from components.engine.protocol import GenerateOutput, GenerateRequest, RequestId, Sampling
-from components.messages import Mode
+from components.migration.messages import Mode
 
 _OUTPUTS = 96
 _BEFORE = 16

@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import msgspec
 
+from components.client import Workers
 from components.errors import MigrateError
-from components.messages import EventKind, Mode, MoveRecord
-from components.router.client import RouterClient
+from components.migration.messages import Mode, MoveRecord, RequestRow
 
 _PAUSE_S = 0.4
 """Between two moves: long enough for a handful of tokens that no move touches."""
@@ -109,35 +109,39 @@ class Prompts:
 class Bench:
     """Works on a running disaggregated graph with two decode workers."""
 
-    def __init__(self, client: RouterClient, port: int, prompts: Prompts, context: int) -> None:
+    def __init__(self, client: Workers, port: int, prompts: Prompts, context: int) -> None:
         self._client = client
         self._prompts = prompts
         self._context = context
         self._http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600, trust_env=False)
 
+    async def _running(self) -> dict[str, tuple[str, RequestRow]]:
+        """Requests with the worker that has each; up to a second old."""
+        await self._client.refresh()
+        return {row.request_id: (worker.worker, row) for worker, row in self._client.status().requests()}
+
     async def _start(self, tokens: int, output: int) -> tuple[Watched, str]:
-        known = {s.request_id for s in (await self._client.status()).streams}
+        known = await self._running()
         watched = Watched()
         watched.task = asyncio.ensure_future(watched.run(self._http, self._prompts.body(tokens, output)))
         while True:
-            for stream in (await self._client.status()).streams:
-                if stream.request_id not in known and stream.output_tokens > 8:
-                    return watched, stream.request_id
+            for name, (_, row) in (await self._running()).items():
+                if name not in known and row.output_tokens > 8:
+                    return watched, name
             if watched.task.done():
                 raise MigrateError(f"a request of {tokens} tokens ended at once: {watched.task.exception()}")
             await asyncio.sleep(0.05)
 
     async def _decode_workers(self) -> list[str]:
-        return [w.worker for w in (await self._client.status()).workers if w.role == "decode"]
+        await self._client.refresh()
+        return [w.worker for w in self._client.status().workers if w.role in ("decode", "agg")]
 
     async def _neighbour(self, worker: str) -> Watched:
         watched, request = await self._start(64, self._context - 128)
-        while True:
-            here = next(s.worker for s in (await self._client.status()).streams if s.request_id == request)
-            if here == worker:
-                return watched
-            await self._client.migrate(request, worker, Mode.LIVE)
+        while (await self._running())[request][0] != worker:
+            await self._client.move(request, worker)
             await asyncio.sleep(_PAUSE_S)
+        return watched
 
     async def run(
         self, tokens: int, mode: Mode, moves: int, output: int
@@ -156,15 +160,16 @@ class Bench:
             await asyncio.sleep(2.0)
             quiet = [(time.time() - 1.5, time.time())]
             for _ in range(moves):
-                stream = next((s for s in (await self._client.status()).streams if s.request_id == request), None)
-                if stream is None:
+                running = await self._running()
+                if request not in running:
                     break
-                target = next(worker for worker in workers if worker != stream.worker)
-                ends.append((stream.worker, target))
+                source = running[request][0]
+                target = next(worker for worker in workers if worker != source)
+                ends.append((source, target))
                 began = time.time()
-                record = await self._client.migrate(request, target, mode)
+                record = await self._client.move(request, target, mode)
                 windows.append((began, time.time()))
-                precopies.append((began, await self._frozen(request, began) if mode is Mode.LIVE else began))
+                precopies.append((began, windows[-1][1] - record.downtime_s if mode is Mode.LIVE else began))
                 if record.ok and record.mode == mode:
                     step = sorted(moved.gaps(quiet))[len(moved.gaps(quiet)) // 2]
                     samples.append(_sample(tokens, record, step))
@@ -187,13 +192,8 @@ class Bench:
         await self._until_idle()
         return samples, Neighbours(tokens, mode, *seen), failed
 
-    async def _frozen(self, request: str, since: float) -> float:
-        """When the request was frozen last; ``since`` where it was not."""
-        events = [e for s in (await self._client.status()).streams if s.request_id == request for e in s.events]
-        return max((e.at for e in events if e.kind is EventKind.FROZEN and e.at > since), default=since)
-
     async def _until_idle(self) -> None:
-        while (await self._client.status()).streams:
+        while await self._running():
             await asyncio.sleep(0.1)
 
     async def close(self) -> None:

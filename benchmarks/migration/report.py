@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.migration.measure import Neighbours, Sample
 from benchmarks.migration.stock import DYNAMO
-from components.messages import Mode
+from components.migration.messages import Mode
 
 MODES = (*(mode.value for mode in Mode), DYNAMO)
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.policy.live import Answer, Live, Output
 from components.errors import ConfigError
-from components.messages import MoveRecord
+from components.migration.messages import MoveRecord
 from planner_hooks.config import load
 from planner_hooks.plan import Policy
 from planner_hooks.simulate.cluster import Cluster, Dispatch

@@ -29,7 +29,7 @@ from benchmarks.serving.load import Control
 from benchmarks.serving.parts import Kind
 from benchmarks.serving.systems import System, running
 from components.errors import MigrateError
-from components.messages import MoveRecord
+from components.migration.messages import MoveRecord
 from components.transfer import Transport
 
 _WORDS = "Once upon a time, in a small house by the sea, there lived an old clock maker. "
@@ -178,8 +178,9 @@ def _run(system: System, shape: Shape) -> Live:
 
 
 def _preemptions(control: Control) -> dict[str, int]:
-    time.sleep(1.5)  # Workers report twice a second.
-    return {w.worker: w.stats.preemptions_total for w in control.status().workers if w.role == "decode" and w.stats}
+    time.sleep(1.5)  # What workers tell is up to a second old.
+    decode = [w for w in control.status().workers if w.role in ("decode", "agg")]
+    return {w.worker: w.stats.preemptions_total for w in decode if w.stats}
 
 
 def changed(systems: list[Live]) -> int:

@@ -202,7 +202,7 @@ def _one(found: Report, load: Load, system: System, control: Control | None, wor
         except (MigrateError, OSError) as error:
             failures.append(error)
 
-    known = {(m.request_id, m.ended_at) for m in control.status().moves} if control else set()
+    known = len(control.status().moves) if control else 0
     retried, alive = system.retried(), system.worker_seconds()
     actor = threading.Thread(target=act)
     if workload in _ACTIONS:
@@ -214,7 +214,7 @@ def _one(found: Report, load: Load, system: System, control: Control | None, wor
         actor.join()
     if failures:
         raise MigrateError(f"{workload}: {failures[0]}")
-    made = [m for m in control.status().moves if (m.request_id, m.ended_at) not in known] if control else []
+    made = list(control.status().moves[known:]) if control else []
     return Run(
         *(system.kind.value, workload.value, repeat, samples, duration(samples)),
         worker_s=alive,

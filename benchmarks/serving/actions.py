@@ -30,16 +30,21 @@ def moves(system: System, control: Control | None, over: threading.Event) -> lis
     chooser = random.Random(0)
     while control is not None and not over.wait(1.0):
         status = control.status()
-        decode = [w.worker for w in status.workers if w.role == "decode" and not w.draining]
-        running = [s for s in status.streams if s.worker in decode and s.output_tokens > 4 and not s.moving]
+        decode = [w.worker for w in status.workers if w.role in ("decode", "agg") and not w.cordoned]
+        running = [
+            (worker.worker, row)
+            for worker, row in status.requests()
+            if worker.worker in decode and row.output_tokens > 4 and not row.moving
+        ]
         if not running or len(decode) < 2:
             continue
-        stream = chooser.choice(running)
-        target = chooser.choice([worker for worker in decode if worker != stream.worker])
+        source, row = chooser.choice(running)
+        target = chooser.choice([worker for worker in decode if worker != source])
         began = time.perf_counter()
-        record = control.migrate(stream.request_id, target)
+        record = control.migrate(row.request_id, target)
         if record is not None:
-            events.append(Event("move" if record.ok else f"failed move: {record.reason}", began, time.perf_counter()))
+            what = "move" if record.ok else f"failed move: {record.code}: {record.reason}"
+            events.append(Event(what, began, time.perf_counter()))
     return events
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks a system's router on behalf of the benchmark: one JSON list per line in, one JSON value per line out.
+"""Asks a system's workers on behalf of the benchmark: one JSON list per line in, one JSON value per line out.
 
-    ["status"]                       the router's ``RouterReply``
+    ["status"]                       ``components.status.Status``
     ["migrate", REQUEST, WORKER]     the move's ``MoveRecord``, or {"error": ...}
 
 A process of its own, because Dynamo's runtime can be made only once in one.
@@ -18,22 +18,19 @@ from typing import Any
 import msgspec
 
 from components import process
+from components.client import Workers
 from components.errors import MigrateError
-from components.messages import Mode
-from components.router.client import RouterClient
 
 
 async def main() -> None:
     """Serve until the input ends."""
-    client = RouterClient(process.connect())
-    await client.connect()
+    workers = await Workers.connect(process.connect(), process.namespace(), 60.0)
     loop = asyncio.get_running_loop()
     while line := await loop.run_in_executor(None, sys.stdin.readline):
         name, *arguments = json.loads(line)
         try:
-            result: Any = await (
-                client.status() if name == "status" else client.migrate(arguments[0], arguments[1], Mode.LIVE)
-            )
+            await workers.refresh(decisions=True)
+            result: Any = workers.status() if name == "status" else await workers.move(arguments[0], arguments[1])
         except MigrateError as error:
             result = {"error": str(error)}
         print(msgspec.json.encode(result).decode(), flush=True)

@@ -22,7 +22,8 @@ from benchmarks.serving.systems import System
 from benchmarks.serving.workloads import CHUNK, Request, write
 from components import models
 from components.errors import MigrateError
-from components.messages import MoveRecord, RouterReply
+from components.migration.messages import MoveRecord
+from components.status import Status
 
 
 class _Child:
@@ -111,15 +112,15 @@ class Load(_Child):
 
 
 class Control(_Child):
-    """The router of one system."""
+    """The workers of one system."""
 
     def __init__(self, system: System) -> None:
         environment = system.servers | {"DYN_LOG": "error", "ETCD_LEASE_TTL": "60"}
         super().__init__("benchmarks.serving.control", environment, system.folder / "control.log")
 
-    def status(self) -> RouterReply:
-        """Workers, streams and the last moves."""
-        return msgspec.json.decode(self.ask(["status"]), type=RouterReply)
+    def status(self) -> Status:
+        """Workers, their requests, and the last moves."""
+        return msgspec.json.decode(self.ask(["status"]), type=Status)
 
     def migrate(self, request_id: str, worker: str) -> MoveRecord | None:
         """Move a request; None when it had ended."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from components.messages import MoveRecord
+from components.migration.messages import MoveRecord
 
 
 class Slo(msgspec.Struct, frozen=True):

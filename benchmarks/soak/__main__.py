@@ -75,17 +75,21 @@ class Soak:
         while not stop.is_set():
             await asyncio.sleep(every_s)
             status = await asyncio.to_thread(self._control.status)
-            decode = [w.worker for w in status.workers if w.role == "decode" and not w.draining and w.stats]
-            running = [s for s in status.streams if s.worker in decode and s.output_tokens > 1 and not s.moving]
+            decode = [w.worker for w in status.workers if w.role in ("decode", "agg") and not w.cordoned and w.stats]
+            running = [
+                (worker.worker, row)
+                for worker, row in status.requests()
+                if worker.worker in decode and row.output_tokens > 1 and not row.moving
+            ]
             if not running or len(decode) < 2:
                 continue
-            stream = chooser.choice(running)
-            target = chooser.choice([worker for worker in decode if worker != stream.worker])
-            record = await asyncio.to_thread(self._control.migrate, stream.request_id, target)
+            source, row = chooser.choice(running)
+            target = chooser.choice([worker for worker in decode if worker != source])
+            record = await asyncio.to_thread(self._control.migrate, row.request_id, target)
             if record is not None and record.ok:
                 self._report.moves += 1
             else:
-                reason = record.reason.split(":")[0] if record is not None else "the request has ended"
+                reason = record.code if record is not None else "the request has ended"
                 self._report.not_made[reason] = self._report.not_made.get(reason, 0) + 1
 
     async def _restart(self, every_s: float, stop: asyncio.Event) -> None:
@@ -125,7 +129,7 @@ class Soak:
         end = self._now() + _IDLE_S
         while True:
             status = await asyncio.to_thread(self._control.status)
-            leaks = [f"router: request {s.request_id} on {s.worker}" for s in status.streams]
+            leaks = []
             for worker in status.workers:
                 stats = worker.stats
                 if stats is None:

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.policy.calibrate import fit, steps, transfer
 from benchmarks.policy.live import Answer, Live, Output, Shape, changed
 from components.errors import ConfigError
-from components.messages import Mode, MoveRecord
+from components.migration.messages import Mode, MoveRecord
 from planner_hooks.simulate.model import WorkerModel
 
 STEP_S, PER_SEQ_S = 0.01, 0.002
