@@ -206,10 +206,6 @@ class MigrateIn:
         elif incoming.job is None:
             self._copy_tail(record, may_wait=True)
 
-    def expects_commit(self, record: Record) -> bool:
-        """Has it landed here, without its commit?"""
-        return self.holds(record)
-
     def _append(self, record: Record, tokens: tuple[int, ...]) -> None:
         request = record.request
         have = request.num_output_tokens

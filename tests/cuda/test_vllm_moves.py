@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM as a user of GPUs starts it: default attention backend, default model runner, CUDA graphs, bfloat16.
+
+Two engines on two GPUs, or both on one. Four requests of different lengths move twenty times each, and the tokens are
+those of a request that stayed. One request at a time: a batch of another size may round differently without any move.
+The model has the shape of Llama 3.1 8B with random weights, which both engines draw alike;
+``DYN_MIGRATE_TEST_LAYERS`` makes it smaller.
+
+    pytest -m slow -s tests/cuda/test_vllm_moves.py      prints lane, runner and attention backend
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from components.engine.protocol import GenerateRequest, RequestId, Sampling
+from components.engine.vllm import VLLMEngine
+from components.engine.vllm.engine import VLLMOptions
+from tests.integration.test_vllm_handover import Client, move, request_of, run, take_until
+from tests.integration.vllm_engines import Pair
+
+GPUS = torch.cuda.device_count()
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.skipif(not GPUS, reason="needs an NVIDIA GPU"),
+]
+
+MOVES = 20
+PROMPTS = [16, 300, 1500, 6000]
+SAMPLINGS = {
+    "greedy": Sampling(temperature=0.0, max_tokens=400, ignore_eos=True),
+    "seeded": Sampling(temperature=0.9, top_p=0.95, seed=7, max_tokens=400, ignore_eos=True),
+}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": int(os.environ.get("DYN_MIGRATE_TEST_LAYERS", "32")),
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "vocab_size": 65536,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def pair(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory, etcd_url: str) -> Iterator[Pair]:
+    model = tmp_path_factory.mktemp("llama")
+    (model / "config.json").write_text(json.dumps(LLAMA))
+    pair = runner.run(start(model, etcd_url))
+    yield pair
+    runner.run(pair.stop())
+
+
+async def start(model: Path, etcd_url: str) -> Pair:
+    """Engine b is on the second GPU if there is one."""
+    namespace = f"test-{uuid.uuid4().hex[:8]}"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(GPUS)))).split(",")
+    engines = []
+    for name, device in (("a", visible[0]), ("b", visible[-1])):
+        # Read by the engine core's process, which vLLM starts anew.
+        os.environ.update(CUDA_VISIBLE_DEVICES=device, VLLM_WORKER_MULTIPROC_METHOD="spawn")
+        engine = VLLMEngine(
+            VLLMOptions(
+                {
+                    "model": str(model),
+                    "load_format": "dummy",
+                    "skip_tokenizer_init": True,
+                    "max_model_len": 8192,
+                    "max_num_seqs": 8,
+                    "kv_cache_memory_bytes": 3 << 30,
+                    # Every move copies the whole request.
+                    "enable_prefix_caching": False,
+                    # Two engines may share a GPU; the KV cache has a size of its own.
+                    "gpu_memory_utilization": 0.4,
+                    "seed": 0,
+                },
+                {"name": name, "etcd_endpoints": [etcd_url], "namespace": namespace, "transport": "auto"},
+            )
+        )
+        info = await engine.start()
+        print(f"engine {name} on GPU {device}: lanes {info.lanes}, fingerprint {info.fingerprint}")
+        engines.append(engine)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
+    assert engines[0].info.fingerprint == engines[1].info.fingerprint
+    return Pair(*engines)
+
+
+def test_vllm_chose_the_runner_and_backend_itself(pair: Pair) -> None:
+    config = pair.a._llm.vllm_config
+    print(f"model runner {'V2' if config.use_v2_model_runner else 'V1'}, attention {config.attention_config.backend}")
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in os.environ
+
+
+@pytest.mark.parametrize("live", [True, False], ids=["live", "stop-and-copy"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("kind", list(SAMPLINGS))
+def test_twenty_moves_change_no_token(runner: asyncio.Runner, pair: Pair, kind: str, prompt: int, live: bool) -> None:
+    async def scenario() -> None:
+        sampling = SAMPLINGS[kind]
+        stayed = request_of(f"stayed-{kind}-{prompt}-{live}", prompt, sampling)
+        plain = await run(pair.a, stayed)
+        moved = GenerateRequest(RequestId(f"moved-{kind}-{prompt}-{live}"), stayed.prompt_token_ids, sampling)
+        client, lanes = Client(), set()
+        stream: AsyncIterator[object] = pair.a.generate(moved)
+        source, target = pair.a, pair.b
+        for number in range(MOVES):
+            await take_until(stream, client, 6 + 15 * number)  # type: ignore[arg-type]
+            stream = await move(source, target, moved, client, stream, live)  # type: ignore[assignment]
+            lanes.add((await target._core.landing_status(moved.request_id)).lane)
+            source, target = target, source
+        async for output in stream:
+            client.take(output)  # type: ignore[arg-type]
+        print(f"{kind}, {prompt} tokens, {'live' if live else 'stop-and-copy'}: {MOVES} moves by {sorted(lanes)}")
+        assert client.tokens == plain.tokens
+        assert client.finish is plain.finish
+
+    runner.run(asyncio.wait_for(scenario(), 300))
+
+
+def test_no_block_is_lost(runner: asyncio.Runner, pair: Pair) -> None:
+    async def scenario() -> None:
+        for engine in (pair.a, pair.b):
+            await engine.check_integrity()
+            stats = await engine.stats()
+            assert stats.free_blocks == stats.total_blocks
+
+    runner.run(asyncio.wait_for(scenario(), 60))
