@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Worker side of the connector: copies that end, that take long, that fail, and that a hanging peer may still write."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from components.engine.protocol import AgentName, AgentRef, Epoch, RequestId
+from components.engine.vllm.records import Install, Job, StepMetadata
+from components.errors import DeadlineExceeded, TransferUnavailable
+from components.transfer import TransferHandle, TransferResult
+
+pytest.importorskip("vllm")
+from components.engine.vllm.loader import Loader  # noqa: E402
+
+PEER = AgentRef(AgentName("peer"), Epoch("1"))
+
+
+class Agent:
+    """A transfer agent whose copies the test ends."""
+
+    def __init__(self) -> None:
+        self.handles: list[TransferHandle] = []
+        self.poisoned: frozenset[int] = frozenset()
+        self.refuses = False
+        self.arrives = False
+        self.sums: dict[int, int] = {}
+
+    def fetch(self, *_: Any, **__: Any) -> TransferHandle:
+        if self.refuses:
+            raise TransferUnavailable("no lane")
+        handle = TransferHandle()
+        self.handles.append(handle)
+        if self.arrives:
+            handle.settle(TransferResult(bytes=7), None)
+        return handle
+
+    def poisoned_blocks(self) -> frozenset[int]:
+        return self.poisoned
+
+    def checksums(self, blocks: list[int]) -> tuple[int, ...]:
+        return tuple(self.sums.get(block, 0) for block in blocks)
+
+
+@pytest.fixture
+def agent() -> Agent:
+    return Agent()
+
+
+@pytest.fixture
+def loader(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> Loader:
+    transfer = SimpleNamespace(kv_connector_extra_config={})
+    loader = Loader(SimpleNamespace(kv_transfer_config=transfer), None)
+    loader._agent = agent  # type: ignore[assignment]
+    monkeypatch.setattr(Loader, "rank", 0)
+    return loader
+
+
+def job(number: int = 1, **more: Any) -> Job:
+    fields: dict[str, Any] = {
+        "src_blocks": (8, 9),
+        "dst_blocks": (1, 2),
+        "checks": (),
+        "vouched": (),
+        "deadline_s": 9.0,
+    }
+    return Job(number, RequestId("r"), "r-1", (PEER,), **fields | more)
+
+
+def test_a_copy_within_its_budget_is_answered_at_once(loader: Loader, agent: Agent) -> None:
+    agent.arrives = True
+    result = loader.copy_now(job(), 0.0)
+    assert result is not None and result.ok and result.bytes == 7
+    assert loader.take_results() is None
+
+
+def test_a_copy_that_takes_longer_is_answered_with_a_step(loader: Loader, agent: Agent) -> None:
+    assert loader.copy_now(job(), 0.0) is None
+    loader.step([])
+    assert loader.take_results() is None
+    agent.handles[0].settle(TransferResult(bytes=7), None)
+    loader.step([])
+    results = loader.take_results()
+    assert results is not None and [r.ok for r in results.results] == [True]
+
+
+def test_nothing_to_copy_is_only_compared(loader: Loader, agent: Agent) -> None:
+    agent.sums = {5: 77}
+    right = loader.copy_now(job(src_blocks=(), dst_blocks=(), checks=((5, (77,)),)), 0.0)
+    wrong = loader.copy_now(job(src_blocks=(), dst_blocks=(), checks=((5, (78,)),), vouched=(4,)), 0.0)
+    assert right is not None and right.ok and not agent.handles
+    assert wrong is not None and wrong.error is not None and wrong.error[0] == "integrity"
+    assert set(wrong.bad_blocks) == {4, 5}
+
+
+def test_a_copy_that_cannot_begin_is_a_result(loader: Loader, agent: Agent) -> None:
+    agent.refuses = True
+    result = loader.copy_now(job(), 0.0)
+    assert result is not None and result.error == ("transfer_unavailable", "no lane") and result.bad_blocks == (1, 2)
+    loader.step([job(2)])
+    results = loader.take_results()
+    assert results is not None and [r.job_id for r in results.results] == [2]
+
+
+def test_blocks_of_a_hanging_peer_are_named_when_they_are_quiet(loader: Loader, agent: Agent) -> None:
+    assert loader.copy_now(job(), 0.0) is None
+    (handle,) = agent.handles
+    agent.poisoned = handle_blocks = frozenset({1, 2})
+    handle.poisoned_blocks = tuple(handle_blocks)
+    handle.settle(None, DeadlineExceeded("late"))
+    loader.step([])
+    results = loader.take_results()
+    assert results is not None and not results.results[0].quiet and not results.quiet
+    loader.step([])
+    assert loader.take_results() is None
+    agent.poisoned = frozenset({2, 3})
+    loader.step([])
+    assert loader.take_results() is None
+    agent.poisoned = frozenset({3})
+    loader.step([])
+    results = loader.take_results()
+    assert results is not None and (results.results, results.quiet) == ([], [1])
+
+
+def test_a_crash_dump_shows_no_tokens() -> None:
+    install = Install("r-1", [4711, 4712], [4713], None, None, b"")
+    assert "471" not in repr(StepMetadata(installs=[install])) and "2 + 1 tokens" in repr(install)
