@@ -56,6 +56,9 @@ class WorkerStatus:
         self._moves: deque[tuple[float, MoveRecord]] = deque(maxlen=_RECORDS)
         self._moved = 0
         self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._drain_until = 0.0
+        self._emptying: asyncio.Task[None] | None = None
+        self._emptied: list[MoveRecord] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._counted = WorkerMetrics(self._gauges, self._wake)
         self.cordoned = False
@@ -175,31 +178,42 @@ class WorkerStatus:
 
     async def uncordon(self) -> None:
         """Take requests again; a drain under way ends."""
-        self.draining = False
+        self.draining, self._drain_until = False, 0.0
         if self.cordoned:
             self.cordoned = False
             await self._endpoint.register_endpoint_instance()
 
     async def drain(self, timeout_s: float) -> tuple[MoveRecord, ...]:
-        """Cordon, and move everything away until nothing is left, for ``timeout_s`` at most. The moves that ended."""
+        """Cordon, and move everything away until nothing is left, for ``timeout_s`` at most. The moves that ended.
+
+        It goes on when the caller is gone. Who asks while it is under way waits for the same one, and can lengthen it.
+        """
         await self.cordon()
         self.draining = True
-        ended: list[MoveRecord] = []
+        self._drain_until = max(self._drain_until, time.monotonic() + timeout_s)
+        if self._emptying is None or self._emptying.done():
+            self._emptied = []
+            self._emptying = asyncio.ensure_future(self._empty())
+        await asyncio.wait((self._emptying,), timeout=timeout_s)
+        if self._emptying.done():
+            self._emptying.result()
+        return tuple(self._emptied)
+
+    async def _empty(self) -> None:
         stays: set[RequestId] = set()
         begun, wait = time.monotonic(), _BACK_OFF_S
-        end = begun + timeout_s
-        while self.draining and time.monotonic() < end and self.running():
+        while self.draining and (rest := self._drain_until - time.monotonic()) > 0 and self.running():
             plan = await self._plan([leg for leg in self.running() if leg.request_id not in stays and not leg.fixed])
             moved = await asyncio.gather(*(self._move(leg, target, Mode.LIVE) for leg, target in plan))
-            ended += moved
+            self._emptied += moved
             stays |= {RequestId(r.request_id) for r in moved if r.code == "not_migratable"}
             wait = _BACK_OFF_S if any(r.ok for r in moved) else min(2 * wait, _LONGEST_BACK_OFF_S)
             if self.running():
-                await asyncio.sleep(min(wait, max(0.0, end - time.monotonic())))
-        self._counted.drained(time.monotonic() - begun, done=not self.left)
+                await asyncio.sleep(min(wait, rest))
+        took = time.monotonic() - begun
+        self._counted.drained(took, done=not self.left)
         if left := self.left:
-            logger.warning("worker %s: %d requests are left after %g s", self._name, left, timeout_s)
-        return tuple(ended)
+            logger.warning("worker %s: %d requests are left after %g s", self._name, left, took)
 
     async def _plan(self, legs: list[Leg]) -> list[tuple[Leg, int]]:
         """A worker with room for each request, as far as there is any: nothing is tried that cannot succeed."""

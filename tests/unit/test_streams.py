@@ -99,6 +99,23 @@ async def test_a_drained_worker_gets_empty_and_its_clients_see_nothing() -> None
         await workers.quiet()
 
 
+async def test_a_drain_goes_on_when_who_asked_for_it_is_gone() -> None:
+    sampling = Sampling(temperature=0.0, max_tokens=90)
+    prompts = [(*PROMPT, 30 + n) for n in range(5)]
+    async with cluster(3) as workers:
+        answers = asyncio.gather(*(workers.complete(prompt, sampling) for prompt in prompts))
+        await asyncio.sleep(0.03)
+        leaving = max(workers.nodes, key=lambda node: len(node.status.running()))
+        asked = asyncio.ensure_future(leaving.status.drain(30.0))
+        await asyncio.sleep(0)
+        asked.cancel()
+        # A second one waits for the first, and is told what that has moved.
+        moves = await leaving.status.drain(5.0)
+        assert moves and all(move.ok for move in moves) and not leaving.status.left
+        assert await answers == await expected(prompts, sampling)
+        await workers.quiet()
+
+
 async def test_a_client_that_leaves_ends_its_request_wherever_it_runs() -> None:
     sampling = Sampling(temperature=0.0, max_tokens=90)
     async with cluster(2) as workers:
