@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from tokenizers import Tokenizer
 
 from components.client import Workers
 from components.errors import MigrateError
@@ -97,16 +98,25 @@ def test_answers_with_prefill_and_decode_apart(scene: Scene, kind: str) -> None:
     assert told == {"lent": 1, used: 1}
 
 
-def test_a_stop_token_at_the_beginning_ends_the_answer(scene: Scene) -> None:
-    async def work(session: aiohttp.ClientSession) -> tuple[Answer, Answer, Counter[str]]:
-        first = await ask(session, scene.served, prompt=PROMPT, max_tokens=8, ignore_eos=True, logprobs=0)
-        before = await scene.counts()
-        words = {"prompt": PROMPT, "max_tokens": 8, "stop": [scene.apart["greedy"].text[:3]]}
-        stopped = await ask(session, scene.served, **words)
-        return first, stopped, await scene.counts() - before
+@pytest.mark.parametrize("min_tokens", [0, 5])
+def test_a_first_token_that_is_a_stop_token_is_computed_where_the_answer_ends(
+    scene: Scene, tiny_llama: str, min_tokens: int
+) -> None:
+    tokenizer = Tokenizer.from_file(f"{tiny_llama}/tokenizer.json")
+    first = scene.apart["one token"].text
+    stops = [number for number in range(tokenizer.get_vocab_size()) if tokenizer.decode([number]) == first.strip()]
+    more = {"max_tokens": 8, "min_tokens": min_tokens, "stop_token_ids": stops}
 
-    first, stopped, _ = scene.run(work)
-    assert first.text and stopped.finish == "stop" and not stopped.text
+    async def work(session: aiohttp.ClientSession) -> tuple[Answer, Counter[str]]:
+        before = await scene.counts()
+        answer = await ask(session, scene.served, prompt=PROMPT, **more)
+        return answer, await scene.counts() - before
+
+    answer, told = scene.run(work)
+    assert told == {"lent": 1, "first_token_stop": 1} and not answer.errors
+    assert (answer.finish, answer.text) == ("stop", "") if not min_tokens else not answer.text.startswith(first)
+    REQUESTS[f"stop token, {min_tokens}"] = more
+    scene.apart[f"stop token, {min_tokens}"] = answer
 
 
 def test_a_request_that_has_moved_passes_the_prefill_worker_again_and_goes_on(scene: Scene) -> None:
