@@ -75,7 +75,7 @@ class Served:
             events = {"publisher": "zmq", "topic": "kv-events", "endpoint": f"tcp://*:{free_port()}"}
             command += ["--kv-events-config", json.dumps(events | {"enable_kv_cache_events": True})]
             command += ["--disaggregation-mode", role] if role != "agg" else []
-            self.workers.append((role, self._start(f"worker{number}", command, DYN_SYSTEM_PORT=str(free_port()))))
+            self.workers.append((role, self._start(f"worker{number}", command)))
 
     def _start(self, name: str, module: list[str], **more: str) -> subprocess.Popen[bytes]:
         with (self._folder / f"{name}.log").open("wb") as log:

@@ -81,6 +81,7 @@ def engine(ids: list[int], checked: int | None = 2) -> tuple[Handoff, MigrateIn,
     outgoing = MigrateOut(port, checked, lambda: None)  # type: ignore[arg-type, return-value]
     outgoing.agents = (AGENT,)
     incoming = MigrateIn(port, 1 << 20, 30.0, lambda: None)  # type: ignore[arg-type, return-value]
+    incoming.num_ranks = 1
     return Handoff(port, incoming, outgoing), incoming, port  # type: ignore[arg-type]
 
 

@@ -61,10 +61,8 @@ class Handoff:
 
     def _fits(self, request: Request, offer: KVOffer) -> bool:
         return (
-            offer.block_size == self._port.block_size
+            self._incoming.why_unusable(offer) is None
             and offer.num_tokens == request.num_prompt_tokens
-            and len(offer.block_ids) == -(-offer.num_tokens // offer.block_size)
-            and len(offer.agents) == len(self._outgoing.agents)
             and self._port.movable_layout() is None
         )
 

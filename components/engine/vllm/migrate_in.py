@@ -75,10 +75,11 @@ class MigrateIn:
         """Reserve for a request that was just added, and begin the first round."""
         record.incoming = Incoming(offer)
         # An offer that cannot be used is said to whoever asks for the status.
-        if self._why_unusable(offer) is None:
+        if self.why_unusable(offer) is None:
             self._begin_round(record, offer)
 
-    def _why_unusable(self, offer: KVOffer) -> str | None:
+    def why_unusable(self, offer: KVOffer) -> str | None:
+        """What is wrong with an offer, or None."""
         size, blocks = self._port.block_size, len(offer.block_ids)
         if offer.block_size != size:
             return f"its blocks have {offer.block_size} tokens, ours {size}"
@@ -89,7 +90,7 @@ class MigrateIn:
         return None
 
     def _require_usable(self, offer: KVOffer) -> None:
-        if reason := self._why_unusable(offer):
+        if reason := self.why_unusable(offer):
             raise SessionError(f"the source's offer cannot be used: {reason}")
 
     def begin_whole(self, record: Record, frozen: Frozen, block_ids: Sequence[int], local_blocks: int) -> None:
