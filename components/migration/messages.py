@@ -44,6 +44,8 @@ class Owner(msgspec.Struct, frozen=True):
 
     instance: int
     life: Life
+    prompt_tokens: int = 0
+    """How much of a repeated request is the client's prompt; the rest is the answer so far."""
 
 
 class Ticket(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -252,6 +252,13 @@ class Requests:
         found = self._owners.get(request_id)
         return found[0] if found is not None and found[1] > time.monotonic() else None
 
+    def prompt_tokens(self, request_id: RequestId, token_ids: Sequence[int]) -> int:
+        """How many of a request's tokens are its prompt; those behind them were delivered before it was repeated."""
+        if (claimed := self.claim(request_id, token_ids)) is not None:
+            return len(claimed[0].prompt_token_ids)
+        owner = self.owner(request_id)
+        return (owner.prompt_tokens if owner is not None else 0) or len(token_ids)
+
     def repeated(
         self, request_id: RequestId, token_ids: Sequence[int], native: Callable[[], bytes], max_tokens: int | None
     ) -> AsyncGenerator[GenerateOutput, None] | None:

@@ -92,7 +92,7 @@ class _Move:
         self._engine = requests.engine
         self._leg = leg
         self._limits = limits
-        self._owner = Owner(target, new_life())
+        self._owner = Owner(target, new_life(), len(leg.prompt_token_ids))
         self._relay: AsyncGenerator[GenerateOutput, None] | None = None
         self._status = LandingStatus(reserved=False)
 

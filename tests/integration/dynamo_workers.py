@@ -118,8 +118,8 @@ class Served:
         await asyncio.sleep(0.5)
 
     def kill(self, role: str) -> None:
-        """``kill -9`` of the first worker of a role, with its engine."""
-        process = next(process for name, process in self.workers if name == role)
+        """``kill -9`` of the first living worker of a role, with its engine."""
+        process = next(process for name, process in self.workers if name == role and process.poll() is None)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill and decode apart: stock frontend, real vLLM, one prefill and three decode workers."""
+"""Prefill and decode apart: stock frontend, real vLLM, two prefill and three decode workers."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Scene:
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str, etcd_url: str) -> Iterator[Scene]:
     folder: Path = tmp_path_factory.mktemp("apart")
-    served = Served(folder, tiny_llama, etcd_url, ["prefill", "decode", "decode", "decode"])
+    served = Served(folder, tiny_llama, etcd_url, ["prefill", "prefill", "decode", "decode", "decode"])
     try:
         with asyncio.Runner() as runner:
             yield Scene(runner, served)
@@ -143,7 +143,7 @@ def test_a_request_that_has_moved_passes_the_prefill_worker_again_and_goes_on(sc
     scene.run(work)
 
 
-def test_a_killed_prefill_worker_loses_no_answer_and_the_answers_are_those_of_aggregated_workers(scene: Scene) -> None:
+def test_a_killed_prefill_worker_loses_no_answer_and_no_block(scene: Scene) -> None:
     prompts = [[60 + number + (5 * i * i) % 877 for i in range(900)] for number in range(8)]
 
     async def work(session: aiohttp.ClientSession) -> None:
@@ -159,10 +159,22 @@ def test_a_killed_prefill_worker_loses_no_answer_and_the_answers_are_those_of_ag
             again = await ask(session, scene.served, prompt=prompt, max_tokens=30, ignore_eos=True)
             assert again.same() == answer.same()
         await scene.empty()
+
+    scene.run(work)
+
+
+def test_answers_were_those_of_workers_that_do_both(scene: Scene) -> None:
+    """Last: without prefill workers, decode workers compute prompts themselves."""
+
+    async def work(session: aiohttp.ClientSession) -> None:
+        scene.served.kill("prefill")
+        while (await ask(session, scene.served, prompt=[4, 5, 6], max_tokens=2)).errors:
+            await asyncio.sleep(0.5)
+        before = await scene.counts()
         for kind, apart in scene.apart.items():
-            assert (await ask(session, scene.served, **{"prompt": PROMPT, **REQUESTS[kind]})).same() == apart.same(), (
-                kind
-            )
+            alone = await ask(session, scene.served, **{"prompt": PROMPT, **REQUESTS[kind]})
+            assert alone.same() == apart.same(), kind
+        assert await scene.counts() == before
         await scene.empty()
 
     scene.run(work)

@@ -16,7 +16,17 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.request import RequestStatus
 
-from components.engine.protocol import AgentName, AgentRef, Epoch, Frozen, KVOffer, RequestId, TokenLogprob
+from components.engine.protocol import (
+    AgentName,
+    AgentRef,
+    Epoch,
+    FinishReason,
+    Frozen,
+    GenerateOutput,
+    KVOffer,
+    RequestId,
+    TokenLogprob,
+)
 from components.engine.vllm import native
 from components.engine.vllm.control import MARKER, Lent, Marker, decode_lent, decode_marker, encode
 from components.engine.vllm.handoff import Handoff
@@ -24,7 +34,7 @@ from components.engine.vllm.migrate_in import MigrateIn
 from components.engine.vllm.migrate_out import MigrateOut
 from components.engine.vllm.records import JobResult, Record, StepResults, Sums
 from components.messages import pack, unpack
-from components.migration.messages import Handover, Owner, WorkerCall, WorkerOp, WorkerReply
+from components.migration.messages import Attached, Handover, Owner, WorkerCall, WorkerOp, WorkerReply
 from components.migration.requests import Options, Requests
 from components.worker.engine_client import EngineClient
 from components.worker.handoff import Handoffs, is_prefill, why_not_first
@@ -186,6 +196,7 @@ class Peers:
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, WorkerCall]] = []
+        self.gives: list[Attached] = []
 
     def instances(self) -> list[int]:
         return [1, 2]
@@ -193,6 +204,12 @@ class Peers:
     async def call(self, instance: int, call: WorkerCall, timeout_s: float = 20.0) -> WorkerReply:
         self.calls.append((instance, call))
         return WorkerReply()
+
+    async def attach(
+        self, owner: Owner, request_id: RequestId, index: int, token_ids: tuple[int, ...] = ()
+    ) -> AsyncGenerator[Attached, None]:
+        for item in self.gives:
+            yield item
 
 
 def worker(lease_s: float = 60.0) -> tuple[Handoffs, Requests, Peers, list[RequestId]]:
@@ -377,6 +394,17 @@ async def test_a_prefill_worker_computes_what_is_new_and_nothing_that_has_an_own
     assert unpack(moved[-1].kv_transfer_params[MARKER], Handover).owner == Owner(9, 77)  # type: ignore[index]
     assert len(llm.asked) == 1 and handoffs.num_lent == 1
     await handoffs.release(RequestId("p-1"))
+
+
+async def test_a_repeat_is_billed_for_the_prompt_and_not_for_the_answer_so_far() -> None:
+    handoffs, requests, peers, _ = worker()
+    llm = Llm()
+    EngineClient(llm).serve(requests, handoffs)
+    requests.learn([(RequestId("moved"), Owner(9, 77, prompt_tokens=3))])
+    peers.gives = [Attached((GenerateOutput(2, (8,), finish_reason=FinishReason.LENGTH),))]
+    prompt = {"prompt_token_ids": [1, 2, 3, 6, 7]}
+    items = [item async for item in llm.generate(prompt, SamplingParams(max_tokens=3), "moved")]
+    assert [item.prompt_token_ids for item in items] == [[1, 2, 3]] and llm.asked == []
 
 
 @pytest.mark.parametrize(
