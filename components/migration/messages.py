@@ -66,6 +66,8 @@ class Ticket(msgspec.Struct, frozen=True, omit_defaults=True):
     """Why the frontend does not send this request again, so that somebody must relay it to its end; empty: it does."""
     trace: dict[str, str] = {}
     """W3C headers of the trace that the request belongs to."""
+    moves: int = 0
+    """How often it has moved, with the move that this ticket is for."""
 
 
 class Handover(msgspec.Struct, frozen=True, omit_defaults=True):

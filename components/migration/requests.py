@@ -192,6 +192,7 @@ class Requests:
             leg.max_tokens,
             leg.attached,
             dict(leg.trace),
+            leg.moves,
         )
         self.reserve(ticket, None)
         again = self.arrivals[ticket.life]
@@ -337,6 +338,7 @@ class Requests:
             attached=ticket.attached,
             max_tokens=ticket.max_tokens,
             trace=ticket.trace,
+            moves=ticket.moves,
             tried=frozenset(ticket.tried),
             life=ticket.life,
             before=ticket.output_token_ids,

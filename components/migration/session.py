@@ -202,6 +202,7 @@ class _Move:
             leg.max_tokens,
             leg.attached,
             dict(leg.trace),
+            leg.moves + 1,
         )
         await self._call(WorkerOp.RESERVE, ticket=ticket, offer=offer)
         status = await self._landed()

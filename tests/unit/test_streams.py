@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from components.client import Workers
 from components.engine.protocol import GenerateRequest, RequestId, Sampling
+from components.migration.events import Event
 from components.migration.messages import Mode
 from tests.paged import engines
-from tests.streams import Cluster
+from tests.streams import Cluster, Wire
 
 PROMPT = tuple(range(3, 24))
 ENGINE: dict[str, Any] = {"step_s": 0.001, "num_blocks": 128}
@@ -96,6 +98,31 @@ async def test_a_drained_worker_gets_empty_and_its_clients_see_nothing() -> None
         assert not leaving.requests.legs
         await leaving.kill()
         assert await answers == await expected(prompts, sampling)
+        await workers.quiet()
+
+
+async def test_workers_tell_where_a_request_is_what_is_relayed_and_how_often_it_has_moved() -> None:
+    sampling = Sampling(temperature=0.0, max_tokens=600)
+    async with cluster(2) as workers:
+        first, second = workers.nodes
+        answer = asyncio.ensure_future(workers.complete(PROMPT, sampling))
+        while not first.status.left + second.status.left:
+            await asyncio.sleep(0.001)
+        client = Workers(Wire(first))
+        for moves in (1, 2):
+            await asyncio.sleep(0.02)
+            assert (await workers.move()) is not None
+            for node in workers.nodes:
+                node.status._report._told_at = -10.0
+            await client.refresh()
+            [(owner, row)] = client.status().requests()
+            assert (row.request_id, row.moves) == ("request-0", moves)
+            relayed = [r for worker in client.status().workers for r in worker.requests if r.relayed_from]
+            assert relayed and relayed[0].life != row.life
+            assert client.status().moves[-1].target == owner.worker
+        events = first.requests.events + second.requests.events
+        assert events[Event.LANDED] == 2 and not events[Event.ORPHANED]
+        assert await answer == (await expected([PROMPT], sampling))[0]
         await workers.quiet()
 
 
