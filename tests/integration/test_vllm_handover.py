@@ -335,6 +335,11 @@ def test_frozen_request_resumes_as_if_nothing_had_happened(runner: asyncio.Runne
     runner.run(asyncio.wait_for(scenario(), 60))
 
 
+def test_caches_on_a_host_can_be_mapped_by_other_workers(pair: Pair) -> None:
+    assert pair.a.info.lanes[0] == pair.b.info.lanes[0] == "shm/mapped"
+    assert pair.a.info.fingerprint == pair.b.info.fingerprint
+
+
 def test_what_cannot_travel_exactly_is_refused_with_the_reason(runner: asyncio.Runner, pair: Pair) -> None:
     async def scenario() -> None:
         request = request_of("prompt-logprobs", 20, Sampling(prompt_logprobs=1, max_tokens=30, ignore_eos=True))
