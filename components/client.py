@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from components import env
 from components.engine.protocol import RequestId
 from components.errors import MigrateError, RequestNotFound, WorkerLost, WorkerNotFound
 from components.messages import pack, unpack
@@ -35,8 +36,6 @@ from components.migration.messages import (
 from components.migration.peers import DynamoPeers, Peers, short
 from components.status import Status, Told, WorkerReport
 
-COMPONENTS = ("backend", "prefill")
-"""Dynamo components whose workers migrate requests or hand them over."""
 DECISIONS = "migration_planner.decisions"
 """Endpoint at which a planner tells what it has decided."""
 _STATUS_S = 2.0
@@ -86,7 +85,7 @@ class Workers:
     @classmethod
     async def connect(cls, runtime: Any, namespace: str, wait_s: float = 10.0) -> Workers:
         """Find the workers. Raises ``WorkerLost`` when there are none within ``wait_s``."""
-        peers = await DynamoPeers.connect(runtime, namespace, list(COMPONENTS))
+        peers = await DynamoPeers.connect(runtime, namespace, list(env.COMPONENTS.read()))
         planners = await runtime.endpoint(f"{namespace}.{DECISIONS}").client()
         end = time.monotonic() + wait_s
         found: list[int] = []

@@ -107,6 +107,13 @@ def _file(text: str) -> str:
     return text
 
 
+def _components(text: str) -> tuple[str, ...]:
+    names = tuple(filter(None, (name.strip() for name in text.split(","))))
+    if not names or not all(NAMESPACE_FORM.fullmatch(name) for name in names):
+        raise ValueError("names of Dynamo components, joined by commas: backend,prefill")
+    return names
+
+
 def _object(text: str) -> dict[str, Any]:
     try:
         return msgspec.json.decode(text, type=dict[str, Any])
@@ -155,6 +162,12 @@ NATS_AUTH_TOKEN = Variable("NATS_AUTH_TOKEN", "", str, "Token for NATS", secret=
 NATS_AUTH_CREDENTIALS_FILE = Variable("NATS_AUTH_CREDENTIALS_FILE", "", _file, "NATS `.creds` file")
 NATS_CA = Variable("DYN_MIGRATE_NATS_CA", "", _file, "PEM file with the authority of the NATS server's certificate")
 NAMESPACE = Variable("DYN_NAMESPACE", "dynamo", _namespace, "Dynamo namespace of the graph")
+COMPONENTS = Variable(
+    "DYN_MIGRATE_COMPONENTS",
+    ("backend", "prefill"),
+    _components,
+    "Dynamo components whose workers migrate requests or hand them over, joined by commas",
+)
 DISCOVERY = Variable(
     "DYN_DISCOVERY_BACKEND", "etcd", _choice("kubernetes", "etcd", "file", "mem"), "Where Dynamo's processes meet"
 )

@@ -48,6 +48,7 @@ class WorkerSettings:
                 "advertise_host": env.HOST.read(),
                 "calibration": env.CALIBRATION.read(),
             },
+            components=env.COMPONENTS.read(),
             repeats=env.REPEATS.read(),
             lease_s=env.LEASE_S.read(),
             drain_s=env.DRAIN_S.read(),

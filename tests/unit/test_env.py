@@ -48,6 +48,7 @@ def test_only_one_module_reads_the_environment() -> None:
         ("ETCD_LEASE_TTL", "10s", "whole number from 1"),
         ("ETCD_AUTH_CA", "/no/such.pem", "no such file"),
         ("DYN_NAMESPACE", "a/b", "letters, digits"),
+        ("DYN_MIGRATE_COMPONENTS", "backend,a/b", "joined by commas"),
         ("DYN_DISCOVERY_BACKEND", "ectd", "write one of kubernetes, etcd"),
         ("DYN_REQUEST_PLANE", "http", "write one of tcp, nats"),
         ("DYN_MIGRATE_LOG", "verbose", "write one of DEBUG"),
