@@ -162,7 +162,7 @@ NATS_AUTH_TOKEN = Variable("NATS_AUTH_TOKEN", "", str, "Token for NATS", secret=
 NATS_AUTH_CREDENTIALS_FILE = Variable("NATS_AUTH_CREDENTIALS_FILE", "", _file, "NATS `.creds` file")
 NATS_CA = Variable("DYN_MIGRATE_NATS_CA", "", _file, "PEM file with the authority of the NATS server's certificate")
 NAMESPACE = Variable("DYN_NAMESPACE", "dynamo", _namespace, "Dynamo namespace of the graph")
-COMPONENTS = Variable(
+COMPONENTS: Variable[tuple[str, ...]] = Variable(
     "DYN_MIGRATE_COMPONENTS",
     ("backend", "prefill"),
     _components,
