@@ -186,17 +186,15 @@ class Handoffs:
     ) -> AsyncGenerator[RequestOutput, None]:
         """The engine's stream with the first token in front, and the client's prompt in its items."""
         given, unseen = entry.handover, set(range(entry.params.n))
-        ahead: asyncio.Future[Any] | None = None
         try:
             if entry.first is not None:
                 made = face.make(entry.first)
-                # The engine begins with what follows while this is on its way.
-                ahead = None if made.finished else asyncio.ensure_future(anext(own, None))
                 yield made
                 if made.finished:
                     return
-            while (item := await (ahead or anext(own, None))) is not None:
-                ahead = None
+                # Dynamo's thread needs the interpreter to send it; the engine's call below keeps that for milliseconds.
+                await asyncio.sleep(0)
+            async for item in own:
                 if entry.first is not None:
                     item.prompt_token_ids = tokens
                 if given is not None:
@@ -206,9 +204,6 @@ class Handoffs:
                         given = None
                 yield item
         finally:
-            if ahead is not None:
-                ahead.cancel()
-                await asyncio.wait((ahead,))
             await own.aclose()
             if given is not None:
                 self.give_back(given)

@@ -345,7 +345,10 @@ async def test_a_client_that_leaves_gives_the_blocks_back() -> None:
 
     stream = handoffs.stream(entry, own(), native.OutputFace("r", [1, 2, 3]), [1, 2, 3])
     assert (await anext(stream)).outputs[0].token_ids == [7]
-    await asyncio.sleep(0)
+    waiting = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0.01)
+    waiting.cancel()
+    await asyncio.wait((waiting,))
     await stream.aclose()
     await asyncio.sleep(0)
     assert ended and [call.op for _, call in peers.calls] == [WorkerOp.RELEASE]
