@@ -80,6 +80,8 @@ class Handover(msgspec.Struct, frozen=True, omit_defaults=True):
     """The KV of the prompt, and the first token."""
     stops: bool = False
     """The first token is one that ends an answer."""
+    captured: bool = False
+    """The engine gives more with each token than can be passed on: experts that were chosen, masks."""
     logprobs: tuple[TokenLogprob, ...] = ()
 
 

@@ -95,6 +95,7 @@ class Handoffs:
             instance=self._requests.instance,
             frozen=lent.frozen,
             stops=lent.stops,
+            captured=sample.routed_experts is not None or sample.sampling_mask is not None,
             logprobs=logprobs_of(sample.logprobs, tuple(sample.token_ids)),
         )
         item.kv_transfer_params = {**given, MARKER: pack(handover)}
@@ -224,6 +225,8 @@ def why_not_first(params: SamplingParams, tokens: list[int] | None, given: Hando
         return "guided"
     if given.stops:
         return "stop"
+    if given.captured:
+        return "captured"
     # A greedy choice that is no stop token is the same whether these were allowed or not.
     if params.min_tokens and params.sampling_type is not SamplingType.GREEDY:
         return "min_tokens"

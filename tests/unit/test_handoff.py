@@ -420,6 +420,7 @@ async def test_a_repeat_is_billed_for_the_prompt_and_not_for_the_answer_so_far()
         ({"prompt_logprobs": 1}, HANDOVER, "prompt_logprobs"),
         ({"structured_outputs": StructuredOutputsParams(regex="a")}, HANDOVER, "guided"),
         ({}, Handover(frozen=HANDOVER.frozen, stops=True), "stop"),
+        ({}, Handover(frozen=HANDOVER.frozen, captured=True), "captured"),
     ],
 )
 def test_which_first_token_is_computed_again(params: dict[str, Any], given: Handover, why: str) -> None:
