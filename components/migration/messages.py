@@ -242,7 +242,7 @@ class WorkerReply(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Attached(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One item of an ``attach`` stream: tokens, the request's next owner, or an error."""
+    """One item of an ``attach`` stream: tokens, the request's next owner, or an error. The first one is empty."""
 
     outputs: tuple[GenerateOutput, ...] = ()
     moved: Owner | None = None

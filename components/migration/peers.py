@@ -128,8 +128,10 @@ async def follow(
     index: int,
     moved: Callable[[Owner], None] | None = None,
     token_ids: tuple[int, ...] = (),
+    opened: Callable[[], object] | None = None,
 ) -> AsyncGenerator[GenerateOutput, None]:
-    """Outputs of a request wherever it runs. ``moved`` is called with each next owner.
+    """Outputs of a request wherever it runs. ``moved`` is called with each next owner, ``opened`` once its first owner
+    has the reader.
 
     Raises what its owner reports, ``WorkerLost`` when a stream ends before the request does.
     """
@@ -139,6 +141,8 @@ async def follow(
             async for item in stream:
                 if item.error is not None:
                     raise from_code(*item.error)
+                if opened is not None:
+                    opened()
                 for output in item.outputs:
                     index, token_ids = output.index + len(output.token_ids), ()
                     yield output

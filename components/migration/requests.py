@@ -387,6 +387,7 @@ class Requests:
             if after is None:
                 raise RequestNotFound(f"life {life:x} of request {request_id} made other tokens")
             index = after
+        yield Attached()
         async with aclosing(leg.read(index)) as stream:
             async for output in stream:
                 if output.finish_reason is FinishReason.FROZEN and leg.away is not None:

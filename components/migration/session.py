@@ -102,20 +102,25 @@ class _Move:
         if leg.fixed:
             raise NotMigratable(leg.fixed)
         gap = leg.median_gap()
+        opened = asyncio.Event()
+        first: asyncio.Future[GenerateOutput] | None = None
         try:
+            await self._reserve(blocks=record.mode is Mode.LIVE)
+            # The way back is open before the source stops: a request behind others waits up to 40 ms for TCP's ACK.
+            relay = follow(self._requests.peers, self._owner, leg.request_id, -1, self._moved, opened=opened.set)
+            self._relay = relay
+            first = asyncio.ensure_future(anext(relay))
             await self._pre_copy(rounds=self._limits.rounds if record.mode is Mode.LIVE else 0)
-            self._relay = follow(self._requests.peers, self._owner, leg.request_id, -1, self._moved)
-            first = asyncio.ensure_future(anext(self._relay))
-            try:
-                frozen, downtime = await self._cut_over(first, gap)
-            finally:
+            await self._until(opened, first)
+            frozen, downtime = await self._cut_over(first, gap)
+        except BaseException:
+            if first is not None:
                 first.cancel()
                 # A generator that still runs cannot be closed.
                 await asyncio.gather(first, return_exceptions=True)
-        except BaseException:
             await asyncio.shield(self._back())
             raise
-        leg.away = Away(self._owner, _chain(first.result(), self._relay), frozen.output_token_ids)
+        leg.away = Away(self._owner, _chain(first.result(), relay), frozen.output_token_ids)
         await self._engine.release(leg.engine_id)
         self._requests.spawn(self._settle(leg.away))
         with contextlib.suppress(MigrateError):
@@ -187,10 +192,24 @@ class _Move:
         if self._leg.away is not None:
             self._leg.away.owner = owner
 
-    async def _pre_copy(self, rounds: int) -> None:
-        """Have seat and blocks granted; copy full blocks while the source decodes, until about one block is left."""
+    async def _until(self, opened: asyncio.Event, first: asyncio.Future[GenerateOutput]) -> None:
+        waiting = asyncio.ensure_future(opened.wait())
+        try:
+            await asyncio.wait((waiting, first), timeout=self._limits.step_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+        if first.done():
+            first.result()
+            raise SessionError("the destination gave a token before the commit")
+        if not opened.is_set():
+            raise DeadlineExceeded(
+                f"{short(self._owner.instance)} did not take a reader within {self._limits.step_s:g} s"
+            )
+
+    async def _reserve(self, blocks: bool) -> None:
+        """Ask for a seat and blocks."""
         leg = self._leg
-        offer = await self._offer(rounds > 0)
+        offer = await self._offer(blocks)
         ticket = Ticket(
             leg.request_id,
             self._owner.life,
@@ -205,6 +224,10 @@ class _Move:
             leg.moves + 1,
         )
         await self._call(WorkerOp.RESERVE, ticket=ticket, offer=offer)
+
+    async def _pre_copy(self, rounds: int) -> None:
+        """Wait for seat and blocks; copy full ones while the source decodes, until about one block is left."""
+        leg = self._leg
         status = await self._landed()
         for _ in range(1, rounds):
             offer = await self._offer(True)
