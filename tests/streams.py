@@ -67,13 +67,20 @@ class Node:
         self.sweep.cancel()
         await self.engine.stop()
 
-    async def handle(self, request: GenerateRequest) -> AsyncGenerator[GenerateOutput, None]:
+    async def handle(self, request: GenerateRequest, attached: str = "") -> AsyncGenerator[GenerateOutput, None]:
         """Dynamo's handler."""
         native = functools.partial(msgspec.msgpack.encode, request.sampling)
         limit = request.sampling.max_tokens
         repeated = self.requests.repeated(request.request_id, request.prompt_token_ids, native, limit)
         if repeated is None:
-            leg = Leg(request.request_id, request.request_id, request.prompt_token_ids, native, max_tokens=limit)
+            leg = Leg(
+                request.request_id,
+                request.request_id,
+                request.prompt_token_ids,
+                native,
+                attached=attached,
+                max_tokens=limit,
+            )
             repeated = self.requests.serve(leg, self.engine.generate(request), PROTOCOL_FACE)
         async with aclosing(repeated):
             async for output in repeated:
@@ -160,6 +167,8 @@ class Cluster:
         self.nodes: list[Node] = []
         self._faults = faults or {}
         self._ids = itertools.count()
+        self.repeats = 0
+        """How often the frontend was asked to send a request again."""
 
     async def start(self, count: int, **engine: Any) -> None:
         for instance in range(1, count + 1):
@@ -185,7 +194,7 @@ class Cluster:
         """A call takes a while, sometimes a long one."""
         await asyncio.sleep(self.rng.random() * (0.05 if self.chance("late") else 0.001))
 
-    async def complete(self, prompt: tuple[int, ...], sampling: Sampling) -> list[int]:
+    async def complete(self, prompt: tuple[int, ...], sampling: Sampling, attached: str = "") -> list[int]:
         """One request of a client, as the frontend sees to it. Raises ``WorkerLost`` when it has nobody left."""
         request_id = RequestId(f"request-{next(self._ids)}")
         tokens: list[int] = []
@@ -199,7 +208,7 @@ class Cluster:
             tried.add(node.instance)
             left = msgspec.structs.replace(sampling, max_tokens=most - len(tokens))
             request = GenerateRequest(request_id, (*prompt, *tokens), left)
-            stream = node.handle(request)
+            stream = node.handle(request, attached)
             try:
                 async with aclosing(stream):
                     async for output in until(stream, node.died):
@@ -211,6 +220,7 @@ class Cluster:
                         if output.finish_reason is not None and output.error is None:
                             return tokens
             except Repeat:
+                self.repeats += 1
                 continue
             if node.alive:
                 raise MigrateError(f"{request_id}: the stream of node {node.instance} just ended")

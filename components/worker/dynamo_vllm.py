@@ -36,6 +36,7 @@ from components.worker.arguments import WorkerSettings, prepare
 from components.worker.control import Control
 from components.worker.engine_client import EngineClient
 from components.worker.handoff import Handoffs
+from components.worker.pinned import Pinned, handler_class
 from components.worker.state import WorkerStatus
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Migration:
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
         self.runtime: Any = None
+        self.pinned = Pinned()
         self.client: EngineClient | None = None
         self.status: WorkerStatus | None = None
         self.handoffs: Handoffs | None = None
@@ -60,7 +62,7 @@ class Migration:
         """Around Dynamo's ``setup_vllm_engine``."""
         prepare(config, self.settings)
         result = original(config, *args, **keywords)
-        self.client = EngineClient(result[0])
+        self.client = EngineClient(result[0], self.pinned)
         return result
 
     async def register(self, original: Any, *args: Any, **keywords: Any) -> Any:
@@ -160,6 +162,8 @@ def install(settings: WorkerSettings) -> Migration:
             await super().create(runtime, *args, **keywords)
 
     # The names under which Dynamo's entry point looks them up.
+    factory = vars(importlib.import_module("dynamo.vllm.worker_factory"))
+    factory["DecodeWorkerHandler"] = handler_class(factory["DecodeWorkerHandler"], migration.pinned)
     stock = importlib.import_module("dynamo.vllm.main")
     vars(stock)["WorkerFactory"] = Factory
     vars(stock)["install_signal_handlers"] = functools.partial(install_signal_handlers, drain_callback=migration.drain)

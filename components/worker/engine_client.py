@@ -19,10 +19,11 @@ from components.engine.vllm import native
 from components.migration.legs import Leg
 from components.migration.messages import Handover
 from components.migration.requests import Repeat, Requests
+from components.worker import pinned
 from components.worker.handoff import Entry, Handoffs, is_prefill
+from components.worker.pinned import Pinned
 
 _SHORT = "prefill: it ends with its first token"
-_PINNED = "the client has chosen the worker: the frontend does not repeat it"
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,13 @@ class _Bare:
 class EngineClient:
     """See the module docstring. ``serve`` comes once the worker has joined the others."""
 
-    def __init__(self, llm: Any) -> None:
+    def __init__(self, llm: Any, pinned_ids: Pinned | None = None) -> None:
         self.bare = _Bare(llm)
         self._generate = llm.generate
         self._abort = llm.abort
         self._requests: Requests | None = None
         self._handoffs: Handoffs | None = None
-        self.pinned: set[str] = set()
-        """Ids of requests that a client has tied to this worker: the frontend does not repeat them."""
+        self.pinned = pinned_ids or Pinned()
         # Dynamo reads the signature of ``generate``.
         llm.generate = functools.wraps(llm.generate)(functools.partial(self.generate))
         llm.abort = functools.wraps(llm.abort)(functools.partial(self.abort))
@@ -150,7 +150,7 @@ class EngineClient:
             call.tokens or (),
             call.encoded,
             fixed=native.why_fixed(call.prompt, params, call.keywords.get("data_parallel_rank")),
-            attached=native.why_attached(params) or (_PINNED if request_id in self.pinned else ""),
+            attached=native.why_attached(params) or (pinned.WHY if request_id in self.pinned else ""),
             max_tokens=params.max_tokens,
             trace=call.keywords.get("trace_headers") or {},
         )

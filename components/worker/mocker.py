@@ -27,7 +27,7 @@ from components.migration.legs import Leg
 from components.migration.peers import DynamoPeers, short
 from components.migration.requests import PROTOCOL_FACE, Options, Repeat, Requests
 from components.serve.config import WorkerConfig, load_component_config
-from components.worker import mocker_payload
+from components.worker import mocker_payload, pinned
 from components.worker.arguments import WorkerSettings
 from components.worker.control import Control
 from components.worker.engines import build_engine
@@ -77,6 +77,7 @@ class Mocker:
             request.request_id,
             request.prompt_token_ids,
             native,
+            attached=pinned.WHY if pinned.is_pinned(payload) else "",
             max_tokens=limit,
         )
         return self._requests.serve(leg, self._requests.engine.generate(request), PROTOCOL_FACE)

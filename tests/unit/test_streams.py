@@ -15,6 +15,7 @@ from components.client import Workers
 from components.engine.protocol import GenerateRequest, RequestId, Sampling
 from components.migration.events import Event
 from components.migration.messages import Mode
+from components.worker.pinned import Pinned, handler_class
 from tests.paged import engines
 from tests.streams import Cluster, Wire
 
@@ -151,4 +152,37 @@ async def test_a_client_that_leaves_ends_its_request_wherever_it_runs() -> None:
         record = await workers.move()
         assert record is not None and record.ok
         answer.cancel()
+        await workers.quiet()
+
+
+async def test_a_request_that_a_client_has_tied_to_a_worker_is_known_while_its_answer_lasts() -> None:
+    class Context:
+        def id(self) -> str:
+            return "tied"
+
+    class Stock:
+        async def generate(self, request: dict[str, Any], context: Context) -> AsyncIterator[int]:
+            yield 1
+
+    pinned = Pinned()
+    handler = handler_class(Stock, pinned)()
+    stream = handler.generate({"routing": {"backend_instance_id": 7, "dp_rank": 0}}, Context())
+    assert "tied" in pinned
+    assert [item async for item in stream] == [1]
+    del stream
+    assert "tied" not in pinned
+    assert [item async for item in handler.generate({"routing": {"dp_rank": 0}}, Context())] == [1]
+    assert "tied" not in pinned
+
+
+async def test_what_the_frontend_does_not_repeat_is_relayed_to_its_end() -> None:
+    sampling = Sampling(temperature=0.0, max_tokens=80)
+    async with cluster(4) as workers:
+        answer = asyncio.ensure_future(workers.complete(PROMPT, sampling, attached="tied to a worker"))
+        await asyncio.sleep(0.02)
+        for _ in range(3):
+            record = await workers.move()
+            assert record is not None and record.ok
+        assert await answer == (await expected([PROMPT], sampling))[0]
+        assert workers.repeats == 0
         await workers.quiet()
