@@ -27,11 +27,6 @@ def namespace() -> str:
     return env.NAMESPACE.read()
 
 
-def edge_namespace() -> str:
-    """Namespace that the frontend looks at: only routers are in it."""
-    return f"{namespace()}-edge"
-
-
 def connect() -> Any:
     """Dynamo's runtime on this loop: discovery in etcd, requests over TCP."""
     from dynamo.common.utils.runtime import create_runtime
@@ -46,7 +41,7 @@ async def until_cut_off(runtime: Any, what: str) -> None:
     """Return once Dynamo's runtime has ended itself: its lease in etcd is gone, for example because etcd was emptied.
 
     A runtime cannot be made again in the same process, so whoever only calls others has to be started again, like
-    workers and routers, whose endpoints end at that moment. That is what an endpoint of our own tells.
+    workers, whose endpoints end at that moment. That is what an endpoint of our own tells.
     """
 
     async def nothing(_: Any) -> AsyncIterator[str]:

@@ -41,14 +41,12 @@ _PLAN: dict[Kind, list[Workload]] = {
     Kind.STOCK_RETRY: [Workload.LONG, Workload.RESTART, Workload.SCALE_DOWN],
     Kind.OURS: [*_OPEN, Workload.LONG, Workload.MOVED, Workload.RESTART, Workload.SCALE_DOWN],
     Kind.PLANNER: [*_OPEN, Workload.LONG],
-    Kind.REPLAY: [*_OPEN, Workload.LONG, Workload.MOVED],
 }
 _QUICK: dict[Kind, list[Workload]] = {
     Kind.VLLM: [Workload.STEADY, Workload.MIXED],
     Kind.STOCK: [Workload.STEADY, Workload.MIXED, Workload.LONG, Workload.SCALE_DOWN],
     Kind.STOCK_RETRY: [Workload.LONG, Workload.SCALE_DOWN],
     Kind.OURS: [Workload.STEADY, Workload.MIXED, Workload.LONG, Workload.MOVED, Workload.SCALE_DOWN],
-    Kind.REPLAY: [Workload.LONG, Workload.MOVED],
 }
 """What fits into ten minutes on two cores, of which every start of a system takes half a minute."""
 _PAIRS, _QUICK_PAIRS = 6, 2
@@ -155,7 +153,7 @@ def _run(
 
         try:
             where = (engine, devices, console.print, keep_overhead)
-            found.overhead, found.costs, found.hop = measure(*arguments, *where)
+            found.overhead, found.costs = measure(*arguments, *where)
         except MigrateError as error:
             console.print(f"[red]overhead: {error}")
             found.errors.append(f"overhead: {error}")

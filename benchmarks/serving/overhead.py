@@ -7,10 +7,6 @@ aggregated workers with its connector. The client keeps a number of requests run
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -22,9 +18,8 @@ import msgspec
 from benchmarks.serving.load import Load
 from benchmarks.serving.metrics import Run, duration
 from benchmarks.serving.parts import Kind
-from benchmarks.serving.systems import System, running
+from benchmarks.serving.systems import running
 from benchmarks.serving.workloads import together
-from components.errors import MigrateError
 from components.transfer import Transport
 
 _PROMPT, _OUTPUT = 96, 48
@@ -39,7 +34,7 @@ class Cost(msgspec.Struct, frozen=True):
 
 
 class Hop(msgspec.Struct):
-    """Times of tokens from the sending of each request, in seconds; see ``hop.py``."""
+    """Times of tokens from the sending of each request, in seconds: of reports from when there was a router."""
 
     direct: list[list[float]] = []
     routed: list[list[float]] = []
@@ -57,8 +52,8 @@ def measure(
     devices: tuple[int, ...],
     say: Callable[[str], None],
     keep: Callable[[list[Run]], None],
-) -> tuple[list[Run], list[Cost], Hop]:
-    """Runs of both systems at each number of requests at once, their costs, and the hop's samples."""
+) -> tuple[list[Run], list[Cost]]:
+    """Runs of both systems at each number of requests at once, and their costs."""
     runs: list[Run] = []
     spent: dict[str, Counter[str]] = {}
     tokens: Counter[str] = Counter()
@@ -84,21 +79,7 @@ def measure(
                     runs.append(run)
                     keep(runs)
                     say(f"overhead: {system.kind}, {at_once} at once, repeat {repeat + 1}: {run.duration_s:.1f} s")
-        hop = _hop(systems[1], 20 * repeats)
     costs = [
         Cost(kind, name, 1e6 * seconds / tokens[kind]) for kind, mine in spent.items() for name, seconds in mine.items()
     ]
-    return runs, costs, hop
-
-
-def _hop(system: System, count: int) -> Hop:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.serving.hop", str(count)],
-        env=dict(os.environ) | system.servers | {"DYN_LOG": "error"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    if done.returncode != 0:
-        raise MigrateError(f"the hop's child failed:\n{done.stderr[-2000:]}")
-    return msgspec.convert(json.loads(done.stdout.splitlines()[-1]), Hop)
+    return runs, costs

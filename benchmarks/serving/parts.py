@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import secrets
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ import httpx
 
 from components import models
 from components.cli.serve import resolve
+from components.errors import MigrateError
 from components.serve import precision
+from components.serve.arguments import filled
 from components.serve.config import WorkerConfig
 from components.serve.servers import free_port, system_port
 from components.transfer import Transport
@@ -44,13 +48,13 @@ class Kind(StrEnum):
     PLANNER = "migrate+planner"
     """The same with Dynamo's planner and live migration."""
     REPLAY = "migrate+replay"
-    """The same, but requests move by token replay."""
+    """The same, but requests move by token replay; of reports from when there was a router."""
     OURS_AGG = "migrate-agg"
-    """This package's router, connector and transfer over two aggregated workers."""
+    """Dynamo's frontend and two aggregated workers of this package."""
 
     @property
     def ours(self) -> bool:
-        """Does it have this package's router?"""
+        """Are the workers this package's?"""
         return self.value.startswith("migrate")
 
     @property
@@ -68,7 +72,7 @@ TITLES = {
     Kind.PLANNER: "the same with Dynamo's planner and live migration",
     Kind.REPLAY: "the same with token replay in place of live migration",
     Kind.STOCK_AGG: "Dynamo's frontend and 2 aggregated `dynamo.vllm`, no connector",
-    Kind.OURS_AGG: "this package's router, connector and 2 aggregated workers",
+    Kind.OURS_AGG: "Dynamo's frontend and 2 aggregated workers of this package",
 }
 
 
@@ -153,11 +157,16 @@ def _vllm(model: str, port: int, engine: Mapping[str, Any]) -> list[Part]:
     return [Part("vllm", "worker", command, ENGINE, health_port=port)]
 
 
+def _socket(folder: Path) -> str:
+    """A path for one, short enough wherever the logs are."""
+    return f"{tempfile.gettempdir()}/{folder.name[:40]}-{secrets.token_hex(8)}"
+
+
 def _stock(
-    model: str, port: int, modes: list[str], migration_limit: int, engine: Mapping[str, Any], place: str
+    model: str, port: int, modes: list[str], migration_limit: int, engine: Mapping[str, Any], place: str, folder: Path
 ) -> list[Part]:
     front = [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(port)]
-    front += ["--router-mode", "round-robin", "--migration-limit", str(migration_limit)]
+    front += ["--router-mode", "kv", "--migration-limit", str(migration_limit)]
     parts = [Part("Frontend", "front", front, ENGINE)]
     for number, mode in enumerate(modes):
         command = [sys.executable, "-m", "benchmarks.serving.stock_worker", "--model", models.resolve(model)]
@@ -166,6 +175,8 @@ def _stock(
         if mode != "agg":
             connector = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": place}
             command += ["--kv-transfer-config", json.dumps(connector)]
+        events = {"publisher": "zmq", "endpoint": f"ipc://{_socket(folder)}", "enable_kv_cache_events": True}
+        command += ["--kv-events-config", json.dumps(events)]
         command += _flags(engine)
         health = system_port()
         own = {"DYN_SYSTEM_PORT": str(health), "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
@@ -177,11 +188,9 @@ def _stock(
 def _ours(kind: Kind, model: str, port: int, transport: Transport, folder: Path, more: tuple[str, ...]) -> list[Part]:
     name = {Kind.OURS_AGG: "agg", Kind.OURS: "disagg"}.get(kind, "planner")
     overrides = [f"--Common.model={model}", f"--Common.max-num-seqs={_SEATS}"]
-    if kind in (Kind.PLANNER, Kind.REPLAY):
+    if kind is Kind.PLANNER:
         # Nothing here would carry out another number of workers.
         overrides += ["--Planner.policy-file=benchmarks/serving/policy.yaml", "--Planner.decode-workers=[2,2]"]
-    if kind is Kind.REPLAY:
-        overrides.append("--Router.migration-mode=replay")
     overrides += more
     graph, config = f"graphs.{name}:Frontend", Path(f"configs/{name}.yaml")
     plan = resolve(graph, config, transport, port, "", overrides)
@@ -190,9 +199,10 @@ def _ours(kind: Kind, model: str, port: int, transport: Transport, folder: Path,
         label = f"{process.component}{process.replica}"
         role = {"PrefillWorker": "prefill", "DecodeWorker": "decode", "AggWorker": "decode"}
         ready = None if process.component in ("Frontend", "Planner") else folder / f"{label}.ready"
-        own = process.environment | {"DYN_SYSTEM_PORT": str(system_port())}
+        arguments, own = filled(process.command[1:], process.environment, _socket(folder))
+        own |= {"DYN_SYSTEM_PORT": str(system_port())}
         own |= {"DYN_MIGRATE_READY_FILE": str(ready)} if ready else {}
-        command = [sys.executable, *process.command[1:]]
+        command = [sys.executable, *arguments]
         parts.append(Part(label, role.get(process.component, "front"), command, ENGINE | own, ready_file=ready))
     return parts
 
@@ -220,9 +230,11 @@ def parts_of(
             parts = _vllm(model, port, engine)
         case Kind.STOCK | Kind.STOCK_RETRY:
             limit = 3 if kind is Kind.STOCK_RETRY else 0
-            parts = _stock(model, port, ["prefill", "decode", "decode"], limit, engine, place)
+            parts = _stock(model, port, ["prefill", "decode", "decode"], limit, engine, place, folder)
         case Kind.STOCK_AGG:
-            parts = _stock(model, port, ["agg", "agg"], 0, engine, place)
+            parts = _stock(model, port, ["agg", "agg"], 0, engine, place, folder)
+        case Kind.REPLAY:
+            raise MigrateError(f"{kind}: nobody moves requests by replay but `dynamo migrate --mode replay`")
         case _:
             parts = _ours(kind, model, port, transport, folder, _overrides(engine) + overrides)
     workers = (part for part in parts if part.role != "front")

@@ -177,10 +177,7 @@ class System:
         return found
 
     def retried(self) -> int:
-        """Requests that were replayed after the loss of a worker, so far."""
-        if self.kind.ours:
-            logs = [self.log(part).read_text(errors="replace") for part in self.parts if part.name.startswith("Router")]
-            return sum(log.count(" is replayed: ") for log in logs)
+        """Requests that the frontend has sent to another worker, so far: after a loss, and after moves."""
         if self.kind is Kind.VLLM:
             return 0
         text = httpx.get(f"{self.url}/metrics", timeout=10, trust_env=False).text

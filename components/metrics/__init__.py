@@ -3,7 +3,6 @@
 
 names.py    every metric of ours, with labels and help; the documentation is written from it
 export.py   makes them and adds them to a component's ``/metrics`` (``DYN_SYSTEM_PORT``)
-router.py   what the router counts
 worker.py   what a worker shows
-traces.py   one OpenTelemetry trace for each request, when it is switched on
+spans.py    a part of a request's OpenTelemetry trace for each of its moves, when that is switched on
 """

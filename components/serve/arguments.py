@@ -2,19 +2,20 @@
 """From a component's keys to the command line and variables of the program that it is: Dynamo's own. Pure.
 
 ``PORT`` and ``SOCKET`` stand for what can only be known when a process starts: a free port, and the path of a socket in
-a folder of this user's. ``components.serve.supervisor`` fills them in.
+a folder of this user's. ``filled`` puts them in.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from components import env
 from components.errors import ConfigError
 from components.models import adapters
 from components.serve.config import FrontendConfig, WorkerConfig, dashed
+from components.serve.servers import system_port
 
 PORT = "@PORT@"
 SOCKET = "@SOCKET@"
@@ -104,6 +105,16 @@ def worker_environment(config: WorkerConfig, repeats: bool, planned: bool) -> di
         # vLLM compiles a helper of its log-probabilities even then: 20 s at the first request that asks.
         given[env.TORCH_COMPILE_OFF.name] = env.TORCH_COMPILE_OFF.read()
     return given
+
+
+def filled(command: Sequence[str], environment: Mapping[str, str], socket: str) -> tuple[list[str], dict[str, str]]:
+    """Both as the process gets them."""
+    port = str(system_port())
+
+    def fill(text: str) -> str:
+        return text.replace(PORT, port).replace(SOCKET, socket)
+
+    return [*map(fill, command)], {name: fill(value) for name, value in environment.items()}
 
 
 def _flags(given: Mapping[str, Any]) -> Iterator[str]:

@@ -98,32 +98,6 @@ class FrontendConfig(ComponentConfig):
     )
 
 
-class RouterConfig(ComponentConfig):
-    """Owner of the client streams and driver of all migrations."""
-
-    local_prefill_max_tokens: int = Field(0, ge=0, description="Prompts up to this long skip the prefill workers")
-    placement: Literal["least-loaded", "round-robin"] = Field(
-        "least-loaded",
-        description="Decode worker of a new request: by KV blocks and seats in use (two seats while a prompt is "
-        "computed) and prompt tokens that wait; round-robin is what Dynamo's frontend does by default",
-    )
-    max_migrations_per_worker: int = Field(4, ge=1, description="Migrations that one worker takes part in at once")
-    max_migrations_per_pair: int = Field(4, ge=1, description="Migrations between the same two workers at once")
-    max_precopy_rounds: int = Field(6, ge=1, description="Rounds of copying before the source is frozen anyway")
-    migration_mode: Literal["live", "stop-and-copy", "replay"] = Field(
-        "live", description="Best way to move a request; replay recomputes its KV, as Dynamo's own migration does"
-    )
-    step_deadline_s: float = Field(20.0, gt=0, description="Seconds that one step of a migration may take")
-    output_channels: bool = Field(
-        True, description="Outputs over one connection to each worker; false: a stream of Dynamo's for each request"
-    )
-    silence_s: float = Field(30.0, gt=0, description="Seconds without token and report after which a worker is lost")
-    busy_s: float = Field(
-        600.0, gt=0, description="The same for a worker whose engine uses the processor all the time: one long step"
-    )
-    replay_limit: int = Field(3, ge=0, description="Times a request is replayed after losing its worker")
-
-
 class PlannerConfig(ComponentConfig):
     """Dynamo's planner with the migration plugin."""
 

@@ -29,7 +29,7 @@ from rich.text import Text
 from components import env
 from components.errors import ConfigError, MigrateError
 from components.serve import family
-from components.serve.arguments import PORT, SOCKET
+from components.serve.arguments import filled
 from components.serve.plan import Plan, Process
 from components.serve.servers import system_port
 from components.serve.surroundings import is_noise
@@ -69,18 +69,14 @@ class Child:
         self.ready_file.unlink(missing_ok=True)
         self.started = time.monotonic()
         own = {"DYN_MIGRATE_READY_FILE": str(self.ready_file), "PYTHONUNBUFFERED": "1"}
-        found = {"DYN_SYSTEM_PORT": str(system_port()), PORT: str(system_port())}
-        found[SOCKET] = f"{env.SOCKETS.read(environment) or tempfile.gettempdir()}/{secrets.token_hex(8)}"
-
-        def filled(text: str) -> str:
-            return text.replace(PORT, found[PORT]).replace(SOCKET, found[SOCKET])
-
+        socket = f"{env.SOCKETS.read(environment) or tempfile.gettempdir()}/{secrets.token_hex(8)}"
+        command, planned = filled(self.process.command[1:], self.process.environment, socket)
         self.handle = await asyncio.create_subprocess_exec(
-            *family.tied([sys.executable, *map(filled, self.process.command[1:])]),
+            *family.tied([sys.executable, *command]),
             env={
                 **environment,
-                "DYN_SYSTEM_PORT": found["DYN_SYSTEM_PORT"],
-                **{name: filled(value) for name, value in self.process.environment.items()},
+                "DYN_SYSTEM_PORT": str(system_port()),
+                **planned,
                 **own,
             },
             stdin=asyncio.subprocess.DEVNULL,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a worker's configuration to its engine. Nothing is started here; raises ``ConfigError``."""
+"""From a worker's configuration to its paged engine. Nothing is started here; raises ``ConfigError``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from components import env
-from components.engine.protocol import Engine
+from components.engine.paged import PagedEngine, PagedOptions
 from components.errors import ConfigError
-from components.models import adapters
 from components.serve.config import WorkerConfig, nearest
 
 
-def build_engine(config: WorkerConfig, name: str) -> Engine:
+def build_engine(config: WorkerConfig, name: str) -> PagedEngine:
     """The engine that the configuration asks for; ``name`` is that of its transfer agent."""
     agent: dict[str, Any] = {
         "name": name,
@@ -22,50 +21,6 @@ def build_engine(config: WorkerConfig, name: str) -> Engine:
         "advertise_host": config.advertise_host,
         "calibration": config.calibration,
     }
-    return _paged(config, agent) if config.engine == "paged" else _vllm(config, agent)
-
-
-def _vllm(config: WorkerConfig, agent: dict[str, Any]) -> Engine:
-    from components.engine.vllm.engine import VLLMEngine, VLLMOptions
-
-    engine_args: dict[str, Any] = {
-        "model": config.model,
-        "served_model_name": config.served_model_name or None,
-        "max_model_len": config.max_model_len,
-        "block_size": config.block_size,
-        "dtype": config.dtype,
-        "tensor_parallel_size": config.tensor_parallel_size,
-        "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": config.max_num_batched_tokens,
-        "enable_prefix_caching": config.enable_prefix_caching,
-        # On GPUs launching each kernel by itself takes several times as long as a step of CUDA graphs.
-        "enforce_eager": not config.devices if config.enforce_eager is None else config.enforce_eager,
-        "seed": config.seed,
-        "kv_cache_memory_bytes": int(config.kv_memory_gib * (1 << 30)),
-    }
-    if config.lora_modules:
-        engine_args |= {
-            "enable_lora": True,
-            "max_loras": min(len(config.lora_modules), config.max_num_seqs),
-            "max_lora_rank": adapters.max_rank(config.lora_modules),
-        }
-    if not config.devices:
-        # Without it, vLLM on CPU ignores the seeds of a batch in which not every request has one.
-        engine_args["use_fp64_gumbel"] = True
-    return VLLMEngine(
-        VLLMOptions(
-            engine_args | config.engine_args,
-            agent,
-            integrity=config.integrity,
-            lease_s=config.lease_s,
-            lora_modules=config.lora_modules,
-        )
-    )
-
-
-def _paged(config: WorkerConfig, agent: dict[str, Any]) -> Engine:
-    from components.engine.paged import PagedEngine, PagedOptions
-
     known = [field for field in PagedOptions.__dataclass_fields__ if field != "agent"]
     for key in config.engine_args:
         if key not in known:

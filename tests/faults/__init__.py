@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seeded faults on in-memory doubles: the real router, migration, worker service and paged engine on a virtual network.
+"""Doubles for runs in virtual time, in which copies of KV blocks fail, and a served graph whose parts are harmed.
 
-clock.py     an asyncio loop whose time jumps from timer to timer
-agent.py     the transfer agent's double: bytes travel piece by piece, and may fail
-network.py   hosts and what happens to their messages
-cluster.py   one router, some workers
-scenario.py  a run from a seed, and what must hold at its end
+clock.py   an asyncio loop whose time jumps from timer to timer
+agent.py   the transfer agent's double: bytes travel piece by piece, and may fail
+model.py   what the paged engine answers when nobody disturbs it
+real       seeded faults on real processes
 
-``python -m tests.faults --seed N`` runs one again, ``--runs N`` many.
+Faults between workers, and of a frontend, are in ``tests/streams.py``.
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from components.cli.policy import read as read_snapshot
 from components.errors import ConfigError
-from components.serve.config import FrontendConfig, PlannerConfig, RouterConfig, WorkerConfig, parse
+from components.serve.config import FrontendConfig, PlannerConfig, WorkerConfig, parse
 from components.serve.plan import make_plan, parse_overrides, read_yaml
 from components.transfer import calibration
 from components.transfer.config import Transport
@@ -38,7 +38,7 @@ def component_configs(data: bytes) -> None:
     except (ValueError, RecursionError):
         return
     if isinstance(values, dict):
-        for model in (WorkerConfig, RouterConfig, FrontendConfig, PlannerConfig):
+        for model in (WorkerConfig, FrontendConfig, PlannerConfig):
             try:
                 parse(model, "Component", values)
             except ConfigError:

@@ -24,12 +24,14 @@ from components.engine.protocol import (
     Sampling,
     TokenLogprob,
 )
-from components.messages import (
+from components.migration.messages import (
+    Attached,
     Decision,
-    Generate,
     Mode,
-    RouterCall,
-    RouterOp,
+    MoveRecord,
+    Owner,
+    PlannerReply,
+    Ticket,
     Verdict,
     WorkerCall,
     WorkerOp,
@@ -75,9 +77,14 @@ def request(epoch: str = "e") -> GenerateRequest:
 
 
 def calls(epoch: str = "e") -> list[WorkerCall]:
-    """One of each kind."""
-    given = {"offer": offer(epoch), "tokens": (5, 6, 7), "frozen": frozen(epoch), "hold_s": 0.1}
-    return [WorkerCall(op, R, **given) for op in WorkerOp]  # type: ignore[arg-type]
+    """One of each kind, about life 5 of the request."""
+    whole = request(epoch)
+    ticket = Ticket(
+        R, 5, whole.prompt_token_ids, msgspec.msgpack.encode(whole.sampling), "f", (5, 6, 7), tried=(1,), max_tokens=20
+    )
+    given = {"offer": offer(epoch), "tokens": (5, 6, 7), "frozen": frozen(epoch), "hold_s": 0.1, "ticket": ticket}
+    more = {"owners": ((R, Owner(2, 5)),), "timeout_s": 1.0, "index": 1}
+    return [WorkerCall(op, R, 5, **given, **more) for op in WorkerOp]  # type: ignore[arg-type]
 
 
 def session_messages() -> list[session.Message]:
@@ -108,15 +115,16 @@ def payload() -> dict[str, object]:
 def everything() -> dict[str, list[bytes]]:
     """Valid inputs by target."""
     encode = msgspec.msgpack.encode
-    decision = Decision(1.0, "balance", Verdict.MOVE, "why", "r", "a", "b")
+    decision = Decision("balance", Verdict.MOVE, "why", "r", "a", "b", 1.0)
     output = GenerateOutput(
         0, (1,), (TokenLogprob(-0.5, 1, ((1, -0.5),)),), FinishReason.FROZEN, 3, frozen(), ("session", "text"), 2
     )
     outcomes = [
         WorkerReply(error=("no_room", "full")),
-        WorkerReply(offer=offer(), frozen=frozen(), metrics="127.0.0.1:1"),
+        WorkerReply(moves=(MoveRecord("r", "a", "b", Mode.LIVE, True),)),
+        Attached((output,), Owner(1, 2)),
+        PlannerReply((decision,)),
     ]
-    routed = [RouterCall(op, "r", "1", "2", Mode.LIVE, 1.0, (decision,)) for op in RouterOp]
     config = {"model": "tiny-llama", "max-model-len": 512, "devices": [], "engine-args": {"step_s": 0.1}}
     snapshot = {"time_s": 1.0, "workers": [], "requests": [], "active": [], "bytes_per_s": 1e9}
     parked = tickets.Ticket(
@@ -134,9 +142,8 @@ def everything() -> dict[str, list[bytes]]:
         "handshake-answer": [b"dynmig1\n" + bytes(64), b"dynmig2\n" + bytes(64)],
         "handover-answer": [encode({"storages": [(4096, 4096)]})],
         "ticket": [encode(parked)],
-        "messages": [encode(m) for m in (Generate(request(), frozen()), *calls(), *outcomes, output, *routed)],
-        "worker": [encode(m) for m in (Generate(request("live"), frozen("live")), *calls("live"))],
-        "router": [encode(m) for m in routed],
+        "messages": [encode(m) for m in (*calls(), *outcomes)],
+        "worker": [encode(m) for m in calls("live")],
         "openai": [json.dumps(payload()).encode()],
         "component-config": [json.dumps(config).encode()],
         "graph-config": [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))],

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole endpoints that get anything: they answer, lose no block and touch no memory but their pools.
 
-The worker and the router run on the virtual network of ``tests.faults``; the transfer session has a link that only
-notes what it is asked to move.
+The worker runs in virtual time; the transfer session has a link that only notes what it is asked to move.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Generator
 from random import Random
 from typing import Any
 
@@ -17,16 +16,19 @@ import msgspec
 import torch
 
 from components.engine.paged import PagedEngine, PagedOptions
+from components.errors import MigrateError, WorkerLost
+from components.migration.legs import Leg
+from components.migration.requests import PROTOCOL_FACE, Options, Repeat, Requests
 from components.transfer.calibration import Calibration
 from components.transfer.config import AgentConfig, KVPool
 from components.transfer.control.directory import Directory
 from components.transfer.regions import regions_of
 from components.transfer.session.exchange import Exchange
-from components.worker.service import WorkerService
+from components.worker.control import Control
+from components.worker.state import WorkerStatus
 from tests.faults import clock
 from tests.faults.agent import VirtualAgent, Wire
-from tests.faults.cluster import Cluster, payload, quiet
-from tests.faults.network import Context, Weather
+from tests.faults.model import quiet, request
 from tests.fuzz.inputs import Target
 from tests.fuzz.samples import R, agent_record
 from tests.fuzz.wire import BLOCKS, sealed
@@ -37,7 +39,7 @@ def _envelope(data: bytes) -> dict[str, str]:
 
 
 def worker(data: bytes) -> None:
-    """A worker with a request ``r`` of its own and a peer gets a message at both endpoints."""
+    """A worker with a request ``r`` of its own and a peer gets a call, twice."""
     with quiet():
         clock.run(_worker(data), _unhandled)
 
@@ -47,8 +49,6 @@ def _unhandled(text: str) -> None:
 
 
 async def _worker(data: bytes) -> None:
-    from components.engine.protocol import GenerateRequest, Sampling
-
     wire = Wire()
     wire.chance = Random(1)
     sizes: dict[str, Any] = {"num_blocks": 24, "block_size": 4, "max_model_len": 60, "vocab_size": 100, "step_s": 0.01}
@@ -61,50 +61,65 @@ async def _worker(data: bytes) -> None:
     peer, engine = made
     # Messages of the corpus name the peer's life as "live".
     data = data.replace(b"\xa4live", msgspec.msgpack.encode(str(peer._live.agent.ref.epoch)))
-    service = WorkerService(engine, infos[1])
-    own = asyncio.ensure_future(_all(engine.generate(GenerateRequest(R, (1, 2, 3), Sampling(max_tokens=30)))))
+    # And the fingerprint of both as "f".
+    data = data.replace(b"\xa1f", msgspec.msgpack.encode(infos[1].fingerprint))
+    requests = Requests(engine, _Nobody(), 1, infos[1].fingerprint, Options(orphan_s=5.0))
+    control = Control(requests, WorkerStatus(requests, "mine", "decode", infos[1], _Endpoint()))
+    sweep = asyncio.ensure_future(requests.sweep())
+    body = request(R, (1, 2, 3), 30)
+    leg = Leg(R, R, body.prompt_token_ids, bytes, max_tokens=30)
+    own = asyncio.ensure_future(_all(requests.serve(leg, engine.generate(body), PROTOCOL_FACE)))
     await asyncio.sleep(0.05)
-    context = Context()
-    streaming = asyncio.ensure_future(_all(service.generate(_envelope(data), context)))
     for _ in range(2):
-        async for answer in service.control(_envelope(data)):
-            answer["m"]
+        await asyncio.wait((asyncio.ensure_future(_all(control.serve(_envelope(data)))),), timeout=10.0)
         await asyncio.sleep(0.05)
-    # Everything that was begun ends by itself: by its length, its lease or its caller's leaving.
-    await asyncio.sleep(20.0)
-    context.stop()
-    await asyncio.wait_for(streaming, 20.0)
-    await asyncio.wait_for(own, 20.0)
+    # Everything that was begun ends by itself: by its length, its lease or because nobody reads it.
+    await asyncio.sleep(90.0)
+    await asyncio.wait((own,), timeout=20.0)
     await engine.check_integrity()
     stats = await engine.stats()
     if stats.free_blocks != stats.total_blocks:
         raise AssertionError(f"blocks are left: {stats} {await engine.requests()}")
     await engine.check_health()
+    sweep.cancel()
     for engine in made:
         await engine.stop()
 
 
 async def _all(stream: Any) -> list[Any]:
-    return [item async for item in stream]
+    try:
+        return [item async for item in stream]
+    except (MigrateError, Repeat):
+        return []
 
 
-def router(data: bytes) -> None:
-    """A router with two workers and a running request ``r`` gets a call."""
-    with quiet():
-        clock.run(_router(data), _unhandled)
+class _Nobody:
+    """``Peers`` of a worker that is alone."""
+
+    def instances(self) -> list[int]:
+        """Nobody."""
+        return []
+
+    siblings = instances
+
+    async def call(self, instance: int, call: Any, timeout_s: float = 20.0) -> Any:
+        """Nobody answers."""
+        raise WorkerLost(f"worker {instance} is not here")
+
+    async def attach(self, *_: Any) -> AsyncGenerator[Any, None]:
+        """Nobody answers."""
+        raise WorkerLost("nobody is here")
+        yield
 
 
-async def _router(data: bytes) -> None:
-    cluster = Cluster(Random(1), Weather(), prefill=0, decode=2, num_blocks=60)
-    await cluster.start()
-    asking = cluster.job(cluster.ask("r", payload([1, 2, 3], 20, None)))
-    await asyncio.sleep(0.1)
-    async for answer in cluster.router.control(_envelope(data)):
-        answer["m"]
-    done = await asyncio.wait_for(asking, 60.0)
-    if done.error or len(done.tokens) != 20:
-        raise AssertionError(f"the request that was running ended after {len(done.tokens)} tokens: {done.error}")
-    await cluster.stop()
+class _Endpoint:
+    """Dynamo's registration of a worker."""
+
+    async def unregister_endpoint_instance(self) -> None:
+        """It takes nothing new."""
+
+    async def register_endpoint_instance(self) -> None:
+        """It does again."""
 
 
 class _Link:
@@ -150,4 +165,4 @@ def exchange(data: bytes) -> None:
         raise AssertionError(f"inboxes are left: {served.inboxes}")
 
 
-TARGETS = [Target("worker", worker), Target("router", router), Target("exchange", exchange)]
+TARGETS = [Target("worker", worker), Target("exchange", exchange)]

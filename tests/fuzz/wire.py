@@ -22,8 +22,8 @@ import torch
 from components.errors import InvalidRequest
 from components.frames import hear
 from components.handshake import accepting, connecting, greet
-from components.messages import Generate, RouterCall, RouterReply, WorkerCall, WorkerReply, pack, unpack
-from components.router.openai import to_request
+from components.messages import pack, unpack
+from components.migration.messages import Attached, PlannerReply, WorkerCall, WorkerReply
 from components.transfer.config import KVPool
 from components.transfer.control import record
 from components.transfer.control.record import AgentRecord
@@ -36,6 +36,7 @@ from components.transfer.parking import ticket as tickets
 from components.transfer.regions import regions_of
 from components.transfer.session import messages as session
 from components.wire import UNREADABLE
+from components.worker import mocker_payload
 from tests.fuzz.inputs import Target
 from tests.fuzz.samples import agent_record
 
@@ -76,7 +77,7 @@ def endpoint_messages(data: bytes) -> None:
     except (ValueError, RecursionError):
         envelope = {"m": base64.b64encode(data).decode()}
     taken = 0
-    for kind in (Generate, WorkerCall, WorkerReply, RouterCall, RouterReply):
+    for kind in (WorkerCall, WorkerReply, Attached, PlannerReply):
         try:
             message: msgspec.Struct = unpack(envelope, kind)
         except InvalidRequest:
@@ -88,12 +89,13 @@ def endpoint_messages(data: bytes) -> None:
 
 
 def openai_payloads(data: bytes) -> None:
-    """A request as the frontend hands it on."""
+    """A request as the frontend hands it on, to a mocker."""
     try:
         payload = json.loads(data)
     except (ValueError, RecursionError):
         return
-    to_request("r", payload, {}, 100)
+    if isinstance(payload, dict):
+        mocker_payload.to_request("r", payload, 100)
 
 
 @contextmanager

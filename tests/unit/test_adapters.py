@@ -9,7 +9,6 @@ import pytest
 
 from components.errors import ConfigError
 from components.models import adapters
-from components.router.openai import to_request
 from tests.adapters import make_adapter
 
 
@@ -39,9 +38,3 @@ def test_wrong_adapters_are_named(made: dict[str, str], tmp_path: Path) -> None:
     (Path(made["red"]) / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match="damaged"):
         adapters.check(made)
-
-
-def test_a_request_names_its_adapter_as_the_model() -> None:
-    payload = {"token_ids": [1, 2], "model": "red"}
-    assert to_request("r", payload, {}, 100, {"red": ""}).lora_name == "red"
-    assert to_request("r", payload, {}, 100).lora_name is None

@@ -62,7 +62,7 @@ def test_lines_of_dynamos_for_each_call_are_left_out_unless_they_are_asked_for()
     line = b"\x1b[32m INFO\x1b[0m router.route_request: request_span: route request completed"
     assert is_noise(line, surroundings({})) and is_noise(line, {"DYN_LOG": "error"})
     assert not is_noise(line, {"DYN_LOG": "info"}) and not is_noise(line.replace(b"INFO", b"WARN"), surroundings({}))
-    assert not is_noise(b" INFO components.worker.service: serves", surroundings({}))
+    assert not is_noise(b" INFO components.worker.mocker: serves", surroundings({}))
     mine, theirs = {"DYN_LOG": "info"}, dict[str, str]()
     quiet(mine)
     quiet(theirs)

@@ -11,21 +11,24 @@ import asyncio
 from random import Random
 from typing import Any
 
+import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from components.engine.paged import PagedEngine, PagedOptions
-from components.engine.protocol import Frozen, GenerateOutput, GenerateRequest, KVOffer, RequestId
+from components.engine.protocol import Frozen, GenerateOutput, KVOffer, RequestId
 from components.errors import MigrateError
-from components.router.openai import to_request
 from tests.faults.agent import VirtualAgent, Wire
 from tests.faults.clock import VirtualLoop
-from tests.faults.cluster import SIZES, expected, payload
+from tests.faults.model import SIZES, expected
+from tests.faults.model import request as made
 
 ENGINES = 3
 LEASE_S = 5.0
-BODIES = [payload([(seed * 37 + i) % 5000 for i in range(9 + 8 * seed)], 30, seed or None) for seed in range(3)]
+BODIES = [
+    made(f"r{seed}", [(seed * 37 + i) % 5000 for i in range(9 + 8 * seed)], 30, seed or None) for seed in range(3)
+]
 RIGHT = [expected(body) for body in BODIES]
 engine = st.integers(0, ENGINES - 1)
 request = st.integers(0, len(BODIES) - 1)
@@ -85,10 +88,8 @@ class Protocol(RuleBasedStateMachine):
             self.wrong.append(f"request {number}: {output.token_ids} at {output.index} instead of {right}")
 
     def enter(self, on: int, number: int, known: int, landing: KVOffer | None) -> None:
-        whole = to_request(f"r{number}", BODIES[number], {}, SIZES["max_model_len"])
-        fields = {name: getattr(whole, name) for name in whole.__struct_fields__}
-        fields |= {"output_token_ids": tuple(RIGHT[number][:known]), "landing": landing}
-        stream = self.engines[on].generate(GenerateRequest(**fields))
+        whole = msgspec.structs.replace(BODIES[number], output_token_ids=tuple(RIGHT[number][:known]), landing=landing)
+        stream = self.engines[on].generate(whole)
         self.readers.append(asyncio.ensure_future(self.read(number, stream), loop=self.loop))
         self.pass_time(0.0)
 
@@ -116,7 +117,7 @@ class Protocol(RuleBasedStateMachine):
     def extend(self, on: int, number: int, data: st.DataObject, known: int) -> None:
         if number in self.offers:
             given = data.draw(st.sampled_from(self.offers[number]))
-            # The router only extends by tokens that it has seen, up to those of the offer.
+            # A source only extends by tokens that it has seen, up to those of the offer.
             self.do(self.engines[on].extend(RequestId(f"r{number}"), given, tuple(RIGHT[number][:known])))
 
     @rule(on=engine, number=request)

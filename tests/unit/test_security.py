@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import hmac
@@ -11,9 +12,9 @@ import re
 import socket
 import struct
 import time
+import uuid
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import msgspec
@@ -22,10 +23,11 @@ import pytest
 import torch
 
 from components.credentials import VARIABLE
-from components.engine.protocol import EngineInfo, RequestId
+from components.engine.protocol import RequestId, Sampling
 from components.errors import ConfigError, MigrateError, Unauthorized
 from components.handshake import connect
-from components.messages import RouterCall, RouterOp, RouterReply, WorkerCall, WorkerOp, WorkerReply, pack, unpack
+from components.messages import pack, unpack
+from components.migration.messages import WorkerCall, WorkerOp, WorkerReply
 from components.serve import reach
 from components.serve.graph import load
 from components.serve.plan import make_plan, parse_overrides, read_yaml
@@ -41,13 +43,9 @@ from components.transfer.parking.ticket import Ticket, require_id
 from components.transfer.regions import regions_of
 from components.transfer.session import messages as session
 from components.transfer.session.exchange import Exchange, Inbox
-from components.worker.service import WorkerService
 from tests.fake_wire import Cable
-from tests.faults import clock
-from tests.faults.cluster import Cluster, expected, payload, quiet
-from tests.faults.network import Weather
 from tests.fuzz.samples import agent_record
-from tests.paged import new_engine
+from tests.streams import Cluster
 from tests.unit.test_poison import example
 
 ROOT = Path(__file__).parents[2]
@@ -63,25 +61,25 @@ def secret(tmp_path: Path, use_secret: Callable[[Path | None], None]) -> Path:
     return path
 
 
-STATUS = RouterCall(RouterOp.STATUS)
+STATUS = WorkerCall(WorkerOp.STATUS)
 
 
 def test_with_a_secret_only_sealed_messages_are_read(secret: Path, use_secret: Callable[[Path | None], None]) -> None:
     sealed = pack(STATUS)
-    assert unpack(sealed, RouterCall) == STATUS
+    assert unpack(sealed, WorkerCall) == STATUS
     for wrong in (
         {"m": sealed["m"]},
         {"m": sealed["m"], "s": ""},
         {"m": sealed["m"], "s": "é"},
         {"m": sealed["m"], "s": 5},
         {"m": sealed["m"], "s": sealed["s"][:-1] + "0" if sealed["s"][-1] != "0" else "1"},
-        {"m": pack(RouterCall(RouterOp.DRAIN, worker="1"))["m"], "s": sealed["s"]},
+        {"m": pack(WorkerCall(WorkerOp.DRAIN))["m"], "s": sealed["s"]},
     ):
         with pytest.raises(Unauthorized):
-            unpack(wrong, RouterCall)
+            unpack(wrong, WorkerCall)
     # The seal is one of a call, not of whatever else the bytes may be read as.
     with pytest.raises(Unauthorized):
-        unpack(sealed, WorkerCall)
+        unpack(sealed, WorkerReply)
     use_secret(None)
     assert "s" not in pack(STATUS)
 
@@ -98,44 +96,25 @@ def test_a_secret_that_cannot_be_used_is_an_error_with_the_fix(
         pack(STATUS)
 
 
-async def test_a_worker_does_nothing_for_who_has_no_secret(secret: Path) -> None:
-    engine = new_engine("secret", "worker")
-    info: EngineInfo = await engine.start()
-    service = WorkerService(engine, info)
-    unsealed = {"m": pack(WorkerCall(WorkerOp.INFO))["m"]}
+async def test_workers_serve_with_a_secret_and_show_neither_that_nor_a_whole_epoch(secret: Path) -> None:
+    cluster = Cluster(uuid.uuid4().hex, 1)
+    await cluster.start(2)
     try:
-        [answer] = [unpack(item, WorkerReply) async for item in service.control(unsealed)]
-        assert answer.error is not None and answer.error[0] == Unauthorized.code
-        assert answer.info is None
-        [answer] = [unpack(item, WorkerReply) async for item in service.control(pack(WorkerCall(WorkerOp.INFO)))]
-        assert answer.info == info
+        asking = asyncio.ensure_future(cluster.complete((1, 2, 3), Sampling(max_tokens=60)))
+        moved = None
+        while moved is None or not moved.ok:
+            await asyncio.sleep(0.01)
+            moved = await cluster.move()
+        assert len(await asking) == 60
+        node = cluster.nodes[0]
+        unsealed = {"m": pack(WorkerCall(WorkerOp.DRAIN))["m"]}
+        [denied] = [unpack(item, WorkerReply) async for item in node.control.serve(unsealed)]
+        assert denied.error is not None and denied.error[0] == Unauthorized.code and not node.status.cordoned
+        [reply] = [unpack(item, WorkerReply) async for item in node.control.serve(pack(STATUS))]
+        shown, epoch = msgspec.json.encode(reply).decode(), str(node.engine.info.agents[0].epoch)
+        assert SECRET not in shown and epoch[:8] in shown and epoch not in shown
     finally:
-        await engine.stop()
-
-
-def test_a_whole_system_works_with_a_secret_and_shows_neither_that_nor_a_whole_epoch(secret: Path) -> None:
-    body = payload([1, 2, 3], 40, None)
-    epochs: list[str] = []
-
-    async def play() -> tuple[list[int], list[str], str]:
-        cluster = Cluster(Random(1), Weather(), prefill=1, decode=2)
-        await cluster.start()
-        epochs.extend(str(engine._live.agent.ref.epoch) for engine in cluster.engines.values())
-        asking = cluster.job(cluster.ask("r", body))
-        unsealed = {"m": pack(RouterCall(RouterOp.DRAIN, worker="0"))["m"]}
-        denied = [unpack(item, RouterReply) async for item in cluster.router.control(unsealed)]
-        status = [unpack(item, RouterReply) async for item in cluster.router.control(pack(STATUS))]
-        answer = await asking
         await cluster.stop()
-        codes = [reply.error[0] for reply in denied if reply.error is not None]
-        return answer.tokens, codes, msgspec.json.encode(status).decode()
-
-    with quiet():
-        tokens, codes, shown = clock.run(play())
-    assert tokens == expected(body)
-    assert codes == [Unauthorized.code]
-    assert SECRET not in shown
-    assert len(epochs) == 3 and all(epoch[:8] in shown and epoch not in shown for epoch in epochs)
 
 
 # Memory
@@ -378,15 +357,14 @@ def test_a_parked_file_is_named_by_nothing_but_its_own_id(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 async def test_a_request_id_is_only_a_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    engine = new_engine("names", "worker")
-    info = await engine.start()
-    service = WorkerService(engine, info)
+    cluster = Cluster(uuid.uuid4().hex, 1)
+    await cluster.start(1)
     try:
-        for op in (WorkerOp.OFFER, WorkerOp.FREEZE, WorkerOp.ABORT, WorkerOp.RELEASE):
+        for op in (WorkerOp.LANDING, WorkerOp.ABORT, WorkerOp.MIGRATE):
             call = pack(WorkerCall(op, RequestId(name)))
-            assert len([item async for item in service.control(call)]) == 1
+            assert len([item async for item in cluster.nodes[0].control.serve(call)]) == 1
     finally:
-        await engine.stop()
+        await cluster.stop()
     assert list(tmp_path.rglob("*")) == []
 
 
@@ -460,4 +438,4 @@ def test_nothing_on_the_wire_or_on_disk_is_a_pickle() -> None:
 def test_the_envelope_is_all_that_is_decoded() -> None:
     for payload_ in (None, [], "m", {"m": 5}, {"m": "%%%"}, {"m": base64.b64encode(b"\xc1").decode()}, {}):
         with pytest.raises(MigrateError):
-            unpack(payload_, RouterCall)
+            unpack(payload_, WorkerCall)
