@@ -98,13 +98,14 @@ def test_a_secret_that_cannot_be_used_is_an_error_with_the_fix(
 
 async def test_workers_serve_with_a_secret_and_show_neither_that_nor_a_whole_epoch(secret: Path) -> None:
     cluster = Cluster(uuid.uuid4().hex, 1)
-    await cluster.start(2)
+    await cluster.start(2, step_s=0.005)
     try:
         asking = asyncio.ensure_future(cluster.complete((1, 2, 3), Sampling(max_tokens=60)))
         moved = None
-        while moved is None or not moved.ok:
-            await asyncio.sleep(0.01)
+        while (moved is None or not moved.ok) and not asking.done():
+            await asyncio.sleep(0.02)
             moved = await cluster.move()
+        assert moved is not None and moved.ok
         assert len(await asking) == 60
         node = cluster.nodes[0]
         unsealed = {"m": pack(WorkerCall(WorkerOp.DRAIN))["m"]}
