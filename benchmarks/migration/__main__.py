@@ -70,7 +70,6 @@ def main(
     overrides = [f"--Common.model={model}", f"--Common.max-model-len={limit}", "--Common.enable-prefix-caching=false"]
     dtype = precision.on_cpu(dtype)
     overrides.append(f"--Common.dtype={dtype}")
-    overrides += [f"--Router.step-deadline-s={_PATIENCE_S}", f"--Router.silence-s={_PATIENCE_S}"]
     overrides.append(f"--Common.lease-s={4 * _PATIENCE_S}")
     report = Report(machine(), model, transport.value, [], [], [], dtype)
     prompts = _prompts(model)

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m benchmarks.policy.live``: one hot decode worker out of two, with and without the planner's plugin.
 
-Real engines, the same requests, placed in turn (round robin) by the same router. Every other request is long, so that
-all long ones land on one worker, whose KV cannot hold them: it preempts, and what arrives there waits. Decode workers
-compute prompts themselves (a prefill worker would send the first token whatever the decode worker does), unless
-``--prefill`` is given. The only difference between the two systems is Dynamo's planner with the plugin. Temperature is
-0 and texts are compared.
+Real engines, the same requests, placed in turn (round robin) by Dynamo's frontend. Every other request is long, so that
+all long ones land on one worker, whose KV cannot hold them: it preempts, and what arrives there waits. The only
+difference between the two systems is Dynamo's planner with the plugin. Temperature is 0 and texts are compared.
 Ends with ``MigrateError`` when a system does not start or no decision is seen; a failed request is a sample.
 """
 
@@ -236,7 +234,6 @@ def main(
     gap: Annotated[float, typer.Option(help="seconds between two requests")] = 0.25,
     long_tokens: Annotated[int, typer.Option(help="output of every other request")] = 500,
     short_tokens: Annotated[int, typer.Option(help="output of the others")] = 48,
-    prefill: Annotated[bool, typer.Option("--prefill", help="prompts are computed by the prefill worker")] = False,
     dtype: Annotated[str, typer.Option(help="in bfloat16 a text depends on what else is in the batch")] = "float32",
     blocks: Annotated[int, typer.Option(help="KV blocks of 32 tokens for each decode worker")] = 96,
     repeats: Annotated[int, typer.Option(help="times the load is run on each system")] = 2,
@@ -251,11 +248,10 @@ def main(
         f"--Common.dtype={dtype}",
         f"--Common.max-model-len={min(4096, _BLOCK * blocks)}",
         f"--DecodeWorker.engine-args={{{limit}}}",
-        "--Router.placement=round-robin",
-        f"--Router.local-prefill-max-tokens={0 if prefill else 4096}",
+        "--Frontend.router-mode=round-robin",
     )
     planner = ("--Planner.policy-file=benchmarks/policy/live.yaml", "--Planner.interval-s=1")
-    output = Output(machine(), model, engine, prefill, shape, [], 0)
+    output = Output(machine(), model, engine, True, shape, [], 0)
     for kind, more in ((Kind.OURS, ()), (Kind.PLANNER, planner)):
         with running(kind, model, Transport.AUTO, logs, both + more) as system:
             output.systems.append(_run(system, shape))
