@@ -101,7 +101,7 @@ def _without_secrets(value: Any, name: str = "") -> Any:
     if isinstance(value, str) and value.startswith("--"):
         flag, equals, _ = value.partition("=")
         return f"{flag}=***" if equals and _SECRET.search(flag) else value
-    if name == "DYN_MIGRATE_CONFIG":
+    if isinstance(value, str) and value.startswith("{"):
         return json.dumps(_without_secrets(json.loads(value)))
     return "***" if value and _SECRET.search(name) else value
 

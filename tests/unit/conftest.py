@@ -11,6 +11,14 @@ import pytest
 from components import credentials
 
 
+@pytest.fixture(scope="package", autouse=True)
+def dynamo_leaves_logging_alone() -> Iterator[None]:
+    """Parts of Dynamo set up the logging of the whole process when they are imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DYNAMO_SKIP_PYTHON_LOG_INIT", "1")
+        yield
+
+
 @pytest.fixture
 def use_secret(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path | None], None]]:
     """Configure another secret, or none; processes read theirs once."""

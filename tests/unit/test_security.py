@@ -392,13 +392,13 @@ def planned(environment: dict[str, str], *overrides: str) -> Any:
 
 
 def test_the_dry_run_shows_no_token_and_no_password() -> None:
-    given = "{hf_token: t0ps3cret, api-key: t0ps3cret, password: t0ps3cret, max_num_batched_tokens: 77}"
+    given = "{hf_token: t0ps3cret, api-key: t0ps3cret, password: t0ps3cret, max_num_batched_tokens: 77, hf_overrides: {my-token: t0ps3cret}}"
     plan = planned({"ETCD_AUTH_PASSWORD": "t0ps3cret"}, f"--DecodeWorker.engine-args={given}")
     shown = plan.shown()
     assert "t0ps3cret" not in shown
-    assert '\\"max_num_batched_tokens\\": 77' in shown
+    assert "--max-num-batched-tokens=77" in shown
     # The workers themselves get it.
-    assert any("t0ps3cret" in json.dumps(process.environment) for process in plan.processes)
+    assert any("t0ps3cret" in json.dumps(process.command) for process in plan.processes)
 
 
 def test_what_vllm_writes_of_a_step_when_it_crashes_has_no_tokens() -> None:
