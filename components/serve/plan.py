@@ -6,6 +6,7 @@ Raises ``ConfigError`` for unknown components and keys, wrong values, missing mo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -102,7 +103,8 @@ def _without_secrets(value: Any, name: str = "") -> Any:
         flag, equals, _ = value.partition("=")
         return f"{flag}=***" if equals and _SECRET.search(flag) else value
     if isinstance(value, str) and value.startswith("{"):
-        return json.dumps(_without_secrets(json.loads(value)))
+        with contextlib.suppress(ValueError):
+            return json.dumps(_without_secrets(json.loads(value)))
     return "***" if value and _SECRET.search(name) else value
 
 
