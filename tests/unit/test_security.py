@@ -392,7 +392,8 @@ def planned(environment: dict[str, str], *overrides: str) -> Any:
 
 
 def test_the_dry_run_shows_no_token_and_no_password() -> None:
-    given = "{hf_token: t0ps3cret, api-key: t0ps3cret, password: t0ps3cret, max_num_batched_tokens: 77, hf_overrides: {my-token: t0ps3cret}}"
+    given = "{hf_token: t0ps3cret, api-key: t0ps3cret, password: t0ps3cret, max_num_batched_tokens: 77, "
+    given += "hf_overrides: {my-token: t0ps3cret}}"
     plan = planned({"ETCD_AUTH_PASSWORD": "t0ps3cret"}, f"--DecodeWorker.engine-args={given}")
     shown = plan.shown()
     assert "t0ps3cret" not in shown
