@@ -27,7 +27,7 @@ from components.migration.legs import Leg
 from components.migration.peers import DynamoPeers, short
 from components.migration.requests import PROTOCOL_FACE, Options, Repeat, Requests
 from components.serve.config import WorkerConfig, load_component_config
-from components.worker import mocker_payload, pinned
+from components.worker import forward_pass, mocker_payload, pinned
 from components.worker.arguments import WorkerSettings
 from components.worker.control import Control
 from components.worker.engines import build_engine
@@ -110,7 +110,7 @@ async def serve() -> None:
         asyncio.ensure_future(runtime.endpoint(f"{prefix}.migrate").serve_endpoint(Control(requests, status).serve)),
         asyncio.ensure_future(endpoint.serve_endpoint(handler)),
     ]
-    sweep = asyncio.ensure_future(requests.sweep())
+    beside = [asyncio.ensure_future(requests.sweep()), asyncio.ensure_future(forward_pass.publish(engine, endpoint))]
     try:
         await _register(endpoint, config, info, mode)
         process.ready()
@@ -118,7 +118,8 @@ async def serve() -> None:
         if stop.is_set():
             await status.leave(settings.drain_s)
     finally:
-        sweep.cancel()
+        for task in beside:
+            task.cancel()
         runtime.shutdown()
         await asyncio.wait(serving, timeout=5.0)
         await engine.stop()
