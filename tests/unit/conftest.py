@@ -15,7 +15,7 @@ from components import credentials
 def dynamo_leaves_logging_alone() -> Iterator[None]:
     """Parts of Dynamo set up the logging of the whole process when they are imported."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DYNAMO_SKIP_PYTHON_LOG_INIT", "1")
+        patch.setattr("dynamo.runtime.logging.configure_dynamo_logging", lambda *_, **__: None)
         yield
 
 
