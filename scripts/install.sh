@@ -24,10 +24,11 @@ stamp=.venv/installed-$(cat pyproject.toml requirements.lock scripts/install.sh 
   fi
   $uv pip install --no-deps --requirements requirements.lock
   $uv pip install --no-deps --no-build-isolation --editable .
-  # Side by side, for a quick first start: bytecode of what a worker imports (uv writes none), and the demonstration's
-  # model. What is wrong with either is told where it is used.
-  env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -c "import components.engine.vllm, vllm.v1.worker.cpu_worker" \
-    >/dev/null 2>&1 &
+  # Side by side, for a quick first start: bytecode of what a graph's processes import (uv writes none), and the
+  # demonstration's model. What is wrong with either is told where it is used.
+  modules="components.worker.__main__, components.worker.dynamo_vllm, components.cli, components.dashboard.__main__"
+  modules="$modules, dynamo.vllm.main, dynamo.frontend.main, vllm.v1.worker.cpu_worker, vllm.model_executor.models.llama"
+  env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -c "import $modules" >/dev/null 2>&1 &
   .venv/bin/python -c "from components import models; models.resolve('smollm2')" >/dev/null 2>&1 || true
   wait
   touch "$stamp"
