@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What vLLM must be told so that its engine can migrate requests: nothing but arguments of its own.
 
-``configure`` fills in an ``AsyncEngineArgs`` before vLLM, or Dynamo's vLLM worker, makes an engine of it. ``check``
-looks at what vLLM made of it. Both raise ``ConfigError`` with the value and the fix.
+``configure`` fills in an ``AsyncEngineArgs`` before vLLM, or Dynamo's vLLM worker, makes an engine of it. It raises
+``ConfigError`` with the value and the fix.
 
 The model runner is vLLM's own choice (V2 on GPUs, V1 on CPUs and for what V2 lacks): this package works with both,
 and engines with different ones have different fingerprints.
@@ -16,7 +16,6 @@ from components.engine.vllm.compat import require_tested_vllm
 from components.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
 _MODULE = "components.engine.vllm"
@@ -45,6 +44,11 @@ def configure(args: AsyncEngineArgs, agent: dict[str, Any], migration: dict[str,
     _refuse("worker_extension_cls", args.worker_extension_cls, "migration brings its own")
     if args.data_parallel_size > 1:
         raise ConfigError(f"data_parallel_size is {args.data_parallel_size}: start one worker for each replica instead")
+    if args.pipeline_parallel_size > 1:
+        raise ConfigError(
+            f"pipeline_parallel_size is {args.pipeline_parallel_size}: requests cannot be migrated between pipelines; "
+            "use tensor_parallel_size"
+        )
     args.kv_transfer_config = KVTransferConfig(
         kv_connector="MigrationConnector",
         kv_connector_module_path=f"{_MODULE}.connector",
@@ -73,19 +77,6 @@ def _scheduler(args: AsyncEngineArgs) -> str:
         known = ", ".join(name for name in _SCHEDULERS if name)
         raise ConfigError(f"scheduler_cls is {wanted}; requests can be migrated with one of {known}, or without it")
     return f"{_MODULE}.scheduler.{_SCHEDULERS[wanted]}"
-
-
-def check(config: VllmConfig) -> None:
-    """What vLLM has decided by itself must be something that requests can leave and enter."""
-    if config.parallel_config.pipeline_parallel_size > 1:
-        raise ConfigError(
-            f"pipeline_parallel_size is {config.parallel_config.pipeline_parallel_size}: requests cannot be migrated "
-            "between pipelines; use tensor_parallel_size"
-        )
-    if not config.scheduler_config.async_scheduling:
-        scheduler = config.scheduler_config
-        if scheduler.scheduler_cls == f"{_MODULE}.scheduler.AsyncMigrationScheduler":
-            scheduler.scheduler_cls = f"{_MODULE}.scheduler.MigrationScheduler"
 
 
 def executor(tensor_parallel_size: int) -> str | None:

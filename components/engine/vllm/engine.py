@@ -115,7 +115,6 @@ class VLLMEngine:
                 },
             )
             config = args.create_engine_config()
-            arguments.check(config)
             self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             raise ConfigError(f"vLLM did not start: {error}") from error
