@@ -62,8 +62,6 @@ class Served:
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
-        os.environ.update({key: self._environment[key] for key in ("ETCD_ENDPOINTS", "DYN_NAMESPACE")})
-        os.environ["DYN_DISCOVERY_BACKEND"] = "etcd"
         front = ["dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(self.port)]
         front += ["--router-mode", "kv", "--migration-limit", "8"]
         self._processes = {"front": self._start("front", front)}
@@ -91,8 +89,14 @@ class Served:
         """Output of one process."""
         return (self._folder / f"{name}.log").read_text(errors="replace")
 
-    async def ready(self) -> Workers:
-        """Wait until every worker serves and the frontend answers; the workers' own client."""
+    async def workers_client(self) -> Workers:
+        """The workers' own client, once they serve. One in a process: Dynamo's runtime cannot be made twice."""
+        os.environ.update({key: self._environment[key] for key in ("ETCD_ENDPOINTS", "DYN_NAMESPACE")})
+        os.environ["DYN_DISCOVERY_BACKEND"] = "etcd"
+        return await Workers.connect(connect(), self.namespace)
+
+    async def ready(self) -> None:
+        """Wait until every worker serves and the frontend answers."""
         end = time.monotonic() + _START_S
         while not all("migrates over" in self.log(f"worker{n}") for n in range(len(self.workers))):
             await self._go_on(end)
@@ -104,7 +108,6 @@ class Served:
                 except aiohttp.ClientError:
                     pass
                 await self._go_on(end)
-        return await Workers.connect(connect(), self.namespace)
 
     async def _go_on(self, end: float) -> None:
         for name, process in self._processes.items():

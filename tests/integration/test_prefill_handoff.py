@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill and decode apart: stock frontend, real vLLM, two prefill and three decode workers."""
+"""Prefill and decode apart: stock frontend, real vLLM, two prefill and three decode workers, and one that does both."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import aiohttp
@@ -31,17 +31,20 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "min_tokens": {"max_tokens": 30, "min_tokens": 20, "ignore_eos": True},
     "seeded min_tokens": {"temperature": 0.9, "seed": 5, "max_tokens": 30, "min_tokens": 20},
 }
+STOPPED: dict[str, dict[str, Any]] = {"stop at once": {"max_tokens": 8}, "not yet": {"max_tokens": 8, "min_tokens": 5}}
+"""Their stop token is the first one of the greedy answer."""
 MOVED = {"prompt": [70 + (3 * i * i) % 883 for i in range(500)], "max_tokens": 400, "ignore_eos": True}
 
 
 class Scene:
-    """What the tests share: the processes, one loop, and the answers so far."""
+    """What the tests share: the processes, one loop, and what a worker answers that does both."""
 
-    def __init__(self, runner: asyncio.Runner, served: Served) -> None:
+    def __init__(self, runner: asyncio.Runner, served: Served, together: dict[str, Answer]) -> None:
         self.runner = runner
         self.served = served
-        self.workers: Workers = runner.run(served.ready())
-        self.apart: dict[str, Answer] = {}
+        self.together = together
+        runner.run(served.ready())
+        self.workers: Workers = runner.run(served.workers_client())
 
     def run(self, work: Callable[[aiohttp.ClientSession], Awaitable[Any]]) -> Any:
         async def whole() -> Any:
@@ -74,49 +77,45 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str, etcd_url: str) -> Iterator[Scene]:
-    folder: Path = tmp_path_factory.mktemp("apart")
-    served = Served(folder, tiny_llama, etcd_url, ["prefill", "prefill", "decode", "decode", "decode"])
-    try:
-        with asyncio.Runner() as runner:
-            yield Scene(runner, served)
-    finally:
-        served.stop()
+    with asyncio.Runner() as runner:
+        served = Served(tmp_path_factory.mktemp("together"), tiny_llama, etcd_url, ["agg"])
+        try:
+            together = runner.run(answers_of(served, tiny_llama))
+        finally:
+            served.stop()
+        roles = ["prefill", "prefill", "decode", "decode", "decode"]
+        served = Served(tmp_path_factory.mktemp("apart"), tiny_llama, etcd_url, roles)
+        try:
+            yield Scene(runner, served, together)
+        finally:
+            served.stop()
 
 
-@pytest.mark.parametrize("kind", list(REQUESTS))
-def test_answers_with_prefill_and_decode_apart(scene: Scene, kind: str) -> None:
-    async def work(session: aiohttp.ClientSession) -> Counter[str]:
-        before = await scene.counts()
-        scene.apart[kind] = await ask(session, scene.served, **{"prompt": PROMPT, **REQUESTS[kind]})
-        await scene.empty()
-        return await scene.counts() - before
-
-    told = scene.run(work)
-    answer = scene.apart[kind]
-    assert not answer.errors and answer.usage["prompt_tokens"] == len(REQUESTS[kind].get("prompt", PROMPT))
-    used = "first_token_min_tokens" if kind == "seeded min_tokens" else "first_token_used"
-    assert told == {"lent": 1, used: 1}
+async def answers_of(served: Served, model: str) -> dict[str, Answer]:
+    """All of ``REQUESTS``, and those that the first token ends."""
+    await served.ready()
+    async with aiohttp.ClientSession() as session:
+        one = await ask(session, served, prompt=PROMPT, max_tokens=1)
+        tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
+        for fields in STOPPED.values():
+            fields["stop_token_ids"] = [
+                number for number in range(tokenizer.get_vocab_size()) if tokenizer.decode([number]) == one.text.strip()
+            ]
+        return {k: await ask(session, served, **{"prompt": PROMPT, **v}) for k, v in (REQUESTS | STOPPED).items()}
 
 
-@pytest.mark.parametrize("min_tokens", [0, 5])
-def test_a_first_token_that_is_a_stop_token_is_computed_where_the_answer_ends(
-    scene: Scene, tiny_llama: str, min_tokens: int
-) -> None:
-    tokenizer = Tokenizer.from_file(f"{tiny_llama}/tokenizer.json")
-    first = scene.apart["one token"].text
-    stops = [number for number in range(tokenizer.get_vocab_size()) if tokenizer.decode([number]) == first.strip()]
-    more = {"max_tokens": 8, "min_tokens": min_tokens, "stop_token_ids": stops}
-
+@pytest.mark.parametrize("kind", [*REQUESTS, *STOPPED])
+def test_answers_are_those_of_a_worker_that_does_both(scene: Scene, kind: str) -> None:
     async def work(session: aiohttp.ClientSession) -> tuple[Answer, Counter[str]]:
         before = await scene.counts()
-        answer = await ask(session, scene.served, prompt=PROMPT, **more)
+        answer = await ask(session, scene.served, **{"prompt": PROMPT, **(REQUESTS | STOPPED)[kind]})
+        await scene.empty()
         return answer, await scene.counts() - before
 
     answer, told = scene.run(work)
-    assert told == {"lent": 1, "first_token_stop": 1} and not answer.errors
-    assert (answer.finish, answer.text) == ("stop", "") if not min_tokens else not answer.text.startswith(first)
-    REQUESTS[f"stop token, {min_tokens}"] = more
-    scene.apart[f"stop token, {min_tokens}"] = answer
+    assert not answer.errors and answer.same() == scene.together[kind].same()
+    used = "stop" if kind in STOPPED else "min_tokens" if kind == "seeded min_tokens" else "used"
+    assert told == {"lent": 1, f"first_token_{used}": 1}
 
 
 def test_a_request_that_has_moved_passes_the_prefill_worker_again_and_goes_on(scene: Scene) -> None:
@@ -124,16 +123,14 @@ def test_a_request_that_has_moved_passes_the_prefill_worker_again_and_goes_on(sc
         plain = await ask(session, scene.served, **MOVED)
         before = await scene.counts()
         asking = asyncio.ensure_future(ask(session, scene.served, **MOVED))
-        moved = 0
-        while moved < 2 and not asking.done():
+        moved = False
+        while not moved and not asking.done():
             await asyncio.sleep(0.2)
             await scene.workers.refresh()
             for worker, row in scene.workers.status().requests():
-                if worker.role == "decode" and row.output_tokens > 20 * (moved + 1):
-                    try:
-                        moved += (await scene.workers.move(row.request_id)).ok
-                    except MigrateError:
-                        continue
+                if worker.role == "decode" and row.output_tokens > 20:
+                    with suppress(MigrateError):
+                        moved = (await scene.workers.move(row.request_id)).ok
         answer = await asking
         assert moved and not answer.errors
         assert answer.same() == plain.same()
@@ -158,23 +155,6 @@ def test_a_killed_prefill_worker_loses_no_answer_and_no_block(scene: Scene) -> N
         for prompt, answer in zip(prompts, answers, strict=True):
             again = await ask(session, scene.served, prompt=prompt, max_tokens=30, ignore_eos=True)
             assert again.same() == answer.same()
-        await scene.empty()
-
-    scene.run(work)
-
-
-def test_answers_were_those_of_workers_that_do_both(scene: Scene) -> None:
-    """Last: without prefill workers, decode workers compute prompts themselves."""
-
-    async def work(session: aiohttp.ClientSession) -> None:
-        scene.served.kill("prefill")
-        while (await ask(session, scene.served, prompt=[4, 5, 6], max_tokens=2)).errors:
-            await asyncio.sleep(0.5)
-        before = await scene.counts()
-        for kind, apart in scene.apart.items():
-            alone = await ask(session, scene.served, **{"prompt": PROMPT, **REQUESTS[kind]})
-            assert alone.same() == apart.same(), kind
-        assert await scene.counts() == before
         await scene.empty()
 
     scene.run(work)
