@@ -3,8 +3,8 @@
 
 Two engines on two GPUs, or both on one. Four requests of different lengths move twenty times each, and the tokens are
 those of a request that stayed. One request at a time: a batch of another size may round differently without any move.
-The model has the shape of Llama 3.1 8B with random weights, which both engines draw alike;
-``DYN_MIGRATE_TEST_LAYERS`` makes it smaller.
+The model has layers of Llama 3.1 8B's shape with random weights (8 of them, or ``DYN_MIGRATE_TEST_LAYERS``: 4.5 GB). vLLM's
+own dummy weights are so small that a next token hardly depends on the KV cache.
 
     pytest -m slow -s tests/cuda/test_vllm_moves.py      prints lane, runner and attention backend
 """
@@ -12,7 +12,7 @@ The model has the shape of Llama 3.1 8B with random weights, which both engines 
 from __future__ import annotations
 
 import asyncio
-import json
+import multiprocessing
 import os
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -40,24 +40,31 @@ SAMPLINGS = {
     "greedy": Sampling(temperature=0.0, max_tokens=400, ignore_eos=True),
     "seeded": Sampling(temperature=0.9, top_p=0.95, seed=7, max_tokens=400, ignore_eos=True),
 }
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": int(os.environ.get("DYN_MIGRATE_TEST_LAYERS", "32")),
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "vocab_size": 65536,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
+LAYERS = int(os.environ.get("DYN_MIGRATE_TEST_LAYERS", "8"))
+
+
+def make_model(folder: str) -> None:
+    """Runs in a process of its own, so that the test's never has a GPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=65536,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rope_theta=500000.0,
+        initializer_range=0.05,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,10 @@ def runner() -> Iterator[asyncio.Runner]:
 @pytest.fixture(scope="module")
 def pair(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory, etcd_url: str) -> Iterator[Pair]:
     model = tmp_path_factory.mktemp("llama")
-    (model / "config.json").write_text(json.dumps(LLAMA))
+    maker = multiprocessing.get_context("spawn").Process(target=make_model, args=(str(model),))
+    maker.start()
+    maker.join()
+    assert maker.exitcode == 0
     pair = runner.run(start(model, etcd_url))
     yield pair
     runner.run(pair.stop())
@@ -87,7 +97,6 @@ async def start(model: Path, etcd_url: str) -> Pair:
             VLLMOptions(
                 {
                     "model": str(model),
-                    "load_format": "dummy",
                     "skip_tokenizer_init": True,
                     "max_model_len": 8192,
                     "max_num_seqs": 8,
