@@ -3,8 +3,8 @@
 
 Two engines on two GPUs, or both on one. Four requests of different lengths move twenty times each, and the tokens are
 those of a request that stayed. One request at a time: a batch of another size may round differently without any move.
-The model has layers of Llama 3.1 8B's shape with random weights (8 of them, or ``DYN_MIGRATE_TEST_LAYERS``: 4.5 GB). vLLM's
-own dummy weights are so small that a next token hardly depends on the KV cache.
+The model has layers of Llama 3.1 8B's shape with random weights (8 of them, 4.5 GB, or ``DYN_MIGRATE_TEST_LAYERS``).
+vLLM's own dummy weights are so small that a next token hardly depends on the KV cache.
 
     pytest -m slow -s tests/cuda/test_vllm_moves.py      prints lane, runner and attention backend
 """
