@@ -56,19 +56,8 @@ DESCRIPTORS = Metric("descriptors", Kind.COUNTER, "Memory ranges that were poste
 POST = Metric("post_seconds", Kind.HISTOGRAM, "Time of one migration spent in posting transfers", ("lane",), _TINY)
 WIRE = Metric("wire_seconds", Kind.HISTOGRAM, "Time of one migration spent waiting for bytes", ("lane",), _SHORT)
 INTEGRITY = Metric("integrity_failures", Kind.COUNTER, "Migrations whose bytes were wrong and were recomputed")
-HANDOFFS = Metric("handoffs", Kind.COUNTER, "Hand-offs from prefill to decode, by outcome", ("outcome",))
-HANDOFF = Metric("handoff_seconds", Kind.HISTOGRAM, "End of prefill to first token of the decode worker", (), _SHORT)
-LOCAL_PREFILLS = Metric(
-    "local_prefills",
-    Kind.COUNTER,
-    "Prompts computed on decode workers (no_worker, short, not_migratable)",
-    ("reason",),
-)
-REPLAYS = Metric("replays", Kind.COUNTER, "Requests replayed after the loss of their worker", ("reason",))
 DRAINS = Metric("drains", Kind.COUNTER, "Drains of a worker, by outcome (done, failed)", ("outcome",))
 DRAIN = Metric("drain_seconds", Kind.HISTOGRAM, "Time to empty a worker", (), _LONG)
-STREAMS = Metric("streams", Kind.GAUGE, "Client streams (running, moving)", ("state",))
-WORKERS = Metric("workers", Kind.GAUGE, "Workers that the router knows (ready, draining)", ("role", "state"))
 
 # Of a worker.
 RELAYS = Metric(
@@ -81,6 +70,7 @@ ADOPTIONS = Metric(
 RECOMPUTED = Metric("recomputed", Kind.COUNTER, "Moved requests computed again here because their worker was lost")
 LANDINGS = Metric("landings", Kind.COUNTER, "Requests from other workers, by outcome (done, failed)", ("outcome",))
 ORPHANS = Metric("orphans", Kind.COUNTER, "Moved requests given up because nobody asked for their tokens")
+HANDOFFS = Metric("handoffs", Kind.COUNTER, "Hand-offs from prefill to decode, by outcome", ("outcome",))
 CORDONED = Metric("cordoned", Kind.GAUGE, "1 while this worker takes nothing new")
 KV_BLOCKS = Metric("kv_blocks", Kind.GAUGE, "KV blocks of this worker (used, free)", ("state",))
 REQUESTS = Metric("requests", Kind.GAUGE, "Requests on this worker (running, waiting, frozen, landing)", ("phase",))
@@ -91,10 +81,6 @@ KV_REFUSED = Metric(
     "kv_refused", Kind.COUNTER, "Copies whose KV blocks were not used but computed again, by error code", ("reason",)
 )
 
-ROUTER = (
-    *(MOVES, REFUSALS, FALLBACKS, DOWNTIME, STALL, DURATION, ROUNDS, BYTES, DESCRIPTORS, POST, WIRE, INTEGRITY),
-    *(HANDOFFS, HANDOFF, LOCAL_PREFILLS, REPLAYS, DRAINS, DRAIN, STREAMS, WORKERS),
-)
 WORKER = (
     *(MOVES, REFUSALS, FALLBACKS, DOWNTIME, STALL, DURATION, ROUNDS, BYTES, DESCRIPTORS, POST, WIRE, INTEGRITY),
     *(RELAYS, REPEATS, ADOPTIONS, RECOMPUTED, LANDINGS, ORPHANS, CORDONED, DRAINS, DRAIN, HANDOFFS),

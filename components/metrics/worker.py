@@ -55,10 +55,8 @@ class Gauges:
 class WorkerMetrics(Collector):
     """See the module docstring. ``registry`` is what is exported."""
 
-    def __init__(self, gauges: Callable[[], Gauges] | None = None, wake: Callable[[], None] = lambda: None) -> None:
-        self.stats: EngineStats | None = None
-        """Shown when there are no ``gauges``."""
-        self._gauges = gauges or (lambda: Gauges(self.stats))
+    def __init__(self, gauges: Callable[[], Gauges], wake: Callable[[], None]) -> None:
+        self._gauges = gauges
         self._wake = wake
         self.registry = registry = Registry()
         self._moves = counter(names.MOVES, registry)

@@ -11,16 +11,17 @@ from prometheus_client import generate_latest
 from components.engine.protocol import EngineStats
 from components.metrics import names
 from components.metrics import spans as spans_of_moves
-from components.metrics.worker import WorkerMetrics
+from components.metrics.worker import Gauges, WorkerMetrics
 from components.migration import messages as told
 from components.migration.events import Event
 from tests import fake_workers
 
 
 def test_a_worker_shows_its_last_report_and_nothing_before_it() -> None:
-    worker = WorkerMetrics()
+    now = Gauges()
+    worker = WorkerMetrics(lambda: now, lambda: None)
     assert b"kv_blocks" not in generate_latest(worker.registry)
-    worker.stats = EngineStats(2, 1, 0, 0, free_blocks=30, total_blocks=100, leases_expired_total=4)
+    now = Gauges(EngineStats(2, 1, 0, 0, free_blocks=30, total_blocks=100, leases_expired_total=4))
     assert worker.registry.get_sample_value(names.KV_BLOCKS.full_name, {"state": "used"}) == 70
     assert worker.registry.get_sample_value(names.LEASES.full_name) == 4
 
@@ -35,7 +36,7 @@ def shown(worker: WorkerMetrics, metric: names.Metric, **labels: str) -> float |
 
 
 def test_a_source_counts_its_moves_with_what_they_cost() -> None:
-    worker = WorkerMetrics()
+    worker = WorkerMetrics(Gauges, lambda: None)
     worker.moved(done(), told.Mode.LIVE)
     worker.moved(done(ok=False, code="no_room", reason="3 blocks are missing"), told.Mode.LIVE)
     worker.moved(done(code="integrity", reason="block 3 differs"), told.Mode.STOP_AND_COPY)
