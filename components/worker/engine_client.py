@@ -149,7 +149,7 @@ class EngineClient:
             request_id,
             call.tokens or (),
             call.encoded,
-            fixed=native.why_fixed(call.prompt, params, call.keywords.get("data_parallel_rank")),
+            fixed=native.why_fixed(call.prompt, params, call.keywords),
             attached=native.why_attached(params) or (pinned.WHY if request_id in self.pinned else ""),
             max_tokens=params.max_tokens,
             trace=call.keywords.get("trace_headers") or {},

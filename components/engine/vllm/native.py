@@ -97,18 +97,70 @@ def prompt_tokens(prompt: Any) -> list[int] | None:
     return tokens if isinstance(tokens, list) else None
 
 
-def why_fixed(prompt: Any, params: SamplingParams, data_parallel_rank: int | None) -> str:
-    """Why this request cannot move exactly; empty when it can."""
+MOVED = frozenset(
+    [
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "temperature",
+        "watermarking",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "stop",
+        "stop_token_ids",
+        "ignore_eos",
+        "max_tokens",
+        "min_tokens",
+        "logprobs",
+        "detokenize",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+        "include_stop_str_in_output",
+        "output_kind",
+        "stream_interval",
+        "skip_clone",
+        "output_text_buffer_length",
+        "_eos_token_id",
+        "_all_stop_token_ids",
+        "logit_bias",
+        "allowed_token_ids",
+        "extra_args",
+        "bad_words",
+        "_bad_words_token_ids",
+        "skip_reading_prefix_cache",
+    ]
+)
+"""Fields of ``SamplingParams`` whose whole state is in the parameters, the tokens and the runner's own export."""
+FIXED = {
+    "structured_outputs": "guided decoding: the grammar's state does not travel",
+    "prompt_logprobs": "prompt_logprobs: they are produced once, during prefill",
+    "prompt_logprob_token_ids": "prompt_logprob_token_ids: they are produced once, during prefill",
+    "prompt_logprob_start": "prompt_logprob_start: they are produced once, during prefill",
+    "thinking_token_budget": "thinking budget: what has been thought so far does not travel",
+    "repetition_detection": "repetition_detection: what it has seen does not travel",
+    "logprob_token_ids": "logprob_token_ids: their ranks do not travel",
+    "flat_logprobs": "flat_logprobs: log-probabilities travel as rows",
+    "routed_experts_prompt_start": "routed experts: they are collected by one engine",
+    "trace_decode_token_ids": "trace_decode_token_ids: one engine traces",
+}
+"""Fields that keep a request where it is when they are set, with the reason."""
+
+
+def why_fixed(prompt: Any, params: SamplingParams, keywords: Mapping[str, Any]) -> str:
+    """Why this request cannot move exactly; empty when it can. ``keywords`` are those of ``AsyncLLM.generate``."""
     if prompt_tokens(prompt) is None:
         return "the prompt is more than token ids (images, embeddings): only its KV has all of it"
     if params.n > 1:
         return "n > 1: the samples share one request"
-    if params.prompt_logprobs is not None:
-        return "prompt_logprobs: they are produced once, during prefill"
-    if params.structured_outputs is not None:
-        return "guided decoding: the grammar's state does not travel"
-    if data_parallel_rank:
-        return f"data-parallel rank {data_parallel_rank}: only engines of one rank move requests"
+    for field, reason in FIXED.items():
+        if getattr(params, field) not in (None, False):
+            return reason
+    if rank := keywords.get("data_parallel_rank"):
+        return f"data-parallel rank {rank}: only engines of one rank move requests"
+    if keywords.get("kv_hints") is not None:
+        return "kv_hints: they name blocks of this engine"
     return ""
 
 

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request in vLLM's own form: every field is moved, or keeps the request where it is and says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+from components.engine.protocol import FinishReason, GenerateOutput, TokenLogprob
+from components.engine.vllm import native
+from components.engine.vllm.sampling import logprobs_of
+from components.errors import InvalidRequest
+
+PROMPT = {"prompt_token_ids": [1, 2, 3]}
+
+
+def test_every_sampling_parameter_is_known() -> None:
+    known = native.MOVED | native.FIXED.keys() | {"n"}
+    assert set(SamplingParams.__struct_fields__) == known
+
+
+def test_every_parameter_travels() -> None:
+    params = SamplingParams(
+        temperature=0.5,
+        top_p=0.9,
+        top_k=7,
+        min_p=0.1,
+        seed=3,
+        presence_penalty=0.1,
+        frequency_penalty=0.2,
+        repetition_penalty=1.1,
+        max_tokens=9,
+        min_tokens=2,
+        stop_token_ids=[5],
+        ignore_eos=True,
+        logprobs=2,
+        logit_bias={3: 1.0},
+        allowed_token_ids=[3, 4],
+        extra_args={"a": 1, native.TRANSFER_KEY: {"do_remote_prefill": True}},
+        output_kind=RequestOutputKind.DELTA,
+        detokenize=False,
+    )
+    given = native.Native(params, priority=-2, cache_salt="salt", session_id="s", reasoning_ended=True)
+    found = native.decode(native.encode(given))
+    # What a connector was told is this engine's own.
+    params.extra_args = {"a": 1}
+    assert found == given
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"n": 2}, "n > 1"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"structured_outputs": StructuredOutputsParams(regex="a+")}, "guided"),
+        ({"thinking_token_budget": 5}, "thinking"),
+        ({"logprob_token_ids": [4], "logprobs": None}, "logprob_token_ids"),
+    ],
+)
+def test_what_cannot_travel_says_so(change: dict[str, Any], word: str) -> None:
+    assert word in native.why_fixed(PROMPT, SamplingParams(**change), {})
+
+
+def test_prompts_that_are_more_than_tokens_and_hints_stay() -> None:
+    assert native.why_fixed(PROMPT, SamplingParams(), {}) == ""
+    assert "images" in native.why_fixed({**PROMPT, "multi_modal_data": {"image": 1}}, SamplingParams(), {})
+    assert native.why_fixed({**PROMPT, "multi_modal_data": None}, SamplingParams(), {}) == ""
+    assert "kv_hints" in native.why_fixed(PROMPT, SamplingParams(), {"kv_hints": object()})
+    assert "rank 1" in native.why_fixed(PROMPT, SamplingParams(), {"data_parallel_rank": 1})
+
+
+def test_a_damaged_ticket_is_one_error() -> None:
+    with pytest.raises(InvalidRequest):
+        native.decode(b"\x81\xa1x")
+
+
+def test_outputs_come_back_as_vllm_gave_them() -> None:
+    face = native.OutputFace("r", [1, 2])
+    rows = (TokenLogprob(-0.5, 2, ((8, -0.1), (7, -0.5))),)
+    made = face.make(GenerateOutput(3, (7,), rows, FinishReason.STOP, stop_reason=7))
+    assert (made.request_id, made.prompt_token_ids, made.finished) == ("r", [1, 2], True)
+    assert (made.outputs[0].finish_reason, made.outputs[0].stop_reason) == ("stop", 7)
+    assert logprobs_of(made.outputs[0].logprobs, (7,)) == rows
+    rest = face.without_end(made)
+    assert rest is not None and not rest.finished and rest.outputs[0].finish_reason is None
+    empty = RequestOutput("r", None, [1], None, [CompletionOutput(0, "", [], None, None)], True)
+    assert face.without_end(empty) is None
