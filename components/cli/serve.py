@@ -118,8 +118,9 @@ def demo(
     dynamo demo
     dynamo demo --once --Common.model=tiny-llama
     """
-    # What vLLM warns of is of no use to a newcomer; ``dynamo serve`` shows it.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # What vLLM and Dynamo warn of is of no use to a newcomer; ``dynamo serve`` shows it.
+    for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "DYN_LOG": "error", "PYTHONWARNINGS": "ignore"}.items():
+        os.environ.setdefault(name, value)
     overrides = context.args
     if graph.startswith("--"):
         # An option that the parser does not know takes the place of an argument that is left out.
