@@ -119,7 +119,11 @@ def demo(
     dynamo demo --once --Common.model=tiny-llama
     """
     # What vLLM and Dynamo warn of is of no use to a newcomer; ``dynamo serve`` shows it.
-    for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "DYN_LOG": "error", "PYTHONWARNINGS": "ignore"}.items():
+    for name, value in {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "DYN_LOG": "error,mm_routing=off",
+        "PYTHONWARNINGS": "ignore",
+    }.items():
         os.environ.setdefault(name, value)
     overrides = context.args
     if graph.startswith("--"):
