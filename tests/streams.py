@@ -240,7 +240,7 @@ class Cluster:
 
     async def quiet(self) -> None:
         """Wait until no engine has anything; raise ``SessionError`` when its blocks do not add up."""
-        for _ in range(300):
+        for _ in range(1500):
             alive = [node for node in self.nodes if node.alive]
             if not any([await node.engine.requests() for node in alive]):
                 break
