@@ -158,7 +158,7 @@ async def test_one_that_hangs_is_waited_for_once_and_joins_again(
     cluster.silent.clear()
     while client._asking:
         await asyncio.sleep(0.01)
-    await client.refresh()
+    await client.refresh(60)
     assert not client.status().workers[1].missing
 
 
