@@ -161,7 +161,7 @@ def taken(local: int, ids: list[int]) -> tuple[MigrateIn, Port, Record]:
 
 def test_a_decode_engine_copies_what_its_own_cache_has_not_and_runs_once_it_is_proven() -> None:
     incoming, port, record = taken(4, [1, 2, 3])
-    (job,) = incoming.take_new_jobs()
+    ((job,), _) = incoming.take_new_jobs()
     assert (job.src_blocks, job.dst_blocks) == ((51, 52), (2, 3))
     assert job.checks == ((2, (11,)), (3, (12,)))
     incoming.take_results(StepResults([JobResult(job.job_id, ok=True, bytes=2)]))
@@ -170,7 +170,7 @@ def test_a_decode_engine_copies_what_its_own_cache_has_not_and_runs_once_it_is_p
 
 def test_blocks_that_are_not_proven_are_computed_again() -> None:
     incoming, port, _ = taken(4, [1, 2, 3])
-    (job,) = incoming.take_new_jobs()
+    ((job,), _) = incoming.take_new_jobs()
     failed = JobResult(job.job_id, ok=False, error=("integrity", "differ"), bad_blocks=(2, 3))
     incoming.take_results(StepResults([failed]))
     assert port.told == [("recompute from", 4)] and incoming.refused == {"integrity": 1}
@@ -182,7 +182,7 @@ def test_nothing_is_copied_where_the_own_cache_has_all_or_the_prompt_is_another(
     handoff.begin(record)
     assert handoff.external_tokens(record, 10) == (0, False)
     handoff.allocated(record, [1, 2, 3], 0)
-    assert incoming.take_new_jobs() == []
+    assert incoming.take_new_jobs() == ([], [])
     other = Record(request_of(prompt=11), Marker(RequestId("r"), handoff=frozen_of()), born=0.0)
     handoff.begin(other)
     assert handoff.external_tokens(other, 0) == (0, False)

@@ -105,6 +105,12 @@ def test_a_copy_that_cannot_begin_is_a_result(loader: Loader, agent: Agent) -> N
     assert results is not None and [r.job_id for r in results.results] == [2]
 
 
+def test_a_copy_that_nobody_needs_is_cancelled(loader: Loader, agent: Agent) -> None:
+    loader.step([job()])
+    loader.step([], [1, 99])
+    assert agent.handles[0].cancelled
+
+
 def test_blocks_of_a_hanging_peer_are_named_when_they_are_quiet(loader: Loader, agent: Agent) -> None:
     assert loader.copy_now(job(), 0.0) is None
     (handle,) = agent.handles

@@ -308,7 +308,8 @@ def test_a_copy_under_way_keeps_the_blocks_of_an_aborted_request(tiny_llama: str
     assert not everything_is_free(played)
     assert played.scheduler.has_requests(), "somebody has to collect the result"
     other = played.add(list(range(200)))
-    played.step(played.done(job))
+    output = played.step(played.done(job))
+    assert output.kv_connector_metadata.cancelled == [job.job_id]
     assert not set(job.dst_blocks) & set(played.blocks(other))
     end(played, other)
     assert everything_is_free(played)

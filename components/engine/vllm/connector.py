@@ -130,7 +130,7 @@ class MigrationConnector(KVConnectorBase_V1):
         """Begin the step's copies, collect older ones that are done."""
         meta = self._get_connector_metadata()
         if isinstance(meta, StepMetadata):
-            self.loader.step(meta.jobs)
+            self.loader.step(meta.jobs, meta.cancelled)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: no step reads what it loads."""

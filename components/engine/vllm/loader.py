@@ -9,6 +9,7 @@ Errors: a failed job is a result, never an exception: the scheduler decides what
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -89,10 +90,14 @@ class Loader:
         on_host = self._config.device_config.device_type == "cpu"
         return SharedZeros() if on_host and transport in (Transport.AUTO, Transport.SHM) else None
 
-    def step(self, jobs: list[Job]) -> None:
-        """Begin a step's jobs, collect older ones that are done."""
+    def step(self, jobs: Sequence[Job], cancelled: Sequence[int] = ()) -> None:
+        """Begin a step's jobs, end those that nobody needs, collect older ones that are done."""
         for job in jobs:
             self._begin(job)
+        for job_id in cancelled:
+            _, handle = self._flying.get(job_id, (None, None))
+            if handle is not None:
+                handle.cancel()
         for job_id in [i for i, (_, handle) in self._flying.items() if handle is None or handle.done()]:
             self._results.append(self._settle(job_id))
         poisoned = self.agent.poisoned_blocks() if self._unquiet else frozenset()

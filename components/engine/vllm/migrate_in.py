@@ -66,6 +66,7 @@ class MigrateIn:
         """Copies whose blocks were not used, by error code."""
         self._job_ids = itertools.count(1)
         self._new: list[Job] = []
+        self._cancelled: list[int] = []
         self._flights: dict[int, _Flight] = {}
         self._bytes_per_s = _FIRST_GUESS
 
@@ -289,10 +290,11 @@ class MigrateIn:
         count = len(incoming.commit.checksums) // len(incoming.offer.agents)
         return tuple(incoming.block_ids[incoming.local_blocks : len(incoming.offer.block_ids) - count])
 
-    def take_new_jobs(self) -> list[Job]:
-        """Jobs for the workers to begin with this step."""
-        jobs, self._new = self._new, []
-        return jobs
+    def take_new_jobs(self) -> tuple[list[Job], list[int]]:
+        """Jobs for the workers to begin with this step, and earlier ones to cancel."""
+        taken = self._new, self._cancelled
+        self._new, self._cancelled = [], []
+        return taken
 
     @property
     def busy(self) -> bool:
@@ -397,11 +399,14 @@ class MigrateIn:
             flight.blocks = self._port.take_blocks(record.request)
 
     def _stop_job(self, incoming: Incoming) -> _Flight | None:
-        """Drop a job that workers have not been given; one that they have, and that may write, is returned."""
+        """Drop a job that workers have not been given. One that they have is cancelled, may still write for a while,
+        and is returned.
+        """
         job, incoming.job = incoming.job, None
         if job is None:
             return None
         if job not in self._new:
+            self._cancelled.append(job.job_id)
             return self._flights[job.job_id]
         self._new.remove(job)
         del self._flights[job.job_id]

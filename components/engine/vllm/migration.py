@@ -200,7 +200,8 @@ class Migration:
     def step_metadata(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         """What the workers must know for this step."""
         self._step_began = time.monotonic()
-        meta = StepMetadata(jobs=self.incoming.take_new_jobs(), to_sum=self.handoff.to_sum(scheduler_output))
+        jobs, cancelled = self.incoming.take_new_jobs()
+        meta = StepMetadata(jobs=jobs, cancelled=cancelled, to_sum=self.handoff.to_sum(scheduler_output))
         for vllm_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
             record = self._records.get(vllm_id)
             if record is not None and record.needs_install:

@@ -167,6 +167,8 @@ class StepMetadata(KVConnectorMetadata):
 
     installs: list[Install] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
+    cancelled: list[int] = field(default_factory=list)
+    """Jobs of earlier steps that nobody needs any more."""
     to_sum: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     """Requests and blocks that this step completes, to be summed after it."""
 
