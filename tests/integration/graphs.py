@@ -108,11 +108,13 @@ class Graph:
         self, prompts: list[str], length: int, act: Callable[[dict[str, str]], None], **more: Any
     ) -> list[str]:
         """Texts of requests during which ``act`` was called with {request id: worker}, once all of them decode."""
-        self.status()  # The connection stands before the first token comes.
+        # The connection stands before the first token comes. Tables are up to a second old: these may have ended.
+        before = self.running()
         with ThreadPoolExecutor(len(prompts)) as pool:
             texts = [pool.submit(self.complete, prompt, length, **more) for prompt in prompts]
             while True:
-                running = {r: s["worker"] for r, s in self.running().items() if s["output_tokens"] > 5}
+                rows = self.running()
+                running = {r: s["worker"] for r, s in rows.items() if s["output_tokens"] > 5 and r not in before}
                 if len(running) == len(prompts):
                     act(running)
                     break
