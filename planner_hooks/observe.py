@@ -46,7 +46,9 @@ class Observer:
     def capture(self, status: Status, active: Iterable[ActiveMove] = ()) -> Capture:
         """Everything that policies see."""
         now = self._clock()
-        there = {row.request_id: row.output_tokens for worker in status.workers for row in worker.requests}
+        there: dict[str, int] = {
+            row.request_id: row.output_tokens for worker in status.workers for row in worker.requests
+        }
         for gone in set(self._outputs) - set(there):
             self._remaining.finished(self._outputs.pop(gone))
         self._outputs |= there

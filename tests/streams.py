@@ -20,9 +20,10 @@ import msgspec
 from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, RequestId, Sampling
 from components.errors import MigrateError, WorkerLost, from_code
 from components.messages import pack, unpack
+from components.migration.faces import PROTOCOL_FACE
 from components.migration.legs import Leg
 from components.migration.messages import Attached, Mode, MoveRecord, Owner, WorkerCall, WorkerOp, WorkerReply
-from components.migration.requests import PROTOCOL_FACE, Options, Repeat, Requests
+from components.migration.requests import Options, Repeat, Requests
 from components.worker.control import Control
 from components.worker.state import WorkerStatus
 from tests.paged import new_engine

@@ -5,11 +5,6 @@ A handler's call of the engine goes through ``serve``: as long as nothing moves,
 When the life has gone elsewhere, ``serve`` goes on with the next owner's outputs (relay) until the frontend can be
 asked to repeat the request (``Repeat``), which then reaches the owner itself (``claim``) or a worker that knows it.
 
-Directory of owners: before a stream breaks, each worker that the frontend could choose is told, in one call for all
-requests that wait to be told, and has answered. This needs no server beside Dynamo's own request plane, and the answers
-prove that the record is there before the repeat is. A worker that did not answer has no record: a repeat that reaches
-it is a new request there, as after the loss of a worker. Records end after ``OWNER_S``.
-
 Threading: one asyncio loop.
 """
 
@@ -22,62 +17,21 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
-
-import msgspec
+from typing import TypeVar
 
 from components.engine.protocol import Engine, FinishReason, GenerateOutput, GenerateRequest, KVOffer, RequestId
 from components.errors import InvalidRequest, MigrateError, RequestNotFound, SessionError, WorkerLost
 from components.migration.events import Event
+from components.migration.faces import PROTOCOL_FACE, Face
 from components.migration.legs import Arrival, Leg, new_life
 from components.migration.messages import Attached, Life, Owner, Ticket, WorkerCall, WorkerOp
+from components.migration.owners import Owners
 from components.migration.peers import Peers, follow
 
 logger = logging.getLogger(__name__)
-OWNER_S = 120.0
-_ANNOUNCE_S = 1.0
 _SWEEP_S = 1.0
 
 T = TypeVar("T")
-
-
-class Face(Protocol[T]):
-    """How an engine's own output items look. The unmoved path never converts one."""
-
-    def tokens(self, item: T) -> Sequence[int]:
-        """Its new tokens."""
-        ...
-
-    def finished(self, item: T) -> bool:
-        """Is it the last of its stream?"""
-        ...
-
-    def without_end(self, item: T) -> T | None:
-        """The item as if more would follow; None when nothing is left of it."""
-        ...
-
-    def make(self, output: GenerateOutput) -> T:
-        """An item from the protocol's output."""
-        ...
-
-
-class _ProtocolFace:
-    """``Face`` of the protocol's own outputs."""
-
-    def tokens(self, item: GenerateOutput) -> Sequence[int]:
-        return item.token_ids
-
-    def finished(self, item: GenerateOutput) -> bool:
-        return item.finish_reason is not None
-
-    def without_end(self, item: GenerateOutput) -> GenerateOutput | None:
-        return msgspec.structs.replace(item, finish_reason=None, stop_reason=None) if item.token_ids else None
-
-    def make(self, output: GenerateOutput) -> GenerateOutput:
-        return output
-
-
-PROTOCOL_FACE = _ProtocolFace()
 
 
 class Repeat(Exception):
@@ -114,9 +68,7 @@ class Requests:
         self.handoffs: Counter[str] = Counter()
         """Outcomes of hand-overs from prefill to decode workers."""
         self.events: Counter[Event] = Counter()
-        self._owners: dict[RequestId, tuple[Owner, float]] = {}
-        self._telling: dict[RequestId, tuple[Owner, asyncio.Future[None]]] = {}
-        self._teller: asyncio.Task[None] | None = None
+        self.owners = Owners(peers, instance)
         self._tasks: set[asyncio.Task[object]] = set()
 
     # Streams of this worker's handlers
@@ -238,7 +190,7 @@ class Requests:
         Where an owner was announced, only its life counts: another one here is left from a move that failed, and its
         source may be about to end it. Without an announcement the source has died.
         """
-        owner = self.owner(request_id)
+        owner = self.owners.get(request_id)
         for leg in self.arrivals.values():
             if owner is not None and owner.life != leg.life:
                 continue
@@ -248,16 +200,11 @@ class Requests:
                     return leg, index
         return None
 
-    def owner(self, request_id: RequestId) -> Owner | None:
-        """Who has been announced to have a request; None for a new one."""
-        found = self._owners.get(request_id)
-        return found[0] if found is not None and found[1] > time.monotonic() else None
-
     def prompt_tokens(self, request_id: RequestId, token_ids: Sequence[int]) -> int:
         """How many of a request's tokens are its prompt; those behind them were delivered before it was repeated."""
         if (claimed := self.claim(request_id, token_ids)) is not None:
             return len(claimed[0].prompt_token_ids)
-        owner = self.owner(request_id)
+        owner = self.owners.get(request_id)
         return (owner.prompt_tokens if owner is not None else 0) or len(token_ids)
 
     def repeated(
@@ -268,7 +215,7 @@ class Requests:
             leg, index = claimed
             self.events[Event.ADOPTED] += 1
             return self.serve(leg, leg.read(index), PROTOCOL_FACE)
-        owner = self.owner(request_id)
+        owner = self.owners.get(request_id)
         if owner is None:
             return None
         self.events[Event.PASSED_ON] += 1
@@ -295,7 +242,7 @@ class Requests:
         except (WorkerLost, RequestNotFound) as error:
             logger.warning("request %s: %s", here.request_id, error)
             here.over = True
-            self._owners.pop(here.request_id, None)
+            self.owners.forget(here.request_id)
         finally:
             if not here.over and not self.closing:
                 self.spawn(self.peers.call(at.instance, _abort(here.request_id, at.life)))
@@ -410,7 +357,7 @@ class Requests:
         while True:
             await asyncio.sleep(_SWEEP_S)
             now = time.monotonic()
-            self._owners = {k: v for k, v in self._owners.items() if v[1] > now}
+            self.owners.sweep()
             for leg in list(self.arrivals.values()):
                 if leg.unread_since is None or now - leg.unread_since < self.options.orphan_s:
                     continue
@@ -421,36 +368,6 @@ class Requests:
 
     async def _forget(self, leg: Arrival) -> None:
         self.arrivals.pop(leg.life, None)
-
-    # The directory
-
-    def learn(self, owners: Sequence[tuple[RequestId, Owner]]) -> None:
-        """Take another worker's records in."""
-        until = time.monotonic() + OWNER_S
-        self._owners.update({request_id: (owner, until) for request_id, owner in owners})
-
-    async def announce(self, request_id: RequestId, owner: Owner) -> None:
-        """Return once all workers know the owner, or have not answered in time."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._telling[request_id] = (owner, done)
-        if self._teller is None or self._teller.done():
-            self._teller = asyncio.ensure_future(self._tell())
-        await done
-
-    async def _tell(self) -> None:
-        while self._telling:
-            batch, self._telling = self._telling, {}
-            records = tuple((request_id, owner) for request_id, (owner, _) in batch.items())
-            self.learn(records)
-            call = WorkerCall(WorkerOp.OWNERS, owners=records)
-            others = [i for i in self.peers.instances() if i != self.instance]
-            told = (self.peers.call(i, call, _ANNOUNCE_S) for i in others)
-            for other, answer in zip(others, await asyncio.gather(*told, return_exceptions=True), strict=True):
-                if isinstance(answer, Exception):
-                    logger.warning("worker %x was not told of %d requests: %s", other, len(records), answer)
-            for _, done in batch.values():
-                if not done.done():
-                    done.set_result(None)
 
     def spawn(self, work: object) -> None:
         """Run something beside; its error is logged."""

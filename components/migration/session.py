@@ -174,7 +174,7 @@ class _Move:
 
     async def _settle(self, away: Away) -> None:
         """Tell the directory; a relay that nobody took is closed, so that the new owner sees itself unread."""
-        await self._requests.announce(self._leg.request_id, away.owner)
+        await self._requests.owners.announce(self._leg.request_id, away.owner)
         away.announced = True
 
     async def _back(self) -> None:

@@ -84,7 +84,7 @@ class Control:
             case WorkerOp.RELEASE if self._release is not None:
                 await self._release(call.request_id)
             case WorkerOp.OWNERS:
-                requests.learn(call.owners)
+                requests.owners.learn(call.owners)
             case WorkerOp.STATUS:
                 return WorkerReply(state=await self._status.report(call))
             case WorkerOp.MIGRATE:

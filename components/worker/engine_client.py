@@ -116,7 +116,7 @@ class EngineClient:
 
     async def _prefill(self, call: _Call) -> AsyncGenerator[Any, None]:
         """For Dynamo's prefill handler: one token, and who lends the blocks of its prompt."""
-        owner = call.requests.owner(call.request_id)
+        owner = call.requests.owners.get(call.request_id)
         if owner is not None and call.tokens:
             yield call.handoffs.known(call.request_id, call.tokens, owner)
             return
@@ -132,7 +132,7 @@ class EngineClient:
         requests, request_id, params = call.requests, call.request_id, call.params
         given = call.handoffs.read(params)
         if given is not None and given.owner is not None:
-            requests.learn([(request_id, given.owner)])
+            requests.owners.learn([(request_id, given.owner)])
         if call.tokens is not None:
             repeated = requests.repeated(request_id, call.tokens, call.encoded, params.max_tokens)
             if repeated is not None:

@@ -23,9 +23,10 @@ from components import env, process
 from components.engine.protocol import EngineInfo, GenerateOutput, RequestId
 from components.errors import InvalidRequest
 from components.metrics.export import address, expose
+from components.migration.faces import PROTOCOL_FACE
 from components.migration.legs import Leg
 from components.migration.peers import DynamoPeers, short
-from components.migration.requests import PROTOCOL_FACE, Options, Repeat, Requests
+from components.migration.requests import Options, Repeat, Requests
 from components.serve.config import WorkerConfig, load_component_config
 from components.worker import forward_pass, mocker_payload, pinned
 from components.worker.arguments import WorkerSettings

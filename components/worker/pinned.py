@@ -11,7 +11,8 @@ import weakref
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-_KEYS = ("backend_instance_id", "decode_worker_id", "prefill_worker_id")
+# ``prefill_worker_id`` is no sign: with prefill and decode apart, the frontend itself sets it.
+_KEYS = ("backend_instance_id", "decode_worker_id")
 WHY = "the client has chosen the worker: the frontend does not repeat it"
 
 

@@ -392,7 +392,7 @@ async def test_a_prefill_worker_computes_what_is_new_and_nothing_that_has_an_own
     new = [item async for item in llm.generate(prompt, asked(max_tokens=1), "new")]
     assert unpack(new[-1].kv_transfer_params[MARKER], Handover).instance == 5  # type: ignore[index]
     assert len(llm.asked) == 1 and requests.legs == {}
-    requests.learn([(RequestId("moved"), Owner(9, 77))])
+    requests.owners.learn([(RequestId("moved"), Owner(9, 77))])
     moved = [item async for item in llm.generate(prompt, asked(max_tokens=1), "moved")]
     assert unpack(moved[-1].kv_transfer_params[MARKER], Handover).owner == Owner(9, 77)  # type: ignore[index]
     assert len(llm.asked) == 1 and handoffs.num_lent == 1
@@ -403,7 +403,7 @@ async def test_a_repeat_is_billed_for_the_prompt_and_not_for_the_answer_so_far()
     handoffs, requests, peers, _ = worker()
     llm = Llm()
     EngineClient(llm).serve(requests, handoffs)
-    requests.learn([(RequestId("moved"), Owner(9, 77, prompt_tokens=3))])
+    requests.owners.learn([(RequestId("moved"), Owner(9, 77, prompt_tokens=3))])
     peers.gives = [Attached((GenerateOutput(2, (8,), finish_reason=FinishReason.LENGTH),))]
     prompt = {"prompt_token_ids": [1, 2, 3, 6, 7]}
     items = [item async for item in llm.generate(prompt, SamplingParams(max_tokens=3), "moved")]

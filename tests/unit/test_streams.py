@@ -171,7 +171,9 @@ async def test_a_request_that_a_client_has_tied_to_a_worker_is_known_while_its_a
     assert [item async for item in stream] == [1]
     del stream
     assert "tied" not in pinned
-    assert [item async for item in handler.generate({"routing": {"dp_rank": 0}}, Context())] == [1]
+    # What the frontend writes itself when it has chosen a prefill worker.
+    routing = {"prefill_worker_id": 7, "dp_rank": 0}
+    assert [item async for item in handler.generate({"routing": routing}, Context())] == [1]
     assert "tied" not in pinned
 
 

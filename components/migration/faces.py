@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an engine's output items look to ``components.migration.requests``; none of an unmoved request is converted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from components.engine.protocol import GenerateOutput
+
+T = TypeVar("T")
+
+
+class Face(Protocol[T]):
+    """How an engine's own output items look. The unmoved path never converts one."""
+
+    def tokens(self, item: T) -> Sequence[int]:
+        """Its new tokens."""
+        ...
+
+    def finished(self, item: T) -> bool:
+        """Is it the last of its stream?"""
+        ...
+
+    def without_end(self, item: T) -> T | None:
+        """The item as if more would follow; None when nothing is left of it."""
+        ...
+
+    def make(self, output: GenerateOutput) -> T:
+        """An item from the protocol's output."""
+        ...
+
+
+class _ProtocolFace:
+    """``Face`` of the protocol's own outputs."""
+
+    def tokens(self, item: GenerateOutput) -> Sequence[int]:
+        return item.token_ids
+
+    def finished(self, item: GenerateOutput) -> bool:
+        return item.finish_reason is not None
+
+    def without_end(self, item: GenerateOutput) -> GenerateOutput | None:
+        return msgspec.structs.replace(item, finish_reason=None, stop_reason=None) if item.token_ids else None
+
+    def make(self, output: GenerateOutput) -> GenerateOutput:
+        return output
+
+
+PROTOCOL_FACE = _ProtocolFace()

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which worker has a request that the frontend may send again.
+
+Before a stream breaks, each worker that the frontend could choose is told, in one call for all requests that wait to be
+told, and has answered. This needs no server beside Dynamo's own request plane, and the answers prove that the record is
+there before the repeat is. A worker that did not answer has no record: a repeat that reaches it is a new request there,
+as after the loss of a worker. Records end after ``OWNER_S``.
+
+Threading: one asyncio loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+from components.engine.protocol import RequestId
+from components.migration.messages import Owner, WorkerCall, WorkerOp
+from components.migration.peers import Peers, short
+
+logger = logging.getLogger(__name__)
+OWNER_S = 120.0
+_ANNOUNCE_S = 1.0
+
+
+class Owners:
+    """See the module docstring."""
+
+    def __init__(self, peers: Peers, instance: int) -> None:
+        self._peers = peers
+        self._instance = instance
+        self._known: dict[RequestId, tuple[Owner, float]] = {}
+        self._telling: dict[RequestId, tuple[Owner, asyncio.Future[None]]] = {}
+        self._teller: asyncio.Task[None] | None = None
+
+    def get(self, request_id: RequestId) -> Owner | None:
+        """Who has been announced to have a request; None for a new one."""
+        found = self._known.get(request_id)
+        return found[0] if found is not None and found[1] > time.monotonic() else None
+
+    def forget(self, request_id: RequestId) -> None:
+        """Its owner is lost."""
+        self._known.pop(request_id, None)
+
+    def sweep(self) -> None:
+        """Drop the records that are too old."""
+        now = time.monotonic()
+        self._known = {key: value for key, value in self._known.items() if value[1] > now}
+
+    def learn(self, owners: Sequence[tuple[RequestId, Owner]]) -> None:
+        """Take another worker's records in."""
+        until = time.monotonic() + OWNER_S
+        self._known.update({request_id: (owner, until) for request_id, owner in owners})
+
+    async def announce(self, request_id: RequestId, owner: Owner) -> None:
+        """Return once all workers know the owner, or have not answered in time."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._telling[request_id] = (owner, done)
+        if self._teller is None or self._teller.done():
+            self._teller = asyncio.ensure_future(self._tell())
+        await done
+
+    async def _tell(self) -> None:
+        while self._telling:
+            batch, self._telling = self._telling, {}
+            records = tuple((request_id, owner) for request_id, (owner, _) in batch.items())
+            self.learn(records)
+            call = WorkerCall(WorkerOp.OWNERS, owners=records)
+            others = [instance for instance in self._peers.instances() if instance != self._instance]
+            told = (self._peers.call(instance, call, _ANNOUNCE_S) for instance in others)
+            for other, answer in zip(others, await asyncio.gather(*told, return_exceptions=True), strict=True):
+                if isinstance(answer, Exception):
+                    logger.warning("worker %s was not told of %d requests: %s", short(other), len(records), answer)
+            for _, done in batch.values():
+                if not done.done():
+                    done.set_result(None)
