@@ -78,6 +78,8 @@ class Graph:
             if self.process.poll() is not None or time.monotonic() > end:
                 pytest.fail(f"the graph did not start:\n{self.log.read_text(errors='replace')[-4000:]}")
             time.sleep(0.5)
+        # The process that asks takes seconds to start: not while requests run.
+        self.status()
 
     def command(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "components.cli", *arguments]

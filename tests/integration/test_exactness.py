@@ -22,9 +22,9 @@ pytestmark = pytest.mark.integration
 AT_ONCE = 6
 WORDS = ["sea", "clock", "house", "maker", "lived", "once", "upon", "time", "old", "small", "door", "river", "stone"]
 CASES = {
-    "tiny-llama": ("tiny-llama", "false", 30, 250),
-    "tiny-llama cached": ("tiny-llama", "true", 100, 250),
-    "tiny-mixtral": ("tiny-mixtral", "false", 100, 250),
+    "tiny-llama": ("tiny-llama", "false", 30, 600),
+    "tiny-llama cached": ("tiny-llama", "true", 100, 600),
+    "tiny-mixtral": ("tiny-mixtral", "false", 100, 600),
     "smollm2": ("smollm2", "false", 100, 100),
 }
 
