@@ -26,7 +26,10 @@ from components.serve import precision
 from components.transfer import Transport
 
 _OUTPUT = 500
-"""Longest output of a moved request, which ends when its moves are done: 20 of them with some tokens between."""
+"""Fewest tokens that a moved request may still produce; it is ended when its moves are done."""
+_TOKENS = 200
+"""More of them for each move: steps of 5 ms for a second."""
+_GRAPH = "graphs.disagg:Frontend"
 _CONFIG = Path("configs/disagg.yaml")
 _REPLAYS = 5
 """Samples of token replay for each length: with 7,680 tokens one takes 45 s here."""
@@ -44,7 +47,8 @@ def main(
     moves: Annotated[int, typer.Option(help="migrations per length and mode")] = 20,
     modes: Annotated[str, typer.Option(help=f"of {', '.join(MODES)}")] = ",".join(MODES),
     model: Annotated[str, typer.Option(help="as in configs/disagg.yaml")] = "smollm2",
-    config: Annotated[Path, typer.Option("--config", help="of graphs.disagg, for GPUs say")] = _CONFIG,
+    graph: Annotated[str, typer.Option(help="graphs.disagg:Frontend or graphs.agg:Frontend")] = _GRAPH,
+    config: Annotated[Path, typer.Option("--config", help="of the graph, for GPUs say")] = _CONFIG,
     dtype: Annotated[str, typer.Option(help="as in configs/disagg.yaml")] = "auto",
     transport: Annotated[Transport, typer.Option("--nixl-transport")] = Transport.AUTO,
     quick: Annotated[bool, typer.Option("--quick", help="256 and 1024 tokens, 6 migrations each")] = False,
@@ -66,7 +70,11 @@ def main(
             raise typer.BadParameter(f"no folder {path.parent}: make it first", param_hint=str(path))
     chosen = [256, 1024] if quick else [int(word) for word in lengths.split(",")]
     count = 6 if quick else moves
-    limit = max(chosen) + _OUTPUT + 8
+    limit = min(max(chosen) + _OUTPUT + count * _TOKENS + 8, _longest(model))
+    if max(chosen) + _OUTPUT > limit:
+        raise typer.BadParameter(
+            f"{model} takes {limit} tokens: --lengths up to {limit - _OUTPUT}", param_hint="--lengths"
+        )
     overrides = [f"--Common.model={model}", f"--Common.max-model-len={limit}", "--Common.enable-prefix-caching=false"]
     dtype = precision.on_cpu(dtype)
     overrides.append(f"--Common.dtype={dtype}")
@@ -83,8 +91,7 @@ def main(
                 json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
 
         if ours:
-            graph = served("graphs.disagg:Frontend", str(config), *overrides, f"--nixl-transport={transport}")
-            with graph as port:
+            with served(graph, str(config), *overrides, f"--nixl-transport={transport}") as port:
                 join()
                 asyncio.run(_run(report, chosen, ours, count, port, prompts, limit, progress, row_done))
         if DYNAMO in words:
@@ -99,6 +106,12 @@ def main(
     if picture is not None:
         plot(report, picture)
     os._exit(0 if report.samples and not report.failed else 1)
+
+
+def _longest(model: str) -> int:
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(models.resolve(model)).max_position_embeddings)
 
 
 def _prompts(model: str) -> Prompts:
@@ -125,7 +138,7 @@ async def _run(
         for mode in modes:
             progress.update(task, description=f"{tokens} tokens, {mode}")
             samples, neighbours, failed = await bench.run(
-                tokens, mode, min(moves, _REPLAYS) if mode is Mode.REPLAY else moves, _OUTPUT
+                tokens, mode, min(moves, _REPLAYS) if mode is Mode.REPLAY else moves
             )
             report.samples += samples
             report.neighbours.append(neighbours)

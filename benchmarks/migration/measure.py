@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import statistics
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from components.migration.messages import Mode, MoveRecord, RequestRow
 
 _PAUSE_S = 0.4
 """Between two moves: long enough for a handful of tokens that no move touches."""
+_QUIET_S = 1.5
+"""A new request decodes undisturbed for so long."""
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -37,6 +40,11 @@ class Sample(msgspec.Struct, frozen=True):
     lane: str
     step_s: float
     """Median gap between the request's tokens away from moves."""
+    client_gap_s: float = 0.0
+    """Longest gap between tokens as the client sees it, from the call until ``_PAUSE_S`` after its answer: the
+    commit, and the frontend's repeat where it follows."""
+    workers: int = 2
+    """With two the source relays; with more the frontend sends the request again and the destination adopts it."""
 
 
 class Neighbours(msgspec.Struct, frozen=True):
@@ -106,8 +114,22 @@ class Prompts:
         }
 
 
+@dataclass
+class _Seen:
+    """What one row has given so far. Times are pairs of begin and end."""
+
+    samples: list[Sample] = field(default_factory=list)
+    failed: list[MoveRecord] = field(default_factory=list)
+    ends: list[tuple[str, str]] = field(default_factory=list)
+    """Source and target of each move."""
+    windows: list[tuple[float, float]] = field(default_factory=list)
+    precopies: list[tuple[float, float]] = field(default_factory=list)
+    quiet: list[tuple[float, float]] = field(default_factory=list)
+    warm: bool = False
+
+
 class Bench:
-    """Works on a running disaggregated graph with two decode workers."""
+    """Works on a running graph with two workers or more that decode."""
 
     def __init__(self, client: Workers, port: int, prompts: Prompts, context: int) -> None:
         self._client = client
@@ -143,54 +165,70 @@ class Bench:
             await asyncio.sleep(_PAUSE_S)
         return watched
 
-    async def run(
-        self, tokens: int, mode: Mode, moves: int, output: int
-    ) -> tuple[list[Sample], Neighbours, list[MoveRecord]]:
-        """Samples of one length and mode, what neighbours saw, and moves that failed."""
+    async def run(self, tokens: int, mode: Mode, moves: int) -> tuple[list[Sample], Neighbours, list[MoveRecord]]:
+        """Samples of one length and mode, what neighbours saw, and moves that failed.
+
+        A request that ends is followed by another. With more than two workers, and for a replay, each move has a
+        request of its own, because the frontend sends a request to each worker once. One move beforehand warms everything and counts
+        nothing.
+        """
         workers = await self._decode_workers()
+        fresh = len(workers) > 2 or mode is Mode.REPLAY
         # Long enough to outlast the slowest mode.
         beside = {worker: await self._neighbour(worker) for worker in workers}
-        moved, request = await self._start(tokens, output)
-        samples: list[Sample] = []
-        failed: list[MoveRecord] = []
-        windows: list[tuple[float, float]] = []
-        precopies: list[tuple[float, float]] = []
-        ends: list[tuple[str, str]] = []
+        seen = _Seen()
+        watched, request = await self._begin(tokens, seen)
         try:
-            await asyncio.sleep(2.0)
-            quiet = [(time.time() - 1.5, time.time())]
-            for _ in range(moves):
+            while len(seen.ends) < moves:
                 running = await self._running()
-                if request not in running:
-                    break
+                if request not in running or (fresh and seen.warm):
+                    await _stop(watched)
+                    await self._gone(request)
+                    watched, request = await self._begin(tokens, seen)
+                    continue
                 source = running[request][0]
                 target = next(worker for worker in workers if worker != source)
-                ends.append((source, target))
                 began = time.time()
                 record = await self._client.move(request, target, mode)
-                windows.append((began, time.time()))
-                precopies.append((began, windows[-1][1] - record.downtime_s if mode is Mode.LIVE else began))
-                if record.ok and record.mode == mode:
-                    step = sorted(moved.gaps(quiet))[len(moved.gaps(quiet)) // 2]
-                    samples.append(_sample(tokens, record, step))
-                else:
-                    failed.append(record)
+                ended = time.time()
                 await asyncio.sleep(_PAUSE_S)
-                quiet.append((windows[-1][1] + 0.1, time.time()))
+                if not seen.warm:
+                    seen.warm = True
+                    seen.quiet.append((ended + 0.1, time.time()))
+                    continue
+                if watched.ended:
+                    continue
+                seen.ends.append((source, target))
+                seen.windows.append((began, ended))
+                seen.precopies.append((began, ended - record.downtime_s if mode is Mode.LIVE else began))
+                if record.ok and record.mode == mode:
+                    step = statistics.median(watched.gaps(seen.quiet))
+                    gap = max(watched.gaps([(began, ended + _PAUSE_S)]))
+                    seen.samples.append(_sample(tokens, record, step, gap, len(workers)))
+                else:
+                    seen.failed.append(record)
+                seen.quiet.append((ended + 0.1, time.time()))
         finally:
-            for watched in (moved, *beside.values()):
-                if watched.task is not None:
-                    watched.task.cancel()
-                    with suppress(asyncio.CancelledError, httpx.HTTPError):
-                        await watched.task
+            for each in (watched, *beside.values()):
+                await _stop(each)
 
         def gaps(end: int, times: list[tuple[float, float]]) -> tuple[float, ...]:
-            moves = zip(ends, times, strict=False)
+            moves = zip(seen.ends, times, strict=False)
             return tuple(gap for pair, window in moves for gap in beside[pair[end]].gaps([window]))
 
-        seen = [gaps(end, times) for end in (0, 1) for times in (quiet, precopies, windows)]
+        found = [gaps(end, times) for end in (0, 1) for times in (seen.quiet, seen.precopies, seen.windows)]
         await self._until_idle()
-        return samples, Neighbours(tokens, mode, *seen), failed
+        return seen.samples, Neighbours(tokens, mode, *found), seen.failed
+
+    async def _begin(self, tokens: int, seen: _Seen) -> tuple[Watched, str]:
+        watched, request = await self._start(tokens, self._context - tokens - 8)
+        await asyncio.sleep(_QUIET_S)
+        seen.quiet.append((time.time() - _QUIET_S + 0.2, time.time()))
+        return watched, request
+
+    async def _gone(self, request: str) -> None:
+        while request in await self._running():
+            await asyncio.sleep(0.05)
 
     async def _until_idle(self) -> None:
         while await self._running():
@@ -201,7 +239,14 @@ class Bench:
         await self._http.aclose()
 
 
-def _sample(tokens: int, record: MoveRecord, step_s: float) -> Sample:
+async def _stop(watched: Watched) -> None:
+    if watched.task is not None:
+        watched.task.cancel()
+        with suppress(asyncio.CancelledError, httpx.HTTPError):
+            await watched.task
+
+
+def _sample(tokens: int, record: MoveRecord, step_s: float, client_gap_s: float, workers: int) -> Sample:
     return Sample(
         tokens=tokens,
         mode=record.mode,
@@ -213,4 +258,6 @@ def _sample(tokens: int, record: MoveRecord, step_s: float) -> Sample:
         descriptors=record.descriptors,
         lane=record.lane,
         step_s=step_s,
+        client_gap_s=client_gap_s,
+        workers=workers,
     )

@@ -41,7 +41,19 @@ def show(report: Report, console: Console) -> None:
     """Ratio first: how many times shorter than token replay the downtime is. Then what it took."""
     times = _table(
         f"{report.model} ({report.dtype}), {report.transport}, {report.machine['cpu']}",
-        ("prompt", "mode", "replay/mode", "n", "downtime p50", "p99", "stall p50", "p99", "step"),
+        (
+            "prompt",
+            "mode",
+            "replay/mode",
+            "n",
+            "downtime p50",
+            "p99",
+            "stall p50",
+            "p99",
+            "client gap p50",
+            "p99",
+            "step",
+        ),
     )
     means = _table("", ("prompt", "mode", "total p50", "MB", "rounds", "desc.", "lane"))
     beside = _table(
@@ -63,6 +75,7 @@ def show(report: Report, console: Console) -> None:
                 str(len(found)),
                 *(f"{_p(downtime, q):.1f}" for q in (50, 99)),
                 *(f"{_p(stall, q):.1f}" for q in (50, 99)),
+                *(f"{_p([1e3 * s.client_gap_s for s in found], q):.1f}" for q in (50, 99)),
                 f"{_p([1e3 * s.step_s for s in found], 50):.1f}",
             )
             means.add_row(
@@ -77,7 +90,10 @@ def show(report: Report, console: Console) -> None:
             for seen in (n for n in report.neighbours if n.tokens == tokens and n.mode == mode):
                 beside.add_row(str(tokens), mode, *_cells(seen))
     console.print(times, means, beside, sep="\n")
-    console.print("times in ms; stall = downtime less the request's median gap between tokens before the move")
+    console.print(
+        "times in ms; stall = downtime less the request's median gap between tokens before the move; client gap = its "
+        "longest gap from the call until 0.4 s after the move"
+    )
     for line in report.failed:
         console.print(f"failed: {line}", style="red")
 
