@@ -169,8 +169,8 @@ class Bench:
         """Samples of one length and mode, what neighbours saw, and moves that failed.
 
         A request that ends is followed by another. With more than two workers, and for a replay, each move has a
-        request of its own, because the frontend sends a request to each worker once. One move beforehand warms everything and counts
-        nothing.
+        request of its own, because the frontend sends a request to each worker once. One move beforehand is not
+        counted.
         """
         workers = await self._decode_workers()
         fresh = len(workers) > 2 or mode is Mode.REPLAY

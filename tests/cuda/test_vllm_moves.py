@@ -105,6 +105,8 @@ async def start(model: Path, etcd_url: str) -> Pair:
                     "enable_prefix_caching": False,
                     # Two engines may share a GPU; the KV cache has a size of its own.
                     "gpu_memory_utilization": 0.4,
+                    # CUDA graphs without compilation: an engine starts in a quarter of the time.
+                    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
                     "seed": 0,
                 },
                 {"name": name, "etcd_endpoints": [etcd_url], "namespace": namespace, "transport": "auto"},
