@@ -87,6 +87,11 @@ class Watched:
                     self.text += choices[0].get("text") or ""
                     self.ended = choices[0].get("finish_reason") in ("length", "stop")
 
+    @property
+    def done(self) -> bool:
+        """Has the stream ended, in whatever way?"""
+        return self.task is not None and self.task.done()
+
     def gaps(self, windows: list[tuple[float, float]]) -> list[float]:
         """Gaps that end within one of the windows."""
         pairs = zip(self.times, self.times[1:], strict=False)
@@ -177,28 +182,27 @@ class Bench:
         # Long enough to outlast the slowest mode.
         beside = {worker: await self._neighbour(worker) for worker in workers}
         seen = _Seen()
-        watched, request = await self._begin(tokens, seen)
+        watched, request, source = await self._begin(tokens, seen)
         try:
             while len(seen.ends) < moves:
-                running = await self._running()
-                if request not in running or (fresh and seen.warm):
+                if watched.done or (fresh and seen.warm):
                     await _stop(watched)
                     await self._gone(request)
-                    watched, request = await self._begin(tokens, seen)
-                    continue
-                source = running[request][0]
+                    watched, request, source = await self._begin(tokens, seen)
                 target = next(worker for worker in workers if worker != source)
                 began = time.time()
-                record = await self._client.move(request, target, mode)
+                # Tables of workers are up to a second old: where the request is, its last move has told.
+                record = await self._client.migrate(request, source, target, mode)
                 ended = time.time()
+                origin, source = source, target if record.ok else source
                 await asyncio.sleep(_PAUSE_S)
                 if not seen.warm:
                     seen.warm = True
                     seen.quiet.append((ended + 0.1, time.time()))
                     continue
-                if watched.ended:
+                if watched.done:
                     continue
-                seen.ends.append((source, target))
+                seen.ends.append((origin, target))
                 seen.windows.append((began, ended))
                 seen.precopies.append((began, ended - record.downtime_s if mode is Mode.LIVE else began))
                 if record.ok and record.mode == mode:
@@ -220,11 +224,11 @@ class Bench:
         await self._until_idle()
         return seen.samples, Neighbours(tokens, mode, *found), seen.failed
 
-    async def _begin(self, tokens: int, seen: _Seen) -> tuple[Watched, str]:
+    async def _begin(self, tokens: int, seen: _Seen) -> tuple[Watched, str, str]:
         watched, request = await self._start(tokens, self._context - tokens - 8)
         await asyncio.sleep(_QUIET_S)
         seen.quiet.append((time.time() - _QUIET_S + 0.2, time.time()))
-        return watched, request
+        return watched, request, (await self._running())[request][0]
 
     async def _gone(self, request: str) -> None:
         while request in await self._running():
