@@ -17,10 +17,10 @@ import typer
 from rich.console import Console
 
 from benchmarks.graph import arguments_of, end_on_sigterm, machine
+from benchmarks.serving import crowd, crowd_report
 from benchmarks.serving.actions import Action, moves, rolling_restart, scale_down
 from benchmarks.serving.load import Control, Load
 from benchmarks.serving.metrics import Event, Run, Slo, duration
-from benchmarks.serving.overhead import measure
 from benchmarks.serving.parts import Kind
 from benchmarks.serving.report import Report, merge, write_report
 from benchmarks.serving.systems import System, running
@@ -49,8 +49,8 @@ _QUICK: dict[Kind, list[Workload]] = {
     Kind.OURS: [Workload.STEADY, Workload.MIXED, Workload.LONG, Workload.MOVED, Workload.SCALE_DOWN],
 }
 """What fits into ten minutes on two cores, of which every start of a system takes half a minute."""
-_PAIRS, _QUICK_PAIRS = 6, 2
-"""Runs of each of the two systems whose overhead is compared: the machine's noise is larger than the overhead."""
+_CROWD = "overhead"
+"""The name under which ``--systems`` has the workload ``crowd``."""
 _RESULTS = Path("benchmarks/results/serving-cpu.json")
 _REPORT = Path("benchmarks/report.md")
 
@@ -59,7 +59,9 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="fewer and shorter loads: ten minutes on two cores")] = False,
     systems: Annotated[str, typer.Option(help="joined by commas; empty takes all, 'overhead' is one of them")] = "",
     workloads: Annotated[str, typer.Option(help="joined by commas; empty takes all")] = "",
-    model: Annotated[str, typer.Option(help="as in configs/disagg.yaml")] = "tiny-llama",
+    model: Annotated[
+        str, typer.Option(help="as in configs/disagg.yaml, or llama-3.1-8b, its shape; empty: tiny-llama, on GPUs that")
+    ] = "",
     rate: Annotated[float, typer.Option(help="requests per second")] = 3.0,
     repeats: Annotated[int, typer.Option(help="times each workload is run on each system")] = 0,
     restart_s: Annotated[float, typer.Option(help="seconds of load while workers restart; 0: 120, --quick: 90")] = 0.0,
@@ -73,16 +75,36 @@ def main(
     report: Annotated[Path, typer.Option("--report", help="Markdown file; plots go beside the raw samples")] = _REPORT,
     report_only: Annotated[bool, typer.Option("--report-only", help="run nothing, write the report again")] = False,
     logs: Annotated[Path | None, typer.Option(help="folder to keep all logs in")] = None,
+    streams: Annotated[str, typer.Option(help="overhead: numbers of streams, joined by commas")] = "8",
+    lengths: Annotated[str, typer.Option(help="overhead: tokens of prompt and answer")] = "16,200",
+    seconds: Annotated[float, typer.Option(help="overhead: length of each window")] = 8.0,
+    start_s: Annotated[float, typer.Option(help="overhead: longest start of the systems")] = 240.0,
+    limit_s: Annotated[float, typer.Option(help="overhead: begin no repeat that would end later than this")] = 3600.0,
 ) -> None:
     """Serve the same seeded arrivals with each system and compare."""
+    end = time.monotonic() + limit_s
     end_on_sigterm()
-    console = Console()
+    console = Console(soft_wrap=True)
+    model = model or ("llama-3.1-8b" if devices else "tiny-llama")
+    names = [word.strip() for word in systems.split(",") if word.strip()]
+    if not report_only and (not names or _CROWD in names):
+        raw = (
+            json
+            if names == [_CROWD] and json != _RESULTS
+            else json.parent / f"crowd-{'gpu' if devices else 'cpu'}.json"
+        )
+        load = crowd.Load(*_numbers(lengths, "--lengths"), seconds)
+        new = crowd.Crowd(machine(), model, time.strftime("%Y-%m-%d"), load, arguments_of(engine_args))
+        where = (transport, _numbers(devices, "--devices"), logs, start_s, end, console)
+        _crowd(raw, new, add, list(_numbers(streams, "--streams")), repeats or (2 if quick else 6), *where)
+        if names == [_CROWD]:
+            return
     if not report_only:
         restart = restart_s or (90.0 if quick else 120.0)
         scale = Scale(rate, 6.0 if quick else 20.0, restart_s=restart, seed=seed)
         scale = msgspec.structs.replace(scale, trace=str(trace or ""))
         found = Report(machine(), model, transport.value, scale, Slo(), time.strftime("%Y-%m-%d"))
-        gpus, engine = _numbers(devices), arguments_of(engine_args)
+        gpus, engine = _numbers(devices, "--devices"), arguments_of(engine_args)
         if engine:
             found.machine["engine"] = engine_args
         chosen = [Workload(word) for word in workloads.split(",") if word]
@@ -98,36 +120,63 @@ def main(
             plan = _QUICK if quick and not (systems or workloads) else _PLAN
             if chosen:
                 plan = {kind: [w for w in planned if w in chosen] for kind, planned in plan.items()}
-            pairs = repeats or (_QUICK_PAIRS if quick else _PAIRS)
-            settings = (repeats or (1 if quick else 3), [4] if quick else [1, 2, 4, 8], pairs, logs)
-            _run(found, load, systems, plan, *settings, engine, gpus, console, keep)
+            _run(found, load, names, plan, repeats or (1 if quick else 3), logs, engine, gpus, console, keep)
         keep()
     write_report(msgspec.json.decode(json.read_bytes(), type=Report), report, json)
     console.print(f"{report} is written from {json}")
 
 
-def _numbers(devices: str) -> tuple[int, ...]:
+def _numbers(text: str, option: str) -> tuple[int, ...]:
     try:
-        return tuple(int(word) for word in devices.split(",") if word.strip())
+        return tuple(int(word) for word in text.split(",") if word.strip())
     except ValueError as error:
-        raise typer.BadParameter(f"{devices!r}: write numbers like 0,1", param_hint="--devices") from error
+        raise typer.BadParameter(f"{text!r}: write numbers like 8,64", param_hint=option) from error
+
+
+def _crowd(
+    raw: Path,
+    found: crowd.Crowd,
+    add: bool,
+    streams: list[int],
+    repeats: int,
+    transport: Transport,
+    devices: tuple[int, ...],
+    logs: Path | None,
+    start_s: float,
+    end: float,
+    console: Console,
+) -> None:
+    if add and raw.is_file():
+        found.runs = msgspec.json.decode(raw.read_bytes(), type=crowd.Crowd).runs
+
+    def keep() -> None:
+        raw.parent.mkdir(parents=True, exist_ok=True)
+        raw.write_bytes(msgspec.json.encode(found))
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
+    with tempfile.TemporaryDirectory(prefix="dynamo-migrate-bench-") as scratch:
+        try:
+            crowd.measure(found, streams, repeats, transport, devices, logs or Path(scratch), start_s, end, say, keep)
+        except MigrateError as error:
+            say(str(error))
+    say("\n".join(crowd_report.lines(found)))
+    say(f"raw samples: {raw}")
 
 
 def _run(
     found: Report,
     load: Load,
-    systems: str,
+    names: list[str],
     plan: dict[Kind, list[Workload]],
     repeats: int,
-    levels: list[int],
-    pairs: int,
     logs: Path | None,
     engine: dict[str, Any],
     devices: tuple[int, ...],
     console: Console,
     keep: Callable[[], None],
 ) -> None:
-    names = [word.strip() for word in systems.split(",") if word.strip()]
     chosen = [kind for kind, todo in plan.items() if todo and (not names or kind.value in names)]
     # Kinds with the same workers follow each other and share them: most of a start is the workers' imports.
     for kinds in [list(group) for _, group in itertools.groupby(chosen, key=lambda kind: kind.workers)]:
@@ -144,19 +193,6 @@ def _run(
             lost = ", ".join(kinds[kinds.index(kind) :])
             console.print(f"[red]{lost}: {error}")
             found.errors.append(f"{lost}: {error}")
-    if not names or "overhead" in names:
-        arguments = (load, found.model, Transport(found.transport), levels, pairs, found.scale.seed, logs)
-
-        def keep_overhead(runs: list[Run]) -> None:
-            found.overhead = runs
-            keep()
-
-        try:
-            where = (engine, devices, console.print, keep_overhead)
-            found.overhead, found.costs = measure(*arguments, *where)
-        except MigrateError as error:
-            console.print(f"[red]overhead: {error}")
-            found.errors.append(f"overhead: {error}")
 
 
 def _system(

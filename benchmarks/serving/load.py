@@ -26,7 +26,7 @@ from components.migration.messages import MoveRecord
 from components.status import Status
 
 
-class _Child:
+class Child:
     """A process that answers each line with one."""
 
     def __init__(self, module: str, environment: dict[str, str], log: Path) -> None:
@@ -65,7 +65,7 @@ class _Child:
         self._log.close()
 
 
-class Load(_Child):
+class Load(Child):
     """The benchmark client."""
 
     def __init__(self, folder: Path) -> None:
@@ -111,7 +111,7 @@ class Load(_Child):
         ]
 
 
-class Control(_Child):
+class Control(Child):
     """The workers of one system."""
 
     def __init__(self, system: System) -> None:

@@ -14,11 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
-from components import models
+from benchmarks.serving import shapes
 from components.cli.serve import resolve
 from components.errors import MigrateError
 from components.serve import precision
@@ -32,6 +32,17 @@ _BLOCK = 32
 _SEATS = 16
 
 
+class Size(NamedTuple):
+    """Number of workers."""
+
+    prefill: int
+    decode: int
+    """Or aggregated ones."""
+
+
+SIZE = Size(1, 2)
+
+
 class Kind(StrEnum):
     """What is compared."""
 
@@ -42,7 +53,7 @@ class Kind(StrEnum):
     STOCK_RETRY = "dynamo+retry"
     """The same with ``--migration-limit 3``: Dynamo replays the tokens of a lost request on another worker."""
     STOCK_AGG = "dynamo-agg"
-    """Dynamo's frontend and two aggregated ``dynamo.vllm``, no connector."""
+    """Dynamo's frontend and aggregated ``dynamo.vllm`` with vLLM's NixlConnector."""
     OURS = "migrate"
     """This package, one prefill and two decode workers, no planner."""
     PLANNER = "migrate+planner"
@@ -50,7 +61,7 @@ class Kind(StrEnum):
     REPLAY = "migrate+replay"
     """The same, but requests move by token replay; of reports from when there was a router."""
     OURS_AGG = "migrate-agg"
-    """Dynamo's frontend and two aggregated workers of this package."""
+    """Dynamo's frontend and aggregated workers of this package."""
 
     @property
     def ours(self) -> bool:
@@ -71,8 +82,8 @@ TITLES = {
     Kind.OURS: "this package, 1 prefill and 2 decode workers, no planner",
     Kind.PLANNER: "the same with Dynamo's planner and live migration",
     Kind.REPLAY: "the same with token replay in place of live migration",
-    Kind.STOCK_AGG: "Dynamo's frontend and 2 aggregated `dynamo.vllm`, no connector",
-    Kind.OURS_AGG: "Dynamo's frontend and 2 aggregated workers of this package",
+    Kind.STOCK_AGG: "stock Dynamo: frontend and aggregated `dynamo.vllm`, vLLM's NixlConnector",
+    Kind.OURS_AGG: "Dynamo's frontend and aggregated workers of this package",
 }
 
 
@@ -111,13 +122,16 @@ ENGINE = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_SLEEP_WHEN_IDLE": "1",
     "DYN_LOG": "warn",
     "DYN_EVENT_PLANE": "zmq",
     "ETCD_LEASE_TTL": "60",
 }
-"""The same for every engine. Leases outlive a machine whose cores are all taken by a start."""
+"""The same for every engine. Leases outlive a machine whose cores are all taken by a start. vLLM says in its log what
+it has chosen."""
+ON_GPU = {"enforce-eager": False, "use-fp64-gumbel": False, "block-size": 16}
+"""Engine arguments in which GPUs differ."""
 
 
 def on_gpu(device: str) -> dict[str, str]:
@@ -134,8 +148,10 @@ def _flags(engine: Mapping[str, Any]) -> list[str]:
     flags = []
     for name, value in engine.items():
         match value:
-            case True | False:
+            case bool():
                 flags.append(f"--{name}" if value else f"--no-{name}")
+            case dict():
+                flags += [f"--{name}", json.dumps(value)]
             case _:
                 flags += [f"--{name}", str(value)]
     return flags
@@ -151,7 +167,7 @@ def _overrides(engine: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _vllm(model: str, port: int, engine: Mapping[str, Any]) -> list[Part]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port), "--host", "127.0.0.1"]
-    command += ["--model", models.resolve(model), "--served-model-name", model, "--max-model-len", str(_MAX_LEN)]
+    command += ["--model", str(shapes.folder(model)), "--served-model-name", model, "--max-model-len", str(_MAX_LEN)]
     command += ["--block-size", str(_BLOCK), "--enforce-eager", "--max-num-seqs", str(_SEATS), *_UNIPROC]
     command += _flags(engine)
     return [Part("vllm", "worker", command, ENGINE, health_port=port)]
@@ -169,12 +185,11 @@ def _stock(
     front += ["--router-mode", "kv", "--migration-limit", str(migration_limit)]
     parts = [Part("Frontend", "front", front, ENGINE)]
     for number, mode in enumerate(modes):
-        command = [sys.executable, "-m", "benchmarks.serving.stock_worker", "--model", models.resolve(model)]
+        command = [sys.executable, "-m", "benchmarks.serving.stock_worker", "--model", str(shapes.folder(model))]
         command += ["--served-model-name", model, "--max-model-len", str(_MAX_LEN), "--block-size", str(_BLOCK)]
         command += ["--enforce-eager", "--max-num-seqs", str(_SEATS), *_UNIPROC, "--disaggregation-mode", mode]
-        if mode != "agg":
-            connector = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": place}
-            command += ["--kv-transfer-config", json.dumps(connector)]
+        connector = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": place}
+        command += ["--kv-transfer-config", json.dumps(connector)]
         events = {"publisher": "zmq", "endpoint": f"ipc://{_socket(folder)}", "enable_kv_cache_events": True}
         command += ["--kv-events-config", json.dumps(events)]
         command += _flags(engine)
@@ -185,9 +200,16 @@ def _stock(
     return parts
 
 
-def _ours(kind: Kind, model: str, port: int, transport: Transport, folder: Path, more: tuple[str, ...]) -> list[Part]:
+def _ours(
+    kind: Kind, model: str, port: int, transport: Transport, folder: Path, size: Size, more: tuple[str, ...]
+) -> list[Part]:
     name = {Kind.OURS_AGG: "agg", Kind.OURS: "disagg"}.get(kind, "planner")
-    overrides = [f"--Common.model={model}", f"--Common.max-num-seqs={_SEATS}"]
+    overrides = [f"--Common.model={shapes.folder(model)}", f"--Common.served-model-name={model}"]
+    overrides += [f"--Common.max-num-seqs={_SEATS}"]
+    if kind is Kind.OURS_AGG:
+        overrides += [f"--AggWorker.replicas={size.decode}"]
+    else:
+        overrides += [f"--PrefillWorker.replicas={size.prefill}", f"--DecodeWorker.replicas={size.decode}"]
     if kind is Kind.PLANNER:
         # Nothing here would carry out another number of workers.
         overrides += ["--Planner.policy-file=benchmarks/serving/policy.yaml", "--Planner.decode-workers=[2,2]"]
@@ -216,28 +238,31 @@ def parts_of(
     overrides: tuple[str, ...],
     engine: Mapping[str, Any],
     devices: tuple[int, ...] = (),
+    size: Size = SIZE,
 ) -> list[Part]:
     """The processes of a system; those that bring requests have the role ``front``.
 
     ``devices``: the GPU of each worker in turn; without any they compute on the CPU.
     """
     place = "cuda" if devices else "cpu"
-    if not devices:
-        # What this package takes for ``auto`` on this processor, the others get as well.
-        engine = {**engine, "dtype": precision.on_cpu(engine.get("dtype", "auto"))}
+    # What this package takes for ``auto`` on this processor, the others get as well.
+    engine = {**ON_GPU, **engine} if devices else {**engine, "dtype": precision.on_cpu(engine.get("dtype", "auto"))}
     match kind:
         case Kind.VLLM:
             parts = _vllm(model, port, engine)
         case Kind.STOCK | Kind.STOCK_RETRY:
             limit = 3 if kind is Kind.STOCK_RETRY else 0
-            parts = _stock(model, port, ["prefill", "decode", "decode"], limit, engine, place, folder)
+            parts = _stock(
+                model, port, ["prefill"] * size.prefill + ["decode"] * size.decode, limit, engine, place, folder
+            )
         case Kind.STOCK_AGG:
-            parts = _stock(model, port, ["agg", "agg"], 0, engine, place, folder)
+            parts = _stock(model, port, ["agg"] * size.decode, 0, engine, place, folder)
         case Kind.REPLAY:
             raise MigrateError(f"{kind}: nobody moves requests by replay but `dynamo migrate --mode replay`")
         case _:
-            parts = _ours(kind, model, port, transport, folder, _overrides(engine) + overrides)
+            parts = _ours(kind, model, port, transport, folder, size, _overrides(engine) + overrides)
     workers = (part for part in parts if part.role != "front")
     for part, device in zip(workers, itertools.cycle(devices), strict=False):
         part.environment |= on_gpu(str(device))
+        part.environment.pop("TORCHDYNAMO_DISABLE", None)
     return parts

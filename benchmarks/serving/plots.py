@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plots of the report: CDFs of latency, gaps around migrations over time, throughput over load."""
+"""Plots of the report: CDFs of latency, gaps around migrations over time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.serving.metrics import Run, throughput
+from benchmarks.serving.metrics import Run
 from benchmarks.serving.parts import Kind
 from benchmarks.serving.workloads import Workload
 
 
-def draw(runs: list[Run], overhead: list[Run], folder: Path) -> list[tuple[str, str]]:
+def draw(runs: list[Run], folder: Path) -> list[tuple[str, str]]:
     """Write the PNG files; names and what they show."""
     import matplotlib
 
@@ -28,7 +28,6 @@ def draw(runs: list[Run], overhead: list[Run], folder: Path) -> list[tuple[str, 
             "gaps between tokens over time, migrations and restarts shaded",
             lambda: _time(pyplot, runs),
         ),
-        ("serving-load.png", "throughput over requests at once", lambda: _load(pyplot, overhead)),
     ):
         figure = work()
         if figure is not None:
@@ -84,22 +83,4 @@ def _time(pyplot: Any, runs: list[Run]) -> Any:
         axis.set(yscale="log", ylabel="ITL, ms")
         axis.set_title(f"{run.system}, {run.workload} (red: requests that failed)", fontsize=8)
     axes[-1, 0].set_xlabel("seconds")
-    return figure
-
-
-def _load(pyplot: Any, runs: list[Run]) -> Any:
-    if not runs:
-        return None
-    figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    levels = sorted({run.at_once for run in runs})
-    for kind in (Kind.STOCK_AGG, Kind.OURS_AGG):
-        rates = [[throughput([r]) for r in runs if r.system == kind and r.at_once == level] for level in levels]
-        middle = [float(np.median(values)) for values in rates]
-        spread = [
-            [m - min(v) for m, v in zip(middle, rates, strict=True)],
-            [max(v) - m for m, v in zip(middle, rates, strict=True)],
-        ]
-        axis.errorbar(levels, middle, yerr=spread, marker="o", capsize=3, label=kind.value)
-    axis.set(xlabel="requests at once", ylabel="tokens/s", ylim=(0, None), xticks=levels)
-    axis.legend()
     return figure

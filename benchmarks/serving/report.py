@@ -9,10 +9,9 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.graph import place
-from benchmarks.serving import plots
+from benchmarks.serving import crowd_report, plots
+from benchmarks.serving.crowd import Crowd
 from benchmarks.serving.metrics import Figures, Run, Slo, figures
-from benchmarks.serving.overhead import Cost, Hop
-from benchmarks.serving.overhead_report import overhead
 from benchmarks.serving.parts import TITLES, Kind
 from benchmarks.serving.profile import Profile
 from benchmarks.serving.steps import Steps
@@ -31,9 +30,6 @@ class Report(msgspec.Struct):
     slo: Slo
     date: str
     runs: list[Run] = []
-    overhead: list[Run] = []
-    costs: list[Cost] = []
-    hop: Hop = msgspec.field(default_factory=Hop)
     profiles: list[Profile] = []
     errors: list[str] = []
 
@@ -42,10 +38,7 @@ def merge(old: Report, new: Report) -> Report:
     """The new runs, and the old ones of pairs of system and workload that were not run again."""
     again = {(run.system, run.workload) for run in new.runs}
     kept = [run for run in old.runs if (run.system, run.workload) not in again]
-    merged = msgspec.structs.replace(new, runs=kept + new.runs, profiles=new.profiles or old.profiles)
-    if not new.overhead:
-        merged.overhead, merged.costs, merged.hop = old.overhead, old.costs, old.hop
-    return merged
+    return msgspec.structs.replace(new, runs=kept + new.runs, profiles=new.profiles or old.profiles)
 
 
 def _read(path: Path) -> Report:
@@ -54,10 +47,6 @@ def _read(path: Path) -> Report:
 
 def _where(report: Report) -> str:
     return f"{report.date}, {place(report.machine)}"
-
-
-def _overhead(report: Report) -> list[str]:
-    return overhead(report.model, _where(report), report.overhead, report.costs, report.hop, report.slo)
 
 
 def _of(report: Report, kind: Kind, workload: Workload) -> list[Run]:
@@ -94,9 +83,8 @@ def write_report(report: Report, path: Path, raw: Path) -> None:
         "their own process.",
         "",
     ]
-    # With other models, whose steps decide how much of them the rest is.
-    others = [_read(file) for file in sorted(raw.parent.glob("serving-overhead-*.json"))]
-    lines += [line for each in (report, *others) for line in _overhead(each)]
+    for file in sorted(raw.parent.glob("crowd-*.json")):
+        lines += crowd_report.lines(msgspec.json.decode(file.read_bytes(), type=Crowd))
     lines += _steps(raw.parent)
     disturbed = [_read(file) for file in sorted(raw.parent.glob("serving-disturbed-*.json"))]
     lines += [line for each in (report, *disturbed) for line in _disturbed(each)]
@@ -108,8 +96,7 @@ def write_report(report: Report, path: Path, raw: Path) -> None:
     lines += _formulas()
     if report.errors:
         lines += ["## Errors of this run", "", *(f"- {error.splitlines()[0]}" for error in report.errors), ""]
-    loads = next((each.overhead for each in (report, *others) if each.overhead), [])
-    names = plots.draw(report.runs, loads, raw.parent)
+    names = plots.draw(report.runs, raw.parent)
     lines += ["## Plots", "", *(f"![{text}](results/{name})" for name, text in names), ""]
     path.write_text("\n".join(lines).rstrip() + "\n")
 

@@ -25,12 +25,14 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.serving.parts import Kind, Part, parts_of
+from benchmarks.serving.parts import SIZE, Kind, Part, Size, parts_of
 from components.errors import MigrateError
 from components.serve.servers import Servers, free_port
 from components.transfer import Transport
 
-_START_S = 300.0
+START_S = 300.0
+_MODEL_S = 20.0
+"""Between a worker that is ready and a frontend that knows its model."""
 _FRONT_S, _WORKER_S = 2.0, 6.0
 """How long processes that have nothing left to do may take to end."""
 _LEAVE_S = 20.0
@@ -85,12 +87,16 @@ class System:
         part.started = time.monotonic()
 
     def start_missing(self) -> None:
-        """Start what does not run, and wait until the system serves its model."""
-        missing = [part for part in self.parts if part.process is None or part.process.poll() is not None]
-        for part in missing:
-            self.start(part)
-        self.wait_ready(missing)
-        _wait_model(self)
+        """Start what does not run."""
+        for part in self.parts:
+            if part.process is None or part.process.poll() is not None:
+                self.start(part)
+
+    def wait(self, timeout_s: float = START_S) -> None:
+        """Until it serves its model."""
+        end = time.monotonic() + timeout_s
+        self.wait_ready(self.parts, timeout_s)
+        _wait_model(self, max(end, time.monotonic() + _MODEL_S))
 
     def become(self, kind: Kind) -> None:
         """Another kind with the same workers: other processes in front of them, and the workers that are missing."""
@@ -98,13 +104,14 @@ class System:
         self.parts = [*self.workers, *(part for part in self.parts_of(kind) if part.role == "front")]
         self.kind = kind
         self.start_missing()
+        self.wait()
 
     def end(self, parts: list[Part], timeout_s: float) -> None:
         """SIGTERM to all of them at once."""
         with ThreadPoolExecutor(max(1, len(parts))) as pool:
             list(pool.map(self.terminate, parts, itertools.repeat(timeout_s)))
 
-    def wait_ready(self, parts: list[Part], timeout_s: float = _START_S) -> None:
+    def wait_ready(self, parts: list[Part], timeout_s: float = START_S) -> None:
         """Until all of them serve."""
         end = time.monotonic() + timeout_s
         waiting = list(parts)
@@ -166,13 +173,13 @@ class System:
         return sum(p.seconds for p in self.workers) + sum(now - p.started for p in alive)
 
     def processor_seconds(self) -> dict[str, float]:
-        """Time on processors so far by process, its children included; workers together."""
+        """Time on processors so far by kind of process: ``front``, ``worker`` and ``engine``, its child."""
         found: dict[str, float] = {}
         for part in self.parts:
-            name = "workers" if part in self.workers else part.name.rstrip("0").lower()
+            role = "front" if part.role == "front" else "worker"
             for member in [psutil.Process(part.process.pid), *_family(part.process.pid)] if part.process else []:
                 with suppress(psutil.NoSuchProcess):
-                    times = member.cpu_times()
+                    times, name = member.cpu_times(), "engine" if "EngineCore" in member.name() else role
                     found[name] = found.get(name, 0.0) + times.user + times.system
         return found
 
@@ -209,11 +216,13 @@ def running(
     overrides: tuple[str, ...] = (),
     engine: Mapping[str, Any] = MappingProxyType({}),
     devices: tuple[int, ...] = (),
+    size: Size = SIZE,
+    wait: bool = True,
 ) -> Iterator[System]:
     """Start a system, and end it with all its processes.
 
     ``overrides`` are those of ``dynamo serve``; ``engine`` are vLLM's own arguments, for all workers of any system;
-    ``devices`` are the GPUs that workers take in turn.
+    ``devices`` are the GPUs that workers take in turn. Without ``wait`` the system may not serve yet.
     """
     with tempfile.TemporaryDirectory(prefix="dynamo-migrate-bench-") as scratch:
         folder = logs / kind.value if logs else Path(scratch)
@@ -221,7 +230,7 @@ def running(
         port = free_port()
 
         def parts(kind: Kind) -> list[Part]:
-            return parts_of(kind, model, port, transport, folder, overrides, engine, devices)
+            return parts_of(kind, model, port, transport, folder, overrides, engine, devices, size)
 
         servers = Servers()
         system = System(kind, model, port, folder, parts(kind), parts)
@@ -229,6 +238,8 @@ def running(
             if kind is not Kind.VLLM:
                 system.servers = servers.start({})
             system.start_missing()
+            if wait:
+                system.wait()
             yield system
         finally:
             system.end(system.fronts, _FRONT_S)
@@ -236,8 +247,7 @@ def running(
             servers.stop()
 
 
-def _wait_model(system: System) -> None:
-    end = time.monotonic() + 60.0
+def _wait_model(system: System, end: float) -> None:
     while time.monotonic() < end:
         with suppress(httpx.HTTPError, ValueError):
             if httpx.get(f"{system.url}/v1/models", timeout=2, trust_env=False).json().get("data"):

@@ -3,20 +3,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from pathlib import Path
 
-import msgspec
+import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from safetensors.numpy import save_file
 
 from benchmarks.graph import machine
+from benchmarks.serving import crowd_report
+from benchmarks.serving.crowd import Crowd, CrowdRun, Load
 from benchmarks.serving.metrics import Event, Run, Sample, Slo, figures
-from benchmarks.serving.overhead import Hop
-from benchmarks.serving.overhead_report import overhead
 from benchmarks.serving.parts import Kind, parts_of
 from benchmarks.serving.profile import self_time
 from benchmarks.serving.report import Report, merge, write_report
+from benchmarks.serving.streams import Client, Order, Seen
 from benchmarks.serving.workloads import CHUNK, Scale, Workload, arrivals, write
 from benchmarks.soak.memory import Life
 from components.transfer import Transport
@@ -112,32 +117,60 @@ def test_memory_that_grows_is_not_flat() -> None:
     assert not Life("w", 1, times, [300.0 + 0.2 * n for n in range(400)]).is_flat()
 
 
-def overhead_runs(system: str, ttfts: list[list[float]], seconds: float) -> list[Run]:
-    return [
-        Run(system, "closed loop", repeat, [sample(ttft) for ttft in mine], seconds, at_once=4)
-        for repeat, mine in enumerate(ttfts)
+def crowd_run(system: str, repeat: int, tokens: float, gap: str, ttft: float) -> CrowdRun:
+    seen = Seen(tokens, 100, 2, [ttft, ttft], {gap: 100}, cpu_s=0.1)
+    return CrowdRun(system, 8, repeat, 2.0, seen, {"front": 0.001 * tokens})
+
+
+def test_streams_are_compared_over_the_repeats_that_both_have() -> None:
+    runs = [crowd_run("migrate-agg", repeat, 900.0, "5.0", 20.0) for repeat in range(4)]
+    runs += [crowd_run("dynamo-agg", repeat, 1000.0, "4.0", 10.0) for repeat in range(3)]
+    crowd = Crowd(machine(), "a model", "today", Load(), {}, runs=runs)
+    cells = [
+        [cell.strip() for cell in line.split("|")] for line in crowd_report.lines(crowd) if line.startswith("| 8 |")
     ]
+    assert cells[0][2:6] == ["0.900 (0.900 to 0.900)", "1.250 (1.250 to 1.250)", "2.000 (2.000 to 2.000)", "3"]
+    assert cells[0][6] == "450 / 500 / -"
 
 
-def test_overhead_of_all_repeats_with_its_interval_and_of_each() -> None:
-    late = [[0.1, 0.1], [0.1, 0.2], [0.1, 0.1]]
-    runs = overhead_runs("migrate-agg", [[2 * t for t in mine] for mine in late], 2.0)
-    runs += overhead_runs("dynamo-agg", late, 1.0)
-    runs.append(msgspec.structs.replace(runs[0], repeat=3))  # Its partner has failed.
-    text = "\n".join(overhead("a model", "here", runs, [], Hop(), Slo()))
-    row = next(line for line in text.splitlines() if line.startswith("| 4 |"))
-    cells = [cell.strip() for cell in row.split("|")]
-    assert cells[2:6] == [
-        "0.500 (0.500 to 0.500)",
-        "2.00 (2.00 to 2.00)",
-        "0.500 (0.500 to 0.500)",
-        "2.00 (2.00 to 2.00)",
-    ]
-    assert cells[6] == "6"
+async def test_a_client_counts_tokens_and_gaps_of_its_window_alone() -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        wanted = (await request.json())["max_tokens"]
+        reply = web.StreamResponse()
+        await reply.prepare(request)
+        for number in range(0, wanted, 2):  # Two tokens in a chunk, and a chunk in two parts.
+            await reply.write(b'data: {"choices":[{"text":"')
+            await asyncio.sleep(0.01)
+            await reply.write(b'ab"}]}\n\nda' if number + 2 < wanted else b'ab"}]}\n\n')
+            if number + 2 < wanted:
+                await asyncio.sleep(0.01)
+                await reply.write(b"ta: {}\n\n")
+        usage = json.dumps({"choices": [], "usage": {"completion_tokens": wanted}})
+        await reply.write(f"data: {usage}\n\ndata: [DONE]\n\n".encode())
+        return reply
+
+    app = web.Application()
+    app.router.add_post("/v1/completions", answer)
+    async with TestServer(app) as server, aiohttp.ClientSession() as session:
+        now = time.monotonic()
+        order = Order(str(server.make_url("")).rstrip("/"), "m", (1,), 2, 4, 8, now, now + 60.0, now + 0.5, "s")
+        client = Client(order, session)
+        await asyncio.sleep(0)
+        seen = await client.run()
+    assert seen.errors == ["not all streams ended in time"]
+    assert seen.requests >= 2 and len(seen.ttft_ms) == seen.requests
+    assert seen.tokens > 8 and seen.chunks * 8 == pytest.approx(seen.tokens * 7)
+    assert sum(seen.gaps.values()) == seen.chunks - seen.requests
 
 
-def test_no_overhead_without_runs() -> None:
-    assert overhead("a model", "here", [], [], Hop(), Slo()) == []
+async def test_a_client_names_what_it_did_not_get() -> None:
+    app = web.Application()
+    app.router.add_post("/v1/completions", lambda request: web.Response(status=503, text="nobody"))  # type: ignore
+    async with TestServer(app) as server, aiohttp.ClientSession() as session:
+        now = time.monotonic()
+        order = Order(str(server.make_url("")).rstrip("/"), "m", (0,), 1, 4, 8, now, now + 0.1, now + 5.0, "s")
+        seen = await Client(order, session).run()
+    assert seen.requests == 0 and "503: nobody" in seen.errors[0]
 
 
 @pytest.mark.parametrize("kind", [Kind.STOCK, Kind.STOCK_AGG, Kind.OURS, Kind.OURS_AGG])
