@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people see of a planner's decisions: moves, retirements and reasons in ``dynamo top``; and replay's files."""
+"""What people see of a planner's decisions: moves, retirements and reasons in ``dynamo top``."""
 
 from __future__ import annotations
 
 import asyncio
 import io
-from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.policy.replay import planner_config, write_trace
 from components.dashboard.sample import Sampler
 from components.dashboard.top import view
 from components.messages import unpack
@@ -17,7 +15,6 @@ from components.migration.messages import Decision, PlannerReply, Verdict
 from components.status import Status
 from planner_hooks.config import parse
 from planner_hooks.report import MAX_DECISIONS, Board, decisions
-from planner_hooks.simulate.traces import Arrival, read
 from planner_hooks.snapshot import Capture, Snapshot
 from tests.unit.planner_hooks.clusters import cluster, request
 
@@ -79,18 +76,3 @@ async def test_a_planner_tells_its_last_moves_and_what_it_leaves_alone_now() -> 
     moves = [decision for decision in reply.decisions if decision.verdict is Verdict.MOVE]
     assert len(moves) == len(busy.moves) > 0 and {move.age_s for move in moves} == {3.0}
     assert {d.age_s for d in reply.decisions if d.verdict is Verdict.LEAVE} == {0.0}
-
-
-def test_replay_gets_a_trace_and_a_planner_that_dynamo_accepts(tmp_path: Path) -> None:
-    from dynamo.planner.config.planner_config import PlannerConfig
-
-    arrivals = [Arrival(0.0, 600, 20), Arrival(1.5, 100, 30)]
-    write_trace(arrivals, tmp_path / "t.jsonl")
-    found = read(tmp_path / "t.jsonl")
-    assert [(a.time_s, a.prompt_tokens, a.output_tokens, a.prefix) for a in found] == [
-        (0.0, 600, 20, (0, 1)),
-        (1.5, 100, 30, (2,)),
-    ]
-    for policy_file, plugins in (("", 0), ("configs/policy.yaml", 2)):
-        checked = PlannerConfig.model_validate(planner_config(4, 50_000, policy_file))
-        assert len(checked.plugin_registration.in_process_plugins) == plugins
