@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load by ``vllm bench serve``, and calls to a router, each through a child process that lives as long as the run.
+"""Load by ``vllm bench serve``, and questions to workers, each through a child process that lives as long as the run.
 
 Raises ``MigrateError`` when a child fails.
 """

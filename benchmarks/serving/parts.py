@@ -20,7 +20,6 @@ import httpx
 
 from benchmarks.serving import shapes
 from components.cli.serve import resolve
-from components.errors import MigrateError
 from components.serve import precision
 from components.serve.arguments import filled
 from components.serve.config import WorkerConfig
@@ -58,8 +57,6 @@ class Kind(StrEnum):
     """This package, one prefill and two decode workers, no planner."""
     PLANNER = "migrate+planner"
     """The same with Dynamo's planner and live migration."""
-    REPLAY = "migrate+replay"
-    """The same, but requests move by token replay; of reports from when there was a router."""
     OURS_AGG = "migrate-agg"
     """Dynamo's frontend and aggregated workers of this package."""
 
@@ -71,7 +68,7 @@ class Kind(StrEnum):
     @property
     def workers(self) -> Kind:
         """The first kind with the same workers, of which only the processes in front of them differ."""
-        same = {Kind.STOCK_RETRY: Kind.STOCK, Kind.PLANNER: Kind.OURS, Kind.REPLAY: Kind.OURS}
+        same = {Kind.STOCK_RETRY: Kind.STOCK, Kind.PLANNER: Kind.OURS}
         return same.get(self, self)
 
 
@@ -81,7 +78,6 @@ TITLES = {
     Kind.STOCK_RETRY: "the same with `--migration-limit 3` (token replay by Dynamo's frontend)",
     Kind.OURS: "this package, 1 prefill and 2 decode workers, no planner",
     Kind.PLANNER: "the same with Dynamo's planner and live migration",
-    Kind.REPLAY: "the same with token replay in place of live migration",
     Kind.STOCK_AGG: "stock Dynamo: frontend and aggregated `dynamo.vllm`, vLLM's NixlConnector",
     Kind.OURS_AGG: "Dynamo's frontend and aggregated workers of this package",
 }
@@ -257,8 +253,6 @@ def parts_of(
             )
         case Kind.STOCK_AGG:
             parts = _stock(model, port, ["agg"] * size.decode, 0, engine, place, folder)
-        case Kind.REPLAY:
-            raise MigrateError(f"{kind}: nobody moves requests by replay but `dynamo migrate --mode replay`")
         case _:
             parts = _ours(kind, model, port, transport, folder, size, _overrides(engine) + overrides)
     workers = (part for part in parts if part.role != "front")

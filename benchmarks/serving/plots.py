@@ -66,7 +66,7 @@ def _time(pyplot: Any, runs: list[Run]) -> Any:
     shown = [
         run
         for workload in (Workload.MOVED, Workload.RESTART, Workload.SCALE_DOWN)
-        for kind in (Kind.OURS, Kind.STOCK, Kind.REPLAY)
+        for kind in (Kind.OURS, Kind.STOCK)
         for run in [r for r in runs if r.system == kind and r.workload == workload][-1:]
     ]
     if not shown:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where router and workers spend their time: ``python -m benchmarks.serving.profile --when before``.
+"""Where workers spend their time: ``python -m benchmarks.serving.profile --when before``.
 
 Serves the disaggregated graph, keeps eight requests running and lets py-spy sample each process (``pip install
 py-spy``; it may need root). Adds the shares to the raw samples of the report.
@@ -97,7 +97,7 @@ def main(
         running(Kind.OURS, model, Transport.AUTO) as system,
     ):
         load.run(system, together(8, 96, 48), 0, 4)
-        chosen = [part for part in system.parts if part.name in ("Router0", "DecodeWorker0", "PrefillWorker0")]
+        chosen = [part for part in system.parts if part.name in ("DecodeWorker0", "PrefillWorker0")]
         files = {part.name: Path(scratch) / f"{part.name}.txt" for part in chosen}
         spies = [_record(part, seconds, files[part.name]) for part in chosen]
         while any(spy.poll() is None for spy in spies):

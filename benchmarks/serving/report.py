@@ -9,7 +9,8 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.graph import place
-from benchmarks.serving import crowd_report, plots
+from benchmarks.serving import chat_report, crowd_report, plots
+from benchmarks.serving.chat import Chats
 from benchmarks.serving.crowd import Crowd
 from benchmarks.serving.metrics import Figures, Run, Slo, figures
 from benchmarks.serving.parts import TITLES, Kind
@@ -85,6 +86,8 @@ def write_report(report: Report, path: Path, raw: Path) -> None:
     ]
     for file in sorted(raw.parent.glob("crowd-*.json")):
         lines += crowd_report.lines(msgspec.json.decode(file.read_bytes(), type=Crowd))
+    for file in sorted(raw.parent.glob("chat-*.json")):
+        lines += chat_report.lines(msgspec.json.decode(file.read_bytes(), type=Chats))
     lines += _steps(raw.parent)
     disturbed = [_read(file) for file in sorted(raw.parent.glob("serving-disturbed-*.json"))]
     lines += [line for each in (report, *disturbed) for line in _disturbed(each)]
@@ -103,7 +106,7 @@ def write_report(report: Report, path: Path, raw: Path) -> None:
 
 def _disturbed(report: Report) -> list[str]:
     rows = []
-    kinds = (Kind.OURS, Kind.STOCK, Kind.STOCK_RETRY, Kind.REPLAY)
+    kinds = (Kind.OURS, Kind.STOCK, Kind.STOCK_RETRY)
     # Each with the undisturbed run of the same repeat: the machine may have been another one in another repeat.
     for kind, workload in itertools.product(kinds, (Workload.RESTART, Workload.SCALE_DOWN, Workload.MOVED)):
         for run in _of(report, kind, workload):
@@ -183,7 +186,7 @@ def _saved(report: Report) -> list[str]:
         runs = _of(report, Kind.STOCK, workload)
         base = figures(runs, report.slo).worker_s_per_good if runs else float("nan")
         row = [workload.value, f"{base:.2f}"]
-        for kind in (Kind.OURS, Kind.PLANNER, Kind.REPLAY):
+        for kind in (Kind.OURS, Kind.PLANNER):
             mine = _of(report, kind, workload)
             # Only what was measured together.
             mine = [run for run in mine if run.note == runs[0].note] if runs else []
@@ -204,7 +207,7 @@ def _saved(report: Report) -> list[str]:
             [
                 "workload",
                 "stock, worker-s per good request",
-                *(k.value for k in (Kind.OURS, Kind.PLANNER, Kind.REPLAY)),
+                *(k.value for k in (Kind.OURS, Kind.PLANNER)),
             ],
             rows,
         ),
@@ -213,7 +216,7 @@ def _saved(report: Report) -> list[str]:
 
 def _moved(report: Report) -> list[str]:
     rows = []
-    for kind in (Kind.OURS, Kind.PLANNER, Kind.REPLAY):
+    for kind in (Kind.OURS, Kind.PLANNER):
         for workload in Workload:
             runs = _of(report, kind, workload)
             f: Figures | None = figures(runs, report.slo) if runs else None
@@ -232,7 +235,7 @@ def _steps(folder: Path) -> list[str]:
         return []
     note = (
         "`python -m benchmarks.serving.steps`: two engines with the same arguments on the same device, one with this "
-        "package's connector, scheduler and agent, asked in turn; no Dynamo, no router, no migration."
+        "package's connector, scheduler and agent, asked in turn; no Dynamo, no migration."
     )
     return ["## Steps of the engine", "", note, "", *(line for each in found for line in each.lines())]
 

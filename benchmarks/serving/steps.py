@@ -3,7 +3,7 @@
 
 With: connector, scheduler and transfer agent. Both engines have the same arguments, run in processes of their own
 (``steps_child``) on the same device and are asked in turn, the first one changing with each repeat. No Dynamo, no
-router, no migration. A step is the time between two tokens of a request; the first ones of each are left out.
+migration. A step is the time between two tokens of a request; the first ones of each are left out.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def test_merging_keeps_what_was_not_run_again() -> None:
 def test_profile_counts_the_innermost_function(tmp_path: Path) -> None:
     raw = tmp_path / "spy.txt"
     raw.write_text("main (/x/components/a.py);pack (/x/components/messages.py) 3\nmain (/x/components/a.py) 1\n")
-    profile = self_time(raw, "now", "Router0", 15)
+    profile = self_time(raw, "now", "DecodeWorker0", 15)
     assert profile.top[0] == ("pack (x/components/messages.py)", 0.75)
     assert profile.ours[0] == ("pack (x/components/messages.py)", 0.75)
 
