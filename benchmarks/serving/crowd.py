@@ -37,7 +37,7 @@ _TAIL_S = 30.0
 """For answers that are under way when the window ends."""
 _CHOSEN = re.compile(
     r"Using \w+ (?:attention )?backend|Using \w+ Model Runner|Using FlashAttention version \d+"
-    r"|cudagraph_mode'?[:=] ?[^,]+|enforce_eager=\w+|dtype=torch\.\w+"
+    r"|(?<=cudagraph_mode': <)[\w.]+|enforce_eager=\w+|dtype=torch\.\w+"
 )
 
 

@@ -71,15 +71,19 @@ class Client:
 
     async def run(self) -> Seen:
         """Send until the window is over."""
-        cpu = time.process_time()
         try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._order.limit - time.monotonic()):
-                await asyncio.gather(*(self._stream(number) for number in self._order.streams))
+            async with asyncio.timeout(self._order.limit - time.monotonic()):
+                await asyncio.gather(self._used(), *(self._stream(number) for number in self._order.streams))
         except TimeoutError:
             self.seen.errors.append("not all streams ended in time")
-        self.seen.cpu_s = time.process_time() - cpu
         self.seen.gaps = {f"{gap / 10:.1f}": count for gap, count in sorted(self._gaps.items())}
         return self.seen
+
+    async def _used(self) -> None:
+        await asyncio.sleep(self._order.begin - time.monotonic())
+        cpu = time.process_time()
+        await asyncio.sleep(self._order.end - time.monotonic())
+        self.seen.cpu_s = time.process_time() - cpu
 
     async def _stream(self, number: int) -> None:
         order = self._order
