@@ -78,7 +78,7 @@ def worker(config: WorkerConfig, mode: str) -> list[str]:
             "max-loras": min(len(config.lora_modules), config.max_num_seqs),
             "max-lora-rank": adapters.max_rank(config.lora_modules),
         }
-    return list(_flags(given | {dashed(key): value for key, value in config.engine_args.items()}))
+    return list(_flags(given | config.engine_flags))
 
 
 def eager(config: WorkerConfig) -> bool:

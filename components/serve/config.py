@@ -159,6 +159,11 @@ class WorkerConfig(ComponentConfig):
         default_factory=dict, description="Further arguments of dynamo.vllm without their dashes, or options of paged"
     )
 
+    @property
+    def engine_flags(self) -> dict[str, Any]:
+        """``engine_args`` by the names of flags, however the file writes them."""
+        return {dashed(key): value for key, value in self.engine_args.items()}
+
     @model_validator(mode="after")
     def _has_a_model(self) -> Self:
         if self.engine == "paged" and self.lora_modules:

@@ -77,7 +77,7 @@ def bytes_per_token(config: WorkerConfig) -> float | None:
     try:
         model: dict[str, Any] = json.loads((Path(config.model) / "config.json").read_bytes())
         heads = model["num_attention_heads"]
-        if "kv_lora_rank" in model or "kv_cache_dtype" in config.engine_args:
+        if "kv_lora_rank" in model or "kv-cache-dtype" in config.engine_flags:
             return None
         kv_heads = model.get("num_key_value_heads") or heads
         size = model.get("head_dim") or model["hidden_size"] // heads

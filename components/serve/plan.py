@@ -188,7 +188,7 @@ def make_plan(
     for component in dict.fromkeys(process.component for process in [*plan.processes, *plan.spare]):
         worker = configs[component]
         if isinstance(worker, WorkerConfig) and worker.engine == "vllm":
-            weights.check(worker.model, str(worker.engine_args.get("load_format", "auto")))
+            weights.check(worker.model, str(worker.engine_flags.get("load-format", "auto")))
     here = [(p.component, configs[p.component]) for p in [*plan.processes, *plan.spare]]
     memory.check(here)
     plan.said = [line for line in (memory.shared(here),) if line]

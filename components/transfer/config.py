@@ -7,9 +7,10 @@ Nothing here has a life cycle or a thread. Bad values raise ``ConfigError`` when
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -146,6 +147,14 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Folder for parked requests, writable by this user alone; empty: none. Agents may share one."""
     park_dir_bytes: int = 8 << 30
     """Bound of all files in ``park_dir``."""
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> AgentConfig:
+        """From settings as processes pass them on, with texts in place of enums. Raises ``ConfigError``."""
+        try:
+            return msgspec.convert(dict(settings), cls)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"settings of the transfer agent: {error}") from error
 
     def __repr__(self) -> str:
         shown = {name: getattr(self, name) for name in self.__struct_fields__ if name not in _SECRETS}

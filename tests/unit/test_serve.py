@@ -182,7 +182,14 @@ def test_a_model_folder_without_tokenizer_is_refused(tiny_llama: str, tmp_path: 
         resolve(str(tmp_path / "absent"))
 
 
-@pytest.mark.parametrize("more", [["--AggWorker.engine-args={load_format: dummy}"], ["--AggWorker.engine=paged"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--AggWorker.engine-args={load_format: dummy}"],
+        ["--AggWorker.engine-args={load-format: dummy}"],
+        ["--AggWorker.engine=paged"],
+    ],
+)
 def test_weights_are_asked_for_where_they_are_loaded(tiny_llama: str, tmp_path: Path, more: list[str]) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(tiny_llama, bare, ignore=shutil.ignore_patterns("*.safetensors"))

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.engine.protocol import AgentRef, Epoch
-from components.errors import IncompatibleLayout, MigrateError, PeerUnknown, StaleEpoch, TransferError
-from components.transfer import AgentConfig, KVPool, TransferAgent, move_to_shared_memory
-from components.transfer.assemble import Assembly
+from components.errors import ConfigError, IncompatibleLayout, MigrateError, PeerUnknown, StaleEpoch, TransferError
+from components.transfer import AgentConfig, KVPool, Strategy, TransferAgent, Transport, move_to_shared_memory
+from components.transfer.assemble import Assembly, _order
 from components.transfer.control.record import decode
 from components.transfer.data.tcp import TcpBackend
 from components.transfer.layout import Ints, Segment, batches, extents, runs
@@ -159,3 +159,13 @@ def test_batches_name_the_memory_that_extents_name(
     groups = list(batches(ours, theirs, near, far, limit))
     assert all(group[:, 2].sum() < 2 * limit for group in groups)
     assert [pair for group in groups for pair in touched(group)] == touched(extents(ours, theirs, near, far))
+
+
+def test_settings_in_plain_text_mean_what_their_enums_mean() -> None:
+    """Processes pass settings on as JSON: lanes are in the same order as with the enum."""
+    config = AgentConfig.of({"name": "a", "transport": "auto", "strategy": "read", "etcd_endpoints": ["http://x:1"]})
+    assert (config.transport, config.strategy) == (Transport.AUTO, Strategy.READ)
+    assert isinstance(config.transport, Transport) and config.etcd_endpoints == ("http://x:1",)
+    assert _order(config) == list(config.backends)
+    with pytest.raises(ConfigError, match="transport"):
+        AgentConfig.of({"name": "a", "transport": "infiniband"})

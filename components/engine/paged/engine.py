@@ -126,7 +126,7 @@ class PagedEngine:
         layout = (options.model, options.block_size, options.layers, options.words, options.vocab_size, options.seed)
         fingerprint = hashlib.sha256(repr(layout).encode()).hexdigest()[:32]
         settings = {**options.agent, "fingerprint": fingerprint, "block_size": options.block_size}
-        agent = self._agents(AgentConfig(**settings, dtype="int64", layers=options.layers))
+        agent = self._agents(AgentConfig.of({**settings, "dtype": "int64", "layers": options.layers}))
         await asyncio.get_running_loop().run_in_executor(None, agent.start, kv.pools())
         scheduler.agents = (agent.ref,)
         scheduler.checksums = lambda blocks: agent.checksums(self._checked(blocks))

@@ -80,7 +80,7 @@ class Loader:
             "tp_rank": self.rank,
             "tp_size": self._config.parallel_config.tensor_parallel_size,
         }
-        self._agent = TransferAgent(AgentConfig(**settings))
+        self._agent = TransferAgent(AgentConfig.of(settings))
         self._agent.start(pools)
         self.kv_bytes_per_token = self._agent.record.block_bytes // block_size
 
