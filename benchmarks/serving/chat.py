@@ -3,7 +3,8 @@
 
 What matters is whether a turn reaches a worker that still has the KV of the turns before it, and finds it there: the
 share of prompt tokens that were cached (as the answer's usage says), and TTFT, both of the later turns. Stock Dynamo
-and this package are up at once, each with its frontend in ``kv`` mode, and are talked to in turn.
+and this package are up at once, each with its frontend in ``kv`` mode, and are talked to in turn; on
+CPUs the engines of the other stand still meanwhile.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from rich.console import Console
 
 from benchmarks.graph import arguments_of, end_on_sigterm, machine
 from benchmarks.serving.parts import Kind, Size
-from benchmarks.serving.systems import System, running
+from benchmarks.serving.systems import System, resting, running
 from components.errors import MigrateError
 from components.transfer import Transport
 
@@ -91,7 +92,8 @@ def measure(
         for repeat in range(first, first + repeats):
             for number in users:
                 for system in systems if repeat % 2 == 0 else reversed(systems):
-                    turns = asyncio.run(_all(system, number, repeat))
+                    with resting(() if devices else [other for other in systems if other is not system]):
+                        turns = asyncio.run(_all(system, number, repeat))
                     found.turns += turns
                     keep()
                     share, ttft = share_of(turns), np.median(late(turns))

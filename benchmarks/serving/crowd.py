@@ -2,8 +2,9 @@
 """Workload ``crowd``: what this package costs where nothing moves, beside stock Dynamo and ``vllm serve``.
 
 Each system has one worker, on the same device; all are up at once and are loaded in turn by the same streams (closed
-loop, fixed lengths, ``streams``), in another order with each repeat. A system that does not start in time is left out.
-Every run is in the file as soon as it is over. Raises ``MigrateError`` when no two systems start.
+loop, fixed lengths, ``streams``), in another order with each repeat. On CPUs, of which there are few, the engines of
+the others stand still meanwhile. A system that does not start in time is left out. Every run is in the file as soon
+as it is over. Raises ``MigrateError`` when no two systems start.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarks.serving.load import Child
 from benchmarks.serving.parts import Kind, Size
 from benchmarks.serving.shapes import SHAPES
 from benchmarks.serving.streams import Order, Seen
-from benchmarks.serving.systems import System, running
+from benchmarks.serving.systems import System, resting, running
 from components.errors import MigrateError
 from components.transfer import Transport
 
@@ -113,7 +114,8 @@ def measure(
             for number in streams:
                 turn = (repeat + streams.index(number)) % len(systems)
                 for system in systems[turn:] + systems[:turn]:
-                    run = _run(system, clients, pool, found.load, number, str(repeat))
+                    with resting(() if devices else [other for other in systems if other is not system]):
+                        run = _run(system, clients, pool, found.load, number, str(repeat))
                     run.repeat = repeat
                     found.runs.append(run)
                     keep()
