@@ -4,17 +4,19 @@
 The same on this package and on stock Dynamo, with and without its token replay: 32 streams over two decode workers,
 new requests all the while, greedy in float32, prefix caching off. A request has failed when its stream ends without a
 finish reason, is cut off when it ends early as if it were whole, and has changed when its text is otherwise not what
-the remaining worker gives for it in peace afterwards.
+the remaining worker gives for it in peace afterwards (on GPUs, in bfloat16, a text also depends on the batch).
 """
 
 from __future__ import annotations
 
 import asyncio
+import json as jsonlib
 import os
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
+import aiohttp
 import msgspec
 import numpy as np
 import typer
@@ -22,11 +24,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from benchmarks.graph import end_on_sigterm, machine
+from benchmarks.graph import arguments_of, end_on_sigterm, machine
 from benchmarks.migration.measure import Prompts, Watched
+from benchmarks.serving import shapes
 from benchmarks.serving.parts import Kind
 from benchmarks.serving.systems import System, running
-from components import models
+from components.errors import MigrateError
 from components.transfer import Transport
 
 _SYSTEMS = (Kind.OURS, Kind.STOCK, Kind.STOCK_RETRY)
@@ -55,6 +58,30 @@ class Outcome(msgspec.Struct, frozen=True):
     errors: tuple[str, ...]
 
 
+class Stream(Watched):
+    """For hundreds of them at once: chunks are only counted while they come, and read when the stream has ended."""
+
+    async def run(self, http: aiohttp.ClientSession, body: dict[str, Any]) -> None:  # type: ignore[override]
+        """See ``Watched``."""
+        whole = bytearray()
+        try:
+            async with http.post("/v1/completions", json=body | {"stream": True}) as reply:
+                if reply.status != 200:
+                    raise MigrateError(f"HTTP {reply.status}: {(await reply.text())[:500]}")
+                async for line in reply.content:
+                    if line.startswith(b"data: {"):
+                        self.times.append(time.time())
+                        whole += line
+        finally:
+            for line in whole.splitlines():
+                event = jsonlib.loads(line[6:])
+                if error := event.get("error"):
+                    raise MigrateError(str(error))
+                for choice in event.get("choices") or []:
+                    self.text += choice.get("text") or ""
+                    self.ended = choice.get("finish_reason") in ("length", "stop")
+
+
 class Drains(msgspec.Struct):
     """Raw samples and where they come from."""
 
@@ -63,17 +90,17 @@ class Drains(msgspec.Struct):
     outcomes: list[Outcome]
 
 
-async def _drain(system: System, prompts: Prompts, count: int, output: int) -> Outcome:
-    bodies = [prompts.body(48 + 8 * (number % 9), output) for number in range(count)]
+async def _drain(system: System, prompts: Prompts, count: int, prompt: int, output: int) -> Outcome:
+    bodies = [prompts.body(prompt + 8 * (number % 9), output) for number in range(count)]
     part = [part for part in system.parts if part.role == "decode"][-1]
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=system.url, timeout=300, limits=limits, trust_env=False) as http:
+    timeout, connector = aiohttp.ClientTimeout(total=300), aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(system.url, timeout=timeout, connector=connector) as http:
         streams = await _start(http, bodies)
         while not all(len(s.times) >= _BEFORE or (s.task is not None and s.task.done()) for s in streams):
             await asyncio.sleep(0.05)
         told = max(s.times[-1] for s in streams if s.times)
         ending = asyncio.ensure_future(asyncio.to_thread(system.terminate, part))
-        later: list[Watched] = []
+        later: list[Stream] = []
         while not ending.done() or not all(s.task is not None and s.task.done() for s in streams):
             if not ending.done():
                 later += await _start(http, [prompts.body(48, 8)])
@@ -98,14 +125,14 @@ async def _drain(system: System, prompts: Prompts, count: int, output: int) -> O
     )
 
 
-async def _start(http: httpx.AsyncClient, bodies: list[dict[str, Any]]) -> list[Watched]:
-    streams = [Watched() for _ in bodies]
+async def _start(http: aiohttp.ClientSession, bodies: list[dict[str, Any]]) -> list[Stream]:
+    streams = [Stream() for _ in bodies]
     for watched, body in zip(streams, bodies, strict=True):
         watched.task = asyncio.ensure_future(watched.run(http, body))
     return streams
 
 
-async def _finish(streams: list[Watched]) -> list[str]:
+async def _finish(streams: list[Stream]) -> list[str]:
     results = await asyncio.gather(*(s.task for s in streams if s.task is not None), return_exceptions=True)
     return [f"{type(r).__name__}: {r}" for r in results if isinstance(r, BaseException)]
 
@@ -140,21 +167,28 @@ def show(drains: Drains, console: Console) -> None:
 def main(
     model: Annotated[str, typer.Option(help="as in configs/disagg.yaml")] = "smollm2",
     requests: Annotated[int, typer.Option(help="streams, half of them on the worker that leaves")] = 32,
+    prompt: Annotated[int, typer.Option(help="fewest tokens of a prompt")] = 48,
     output: Annotated[int, typer.Option(help="tokens of each answer")] = 200,
     systems: Annotated[str, typer.Option(help=f"of {', '.join(_SYSTEMS)}")] = ",".join(_SYSTEMS),
     json: Annotated[Path, typer.Option("--json", help="file for the raw samples")] = Path(
         "benchmarks/results/drain-cpu.json"
     ),
+    devices: Annotated[str, typer.Option(help="GPUs of prefill and both decode workers, for example 0,0,1")] = "",
+    engine_args: Annotated[str, typer.Option(help="vLLM's arguments for all workers, as JSON")] = "{}",
     logs: Annotated[Path | None, typer.Option(help="folder to keep all logs in")] = None,
 ) -> None:
     """Lost, changed and stalled requests when a decode worker leaves, beside stock Dynamo."""
     end_on_sigterm()
     drains = Drains(machine(), model, [])
-    prompts = Prompts(model, AutoTokenizer.from_pretrained(models.resolve(model)))
-    engine = {"dtype": "float32", "max-model-len": 2048, "max-num-seqs": requests + 8, "enable-prefix-caching": False}
+    prompts = Prompts(model, AutoTokenizer.from_pretrained(shapes.folder(model)))
+    gpus = tuple(int(word) for word in devices.split(",") if word)
+    length = max(2048, prompt + 72 + output)
+    engine = {"max-model-len": length, "max-num-seqs": requests + 8, "enable-prefix-caching": False}
+    engine |= {"load-format": "dummy"} if model in shapes.SHAPES else {}
+    engine |= ({} if gpus else {"dtype": "float32"}) | arguments_of(engine_args)
     for word in systems.split(","):
-        with running(Kind(word.strip()), model, Transport.AUTO, logs, engine=engine) as system:
-            drains.outcomes.append(asyncio.run(_drain(system, prompts, requests, output)))
+        with running(Kind(word.strip()), model, Transport.AUTO, logs, engine=engine, devices=gpus) as system:
+            drains.outcomes.append(asyncio.run(_drain(system, prompts, requests, prompt, output)))
         json.write_bytes(msgspec.json.format(msgspec.json.encode(drains)))
     show(drains, Console())
     os._exit(0)

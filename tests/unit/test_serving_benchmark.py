@@ -15,7 +15,9 @@ from aiohttp.test_utils import TestServer
 from safetensors.numpy import save_file
 
 from benchmarks.graph import machine
-from benchmarks.serving import crowd_report
+from benchmarks.migration.drain import Stream
+from benchmarks.serving import chat_report, crowd_report
+from benchmarks.serving.chat import Chats, Turn
 from benchmarks.serving.crowd import Crowd, CrowdRun, Load
 from benchmarks.serving.metrics import Event, Run, Sample, Slo, figures
 from benchmarks.serving.parts import Kind, parts_of
@@ -24,6 +26,7 @@ from benchmarks.serving.report import Report, merge, write_report
 from benchmarks.serving.streams import Client, Order, Seen
 from benchmarks.serving.workloads import CHUNK, Scale, Workload, arrivals, write
 from benchmarks.soak.memory import Life
+from components.errors import MigrateError
 from components.transfer import Transport
 
 SCALE = Scale(rate=4.0, duration_s=10.0)
@@ -133,6 +136,46 @@ def test_streams_are_compared_over_the_repeats_that_both_have() -> None:
     assert cells[0][6] == "450 / 500 / -"
 
 
+def chat_turn(system: str, repeat: int, turn: int, ttft: float, cached: int) -> Turn:
+    return Turn(system, 6, repeat, 0, turn, ttft, 100, cached)
+
+
+def test_chats_are_compared_by_their_later_turns() -> None:
+    turns = [chat_turn(system, repeat, 0, 900.0, 0) for system in ("migrate-agg", "dynamo-agg") for repeat in (0, 1)]
+    turns += [chat_turn("migrate-agg", repeat, 1, 30.0, 80) for repeat in (0, 1)]
+    turns += [chat_turn("dynamo-agg", repeat, 1, 20.0, 90) for repeat in (0, 1, 2)]
+    text = chat_report.lines(Chats(machine(), "a model", "today", turns))
+    cells = [cell.strip() for line in text if line.startswith("| agg, 6") for cell in line.split("|")]
+    assert cells[2:7] == [
+        "-0.100 (-0.100 to -0.100)",
+        "1.50 (1.50 to 1.50)",
+        "1.50 (1.50 to 1.50)",
+        "0.800 / 0.900",
+        "30 / 20",
+    ]
+    assert chat_report.lines(Chats(machine(), "a model", "today")) == []
+
+
+async def test_a_stream_of_a_drain_is_read_when_it_has_ended() -> None:
+    events = [
+        {"choices": [{"text": "a", "finish_reason": None}]},
+        {"choices": [{"text": "b", "finish_reason": "length"}]},
+    ]
+
+    async def answer(request: web.Request) -> web.Response:
+        failed = [{"error": "lost"}] if (await request.json())["max_tokens"] == 1 else []
+        return web.Response(text="".join(f"data: {json.dumps(event)}\n\n" for event in [*events, *failed]))
+
+    app = web.Application()
+    app.router.add_post("/v1/completions", answer)
+    async with TestServer(app) as server, aiohttp.ClientSession(server.make_url("/")) as session:
+        stream = Stream()
+        await stream.run(session, {"max_tokens": 2})
+        assert (stream.text, stream.ended, len(stream.times)) == ("ab", True, 2)
+        with pytest.raises(MigrateError, match="lost"):
+            await Stream().run(session, {"max_tokens": 1})
+
+
 async def test_a_client_counts_tokens_and_gaps_of_its_window_alone() -> None:
     async def answer(request: web.Request) -> web.StreamResponse:
         wanted = (await request.json())["max_tokens"]
@@ -164,8 +207,11 @@ async def test_a_client_counts_tokens_and_gaps_of_its_window_alone() -> None:
 
 
 async def test_a_client_names_what_it_did_not_get() -> None:
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(status=503, text="nobody")
+
     app = web.Application()
-    app.router.add_post("/v1/completions", lambda request: web.Response(status=503, text="nobody"))  # type: ignore
+    app.router.add_post("/v1/completions", answer)
     async with TestServer(app) as server, aiohttp.ClientSession() as session:
         now = time.monotonic()
         order = Order(str(server.make_url("")).rstrip("/"), "m", (0,), 1, 4, 8, now, now + 0.1, now + 5.0, "s")
