@@ -42,6 +42,8 @@ async def _call(workers: Workers, name: str, arguments: list[str]) -> Any:
             return workers.status()
         case "migrate":
             return await workers.move(arguments[0], arguments[1], Mode(arguments[2]))
+        case "migrate all":
+            return await asyncio.gather(*(_moved(workers, *json.loads(move)) for move in arguments))
         case "drain":
             return (await workers.drain(arguments[0])).moves
         case "undrain":
@@ -49,6 +51,13 @@ async def _call(workers: Workers, name: str, arguments: list[str]) -> Any:
         case "check":
             return await workers.check(arguments[0])
     raise ValueError(name)
+
+
+async def _moved(workers: Workers, request: str, source: str, target: str, mode: str) -> Any:
+    try:
+        return await workers.migrate(request, source, target, Mode(mode))
+    except MigrateError as error:
+        return {"error": error.code, "message": str(error)}
 
 
 join()
