@@ -7,7 +7,7 @@
     ├── RequestNotFound             no such request here: it ended, or never was
     ├── Refused                     the peer will not do it, for the stated reason: try another mode
     │   ├── NoRoom                  not enough free KV blocks now; the request stays where it is
-    │   └── NotMigratable           this request can never move exactly (guided decoding, n > 1)
+    │   └── NotMigratable           this request can never move exactly (n > 1, prompt_logprobs)
     ├── SessionError                a migration session is in another state than the call needs
     ├── WorkerLost                  the worker died or cannot be reached: replay elsewhere
     ├── DeadlineExceeded            the step took longer than allowed: treat as failed, release
@@ -79,7 +79,7 @@ class NoRoom(Refused):
 
 
 class NotMigratable(Refused):
-    """The request's state cannot travel exactly (guided decoding, n > 1)."""
+    """The request's state cannot travel exactly (n > 1, prompt_logprobs)."""
 
     code = "not_migratable"
 

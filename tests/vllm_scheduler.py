@@ -77,6 +77,8 @@ class Played:
         params = SamplingParams(**{"max_tokens": 64, "ignore_eos": True, "extra_args": extra} | sampling)
         number = next(_numbers)
         request = Request(f"{name or f'r{number}'}-{number:08x}", list(prompt), params, None, block_hasher=self._hasher)
+        if request.use_structured_output:
+            self.scheduler.structured_output_manager.grammar_init(request)
         self.scheduler.add_request(request)
         return request
 

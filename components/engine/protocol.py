@@ -84,12 +84,10 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     n: int = 1
     guided: msgspec.Raw | None = None
-    """Guided-decoding options as the frontend sent them (JSON); such a request is not migratable."""
+    """Guided-decoding options as the frontend sent them (JSON)."""
 
     def why_not_migratable(self) -> str | None:
         """The reason this request cannot move exactly, or None when it can."""
-        if self.guided is not None:
-            return "guided decoding: the grammar's state cannot travel"
         if self.n > 1:
             return "n > 1: the samples share one request"
         if self.prompt_logprobs is not None:
@@ -134,6 +132,8 @@ class Frozen(msgspec.Struct, frozen=True, omit_defaults=True):
     """State of the request's own random generator (torch), empty when it has none."""
     checksums: tuple[int, ...] = ()
     """Checksum of each block of the offer, or only of the last ones; empty when switched off."""
+    grammar: str = ""
+    """What guides it, in the engine's own word; empty for nothing. An engine with another one does not take it."""
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):

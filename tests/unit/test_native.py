@@ -39,6 +39,7 @@ def test_every_parameter_travels() -> None:
         ignore_eos=True,
         logprobs=2,
         logit_bias={3: 1.0},
+        structured_outputs=StructuredOutputsParams(json={"type": "object"}),
         allowed_token_ids=[3, 4],
         extra_args={"a": 1, native.TRANSFER_KEY: {"do_remote_prefill": True}},
         output_kind=RequestOutputKind.DELTA,
@@ -56,7 +57,6 @@ def test_every_parameter_travels() -> None:
     [
         ({"n": 2}, "n > 1"),
         ({"prompt_logprobs": 1}, "prompt_logprobs"),
-        ({"structured_outputs": StructuredOutputsParams(regex="a+")}, "guided"),
         ({"thinking_token_budget": 5}, "thinking"),
         ({"logprob_token_ids": [4], "logprobs": None}, "logprob_token_ids"),
     ],

@@ -23,9 +23,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from components.engine.protocol import Frozen, KVOffer, LandingStatus
+from components.engine.vllm.compat.grammars import grammar_kind
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.ranks import Ranks
 from components.engine.vllm.records import Incoming, Job, JobResult, Record, StepResults
@@ -144,7 +146,11 @@ class MigrateIn:
             return record.landed or LandingStatus(reserved=True)
         if not incoming.block_ids and not self._begin_round(record, incoming.offer):
             raise self._no_room()
-        return self._progress(incoming)
+        progress = self._progress(incoming)
+        if record.grammar is not None and not record.grammar.ready:
+            # The source goes on meanwhile.
+            return msgspec.structs.replace(progress, in_flight=True)
+        return progress
 
     def _no_room(self) -> NoRoom:
         return NoRoom(f"{self._port.free_blocks} free KV blocks and {self._port.seats_left()} free request slots")
@@ -190,6 +196,7 @@ class MigrateIn:
         offer = frozen.offer
         self._require_usable(offer)
         self._append(record, frozen.output_token_ids)
+        self._continue_grammar(record, frozen)
         if not incoming.block_ids:
             if not self._reserve(record, offer):
                 raise self._no_room()
@@ -218,6 +225,16 @@ class MigrateIn:
         if len(tokens) > have:
             self._port.append_tokens(request, tokens[have:])
             record.needs_install = True
+        if record.grammar is not None and record.grammar.ready:
+            record.grammar.catch_up(request.output_token_ids)
+
+    def _continue_grammar(self, record: Record, frozen: Frozen) -> None:
+        if record.grammar is None:
+            return
+        record.grammar.catch_up(record.request.output_token_ids)
+        here = grammar_kind(record.request)
+        if frozen.grammar not in ("", here):
+            raise SessionError(f"{frozen.grammar} guides the request at the source, {here} would here")
 
     def _adopt(self, record: Record, offer: KVOffer) -> None:
         """Take a newer offer. Blocks copied from another place than it names prove nothing."""
@@ -367,7 +384,7 @@ class MigrateIn:
 
     def _end(self, record: Record) -> None:
         record.landed = self._progress(_incoming(record))
-        record.incoming = None
+        record.incoming = record.grammar = None
 
     def _start_over(self, record: Record) -> None:
         """Compute everything behind the last good block."""

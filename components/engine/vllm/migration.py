@@ -10,6 +10,7 @@ Errors: those that the engine protocol names, raised by ``control``.
 
 from __future__ import annotations
 
+import logging
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.executor import Executor
     from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,8 @@ class Migration:
         self._records[request.request_id] = self._newest[record.request_id] = record
         if marker.num_prompt_tokens is not None:
             record.needs_install = self.port.as_resumed(request, marker.num_prompt_tokens)
+        if request.use_structured_output and (record.needs_install or marker.landing is not None):
+            record.grammar = self.port.replay_grammar(request)
         if marker.landing is not None:
             self.incoming.begin(record, marker.landing)
         if marker.freeze_after is not None:
@@ -165,9 +170,23 @@ class Migration:
         record = self._records.get(request.request_id)
         if record is None:
             return 0, False
-        return (
-            (None, False) if self.incoming.holds(record) else self.handoff.external_tokens(record, num_computed_tokens)
-        )
+        if self.incoming.holds(record) or not self._guided(record):
+            return None, False
+        return self.handoff.external_tokens(record, num_computed_tokens)
+
+    def _guided(self, record: Record) -> bool:
+        """Does the grammar of a request that came with tokens, if it has one, follow them by now?"""
+        if record.grammar is not None:
+            try:
+                if not record.grammar.ready:
+                    return False
+                record.grammar.catch_up(record.request.output_token_ids)
+            except SessionError as error:
+                logger.warning("request %s ends: %s", record.request_id, error)
+                self.port.fail_grammar(record.request)
+                return False
+            record.grammar = None
+        return True
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """vLLM has given blocks to a request in line."""

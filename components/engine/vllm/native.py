@@ -130,11 +130,14 @@ MOVED = frozenset(
         "bad_words",
         "_bad_words_token_ids",
         "skip_reading_prefix_cache",
+        "structured_outputs",
     ]
 )
-"""Fields of ``SamplingParams`` whose whole state is in the parameters, the tokens and the runner's own export."""
+"""Fields of ``SamplingParams`` whose whole state is in the parameters, the tokens and the runner's own export.
+
+A grammar's state is in the tokens: it is replayed from them (``compat/grammars.py``).
+"""
 FIXED = {
-    "structured_outputs": "guided decoding: the grammar's state does not travel",
     "prompt_logprobs": "prompt_logprobs: they are produced once, during prefill",
     "prompt_logprob_token_ids": "prompt_logprob_token_ids: they are produced once, during prefill",
     "prompt_logprob_start": "prompt_logprob_start: they are produced once, during prefill",

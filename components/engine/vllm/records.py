@@ -20,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from components.engine.protocol import AgentRef, Frozen, KVOffer, LandingStatus, RequestId
+from components.engine.vllm.compat.grammars import Replay
 from components.engine.vllm.control import Marker, Reply
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class Record:
     needs_install: bool = False
     """The model runner has not been told of the tokens generated elsewhere yet."""
     rng_state: bytes = b""
+    grammar: Replay | None = None
+    """Replays the tokens generated elsewhere; None once it has, and for requests without a grammar."""
     handoff: Frozen | None = None
     """What a prefill engine lends to this request, until vLLM has given it blocks."""
 

@@ -27,8 +27,6 @@ def why_not_migratable(request: Request) -> str | None:
     params = request.sampling_params
     if params is None:
         return "pooling: the request generates no tokens"
-    if request.use_structured_output:
-        return "guided decoding: the grammar's state cannot travel"
     if params.prompt_logprobs is not None:
         return "prompt_logprobs: they are produced once, during prefill"
     if request.resumable:

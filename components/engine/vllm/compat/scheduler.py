@@ -23,6 +23,8 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from components.engine.vllm.compat.grammars import Replay
+
 
 @dataclass(frozen=True)
 class Reservation:
@@ -137,6 +139,14 @@ class SchedulerPort:
         """More output tokens of a request that does not run here yet."""
         request.append_output_token_ids(list(tokens))
         self._mark_resumed(request)
+
+    def replay_grammar(self, request: Request) -> Replay:
+        """Bring a guided request's grammar to where its output tokens end."""
+        return Replay(self._scheduler.structured_output_manager, request)
+
+    def fail_grammar(self, request: Request) -> None:
+        """End a request whose grammar cannot be had, as vLLM does it."""
+        self._scheduler.grammar_compile_error_reqs.add(request.request_id)
 
     def _mark_resumed(self, request: Request) -> None:
         # vLLM goes on with preempted requests from their output tokens; new ones would start over.

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guided request that comes with tokens goes on in the middle of its grammar.
+
+vLLM compiles a request's grammar on a thread when the request comes in, and advances it by the tokens of each step.
+Tokens that were made elsewhere are replayed into it the same way, one after the other, so that a reasoning parser in
+front of the grammar lets it begin where it began there: those that came with the request on vLLM's compiling thread,
+the others between two steps. Until then vLLM must not run the request (``ready``).
+
+Threading: the engine core's thread. Errors: ``SessionError`` when the grammar cannot be compiled here, or refuses a
+token, which is none that this grammar has allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+
+from components.errors import SessionError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm.v1.structured_output import StructuredOutputManager
+
+
+def grammar_kind(request: Request) -> str:
+    """Which backend's grammar a request has; empty without one. Another backend may allow other tokens."""
+    guided = request.structured_output_request
+    grammar = None if guided is None else guided.grammar
+    return type(grammar).__name__ if isinstance(grammar, StructuredOutputGrammar) else ""
+
+
+class Replay:
+    """The grammar of one request; see the module docstring."""
+
+    def __init__(self, manager: StructuredOutputManager, request: Request) -> None:
+        guided = request.structured_output_request
+        if guided is None:
+            raise SessionError(f"request {request.request_id} has no grammar")
+        self._manager = manager
+        self._guided = guided
+        compiled = guided._grammar
+        # What the manager sees of a request; its own would show the last tokens from the beginning.
+        self._seen: Any = SimpleNamespace(
+            request_id=request.request_id,
+            use_structured_output=True,
+            prompt_token_ids=request.prompt_token_ids,
+            all_token_ids=list(request.prompt_token_ids or ()),
+            structured_output_request=dataclasses.replace(guided, _grammar=None),
+        )
+        self._count = 0
+        # vLLM's own status for this leads to WAITING, where a request starts over.
+        request.status = RequestStatus.PREEMPTED if request.num_output_tokens else RequestStatus.WAITING
+        guided.grammar = manager.executor.submit(self._from_the_beginning, compiled, list(request.output_token_ids))
+
+    def _from_the_beginning(self, compiled: object, tokens: Sequence[int]) -> StructuredOutputGrammar:
+        grammar = compiled.result() if isinstance(compiled, Future) else compiled
+        if not isinstance(grammar, StructuredOutputGrammar):
+            raise SessionError(f"the grammar could not be compiled: {grammar}")
+        self._seen.structured_output_request.grammar = grammar
+        self._accept(tokens)
+        return grammar
+
+    def _accept(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self._seen.all_token_ids.append(token)
+            if not self._manager.accept_tokens(self._seen, [token]):
+                raise SessionError(f"the grammar refuses output token {self._count}, which another engine made")
+            self._count += 1
+
+    @property
+    def ready(self) -> bool:
+        """Is the grammar where the request's first tokens left it? Raises ``SessionError`` when it never will be."""
+        grammar = self._guided.grammar
+        if isinstance(grammar, Exception):
+            raise SessionError(f"the grammar cannot be continued here: {grammar}") from grammar
+        return grammar is not None
+
+    def catch_up(self, output_token_ids: Sequence[int]) -> None:
+        """Replay the tokens that have come since. The grammar must be ready."""
+        if not self.ready:
+            raise SessionError("the grammar is still being compiled here")
+        self._accept(output_token_ids[self._count :])
+        seen = self._seen.structured_output_request
+        self._guided.reasoning_ended, self._guided.reasoner = seen.reasoning_ended, seen.reasoner
