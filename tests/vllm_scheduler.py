@@ -65,6 +65,8 @@ class Played:
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(BLOCK, sha256)
         self._samples: dict[int, list[str]] = {}
+        self.token = 7
+        """What the model gives as each next token."""
         self.executor = FakeExecutor()
         self.call(Op.INFO)
 
@@ -120,7 +122,7 @@ class Played:
 
         ids = list(output.num_scheduled_tokens)
         samples = self._samples.pop(id(output))
-        sampled = [[7] if i in samples else [] for i in ids]
+        sampled = [[self.token] if i in samples else [] for i in ids]
         result = ModelRunnerOutput(ids, {i: n for n, i in enumerate(ids)}, sampled)
         if results is not None:
             result.kv_connector_output = KVConnectorOutput(kv_connector_worker_meta=results)

@@ -132,8 +132,8 @@ class Frozen(msgspec.Struct, frozen=True, omit_defaults=True):
     """State of the request's own random generator (torch), empty when it has none."""
     checksums: tuple[int, ...] = ()
     """Checksum of each block of the offer, or only of the last ones; empty when switched off."""
-    grammar: str = ""
-    """What guides it, in the engine's own word; empty for nothing. An engine with another one does not take it."""
+    guide: str = ""
+    """What guides it, in the engine's own words; empty for nothing. An engine with another guide does not take it."""
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):

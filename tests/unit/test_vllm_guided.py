@@ -77,8 +77,8 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def commit(played: Played, request: Any, tokens: list[int], grammar: str = "") -> None:
-    frozen = Frozen(offer_of("moved", len(PROMPT) + len(tokens) - 1), tuple(tokens), grammar=grammar)
+def commit(played: Played, request: Any, tokens: list[int], guide: str = "") -> None:
+    frozen = Frozen(offer_of("moved", len(PROMPT) + len(tokens) - 1), tuple(tokens), guide=guide)
     played.call(Op.COMMIT, request, frozen=frozen)
 
 
@@ -200,7 +200,7 @@ def test_a_grammar_that_refuses_the_tokens_is_an_error_and_never_begins_again(ti
     played.check()
 
 
-def test_another_kind_of_grammar_is_refused_before_anything_runs(tiny_llama: str) -> None:
+def test_another_guide_is_refused_before_anything_runs(tiny_llama: str) -> None:
     played = Played(tiny_llama)
     params, text = guided("regex", "guidance")
     made = tokens_of(tiny_llama, text)
@@ -216,6 +216,7 @@ def test_a_frozen_request_says_what_guides_it(tiny_llama: str) -> None:
     params, _ = guided("regex", "xgrammar")
     request = played.add(PROMPT, structured_outputs=params)
     until(lambda: bool(request.structured_output_request.is_grammar_ready))
-    played.schedule()
+    played.token = tokens_of(tiny_llama, "ab")[0]
+    played.step()
     answer = played.call(Op.FREEZE, request)
-    assert isinstance(answer, Reply) and answer.frozen is not None and answer.frozen.grammar == "XgrammarGrammar"
+    assert isinstance(answer, Reply) and answer.frozen is not None and answer.frozen.guide == "XgrammarGrammar"

@@ -27,7 +27,6 @@ import msgspec
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from components.engine.protocol import Frozen, KVOffer, LandingStatus
-from components.engine.vllm.compat.grammars import grammar_kind
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.ranks import Ranks
 from components.engine.vllm.records import Incoming, Job, JobResult, Record, StepResults
@@ -232,9 +231,9 @@ class MigrateIn:
         if record.grammar is None:
             return
         record.grammar.catch_up(record.request.output_token_ids)
-        here = grammar_kind(record.request)
-        if frozen.grammar not in ("", here):
-            raise SessionError(f"{frozen.grammar} guides the request at the source, {here} would here")
+        here = self._port.guide_of(record.request)
+        if frozen.guide not in ("", here):
+            raise SessionError(f"{frozen.guide} guides the request at the source, {here} would here")
 
     def _adopt(self, record: Record, offer: KVOffer) -> None:
         """Take a newer offer. Blocks copied from another place than it names prove nothing."""

@@ -17,7 +17,6 @@ from concurrent.futures import Future
 from vllm.v1.request import RequestStatus
 
 from components.engine.protocol import AgentRef, Frozen, KVOffer
-from components.engine.vllm.compat.grammars import grammar_kind
 from components.engine.vllm.compat.requests import why_not_migratable
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.control import Reply
@@ -104,7 +103,7 @@ class MigrateOut:
             output_token_ids=tuple(record.request.output_token_ids),
             rng_state=record.rng_state if record.needs_install else ranks[0].rng_state,
             checksums=tuple(value for rank in ranks for value in rank.checksums),
-            grammar=grammar_kind(record.request),
+            guide=self._port.guide_of(record.request),
         )
         self._freezing.remove(record)
         for waiter in leaving.waiters:

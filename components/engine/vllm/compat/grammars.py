@@ -28,11 +28,22 @@ if TYPE_CHECKING:
     from vllm.v1.structured_output import StructuredOutputManager
 
 
-def grammar_kind(request: Request) -> str:
-    """Which backend's grammar a request has; empty without one. Another backend may allow other tokens."""
+_OPTIONS = ("reasoning_parser", "enable_in_reasoning", "disable_any_whitespace", "disable_additional_properties")
+"""What else of an engine's configuration decides which tokens a grammar allows."""
+
+
+def guide_of(manager: StructuredOutputManager, request: Request) -> str:
+    """What a request's tokens are guided by, beside its parameters; empty for nothing.
+
+    vLLM takes the backend that the first guided request of an engine asked for, also where each may have another.
+    """
     guided = request.structured_output_request
     grammar = None if guided is None else guided.grammar
-    return type(grammar).__name__ if isinstance(grammar, StructuredOutputGrammar) else ""
+    if not isinstance(grammar, StructuredOutputGrammar):
+        return ""
+    config = manager.vllm_config.structured_outputs_config
+    options = [f"{name}={value}" for name in _OPTIONS if (value := getattr(config, name))]
+    return " ".join([type(grammar).__name__, *options])
 
 
 class Replay:

@@ -23,7 +23,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from components.engine.vllm.compat.grammars import Replay
+from components.engine.vllm.compat.grammars import Replay, guide_of
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,10 @@ class SchedulerPort:
     def replay_grammar(self, request: Request) -> Replay:
         """Bring a guided request's grammar to where its output tokens end."""
         return Replay(self._scheduler.structured_output_manager, request)
+
+    def guide_of(self, request: Request) -> str:
+        """What guides a request; empty for nothing."""
+        return guide_of(self._scheduler.structured_output_manager, request)
 
     def fail_grammar(self, request: Request) -> None:
         """End a request whose grammar cannot be had, as vLLM does it."""
