@@ -26,7 +26,8 @@ def lines(chats: Chats) -> list[str]:
         "",
         f"{chats.date}, {place(chats.machine)}. {FIRST_WORDS} words, then {WORDS} for each turn, answers of {ANSWER} "
         f"tokens; later turns alone. Workers: {sizes}. Ours: {TITLES[Kind.OURS]}, or aggregated ones. Stock: the same "
-        "with NixlConnector. Both frontends choose by the KV that workers have (`kv`). Goal: share of cached prompt "
+        "with NixlConnector (on CPUs not for agg: its threads take half of two cores). Both frontends choose by the KV "
+        "that workers have (`kv`). Goal: share of cached prompt "
         "tokens equal within 0.02, TTFT within 5%. In brackets: 95% intervals (bootstrap over whole repeats).",
         "",
         *table(header, rows),

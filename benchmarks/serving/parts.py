@@ -52,7 +52,8 @@ class Kind(StrEnum):
     STOCK_RETRY = "dynamo+retry"
     """The same with ``--migration-limit 3``: Dynamo replays the tokens of a lost request on another worker."""
     STOCK_AGG = "dynamo-agg"
-    """Dynamo's frontend and aggregated ``dynamo.vllm`` with vLLM's NixlConnector."""
+    """Dynamo's frontend and aggregated ``dynamo.vllm``, on GPUs with vLLM's NixlConnector, whose threads would take
+    one of two cores on a machine without."""
     OURS = "migrate"
     """This package, one prefill and two decode workers, no planner."""
     PLANNER = "migrate+planner"
@@ -78,7 +79,7 @@ TITLES = {
     Kind.STOCK_RETRY: "the same with `--migration-limit 3` (token replay by Dynamo's frontend)",
     Kind.OURS: "this package, 1 prefill and 2 decode workers, no planner",
     Kind.PLANNER: "the same with Dynamo's planner and live migration",
-    Kind.STOCK_AGG: "stock Dynamo: frontend and aggregated `dynamo.vllm`, vLLM's NixlConnector",
+    Kind.STOCK_AGG: "stock Dynamo: frontend and aggregated `dynamo.vllm`, on GPUs with vLLM's NixlConnector",
     Kind.OURS_AGG: "Dynamo's frontend and aggregated workers of this package",
 }
 
@@ -184,8 +185,9 @@ def _stock(
         command = [sys.executable, "-m", "benchmarks.serving.stock_worker", "--model", str(shapes.folder(model))]
         command += ["--served-model-name", model, "--max-model-len", str(_MAX_LEN), "--block-size", str(_BLOCK)]
         command += ["--enforce-eager", "--max-num-seqs", str(_SEATS), *_UNIPROC, "--disaggregation-mode", mode]
-        connector = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": place}
-        command += ["--kv-transfer-config", json.dumps(connector)]
+        if mode != "agg" or place == "cuda":
+            connector = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": place}
+            command += ["--kv-transfer-config", json.dumps(connector)]
         events = {"publisher": "zmq", "endpoint": f"ipc://{_socket(folder)}", "enable_kv_cache_events": True}
         command += ["--kv-events-config", json.dumps(events)]
         command += _flags(engine)

@@ -199,7 +199,7 @@ def _family(pid: int) -> list[psutil.Process]:
 
 @contextmanager
 def resting(systems: Iterable[System]) -> Iterator[None]:
-    """Their engines stand still meanwhile: an idle one with NIXL's progress thread takes most of a core."""
+    """Their engines stand still meanwhile: on two cores also an idle one takes some time."""
     engines = [
         member
         for system in systems
