@@ -147,9 +147,8 @@ class Clients(Child):
 def _started(begun: list[System], end: float, found: Crowd, say: Callable[[str], None]) -> list[System]:
     systems = []
     for system in begun:
-        began = time.monotonic()
         try:
-            system.wait(max(1.0, end - began))
+            _wait(system, end)
         except MigrateError as error:
             say(str(error))
             found.errors.append(str(error)[-2000:])
@@ -160,6 +159,15 @@ def _started(begun: list[System], end: float, found: Crowd, say: Callable[[str],
     if len(systems) < 2:
         raise MigrateError(f"only {', '.join(s.kind for s in systems) or 'no system'} started; see the errors above")
     return systems
+
+
+def _wait(system: System, end: float) -> None:
+    try:
+        system.wait(max(1.0, end - time.monotonic()))
+    except MigrateError:
+        # Three starts at once: one may run into a time-out of etcd's. What has ended gets a second chance.
+        system.start_missing()
+        system.wait(max(1.0, end - time.monotonic()))
 
 
 def _chosen(system: System) -> list[str]:
