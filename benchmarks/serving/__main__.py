@@ -64,7 +64,7 @@ def main(
     ] = "",
     rate: Annotated[float, typer.Option(help="requests per second")] = 3.0,
     repeats: Annotated[int, typer.Option(help="times each workload is run on each system")] = 0,
-    restart_s: Annotated[float, typer.Option(help="seconds of load while workers restart; 0: 120, --quick: 90")] = 0.0,
+    restart_s: Annotated[float, typer.Option(help="seconds of load while workers restart; 0: 90, --quick: 60")] = 0.0,
     trace: Annotated[Path | None, typer.Option(help="lengths from an Azure, BurstGPT or Mooncake trace")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     devices: Annotated[str, typer.Option(help="GPUs that workers take in turn, joined by commas; empty: CPU")] = "",
@@ -100,7 +100,7 @@ def main(
         if names == [_CROWD]:
             return
     if not report_only:
-        restart = restart_s or (90.0 if quick else 120.0)
+        restart = restart_s or (60.0 if quick else 90.0)
         scale = Scale(rate, 6.0 if quick else 20.0, restart_s=restart, seed=seed)
         scale = msgspec.structs.replace(scale, trace=str(trace or ""))
         found = Report(machine(), model, transport.value, scale, Slo(), time.strftime("%Y-%m-%d"))
@@ -117,7 +117,7 @@ def main(
             json.write_bytes(msgspec.json.format(msgspec.json.encode(whole), indent=0))
 
         with tempfile.TemporaryDirectory(prefix="dynamo-migrate-bench-") as scratch, Load(Path(scratch)) as load:
-            plan = _QUICK if quick and not (systems or workloads) else _PLAN
+            plan = _QUICK if quick and not workloads else _PLAN
             if chosen:
                 plan = {kind: [w for w in planned if w in chosen] for kind, planned in plan.items()}
             _run(found, load, names, plan, repeats or (1 if quick else 3), logs, engine, gpus, console, keep)

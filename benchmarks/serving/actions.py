@@ -49,10 +49,13 @@ def moves(system: System, control: Control | None, over: threading.Event) -> lis
 
 
 def rolling_restart(system: System, control: Control | None, over: threading.Event) -> list[Event]:
-    """SIGTERM to each worker in turn, decode workers first; the next one follows when the new one serves."""
+    """SIGTERM to each decode worker in turn; the next one follows when the new one serves.
+
+    Not to the only prefill worker: while there is none, Dynamo's frontend answers with 503.
+    """
     events: list[Event] = []
     over.wait(_LEAD_S)
-    for part in sorted(system.workers, key=lambda part: part.role == "prefill"):
+    for part in [part for part in system.workers if part.role != "prefill"]:
         if over.is_set():
             events.append(Event(f"no load left to restart {part.name} under", time.perf_counter(), time.perf_counter()))
             continue

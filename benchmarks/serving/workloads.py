@@ -37,7 +37,7 @@ class Workload(StrEnum):
     MOVED = "moved"
     """As long, with a migration every second."""
     RESTART = "restart"
-    """As long, with SIGTERM to each worker in turn and its restart."""
+    """As long, with SIGTERM to each decode worker in turn and its restart."""
     SCALE_DOWN = "scale-down"
     """As long, with SIGTERM to one decode worker that does not come back."""
 

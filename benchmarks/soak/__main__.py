@@ -18,7 +18,7 @@ from rich.console import Console
 
 from benchmarks.graph import end_on_sigterm, machine
 from benchmarks.serving.load import Control
-from benchmarks.serving.parts import Kind, Part
+from benchmarks.serving.parts import Kind, Part, Size
 from benchmarks.serving.systems import System, running
 from benchmarks.soak.memory import Memory, plot
 from benchmarks.soak.report import Report
@@ -27,6 +27,8 @@ from components.transfer import Transport
 
 _STEP_S = 0.02
 """Of the engine without a model, which would otherwise be done before anything can be moved."""
+_SIZE = Size(2, 2)
+"""Without any prefill worker Dynamo's frontend answers with 503: one stays while the other is restarted."""
 _IDLE_S = 60.0
 """How long workers may take to be empty after the last request."""
 
@@ -170,7 +172,7 @@ def main(
         overrides.append(f"--Common.engine-args={{step_s: {_STEP_S}}}")
     with (
         tempfile.TemporaryDirectory() as scratch,
-        running(Kind.OURS, model, transport, logs or Path(scratch), tuple(overrides)) as system,
+        running(Kind.OURS, model, transport, logs or Path(scratch), tuple(overrides), size=_SIZE) as system,
     ):
         console.print(f"up: {', '.join(part.name for part in system.parts)}")
         asyncio.run(_soak(system, report, distinct, at_once, every_s, restart_s, longest, seed, console))
