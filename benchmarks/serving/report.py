@@ -141,8 +141,8 @@ def _disturbed(report: Report) -> list[str]:
         f"## Rolling restart, scale-down, migrations: {report.model}",
         "",
         f"{_where(report)}. Long outputs at {report.scale.rate / 2:g} requests/s. Restart: SIGTERM to each decode "
-        "worker in turn, started again (at low priority until it serves, since it has no machine of its own here), then "
-        "the next. Scale-down: SIGTERM to one decode worker for good. Moved: one migration every second. The goal is no "
+        "worker in turn, started again (at low priority until it serves: it has no machine of its own here), then the "
+        "next. Scale-down: SIGTERM to one decode worker for good. Moved: one migration every second. The goal is no "
         "failed request and a p99 ITL of at most 3 times the undisturbed one. ITL is that of requests that did not "
         "fail. Leaving: seconds from SIGTERM to the end of each worker.",
         "",
