@@ -14,6 +14,7 @@ from components.engine.protocol import FinishReason, Frozen, GenerateOutput, Gen
 from components.engine.vllm import VLLMEngine
 from components.engine.vllm.client import CoreClient
 from components.errors import NotMigratable, RequestNotFound
+from components.models import resolve
 from tests.integration.vllm_engines import Pair, start_pair
 
 pytestmark = pytest.mark.integration
@@ -27,7 +28,9 @@ def runner() -> Iterator[asyncio.Runner]:
 
 @pytest.fixture(scope="module")
 def pair(runner: asyncio.Runner, tiny_llama: str, etcd_url: str, request: pytest.FixtureRequest) -> Iterator[Pair]:
-    pair = runner.run(start_pair(tiny_llama, etcd_url, **getattr(request, "param", {})))
+    parameters = dict(getattr(request, "param", {}))
+    model = resolve(parameters.pop("model")) if "model" in parameters else tiny_llama
+    pair = runner.run(start_pair(model, etcd_url, **parameters))
     yield pair
     runner.run(pair.stop())
 
@@ -202,6 +205,33 @@ def test_no_token_changes_with_the_scheduler_that_does_not_run_ahead(
     runner: asyncio.Runner, pair: Pair, kind: str
 ) -> None:
     test_moved_to_and_fro_gives_the_same_tokens(runner, pair, kind, 64, live=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", [{"model": "smollm2", "dtype": "bfloat16"}], indirect=True, ids=["bfloat16"])
+@pytest.mark.parametrize("live", [True, False], ids=["live", "stop-and-copy"])
+@pytest.mark.parametrize(("temperature", "seed"), [(0.0, None), (0.7, 11), (1.5, 5)])
+def test_no_bit_of_a_log_probability_changes_in_bfloat16(
+    runner: asyncio.Runner, pair: Pair, temperature: float, seed: int | None, live: bool
+) -> None:
+    """Below the length from which the attention kernel's order of summing depends on the step."""
+
+    async def scenario() -> None:
+        sampling = Sampling(temperature=temperature, seed=seed, max_tokens=200, ignore_eos=True, logprobs=0)
+        for prompt in (7, 60, 200):
+            request = request_of(f"bf-{temperature}-{prompt}-{live}", prompt, sampling)
+            client, source, target = Client(), pair.a, pair.b
+            stream: object = source.generate(request)
+            for stop in (6, 40, 80, 120, 160):
+                await take_until(stream, client, stop)  # type: ignore[arg-type]
+                stream = await move(source, target, request, client, stream, live)
+                source, target = target, source
+            async for output in stream:  # type: ignore[attr-defined]
+                client.take(output)
+            plain = await run(pair.a, GenerateRequest(RequestId("plain"), request.prompt_token_ids, sampling))
+            assert (client.tokens, client.logprobs) == (plain.tokens, plain.logprobs)
+
+    runner.run(asyncio.wait_for(scenario(), 200))
 
 
 def plain_prompt(_: Client, kind: str, prompt: int, live: bool) -> tuple[int, ...]:
