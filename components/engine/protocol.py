@@ -47,6 +47,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    REPETITION = "repetition"
     CANCELLED = "cancelled"
     ERROR = "error"
     FROZEN = "frozen"

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
 
 from components.engine.protocol import FinishReason, GenerateOutput, TokenLogprob
 from components.engine.vllm import native
-from components.engine.vllm.sampling import logprobs_of
+from components.engine.vllm.sampling import finish_reason, logprobs_of
 from components.errors import InvalidRequest
 
+REPEATS = RepetitionDetectionParams(max_pattern_size=3, min_pattern_size=1, min_count=4)
 PROMPT = {"prompt_token_ids": [1, 2, 3]}
 
 
@@ -71,6 +72,14 @@ def test_prompts_that_are_more_than_tokens_and_hints_stay() -> None:
     assert native.why_fixed({**PROMPT, "multi_modal_data": None}, SamplingParams(), {}) == ""
     assert "kv_hints" in native.why_fixed(PROMPT, SamplingParams(), {"kv_hints": object()})
     assert "rank 1" in native.why_fixed(PROMPT, SamplingParams(), {"data_parallel_rank": 1})
+
+
+def test_an_answer_that_repeats_itself_ends_for_the_same_reason() -> None:
+    found = native.decode(native.encode(native.Native(SamplingParams(repetition_detection=REPEATS))))
+    assert found.params.repetition_detection == REPEATS
+    reason = finish_reason("repetition")
+    made = native.OutputFace("r", [1]).make(GenerateOutput(3, (7,), finish_reason=reason))
+    assert made.finished and made.outputs[0].finish_reason == "repetition"
 
 
 def test_a_damaged_ticket_is_one_error() -> None:

@@ -47,6 +47,7 @@ def engine(model: Path | str, load_format: str = "auto", runner: str = "v1", ada
         "dtype": torch.bfloat16,
         "quantization": None,
         "cache_dtype": "auto",
+        "logits_processors": None,
     } | more
     vllm_config: Any = SimpleNamespace(
         model_config=SimpleNamespace(**values),
@@ -82,6 +83,7 @@ def test_whatever_changes_a_token_changes_the_fingerprint(model: Path) -> None:
         {"adapters": "another"},
         {"load_format": "dummy"},
         {"order": (0, 2, 1)},
+        {"logits_processors": ["package.module.Processor"]},
     ]
     assert len({same, *(engine(model, **change) for change in changes)}) == 1 + len(changes)
 

@@ -39,6 +39,7 @@ def fingerprint(vllm_config: VllmConfig, pools: Sequence[KVPool], runner: str, a
         "block_size": cache.block_size,
         "tp": vllm_config.parallel_config.tensor_parallel_size,
         "adapters": adapters,
+        "logits_processors": str(model.logits_processors),
         "pools": [(pool.name, str(pool.tensor.dtype), list(pool.tensor.shape[1:])) for pool in pools],
         "regions": [(r.order, [segment.length for segment in r.segments]) for r in regions_of(pools)],
     }

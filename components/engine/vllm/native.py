@@ -26,6 +26,7 @@ TRANSFER_KEY = "kv_transfer_params"
 _REASONS = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
+    FinishReason.REPETITION: "repetition",
     FinishReason.CANCELLED: "abort",
     FinishReason.ERROR: "error",
 }
@@ -131,6 +132,7 @@ MOVED = frozenset(
         "_bad_words_token_ids",
         "skip_reading_prefix_cache",
         "structured_outputs",
+        "repetition_detection",
     ]
 )
 """Fields of ``SamplingParams`` whose whole state is in the parameters, the tokens and the runner's own export.
@@ -142,7 +144,6 @@ FIXED = {
     "prompt_logprob_token_ids": "prompt_logprob_token_ids: they are produced once, during prefill",
     "prompt_logprob_start": "prompt_logprob_start: they are produced once, during prefill",
     "thinking_token_budget": "thinking budget: what has been thought so far does not travel",
-    "repetition_detection": "repetition_detection: what it has seen does not travel",
     "logprob_token_ids": "logprob_token_ids: their ranks do not travel",
     "flat_logprobs": "flat_logprobs: log-probabilities travel as rows",
     "routed_experts_prompt_start": "routed experts: they are collected by one engine",

@@ -23,7 +23,7 @@ _FINISH = {
     "length": FinishReason.LENGTH,
     "abort": FinishReason.CANCELLED,
     "error": FinishReason.ERROR,
-    "repetition": FinishReason.STOP,
+    "repetition": FinishReason.REPETITION,
 }
 
 
