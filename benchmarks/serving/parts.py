@@ -127,7 +127,7 @@ ENGINE = {
 }
 """The same for every engine. Leases outlive a machine whose cores are all taken by a start. vLLM says in its log what
 it has chosen."""
-ON_GPU = {"enforce-eager": False, "use-fp64-gumbel": False, "block-size": 16}
+ON_GPU = {"dtype": "bfloat16", "enforce-eager": False, "use-fp64-gumbel": False, "block-size": 16}
 """Engine arguments in which GPUs differ."""
 
 
