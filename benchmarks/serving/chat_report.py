@@ -25,9 +25,9 @@ def lines(chats: Chats) -> list[str]:
         f"## Chats of {TURNS} turns: {chats.model}",
         "",
         f"{chats.date}, {place(chats.machine)}. {FIRST_WORDS} words, then {WORDS} for each turn, answers of {ANSWER} "
-        f"tokens; later turns alone. Workers: {sizes}. Ours: this package. Stock: Dynamo with NixlConnector (on CPUs not "
-        "for agg: its threads take half of two cores). Both frontends choose by the KV that workers have (`kv`), one "
-        "system is talked to at a time. Goal: share of cached prompt "
+        f"tokens; later turns alone. Workers: {sizes}. Ours: this package. Stock: Dynamo with NixlConnector (on CPUs "
+        "not for agg: its threads take half of two cores). Both frontends choose by the KV that workers have (`kv`); "
+        "one system is talked to at a time. Goal: share of cached prompt "
         "tokens equal within 0.02, TTFT within 5%. In brackets: 95% intervals (bootstrap over whole repeats).",
         "",
         *table(header, rows),
