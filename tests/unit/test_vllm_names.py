@@ -8,6 +8,7 @@ against vLLM's annotations; ``test_vllm_migration`` plays them.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import textwrap
@@ -24,7 +25,8 @@ NAMES = {
         max_num_active_reqs needs_kv_cache_zeroing num_spec_tokens num_waiting_for_streaming_input requests running
         scheduler_reserve_full_isl use_v2_model_runner vllm_config waiting _enqueue_waiting_request _holds_kv_blocks
         _inflight_prefill_reserved_blocks _inflight_prefills _is_blocked_waiting_status finish_requests
-        get_request_counts has_finished_requests update_from_output""",
+        grammar_compile_error_reqs structured_output_manager get_request_counts has_finished_requests
+        update_from_output""",
     "vllm.v1.core.kv_cache_manager.KVCacheManager": """
         allocate_slots block_pool coordinator get_block_ids get_blocks get_computed_blocks pop_blocks_for_free
         truncate_computed_blocks""",
@@ -36,8 +38,13 @@ NAMES = {
         _output_token_ids append_output_token_ids client_index is_prefill_chunk kv_transfer_params lora_request
         max_tokens mm_features num_computed_tokens num_in_flight_tokens num_output_tokens num_preemptions
         num_prompt_tokens num_tokens output_token_ids prefill_stats priority prompt_embeds prompt_token_ids request_id
-        resumable sampling_params status use_structured_output""",
+        resumable sampling_params status structured_output_request use_structured_output""",
     "vllm.v1.request.RequestStatus": "PREEMPTED RUNNING WAITING WAITING_FOR_REMOTE_KVS",
+    "vllm.v1.structured_output.StructuredOutputManager": "executor vllm_config",
+    "vllm.v1.structured_output.request.StructuredOutputRequest": "_grammar grammar reasoner reasoning_ended",
+    "vllm.v1.structured_output.backend_types": "StructuredOutputGrammar",
+    "vllm.config.StructuredOutputsConfig": """
+        disable_additional_properties disable_any_whitespace enable_in_reasoning reasoning_parser""",
     "vllm.v1.core.sched.output.SchedulerOutput": "scheduled_cached_reqs kv_connector_metadata",
     "vllm.v1.core.sched.output.CachedRequestData": "resumed_req_ids",
     "vllm.v1.core.sched.output.NewRequestData": "prefill_token_ids prompt_token_ids num_computed_tokens",
@@ -70,6 +77,7 @@ PARAMETERS = {
     "vllm.v1.core.kv_cache_manager.KVCacheManager.truncate_computed_blocks": "blocks num_computed_tokens",
     "vllm.v1.core.sched.scheduler.Scheduler.finish_requests": "request_ids finished_status",
     "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": "scheduler_output model_runner_output",
+    "vllm.v1.structured_output.StructuredOutputManager.accept_tokens": "request new_token_ids",
     "vllm.v1.executor.Executor.collective_rpc": "method args",
     "vllm.v1.worker.gpu_input_batch.CachedRequestState": """
         req_id prompt_token_ids mm_features sampling_params generator block_ids num_computed_tokens output_token_ids
@@ -127,6 +135,19 @@ def test_an_internal_id_is_the_callers_with_eight_digits_behind_it() -> None:
     request: Any = SimpleNamespace(request_id="a-1-b", external_req_id=None)
     InputProcessor.assign_request_id(request)
     assert request.request_id != "a-1-b" and external_id(request) == "a-1-b"
+
+
+def test_vllm_reads_nothing_of_a_request_to_advance_its_grammar_but_what_a_replay_shows() -> None:
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    from components.engine.vllm.compat.grammars import Prefix
+
+    read: set[str] = set()
+    for method in ("accept_tokens", "_get_constraint_start", "_get_reasoner"):
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(getattr(StructuredOutputManager, method))))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "request":
+                read.add(node.attr)
+    assert read == {field.name for field in dataclasses.fields(Prefix)}
 
 
 def test_the_second_runner_resumes_from_all_tokens_and_samples_without_state() -> None:

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 from concurrent.futures import Future
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from components.errors import SessionError
 
@@ -46,6 +47,17 @@ def guide_of(manager: StructuredOutputManager, request: Request) -> str:
     return " ".join([type(grammar).__name__, *options])
 
 
+@dataclass
+class Prefix:
+    """A request as it was when it had fewer tokens: all that vLLM reads of it to advance its grammar."""
+
+    request_id: str
+    prompt_token_ids: list[int] | None
+    all_token_ids: list[int]
+    structured_output_request: StructuredOutputRequest
+    use_structured_output: bool = True
+
+
 class Replay:
     """The grammar of one request; see the module docstring."""
 
@@ -56,13 +68,9 @@ class Replay:
         self._manager = manager
         self._guided = guided
         compiled = guided._grammar
-        # What the manager sees of a request; its own would show the last tokens from the beginning.
-        self._seen: Any = SimpleNamespace(
-            request_id=request.request_id,
-            use_structured_output=True,
-            prompt_token_ids=request.prompt_token_ids,
-            all_token_ids=list(request.prompt_token_ids or ()),
-            structured_output_request=dataclasses.replace(guided, _grammar=None),
+        prompt = request.prompt_token_ids
+        self._prefix: Any = Prefix(
+            request.request_id, prompt, list(prompt or ()), dataclasses.replace(guided, _grammar=None)
         )
         self._count = 0
         # vLLM's own status for this leads to WAITING, where a request starts over.
@@ -73,14 +81,14 @@ class Replay:
         grammar = compiled.result() if isinstance(compiled, Future) else compiled
         if not isinstance(grammar, StructuredOutputGrammar):
             raise SessionError(f"the grammar could not be compiled: {grammar}")
-        self._seen.structured_output_request.grammar = grammar
+        self._prefix.structured_output_request.grammar = grammar
         self._accept(tokens)
         return grammar
 
     def _accept(self, tokens: Sequence[int]) -> None:
         for token in tokens:
-            self._seen.all_token_ids.append(token)
-            if not self._manager.accept_tokens(self._seen, [token]):
+            self._prefix.all_token_ids.append(token)
+            if not self._manager.accept_tokens(self._prefix, [token]):
                 raise SessionError(f"the grammar refuses output token {self._count}, which another engine made")
             self._count += 1
 
@@ -97,5 +105,5 @@ class Replay:
         if not self.ready:
             raise SessionError("the grammar is still being compiled here")
         self._accept(output_token_ids[self._count :])
-        seen = self._seen.structured_output_request
-        self._guided.reasoning_ended, self._guided.reasoner = seen.reasoning_ended, seen.reasoner
+        then = self._prefix.structured_output_request
+        self._guided.reasoning_ended, self._guided.reasoner = then.reasoning_ended, then.reasoner
