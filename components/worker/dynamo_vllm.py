@@ -31,13 +31,13 @@ from components.errors import ConfigError, MigrateError
 from components.metrics.export import address, expose
 from components.migration.peers import DynamoPeers
 from components.migration.requests import Options, Requests
-from components.worker import shim
+from components.worker import refusals, shim
 from components.worker.arguments import WorkerSettings, prepare
 from components.worker.control import Control
 from components.worker.engine_client import EngineClient
 from components.worker.handoff import Handoffs
-from components.worker.pinned import Pinned, handler_class
 from components.worker.state import WorkerStatus
+from components.worker.unrepeated import Unrepeated, handler_class
 
 logger = logging.getLogger(__name__)
 _CONNECTOR = "--kv-transfer-config"
@@ -52,7 +52,7 @@ class Migration:
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
         self.runtime: Any = None
-        self.pinned = Pinned()
+        self.unrepeated = Unrepeated()
         self.client: EngineClient | None = None
         self.status: WorkerStatus | None = None
         self.handoffs: Handoffs | None = None
@@ -62,7 +62,7 @@ class Migration:
         """Around Dynamo's ``setup_vllm_engine``."""
         prepare(config, self.settings)
         result = original(config, *args, **keywords)
-        self.client = EngineClient(result[0], self.pinned)
+        self.client = EngineClient(result[0], self.unrepeated)
         return result
 
     async def register(self, original: Any, *args: Any, **keywords: Any) -> Any:
@@ -77,7 +77,7 @@ class Migration:
 
     async def _serve(self, config: Any, endpoint: Any, client: EngineClient) -> None:
         engine = VLLMEngine(VLLMOptions({}, {}, lease_s=self.settings.lease_s))
-        info = await engine.serve(client.bare)
+        info = await engine.serve(client.bare, client.loras)
         role = str(getattr(config.disaggregation_mode, "value", config.disaggregation_mode))
         components = [config.component, *self.settings.components]
         peers = await DynamoPeers.connect(self.runtime, config.namespace, components)
@@ -161,9 +161,10 @@ def install(settings: WorkerSettings) -> Migration:
             migration.runtime = runtime
             await super().create(runtime, *args, **keywords)
 
+    refusals.install()
     # The names under which Dynamo's entry point looks them up.
     factory = vars(importlib.import_module("dynamo.vllm.worker_factory"))
-    factory["DecodeWorkerHandler"] = handler_class(factory["DecodeWorkerHandler"], migration.pinned)
+    factory["DecodeWorkerHandler"] = handler_class(factory["DecodeWorkerHandler"], migration.unrepeated)
     stock = importlib.import_module("dynamo.vllm.main")
     vars(stock)["WorkerFactory"] = Factory
     vars(stock)["install_signal_handlers"] = functools.partial(install_signal_handlers, drain_callback=migration.drain)

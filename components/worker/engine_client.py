@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from components.engine.protocol import RequestId
-from components.engine.vllm import native
+from components.engine.vllm import ids, native
+from components.engine.vllm.loras import Loras
 from components.migration.legs import Leg
 from components.migration.messages import Handover
 from components.migration.requests import Repeat, Requests
-from components.worker import pinned
 from components.worker.handoff import Entry, Handoffs, is_prefill
-from components.worker.pinned import Pinned
+from components.worker.unrepeated import Unrepeated
 
 _SHORT = "prefill: it ends with its first token"
 
@@ -32,10 +32,13 @@ class _Call:
 
     requests: Requests
     handoffs: Handoffs
+    loras: Loras
     prompt: Any
     params: Any
     request_id: RequestId
     keywords: dict[str, Any]
+    engine_fixes: str = ""
+    """Why no request of this engine moves."""
 
     @functools.cached_property
     def tokens(self) -> list[int] | None:
@@ -47,6 +50,19 @@ class _Call:
         """How outputs look that were made elsewhere."""
         return native.OutputFace(self.request_id, self.tokens)
 
+    @property
+    def adapter(self) -> str:
+        """Digest of its LoRA adapter; empty without one, and when it is not known."""
+        lora = self.keywords.get("lora_request")
+        return "" if lora is None else self.loras.digest(lora)
+
+    @property
+    def fixed(self) -> str:
+        """Why it cannot move; empty when it can."""
+        if self.keywords.get("lora_request") is not None and not self.adapter:
+            return "LoRA adapter: what it is made of is not known"
+        return native.why_fixed(self.prompt, self.params, self.keywords) or self.engine_fixes
+
     def encoded(self) -> bytes:
         """As another worker's engine takes it."""
         keywords = self.keywords
@@ -55,6 +71,7 @@ class _Call:
                 self.params,
                 priority=keywords.get("priority") or 0,
                 lora=keywords.get("lora_request"),
+                adapter=self.adapter,
                 cache_salt=self.prompt.get("cache_salt"),
                 session_id=keywords.get("session_id"),
                 trace_headers=dict(keywords["trace_headers"]) if keywords.get("trace_headers") else None,
@@ -79,13 +96,17 @@ class _Bare:
 class EngineClient:
     """See the module docstring. ``serve`` comes once the worker has joined the others."""
 
-    def __init__(self, llm: Any, pinned_ids: Pinned | None = None) -> None:
+    def __init__(self, llm: Any, unrepeated: Unrepeated | None = None) -> None:
         self.bare = _Bare(llm)
         self._generate = llm.generate
         self._abort = llm.abort
         self._requests: Requests | None = None
         self._handoffs: Handoffs | None = None
-        self.pinned = pinned_ids or Pinned()
+        self._unrepeated = unrepeated or Unrepeated()
+        self._engine_fixes = native.why_engine_fixes(llm.vllm_config)
+        self._model = llm.vllm_config.model_config
+        self.loras = Loras()
+        self.loras.watch(llm)
         # Dynamo reads the signature of ``generate``.
         llm.generate = functools.wraps(llm.generate)(functools.partial(self.generate))
         llm.abort = functools.wraps(llm.abort)(functools.partial(self.abort))
@@ -103,7 +124,17 @@ class EngineClient:
                 async for item in stream:
                     yield item
             return
-        call = _Call(self._requests, self._handoffs, prompt, sampling_params, RequestId(request_id), keywords)
+        call = _Call(
+            self._requests,
+            self._handoffs,
+            self.loras,
+            prompt,
+            sampling_params,
+            RequestId(request_id),
+            keywords,
+            self._engine_fixes,
+        )
+        ids.check(call.tokens, sampling_params, self._model)
         stream = self._prefill(call) if is_prefill(sampling_params) else self._stream(call)
         try:
             async with aclosing(stream):
@@ -149,8 +180,8 @@ class EngineClient:
             request_id,
             call.tokens or (),
             call.encoded,
-            fixed=native.why_fixed(call.prompt, params, call.keywords),
-            attached=native.why_attached(params) or (pinned.WHY if request_id in self.pinned else ""),
+            fixed=call.fixed,
+            attached=native.why_attached(params) or self._unrepeated.why(request_id),
             max_tokens=params.max_tokens,
             trace=call.keywords.get("trace_headers") or {},
         )

@@ -28,7 +28,7 @@ from components.migration.legs import Leg
 from components.migration.peers import DynamoPeers, short
 from components.migration.requests import Options, Repeat, Requests
 from components.serve.config import WorkerConfig, load_component_config
-from components.worker import forward_pass, mocker_payload, pinned
+from components.worker import forward_pass, mocker_payload, unrepeated
 from components.worker.arguments import WorkerSettings
 from components.worker.control import Control
 from components.worker.engines import build_engine
@@ -78,7 +78,7 @@ class Mocker:
             request.request_id,
             request.prompt_token_ids,
             native,
-            attached=pinned.WHY if pinned.is_pinned(payload) else "",
+            attached=unrepeated.why(payload),
             max_tokens=limit,
         )
         return self._requests.serve(leg, self._requests.engine.generate(request), PROTOCOL_FACE)

@@ -14,12 +14,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 import msgspec
 
-from components.engine.protocol import EngineStats, RequestInfo, RequestPhase
+from components.engine.protocol import EngineStats, RequestId, RequestInfo, RequestPhase
 from components.errors import WorkerLost
 from components.migration.legs import Arrival, Leg
 from components.migration.messages import RequestRow, RowCount
@@ -149,7 +149,7 @@ class Report:
 
     def _rows(self, table: list[RequestInfo]) -> Iterator[tuple[str, RequestRow]]:
         legs: dict[str, Leg] = {leg.engine_id: leg for leg in lives(self._requests)}
-        for info in table:
+        for info in _without_samples(table, legs):
             leg = legs.pop(info.request_id, None)
             row = RequestRow(
                 0,
@@ -189,6 +189,25 @@ class Report:
             relayed_from=short(away.owner.instance) if away is not None else "",
             moves=leg.moves,
         )
+
+
+def _without_samples(table: Iterable[RequestInfo], legs: Container[str]) -> Iterator[RequestInfo]:
+    """The engine's table, with the samples of a request (``n`` > 1) as one row: vLLM calls them ``0_ID``, ``1_ID``."""
+    samples: dict[str, RequestInfo] = {}
+    for info in table:
+        parent = RequestId(info.request_id.partition("_")[2])
+        if info.request_id in legs or parent not in legs:
+            yield info
+        elif (one := samples.get(parent)) is None:
+            samples[parent] = msgspec.structs.replace(info, request_id=parent)
+        else:
+            samples[parent] = msgspec.structs.replace(
+                one,
+                output_tokens=one.output_tokens + info.output_tokens,
+                kv_blocks=one.kv_blocks + info.kv_blocks,
+                preemptions=one.preemptions + info.preemptions,
+            )
+    yield from samples.values()
 
 
 def lives(requests: Requests) -> list[Leg]:

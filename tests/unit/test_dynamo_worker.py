@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
+from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 
 from components.errors import ConfigError
 from components.worker import dynamo_vllm, shim
@@ -21,7 +22,8 @@ def stock() -> Iterator[dict[str, Any]]:
     """Names of Dynamo's entry point and of its shutdown, put back afterwards."""
     main = vars(importlib.import_module("dynamo.vllm.main"))
     shutdown = vars(importlib.import_module("dynamo.common.utils.graceful_shutdown"))
-    before = [(names, dict(names)) for names in (main, shutdown)]
+    errors = vars(importlib.import_module("dynamo.vllm.errors"))
+    before = [(names, dict(names)) for names in (main, shutdown, errors)]
     yield main | {"timeout": lambda: shutdown[dynamo_vllm._DRAIN_TIMEOUT]}
     for names, values in before:
         names.update(values)
@@ -37,6 +39,21 @@ def test_dynamo_finds_our_factory_and_gives_a_drain_its_time(stock: dict[str, An
     assert main["install_signal_handlers"].func is stock["install_signal_handlers"]
     assert main["install_signal_handlers"].keywords == {"drain_callback": migration.drain}
     assert stock["timeout"]() >= before and stock["timeout"]() > drain_s
+
+
+async def test_what_vllm_refuses_is_told_in_its_words(stock: dict[str, Any]) -> None:
+    from dynamo.llm.exceptions import HttpError, InvalidArgument
+    from dynamo.vllm import handlers
+
+    async def refuses(error: Exception) -> AsyncIterator[None]:
+        raise error
+        yield
+
+    dynamo_vllm.install(WorkerSettings({}))
+    with pytest.raises(InvalidArgument, match="top_p must be positive"):
+        await anext(handlers._translate_vllm_client_errors(refuses(VLLMValidationError("top_p must be positive"))))
+    with pytest.raises(HttpError, match="404"):
+        await anext(handlers._translate_vllm_client_errors(refuses(VLLMNotFoundError("no such adapter"))))
 
 
 class Endpoint:

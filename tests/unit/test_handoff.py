@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.request import RequestStatus
@@ -368,20 +369,28 @@ async def test_a_prefill_worker_answers_for_a_request_that_runs_elsewhere() -> N
 class Llm:
     """An ``AsyncLLM`` that gives one token."""
 
-    def __init__(self) -> None:
+    def __init__(self, masks: bool = False, experts: bool = False) -> None:
         self.asked: list[SamplingParams] = []
+        self.prompts: list[Any] = []
+        model = SimpleNamespace(get_vocab_size=lambda: 1000, is_multimodal_model=False, return_sampling_mask=masks)
+        self.vllm_config = SimpleNamespace(model_config=model, aux_output_config=SimpleNamespace(enabled=experts))
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **keywords: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         self.asked.append(sampling_params)
+        self.prompts.append(prompt)
         item = output_of([7], "length")
-        if decode_marker(native.transfer_of(sampling_params)[MARKER]).lend:
+        marker = native.transfer_of(sampling_params).get(MARKER)
+        if marker is not None and decode_marker(marker).lend:
             item.kv_transfer_params = {"do_remote_prefill": True, MARKER: encode(Lent(frozen_of(prompt=3)))}
         yield item
 
     async def abort(self, request_id: str) -> None:
         pass
+
+    async def add_lora(self, lora_request: Any) -> bool:
+        return True
 
 
 async def test_a_prefill_worker_computes_what_is_new_and_nothing_that_has_an_owner() -> None:
@@ -397,6 +406,36 @@ async def test_a_prefill_worker_computes_what_is_new_and_nothing_that_has_an_own
     assert unpack(moved[-1].kv_transfer_params[MARKER], Handover).owner == Owner(9, 77)  # type: ignore[index]
     assert len(llm.asked) == 1 and handoffs.num_lent == 1
     await handoffs.release(RequestId("p-1"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "engine", "why"),
+    [
+        ({"prompt_token_ids": [1, 2]}, {}, ""),
+        ({"prompt_token_ids": [1, 2], "multi_modal_data": {"image": object()}}, {}, "images"),
+        ({"prompt_embeds": object()}, {}, "embeddings"),
+        ({"prompt_token_ids": [1, 2]}, {"masks": True}, "sampling masks"),
+        ({"prompt_token_ids": [1, 2]}, {"experts": True}, "routed experts"),
+    ],
+)
+async def test_requests_reach_the_engine_as_dynamos_handler_gave_them(
+    prompt: dict[str, Any], engine: dict[str, bool], why: str
+) -> None:
+    handoffs, requests, _, _ = worker()
+    llm, params = Llm(**engine), SamplingParams(max_tokens=5)
+    EngineClient(llm).serve(requests, handoffs)
+    async for _ in llm.generate(prompt, params, "one"):
+        assert why in requests.legs[RequestId("one")].fixed and bool(why) == bool(requests.legs[RequestId("one")].fixed)
+    assert llm.prompts[0] is prompt and llm.asked[0] is params
+
+
+async def test_an_unknown_token_never_reaches_the_engine() -> None:
+    handoffs, requests, _, _ = worker()
+    llm = Llm()
+    EngineClient(llm).serve(requests, handoffs)
+    with pytest.raises(VLLMValidationError, match="1000"):
+        await anext(llm.generate({"prompt_token_ids": [1000]}, SamplingParams(), "one"))
+    assert llm.asked == [] and not requests.legs
 
 
 async def test_a_repeat_is_billed_for_the_prompt_and_not_for_the_answer_so_far() -> None:

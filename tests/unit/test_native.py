@@ -60,6 +60,7 @@ def test_every_parameter_travels() -> None:
         ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"thinking_token_budget": 5}, "thinking"),
         ({"logprob_token_ids": [4], "logprobs": None}, "logprob_token_ids"),
+        ({"stop": ["end"], "detokenize": True}, "stop strings"),
     ],
 )
 def test_what_cannot_travel_says_so(change: dict[str, Any], word: str) -> None:

@@ -15,7 +15,7 @@ from components.client import Workers
 from components.engine.protocol import GenerateRequest, RequestId, Sampling
 from components.migration.events import Event
 from components.migration.messages import Mode
-from components.worker.pinned import Pinned, handler_class
+from components.worker.unrepeated import Unrepeated, handler_class
 from tests.paged import engines
 from tests.streams import Cluster, Wire
 
@@ -127,6 +127,21 @@ async def test_workers_tell_where_a_request_is_what_is_relayed_and_how_often_it_
         await workers.quiet()
 
 
+@pytest.mark.parametrize("mode", [Mode.LIVE, Mode.STOP_AND_COPY])
+async def test_what_cannot_travel_stays_and_goes_on(mode: Mode) -> None:
+    sampling = Sampling(temperature=0.0, max_tokens=300)
+    async with cluster(3) as workers:
+        answer = asyncio.ensure_future(workers.complete(PROMPT, sampling))
+        while not (here := [leg for node in workers.nodes for leg in node.status.running()]):
+            await asyncio.sleep(0.001)
+        here[0].fixed = "a reason"
+        record = await workers.move(mode)
+        assert record is not None and (record.ok, record.code, record.reason) == (False, "not_migratable", "a reason")
+        assert await answer == (await expected([PROMPT], sampling))[0]
+        assert workers.repeats == 0
+        await workers.quiet()
+
+
 async def test_a_drain_goes_on_when_who_asked_for_it_is_gone() -> None:
     sampling = Sampling(temperature=0.0, max_tokens=90)
     prompts = [(*PROMPT, 30 + n) for n in range(5)]
@@ -155,26 +170,33 @@ async def test_a_client_that_leaves_ends_its_request_wherever_it_runs() -> None:
         await workers.quiet()
 
 
-async def test_a_request_that_a_client_has_tied_to_a_worker_is_known_while_its_answer_lasts() -> None:
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        ({"routing": {"backend_instance_id": 7, "dp_rank": 0}}, "chosen the worker"),
+        ({"extra_args": {"nvext": {"extra_fields": ["engine_data"]}}}, "engine_data"),
+        # What the frontend writes itself when it has chosen a prefill worker.
+        ({"routing": {"prefill_worker_id": 7, "dp_rank": 0}}, ""),
+        ({"extra_args": {"nvext": {"extra_fields": ["timing"]}}, "nvext": None}, ""),
+    ],
+)
+async def test_a_request_that_is_not_repeated_is_known_while_its_answer_lasts(
+    request_: dict[str, Any], reason: str
+) -> None:
     class Context:
         def id(self) -> str:
-            return "tied"
+            return "this"
 
     class Stock:
         async def generate(self, request: dict[str, Any], context: Context) -> AsyncIterator[int]:
             yield 1
 
-    pinned = Pinned()
-    handler = handler_class(Stock, pinned)()
-    stream = handler.generate({"routing": {"backend_instance_id": 7, "dp_rank": 0}}, Context())
-    assert "tied" in pinned
+    unrepeated = Unrepeated()
+    stream = handler_class(Stock, unrepeated)().generate(request_, Context())
+    assert reason in unrepeated.why("this") and bool(reason) == bool(unrepeated.why("this"))
     assert [item async for item in stream] == [1]
     del stream
-    assert "tied" not in pinned
-    # What the frontend writes itself when it has chosen a prefill worker.
-    routing = {"prefill_worker_id": 7, "dp_rank": 0}
-    assert [item async for item in handler.generate({"routing": routing}, Context())] == [1]
-    assert "tied" not in pinned
+    assert unrepeated.why("this") == ""
 
 
 async def test_what_the_frontend_does_not_repeat_is_relayed_to_its_end() -> None:

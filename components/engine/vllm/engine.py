@@ -33,6 +33,7 @@ from components.engine.protocol import (
 from components.engine.vllm import arguments, native
 from components.engine.vllm.client import CoreClient
 from components.engine.vllm.control import MARKER, decode_frozen
+from components.engine.vllm.loras import Loras
 from components.engine.vllm.sampling import finish_reason, logprobs_of, marked, to_vllm
 from components.errors import (
     ConfigError,
@@ -81,6 +82,7 @@ class VLLMEngine:
     def __init__(self, options: VLLMOptions) -> None:
         self._options = options
         self._llm: Any = None
+        self._loras = Loras()
         self._client: CoreClient | None = None
         self._info: EngineInfo | None = None
         self._live: dict[RequestId, _Live] = {}
@@ -120,9 +122,9 @@ class VLLMEngine:
             raise ConfigError(f"vLLM did not start: {error}") from error
         return await self._describe(config)
 
-    async def serve(self, llm: Any) -> EngineInfo:
+    async def serve(self, llm: Any, loras: Loras) -> EngineInfo:
         """Instead of ``start``: take over an ``AsyncLLM`` that somebody else has made with ``arguments.configure``."""
-        self._llm = llm
+        self._llm, self._loras = llm, loras
         return await self._describe(llm.vllm_config)
 
     async def _describe(self, config: Any) -> EngineInfo:
@@ -197,6 +199,8 @@ class VLLMEngine:
         prompt: dict[str, Any] = {"prompt_token_ids": [*request.prompt_token_ids, *request.output_token_ids]}
         if request.native:
             given = native.decode(request.native)
+            if given.lora is not None:
+                given = msgspec.structs.replace(given, lora=self._loras.here(given.lora, given.adapter))
             salt, params, keywords = given.cache_salt, marked(given.params, request), given.keywords()
         else:
             salt, params = request.cache_salt, to_vllm(request, self.info.max_model_len)

@@ -39,6 +39,8 @@ class Native(msgspec.Struct, frozen=True, omit_defaults=True):
     params: SamplingParams
     priority: int = 0
     lora: LoRARequest | None = None
+    adapter: str = ""
+    """Digest of the LoRA adapter's contents."""
     cache_salt: str | None = None
     session_id: str | None = None
     trace_headers: dict[str, str] | None = None
@@ -161,10 +163,21 @@ def why_fixed(prompt: Any, params: SamplingParams, keywords: Mapping[str, Any]) 
     for field, reason in FIXED.items():
         if getattr(params, field) not in (None, False):
             return reason
+    if params.detokenize and params.stop:
+        return "stop strings that vLLM looks for itself: the text so far does not travel"
     if rank := keywords.get("data_parallel_rank"):
         return f"data-parallel rank {rank}: only engines of one rank move requests"
     if keywords.get("kv_hints") is not None:
         return "kv_hints: they name blocks of this engine"
+    return ""
+
+
+def why_engine_fixes(config: Any) -> str:
+    """Why no request of an engine with this ``VllmConfig`` can move exactly; empty when they can."""
+    if config.aux_output_config.enabled:
+        return "routed experts: they are collected by one engine"
+    if config.model_config.return_sampling_mask:
+        return "sampling masks: they are collected by one engine"
     return ""
 
 

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token ids that the model does not have: refused before the engine sees them, by vLLM or by this package."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.exceptions import VLLMClientError
+
+from components.engine.vllm import ids
+
+SIZE = 100
+MODEL: Any = SimpleNamespace(
+    get_vocab_size=lambda: SIZE, is_multimodal_model=False, max_logprobs=20, is_diffusion=False
+)
+IMAGES: Any = SimpleNamespace(get_vocab_size=lambda: SIZE, is_multimodal_model=True)
+
+
+def banned(*words: list[int]) -> SamplingParams:
+    params = SamplingParams()
+    # As Dynamo's handler sets them.
+    params._bad_words_token_ids = list(words)
+    return params
+
+
+@pytest.mark.parametrize("token", [-1, SIZE, 60_000, 2**40])
+@pytest.mark.parametrize("field", ["stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias"])
+def test_vllm_itself_refuses_unknown_ids(field: str, token: int) -> None:
+    params = SamplingParams(**{field: {token: 1.0} if field == "logit_bias" else [1, token]})
+    with pytest.raises(VLLMClientError, match=str(token)):
+        params.verify(MODEL, None, None, None)
+
+
+@pytest.mark.parametrize("word", [[SIZE], [1, 60_000], [-1], []])
+def test_banned_words_of_unknown_ids_are_refused(word: list[int]) -> None:
+    with pytest.raises(VLLMClientError, match="bad_words_token_ids"):
+        ids.check([1], banned([1], word), MODEL)
+    ids.check([1], banned([1], [0, SIZE - 1]), MODEL)
+
+
+def test_prompts_are_held_against_the_model_and_not_against_its_tokenizer() -> None:
+    with pytest.raises(VLLMClientError, match=r"\[100\] in prompt_token_ids"):
+        ids.check([1, SIZE], SamplingParams(), MODEL)
+    ids.check([0, SIZE - 1], SamplingParams(), MODEL)
+    # Placeholders of images have no embedding of their own.
+    ids.check([1, SIZE], SamplingParams(), IMAGES)
+    ids.check(None, SamplingParams(), MODEL)
