@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every row of docs/features.md on one served graph: three vLLM workers, Dynamo's own frontend.
+
+All requests run at once, and each is asked to move in the middle of its answer. What moves must give the answer of an
+unmoved request; what cannot move says why and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.adapters import make_adapter
+from tests.integration.features import FEATURES, ITEMS, Asked
+from tests.integration.graphs import PROMPT, Graph
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+LENGTH = 500
+ROWS = {
+    " ".join(filter(None, (feature, kind))): asked
+    for feature, row in FEATURES.items()
+    for kind, asked in row.asked.items()
+}
+
+
+@dataclass
+class Told:
+    """What became of one request."""
+
+    answer: dict[str, Any] = field(default_factory=dict)
+    """Without a move."""
+    moved: dict[str, Any] = field(default_factory=dict)
+    """With one, or with the try."""
+    record: dict[str, Any] = field(default_factory=dict)
+    row: dict[str, Any] = field(default_factory=dict)
+    """In the worker's table, when it was asked to move."""
+
+
+def read(reply: httpx.Response) -> dict[str, Any]:
+    """The answer as one dictionary, whole or streamed."""
+    assert reply.status_code == 200, reply.text
+    if not reply.headers["content-type"].startswith("text/event-stream"):
+        return dict(reply.json())
+    text, finish, usage = "", "", None
+    for line in reply.text.splitlines():
+        assert not line.startswith("event: error"), reply.text
+        if line.startswith("data: {"):
+            chunk = json.loads(line[6:])
+            usage = chunk.get("usage") or usage
+            for choice in chunk["choices"]:
+                text += choice.get("text") or choice.get("delta", {}).get("content") or ""
+                finish = choice.get("finish_reason") or finish
+    return {"choices": [{"index": 0, "text": text, "finish_reason": finish}], "usage": usage}
+
+
+def ask(graph: Graph, body: dict[str, Any], chat: bool = False) -> dict[str, Any]:
+    """One request and its answer."""
+    url = f"http://127.0.0.1:{graph.port}/v1/{'chat/completions' if chat else 'completions'}"
+    return read(httpx.post(url, json=body, timeout=240, trust_env=False))
+
+
+def body(asked: Asked, number: int, name: str) -> dict[str, Any]:
+    """What is sent for a row. Its length is its name in the workers' tables."""
+    fixed: dict[str, Any] = {"model": "tiny-llama", "max_tokens": LENGTH + number}
+    if asked.chat:
+        return fixed | {"messages": [{"role": "user", "content": f"{name} {PROMPT}"}]} | asked.body
+    return fixed | {"prompt": f"{name} {PROMPT}", "ignore_eos": True} | asked.body
+
+
+def content(choice: dict[str, Any]) -> str:
+    """Text of one choice, or the arguments of its tool call."""
+    message = choice.get("message") or {}
+    calls = message.get("tool_calls") or []
+    return str(calls[0]["function"]["arguments"] if calls else choice.get("text") or message.get("content") or "")
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> Iterator[Graph]:
+    folder = tmp_path_factory.mktemp("features")
+    red, blue = (make_adapter(folder / name, tiny_llama, seed) for seed, name in enumerate(("red", "blue")))
+    thinking = {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}
+    engine = {"max-loras": 2, "reasoning-config": thinking}
+    # Random weights like blanks better than the end of an answer.
+    engine["structured-outputs-config"] = {"backend": "xgrammar", "disable_any_whitespace": True}
+    overrides = (
+        "--AggWorker.replicas=3",
+        "--AggWorker.kv-memory-gib=0.5",
+        f"--AggWorker.engine-args={json.dumps(engine)}",
+        f"--Common.lora-modules={json.dumps({'red': red})}",
+    )
+    graph = Graph(folder, "agg", overrides, model="tiny-llama")
+    try:
+        graph.wait()
+        for process in graph.processes("AggWorker"):
+            url = f"http://127.0.0.1:{process.environ()['DYN_SYSTEM_PORT']}/v1/loras"
+            load = {"lora_name": "blue", "source": {"uri": Path(blue).as_uri()}}
+            reply = httpx.post(url, json=load, timeout=60, trust_env=False)
+            assert reply.status_code == 200, reply.text
+        wait_for_model(graph, "blue")
+        yield graph
+        graph.wait_until_idle()
+        assert graph.stop() == []
+    finally:
+        graph.stop()
+
+
+def wait_for_model(graph: Graph, name: str) -> None:
+    end = time.monotonic() + 30
+    while name not in {model.id for model in graph.client.models.list()}:
+        assert time.monotonic() < end, f"the frontend does not list {name}"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def told(graph: Graph) -> dict[str, Told]:
+    """All requests, moved and not."""
+    bodies = {name: body(asked, number, name) for number, (name, asked) in enumerate(ROWS.items())}
+    late = bodies["stop strings"]
+    text = content(ask(graph, {key: value for key, value in late.items() if key != "stop"})["choices"][0])
+    late["stop"] = [text[int(len(text) * 0.8) :][:12]]
+    worker = ask(graph, bodies["sampling greedy"] | {"max_tokens": 2, "nvext": {"extra_fields": ["worker_id"]}})
+    chosen = worker["nvext"]["worker_id"]
+    bodies["worker chosen by the client"]["nvext"] = {
+        "backend_instance_id": chosen.get("decode_worker_id") or next(iter(chosen.values()))
+    }
+    found = {name: Told() for name in ROWS}
+    with ThreadPoolExecutor(len(ROWS)) as pool:
+        running = {name: pool.submit(ask, graph, bodies[name], asked.chat) for name, asked in ROWS.items()}
+        while not all(answer.done() for answer in running.values()):
+            move_what_runs(graph, found)
+            time.sleep(0.05)
+        for name, answer in running.items():
+            found[name].moved = answer.result()
+        after = {name: pool.submit(ask, graph, bodies[name], asked.chat) for name, asked in ROWS.items()}
+        for name, answer in after.items():
+            found[name].answer = answer.result()
+    return found
+
+
+def move_what_runs(graph: Graph, found: dict[str, Told]) -> None:
+    """Ask every request to move that has not been asked yet."""
+    names, workers = list(found), graph.decoding()
+    asked = []
+    for request, row in graph.running().items():
+        number = (row.get("max_tokens") or 0) - LENGTH
+        if 0 <= number < len(names) and row["output_tokens"] > 5 and not found[names[number]].row:
+            target = workers[(workers.index(row["worker"]) + 1) % len(workers)]
+            asked.append((found[names[number]], row, json.dumps([request, row["worker"], target, "live"])))
+    if asked:
+        for (told, row, _), record in zip(
+            asked, graph.ask("migrate all", *(move for _, _, move in asked)), strict=True
+        ):
+            # One whose table was old may have ended.
+            if "error" not in record:
+                told.row, told.record = row, record
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+def test_it_is_served_and_moves_or_says_why_not(told: dict[str, Told], name: str) -> None:
+    asked, found = ROWS[name], told[name]
+    assert found.row, f"it ended before it was asked to move: {found.moved}"
+    if asked.stays:
+        assert found.record.get("code") == "not_migratable" and asked.stays in found.record["reason"], found.record
+        assert asked.stays in found.row.get("not_migratable", "")
+    else:
+        assert found.record.get("ok") and found.record["mode"] == "live", found.record
+    same(found.moved, found.answer)
+    texts = [content(choice) for choice in found.moved["choices"]]
+    if asked.fits:
+        assert re.fullmatch(asked.fits, texts[0]), texts
+    assert asked.holds in texts[0]
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Two answers to the same request, but for ids, times and what was in a cache."""
+    assert [content(choice) for choice in one["choices"]] == [content(choice) for choice in other["choices"]]
+    for a, b in zip(one["choices"], other["choices"], strict=True):
+        assert a["finish_reason"] == b["finish_reason"]
+        assert close(a.get("logprobs"), b.get("logprobs"))
+    for key in ("prompt_tokens", "completion_tokens"):
+        assert one["usage"][key] == other["usage"][key]
+
+
+def close(one: Any, other: Any) -> bool:
+    """Are they equal but for roundings?"""
+    if isinstance(one, float) and isinstance(other, float):
+        return one == pytest.approx(other, abs=1e-3)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(close(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(close, one, other))
+    return bool(one == other)
+
+
+def test_a_higher_priority_is_a_lower_number_for_vllm(told: dict[str, Told]) -> None:
+    assert told["priority"].row["priority"] == -3
+    assert told["sampling greedy"].row.get("priority", 0) == 0
+
+
+def test_answers_with_json_fit_their_schema(told: dict[str, Told]) -> None:
+    for kind in ("json", "json_schema", "tool_choice required", "tool_choice named"):
+        answer = told[f"guided decoding {kind}"].moved["choices"][0]
+        assert answer["finish_reason"] in ("stop", "tool_calls"), answer
+        assert len(json.loads(content(answer))["a"]) == ITEMS
+
+
+def test_all_samples_come_with_their_own_index(told: dict[str, Told]) -> None:
+    choices = told["n"].moved["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1]
+    assert len({content(choice) for choice in choices}) == 2
+
+
+def test_adapters_change_the_answer(told: dict[str, Told]) -> None:
+    texts = {name: content(told[name].moved["choices"][0])[:200] for name in told if name.startswith("LoRA")}
+    assert len(set(texts.values())) == 2
+
+
+def test_engine_data_is_of_the_whole_answer(told: dict[str, Told]) -> None:
+    found = told["extra_args, engine data"]
+    for answer in (found.moved, found.answer):
+        tokens = answer["nvext"]["engine_data"]["completion_token_ids"]
+        assert len(tokens) == answer["usage"]["completion_tokens"]
+
+
+def test_log_probabilities_of_the_prompt_come_once(told: dict[str, Told]) -> None:
+    rows = told["prompt_logprobs"].moved["nvext"]["prompt_logprobs"]
+    assert len(rows) == told["prompt_logprobs"].moved["usage"]["prompt_tokens"]
+
+
+def test_a_response_is_one_of_the_chat(graph: Graph) -> None:
+    url = f"http://127.0.0.1:{graph.port}/v1/responses"
+    reply = httpx.post(url, json={"model": "tiny-llama", "input": "x", "max_output_tokens": 5}, trust_env=False)
+    assert reply.status_code == 200 and reply.json()["output"][0]["content"][0]["text"]
