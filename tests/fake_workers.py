@@ -130,6 +130,9 @@ class Workers:
 
     siblings = instances
 
+    def prefill_workers(self) -> None:
+        return None
+
     async def call(self, instance: int, call: WorkerCall, timeout_s: float = 20.0) -> WorkerReply:
         self.calls.append((instance, call))
         if instance in self.lost:

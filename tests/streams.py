@@ -3,6 +3,9 @@
 
 ``Cluster.complete`` repeats requests as Dynamo 1.6.1's frontend was seen to: with the same id, the tokens so far
 behind the prompt and fewer ``max_tokens``, to a worker that has not had the request yet; without one the request fails.
+With prefill workers, each attempt passes one of them first. A dead worker stays in discovery for ``LEASE_S``.
+
+``Cluster.at`` is called whenever a session passes one of the ``State``s: there a test kills somebody.
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ import asyncio
 import functools
 import itertools
 import random
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
+from enum import StrEnum
 from typing import Any
 
 import msgspec
@@ -27,6 +32,47 @@ from components.migration.requests import Options, Repeat, Requests
 from components.worker.control import Control
 from components.worker.state import WorkerStatus
 from tests.paged import new_engine
+
+LEASE_S = 0.3
+
+
+class State(StrEnum):
+    """Where a session is: what has just happened. ``ASKED``: the callee does not know yet."""
+
+    RESERVE_ASKED = "reserve asked"
+    RESERVED = "reserved"
+    ATTACHED = "attached"
+    COPYING = "copying"
+    EXTENDED = "extended"
+    FREEZE_ASKED = "freeze asked"
+    FROZEN = "frozen"
+    COMMIT_ASKED = "commit asked"
+    COMMITTED = "committed"
+    FIRST_TOKEN = "first token"
+    RELEASED = "released"
+    RELAYED = "relayed"
+    TELLING = "telling"
+    TOLD = "told"
+    REPEATED = "repeated"
+    ADOPTED = "adopted"
+    PASSED_ON = "passed on"
+    TAKING_BACK = "taking back"
+    RESUMED = "resumed"
+
+
+_ASKED = {
+    WorkerOp.RESERVE: State.RESERVE_ASKED,
+    WorkerOp.COMMIT: State.COMMIT_ASKED,
+    WorkerOp.OWNERS: State.TELLING,
+    WorkerOp.ABORT: State.TAKING_BACK,
+}
+_OBEYED = {
+    WorkerOp.RESERVE: State.RESERVED,
+    WorkerOp.LANDING: State.COPYING,
+    WorkerOp.EXTEND: State.EXTENDED,
+    WorkerOp.COMMIT: State.COMMITTED,
+    WorkerOp.OWNERS: State.TOLD,
+}
 
 
 class Endpoint:
@@ -45,31 +91,65 @@ class Endpoint:
 class Node:
     """One worker process."""
 
-    def __init__(self, cluster: Cluster, instance: int, **engine: Any) -> None:
+    def __init__(self, cluster: Cluster, instance: int, role: str, **engine: Any) -> None:
         self.cluster = cluster
         self.instance = instance
+        self.role = role
         self.engine = new_engine(cluster.name, f"node-{instance}", **engine)
         self.endpoint = Endpoint()
         self.alive = True
         self.died = asyncio.Event()
+        self.died_at = 0.0
 
     async def start(self) -> None:
         info = await self.engine.start()
         options = Options(orphan_s=1.0, relay_below=4)
         self.requests = Requests(self.engine, Wire(self), self.instance, info.fingerprint, options)
-        self.status = WorkerStatus(self.requests, f"node-{self.instance}", "decode", info, self.endpoint)
+        self.status = WorkerStatus(self.requests, f"node-{self.instance}", self.role, info, self.endpoint)
         self.control = Control(self.requests, self.status)
         self.sweep = asyncio.ensure_future(self.requests.sweep())
+        self.engine.freeze = self._passing(self.engine.freeze, State.FREEZE_ASKED, State.FROZEN)  # type: ignore[method-assign]
+        self.engine.release = self._passing(self.engine.release, None, State.RELEASED)  # type: ignore[method-assign]
+        self.engine.resume = self._passing(self.engine.resume, None, State.RESUMED)  # type: ignore[method-assign]
+
+    def _passing(self, method: Callable[[RequestId], Any], before: State | None, after: State) -> Any:
+        async def passing(engine_id: RequestId) -> Any:
+            if before is not None:
+                await self.cluster.pass_by(before, self.instance, self.cluster.heading.get(engine_id.split("~")[0], 0))
+            result = await method(engine_id)
+            await self.cluster.pass_by(after, self.instance, self.cluster.heading.get(engine_id.split("~")[0], 0))
+            return result
+
+        return passing
+
+    @property
+    def listed(self) -> bool:
+        """Is it in discovery?"""
+        return self.alive or time.monotonic() - self.died_at < LEASE_S
 
     async def kill(self) -> None:
         """As kill -9: nothing is said to anybody."""
+        if not self.alive:
+            return
         self.alive = False
+        self.died_at = time.monotonic()
         self.died.set()
         self.sweep.cancel()
         await self.engine.stop()
 
-    async def handle(self, request: GenerateRequest, attached: str = "") -> AsyncGenerator[GenerateOutput, None]:
+    async def prefill(self, request_id: RequestId) -> Owner | None:
+        """Dynamo's handler of a prefill worker, which hands nothing over but whom it knows to have the request."""
+        await self.cluster.moment()
+        if not self.alive:
+            raise WorkerLost(f"node {self.instance} has died")
+        return self.requests.owners.get(request_id)
+
+    async def handle(
+        self, request: GenerateRequest, attached: str = "", owner: Owner | None = None
+    ) -> AsyncGenerator[GenerateOutput, None]:
         """Dynamo's handler."""
+        if owner is not None:
+            self.requests.owners.learn([(request.request_id, owner)])
         native = functools.partial(msgspec.msgpack.encode, request.sampling)
         limit = request.sampling.max_tokens
         repeated = self.requests.repeated(request.request_id, request.prompt_token_ids, native, limit)
@@ -96,21 +176,31 @@ class Wire:
         self._cluster = node.cluster
 
     def instances(self) -> list[int]:
-        return [node.instance for node in self._cluster.nodes if node.alive]
+        return [node.instance for node in self._cluster.everybody if node.listed]
 
     def siblings(self) -> list[int]:
-        return self.instances()
+        return [node.instance for node in self._cluster.nodes if node.listed and node.endpoint.registered]
+
+    def prefill_workers(self) -> list[int] | None:
+        first = self._cluster.prefills
+        return [node.instance for node in first if node.listed and node.endpoint.registered] if first else None
 
     async def call(self, instance: int, call: WorkerCall, timeout_s: float = 20.0) -> WorkerReply:
         self._alive()
-        node = self._cluster.reach(instance)
-        await self._cluster.moment()
+        cluster, here = self._cluster, self._node.instance
+        there = call.owners[0][1].instance if call.owners else instance
+        if call.op is WorkerOp.RESERVE:
+            cluster.heading[call.request_id] = instance
+        node = cluster.reach(instance)
+        await cluster.pass_by(_ASKED.get(call.op), here, there)
+        await cluster.moment()
         self._alive()
         reply: WorkerReply | None = None
         for _ in range(2 if self._cluster.chance("double") else 1):
             async with aclosing(node.control.serve(pack(call))) as answers:
                 async for item in answers:
                     reply = unpack(item, WorkerReply)
+        await cluster.pass_by(_OBEYED.get(call.op), here, there)
         await self._cluster.moment()
         if self._cluster.chance("lost answer"):
             raise WorkerLost("the answer got lost")
@@ -129,8 +219,13 @@ class Wire:
     ) -> AsyncGenerator[Attached, None]:
         node = self._cluster.reach(owner.instance)
         call = WorkerCall(WorkerOp.ATTACH, request_id, owner.life, index=index, tokens=token_ids)
+        passes = [State.ATTACHED, State.FIRST_TOKEN, State.RELAYED] if index == -1 else []
         async with aclosing(node.control.serve(pack(call))) as items:
             async for item in until(items, node.died, self._node.died):
+                if passes:
+                    await self._cluster.pass_by(passes.pop(0), self._node.instance, owner.instance)
+                    if not (node.alive and self._node.alive):
+                        break
                 yield unpack(item, Attached)
         self._alive()
         if not node.alive:
@@ -160,30 +255,43 @@ async def until(items: AsyncGenerator[Any, None], *ends: asyncio.Event) -> Async
 
 
 class Cluster:
-    """Nodes and one frontend."""
+    """Nodes and frontends."""
 
     def __init__(self, name: str, seed: int, faults: dict[str, float] | None = None) -> None:
         self.name = name
         self.rng = random.Random(seed)
         self.nodes: list[Node] = []
+        self.prefills: list[Node] = []
         self._faults = faults or {}
         self._ids = itertools.count()
         self.repeats = 0
         """How often the frontend was asked to send a request again."""
+        self.at: Callable[[State, int, int], None] = lambda state, source, destination: None
+        self.heading: dict[str, int] = {}
+        """Where a request moves to."""
 
-    async def start(self, count: int, **engine: Any) -> None:
-        for instance in range(1, count + 1):
-            node = Node(self, instance, **engine)
-            self.nodes.append(node)
+    @property
+    def everybody(self) -> list[Node]:
+        return self.nodes + self.prefills
+
+    async def start(self, count: int, prefills: int = 0, **engine: Any) -> None:
+        for number in range(count + prefills):
+            node = Node(self, number + 1, "decode" if number < count else "prefill", **engine)
+            (self.nodes if number < count else self.prefills).append(node)
             await node.start()
 
     async def stop(self) -> None:
-        for node in self.nodes:
-            if node.alive:
-                await node.kill()
+        for node in self.everybody:
+            await node.kill()
+
+    async def pass_by(self, state: State | None, source: int, destination: int) -> None:
+        """A session passes a state. Whoever dies there is dead when this returns."""
+        if state is not None:
+            self.at(state, source, destination)
+            await asyncio.sleep(0)
 
     def reach(self, instance: int) -> Node:
-        for node in self.nodes:
+        for node in self.everybody:
             if node.instance == instance and node.alive:
                 return node
         raise WorkerLost(f"node {instance} cannot be reached")
@@ -195,13 +303,30 @@ class Cluster:
         """A call takes a while, sometimes a long one."""
         await asyncio.sleep(self.rng.random() * (0.05 if self.chance("late") else 0.001))
 
-    async def complete(self, prompt: tuple[int, ...], sampling: Sampling, attached: str = "") -> list[int]:
-        """One request of a client, as the frontend sees to it. Raises ``WorkerLost`` when it has nobody left."""
+    async def _prefill(self, request_id: RequestId) -> Owner | None:
+        """What a prefill worker says of the request. Raises ``WorkerLost`` when there is none."""
+        tried: set[int] = set()
+        while free := [n for n in self.prefills if n.alive and n.instance not in tried]:
+            node = self.rng.choice(free)
+            tried.add(node.instance)
+            with suppress(WorkerLost):
+                return await node.prefill(request_id)
+        raise WorkerLost(f"{request_id}: no prefill worker")
+
+    async def complete(
+        self, prompt: tuple[int, ...], sampling: Sampling, attached: str = "", tokens: list[int] | None = None
+    ) -> list[int]:
+        """One request of a client, as the frontend sees to it. Raises ``WorkerLost`` when it has nobody left.
+
+        ``tokens`` gets what the client has, also when this raises.
+        """
         request_id = RequestId(f"request-{next(self._ids)}")
-        tokens: list[int] = []
+        tokens = [] if tokens is None else tokens
         tried: set[int] = set()
         most = sampling.max_tokens or 0
+        source = 0
         while True:
+            owner = await self._prefill(request_id) if self.prefills else None
             free = [n for n in self.nodes if n.alive and n.endpoint.registered and n.instance not in tried]
             if not free:
                 raise WorkerLost(f"{request_id}: no untried eligible worker remains")
@@ -209,7 +334,9 @@ class Cluster:
             tried.add(node.instance)
             left = msgspec.structs.replace(sampling, max_tokens=most - len(tokens))
             request = GenerateRequest(request_id, (*prompt, *tokens), left)
-            stream = node.handle(request, attached)
+            heir = self.heading.get(request_id, 0)
+            repeated = State.ADOPTED if heir == node.instance else State.PASSED_ON
+            stream = node.handle(request, attached, owner)
             try:
                 async with aclosing(stream):
                     async for output in until(stream, node.died):
@@ -220,9 +347,15 @@ class Cluster:
                             raise MigrateError(f"{request_id}: node {node.instance} cancelled it")
                         if output.finish_reason is not None and output.error is None:
                             return tokens
+                        if source:
+                            await self.pass_by(repeated, source, heir)
+                            source = 0
             except Repeat:
                 self.repeats += 1
+                source = node.instance
+                await self.pass_by(State.REPEATED, source, self.heading.get(request_id, 0))
                 continue
+            source = 0
             if node.alive:
                 raise MigrateError(f"{request_id}: the stream of node {node.instance} just ended")
 
@@ -242,7 +375,7 @@ class Cluster:
     async def quiet(self) -> None:
         """Wait until no engine has anything; raise ``SessionError`` when its blocks do not add up."""
         for _ in range(1500):
-            alive = [node for node in self.nodes if node.alive]
+            alive = [node for node in self.everybody if node.alive]
             if not any([await node.engine.requests() for node in alive]):
                 break
             await asyncio.sleep(0.02)

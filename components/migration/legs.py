@@ -42,8 +42,9 @@ class Away:
     """Its outputs, from the first token after the cut."""
     cut: tuple[int, ...]
     """All output tokens up to the cut."""
-    announced: bool = False
-    """Every worker that the frontend could choose knows the owner."""
+    told: frozenset[int] | None = None
+    """Workers that know the owner; None while they are being told."""
+    told_at: float = 0.0
 
 
 @dataclass(eq=False)

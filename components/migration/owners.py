@@ -32,7 +32,7 @@ class Owners:
         self._peers = peers
         self._instance = instance
         self._known: dict[RequestId, tuple[Owner, float]] = {}
-        self._telling: dict[RequestId, tuple[Owner, asyncio.Future[None]]] = {}
+        self._telling: dict[RequestId, tuple[Owner, asyncio.Future[frozenset[int]]]] = {}
         self._teller: asyncio.Task[None] | None = None
 
     def get(self, request_id: RequestId) -> Owner | None:
@@ -54,13 +54,14 @@ class Owners:
         until = time.monotonic() + OWNER_S
         self._known.update({request_id: (owner, until) for request_id, owner in owners})
 
-    async def announce(self, request_id: RequestId, owner: Owner) -> None:
-        """Return once all workers know the owner, or have not answered in time."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async def announce(self, request_id: RequestId, owner: Owner) -> frozenset[int]:
+        """The workers that know the owner, once all have answered or have not in time; this one is among them."""
+        waiting = self._telling.get(request_id)
+        done = waiting[1] if waiting is not None else asyncio.get_running_loop().create_future()
         self._telling[request_id] = (owner, done)
         if self._teller is None or self._teller.done():
             self._teller = asyncio.ensure_future(self._tell())
-        await done
+        return await asyncio.shield(done)
 
     async def _tell(self) -> None:
         while self._telling:
@@ -70,9 +71,12 @@ class Owners:
             call = WorkerCall(WorkerOp.OWNERS, owners=records)
             others = [instance for instance in self._peers.instances() if instance != self._instance]
             told = (self._peers.call(instance, call, _ANNOUNCE_S) for instance in others)
+            know = {self._instance}
             for other, answer in zip(others, await asyncio.gather(*told, return_exceptions=True), strict=True):
                 if isinstance(answer, Exception):
                     logger.warning("worker %s was not told of %d requests: %s", short(other), len(records), answer)
+                else:
+                    know.add(other)
             for _, done in batch.values():
                 if not done.done():
-                    done.set_result(None)
+                    done.set_result(frozenset(know))

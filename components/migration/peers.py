@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -32,7 +32,11 @@ class Peers(Protocol):
         ...
 
     def siblings(self) -> list[int]:
-        """Workers to which the frontend may give what it gives to this one; this one too."""
+        """Workers to which the frontend may give what it gives to this one; this one too. Cordoned ones are missing."""
+        ...
+
+    def prefill_workers(self) -> list[int] | None:
+        """Workers one of which has a request before one of ``siblings`` gets it; None where there is no such stage."""
         ...
 
     async def call(self, instance: int, call: WorkerCall, timeout_s: float = 20.0) -> WorkerReply:
@@ -51,16 +55,36 @@ class DynamoPeers:
 
     def __init__(self, clients: list[Any]) -> None:
         self._clients = clients
+        self._own: Any = None
+        self._first: list[Any] | None = None
 
     @classmethod
-    async def connect(cls, runtime: Any, namespace: str, components: list[str]) -> DynamoPeers:
-        """Clients of ``<namespace>.<component>.migrate`` for each component, the caller's own first."""
+    async def connect(cls, runtime: Any, namespace: str, components: Sequence[str]) -> DynamoPeers:
+        """Clients of ``<namespace>.<component>.migrate`` for each component."""
         names = dict.fromkeys(components)
         return cls([await runtime.endpoint(f"{namespace}.{name}.migrate").client() for name in names])
 
+    @classmethod
+    async def of_worker(
+        cls, runtime: Any, namespace: str, component: str, own: Any, others: Sequence[str], role: str
+    ) -> DynamoPeers:
+        """For a worker that serves ``own``, the endpoint to which frontends send its requests."""
+        peers = await cls.connect(runtime, namespace, [component, *others])
+        peers._own = await own.client()
+        if role == "decode":
+            stages = [name for name in dict.fromkeys(others) if name != component]
+            peers._first = [await runtime.endpoint(f"{namespace}.{name}.generate").client() for name in stages]
+        return peers
+
     def siblings(self) -> list[int]:
         """See ``Peers``."""
-        return sorted(self._clients[0].instance_ids())
+        return [] if self._own is None else sorted(self._own.instance_ids())
+
+    def prefill_workers(self) -> list[int] | None:
+        """See ``Peers``."""
+        if self._first is None:
+            return None
+        return sorted({instance for client in self._first for instance in client.instance_ids()})
 
     def instances(self) -> list[int]:
         """Workers that are in Dynamo's discovery."""

@@ -23,13 +23,14 @@ from components.engine.protocol import Engine, FinishReason, GenerateOutput, Gen
 from components.errors import InvalidRequest, MigrateError, RequestNotFound, SessionError, WorkerLost
 from components.migration.events import Event
 from components.migration.faces import PROTOCOL_FACE, Face
-from components.migration.legs import Arrival, Leg, new_life
+from components.migration.legs import Arrival, Away, Leg, new_life
 from components.migration.messages import Attached, Life, Owner, Ticket, WorkerCall, WorkerOp
 from components.migration.owners import Owners
 from components.migration.peers import Peers, follow
 
 logger = logging.getLogger(__name__)
 _SWEEP_S = 1.0
+_TELL_AGAIN_S = 1.0
 
 T = TypeVar("T")
 
@@ -115,7 +116,7 @@ class Requests:
                     yield output
                     if leg.over:
                         return
-                    if away.announced and not leg.attached and self._repeats(leg, len(made)):
+                    if self._repeats(leg, away, len(made)):
                         leg.handed_on = True
                         self.events[Event.REPEATED] += 1
                         raise Repeat(f"request {leg.request_id} runs at another worker")
@@ -152,19 +153,40 @@ class Requests:
         self.events[Event.RECOMPUTED] += 1
         return again
 
-    def _repeats(self, leg: Leg, made: int) -> bool:
+    def _repeats(self, leg: Leg, away: Away, made: int) -> bool:
         """Shall the frontend repeat it?
 
         It never gives a request to a worker twice, and fails the request when it has nobody to give it to. So one
-        worker that it has not tried is kept for the loss of the owner, unless this process is about to end.
+        worker that it has not tried is kept for the loss of the owner, unless this process is about to end. Only
+        workers count that have just answered: discovery goes on listing a dead one. Whoever may get the request knows
+        its owner.
         """
-        if not self.options.repeats:
+        if not self.options.repeats or leg.attached or away.told is None:
             return False
-        untried = [instance for instance in self.peers.siblings() if instance not in leg.tried]
-        if self.closing:
-            return bool(untried)
-        enough = leg.max_tokens is None or leg.max_tokens - made >= self.options.relay_below
-        return enough and len(untried) > 1 and leg.away is not None and leg.away.owner.instance in untried
+        untried = {instance for instance in self.peers.siblings() if instance not in leg.tried}
+        if not self.closing:
+            enough = leg.max_tokens is None or leg.max_tokens - made >= self.options.relay_below
+            if not enough or len(untried) < 2 or away.owner.instance not in untried:
+                return False
+        fresh = time.monotonic() - away.told_at < _TELL_AGAIN_S
+        if fresh and untried and untried <= away.told and self._can_prefill(away.told):
+            return True
+        if not fresh:
+            away.told = None
+            self.spawn(self.tell(leg.request_id, away))
+        return False
+
+    def _can_prefill(self, told: frozenset[int]) -> bool:
+        """With prefill and decode apart a repeat passes a prefill worker. Ones without this package are told nothing."""
+        first = self.peers.prefill_workers()
+        ours = self.peers.instances()
+        return first is None or any(instance in told or instance not in ours for instance in first)
+
+    async def tell(self, request_id: RequestId, away: Away) -> None:
+        """Tell the other workers who has a request that has left."""
+        away.told = None
+        told = await self.owners.announce(request_id, away.owner)
+        away.told, away.told_at = told, time.monotonic()
 
     def _enter(self, leg: Leg) -> None:
         leg.served = True

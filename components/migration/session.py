@@ -3,7 +3,7 @@
 
     live            reserve, pre-copy rounds, freeze, commit, first token, release
     stop-and-copy   reserve without copying, freeze, commit all, first token, release
-    replay          end the life here and have the frontend repeat the request: its KV is recomputed
+    replay          as stop-and-copy, but the destination is offered no blocks: it computes the KV from the tokens
 
 Grant before freeze: the source is only frozen once the destination has granted seat and blocks. Whatever fails before
 the destination's first token has come ends with the request running at the source again, and the record says why.
@@ -27,7 +27,7 @@ from components.errors import DeadlineExceeded, MigrateError, NotMigratable, Req
 from components.migration.legs import Away, Leg, new_life
 from components.migration.messages import Mode, MoveRecord, Owner, Ticket, WorkerCall, WorkerOp, WorkerReply
 from components.migration.peers import follow, short
-from components.migration.requests import Repeat, Requests
+from components.migration.requests import Requests
 
 logger = logging.getLogger(__name__)
 _LANDING_S = 1.0
@@ -59,29 +59,12 @@ async def migrate(requests: Requests, leg: Leg, target: int, mode: Mode, limits:
                 raise RequestNotFound("the request has left this worker or has ended")
             if target == requests.instance:
                 raise SessionError("the request is already there")
-            record = await (
-                _replay(leg, requests, record)
-                if mode is Mode.REPLAY
-                else _Move(requests, leg, target, limits).run(record)
-            )
+            record = await _Move(requests, leg, target, limits).run(record)
             leg.moves += 1
     except MigrateError as error:
         record = msgspec.structs.replace(record, code=error.code, reason=str(error))
         logger.warning("request %s stays: %s", leg.request_id, error)
     return msgspec.structs.replace(record, total_s=time.monotonic() - begun)
-
-
-async def _replay(leg: Leg, requests: Requests, record: MoveRecord) -> MoveRecord:
-    if leg.attached or not requests.options.repeats:
-        raise NotMigratable(leg.attached or "the frontend does not repeat requests: --migration-limit is 0")
-    leg.away = Away(Owner(0, 0), _nobody(), tuple(leg.known()))
-    await requests.engine.abort(leg.engine_id)
-    return msgspec.structs.replace(record, ok=True)
-
-
-async def _nobody() -> AsyncGenerator[GenerateOutput, None]:
-    raise Repeat("the request is repeated from its tokens")
-    yield GenerateOutput(0)
 
 
 class _Move:
@@ -112,7 +95,7 @@ class _Move:
             first = asyncio.ensure_future(anext(relay))
             await self._pre_copy(rounds=self._limits.rounds if record.mode is Mode.LIVE else 0)
             await self._until(opened, first)
-            frozen, downtime = await self._cut_over(first, gap)
+            frozen, downtime = await self._cut_over(first, gap, record.mode)
         except BaseException:
             if first is not None:
                 first.cancel()
@@ -122,7 +105,7 @@ class _Move:
             raise
         leg.away = Away(self._owner, _chain(first.result(), relay), frozen.output_token_ids)
         await self._engine.release(leg.engine_id)
-        self._requests.spawn(self._settle(leg.away))
+        self._requests.spawn(self._requests.tell(leg.request_id, leg.away))
         with contextlib.suppress(MigrateError):
             self._status = await self._landing(0.0)
         recomputed = self._status.error and not self._status.bytes
@@ -142,7 +125,7 @@ class _Move:
             added_stall_s=max(0.0, downtime - gap),
         )
 
-    async def _cut_over(self, first: asyncio.Future[GenerateOutput], gap: float) -> tuple[Frozen, float]:
+    async def _cut_over(self, first: asyncio.Future[GenerateOutput], gap: float, mode: Mode) -> tuple[Frozen, float]:
         limit = min(self._limits.step_s, self._limits.lease_s / 2)
         announce = asyncio.ensure_future(self._hold(gap))
         commit: asyncio.Future[WorkerReply] | None = None
@@ -150,7 +133,8 @@ class _Move:
             async with asyncio.timeout(limit):
                 frozen = await self._engine.freeze(self._leg.engine_id)
                 last = self._leg.last_token_at
-                commit = asyncio.ensure_future(self._call(WorkerOp.COMMIT, frozen=frozen))
+                given = _without_blocks(frozen) if mode is Mode.REPLAY else frozen
+                commit = asyncio.ensure_future(self._call(WorkerOp.COMMIT, frozen=given))
                 await asyncio.wait((first, commit), return_when=asyncio.FIRST_EXCEPTION)
                 if commit.done():
                     commit.result()
@@ -171,11 +155,6 @@ class _Move:
         with contextlib.suppress(MigrateError):
             if gap:
                 await self._call(WorkerOp.EXPECT_COMMIT, hold_s=_HOLD_STEPS * gap)
-
-    async def _settle(self, away: Away) -> None:
-        """Tell the directory; a relay that nobody took is closed, so that the new owner sees itself unread."""
-        await self._requests.owners.announce(self._leg.request_id, away.owner)
-        away.announced = True
 
     async def _back(self) -> None:
         """Whatever was reached: the destination forgets the life, the source goes on."""
@@ -259,6 +238,12 @@ class _Move:
     async def _call(self, op: WorkerOp, **more: object) -> WorkerReply:
         call = WorkerCall(op, self._leg.request_id, self._owner.life, **more)  # type: ignore[arg-type]
         return await self._requests.peers.call(self._owner.instance, call, self._limits.step_s)
+
+
+def _without_blocks(frozen: Frozen) -> Frozen:
+    return msgspec.structs.replace(
+        frozen, offer=msgspec.structs.replace(frozen.offer, block_ids=(), num_tokens=0), checksums=()
+    )
 
 
 async def _chain(

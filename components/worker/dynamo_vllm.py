@@ -79,8 +79,9 @@ class Migration:
         engine = VLLMEngine(VLLMOptions({}, {}, lease_s=self.settings.lease_s))
         info = await engine.serve(client.bare, client.loras)
         role = str(getattr(config.disaggregation_mode, "value", config.disaggregation_mode))
-        components = [config.component, *self.settings.components]
-        peers = await DynamoPeers.connect(self.runtime, config.namespace, components)
+        peers = await DynamoPeers.of_worker(
+            self.runtime, config.namespace, config.component, endpoint, self.settings.components, role
+        )
         options = Options(repeats=self.settings.repeats)
         requests = Requests(engine, peers, int(endpoint.connection_id()), info.fingerprint, options)
         name = f"{int(endpoint.connection_id()):016x}"[-8:]

@@ -102,7 +102,7 @@ async def serve() -> None:
     prefix = f"{process.namespace()}.{component}"
     endpoint = runtime.endpoint(f"{prefix}.generate")
     instance = int(endpoint.connection_id())
-    peers = await DynamoPeers.connect(runtime, process.namespace(), [component, *settings.components])
+    peers = await DynamoPeers.of_worker(runtime, process.namespace(), component, endpoint, settings.components, mode)
     requests = Requests(engine, peers, instance, info.fingerprint, Options(repeats=settings.repeats))
     status = WorkerStatus(requests, short(instance), mode, info, endpoint, address(config.advertise_host))
     expose(status.metrics(), endpoint, process.namespace(), component)

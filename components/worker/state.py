@@ -133,7 +133,7 @@ class WorkerStatus:
         if leg is None or call.life not in (0, leg.life):
             raise RequestNotFound(f"request {call.request_id} does not run on worker {self._name}")
         target = call.target
-        if not target and call.mode is not Mode.REPLAY:
+        if not target:
             room = await self._peers()
             if not room:
                 raise NoRoom("no other worker of this role and model takes requests")

@@ -101,7 +101,7 @@ class _Nobody:
         """Nobody."""
         return []
 
-    siblings = instances
+    siblings = prefill_workers = instances
 
     async def call(self, instance: int, call: Any, timeout_s: float = 20.0) -> Any:
         """Nobody answers."""

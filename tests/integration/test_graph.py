@@ -30,14 +30,8 @@ def test_seeded_requests_repeat(graph: Graph) -> None:
     assert graph.complete("Tell me", 30, temperature=0.9, seed=6) != first
 
 
-# A replay is exact where sampling has no state: on CPUs vLLM's seeded sampling has one.
-@pytest.mark.parametrize(
-    ("mode", "sampling"),
-    [
-        *((mode, sampling) for mode in ("live", "stop-and-copy") for sampling in (GREEDY, SEEDED)),
-        ("replay", GREEDY),
-    ],
-)
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("mode", ["live", "stop-and-copy", "replay"])
 def test_a_migrated_stream_gives_the_text_of_an_unmigrated_one(
     graph: Graph, mode: str, sampling: dict[str, float]
 ) -> None:
@@ -57,7 +51,8 @@ def test_a_migrated_stream_gives_the_text_of_an_unmigrated_one(
 def test_wrong_requests_get_openai_errors(graph: Graph) -> None:
     with pytest.raises(openai.NotFoundError):
         graph.client.completions.create(model="no-such-model", prompt="x")
-    with pytest.raises(openai.BadRequestError, match="token"):
+    # Dynamo's frontend keeps a worker's reason to its log.
+    with pytest.raises(openai.BadRequestError, match="Invalid request"):
         graph.client.completions.create(model=MODEL, prompt="word " * 6000, max_tokens=5)
 
 
