@@ -10,14 +10,15 @@ from typing import Any
 
 from components.engine.paged import PagedEngine, PagedOptions
 from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, RequestId, Sampling
+from components.transfer import TransferAgent
 
 SMALL: dict[str, Any] = {"num_blocks": 32, "block_size": 4, "max_model_len": 120, "vocab_size": 1000}
 
 
-def new_engine(namespace: str, name: str, **options: Any) -> PagedEngine:
+def new_engine(namespace: str, name: str, agents: Any = TransferAgent, **options: Any) -> PagedEngine:
     """An engine whose agent lives in this process's memory."""
     agent = {"name": name, "namespace": namespace, "backends": ("local",)}
-    return PagedEngine(PagedOptions(agent, **{**SMALL, **options}))
+    return PagedEngine(PagedOptions(agent, **{**SMALL, **options}), agents)
 
 
 @asynccontextmanager

@@ -38,8 +38,10 @@ class Away:
     """The life that goes on elsewhere."""
 
     owner: Owner
+    first: GenerateOutput
+    """Its first output, which proved that it runs there."""
     relay: AsyncGenerator[GenerateOutput, None]
-    """Its outputs, from the first token after the cut."""
+    """The outputs after that one. Closed when nobody here passes them on: then the owner sees itself unread."""
     cut: tuple[int, ...]
     """All output tokens up to the cut."""
     told: frozenset[int] | None = None
@@ -67,7 +69,7 @@ class Leg:
     tried: frozenset[int] = frozenset()
     """Workers that have had this request from the frontend, which gives it to none of them again."""
     life: Life = field(default_factory=new_life)
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=lambda: time.monotonic())
     tokens: list[int] = field(default_factory=list)
     """Output tokens that have left this worker."""
     away: Away | None = None
@@ -113,7 +115,7 @@ class Arrival(Leg):
     committed: bool = False
     reader: int = 0
     """Number of the reader that has it; 0 before the first."""
-    unread_since: float | None = field(default_factory=time.monotonic)
+    unread_since: float | None = field(default_factory=lambda: time.monotonic())
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def add(self, output: GenerateOutput) -> None:

@@ -46,6 +46,8 @@ class Owner(msgspec.Struct, frozen=True):
     life: Life
     prompt_tokens: int = 0
     """How much of a repeated request is the client's prompt; the rest is the answer so far."""
+    moves: int = 0
+    """How often the request has moved: calls that tell of different moves may cross."""
 
 
 class Ticket(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -50,9 +50,11 @@ class Owners:
         self._known = {key: value for key, value in self._known.items() if value[1] > now}
 
     def learn(self, owners: Sequence[tuple[RequestId, Owner]]) -> None:
-        """Take another worker's records in."""
+        """Take another worker's records in, but those of an earlier move than one that is known."""
         until = time.monotonic() + OWNER_S
-        self._known.update({request_id: (owner, until) for request_id, owner in owners})
+        for request_id, owner in owners:
+            if (known := self.get(request_id)) is None or owner.moves >= known.moves:
+                self._known[request_id] = (owner, until)
 
     async def announce(self, request_id: RequestId, owner: Owner) -> frozenset[int]:
         """The workers that know the owner, once all have answered or have not in time; this one is among them."""

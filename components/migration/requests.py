@@ -109,8 +109,8 @@ class Requests:
             leg.note(lost)
         made = list(away.cut)
         try:
-            async with aclosing(away.relay) as relay:
-                async for output in relay:
+            async with aclosing(away.relay):
+                async for output in _chain(away.first, away.relay):
                     made.extend(output.token_ids)
                     leg.over = output.finish_reason is not None
                     yield output
@@ -184,9 +184,10 @@ class Requests:
 
     async def tell(self, request_id: RequestId, away: Away) -> None:
         """Tell the other workers who has a request that has left."""
-        away.told = None
-        told = await self.owners.announce(request_id, away.owner)
-        away.told, away.told_at = told, time.monotonic()
+        away.told, owner = None, away.owner
+        told = await self.owners.announce(request_id, owner)
+        if away.owner is owner:
+            away.told, away.told_at = told, time.monotonic()
 
     def _enter(self, leg: Leg) -> None:
         leg.served = True
@@ -198,13 +199,18 @@ class Requests:
         if not isinstance(leg, Arrival) and self.legs.get(leg.request_id) is leg:
             del self.legs[leg.request_id]
         leg.left.set()
-        if leg.over or leg.handed_on or self.closing:
-            return
-        # The client has gone.
         if leg.away is not None:
-            self.spawn(self.peers.call(leg.away.owner.instance, _abort(leg.request_id, leg.away.owner.life)))
-        elif isinstance(leg, Arrival):
+            await self.let_go(leg, leg.away)
+        elif isinstance(leg, Arrival) and not (leg.over or leg.handed_on or self.closing):
+            # The client has gone.
             self.spawn(self.give_up(leg))
+
+    async def let_go(self, leg: Leg, away: Away) -> None:
+        """Nobody here passes on the tokens of a life that has left, or nobody does any more."""
+        await away.relay.aclose()
+        if leg.left.is_set() and not (leg.over or leg.handed_on or self.closing):
+            # The client has gone.
+            self.spawn(self.peers.call(away.owner.instance, _abort(leg.request_id, away.owner.life)))
 
     def claim(self, request_id: RequestId, token_ids: Sequence[int]) -> tuple[Arrival, int] | None:
         """The life that continues exactly these tokens here, and the output token to begin with.
@@ -241,7 +247,7 @@ class Requests:
         if owner is None:
             return None
         self.events[Event.PASSED_ON] += 1
-        here = Leg(request_id, request_id, tuple(token_ids), native, max_tokens=max_tokens)
+        here = Leg(request_id, request_id, tuple(token_ids), native, max_tokens=max_tokens, moves=owner.moves)
         return self._relayed(here, owner)
 
     async def _relayed(self, here: Leg, owner: Owner) -> AsyncGenerator[GenerateOutput, None]:
@@ -353,6 +359,10 @@ class Requests:
         leg = self.arrival(request_id, life)
         if token_ids:
             after = leg.index_after(token_ids)
+            if after is None and leg.away is not None:
+                # They may have been made since it left.
+                yield Attached(moved=leg.away.owner)
+                return
             if after is None:
                 raise RequestNotFound(f"life {life:x} of request {request_id} made other tokens")
             index = after
@@ -401,6 +411,14 @@ class Requests:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.warning("%s", error)
+
+
+async def _chain(
+    first: GenerateOutput, rest: AsyncGenerator[GenerateOutput, None]
+) -> AsyncGenerator[GenerateOutput, None]:
+    yield first
+    async for output in rest:
+        yield output
 
 
 def _abort(request_id: RequestId, life: Life) -> WorkerCall:

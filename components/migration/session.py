@@ -75,7 +75,7 @@ class _Move:
         self._engine = requests.engine
         self._leg = leg
         self._limits = limits
-        self._owner = Owner(target, new_life(), len(leg.prompt_token_ids))
+        self._owner = Owner(target, new_life(), len(leg.prompt_token_ids), leg.moves + 1)
         self._relay: AsyncGenerator[GenerateOutput, None] | None = None
         self._status = LandingStatus(reserved=False)
 
@@ -103,7 +103,9 @@ class _Move:
                 await asyncio.gather(first, return_exceptions=True)
             await asyncio.shield(self._back())
             raise
-        leg.away = Away(self._owner, _chain(first.result(), relay), frozen.output_token_ids)
+        leg.away = Away(self._owner, first.result(), relay, frozen.output_token_ids)
+        if not leg.served or leg.left.is_set():
+            await self._requests.let_go(leg, leg.away)
         await self._engine.release(leg.engine_id)
         self._requests.spawn(self._requests.tell(leg.request_id, leg.away))
         with contextlib.suppress(MigrateError):
@@ -169,7 +171,8 @@ class _Move:
     def _moved(self, owner: Owner) -> None:
         self._owner = owner
         if self._leg.away is not None:
-            self._leg.away.owner = owner
+            # Who has been told of the one before may not know this one yet.
+            self._leg.away.owner, self._leg.away.told, self._leg.away.told_at = owner, frozenset(), 0.0
 
     async def _until(self, opened: asyncio.Event, first: asyncio.Future[GenerateOutput]) -> None:
         waiting = asyncio.ensure_future(opened.wait())
@@ -200,7 +203,7 @@ class _Move:
             leg.max_tokens,
             leg.attached,
             dict(leg.trace),
-            leg.moves + 1,
+            self._owner.moves,
         )
         await self._call(WorkerOp.RESERVE, ticket=ticket, offer=offer)
 
@@ -244,14 +247,3 @@ def _without_blocks(frozen: Frozen) -> Frozen:
     return msgspec.structs.replace(
         frozen, offer=msgspec.structs.replace(frozen.offer, block_ids=(), num_tokens=0), checksums=()
     )
-
-
-async def _chain(
-    first: GenerateOutput, rest: AsyncGenerator[GenerateOutput, None]
-) -> AsyncGenerator[GenerateOutput, None]:
-    try:
-        yield first
-        async for output in rest:
-            yield output
-    finally:
-        await rest.aclose()
