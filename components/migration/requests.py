@@ -99,6 +99,12 @@ class Requests:
         finally:
             await self._leave(leg)
 
+    async def _go_on(self, leg: Arrival, index: int) -> AsyncGenerator[GenerateOutput, None]:
+        """``serve`` for a life that came from elsewhere, from output token ``index`` on."""
+        async with aclosing(leg.read(index)) as own, aclosing(self.serve(leg, own, PROTOCOL_FACE)) as stream:
+            async for output in stream:
+                yield output
+
     async def _relay(self, leg: Leg) -> AsyncGenerator[GenerateOutput, None]:
         away = leg.away
         if away is None:
@@ -128,8 +134,7 @@ class Requests:
                 raise Repeat(str(error)) from error
             leg.over = True
         # Its owner is lost. All that it needs is here: it is computed again here, after the tokens that have left.
-        again = self._again(leg, made)
-        async with aclosing(self.serve(again, again.read(len(made)), PROTOCOL_FACE)) as stream:
+        async with aclosing(self._go_on(self._again(leg, made), len(made))) as stream:
             async for output in stream:
                 yield output
 
@@ -242,7 +247,7 @@ class Requests:
         if (claimed := self.claim(request_id, token_ids)) is not None:
             leg, index = claimed
             self.events[Event.ADOPTED] += 1
-            return self.serve(leg, leg.read(index), PROTOCOL_FACE)
+            return self._go_on(leg, index)
         owner = self.owners.get(request_id)
         if owner is None:
             return None
@@ -274,8 +279,7 @@ class Requests:
         finally:
             if not here.over and not self.closing:
                 self.spawn(self.peers.call(at.instance, _abort(here.request_id, at.life)))
-        again = self._again(here, here.tokens)
-        async with aclosing(self.serve(again, again.read(len(here.tokens)), PROTOCOL_FACE)) as rest:
+        async with aclosing(self._go_on(self._again(here, here.tokens), len(here.tokens))) as rest:
             async for output in rest:
                 yield output
 
