@@ -53,7 +53,10 @@ def test_drain_empties_a_worker_with_16_running_requests_and_undrain_brings_it_b
         victim.append(Counter(where.values()).most_common(1)[0][0])
         moves = graph.ask("drain", victim[0])
         assert list(where.values()).count(victim[0]) >= 16 and moves and not [m for m in moves if not m["ok"]]
-        assert not [running for running in graph.running().values() if running["worker"] == victim[0]]
+        # Tables are up to a second old.
+        end = time.monotonic() + 10
+        while left := [row for row in graph.running().values() if row["worker"] == victim[0]]:
+            assert time.monotonic() < end, left
 
     try:
         graph.disturbed(prompts, 600, drain, temperature=0)
