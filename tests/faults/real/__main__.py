@@ -111,11 +111,13 @@ def _sum_up(outcomes: list[Outcome], seconds: float) -> int:
     bad = sum(bool(outcome.problems) for outcome in outcomes)
     totals: Counter[str] = Counter()
     for outcome in outcomes:
-        totals += Counter(answers=outcome.answers, whole=outcome.whole, broken=outcome.broken, moves=outcome.moves)
+        names = ("answers", "whole", "broken", "refused", "moves")
+        totals += Counter({name: getattr(outcome, name) for name in names})
     rest = sorted(outcome.rest_s for outcome in outcomes)
     print(
         f"{len(outcomes)} runs, {bad} with problems; {totals['answers']} answers, {totals['whole']} whole, "
-        f"{totals['broken']} cut short by the loss of their frontend; {totals['moves']} migrations; at rest "
+        f"{totals['broken']} cut short by the loss of their frontend, {totals['refused']} refused without a prefill "
+        f"worker; {totals['moves']} migrations; at rest "
         f"after {statistics.median(rest):.1f} s (median), {rest[-1]:.1f} s at most; {seconds:.0f} s"
     )
     return bool(bad)

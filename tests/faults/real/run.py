@@ -2,7 +2,8 @@
 """A run from a seed: streams, migrations and one fault on a real system; then what must hold.
 
 1. Every client has the text of an undisturbed run. A client whose frontend was killed, or stood still for
-   longer than its lease, may have a prefix of it and an error.
+   longer than its lease, may have a prefix of it and an error. One that has nothing yet when the only prefill worker is
+   lost may be refused with 503, as by stock Dynamo.
 2. Within ``REST_S`` all workers are there again, no block is held, no stream is left, and new requests are served.
 """
 
@@ -38,6 +39,8 @@ class Outcome:
     whole: int = 0
     broken: int = 0
     """Answers cut short by the death of the frontend."""
+    refused: int = 0
+    """Requests that came while there was no prefill worker."""
     moves: int = 0
     rest_s: float = 0.0
 
@@ -52,6 +55,7 @@ class Run:
         self._undoing: list[threading.Timer] = []
         self._hold_s = 0.0
         self._may_break = False
+        self._may_refuse = False
         self.outcome = Outcome(seed)
 
     def play(self) -> Outcome:
@@ -124,6 +128,8 @@ class Run:
                 outcome.whole += 1
             elif self._may_break and answer.error:
                 outcome.broken += 1
+            elif self._may_refuse and not answer.text and "503" in answer.error:
+                outcome.refused += 1
             else:
                 ended = answer.error or answer.finish
                 outcome.problems.append(f"client {number} ended at {len(answer.text)} of {len(right)}: {ended}")
@@ -140,6 +146,7 @@ class Run:
             return
         process = self._chance.choice(processes)
         self._may_break = victim == "Frontend" and act != "stop"
+        self._may_refuse = victim == "PrefillWorker"
         if act == "kill":
             kill(process)
             return

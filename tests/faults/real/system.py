@@ -27,10 +27,8 @@ LEASE_S = 10
 _ASK_S = 10.0
 _MOST_OWED = 3
 """Answers that the asking process may owe before it is started anew."""
-_SETTINGS = (
-    "--Planner.interval-s=1",
-    "--Planner.decode-workers=[2,2]",
-)
+_DECODES = {"paged": 3, "vllm": 2}
+"""With three decode workers the frontend repeats a request that has moved once; with two the first one relays it."""
 
 
 @dataclass
@@ -47,7 +45,14 @@ class System(Graph):
 
     def __init__(self, folder: Path, engine: str, lease_s: int = LEASE_S) -> None:
         self.etcd, self.nats = Server("etcd", folder), Server("nats", folder)
-        overrides = (*_SETTINGS, *(PAGED if engine == "paged" else ("--Common.max-model-len=2048",)))
+        decodes = _DECODES[engine]
+        self._workers = 1 + decodes
+        planner = (
+            "--Planner.interval-s=1",
+            f"--Planner.decode-workers=[{decodes},{decodes}]",
+            f"--DecodeWorker.replicas={decodes}",
+        )
+        overrides = (*planner, *(PAGED if engine == "paged" else ("--Common.max-model-len=2048",)))
         where = {"ETCD_ENDPOINTS": self.etcd.url, "NATS_SERVER": self.nats.url, "ETCD_LEASE_TTL": str(lease_s)}
         super().__init__(folder, "planner", overrides, **where)
         self._asking = threading.Lock()
@@ -139,7 +144,7 @@ class System(Graph):
             return f"no worker answers: {status}"
         workers = status["workers"]
         held = [w for w in workers if not w["stats"] or w["stats"]["free_blocks"] != w["stats"]["total_blocks"]]
-        if len(workers) != 3:
+        if len(workers) != self._workers:
             return f"{len(workers)} workers: {[(w['worker'], w['role'], w['info']) for w in workers]}"
         silent = [(w["worker"], w["role"], w["missing"]) for w in workers if w["missing"]]
         if silent:
