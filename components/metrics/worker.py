@@ -100,10 +100,10 @@ class WorkerMetrics(Collector):
         if record.mode is not asked:
             self._fallbacks.labels(asked.value, record.code or "other").inc()
         self._duration.labels(mode).observe(record.total_s)
-        if record.mode is Mode.REPLAY:
-            return
         self._downtime.labels(mode).observe(record.downtime_s)
         self._stall.labels(mode).observe(record.added_stall_s)
+        if record.mode is Mode.REPLAY:
+            return
         self._rounds.labels(mode).observe(record.rounds)
         self._bytes.labels(mode, lane).inc(record.bytes)
         self._descriptors.labels(lane).inc(record.descriptors)

@@ -14,7 +14,9 @@ import pytest
 from components.client import Workers
 from components.engine.protocol import GenerateRequest, RequestId, Sampling
 from components.migration.events import Event
-from components.migration.messages import Mode
+from components.migration.messages import Mode, Owner
+from components.migration.owners import Owners
+from components.migration.peers import short
 from components.worker.unrepeated import Unrepeated, handler_class
 from tests.paged import engines
 from tests.streams import Cluster, Wire
@@ -24,9 +26,11 @@ ENGINE: dict[str, Any] = {"step_s": 0.001, "num_blocks": 128}
 
 
 @asynccontextmanager
-async def cluster(count: int, seed: int = 0, faults: dict[str, float] | None = None) -> AsyncIterator[Cluster]:
+async def cluster(
+    count: int, seed: int = 0, faults: dict[str, float] | None = None, prefills: int = 0
+) -> AsyncIterator[Cluster]:
     made = Cluster(uuid.uuid4().hex, seed, faults)
-    await made.start(count, **ENGINE)
+    await made.start(count, prefills, **ENGINE)
     try:
         yield made
     finally:
@@ -51,7 +55,7 @@ async def test_an_unmoved_request_is_as_without_migration() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("mode", [Mode.LIVE, Mode.STOP_AND_COPY])
+@pytest.mark.parametrize("mode", list(Mode))
 async def test_moved_requests_keep_their_tokens(count: int, mode: Mode) -> None:
     """With two workers the old one relays to the end, with more of them the frontend repeats the request."""
     sampling = Sampling(temperature=0.9, seed=5, max_tokens=80)
@@ -66,6 +70,41 @@ async def test_moved_requests_keep_their_tokens(count: int, mode: Mode) -> None:
         assert await answers == await expected(prompts, sampling)
         assert moves > 5
         await workers.quiet()
+
+
+async def test_a_replay_goes_to_the_worker_that_was_named() -> None:
+    sampling = Sampling(temperature=0.0, max_tokens=200)
+    async with cluster(4) as workers:
+        answer = asyncio.ensure_future(workers.complete(PROMPT, sampling))
+        await asyncio.sleep(0.02)
+        record = await workers.move(Mode.REPLAY)
+        assert record is not None and record.ok and record.mode is Mode.REPLAY and not record.bytes
+        [there] = [node for node in workers.nodes if short(node.instance) == record.target]
+        assert [leg.request_id for leg in there.status.running()] == ["request-0"]
+        assert await answer == (await expected([PROMPT], sampling))[0]
+        await workers.quiet()
+
+
+async def test_a_moved_request_is_relayed_while_no_prefill_worker_could_take_its_repeat() -> None:
+    sampling = Sampling(temperature=0.0, max_tokens=80)
+    async with cluster(4, prefills=1) as workers:
+        answer = asyncio.ensure_future(workers.complete(PROMPT, sampling))
+        await asyncio.sleep(0.02)
+        # Discovery goes on listing it for a while.
+        await workers.prefills[0].kill()
+        record = await workers.move()
+        assert record is not None and record.ok
+        assert await answer == (await expected([PROMPT], sampling))[0]
+        assert workers.repeats == 0
+        await workers.quiet()
+
+
+def test_an_announcement_that_a_later_one_has_overtaken_changes_nothing() -> None:
+    owners = Owners(None, 1)  # type: ignore[arg-type]
+    later, earlier = Owner(3, 30, moves=2), Owner(2, 20, moves=1)
+    owners.learn([(RequestId("r"), later)])
+    owners.learn([(RequestId("r"), earlier)])
+    assert owners.get(RequestId("r")) == later
 
 
 @pytest.mark.parametrize("seed", range(12))
