@@ -182,7 +182,7 @@ class Requests:
         return False
 
     def _can_prefill(self, told: frozenset[int]) -> bool:
-        """With prefill and decode apart a repeat passes a prefill worker. Ones without this package are told nothing."""
+        """With prefill and decode apart a repeat passes a prefill worker; one without this package is told nothing."""
         first = self.peers.prefill_workers()
         ours = self.peers.instances()
         return first is None or any(instance in told or instance not in ours for instance in first)
