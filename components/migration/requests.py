@@ -126,7 +126,7 @@ class Requests:
                         leg.handed_on = True
                         self.events[Event.REPEATED] += 1
                         raise Repeat(f"request {leg.request_id} runs at another worker")
-            return
+            raise WorkerLost("the relay was closed")
         except WorkerLost as error:
             logger.warning("request %s: %s", leg.request_id, error)
             if self.closing:
@@ -400,10 +400,10 @@ class Requests:
                 if not leg.over and leg.away is None:
                     self.events[Event.ORPHANED] += 1
                     logger.warning("request %s is given up: nobody has asked for its tokens", leg.request_id)
-                self.spawn(self.give_up(leg) if leg.away is None else self._forget(leg))
-
-    async def _forget(self, leg: Arrival) -> None:
-        self.arrivals.pop(leg.life, None)
+                # Nobody finds it from here on.
+                del self.arrivals[leg.life]
+                if leg.away is None:
+                    self.spawn(self.give_up(leg))
 
     def spawn(self, work: object) -> None:
         """Run something beside; its error is logged."""

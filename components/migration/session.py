@@ -24,7 +24,7 @@ import msgspec
 
 from components.engine.protocol import Frozen, GenerateOutput, KVOffer, LandingStatus
 from components.errors import DeadlineExceeded, MigrateError, NotMigratable, RequestNotFound, SessionError
-from components.migration.legs import Away, Leg, new_life
+from components.migration.legs import Arrival, Away, Leg, new_life
 from components.migration.messages import Mode, MoveRecord, Owner, Ticket, WorkerCall, WorkerOp, WorkerReply
 from components.migration.peers import follow, short
 from components.migration.requests import Requests
@@ -57,6 +57,9 @@ async def migrate(requests: Requests, leg: Leg, target: int, mode: Mode, limits:
         async with leg.lock:
             if leg.away is not None or leg.over:
                 raise RequestNotFound("the request has left this worker or has ended")
+            if isinstance(leg, Arrival) and leg.unread_since is not None:
+                # Its repeat is on the way, or it is left from a move whose source went on: then it is no owner.
+                raise SessionError("nobody reads the tokens of the request here at the moment")
             if target == requests.instance:
                 raise SessionError("the request is already there")
             record = await _Move(requests, leg, target, limits).run(record)
