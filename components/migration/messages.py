@@ -48,6 +48,8 @@ class Owner(msgspec.Struct, frozen=True):
     """How much of a repeated request is the client's prompt; the rest is the answer so far."""
     moves: int = 0
     """How often the request has moved: calls that tell of different moves may cross."""
+    tried: tuple[int, ...] = ()
+    """Workers to which the frontend had sent the request when it moved: it sends it to none of them again."""
 
 
 class Ticket(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -62,7 +64,7 @@ class Ticket(msgspec.Struct, frozen=True, omit_defaults=True):
     fingerprint: str
     output_token_ids: tuple[int, ...] = ()
     tried: tuple[int, ...] = ()
-    """Workers to which the frontend has sent the request: it sends it to none of them again."""
+    """As in ``Owner``."""
     max_tokens: int | None = None
     attached: str = ""
     """Why the frontend does not send this request again, so that somebody must relay it to its end; empty: it does."""

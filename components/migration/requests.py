@@ -252,7 +252,15 @@ class Requests:
         if owner is None:
             return None
         self.events[Event.PASSED_ON] += 1
-        here = Leg(request_id, request_id, tuple(token_ids), native, max_tokens=max_tokens, moves=owner.moves)
+        here = Leg(
+            request_id,
+            request_id,
+            tuple(token_ids),
+            native,
+            max_tokens=max_tokens,
+            moves=owner.moves,
+            tried=frozenset(owner.tried),
+        )
         return self._relayed(here, owner)
 
     async def _relayed(self, here: Leg, owner: Owner) -> AsyncGenerator[GenerateOutput, None]:

@@ -78,7 +78,7 @@ class _Move:
         self._engine = requests.engine
         self._leg = leg
         self._limits = limits
-        self._owner = Owner(target, new_life(), len(leg.prompt_token_ids), leg.moves + 1)
+        self._owner = Owner(target, new_life(), len(leg.prompt_token_ids), leg.moves + 1, tuple(leg.tried))
         self._relay: AsyncGenerator[GenerateOutput, None] | None = None
         self._status = LandingStatus(reserved=False)
 
