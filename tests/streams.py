@@ -103,7 +103,7 @@ class Node:
 
     async def start(self) -> None:
         info = await self.engine.start()
-        options = Options(orphan_s=1.0, relay_below=4)
+        options = Options(orphan_s=self.cluster.orphan_s, relay_below=4)
         self.requests = Requests(self.engine, Wire(self), self.instance, info.fingerprint, options)
         self.status = WorkerStatus(self.requests, f"node-{self.instance}", self.role, info, self.endpoint)
         self.control = Control(self.requests, self.status)
@@ -262,6 +262,7 @@ class Cluster:
         self.rng = random.Random(seed)
         self.nodes: list[Node] = []
         self.prefills: list[Node] = []
+        self.orphan_s = 1.0
         self._faults = faults or {}
         self._ids = itertools.count()
         self.repeats = 0

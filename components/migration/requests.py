@@ -127,7 +127,7 @@ class Requests:
                         self.events[Event.REPEATED] += 1
                         raise Repeat(f"request {leg.request_id} runs at another worker")
             raise WorkerLost("the relay was closed")
-        except WorkerLost as error:
+        except (WorkerLost, RequestNotFound) as error:
             logger.warning("request %s: %s", leg.request_id, error)
             if self.closing:
                 leg.handed_on = True
