@@ -23,8 +23,12 @@ from components.migration.messages import Mode
 
 
 async def main() -> None:
-    """Serve until the input ends."""
-    workers = await Workers.connect(process.connect(), process.namespace())
+    """Serve until the input ends, or until Dynamo's runtime has ended with its lease in etcd."""
+    runtime = process.connect()
+    cut_off = asyncio.ensure_future(process.until_cut_off(runtime, "tests"))
+    # It would see no workers from then on.
+    cut_off.add_done_callback(lambda _: os._exit(1))
+    workers = await Workers.connect(runtime, process.namespace())
     loop = asyncio.get_running_loop()
     while line := await loop.run_in_executor(None, sys.stdin.readline):
         name, *arguments = json.loads(line)
