@@ -9,6 +9,7 @@
     │   ├── NoRoom                  not enough free KV blocks now; the request stays where it is
     │   └── NotMigratable           this request can never move exactly (n > 1, prompt_logprobs)
     ├── SessionError                a migration session is in another state than the call needs
+    ├── EngineKiller                engines died with this request: end it, never repeat it
     ├── WorkerLost                  the worker died or cannot be reached: replay elsewhere
     ├── DeadlineExceeded            the step took longer than allowed: treat as failed, release
     └── TransferError               KV blocks could not be moved; see ``components.transfer``
@@ -88,6 +89,12 @@ class SessionError(MigrateError):
     """The call does not fit the state that the migration session is in."""
 
     code = "session"
+
+
+class EngineKiller(MigrateError):
+    """The request was in flight when several engines died: it gets an error, and no other engine."""
+
+    code = "engine_killer"
 
 
 class WorkerLost(MigrateError):

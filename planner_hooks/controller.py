@@ -107,6 +107,7 @@ class Controller:
         if all(worker.stats is None for worker in status.workers):
             raise WorkerLost("no worker tells its state")
         self._forget_shown(status)
+        self._backoff = {pair: until for pair, until in self._backoff.items() if until > self._clock()}
         active = (*self._active.values(), *(move for _, move in self._ended))
         capture, self.seen, plan = await asyncio.to_thread(self._decide, status, active)
         self._settle_gaps(capture)

@@ -37,6 +37,8 @@ class Observer:
         self._clock = clock
         self._remaining = RemainingEstimate()
         self._outputs: dict[str, int] = {}
+        self._workers: dict[str, str] = {}
+        """Where each of them was seen."""
         self._heard = Heard()
 
     def join(self, engines: Mapping[str, bytes]) -> None:
@@ -49,9 +51,14 @@ class Observer:
         there: dict[str, int] = {
             row.request_id: row.output_tokens for worker in status.workers for row in worker.requests
         }
+        answering = {worker.worker for worker in status.workers if not worker.missing}
         for gone in set(self._outputs) - set(there):
-            self._remaining.finished(self._outputs.pop(gone))
+            made = self._outputs.pop(gone)
+            # A worker that is not there any more has not said that its requests have ended.
+            if self._workers.pop(gone) in answering:
+                self._remaining.finished(made)
         self._outputs |= there
+        self._workers |= {row.request_id: worker.worker for worker in status.workers for row in worker.requests}
         moved = {move.request_id: move for move in status.moves if move.ok}
         decode = [w for w in status.workers if w.role in DECODE_ROLES and w.stats is not None and w.info is not None]
         # Lists beside each other, not one of tuples, which the garbage collector would look through again and again.

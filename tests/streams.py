@@ -15,7 +15,7 @@ import functools
 import itertools
 import random
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from enum import StrEnum
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, RequestId, Sampling
-from components.errors import MigrateError, WorkerLost, from_code
+from components.errors import DeadlineExceeded, MigrateError, WorkerLost, from_code
 from components.messages import pack, unpack
 from components.migration.faces import PROTOCOL_FACE
 from components.migration.legs import Leg
@@ -31,9 +31,48 @@ from components.migration.messages import Attached, Mode, MoveRecord, Owner, Wor
 from components.migration.requests import Options, Repeat, Requests
 from components.worker.control import Control
 from components.worker.state import WorkerStatus
+from tests.faults import clock
+from tests.faults.agent import VirtualAgent
+from tests.faults.agent import Wire as Lane
 from tests.paged import new_engine
 
 LEASE_S = 0.3
+
+
+def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """A test in virtual time: it takes as long as its work does, and the same order each time."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **keywords: Any) -> None:
+        clock.run(test(*args, **keywords))
+
+    return run
+
+
+def virtual_agents(seed: int = 0) -> Callable[[Any], Any]:
+    """For ``Cluster.start``: transfer agents of one cluster without threads."""
+    lane = Lane()
+    lane.chance, lane.piece_s = random.Random(seed), 5e-5
+    return lambda config: VirtualAgent(lane, config)
+
+
+class Fate(StrEnum):
+    """What becomes of a call. A stream of an ``attach`` breaks with any but the first."""
+
+    NORMAL = "normal"
+    TWICE = "double"
+    LATE = "late"
+    LOST = "lost"
+    LOST_ANSWER = "lost answer"
+    GIVEN_UP = "given up"
+    """It is handled long after its caller has been told that it took too long."""
+    KILL_BEFORE = "kill host before"
+    KILL_AFTER = "kill host after"
+    KILL_CALLER = "kill caller"
+
+
+_GIVEN_UP_S, _HANDLED_S = 0.3, 1.1
+_FATAL_ITEM = 4
 
 
 class State(StrEnum):
@@ -106,6 +145,8 @@ class Node:
         options = Options(orphan_s=self.cluster.orphan_s, relay_below=4)
         self.requests = Requests(self.engine, Wire(self), self.instance, info.fingerprint, options)
         self.status = WorkerStatus(self.requests, f"node-{self.instance}", self.role, info, self.endpoint)
+        # The clock of this loop, also where its time is virtual.
+        self.status._report._clock = asyncio.get_running_loop().time
         self.control = Control(self.requests, self.status)
         self.sweep = asyncio.ensure_future(self.requests.sweep())
         self.engine.freeze = self._passing(self.engine.freeze, State.FREEZE_ASKED, State.FROZEN)  # type: ignore[method-assign]
@@ -162,7 +203,8 @@ class Node:
                 attached=attached,
                 max_tokens=limit,
             )
-            repeated = self.requests.serve(leg, self.engine.generate(request), PROTOCOL_FACE)
+            outputs = self.requests.suspects.watched(self.engine.generate(request))
+            repeated = self.requests.serve(leg, outputs, PROTOCOL_FACE)
         async with aclosing(repeated):
             async for output in repeated:
                 yield output
@@ -192,23 +234,48 @@ class Wire:
         if call.op is WorkerOp.RESERVE:
             cluster.heading[call.request_id] = instance
         node = cluster.reach(instance)
+        fate = cluster.fate(call.op)
         await cluster.pass_by(_ASKED.get(call.op), here, there)
         await cluster.moment()
+        if fate is Fate.LATE:
+            await asyncio.sleep(_GIVEN_UP_S)
+        if fate is Fate.KILL_CALLER:
+            await self._node.kill()
+        if fate is Fate.KILL_BEFORE:
+            await node.kill()
         self._alive()
+        if fate is Fate.GIVEN_UP:
+            asyncio.ensure_future(self._late(node, call))
+        if fate in (Fate.LOST, Fate.GIVEN_UP):
+            await asyncio.sleep(min(timeout_s, _GIVEN_UP_S))
+            raise DeadlineExceeded(f"node {instance} did not answer {call.op}")
         reply: WorkerReply | None = None
-        for _ in range(2 if self._cluster.chance("double") else 1):
-            async with aclosing(node.control.serve(pack(call))) as answers:
-                async for item in answers:
-                    reply = unpack(item, WorkerReply)
+        for _ in range(2 if fate is Fate.TWICE else 1):
+            reply = await self._handled(node, call)
         await cluster.pass_by(_OBEYED.get(call.op), here, there)
         await self._cluster.moment()
-        if self._cluster.chance("lost answer"):
+        if fate is Fate.KILL_AFTER:
+            await node.kill()
+        if fate is Fate.LOST_ANSWER:
             raise WorkerLost("the answer got lost")
         if reply is None or not (node.alive and self._node.alive):
             raise WorkerLost(f"node {instance} has died")
         if reply.error is not None:
             raise from_code(*reply.error)
         return reply
+
+    async def _handled(self, node: Node, call: WorkerCall) -> WorkerReply | None:
+        reply: WorkerReply | None = None
+        async with aclosing(node.control.serve(pack(call))) as answers:
+            async for item in answers:
+                reply = unpack(item, WorkerReply)
+        return reply
+
+    async def _late(self, node: Node, call: WorkerCall) -> None:
+        """It comes though its caller has given up, perhaps in the middle of the request's next life."""
+        await asyncio.sleep(_HANDLED_S)
+        if node.alive:
+            await self._handled(node, call)
 
     def _alive(self) -> None:
         if not self._node.alive:
@@ -220,6 +287,7 @@ class Wire:
         node = self._cluster.reach(owner.instance)
         call = WorkerCall(WorkerOp.ATTACH, request_id, owner.life, index=index, tokens=token_ids)
         passes = [State.ATTACHED, State.FIRST_TOKEN, State.RELAYED] if index == -1 else []
+        fate, count = self._cluster.fate(WorkerOp.ATTACH), 0
         async with aclosing(node.control.serve(pack(call))) as items:
             async for item in until(items, node.died, self._node.died):
                 if passes:
@@ -227,6 +295,11 @@ class Wire:
                     if not (node.alive and self._node.alive):
                         break
                 yield unpack(item, Attached)
+                count += 1
+                if fate is not Fate.NORMAL and count == _FATAL_ITEM:
+                    if fate is Fate.KILL_AFTER:
+                        await node.kill()
+                    raise WorkerLost(f"the stream of node {owner.instance} broke")
         self._alive()
         if not node.alive:
             raise WorkerLost(f"node {owner.instance} has died")
@@ -300,6 +373,11 @@ class Cluster:
     def chance(self, fault: str) -> bool:
         return self.rng.random() < self._faults.get(fault, 0.0)
 
+    def fate(self, op: WorkerOp) -> Fate:
+        """What becomes of the next call: chance decides. Explorations put their own in place of this."""
+        calls = (Fate.TWICE, Fate.LOST_ANSWER) if op is not WorkerOp.ATTACH else ()
+        return next((fate for fate in calls if self.chance(fate)), Fate.NORMAL)
+
     async def moment(self) -> None:
         """A call takes a while, sometimes a long one."""
         await asyncio.sleep(self.rng.random() * (0.05 if self.chance("late") else 0.001))
@@ -342,8 +420,11 @@ class Cluster:
                 async with aclosing(stream):
                     async for output in until(stream, node.died):
                         tokens.extend(output.token_ids)
-                        if output.error is not None and output.error[0] != WorkerLost.code:
-                            raise from_code(*output.error)
+                        if output.error is not None:
+                            if output.error[0] != WorkerLost.code:
+                                raise from_code(*output.error)
+                            # Dynamo's worker ends its process when its engine has died.
+                            await node.kill()
                         if output.finish_reason is FinishReason.CANCELLED:
                             raise MigrateError(f"{request_id}: node {node.instance} cancelled it")
                         if output.finish_reason is not None and output.error is None:
@@ -355,6 +436,10 @@ class Cluster:
                 self.repeats += 1
                 source = node.instance
                 await self.pass_by(State.REPEATED, source, self.heading.get(request_id, 0))
+                continue
+            except WorkerLost:
+                # Asked after its engine's death: the same.
+                await node.kill()
                 continue
             source = 0
             if node.alive:

@@ -121,6 +121,9 @@ class KVOffer(msgspec.Struct, frozen=True, omit_defaults=True):
     generation: int
     block_hashes: tuple[bytes, ...] = ()
     """Content hashes (chained over token ids) of the full blocks; empty when not kept."""
+    room_tokens: int = 0
+    """Tokens for which the destination grants blocks, whatever of them it can copy: those that the request has, and
+    those that it may get until the commit, which then finds its blocks reserved."""
 
 
 class Frozen(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -135,6 +138,10 @@ class Frozen(msgspec.Struct, frozen=True, omit_defaults=True):
     """Checksum of each block of the offer, or only of the last ones; empty when switched off."""
     guide: str = ""
     """What guides it, in the engine's own words; empty for nothing. An engine with another guide does not take it."""
+    use_within_s: float = 0.0
+    """Whoever is given this reads the blocks for so long at most: half of the time for which they are kept, the other
+    half being for the way. 0: nobody has said.
+    """
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -22,7 +22,7 @@ from statistics import median
 import msgspec
 
 from components.engine.protocol import GenerateOutput, RequestId
-from components.errors import SessionError
+from components.errors import MigrateError, SessionError
 from components.migration.messages import Life, Owner
 
 _GAPS = 16
@@ -113,6 +113,8 @@ class Arrival(Leg):
     """Output tokens that were made elsewhere; complete from the commit on."""
     outputs: list[GenerateOutput] = field(default_factory=list)
     committed: bool = False
+    refused: MigrateError | None = None
+    """Why it has not landed."""
     reader: int = 0
     """Number of the reader that has it; 0 before the first."""
     unread_since: float | None = field(default_factory=lambda: time.monotonic())

@@ -102,6 +102,8 @@ class WorkerOp(StrEnum):
     ABORT = "abort"
     ATTACH = "attach"
     OWNERS = "owners"
+    SUSPECTS = "suspects"
+    """Requests that were in flight when the caller's engine died."""
     STATUS = "status"
     MIGRATE = "migrate"
     DRAIN = "drain"
@@ -124,6 +126,7 @@ class WorkerCall(msgspec.Struct, frozen=True, omit_defaults=True):
     index: int = 0
     """``attach``: output token to begin with; -1 for the first one that is made there."""
     owners: Annotated[tuple[tuple[RequestId, Owner], ...], msgspec.Meta(max_length=65536)] = ()
+    suspects: Annotated[tuple[RequestId, ...], msgspec.Meta(max_length=65536)] = ()
     target: int = 0
     """``migrate``: instance id of the destination; 0 lets the worker choose."""
     mode: Mode = Mode.LIVE

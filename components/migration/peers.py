@@ -18,6 +18,8 @@ from components.errors import DeadlineExceeded, MigrateError, WorkerLost, from_c
 from components.messages import pack, unpack
 from components.migration.messages import Attached, Owner, WorkerCall, WorkerOp, WorkerReply
 
+OPEN_S = 20.0
+
 
 def short(instance: int) -> str:
     """A worker's name for people. Instance ids of one etcd differ only in their last digits."""
@@ -145,6 +147,20 @@ class DynamoPeers:
                 context.stop_generating()
 
 
+async def _opened(stream: AsyncGenerator[Attached, None], owner: Owner) -> AsyncGenerator[Attached, None]:
+    """The items; the first one, which a worker that lives sends at once, within ``OPEN_S``."""
+    async with aclosing(stream):
+        try:
+            async with asyncio.timeout(OPEN_S):
+                first = await anext(stream, None)
+        except TimeoutError as error:
+            raise WorkerLost(f"worker {short(owner.instance)} did not take a reader within {OPEN_S:g} s") from error
+        if first is not None:
+            yield first
+        async for item in stream:
+            yield item
+
+
 async def follow(
     peers: Peers,
     owner: Owner,
@@ -157,17 +173,19 @@ async def follow(
     """Outputs of a request wherever it runs. ``moved`` is called with each next owner, ``opened`` once its first owner
     has the reader.
 
-    Raises what its owner reports, ``WorkerLost`` when a stream ends before the request does.
+    Raises what its owner reports, ``WorkerLost`` when its engine has died or a stream ends before the request does.
     """
     while True:
         heir: Owner | None = None
-        async with aclosing(peers.attach(owner, request_id, index, token_ids)) as stream:
+        async with aclosing(_opened(peers.attach(owner, request_id, index, token_ids), owner)) as stream:
             async for item in stream:
                 if item.error is not None:
                     raise from_code(*item.error)
                 if opened is not None:
                     opened()
                 for output in item.outputs:
+                    if output.error is not None and output.error[0] == WorkerLost.code:
+                        raise WorkerLost(output.error[1])
                     index, token_ids = output.index + len(output.token_ids), ()
                     yield output
                     if output.finish_reason is not None:

@@ -27,6 +27,7 @@ from components.migration.legs import Arrival, Away, Leg, new_life
 from components.migration.messages import Attached, Life, Owner, Ticket, WorkerCall, WorkerOp
 from components.migration.owners import Owners
 from components.migration.peers import Peers, follow
+from components.migration.suspects import Suspects
 
 logger = logging.getLogger(__name__)
 _SWEEP_S = 1.0
@@ -70,6 +71,7 @@ class Requests:
         """Outcomes of hand-overs from prefill to decode workers."""
         self.events: Counter[Event] = Counter()
         self.owners = Owners(peers, instance)
+        self.suspects = Suspects(peers, instance, self._in_flight)
         self._tasks: set[asyncio.Task[object]] = set()
 
     # Streams of this worker's handlers
@@ -194,7 +196,13 @@ class Requests:
         if away.owner is owner:
             away.told, away.told_at = told, time.monotonic()
 
+    def _in_flight(self) -> list[RequestId]:
+        """Requests that are in this worker's engine."""
+        legs = [*self.legs.values(), *self.arrivals.values()]
+        return [leg.request_id for leg in legs if leg.away is None and not leg.over]
+
     def _enter(self, leg: Leg) -> None:
+        self.suspects.require_few(leg.request_id)
         leg.served = True
         leg.tried |= {self.instance}
         if not isinstance(leg, Arrival):
@@ -316,6 +324,7 @@ class Requests:
             raise InvalidRequest("model, weights, runner or KV layout of the two workers differ")
         if ticket.life in self.arrivals:
             raise SessionError(f"life {ticket.life:x} of request {ticket.request_id} is here already")
+        self.suspects.require_few(ticket.request_id)
         engine_id = RequestId(f"{ticket.request_id}~{ticket.life:x}")
         leg = Arrival(
             ticket.request_id,
@@ -342,20 +351,25 @@ class Requests:
 
     async def _run(self, leg: Arrival, request: GenerateRequest) -> None:
         try:
-            async for output in self.engine.generate(request):
+            async for output in self.suspects.watched(self.engine.generate(request)):
                 if output.finish_reason is not FinishReason.FROZEN:
                     self.tokens_total += len(output.token_ids)
                 leg.add(output)
         except MigrateError as error:
-            leg.add(_failed(leg, error))
+            self._fail(leg, error)
         except Exception as error:
             logger.exception("request %s ended in this engine", leg.request_id)
-            leg.add(_failed(leg, WorkerLost(str(error))))
+            self._fail(leg, MigrateError(str(error)))
         finally:
             leg.over = leg.away is None
             if not leg.committed:
                 self.events[Event.NOT_LANDED] += 1
-                self.arrivals.pop(leg.life, None)
+                leg.refused = leg.refused or RequestNotFound(f"request {leg.request_id} has ended before its commit")
+
+    def _fail(self, leg: Arrival, error: MigrateError) -> None:
+        """Whoever asks for it is told why, until it is given up."""
+        leg.refused = None if leg.committed else error
+        leg.add(GenerateOutput(len(leg.known()), finish_reason=FinishReason.ERROR, error=(error.code, str(error))))
 
     def arrival(self, request_id: RequestId, life: Life) -> Arrival:
         """Raises ``RequestNotFound`` for a life that is not, or no longer, here."""
@@ -369,6 +383,8 @@ class Requests:
     ) -> AsyncGenerator[Attached, None]:
         """For the worker that a life came from, or one that got its repeat with ``token_ids``: see ``Attached``."""
         leg = self.arrival(request_id, life)
+        if leg.refused is not None:
+            raise leg.refused
         if token_ids:
             after = leg.index_after(token_ids)
             if after is None and leg.away is not None:
@@ -402,6 +418,7 @@ class Requests:
             await asyncio.sleep(_SWEEP_S)
             now = time.monotonic()
             self.owners.sweep()
+            self.suspects.sweep()
             for leg in list(self.arrivals.values()):
                 if leg.unread_since is None or now - leg.unread_since < self.options.orphan_s:
                     continue
@@ -435,7 +452,3 @@ async def _chain(
 
 def _abort(request_id: RequestId, life: Life) -> WorkerCall:
     return WorkerCall(WorkerOp.ABORT, request_id, life)
-
-
-def _failed(leg: Arrival, error: MigrateError) -> GenerateOutput:
-    return GenerateOutput(len(leg.known()), finish_reason=FinishReason.ERROR, error=(error.code, str(error)))

@@ -32,6 +32,10 @@ from components.migration.requests import Requests
 logger = logging.getLogger(__name__)
 _LANDING_S = 1.0
 """The destination answers after this time even when blocks are still on the way."""
+_ALMOST = 2
+"""Blocks that may be missing at the freeze."""
+_SPARE = 2 * _ALMOST
+"""Blocks that are granted beyond the tokens of an offer, for those that come until the freeze."""
 _HOLD_STEPS = 1.25
 """Gaps between tokens for which the destination waits for the commit: a step of the source and the way to it."""
 
@@ -46,6 +50,18 @@ class Limits:
     """Rounds of copying before the source is frozen anyway."""
     lease_s: float = 60.0
     """For so long the source's engine keeps a frozen request."""
+
+    @property
+    def frozen_s(self) -> float:
+        """The source goes on by itself after this time without a token from the destination."""
+        return min(self.step_s, self.lease_s / 2)
+
+
+def room_tokens(leg: Leg, block_size: int) -> int:
+    """Tokens for which a destination has to have blocks before the source is frozen."""
+    made = len(leg.known())
+    room = made + _SPARE * block_size
+    return len(leg.prompt_token_ids) + (room if leg.max_tokens is None else max(made, min(room, leg.max_tokens)))
 
 
 async def migrate(requests: Requests, leg: Leg, target: int, mode: Mode, limits: Limits) -> MoveRecord:
@@ -131,7 +147,7 @@ class _Move:
         )
 
     async def _cut_over(self, first: asyncio.Future[GenerateOutput], gap: float, mode: Mode) -> tuple[Frozen, float]:
-        limit = min(self._limits.step_s, self._limits.lease_s / 2)
+        limit = self._limits.frozen_s
         announce = asyncio.ensure_future(self._hold(gap))
         commit: asyncio.Future[WorkerReply] | None = None
         try:
@@ -139,6 +155,7 @@ class _Move:
                 frozen = await self._engine.freeze(self._leg.engine_id)
                 last = self._leg.last_token_at
                 given = _without_blocks(frozen) if mode is Mode.REPLAY else frozen
+                given = msgspec.structs.replace(given, use_within_s=limit)
                 commit = asyncio.ensure_future(self._call(WorkerOp.COMMIT, frozen=given))
                 await asyncio.wait((first, commit), return_when=asyncio.FIRST_EXCEPTION)
                 if commit.done():
@@ -216,7 +233,7 @@ class _Move:
         status = await self._landed()
         for _ in range(1, rounds):
             offer = await self._offer(True)
-            if offer.num_tokens - status.landed_tokens <= 2 * offer.block_size:
+            if offer.num_tokens - status.landed_tokens <= _ALMOST * offer.block_size:
                 break
             await self._call(WorkerOp.EXTEND, offer=offer, tokens=tuple(leg.known()))
             status = await self._landed()
@@ -224,10 +241,16 @@ class _Move:
 
     async def _offer(self, blocks: bool) -> KVOffer:
         """What the engine offers, as far as the tokens reach that have left it."""
-        offer = await self._engine.offer(self._leg.engine_id)
-        reach = len(self._leg.prompt_token_ids) + len(self._leg.known()) - 1
+        leg = self._leg
+        offer = await self._engine.offer(leg.engine_id)
+        reach = len(leg.prompt_token_ids) + len(leg.known()) - 1
         count = min(offer.num_tokens, reach) // offer.block_size if blocks else 0
-        return msgspec.structs.replace(offer, block_ids=offer.block_ids[:count], num_tokens=count * offer.block_size)
+        return msgspec.structs.replace(
+            offer,
+            block_ids=offer.block_ids[:count],
+            num_tokens=count * offer.block_size,
+            room_tokens=room_tokens(leg, offer.block_size),
+        )
 
     async def _landed(self) -> LandingStatus:
         """Asks once for each second: the destination answers when the blocks are there."""

@@ -85,6 +85,8 @@ class Control:
                 await self._release(call.request_id)
             case WorkerOp.OWNERS:
                 requests.owners.learn(call.owners)
+            case WorkerOp.SUSPECTS:
+                requests.suspects.learn(call.suspects)
             case WorkerOp.STATUS:
                 return WorkerReply(state=await self._status.report(call))
             case WorkerOp.MIGRATE:
@@ -100,7 +102,10 @@ class Control:
         return WorkerReply()
 
     def _arrival(self, call: WorkerCall) -> Arrival:
-        return self._requests.arrival(call.request_id, call.life)
+        leg = self._requests.arrival(call.request_id, call.life)
+        if leg.refused is not None and call.op is not WorkerOp.ABORT:
+            raise leg.refused
+        return leg
 
     async def _landing(self, leg: Arrival, hold_s: float) -> LandingStatus:
         """Progress, once the blocks are there or after ``hold_s``; the engine may not have the request yet."""
@@ -111,9 +116,9 @@ class Control:
                 status = await self._requests.engine.landing_status(leg.engine_id)
                 if status.landed or over:
                     return status
-            except RequestNotFound:
+            except RequestNotFound as error:
                 if leg.over:
-                    raise
+                    raise leg.refused or error from None
                 if over:
                     return LandingStatus(reserved=False, in_flight=True)
             await asyncio.sleep(_POLL_S)

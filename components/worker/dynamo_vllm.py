@@ -42,6 +42,7 @@ from components.worker.unrepeated import Unrepeated, handler_class
 logger = logging.getLogger(__name__)
 _CONNECTOR = "--kv-transfer-config"
 _DRAIN_TIMEOUT = "_DEFAULT_DRAIN_TIMEOUT_SECS"
+_LOAD_S = 120.0
 _MARGIN_S = 5.0
 """For the last moves of a drain, which then have begun."""
 
@@ -131,9 +132,13 @@ async def _load(endpoint: Any, adapters: Mapping[str, str]) -> None:
     for name, folder in adapters.items():
         source = {"uri": Path(folder).expanduser().resolve().as_uri()}
         call = {"lora_name": name, "source": source}
-        async for reply in await client.direct(call, int(endpoint.connection_id()), annotated=False):
-            if reply.get("status") != "success":
-                raise ConfigError(f"lora-modules: {name!r} was not loaded: {reply.get('message', reply)}")
+        try:
+            async with asyncio.timeout(_LOAD_S):
+                async for reply in await client.direct(call, int(endpoint.connection_id()), annotated=False):
+                    if reply.get("status") != "success":
+                        raise ConfigError(f"lora-modules: {name!r} was not loaded: {reply.get('message', reply)}")
+        except TimeoutError as error:
+            raise ConfigError(f"lora-modules: {name!r} was not loaded within {_LOAD_S:g} s") from error
 
 
 def _fail(error: MigrateError) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts migration behind the two calls by which Dynamo's handlers use an engine: ``generate`` and ``abort``.
+"""Puts migration behind the calls by which Dynamo's handlers use an engine: ``generate`` and ``abort``.
 
 ``attach`` wraps them on vLLM's ``AsyncLLM``; everything else of it stays what it is. An unmoved request takes the
 engine's own stream, item by item. Raises Dynamo's ``Disconnected`` where the frontend shall send a request again: it
@@ -14,9 +14,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.v1.engine.exceptions import EngineDeadError
+
 from components.engine.protocol import RequestId
 from components.engine.vllm import ids, native
 from components.engine.vllm.loras import Loras
+from components.errors import EngineKiller
 from components.migration.legs import Leg
 from components.migration.messages import Handover
 from components.migration.requests import Repeat, Requests
@@ -100,6 +103,7 @@ class EngineClient:
         self.bare = _Bare(llm)
         self._generate = llm.generate
         self._abort = llm.abort
+        self._check_health = llm.check_health
         self._requests: Requests | None = None
         self._handoffs: Handoffs | None = None
         self._unrepeated = unrepeated or Unrepeated()
@@ -110,6 +114,7 @@ class EngineClient:
         # Dynamo reads the signature of ``generate``.
         llm.generate = functools.wraps(llm.generate)(functools.partial(self.generate))
         llm.abort = functools.wraps(llm.abort)(functools.partial(self.abort))
+        llm.check_health = self.check_health
 
     def serve(self, requests: Requests, handoffs: Handoffs) -> None:
         """From here on requests move."""
@@ -144,6 +149,15 @@ class EngineClient:
             from dynamo.llm.exceptions import Disconnected
 
             raise Disconnected(str(repeat)) from None
+        except EngineKiller as error:
+            from dynamo.llm.exceptions import InvalidArgument
+
+            # The one error that the frontend neither answers with a repeat nor hides from the client.
+            raise InvalidArgument(str(error)) from None
+        except EngineDeadError:
+            # Dynamo's handler ends this process at once.
+            await call.requests.suspects.engine_died()
+            raise
 
     async def _prefill(self, call: _Call) -> AsyncGenerator[Any, None]:
         """For Dynamo's prefill handler: one token, and who lends the blocks of its prompt."""
@@ -207,3 +221,12 @@ class EngineClient:
         ):
             return
         await self._abort(request_id, *args, **keywords)
+
+    async def check_health(self) -> None:
+        """``AsyncLLM.check_health``, after which Dynamo's monitor ends the process of a dead engine."""
+        try:
+            await self._check_health()
+        except EngineDeadError:
+            if self._requests is not None:
+                await self._requests.suspects.engine_died()
+            raise

@@ -23,6 +23,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from vllm import SamplingParams
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingType
@@ -93,7 +94,7 @@ class Handoffs:
         handover = Handover(
             fingerprint=self._requests.fingerprint,
             instance=self._requests.instance,
-            frozen=lent.frozen,
+            frozen=msgspec.structs.replace(lent.frozen, use_within_s=self._lease_s / 2),
             stops=lent.stops,
             captured=sample.routed_experts is not None or sample.sampling_mask is not None,
             logprobs=logprobs_of(sample.logprobs, tuple(sample.token_ids)),

@@ -21,7 +21,7 @@ import msgspec
 
 from components import env, process
 from components.engine.protocol import EngineInfo, GenerateOutput, RequestId
-from components.errors import InvalidRequest
+from components.errors import EngineKiller, InvalidRequest
 from components.metrics.export import address, expose
 from components.migration.faces import PROTOCOL_FACE
 from components.migration.legs import Leg
@@ -49,7 +49,7 @@ class Mocker:
             async with aclosing(self._outputs(payload, str(context.id()))) as outputs:
                 async for output in outputs:
                     yield mocker_payload.chunk(output)
-        except InvalidRequest as error:
+        except (InvalidRequest, EngineKiller) as error:
             from dynamo.llm.exceptions import InvalidArgument
 
             raise InvalidArgument(str(error)) from None
@@ -81,7 +81,8 @@ class Mocker:
             attached=unrepeated.why(payload),
             max_tokens=limit,
         )
-        return self._requests.serve(leg, self._requests.engine.generate(request), PROTOCOL_FACE)
+        outputs = self._requests.suspects.watched(self._requests.engine.generate(request))
+        return self._requests.serve(leg, outputs, PROTOCOL_FACE)
 
 
 async def prefill(payload: dict[str, Any], context: Any) -> AsyncGenerator[dict[str, Any], None]:

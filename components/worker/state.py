@@ -12,28 +12,39 @@ import asyncio
 import logging
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from prometheus_client import CollectorRegistry
 
-from components.engine.protocol import EngineInfo, EngineStats, Epoch, RequestId
+from components.engine.protocol import EngineInfo, Epoch, RequestId
 from components.errors import MigrateError, NoRoom, Refused, RequestNotFound
 from components.metrics import spans
 from components.metrics.worker import Gauges, WorkerMetrics
 from components.migration.legs import Arrival, Leg
 from components.migration.messages import Mode, MoveRecord, WorkerCall, WorkerOp, WorkerState
 from components.migration.requests import Requests
-from components.migration.session import Limits, migrate
+from components.migration.session import Limits, migrate, room_tokens
 from components.worker.report import Report, lives, relays
 
 logger = logging.getLogger(__name__)
 _RECORDS = 64
 """Moves that are kept for people and planners to see."""
 _STATUS_S = 2.0
+_DISCOVERY_S = 5.0
+"""What leaves does not wait longer for etcd."""
 _BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.25, 5.0
 _AT_ONCE = 8
 """Moves that leave one worker at the same time."""
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What another worker could still take."""
+
+    blocks: int
+    seats: int
 
 
 class WorkerStatus:
@@ -137,7 +148,7 @@ class WorkerStatus:
             room = await self._peers()
             if not room:
                 raise NoRoom("no other worker of this role and model takes requests")
-            target = max(room, key=lambda instance: room[instance].free_blocks)
+            target = max(room, key=lambda instance: (room[instance].seats > 0, room[instance].blocks))
         return await self._move(leg, target, call.mode)
 
     async def _move(self, leg: Leg, target: int, mode: Mode) -> MoveRecord:
@@ -153,19 +164,20 @@ class WorkerStatus:
         self._moves.append((time.monotonic(), record))
         self._moved += 1
 
-    async def _peers(self) -> dict[int, EngineStats]:
-        """Load of the workers that could take a request over; one that does not answer in time is none."""
+    async def _peers(self) -> dict[int, _Room]:
+        """Room on the workers that could take a request over; one that does not answer in time is none."""
         peers = self._requests.peers
         others = [i for i in peers.instances() if i != self._requests.instance]
         call = WorkerCall(WorkerOp.STATUS, requests=False)
         asked = (peers.call(instance, call, _STATUS_S) for instance in others)
-        found: dict[int, EngineStats] = {}
+        found: dict[int, _Room] = {}
         for instance, reply in zip(others, await asyncio.gather(*asked, return_exceptions=True), strict=True):
             if isinstance(reply, BaseException) or (state := reply.state) is None or state.cordoned:
                 continue
-            same = state.info is not None and state.info.fingerprint == self._info.fingerprint
-            if same and state.role == self._role:
-                found[instance] = state.stats
+            info, stats = state.info, state.stats
+            if info is not None and info.fingerprint == self._info.fingerprint and state.role == self._role:
+                taken = stats.running + stats.waiting + stats.frozen + stats.landing
+                found[instance] = _Room(stats.free_blocks, info.max_num_seqs - taken)
         return found
 
     # Cordon and drain
@@ -174,7 +186,15 @@ class WorkerStatus:
         """Take nothing new. Idempotent."""
         if not self.cordoned:
             self.cordoned = True
-            await self._endpoint.unregister_endpoint_instance()
+            try:
+                async with asyncio.timeout(_DISCOVERY_S):
+                    await self._endpoint.unregister_endpoint_instance()
+            except TimeoutError:
+                logger.warning(
+                    "worker %s: discovery has not answered within %g s: frontends may still send requests",
+                    self._name,
+                    _DISCOVERY_S,
+                )
 
     async def uncordon(self) -> None:
         """Take requests again; a drain under way ends."""
@@ -219,16 +239,15 @@ class WorkerStatus:
         """A worker with room for each request, as far as there is any: nothing is tried that cannot succeed."""
         if not legs:
             return []
-        stats = await self._peers()
-        blocks = {instance: s.free_blocks for instance, s in stats.items()}
-        size = self._info.block_size
+        rooms, size = await self._peers(), self._info.block_size
         plan = []
         for leg in legs:
-            needed = -(-(len(leg.prompt_token_ids) + len(leg.known())) // size) + 1
-            target = max(blocks, key=lambda instance: blocks[instance], default=0)
-            if not target or blocks[target] < needed:
-                break
-            blocks[target] -= needed
+            needed = -(-room_tokens(leg, size) // size) + 1
+            free = {instance: room for instance, room in rooms.items() if room.seats > 0 and room.blocks >= needed}
+            if not free:
+                continue
+            target = max(free, key=lambda instance: free[instance].blocks)
+            rooms[target] = _Room(free[target].blocks - needed, free[target].seats - 1)
             plan.append((leg, target))
         return plan
 

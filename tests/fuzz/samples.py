@@ -27,6 +27,7 @@ from components.engine.protocol import (
 from components.migration.messages import (
     Attached,
     Decision,
+    Handover,
     Mode,
     MoveRecord,
     Owner,
@@ -112,6 +113,17 @@ def payload() -> dict[str, object]:
     }
 
 
+def native_request() -> bytes:
+    """A request in vLLM's own form."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    from components.engine.vllm.native import Native, encode
+
+    params = SamplingParams(temperature=0.5, seed=1, stop_token_ids=[3], logit_bias={5: 0.5}, max_tokens=9)
+    return encode(Native(params, 1, LoRARequest("a", 1, "/nowhere"), "salt", trace_headers={"traceparent": "x"}))
+
+
 def everything() -> dict[str, list[bytes]]:
     """Valid inputs by target."""
     encode = msgspec.msgpack.encode
@@ -123,6 +135,7 @@ def everything() -> dict[str, list[bytes]]:
         WorkerReply(error=("no_room", "full")),
         WorkerReply(moves=(MoveRecord("r", "a", "b", Mode.LIVE, True),)),
         Attached((output,), Owner(1, 2)),
+        Handover(Owner(1, 2), "f", 1, frozen(), True, True, (TokenLogprob(-0.5),)),
         PlannerReply((decision,)),
     ]
     config = {"model": "tiny-llama", "max-model-len": 512, "devices": [], "engine-args": {"step_s": 0.1}}
@@ -144,6 +157,7 @@ def everything() -> dict[str, list[bytes]]:
         "ticket": [encode(parked)],
         "messages": [encode(m) for m in (*calls(), *outcomes)],
         "worker": [encode(m) for m in calls("live")],
+        "native": [native_request()],
         "openai": [json.dumps(payload()).encode()],
         "component-config": [json.dumps(config).encode()],
         "graph-config": [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))],

@@ -23,7 +23,7 @@ from components.errors import InvalidRequest
 from components.frames import hear
 from components.handshake import accepting, connecting, greet
 from components.messages import pack, unpack
-from components.migration.messages import Attached, PlannerReply, WorkerCall, WorkerReply
+from components.migration.messages import Attached, Handover, PlannerReply, WorkerCall, WorkerReply
 from components.transfer.config import KVPool
 from components.transfer.control import record
 from components.transfer.control.record import AgentRecord
@@ -77,7 +77,7 @@ def endpoint_messages(data: bytes) -> None:
     except (ValueError, RecursionError):
         envelope = {"m": base64.b64encode(data).decode()}
     taken = 0
-    for kind in (WorkerCall, WorkerReply, Attached, PlannerReply):
+    for kind in (WorkerCall, WorkerReply, Attached, Handover, PlannerReply):
         try:
             message: msgspec.Struct = unpack(envelope, kind)
         except InvalidRequest:
@@ -86,6 +86,15 @@ def endpoint_messages(data: bytes) -> None:
         taken += 1
     if not taken:
         raise InvalidRequest("none of the messages")
+
+
+def tickets_of_vllm(data: bytes) -> None:
+    """A request in vLLM's own form, from a worker that it leaves."""
+    from components.engine.vllm import native
+
+    given = native.decode(data)
+    native.why_fixed({"prompt_token_ids": [1]}, given.params, given.keywords())
+    native.encode(given)
 
 
 def openai_payloads(data: bytes) -> None:
@@ -208,6 +217,7 @@ TARGETS = [
     Target("record", agent_records),
     Target("session", session_messages),
     Target("messages", endpoint_messages),
+    Target("native", tickets_of_vllm),
     Target("openai", openai_payloads, "json"),
     Target("tcp", tcp_requests),
     Target("nccl", nccl_messages),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import uuid
 from dataclasses import dataclass
+from typing import Any
 
 from components.engine.vllm import VLLMEngine
 from components.engine.vllm.engine import VLLMOptions
@@ -24,7 +25,14 @@ class Pair:
 
 
 def options(
-    model: str, name: str, etcd_url: str, namespace: str, wait_bytes: int = 1 << 24, **engine_args: object
+    model: str,
+    name: str,
+    etcd_url: str,
+    namespace: str,
+    wait_bytes: int = 1 << 24,
+    transport: str = "auto",
+    copy_deadline_s: float = 30.0,
+    **engine_args: object,
 ) -> VLLMOptions:
     """A small engine: 300 blocks of 32 tokens."""
     args: dict[str, object] = {
@@ -38,12 +46,13 @@ def options(
     }
     return VLLMOptions(
         engine_args=args | engine_args,
-        agent={"name": name, "etcd_endpoints": [etcd_url], "namespace": namespace, "transport": "auto"},
+        agent={"name": name, "etcd_endpoints": [etcd_url], "namespace": namespace, "transport": transport},
         wait_bytes=wait_bytes,
+        copy_deadline_s=copy_deadline_s,
     )
 
 
-async def start_pair(model: str, etcd_url: str, wait_bytes: int = 1 << 24, **engine_args: object) -> Pair:
+async def start_pair(model: str, etcd_url: str, **more: Any) -> Pair:
     """Start both engines, one after the other (two at once need twice the memory)."""
     os.environ.update(
         VLLM_CPU_KVCACHE_SPACE="1",
@@ -54,7 +63,7 @@ async def start_pair(model: str, etcd_url: str, wait_bytes: int = 1 << 24, **eng
     namespace = f"test-{uuid.uuid4().hex[:8]}"
     engines = []
     for name in ("a", "b"):
-        engine = VLLMEngine(options(model, name, etcd_url, namespace, wait_bytes, **engine_args))
+        engine = VLLMEngine(options(model, name, etcd_url, namespace, **more))
         await engine.start()
         engines.append(engine)
     return Pair(*engines)

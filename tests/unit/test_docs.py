@@ -93,3 +93,13 @@ def test_the_reference_is_what_the_code_says() -> None:
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r": ([\w.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
     assert listed == {page.name for page in PAGES[1:]}
+
+
+def test_tests_that_pages_name_exist() -> None:
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    for page in PAGES:
+        text = page.read_text()
+        for name in re.findall(r"`(test_\w+)`", text):
+            assert f"def {name}(" in sources, f"{page.name}: {name}"
+        for path in re.findall(r"`((?:tests|benchmarks|components|planner_hooks)/[\w/]+\.py)`", text):
+            assert (ROOT / path).is_file(), f"{page.name}: {path}"

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.request import RequestStatus
 
 from components.engine.protocol import (
@@ -249,7 +251,8 @@ async def test_a_prefill_worker_says_who_lends_and_frees_at_the_call_or_at_the_e
         item.kv_transfer_params = {"do_remote_prefill": True, MARKER: encode(Lent(frozen))}
         handoffs.lent(item)
         told = unpack(item.kv_transfer_params[MARKER], Handover)
-        assert (told.instance, told.fingerprint, told.frozen) == (5, "same", frozen)
+        assert (told.instance, told.fingerprint) == (5, "same")
+        assert told.frozen == msgspec.structs.replace(frozen, use_within_s=0.01)
         assert told.logprobs[0].logprob == -0.25
     await handoffs.release(RequestId("p-1"))
     assert freed == ["p-1"] and handoffs.num_lent == 1
@@ -374,6 +377,11 @@ class Llm:
         self.prompts: list[Any] = []
         model = SimpleNamespace(get_vocab_size=lambda: 1000, is_multimodal_model=False, return_sampling_mask=masks)
         self.vllm_config = SimpleNamespace(model_config=model, aux_output_config=SimpleNamespace(enabled=experts))
+        self.dead = asyncio.Event()
+
+    async def check_health(self) -> None:
+        if self.dead.is_set():
+            raise EngineDeadError()
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **keywords: Any
@@ -447,6 +455,49 @@ async def test_a_repeat_is_billed_for_the_prompt_and_not_for_the_answer_so_far()
     prompt = {"prompt_token_ids": [1, 2, 3, 6, 7]}
     items = [item async for item in llm.generate(prompt, SamplingParams(max_tokens=3), "moved")]
     assert [item.prompt_token_ids for item in items] == [[1, 2, 3]] and llm.asked == []
+
+
+async def test_other_workers_know_what_was_in_flight_before_dynamo_learns_that_the_engine_is_dead() -> None:
+    handoffs, requests, peers, _ = worker()
+
+    class Dying(Llm):
+        async def generate(self, *_: Any, **__: Any) -> AsyncGenerator[RequestOutput, None]:  # type: ignore[override]
+            yield output_of([7])
+            await self.dead.wait()
+            raise EngineDeadError()
+
+    llm = Dying()
+    EngineClient(llm).serve(requests, handoffs)
+    prompt = {"prompt_token_ids": [1, 2, 3]}
+    streams = [llm.generate(prompt, SamplingParams(), name) for name in ("a", "b")]
+    for stream in streams:
+        await anext(stream)
+    llm.dead.set()
+    with pytest.raises(EngineDeadError):
+        await llm.check_health()
+    told = [(instance, call.op, call.suspects) for instance, call in peers.calls]
+    assert told == [(1, WorkerOp.SUSPECTS, ("a", "b")), (2, WorkerOp.SUSPECTS, ("a", "b"))]
+    for stream in streams:
+        with pytest.raises(EngineDeadError):
+            await anext(stream)
+    assert len(peers.calls) == 2
+
+
+async def test_a_request_that_was_in_two_engines_when_they_died_gets_an_error_and_no_engine() -> None:
+    from dynamo.llm.exceptions import InvalidArgument
+
+    handoffs, requests, _, _ = worker()
+    llm = Llm()
+    EngineClient(llm).serve(requests, handoffs)
+    prompt = {"prompt_token_ids": [1, 2, 3]}
+    requests.suspects.learn([RequestId("killer")])
+    assert [item async for item in llm.generate(prompt, asked(max_tokens=1), "killer")]
+    requests.suspects.learn([RequestId("killer")])
+    for params in (asked(max_tokens=1), SamplingParams()):
+        with pytest.raises(InvalidArgument, match="when 2 engines died"):
+            await anext(llm.generate(prompt, params, "killer"))
+    assert len(llm.asked) == 1
+    await handoffs.release(RequestId("p-1"))
 
 
 @pytest.mark.parametrize(

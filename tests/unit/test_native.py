@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from vllm import SamplingParams
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -86,6 +87,12 @@ def test_an_answer_that_repeats_itself_ends_for_the_same_reason() -> None:
 def test_a_damaged_ticket_is_one_error() -> None:
     with pytest.raises(InvalidRequest):
         native.decode(b"\x81\xa1x")
+
+
+def test_a_ticket_with_values_that_vllm_refuses_is_one_error() -> None:
+    hot = msgspec.msgpack.encode({"params": {"temperature": 1e300}})
+    with pytest.raises(InvalidRequest, match="temperature"):
+        native.decode(hot)
 
 
 def test_outputs_come_back_as_vllm_gave_them() -> None:

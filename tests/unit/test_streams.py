@@ -4,22 +4,23 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
+from itertools import pairwise
 from typing import Any
 
+import msgspec
 import pytest
 
 from components.client import Workers
-from components.engine.protocol import GenerateRequest, RequestId, Sampling
+from components.engine.protocol import GenerateOutput, GenerateRequest, RequestId, Sampling
+from components.errors import EngineKiller, NoRoom
 from components.migration.events import Event
-from components.migration.messages import Mode, Owner
+from components.migration.messages import Mode, Owner, WorkerCall, WorkerOp
 from components.migration.owners import Owners
 from components.migration.peers import short
 from components.worker.unrepeated import Unrepeated, handler_class
-from tests.paged import engines
-from tests.streams import Cluster, Wire
+from tests.streams import Cluster, Node, Wire, virtual, virtual_agents
 
 PROMPT = tuple(range(3, 24))
 ENGINE: dict[str, Any] = {"step_s": 0.001, "num_blocks": 128}
@@ -29,8 +30,8 @@ ENGINE: dict[str, Any] = {"step_s": 0.001, "num_blocks": 128}
 async def cluster(
     count: int, seed: int = 0, faults: dict[str, float] | None = None, prefills: int = 0
 ) -> AsyncIterator[Cluster]:
-    made = Cluster(uuid.uuid4().hex, seed, faults)
-    await made.start(count, prefills, **ENGINE)
+    made = Cluster("streams", seed, faults)
+    await made.start(count, prefills, agents=virtual_agents(seed), **ENGINE)
     try:
         yield made
     finally:
@@ -39,14 +40,15 @@ async def cluster(
 
 async def expected(prompts: list[tuple[int, ...]], sampling: Sampling) -> list[list[int]]:
     """Answers of one engine that nothing happens to."""
-    async with engines(1, **ENGINE) as (engine,):
-        answers = []
+    async with cluster(1) as alone:
+        engine, answers = alone.nodes[0].engine, []
         for number, prompt in enumerate(prompts):
             request = GenerateRequest(RequestId(f"request-{number}"), prompt, sampling)
             answers.append([token async for output in engine.generate(request) for token in output.token_ids])
         return answers
 
 
+@virtual
 async def test_an_unmoved_request_is_as_without_migration() -> None:
     sampling = Sampling(temperature=0.0, max_tokens=60)
     async with cluster(2) as workers:
@@ -56,6 +58,7 @@ async def test_an_unmoved_request_is_as_without_migration() -> None:
 
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("mode", list(Mode))
+@virtual
 async def test_moved_requests_keep_their_tokens(count: int, mode: Mode) -> None:
     """With two workers the old one relays to the end, with more of them the frontend repeats the request."""
     sampling = Sampling(temperature=0.9, seed=5, max_tokens=80)
@@ -72,6 +75,7 @@ async def test_moved_requests_keep_their_tokens(count: int, mode: Mode) -> None:
         await workers.quiet()
 
 
+@virtual
 async def test_a_replay_goes_to_the_worker_that_was_named() -> None:
     sampling = Sampling(temperature=0.0, max_tokens=200)
     async with cluster(4) as workers:
@@ -85,6 +89,7 @@ async def test_a_replay_goes_to_the_worker_that_was_named() -> None:
         await workers.quiet()
 
 
+@virtual
 async def test_a_moved_request_is_relayed_while_no_prefill_worker_could_take_its_repeat() -> None:
     sampling = Sampling(temperature=0.0, max_tokens=80)
     async with cluster(4, prefills=1) as workers:
@@ -108,6 +113,7 @@ def test_an_announcement_that_a_later_one_has_overtaken_changes_nothing() -> Non
 
 
 @pytest.mark.parametrize("seed", range(12))
+@virtual
 async def test_a_killed_worker_costs_no_token(seed: int) -> None:
     """Moves at random, calls that are late, doubled or lose their answer, and one worker that dies in the middle."""
     sampling = Sampling(temperature=0.0, max_tokens=80)
@@ -126,6 +132,7 @@ async def test_a_killed_worker_costs_no_token(seed: int) -> None:
         await workers.quiet()
 
 
+@virtual
 async def test_a_drained_worker_gets_empty_and_its_clients_see_nothing() -> None:
     sampling = Sampling(temperature=0.0, max_tokens=90)
     prompts = [(*PROMPT, 30 + n) for n in range(5)]
@@ -141,6 +148,7 @@ async def test_a_drained_worker_gets_empty_and_its_clients_see_nothing() -> None
         await workers.quiet()
 
 
+@virtual
 async def test_workers_tell_where_a_request_is_what_is_relayed_and_how_often_it_has_moved() -> None:
     sampling = Sampling(temperature=0.0, max_tokens=600)
     async with cluster(2) as workers:
@@ -167,6 +175,7 @@ async def test_workers_tell_where_a_request_is_what_is_relayed_and_how_often_it_
 
 
 @pytest.mark.parametrize("mode", [Mode.LIVE, Mode.STOP_AND_COPY])
+@virtual
 async def test_what_cannot_travel_stays_and_goes_on(mode: Mode) -> None:
     sampling = Sampling(temperature=0.0, max_tokens=300)
     async with cluster(3) as workers:
@@ -181,6 +190,7 @@ async def test_what_cannot_travel_stays_and_goes_on(mode: Mode) -> None:
         await workers.quiet()
 
 
+@virtual
 async def test_a_drain_goes_on_when_who_asked_for_it_is_gone() -> None:
     sampling = Sampling(temperature=0.0, max_tokens=90)
     prompts = [(*PROMPT, 30 + n) for n in range(5)]
@@ -198,6 +208,7 @@ async def test_a_drain_goes_on_when_who_asked_for_it_is_gone() -> None:
         await workers.quiet()
 
 
+@virtual
 async def test_a_client_that_leaves_ends_its_request_wherever_it_runs() -> None:
     sampling = Sampling(temperature=0.0, max_tokens=90)
     async with cluster(2) as workers:
@@ -219,6 +230,7 @@ async def test_a_client_that_leaves_ends_its_request_wherever_it_runs() -> None:
         ({"extra_args": {"nvext": {"extra_fields": ["timing"]}}, "nvext": None}, ""),
     ],
 )
+@virtual
 async def test_a_request_that_is_not_repeated_is_known_while_its_answer_lasts(
     request_: dict[str, Any], reason: str
 ) -> None:
@@ -238,6 +250,7 @@ async def test_a_request_that_is_not_repeated_is_known_while_its_answer_lasts(
     assert unrepeated.why("this") == ""
 
 
+@virtual
 async def test_what_the_frontend_does_not_repeat_is_relayed_to_its_end() -> None:
     sampling = Sampling(temperature=0.0, max_tokens=80)
     async with cluster(4) as workers:
@@ -248,4 +261,155 @@ async def test_what_the_frontend_does_not_repeat_is_relayed_to_its_end() -> None
             assert record is not None and record.ok
         assert await answer == (await expected([PROMPT], sampling))[0]
         assert workers.repeats == 0
+        await workers.quiet()
+
+
+KILLER = (7, 7, 7)
+
+
+def poison(workers: Cluster, at: int) -> list[Node]:
+    """Every engine dies when a request that begins with ``KILLER`` has got its token ``at``. Those that have died."""
+    died: list[Node] = []
+
+    def poisoned(node: Node) -> Any:
+        engine, generate = node.engine, node.engine.generate
+
+        async def run(request: GenerateRequest) -> AsyncIterator[GenerateOutput]:
+            made = len(request.prompt_token_ids) + len(request.output_token_ids)
+            async for output in generate(request):
+                made += len(output.token_ids)
+                yield output
+                if request.prompt_token_ids[: len(KILLER)] == KILLER and made >= at and node not in died:
+                    died.append(node)
+                    await engine.stop()
+
+        return run
+
+    for node in workers.nodes:
+        node.engine.generate = poisoned(node)  # type: ignore[method-assign]
+    return died
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+@virtual
+async def test_a_request_that_kills_every_engine_it_reaches_reaches_two(seed: int, moved: bool) -> None:
+    """The first engine dies, the request is repeated, the second dies, and the request ends with an error."""
+    sampling = Sampling(temperature=0.0, max_tokens=80)
+    prompts = [(*PROMPT, 30 + n) for n in range(6)]
+    async with cluster(5, seed) as workers:
+        died = poison(workers, len(KILLER) + 40)
+        innocent = [asyncio.ensure_future(workers.complete(prompt, sampling)) for prompt in prompts]
+        killer = asyncio.ensure_future(workers.complete(KILLER, sampling))
+        if moved:
+            name = RequestId(f"request-{len(prompts)}")
+            while not (there := [n for n in workers.nodes if name in n.requests.legs and n.requests.legs[name].tokens]):
+                await asyncio.sleep(0.001)
+            assert (await there[0].status.move(WorkerCall(WorkerOp.MIGRATE, name))).ok
+        with pytest.raises(EngineKiller, match="when 2 engines died"):
+            await killer
+        assert len(died) == 2
+        for node in died:
+            await node.kill()
+        for answer, right in zip(innocent, await expected(prompts, sampling), strict=True):
+            try:
+                assert await answer == right
+            except EngineKiller:
+                # It was in both engines, too.
+                continue
+        await workers.quiet()
+
+
+class Reader:
+    """A client at one worker, which notes when its tokens come."""
+
+    def __init__(self, node: Node, request: GenerateRequest) -> None:
+        self.tokens: list[int] = []
+        self.times: list[float] = []
+        self.done = asyncio.ensure_future(self._read(node, request))
+
+    async def _read(self, node: Node, request: GenerateRequest) -> None:
+        async with aclosing(node.handle(request, "tied to a worker")) as stream:
+            async for output in stream:
+                self.tokens += output.token_ids
+                self.times += [asyncio.get_running_loop().time()] * len(output.token_ids)
+
+    def longest_gap(self) -> float:
+        return max(b - a for a, b in pairwise(self.times))
+
+
+STEP_S = 0.01
+WAY_S = 0.002
+"""Two messages between workers, as ``Cluster.moment`` delays them at most."""
+
+
+@pytest.mark.parametrize("lacks", ["seats", "blocks"])
+@virtual
+async def test_a_drain_into_a_full_cluster_costs_nobody_a_token_and_tries_nothing_in_a_loop(lacks: str) -> None:
+    """What is drained goes on at full speed until there is room; then it leaves, within two steps each."""
+    workers = Cluster("streams", 0)
+    sizes = {"num_blocks": 600, "max_model_len": 400, "step_s": STEP_S, "vocab_size": 1000, "prefix_caching": False}
+    await workers.start(2, agents=virtual_agents(), max_num_seqs=3, **sizes)
+    source, target = workers.nodes
+    long, short = (Sampling(temperature=0.0, max_tokens=count) for count in (300, 70 if lacks == "seats" else 30))
+    mine = [Reader(source, GenerateRequest(RequestId(f"mine-{n}"), (*PROMPT, n), long)) for n in range(3)]
+    count = 3 if lacks == "seats" else 1
+    theirs = [Reader(target, GenerateRequest(RequestId(f"theirs-{n}"), (*PROMPT, 9, n), short)) for n in range(count)]
+    await asyncio.sleep(10 * STEP_S)
+    pool = target.engine._live.scheduler.pool
+    # Enough for the tokens that are still to come there, too few for another request.
+    taken = pool.allocate(pool.free - 10 if lacks == "blocks" else 0)
+    before = [len(reader.tokens) for reader in mine]
+    draining = asyncio.ensure_future(source.status.drain(60.0))
+    await asyncio.sleep(50 * STEP_S)
+    assert all(len(reader.tokens) - made >= 0.95 * 50 for reader, made in zip(mine, before, strict=True))
+    assert len(source.status.running()) == 3 and len(target.requests.arrivals) == 0
+    pool.drop(taken)
+    moves = await draining
+    assert len(moves) == 3 and all(move.ok for move in moves)
+    await asyncio.gather(*(reader.done for reader in (*mine, *theirs)))
+    assert all(len(reader.tokens) == 300 for reader in mine)
+    assert max(reader.longest_gap() for reader in (*mine, *theirs)) <= 2 * STEP_S + WAY_S
+    await workers.quiet()
+    await workers.stop()
+
+
+@virtual
+async def test_a_worker_that_only_seems_to_have_room_is_asked_again_with_back_off() -> None:
+    """The grant is refused each time: the request goes on decoding, and hardly anything is tried."""
+    workers = Cluster("streams", 0)
+    await workers.start(2, agents=virtual_agents(), num_blocks=128, step_s=STEP_S, vocab_size=1000)
+    source, target = workers.nodes
+
+    def refuse(*_: Any) -> None:
+        raise NoRoom("somebody else was quicker")
+
+    target.engine._live.landings.reserve = refuse  # type: ignore[method-assign]
+    reader = Reader(source, GenerateRequest(RequestId("r"), PROMPT, Sampling(temperature=0.0, max_tokens=90)))
+    moves = await source.status.drain(5.0)
+    await reader.done
+    assert len(reader.tokens) == 90 and reader.longest_gap() <= 1.01 * STEP_S
+    assert 1 <= len(moves) <= 3 and {move.code for move in moves} == {NoRoom.code}
+    await workers.quiet()
+    await workers.stop()
+
+
+@virtual
+async def test_requests_move_only_between_workers_of_the_same_weights() -> None:
+    sampling = Sampling(temperature=0.0, max_tokens=80)
+    async with cluster(3) as workers:
+        first, other, same = workers.nodes
+        info = msgspec.structs.replace(other.status._info, fingerprint="other weights")
+        other.requests.fingerprint = info.fingerprint
+        other.status._info = other.status._shown = info
+        reader = Reader(first, GenerateRequest(RequestId("r"), PROMPT, sampling))
+        await asyncio.sleep(0.01)
+        refused = await first.status.move(WorkerCall(WorkerOp.MIGRATE, RequestId("r"), target=other.instance))
+        assert (refused.ok, refused.code) == (False, "invalid_request") and "weights" in refused.reason
+        # Without a destination of one's own choice: the one that can take it, however little room it has.
+        taken = same.engine._live.scheduler.pool.allocate(60)
+        assert (await first.status.move(WorkerCall(WorkerOp.MIGRATE, RequestId("r")))).ok
+        assert same.requests.arrivals and not other.requests.arrivals
+        await reader.done
+        same.engine._live.scheduler.pool.drop(taken)
         await workers.quiet()

@@ -192,6 +192,22 @@ def test_a_copy_that_takes_long_runs_beside_the_steps_of_others(tiny_llama: str,
     assert set(played.step().num_scheduled_tokens) == {other.request_id, request.request_id}
 
 
+def test_a_source_that_was_late_is_not_waited_for_until_a_copy_has_come(tiny_llama: str) -> None:
+    played = Played(tiny_llama)
+    landed = [played.land(name, 50) for name in ("first", "second", "third")]
+    played.step(played.done(*played.jobs(played.step())))
+    played.executor.copied = lambda job, budget_s: None
+    played.commit(landed[0])
+    (late,) = played.executor.jobs
+    played.commit(landed[1])
+    assert len(played.executor.jobs) == 1
+    (beside,) = played.jobs(played.step())
+    played.step(played.done(late, beside))
+    played.executor.copied = lambda job, budget_s: JobResult(job.job_id, ok=True)
+    played.commit(landed[2])
+    assert len(played.executor.jobs) == 2
+
+
 def test_a_round_that_the_commit_overtakes_is_followed_by_the_tail(tiny_llama: str) -> None:
     played = Played(tiny_llama)
     request = played.land("moved", 50)

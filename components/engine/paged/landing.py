@@ -60,11 +60,12 @@ class LandingZone:
         whole = min(offer.num_tokens, len(active.tokens) - 1) // size
         scheduler.take_prefix(active, whole * size)
         local = len(active.blocks)
+        room = max(whole, -(-offer.room_tokens // size))
         try:
             # One block beyond: a request that lands only to be preempted at once is better off where it is.
-            if scheduler.pool.free < whole - local + 1:
-                raise NoRoom(f"{whole - local + 1} KV blocks are needed, {scheduler.pool.free} are free")
-            scheduler.grow(active, whole * size)
+            if scheduler.pool.free < room - local + 1:
+                raise NoRoom(f"{room - local + 1} KV blocks are needed, {scheduler.pool.free} are free")
+            scheduler.grow(active, room * size)
         except NoRoom:
             scheduler.pool.drop(active.blocks)
             active.blocks, active.computed = [], 0
@@ -86,7 +87,7 @@ class LandingZone:
             raise SessionError("the previous round is still being copied")
         self._require_same_tokens(active, tokens)
         whole = offer.num_tokens // self._scheduler.block_size
-        self._scheduler.grow(active, whole * self._scheduler.block_size)
+        self._scheduler.grow(active, max(whole * self._scheduler.block_size, offer.room_tokens))
         self._adopt_tokens(active, tokens)
         self._adopt_offer(landing, offer)
         self._start_round(active, whole)
@@ -154,8 +155,10 @@ class LandingZone:
         moved, error, quiet = TransferResult(), None, True
         try:
             if src:
+                within = (landing.commit.use_within_s if landing.commit else 0.0) or self._deadline_s
+                deadline = min(self._deadline_s, within)
                 handle = landing.handle = self._agent.fetch(
-                    landing.offer.agents[0], src, dst, request_id=active.request_id, deadline_s=self._deadline_s
+                    landing.offer.agents[0], src, dst, request_id=active.request_id, deadline_s=deadline
                 )
                 try:
                     moved = await handle

@@ -96,8 +96,8 @@ class Scheduler:
         active.blocks = []
 
     def seats(self) -> int:
-        """Requests that run or will run as soon as their KV is here."""
-        return sum(1 for a in self.requests.values() if a.phase in _RUNNING or a.phase is RequestPhase.LANDING)
+        """Requests that run, will run as soon as their KV is here, or are frozen and may go on at any moment."""
+        return sum(a.phase in (*_RUNNING, RequestPhase.LANDING) or _keeps_seat(a) for a in self.requests.values())
 
     def run(self, active: Active) -> None:
         """Running from now on, with the KV it has."""
@@ -262,13 +262,10 @@ class Scheduler:
         if active.frozen is None:
             return
         active.frozen = None
-        if not active.blocks:
-            active.phase = RequestPhase.PREEMPTED if active.preemptions else RequestPhase.WAITING
-        elif self.seats() < self.max_num_seqs:
+        if active.blocks:
             self.run(active)
         else:
-            # Its place was taken meanwhile: wait in line, recomputing later, rather than overfill.
-            self.preempt(active)
+            active.phase = RequestPhase.PREEMPTED if active.preemptions else RequestPhase.WAITING
 
     def _fail_waiters(self, active: Active, error: Exception) -> None:
         for waiter in active.waiters:
@@ -304,6 +301,10 @@ class Scheduler:
             if active.blocks and active.phase in _WAITING:
                 raise SessionError(f"request {active.request_id} holds blocks while {active.phase}")
         self.pool.verify(expected)
+
+
+def _keeps_seat(active: Active) -> bool:
+    return active.phase is RequestPhase.FROZEN and bool(active.blocks)
 
 
 def _rank(active: Active) -> tuple[int, int]:

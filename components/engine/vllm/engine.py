@@ -187,10 +187,13 @@ class VLLMEngine:
                     yield output
             if live.ended is not None:
                 yield msgspec.structs.replace(live.ended, index=live.delivered)
-        except (ValueError, TypeError) as error:
+        except native.REFUSALS as error:
             raise InvalidRequest(str(error)) from error
-        except (EngineDeadError, EngineGenerateError) as error:
+        except EngineDeadError as error:
             yield GenerateOutput(live.delivered, finish_reason=FinishReason.ERROR, error=(WorkerLost.code, str(error)))
+        except EngineGenerateError as error:
+            # One request has failed in an engine that lives.
+            raise MigrateError(f"request {request.request_id} failed inside vLLM: {error}") from error
         finally:
             self._drop(request.request_id)
             await stream.aclose()

@@ -18,6 +18,7 @@ Threading: the engine core's thread, inside vLLM's hooks or between two steps.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.control import MARKER, Lent, encode
 from components.engine.vllm.migrate_in import MigrateIn
 from components.engine.vllm.migrate_out import MigrateOut
-from components.engine.vllm.records import Record, StepResults, Sums
+from components.engine.vllm.records import Record, StepResults, Sums, use_until
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -133,6 +134,9 @@ class Handoff:
 
     def external_tokens(self, record: Record, num_computed_tokens: int) -> tuple[int, bool]:
         """How many tokens of a request in line come from the prefill engine, beside the steps."""
+        if record.handoff is not None and time.monotonic() > use_until(record.handoff, record.born):
+            # It has waited in line for so long that the prefill engine may have given the blocks away.
+            record.handoff = None
         if record.handoff is None:
             return 0, False
         count = record.handoff.offer.num_tokens - num_computed_tokens

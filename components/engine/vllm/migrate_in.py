@@ -7,8 +7,8 @@ proven is recomputed from the last good block.
 
 No step reads blocks that a copy of the same step fills. Rounds run beside the steps. The commit's tail, if small, is
 copied between two steps, within a budget of a few times what the lane took for as many bytes before (``_budget``), at
-most ``MAX_WAIT_S``; a copy that takes longer goes on beside the steps. So a silent source delays the other requests
-of this engine once, by that budget.
+most ``MAX_WAIT_S``; a copy that takes longer goes on beside the steps, and the next ones of that source do from their
+beginning. So a silent source delays the other requests of this engine once, by that budget.
 
 Blocks belong to the jobs that name them: a request that ends, or starts over, while a job may still write leaves its
 blocks to that job, and they are free when the last worker says that nothing can land in them any more.
@@ -19,6 +19,7 @@ Threading: the engine core's thread. Errors: ``NoRoom`` and ``SessionError``; a 
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,10 +27,10 @@ from dataclasses import dataclass, field
 import msgspec
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
-from components.engine.protocol import Frozen, KVOffer, LandingStatus
+from components.engine.protocol import AgentRef, Frozen, KVOffer, LandingStatus
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.ranks import Ranks
-from components.engine.vllm.records import Incoming, Job, JobResult, Record, StepResults
+from components.engine.vllm.records import Incoming, Job, JobResult, Record, StepResults, use_until
 from components.errors import NoRoom, SessionError
 
 MAX_WAIT_S = 0.25
@@ -70,6 +71,8 @@ class MigrateIn:
         self._cancelled: list[int] = []
         self._flights: dict[int, _Flight] = {}
         self._bytes_per_s = _FIRST_GUESS
+        self._late: set[AgentRef] = set()
+        """Whose last copy was not there in time: no step waits for them until one has come."""
 
     # A request arrives
 
@@ -105,6 +108,7 @@ class MigrateIn:
             landed_blocks=local_blocks,
             local_blocks=local_blocks,
             commit=frozen,
+            use_until=use_until(frozen, record.born),
         )
         self._new.append(self._job(record, total))
 
@@ -123,10 +127,10 @@ class MigrateIn:
     def _reserve(self, record: Record, offer: KVOffer) -> bool:
         """A seat, and blocks if the offer has tokens that our own prefix cache has not."""
         incoming, request = _incoming(record), record.request
-        known = min(offer.num_tokens, request.num_tokens - 1)
-        if known <= 0:
+        known = max(0, min(offer.num_tokens, request.num_tokens - 1))
+        if not known and not offer.room_tokens:
             return self._port.hold_seat(request)
-        given = self._port.reserve(request, known)
+        given = self._port.reserve(request, known, offer.room_tokens)
         if given is None:
             return False
         incoming.local_blocks = given.local_tokens // self._port.block_size
@@ -180,7 +184,7 @@ class MigrateIn:
             if not self._begin_round(record, offer):
                 raise self._no_room()
             return
-        if not self._port.grow(record.request, offer.num_tokens):
+        if not self._port.grow(record.request, offer.num_tokens, offer.room_tokens):
             raise self._no_room()
         self._adopt(record, offer)
         whole = offer.num_tokens // self._port.block_size
@@ -202,7 +206,7 @@ class MigrateIn:
         elif not self._port.grow(record.request, offer.num_tokens):
             raise self._no_room()
         record.rng_state = frozen.rng_state
-        incoming.commit = frozen
+        incoming.commit, incoming.use_until = frozen, use_until(frozen, time.monotonic())
         if not incoming.block_ids:
             # Nothing to copy: the prefix cache has it, or the source had computed nothing.
             self._end(record)
@@ -256,10 +260,13 @@ class MigrateIn:
         total = -(-incoming.offer.num_tokens // self._port.block_size)
         size = (total - incoming.landed_blocks) * self.bytes_per_block
         job = self._job(record, total)
-        if not may_wait or size > self._wait_bytes:
+        if not may_wait or size > self._wait_bytes or not self._late.isdisjoint(job.agents):
             self._new.append(job)
             return
-        for result in self._ranks().copy(job, self._budget(size)):
+        results = self._ranks().copy(job, self._budget(size))
+        if None in results:
+            self._late.update(job.agents)
+        for result in results:
             if result is not None:
                 self._take(result)
 
@@ -278,7 +285,7 @@ class MigrateIn:
             dst_blocks=tuple(incoming.block_ids[first:upto_block]),
             checks=self._checks(incoming),
             vouched=self._vouched(incoming),
-            deadline_s=self._deadline_s,
+            deadline_s=max(0.0, min(self._deadline_s, incoming.use_until - time.monotonic())),
         )
         incoming.job = job
         incoming.requested_blocks = max(first, upto_block)
@@ -352,6 +359,7 @@ class MigrateIn:
         failed = next((r for r in results if not r.ok), None)
         if failed is None:
             incoming.landed_blocks = incoming.requested_blocks
+            self._late.difference_update(flight.job.agents)
             self._learn(results)
         else:
             bad = {block for r in results for block in r.bad_blocks}

@@ -152,7 +152,9 @@ class Migration:
     def on_new_request(self, request: Request) -> None:
         """vLLM has put a request in line."""
         params = request.kv_transfer_params or {}
-        marker = decode_marker(params[MARKER]) if MARKER in params else Marker(external_id(request))
+        # Taken out of vLLM's parameters, which it writes to its log when it crashes: it may hold tokens.
+        data = params.pop(MARKER, None)
+        marker = Marker(external_id(request)) if data is None else decode_marker(data)
         record = Record(request, marker, born=time.monotonic())
         self._records[request.request_id] = self._newest[record.request_id] = record
         if marker.num_prompt_tokens is not None:

@@ -14,15 +14,19 @@ from typing import Any
 
 import msgspec
 from vllm import SamplingParams
+from vllm.exceptions import VLLMClientError
 from vllm.logprobs import Logprob
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from components.engine.protocol import FinishReason, GenerateOutput
-from components.errors import InvalidRequest
+from components.errors import InvalidRequest, WorkerLost
 
 MAX_BYTES = 16 << 20
 TRANSFER_KEY = "kv_transfer_params"
+REFUSALS = (ValueError, TypeError, VLLMClientError)
+"""What vLLM raises for a request that it does not take."""
 _REASONS = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
@@ -86,7 +90,7 @@ def decode(data: bytes) -> Native:
         raise InvalidRequest(f"a request of {len(data)} bytes; {MAX_BYTES} are allowed")
     try:
         return msgspec.msgpack.decode(data, type=Native)
-    except (msgspec.DecodeError, RecursionError, TypeError, ValueError) as error:
+    except (msgspec.DecodeError, RecursionError, *REFUSALS) as error:
         raise InvalidRequest(f"a request that this vLLM cannot read: {error}") from error
 
 
@@ -221,9 +225,12 @@ class OutputFace:
         return rest
 
     def make(self, output: GenerateOutput) -> RequestOutput:
-        """An output of another engine as this one would have given it. Raises ``RuntimeError`` for its error."""
+        """An output of another engine as this one would have given it. Raises ``RuntimeError`` for its error, or what
+        vLLM raises where the engine has died: Dynamo's worker ends then, and the frontend repeats the request.
+        """
         if output.finish_reason is FinishReason.ERROR:
-            raise RuntimeError(": ".join(output.error or ("internal", "the engine ended the request")))
+            code, text = output.error or ("internal", "the engine ended the request")
+            raise EngineDeadError() if code == WorkerLost.code else RuntimeError(f"{code}: {text}")
         reason = None if output.finish_reason is None else _REASONS.get(output.finish_reason, "stop")
         rows = [
             # The sampled token comes first, as in vLLM's own rows.

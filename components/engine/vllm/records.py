@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
+def use_until(frozen: Frozen, since: float) -> float:
+    """Until when the blocks of a state that came at ``since`` may be read, on the clock of ``since``."""
+    return since + frozen.use_within_s if frozen.use_within_s else float("inf")
+
+
 @dataclass
 class Incoming:
     """The destination's side of a move: which source blocks are, or will be, in which of ours."""
@@ -43,6 +48,8 @@ class Incoming:
     """Blocks at the front that our own prefix cache already had."""
     job: Job | None = None
     commit: Frozen | None = None
+    use_until: float = float("inf")
+    """When the source may give the blocks of ``commit`` away, on ``time.monotonic``."""
     rounds: int = 0
     bytes: int = 0
     descriptors: int = 0

@@ -15,7 +15,7 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from components.engine.protocol import FinishReason, GenerateRequest, TokenLogprob
 from components.engine.vllm.control import MARKER, Marker, encode
-from components.engine.vllm.native import TRANSFER_KEY
+from components.engine.vllm.native import REFUSALS, TRANSFER_KEY
 from components.errors import InvalidRequest
 
 _FINISH = {
@@ -65,7 +65,7 @@ def to_vllm(request: GenerateRequest, max_model_len: int) -> SamplingParams:
             structured_outputs=_guided(s.guided),
             extra_args={"kv_transfer_params": {MARKER: encode(marker)}},
         )
-    except (ValueError, TypeError) as error:
+    except REFUSALS as error:
         raise InvalidRequest(str(error)) from error
     if s.bad_words_token_ids:
         # vLLM has no public way to give bad words as token ids.
@@ -97,7 +97,7 @@ def _guided(options: msgspec.Raw | None) -> StructuredOutputsParams | None:
         known = {"json", "regex", "choice", "grammar", "whitespace_pattern", "structural_tag"}
         given = {key: value for key, value in fields.items() if key in known and value is not None}
         return StructuredOutputsParams(**given) if given else None
-    except (ValueError, TypeError, msgspec.DecodeError) as error:
+    except (msgspec.DecodeError, *REFUSALS) as error:
         raise InvalidRequest(f"guided decoding: {error}") from error
 
 

@@ -7,13 +7,16 @@ import asyncio
 import threading
 from collections.abc import Iterable
 
+import msgspec
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from components.client import Drained, Workers
+from components.engine.protocol import EngineStats, RequestId, RequestPhase
 from components.errors import MigrateError, NoRoom, RequestNotFound, WorkerLost, WorkerNotFound
-from components.migration.messages import Mode, MoveRecord
-from components.status import Status
+from components.migration.messages import Mode, MoveRecord, RequestRow
+from components.status import Status, WorkerReport
 from planner_hooks.config import parse
 from planner_hooks.controller import MOVES, Controller
 from planner_hooks.observe import Observer
@@ -221,3 +224,20 @@ def test_explain_refuses_what_is_no_snapshot() -> None:
     result = CliRunner().invoke(app, ["explain", "--snapshot", "no-such-file.json"])
     assert result.exit_code != 0
     assert "no-such-file.json" in str(result.exception)
+
+
+def test_only_a_worker_that_answers_can_say_that_its_requests_have_ended() -> None:
+    """One that misses a report keeps its requests, and one that has gone has not finished them."""
+    observer = Observer(parse(POLICY).controller.cost)
+    rows = tuple(RequestRow(n, RequestId(f"r{n}"), RequestPhase.DECODE, 10, 50) for n in range(1, 101))
+    there = WorkerReport("a", "decode", info=fake_workers.INFO, stats=EngineStats(100, 0, 0, 0, 0, 100), requests=rows)
+    other = msgspec.structs.replace(there, worker="b", requests=())
+    before = observer._remaining.of(np.zeros(1))[0]
+    observer.capture(Status((there, other)))
+    missing = msgspec.structs.replace(there, missing="no answer")
+    assert len(observer.capture(Status((missing, other))).requests) == 100
+    observer.capture(Status((other,)))
+    assert observer._remaining.of(np.zeros(1))[0] == before
+    observer.capture(Status((there, other)))
+    observer.capture(Status((msgspec.structs.replace(there, requests=()), other)))
+    assert observer._remaining.of(np.zeros(1))[0] != before

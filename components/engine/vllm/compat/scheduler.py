@@ -189,9 +189,9 @@ class SchedulerPort:
 
     # Destination
 
-    def reserve(self, request: Request, num_tokens: int) -> Reservation | None:
+    def reserve(self, request: Request, num_tokens: int, room_tokens: int = 0) -> Reservation | None:
         """Give a waiting request a seat and blocks for its first ``num_tokens``, as vLLM does for a load that runs
-        beside its steps. None without room, in which case nothing has changed.
+        beside its steps, and for as many as ``room_tokens`` in all. None without room; then nothing has changed.
         """
         scheduler, manager = self._scheduler, self._scheduler.kv_cache_manager
         hit, local, _ = manager.get_computed_blocks(request)
@@ -200,11 +200,13 @@ class SchedulerPort:
             hit = manager.truncate_computed_blocks(hit, local)
         if not self.hold_seat(request):
             return None
-        if num_tokens <= local:
+        room = max(num_tokens, min(room_tokens, scheduler.max_model_len))
+        if room <= local:
             return Reservation([], local)
+        num_tokens = max(num_tokens, local)
         given = manager.allocate_slots(
             request,
-            0,
+            room - num_tokens,
             num_new_computed_tokens=local,
             new_computed_blocks=hit,
             num_external_computed_tokens=num_tokens - local,
@@ -239,15 +241,15 @@ class SchedulerPort:
         """Does it hold blocks that are being filled?"""
         return request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
 
-    def grow(self, request: Request, num_tokens: int) -> bool:
-        """Blocks of a reserved request for ``num_tokens`` in all. False without room."""
+    def grow(self, request: Request, num_tokens: int, room_tokens: int = 0) -> bool:
+        """Blocks of a reserved request for ``num_tokens``, or ``room_tokens``, in all. False without room."""
         had = request.num_computed_tokens
-        if num_tokens <= had:
+        new = max(num_tokens, min(room_tokens, self._scheduler.max_model_len)) - had
+        if new <= 0:
             return True
-        manager = self._scheduler.kv_cache_manager
-        if manager.allocate_slots(request, num_tokens - had, delay_cache_blocks=True) is None:
+        if self._scheduler.kv_cache_manager.allocate_slots(request, new, delay_cache_blocks=True) is None:
             return False
-        request.num_computed_tokens = num_tokens
+        request.num_computed_tokens = max(had, num_tokens)
         self._do_not_zero(request)
         return True
 

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that were in flight when an engine died, so that none of them can take down one worker after the other.
+
+A worker whose engine dies lives on for a moment: it tells all others which requests it had, and lets the frontend see
+the end of its streams only then. A request is repeated after the first death, and ends with an error after the second.
+A worker that is killed with its engine tells nobody: its requests are not counted.
+
+Counts end ``KEPT_S`` after the last death. Nothing is sent as long as no engine dies. Threading: one asyncio loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+
+from components.engine.protocol import GenerateOutput, RequestId
+from components.errors import EngineKiller, WorkerLost
+from components.migration.messages import WorkerCall, WorkerOp
+from components.migration.peers import Peers, short
+
+logger = logging.getLogger(__name__)
+KEPT_S = 120.0
+_TELL_S = 1.0
+_MOST = 2
+"""Engines that a request may have been in when they died, before it is given up."""
+
+
+class Suspects:
+    """See the module docstring."""
+
+    def __init__(self, peers: Peers, instance: int, in_flight: Callable[[], Iterable[RequestId]]) -> None:
+        """``in_flight`` names the requests that are in this worker's engine."""
+        self._peers = peers
+        self._instance = instance
+        self._in_flight = in_flight
+        self._told: asyncio.Future[None] | None = None
+        self._deaths: dict[RequestId, tuple[int, float]] = {}
+
+    def learn(self, request_ids: Iterable[RequestId]) -> None:
+        """An engine has died that had these."""
+        until = time.monotonic() + KEPT_S
+        self._deaths.update({request_id: (self._count(request_id) + 1, until) for request_id in request_ids})
+
+    def _count(self, request_id: RequestId) -> int:
+        count, until = self._deaths.get(request_id, (0, 0.0))
+        return count if until > time.monotonic() else 0
+
+    def require_few(self, request_id: RequestId) -> None:
+        """Raise ``EngineKiller`` for a request that must not enter another engine."""
+        if (count := self._count(request_id)) >= _MOST:
+            raise EngineKiller(
+                f"request {request_id} was in flight when {count} engines died: it is not repeated any more"
+            )
+
+    def sweep(self) -> None:
+        """Forget what is too old."""
+        now = time.monotonic()
+        self._deaths = {key: value for key, value in self._deaths.items() if value[1] > now}
+
+    async def watched(self, stream: AsyncIterator[GenerateOutput]) -> AsyncGenerator[GenerateOutput, None]:
+        """An engine's outputs; the other workers learn of its death before anybody here does."""
+        async for output in stream:
+            if output.error is not None and output.error[0] == WorkerLost.code:
+                await self.engine_died()
+            yield output
+
+    async def engine_died(self) -> None:
+        """Return once the other workers know what this worker's engine had, or have not answered in time."""
+        if self._told is None:
+            self._told = asyncio.ensure_future(self._tell(tuple(dict.fromkeys(self._in_flight()))))
+        await asyncio.shield(self._told)
+
+    async def _tell(self, request_ids: tuple[RequestId, ...]) -> None:
+        self.learn(request_ids)
+        call = WorkerCall(WorkerOp.SUSPECTS, suspects=request_ids)
+        others = [instance for instance in self._peers.instances() if instance != self._instance]
+        told = (self._peers.call(instance, call, _TELL_S) for instance in others)
+        for other, answer in zip(others, await asyncio.gather(*told, return_exceptions=True), strict=True):
+            if isinstance(answer, Exception):
+                logger.warning("worker %s was not told that this engine has died: %s", short(other), answer)
