@@ -73,6 +73,8 @@ class Leg:
     tokens: list[int] = field(default_factory=list)
     """Output tokens that have left this worker."""
     away: Away | None = None
+    parting: asyncio.Event | None = None
+    """There from the first move on; set when the life has left."""
     moves: int = 0
     served: bool = False
     """A handler of this worker gives its tokens to the frontend."""
@@ -84,6 +86,12 @@ class Leg:
     left: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once nobody in this worker has to do with it any more."""
     _times: deque[float] = field(default_factory=lambda: deque(maxlen=_GAPS + 1))
+
+    def depart(self, away: Away) -> None:
+        """The life has left: readers turn to its next owner as soon as they have its tokens up to the cut."""
+        self.away = away
+        if self.parting is not None:
+            self.parting.set()
 
     def note(self, tokens: Sequence[int]) -> None:
         """These have left now."""
@@ -120,6 +128,11 @@ class Arrival(Leg):
     unread_since: float | None = field(default_factory=lambda: time.monotonic())
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def depart(self, away: Away) -> None:
+        """See ``Leg``."""
+        super().depart(away)
+        self._changed.set()
+
     def add(self, output: GenerateOutput) -> None:
         """The engine has given this."""
         self.outputs.append(output)
@@ -138,7 +151,9 @@ class Arrival(Leg):
         return index
 
     async def read(self, index: int) -> AsyncGenerator[GenerateOutput, None]:
-        """Outputs from token ``index`` on, to the one with a finish reason. ``SessionError`` when superseded.
+        """Outputs from token ``index`` on, to the one with a finish reason or the last one before the life left.
+
+        Raises ``SessionError`` when another reader takes over.
 
         -1 begins with what is made here. A client whose worker died may lack some of the tokens before that.
         """
@@ -154,6 +169,8 @@ class Arrival(Leg):
                 if self.reader != me:
                     raise SessionError(f"request {self.request_id} has a newer reader")
                 if position == len(self.outputs):
+                    if self.away is not None and len(self.known()) >= len(self.away.cut):
+                        return
                     self._changed.clear()
                     await self._changed.wait()
                     continue

@@ -161,8 +161,11 @@ async def _opened(stream: AsyncGenerator[Attached, None], owner: Owner) -> Async
             yield item
 
 
+Attach = Callable[[Owner, RequestId, int, tuple[int, ...]], AsyncGenerator[Attached, None]]
+
+
 async def follow(
-    peers: Peers,
+    attach: Attach,
     owner: Owner,
     request_id: RequestId,
     index: int,
@@ -177,7 +180,7 @@ async def follow(
     """
     while True:
         heir: Owner | None = None
-        async with aclosing(_opened(peers.attach(owner, request_id, index, token_ids), owner)) as stream:
+        async with aclosing(_opened(attach(owner, request_id, index, token_ids), owner)) as stream:
             async for item in stream:
                 if item.error is not None:
                     raise from_code(*item.error)

@@ -26,6 +26,7 @@ from components.migration.faces import PROTOCOL_FACE, Face
 from components.migration.legs import Arrival, Away, Leg, new_life
 from components.migration.messages import Attached, Life, Owner, Ticket, WorkerCall, WorkerOp
 from components.migration.owners import Owners
+from components.migration.parting import Parting
 from components.migration.peers import Peers, follow
 from components.migration.suspects import Suspects
 
@@ -79,20 +80,26 @@ class Requests:
     async def serve(self, leg: Leg, stream: AsyncIterator[T], face: Face[T]) -> AsyncGenerator[T, None]:
         """The items of a request for the handler that has it. Raises ``Repeat`` when the frontend shall repeat it."""
         self._enter(leg)
+        parting: Parting[T] | None = None
+        last = False
         try:
             async for item in stream:
+                taken = self._take(leg, item, face)
+                if taken is not None:
+                    yield taken
                 last = face.finished(item)
-                if last and leg.away is not None:
-                    rest = face.without_end(item)
-                    if rest is None:
-                        break
-                    item = rest
-                if not isinstance(leg, Arrival):
-                    leg.note(face.tokens(item))
-                    self.tokens_total += len(face.tokens(item))
-                yield item
-                if last:
+                if last or leg.parting is not None:
                     break
+            if not last and leg.parting is not None:
+                parting = Parting(leg, leg.parting, stream)
+                async with aclosing(parting.items()) as items:
+                    async for item in items:
+                        taken = self._take(leg, item, face)
+                        if taken is not None:
+                            yield taken
+                        last = face.finished(item)
+                        if last:
+                            break
             if leg.away is None:
                 leg.over = True
                 return
@@ -100,6 +107,20 @@ class Requests:
                 yield face.make(output)
         finally:
             await self._leave(leg)
+            if parting is not None:
+                await parting.close()
+
+    def _take(self, leg: Leg, item: T, face: Face[T]) -> T | None:
+        """What the handler gets of an item: all, or nothing of the end of a life that goes on elsewhere."""
+        if leg.away is not None and face.finished(item):
+            rest = face.without_end(item)
+            if rest is None:
+                return None
+            item = rest
+        if not isinstance(leg, Arrival):
+            leg.note(face.tokens(item))
+            self.tokens_total += len(face.tokens(item))
+        return item
 
     async def _go_on(self, leg: Arrival, index: int) -> AsyncGenerator[GenerateOutput, None]:
         """``serve`` for a life that came from elsewhere, from output token ``index`` on."""
@@ -281,7 +302,7 @@ class Requests:
 
         here.served = True
         try:
-            stream = follow(self.peers, owner, here.request_id, 0, moved, tuple(here.prompt_token_ids))
+            stream = follow(self.attach_to, owner, here.request_id, 0, moved, tuple(here.prompt_token_ids))
             async with aclosing(stream):
                 async for output in stream:
                     here.note(output.token_ids)
@@ -401,6 +422,16 @@ class Requests:
                     yield Attached(moved=leg.away.owner)
                     return
                 yield Attached((output,))
+            if leg.away is not None:
+                yield Attached(moved=leg.away.owner)
+
+    def attach_to(
+        self, owner: Owner, request_id: RequestId, index: int, token_ids: tuple[int, ...] = ()
+    ) -> AsyncGenerator[Attached, None]:
+        """``Peers.attach``; a life that runs here is read without a network."""
+        if owner.instance == self.instance:
+            return self.attach(request_id, owner.life, index, token_ids)
+        return self.peers.attach(owner, request_id, index, token_ids)
 
     async def give_up(self, leg: Arrival) -> None:
         """End a life here; its successor too, if it has moved on."""

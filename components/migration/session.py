@@ -97,21 +97,23 @@ class _Move:
         self._owner = Owner(target, new_life(), len(leg.prompt_token_ids), leg.moves + 1, tuple(leg.tried))
         self._relay: AsyncGenerator[GenerateOutput, None] | None = None
         self._status = LandingStatus(reserved=False)
+        self._first_at = 0.0
 
     async def run(self, record: MoveRecord) -> MoveRecord:
         """All steps. Raises ``MigrateError`` once the request is back at the source."""
         leg = self._leg
         if leg.fixed:
             raise NotMigratable(leg.fixed)
+        leg.parting = leg.parting or asyncio.Event()
         gap = leg.median_gap()
         opened = asyncio.Event()
         first: asyncio.Future[GenerateOutput] | None = None
         try:
             await self._reserve(blocks=record.mode is Mode.LIVE)
             # The way back is open before the source stops: a request behind others waits up to 40 ms for TCP's ACK.
-            relay = follow(self._requests.peers, self._owner, leg.request_id, -1, self._moved, opened=opened.set)
+            relay = follow(self._requests.attach_to, self._owner, leg.request_id, -1, self._moved, opened=opened.set)
             self._relay = relay
-            first = asyncio.ensure_future(anext(relay))
+            first = asyncio.ensure_future(self._first(relay))
             await self._pre_copy(rounds=self._limits.rounds if record.mode is Mode.LIVE else 0)
             await self._until(opened, first)
             frozen, downtime = await self._cut_over(first, gap, record.mode)
@@ -122,11 +124,12 @@ class _Move:
                 await asyncio.gather(first, return_exceptions=True)
             await asyncio.shield(self._back())
             raise
-        leg.away = Away(self._owner, first.result(), relay, frozen.output_token_ids)
+        away = Away(self._owner, first.result(), relay, frozen.output_token_ids)
+        leg.depart(away)
         if not leg.served or leg.left.is_set():
-            await self._requests.let_go(leg, leg.away)
+            await self._requests.let_go(leg, away)
         await self._engine.release(leg.engine_id)
-        self._requests.spawn(self._requests.tell(leg.request_id, leg.away))
+        self._requests.spawn(self._requests.tell(leg.request_id, away))
         with contextlib.suppress(MigrateError):
             self._status = await self._landing(0.0)
         recomputed = self._status.error and not self._status.bytes
@@ -153,7 +156,6 @@ class _Move:
         try:
             async with asyncio.timeout(limit):
                 frozen = await self._engine.freeze(self._leg.engine_id)
-                last = self._leg.last_token_at
                 given = _without_blocks(frozen) if mode is Mode.REPLAY else frozen
                 given = msgspec.structs.replace(given, use_within_s=limit)
                 commit = asyncio.ensure_future(self._call(WorkerOp.COMMIT, frozen=given))
@@ -163,15 +165,19 @@ class _Move:
                 output = await asyncio.shield(first)
                 if output.error is not None:
                     raise SessionError(f"the destination ended the request: {': '.join(output.error)}")
-                await commit
         except TimeoutError as error:
             raise DeadlineExceeded(f"no token from {short(self._owner.instance)} within {limit:g} s") from error
         finally:
-            beside = [task for task in (announce, commit) if task is not None]
-            for task in beside:
-                task.cancel()
-            await asyncio.gather(*beside, return_exceptions=True)
-        return frozen, time.monotonic() - last
+            announce.cancel()
+            if commit is not None and not commit.done():
+                # With a token from there the answer is known, and nobody waits for it.
+                self._requests.spawn(_ended(commit))
+        return frozen, max(0.0, self._first_at - self._leg.last_token_at)
+
+    async def _first(self, relay: AsyncGenerator[GenerateOutput, None]) -> GenerateOutput:
+        output = await anext(relay)
+        self._first_at = time.monotonic()
+        return output
 
     async def _hold(self, gap: float) -> None:
         with contextlib.suppress(MigrateError):
@@ -267,6 +273,11 @@ class _Move:
     async def _call(self, op: WorkerOp, **more: object) -> WorkerReply:
         call = WorkerCall(op, self._leg.request_id, self._owner.life, **more)  # type: ignore[arg-type]
         return await self._requests.peers.call(self._owner.instance, call, self._limits.step_s)
+
+
+async def _ended(call: asyncio.Future[WorkerReply]) -> None:
+    with contextlib.suppress(MigrateError):
+        await call
 
 
 def _without_blocks(frozen: Frozen) -> Frozen:

@@ -72,9 +72,12 @@ class Control:
                 await engine.expect_commit(self._arrival(call).engine_id, call.hold_s)
             case WorkerOp.COMMIT if call.frozen is not None:
                 leg = self._arrival(call)
-                leg.before = call.frozen.output_token_ids
-                await engine.commit(leg.engine_id, call.frozen)
-                leg.committed = True
+                leg.before, leg.committed = call.frozen.output_token_ids, True
+                try:
+                    await engine.commit(leg.engine_id, call.frozen)
+                except BaseException:
+                    leg.committed = False
+                    raise
                 requests.events[Event.LANDED] += 1
             case WorkerOp.ABORT:
                 leg = self._arrival(call)
