@@ -22,7 +22,7 @@ from statistics import median
 import msgspec
 
 from components.engine.protocol import GenerateOutput, RequestId
-from components.errors import MigrateError, SessionError
+from components.errors import MigrateError, RequestNotFound, SessionError
 from components.migration.messages import Life, Owner
 
 _GAPS = 16
@@ -74,7 +74,7 @@ class Leg:
     """Output tokens that have left this worker."""
     away: Away | None = None
     parting: asyncio.Event | None = None
-    """There from the first move on; set when the life has left."""
+    """There from the first move on of a life that a handler reads from the engine; set when it has left."""
     moves: int = 0
     served: bool = False
     """A handler of this worker gives its tokens to the frontend."""
@@ -86,6 +86,10 @@ class Leg:
     left: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once nobody in this worker has to do with it any more."""
     _times: deque[float] = field(default_factory=lambda: deque(maxlen=_GAPS + 1))
+
+    def expect_parting(self) -> None:
+        """A move begins: who reads the engine's stream looks out for its end."""
+        self.parting = self.parting or asyncio.Event()
 
     def depart(self, away: Away) -> None:
         """The life has left: readers turn to its next owner as soon as they have its tokens up to the cut."""
@@ -128,6 +132,9 @@ class Arrival(Leg):
     unread_since: float | None = field(default_factory=lambda: time.monotonic())
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def expect_parting(self) -> None:
+        """``read`` ends by itself."""
+
     def depart(self, away: Away) -> None:
         """See ``Leg``."""
         super().depart(away)
@@ -149,6 +156,20 @@ class Arrival(Leg):
         if index < 0 or [*self.prompt_token_ids, *self.known()[:index]] != list(token_ids):
             return None
         return index
+
+    def start(self, index: int, token_ids: Sequence[int]) -> int:
+        """The output token that a reader begins with: ``index``, or what follows the tokens that it has.
+
+        Raises ``RequestNotFound`` when those are not this life's. Tokens that its next owner made are.
+        """
+        if not token_ids:
+            return index
+        after = self.index_after(token_ids)
+        if after is not None:
+            return after
+        if self.away is None:
+            raise RequestNotFound(f"life {self.life:x} of request {self.request_id} made other tokens")
+        return len(self.known())
 
     async def read(self, index: int) -> AsyncGenerator[GenerateOutput, None]:
         """Outputs from token ``index`` on, to the one with a finish reason or the last one before the life left.

@@ -146,10 +146,12 @@ class Requests:
                     if leg.over:
                         return
                     if self._repeats(leg, away, len(made)):
-                        leg.handed_on = True
                         self.events[Event.REPEATED] += 1
                         raise Repeat(f"request {leg.request_id} runs at another worker")
             raise WorkerLost("the relay was closed")
+        except Repeat:
+            leg.handed_on = True
+            raise
         except (WorkerLost, RequestNotFound) as error:
             logger.warning("request %s: %s", leg.request_id, error)
             if self.closing:
@@ -406,15 +408,7 @@ class Requests:
         leg = self.arrival(request_id, life)
         if leg.refused is not None:
             raise leg.refused
-        if token_ids:
-            after = leg.index_after(token_ids)
-            if after is None and leg.away is not None:
-                # They may have been made since it left.
-                yield Attached(moved=leg.away.owner)
-                return
-            if after is None:
-                raise RequestNotFound(f"life {life:x} of request {request_id} made other tokens")
-            index = after
+        index = leg.start(index, token_ids)
         yield Attached()
         async with aclosing(leg.read(index)) as stream:
             async for output in stream:
@@ -430,8 +424,22 @@ class Requests:
     ) -> AsyncGenerator[Attached, None]:
         """``Peers.attach``; a life that runs here is read without a network."""
         if owner.instance == self.instance:
-            return self.attach(request_id, owner.life, index, token_ids)
+            return self._near(owner, request_id, index, token_ids)
         return self.peers.attach(owner, request_id, index, token_ids)
+
+    async def _near(
+        self, owner: Owner, request_id: RequestId, index: int, token_ids: Sequence[int]
+    ) -> AsyncGenerator[Attached, None]:
+        """A request that has come back to the worker whose handler passes its tokens on. When it leaves again, its
+        tokens come over the stream that its move has opened.
+        """
+        leg = self.arrival(request_id, owner.life)
+        if leg.away is not None:
+            yield Attached(moved=leg.away.owner)
+            return
+        async with aclosing(self._go_on(leg, leg.start(index, token_ids))) as stream:
+            async for output in stream:
+                yield Attached((output,))
 
     async def give_up(self, leg: Arrival) -> None:
         """End a life here; its successor too, if it has moved on."""

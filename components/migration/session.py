@@ -104,7 +104,7 @@ class _Move:
         leg = self._leg
         if leg.fixed:
             raise NotMigratable(leg.fixed)
-        leg.parting = leg.parting or asyncio.Event()
+        leg.expect_parting()
         gap = leg.median_gap()
         opened = asyncio.Event()
         first: asyncio.Future[GenerateOutput] | None = None
