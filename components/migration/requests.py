@@ -311,12 +311,15 @@ class Requests:
                     here.over = output.finish_reason is not None
                     yield output
             return
+        except Repeat:
+            here.handed_on = True
+            raise
         except (WorkerLost, RequestNotFound) as error:
             logger.warning("request %s: %s", here.request_id, error)
             here.over = True
             self.owners.forget(here.request_id)
         finally:
-            if not here.over and not self.closing:
+            if not (here.over or here.handed_on or self.closing):
                 self.spawn(self.peers.call(at.instance, _abort(here.request_id, at.life)))
         async with aclosing(self._go_on(self._again(here, here.tokens), len(here.tokens))) as rest:
             async for output in rest:
