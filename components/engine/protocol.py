@@ -245,6 +245,8 @@ class EngineInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_bytes_per_token: int = 0
     lease_s: float = 60.0
     """For so long the blocks of a frozen request are kept although its owner is silent."""
+    steps_ahead: int = 0
+    """Steps that are scheduled before the one that runs has ended: a freeze waits for them too."""
 
 
 class EngineStats(msgspec.Struct, frozen=True):

@@ -51,6 +51,8 @@ class Options:
     """The frontend repeats requests (``--migration-limit``); else everything is relayed to its end."""
     relay_below: int = 32
     """A request with fewer tokens to come is relayed to its end: a repeat would cost more."""
+    steps_ahead: int = 0
+    """Of this worker's engine; see ``EngineInfo``."""
 
 
 class Requests:
@@ -437,6 +439,7 @@ class Requests:
         tokens come over the stream that its move has opened.
         """
         leg = self.arrival(request_id, owner.life)
+        yield Attached()
         if leg.away is not None:
             yield Attached(moved=leg.away.owner)
             return

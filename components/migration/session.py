@@ -36,6 +36,8 @@ _ALMOST = 2
 """Blocks that may be missing at the freeze."""
 _SPARE = 2 * _ALMOST
 """Blocks that are granted beyond the tokens of an offer, for those that come until the freeze."""
+_AHEAD = 0.75
+"""Part of a step scheduled ahead that passes before the destination begins to wait."""
 _HOLD_STEPS = 1.25
 """Gaps between tokens for which the destination waits for the commit: a step of the source and the way to it."""
 
@@ -180,6 +182,8 @@ class _Move:
         return output
 
     async def _hold(self, gap: float) -> None:
+        # The source finishes what it has scheduled ahead; meanwhile the destination's requests go on.
+        await asyncio.sleep(_AHEAD * self._requests.options.steps_ahead * gap)
         with contextlib.suppress(MigrateError):
             if gap:
                 await self._call(WorkerOp.EXPECT_COMMIT, hold_s=_HOLD_STEPS * gap)

@@ -83,7 +83,7 @@ class Migration:
         peers = await DynamoPeers.of_worker(
             self.runtime, config.namespace, config.component, endpoint, self.settings.components, role
         )
-        options = Options(repeats=self.settings.repeats)
+        options = Options(repeats=self.settings.repeats, steps_ahead=info.steps_ahead)
         requests = Requests(engine, peers, int(endpoint.connection_id()), info.fingerprint, options)
         name = f"{int(endpoint.connection_id()):016x}"[-8:]
         self.status = WorkerStatus(requests, name, role, info, endpoint, address(self.settings.agent["advertise_host"]))

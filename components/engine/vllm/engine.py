@@ -143,6 +143,7 @@ class VLLMEngine:
             lanes=reply.lanes,
             kv_bytes_per_token=reply.kv_bytes_per_token,
             lease_s=self._options.lease_s,
+            steps_ahead=int(bool(config.scheduler_config.async_scheduling)),
         )
         return self._info
 
