@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from itertools import pairwise
 from typing import Any
@@ -16,7 +16,7 @@ from components.client import Workers
 from components.engine.protocol import GenerateOutput, GenerateRequest, RequestId, Sampling
 from components.errors import EngineKiller, NoRoom
 from components.migration.events import Event
-from components.migration.messages import Mode, Owner, WorkerCall, WorkerOp
+from components.migration.messages import Attached, Mode, Owner, WorkerCall, WorkerOp
 from components.migration.owners import Owners
 from components.migration.peers import short
 from components.worker.unrepeated import Unrepeated, handler_class
@@ -412,4 +412,58 @@ async def test_requests_move_only_between_workers_of_the_same_weights() -> None:
         assert same.requests.arrivals and not other.requests.arrivals
         await reader.done
         same.engine._live.scheduler.pool.drop(taken)
+        await workers.quiet()
+
+
+@virtual
+async def test_a_client_follows_before_the_source_has_ended_its_stream() -> None:
+    """The rest of a step at the source, which ends the stream, is not the client's to wait for."""
+    sampling = Sampling(temperature=0.0, max_tokens=200)
+    gate = asyncio.Event()
+    async with cluster(2) as workers:
+        for node in workers.nodes:
+            node.engine.release = _late(node.engine.release, gate)  # type: ignore[method-assign]
+        answer = asyncio.ensure_future(workers.complete(PROMPT, sampling))
+        while not any(node.status.running() for node in workers.nodes):
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.02)
+        move = asyncio.ensure_future(workers.move())
+        assert await asyncio.wait_for(answer, 20) == (await expected([PROMPT], sampling))[0]
+        assert not move.done()
+        gate.set()
+        record = await move
+        assert record is not None and record.ok
+        await workers.quiet()
+
+
+def _late(release: Callable[[RequestId], Awaitable[None]], gate: asyncio.Event) -> Callable[[RequestId], Any]:
+    async def late(engine_id: RequestId) -> None:
+        await gate.wait()
+        await release(engine_id)
+
+    return late
+
+
+@virtual
+async def test_a_request_that_comes_back_is_read_without_a_network() -> None:
+    sampling = Sampling(temperature=0.0, max_tokens=600)
+    async with cluster(2) as workers:
+        answer = asyncio.ensure_future(workers.complete(PROMPT, sampling))
+        while not any(node.status.running() for node in workers.nodes):
+            await asyncio.sleep(0.001)
+        [home] = [node for node in workers.nodes if node.requests.legs]
+        attached: list[int] = []
+        plain = home.requests.peers.attach
+
+        def attach(owner: Owner, *rest: Any) -> AsyncGenerator[Attached, None]:
+            attached.append(owner.instance)
+            return plain(owner, *rest)
+
+        home.requests.peers.attach = attach  # type: ignore[method-assign]
+        for _ in range(4):
+            await asyncio.sleep(0.02)
+            record = await workers.move()
+            assert record is not None and record.ok
+        assert await answer == (await expected([PROMPT], sampling))[0]
+        assert attached and home.instance not in attached
         await workers.quiet()
