@@ -199,11 +199,15 @@ class Graph:
             time.sleep(0.2)
         return found[1]
 
-    def metrics(self, component: str) -> str:
-        """All metrics of a component, found as Prometheus finds them."""
+    def on_page(self, path: str) -> Any:
+        """What the web page answers to programs."""
         page = httpx.URL(self.page)
         bearer = {"Authorization": f"Bearer {page.params.get('token')}"}
-        groups = httpx.get(page.copy_with(path="/targets", query=None), headers=bearer, trust_env=False).json()
+        return httpx.get(page.copy_with(path=path, query=None), headers=bearer, trust_env=False).json()
+
+    def metrics(self, component: str) -> str:
+        """All metrics of a component, found as Prometheus finds them."""
+        groups = self.on_page("/targets")
         places = [group["targets"][0] for group in groups if group["labels"]["component"] == component]
         return "\n".join(httpx.get(f"http://{place}/metrics", trust_env=False).text for place in places)
 

@@ -114,7 +114,7 @@ def prometheus(folder: Path, settings: Path, rules: Path, page: str) -> Iterator
     config = yaml.safe_load(settings.read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(rules)]
-    config["scrape_configs"][0]["http_sd_configs"] = [{"url": f"{page}/targets", "refresh_interval": "1s"}]
+    config["scrape_configs"][0]["http_sd_configs"] = [{"url": f"{page.rstrip('/')}/targets", "refresh_interval": "1s"}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     subprocess.run(["promtool", "check", "config", str(folder / "prometheus.yml")], check=True, capture_output=True)
     port = free_port()

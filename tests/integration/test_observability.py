@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import pytest
 import yaml
 from selenium.webdriver.common.by import By
@@ -67,7 +66,7 @@ def act(graph: Graph) -> None:
 @pytest.fixture(scope="module")
 def scraped(busy: Graph) -> str:
     """All metrics of the graph, found as Prometheus finds them."""
-    groups = httpx.get(f"{busy.page}/targets", trust_env=False).json()
+    groups = busy.on_page("/targets")
     components = [group["labels"]["component"] for group in groups]
     assert sorted(components) == ["decode", "decode", "frontend", "prefill"]
     return "\n".join(busy.metrics(component) for component in sorted(set(components)))
@@ -146,7 +145,7 @@ def test_counts_are_those_of_what_happened(scraped: str) -> None:
 
 
 def test_the_page_tells_the_life_of_each_request(busy: Graph) -> None:
-    lives = httpx.get(f"{busy.page}/api/state", trust_env=False).json()["latest"]["lives"]
+    lives = busy.on_page("/api/state")["latest"]["lives"]
     kinds = [{part["kind"] for part in life["parts"]} for life in lives]
     assert any({"decode", "copying", "frozen"} <= life for life in kinds)
     for life in lives:
