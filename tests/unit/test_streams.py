@@ -444,7 +444,6 @@ def _late(release: Callable[[RequestId], Awaitable[None]], gate: asyncio.Event) 
     return late
 
 
-@virtual
 async def test_a_request_that_comes_back_is_read_without_a_network() -> None:
     sampling = Sampling(temperature=0.0, max_tokens=600)
     async with cluster(2) as workers:
