@@ -75,6 +75,7 @@ class _Call:
                 priority=keywords.get("priority") or 0,
                 lora=keywords.get("lora_request"),
                 adapter=self.adapter,
+                cached_tokens=self.face.cached_tokens,
                 cache_salt=self.prompt.get("cache_salt"),
                 session_id=keywords.get("session_id"),
                 trace_headers=dict(keywords["trace_headers"]) if keywords.get("trace_headers") else None,

@@ -98,8 +98,13 @@ def test_a_ticket_with_values_that_vllm_refuses_is_one_error() -> None:
 def test_outputs_come_back_as_vllm_gave_them() -> None:
     face = native.OutputFace("r", [1, 2])
     rows = (TokenLogprob(-0.5, 2, ((8, -0.1), (7, -0.5))),)
-    made = face.make(GenerateOutput(3, (7,), rows, FinishReason.STOP, stop_reason=7))
+    own = [CompletionOutput(0, "", [], None, None)]
+    for cached in (2, None):
+        face.tokens(RequestOutput("r", None, [1], None, own, False, num_cached_tokens=cached))
+    assert face.cached_tokens == 2
+    made = face.make(GenerateOutput(3, (7,), rows, FinishReason.STOP, stop_reason=7, cached_tokens=2))
     assert (made.request_id, made.prompt_token_ids, made.finished) == ("r", [1, 2], True)
+    assert made.num_cached_tokens == 2
     assert (made.outputs[0].finish_reason, made.outputs[0].stop_reason) == ("stop", 7)
     assert logprobs_of(made.outputs[0].logprobs, (7,)) == rows
     rest = face.without_end(made)

@@ -56,6 +56,8 @@ class _Live:
     ended: GenerateOutput | None = None
     """Final output to give instead of vLLM's, once somebody ended the request on purpose."""
     delivered: int = 0
+    cached_tokens: int | None = None
+    """What the engine had cached in which the request began; None: that is this one."""
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,10 @@ class VLLMEngine:
 
         if request.request_id in self._live:
             raise SessionError(f"request id {request.request_id} is in use in this engine")
-        prompt, params, keywords = self._arguments(request)
+        given = native.decode(request.native) if request.native else None
+        prompt, params, keywords = self._arguments(request, given)
         live = self._live[request.request_id] = _Live(delivered=len(request.output_token_ids))
+        live.cached_tokens = given.cached_tokens if given is not None else None
         if request.landing is not None:
             self._renew_lease(request.request_id)
         stream = self._llm.generate(prompt, params, request.request_id, **keywords)
@@ -199,10 +203,11 @@ class VLLMEngine:
             self._drop(request.request_id)
             await stream.aclose()
 
-    def _arguments(self, request: GenerateRequest) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    def _arguments(
+        self, request: GenerateRequest, given: native.Native | None
+    ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
         prompt: dict[str, Any] = {"prompt_token_ids": [*request.prompt_token_ids, *request.output_token_ids]}
-        if request.native:
-            given = native.decode(request.native)
+        if given is not None:
             if given.lora is not None:
                 given = msgspec.structs.replace(given, lora=self._loras.here(given.lora, given.adapter))
             salt, params, keywords = given.cache_salt, marked(given.params, request), given.keywords()
@@ -244,7 +249,7 @@ class VLLMEngine:
                 finish_reason=reason,
                 stop_reason=sample.stop_reason,
                 frozen=frozen,
-                cached_tokens=item.num_cached_tokens or 0,
+                cached_tokens=(item.num_cached_tokens or 0) if live.cached_tokens is None else live.cached_tokens,
             )
         ]
 

@@ -45,6 +45,8 @@ class Native(msgspec.Struct, frozen=True, omit_defaults=True):
     lora: LoRARequest | None = None
     adapter: str = ""
     """Digest of the LoRA adapter's contents."""
+    cached_tokens: int = 0
+    """Of the prompt, when the request began: clients are billed for what its first worker had cached."""
     cache_salt: str | None = None
     session_id: str | None = None
     trace_headers: dict[str, str] | None = None
@@ -200,9 +202,12 @@ class OutputFace:
     def __init__(self, request_id: str, prompt_token_ids: list[int] | None) -> None:
         self._request_id = request_id
         self._prompt = prompt_token_ids
+        self.cached_tokens = 0
+        """What the engine has told of the prompt."""
 
     def tokens(self, item: RequestOutput) -> Sequence[int]:
         """New tokens of the first sample."""
+        self.cached_tokens = item.num_cached_tokens or self.cached_tokens
         return item.outputs[0].token_ids if item.outputs else ()
 
     def finished(self, item: RequestOutput) -> bool:
@@ -255,5 +260,5 @@ class OutputFace:
                 )
             ],
             finished=reason is not None,
-            num_cached_tokens=output.cached_tokens or None,
+            num_cached_tokens=output.cached_tokens,
         )
