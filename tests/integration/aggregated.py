@@ -2,7 +2,8 @@
 """What one plain vLLM engine answers, as the truth to compare a graph with.
 
 Reads {"model", "dtype", "prompts": [...], "chats": [...], "max_tokens"} as JSON; writes the texts, prompts
-first, to the file that is its argument.
+first, to the file that is its argument. All of it is one process: another would outlive the end of this one, and keep
+the pipes that its caller reads.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 def main() -> None:
     """Generate greedily, one request at a time."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
 
     task = json.load(sys.stdin)
@@ -26,6 +28,7 @@ def main() -> None:
         enforce_eager=True,
         max_num_seqs=1,
         seed=0,
+        distributed_executor_backend="vllm.v1.executor.uniproc_executor.UniProcExecutor",
     )
     greedy = SamplingParams(temperature=0, max_tokens=task["max_tokens"])
     texts = [output.outputs[0].text for output in llm.generate(task["prompts"], greedy, use_tqdm=False)]
