@@ -111,5 +111,5 @@ async def test_an_owner_that_stands_still_is_not_waited_for_without_end() -> Non
 
     began = asyncio.get_running_loop().time()
     with pytest.raises(WorkerLost, match="did not take a reader"):
-        await anext(follow(Standing(), Owner(2, 5), "r", 0))  # type: ignore[arg-type]
+        await anext(follow(Standing().attach, Owner(2, 5), "r", 0))  # type: ignore[arg-type]
     assert asyncio.get_running_loop().time() - began == pytest.approx(OPEN_S)
