@@ -7,7 +7,7 @@ import asyncio
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -18,9 +18,11 @@ from components import process
 from components.cli.live import reach
 from components.errors import ConfigError
 from components.wire import UNREADABLE
-from planner_hooks.config import PolicyFile, load
-from planner_hooks.plan import Plan
-from planner_hooks.snapshot import Capture, Snapshot
+
+if TYPE_CHECKING:
+    from planner_hooks.config import PolicyFile
+    from planner_hooks.plan import Plan
+    from planner_hooks.snapshot import Capture
 
 app = typer.Typer(help="Policies that decide migrations.", no_args_is_help=True)
 
@@ -49,6 +51,9 @@ def explain(
     dynamo policy explain --save now.json
     dynamo policy explain --snapshot now.json --policy-file my.yaml
     """
+    from planner_hooks.config import load
+    from planner_hooks.snapshot import Snapshot
+
     rules = load(policy_file)
     capture = read(snapshot) if snapshot is not None else asyncio.run(observe(rules))
     if save is not None:
@@ -67,6 +72,8 @@ def explain(
 
 def read(path: Path) -> Capture:
     """A saved snapshot. Raises ``ConfigError``."""
+    from planner_hooks.snapshot import Capture
+
     try:
         return msgspec.json.decode(path.read_bytes(), type=Capture)
     except OSError as error:

@@ -10,17 +10,18 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import httpx
 import typer
 from rich.console import Console
 
 from components import env, models
-from components.cli.launcher import Launcher, Then
 from components.serve.graph import load
 from components.serve.plan import Plan, make_plan, parse_overrides, read_yaml
 from components.transfer.config import Transport
+
+if TYPE_CHECKING:
+    from components.cli.launcher import Then
 
 _DEMO = "graphs.disagg:Frontend"
 _EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -96,6 +97,8 @@ def serve(
 
 
 def _run(plan: Plan, console: Console, then: Then | None, dashboard: int | None) -> None:
+    from components.cli.launcher import Launcher
+
     asyncio.run(Launcher(plan, console, dashboard).run(then))
     if plan.bounds:
         # Dynamo's native runtime may abort in the interpreter's finalisation.
@@ -141,6 +144,8 @@ def demo(
 
 async def chat(plan: Plan, console: Console) -> None:
     """One streaming request; prints text, TTFT and TPOT as vLLM defines them."""
+    import httpx
+
     url = f"{plan.url}/v1/chat/completions"
     body = {
         "model": plan.model,

@@ -15,13 +15,27 @@ parking/     KV put aside in host memory or files
 session/     how two agents agree on a transfer
 """
 
-from components.transfer.agent import TransferAgent
-from components.transfer.config import AgentConfig, Integrity, KVPool, StoreKind, Strategy, TransferResult, Transport
-from components.transfer.copying import CacheCopy, transfer_kv_cache
-from components.transfer.data.nixl import nixl_is_available
-from components.transfer.data.shared import SharedZeros, move_to_shared_memory
-from components.transfer.handle import TransferHandle
-from components.transfer.parking import Parking, ParkingStats, Place, Ticket
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from components.transfer.agent import TransferAgent
+    from components.transfer.config import (
+        AgentConfig,
+        Integrity,
+        KVPool,
+        StoreKind,
+        Strategy,
+        TransferResult,
+        Transport,
+    )
+    from components.transfer.copying import CacheCopy, transfer_kv_cache
+    from components.transfer.data.nixl import nixl_is_available
+    from components.transfer.data.shared import SharedZeros, move_to_shared_memory
+    from components.transfer.handle import TransferHandle
+    from components.transfer.parking import Parking, ParkingStats, Place, Ticket
 
 __all__ = [
     "AgentConfig",
@@ -43,3 +57,25 @@ __all__ = [
     "nixl_is_available",
     "transfer_kv_cache",
 ]
+_HOMES = {
+    "TransferAgent": "agent",
+    "CacheCopy": "copying",
+    "transfer_kv_cache": "copying",
+    "nixl_is_available": "data.nixl",
+    "SharedZeros": "data.shared",
+    "move_to_shared_memory": "data.shared",
+    "TransferHandle": "handle",
+    "Parking": "parking",
+    "ParkingStats": "parking",
+    "Place": "parking",
+    "Ticket": "parking",
+}
+"""Where names are that do not live in ``config``. They are imported when first asked for: torch takes seconds."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'config')}"), name)
+    globals()[name] = value
+    return value
