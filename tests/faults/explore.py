@@ -259,6 +259,8 @@ def main() -> int:
                 bad += 1
                 plan = {step: f"{fate} {found.steps[step]}" for step, fate in found.plan.items()}
                 print(f"{name} {label}: {found.problems} {plan}", flush=True)
+            if count % 500 == 0:
+                print(f"{name}: {count} runs so far, {bad} with problems", flush=True)
             if time.time() - began > arguments.seconds:
                 break
         told = f"{count} runs, {moved} moves, {faults} faults"
