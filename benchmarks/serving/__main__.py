@@ -192,7 +192,7 @@ def _run(
         except MigrateError as error:
             lost = ", ".join(kinds[kinds.index(kind) :])
             console.print(f"[red]{lost}: {error}")
-            found.errors.append(f"{lost}: {error}")
+            found.errors.append(f"{lost}: {error}".splitlines()[0])  # The rest has paths of this machine.
 
 
 def _system(

@@ -151,7 +151,7 @@ def _started(begun: list[System], end: float, found: Crowd, say: Callable[[str],
             _wait(system, end)
         except MigrateError as error:
             say(str(error))
-            found.errors.append(str(error)[-2000:])
+            found.errors.append(str(error).splitlines()[0])  # The rest has paths of this machine.
             continue
         systems.append(system)
         found.chosen[system.kind.value] = _chosen(system)

@@ -40,6 +40,7 @@ def lines(crowd: Crowd) -> list[str]:
         "the load itself, on the same machine):",
         "",
         *table(["system, streams", *_CPU, "tokens in a chunk"], used),
+        *([f"Left out: {'; '.join(crowd.errors)}.", ""] if crowd.errors else []),
     ]
 
 

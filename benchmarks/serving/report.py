@@ -98,7 +98,7 @@ def write_report(report: Report, path: Path, raw: Path) -> None:
     lines += _profiles(report)
     lines += _formulas()
     if report.errors:
-        lines += ["## Errors of this run", "", *(f"- {error.splitlines()[0]}" for error in report.errors), ""]
+        lines += ["## Errors of this run", "", *(f"- {error}" for error in report.errors), ""]
     names = plots.draw(report.runs, raw.parent)
     lines += ["## Plots", "", *(f"![{text}](results/{name})" for name, text in names), ""]
     path.write_text("\n".join(lines).rstrip() + "\n")

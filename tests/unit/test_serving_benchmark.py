@@ -93,7 +93,7 @@ def test_report_names_what_failed_and_the_ratio(tmp_path: Path) -> None:
     down = Run(Kind.STOCK.value, Workload.SCALE_DOWN.value, 0, [sample(gap=0.04)] * 3 + [sample(tokens=3)], 1.0)
     down.events = [Event("decode2 ends", 0.0, 1.5)]
     raw = tmp_path / "raw.json"
-    report = Report(machine(), "tiny-llama", "auto", SCALE, Slo(), "today", [calm, down], errors=["vllm: no\nmore"])
+    report = Report(machine(), "tiny-llama", "auto", SCALE, Slo(), "today", [calm, down], errors=["vllm: no"])
     write_report(report, tmp_path / "report.md", raw)
     text = (tmp_path / "report.md").read_text()
     assert "| scale-down, dynamo | 1 of 4 | 0 | 4.00 |" in text
