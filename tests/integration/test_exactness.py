@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from tests.integration.graphs import Graph
 pytestmark = pytest.mark.integration
 AT_ONCE = 12
 WORDS = ["sea", "clock", "house", "maker", "lived", "once", "upon", "time", "old", "small", "door", "river", "stone"]
+GUIDED = "([a-z]{2,9} )+"
 CASES = {
     "tiny-llama": ("tiny-llama", "false", 30, 300),
     "tiny-llama cached": ("tiny-llama", "true", 100, 200),
@@ -55,7 +57,8 @@ def kinds(number: int, chance: random.Random) -> dict[str, Any]:
             "frequency_penalty": 1.0,
             "stop": chance.sample(["e s", "ing t", "ion", "\n\n", ". The"], 3),
         },
-    )[number % 7]
+        seeded | {"extra_body": {"guided_regex": GUIDED}},
+    )[number % 8]
 
 
 def request(number: int, length: int) -> dict[str, Any]:
@@ -68,7 +71,7 @@ def request(number: int, length: int) -> dict[str, Any]:
     more = dict(body.pop("extra_body", {}))
     if "stop" not in body:
         more["ignore_eos"] = True
-    return body | {"extra_body": more, "stream": number % 2 == 1}
+    return body | {"extra_body": more, "stream": number // 8 % 2 == 1}
 
 
 def ask(graph: Graph, body: dict[str, Any]) -> Answer:
@@ -135,6 +138,7 @@ def compare(graph: Graph, bodies: list[dict[str, Any]]) -> None:
     for body, one, other in zip(bodies, moved, unmoved, strict=True):
         found = one.result()
         assert (found.text, found.finish, found.tokens) == (other.text, other.finish, other.tokens), body
+        assert "guided_regex" not in body["extra_body"] or re.fullmatch("[a-z ]+", found.text), (body, found.text)
         assert [token for token, _ in found.logprobs] == [token for token, _ in other.logprobs], body
         assert [p for _, p in found.logprobs] == pytest.approx([p for _, p in other.logprobs], abs=1e-3), body
     assert len(done) > len(bodies), moves
