@@ -64,7 +64,7 @@ def tools(count: int) -> Case:
         }
         for n in range(count)
     ]
-    return _json({"type": "array", "minItems": 2, "maxItems": 3, "items": {"anyOf": calls}})
+    return _json({"type": "array", "minItems": 4, "maxItems": 5, "items": {"anyOf": calls}})
 
 
 def regex(pattern: str) -> Case:
@@ -73,13 +73,13 @@ def regex(pattern: str) -> Case:
 
 def grammar(size: int) -> Case:
     """Nested sums; no JSON and no regular expression."""
-    rules = f'root ::= sum\nsum ::= term (" + " term){{{size},{size + 2}}}\nterm ::= [0-9]{{3}} | "(" [a-z]{{4}} ")"'
+    rules = f'root ::= sum\nsum ::= term ("+" term){{{size},{size + 2}}}\nterm ::= [0-9]{{3}} | "(" [a-z]{{4}} ")"'
     term = r"([0-9]{3}|\([a-z]{4}\))"
-    return Case({"grammar": rules}, re.compile(rf"{term}( \+ {term}){{{size},{size + 2}}}").fullmatch)
+    return Case({"grammar": rules}, re.compile(rf"{term}(\+{term}){{{size},{size + 2}}}").fullmatch)
 
 
 def choice(count: int) -> Case:
-    words = ["-".join(f"{n * 7919 % 99991:05d}" for n in range(k + 1, k + 14)) for k in range(count)]
+    words = ["-".join(f"{n * 7919 % 99991:05d}" for n in range(k + 1, k + 26)) for k in range(count)]
     return Case({"choice": words}, words.__contains__)
 
 
@@ -90,12 +90,12 @@ def _string(length: int) -> dict[str, Any]:
 def cases(of_each: int) -> dict[str, Case]:
     found: dict[str, Case] = {}
     for n in range(of_each):
-        colours = {"type": "array", "minItems": 4 + n, "maxItems": 6 + n, "items": {"enum": ["red", "green", "blue"]}}
+        colours = {"type": "array", "minItems": 30 + n, "maxItems": 32 + n, "items": {"enum": ["red", "green", "blue"]}}
         found |= {
             f"json-{n}": schema({"name": _string(6 + n), "tags": colours, "ok": {"type": "boolean"}}),
             f"tools-{n}": tools(n + 1),
-            f"regex-{n}": regex(rf"([a-z]{{3,{4 + n}}}-[0-9]{{2}};){{{5 + n},9}}end"),
-            f"grammar-{n}": grammar(5 + n),
+            f"regex-{n}": regex(rf"([a-z]{{3,{4 + n}}}-[0-9]{{2}};){{{18 + n},{19 + n}}}end"),
+            f"grammar-{n}": grammar(25 + n),
             f"choice-{n}": choice(2 + n),
         }
     return found
@@ -124,15 +124,16 @@ def tokenizer(model: str) -> Any:
 
 def asked(name: str, case: Case, number: int) -> GenerateRequest:
     how: dict[str, Any] = {"temperature": 0.0} if number % 2 else {"temperature": 1.0, "seed": number}
-    sampling = Sampling(max_tokens=600, guided=msgspec.Raw(msgspec.json.encode(case.guided)), **how)
+    sampling = Sampling(max_tokens=1500, guided=msgspec.Raw(msgspec.json.encode(case.guided)), **how)
     return request_of(name, 20 + number, sampling)
 
 
-async def moved(pair: Pair, request: GenerateRequest, length: int) -> Client:
+async def moved(pair: Pair, request: GenerateRequest) -> Client:
+    """Its answer, which is long enough for all moves: each takes some steps of its source."""
     client, source, target = Client(), pair.a, pair.b
     stream: Any = source.generate(request)
     for n in range(MOVES):
-        await take_until(stream, client, max(1, length * n // (2 * MOVES)))
+        await take_until(stream, client, 4 * n + 1)
         stream = await move(source, target, request, client, stream, live=True)
         source, target = target, source
     async for output in stream:
@@ -143,7 +144,7 @@ async def moved(pair: Pair, request: GenerateRequest, length: int) -> Client:
 async def check(pair: Pair, model: str, found: dict[str, Case]) -> None:
     for number, (name, case) in enumerate(found.items()):
         request = asked(name, case, number)
-        client = await moved(pair, request, 60)
+        client = await moved(pair, request)
         plain = await run(pair.b, msgspec.structs.replace(request, request_id=RequestId(f"plain-{name}")))
         text = tokenizer(model).decode(client.tokens, skip_special_tokens=True)
         assert client.tokens == plain.tokens, name
@@ -194,4 +195,4 @@ def test_fifty_guided_requests_stay_valid_and_equal(
     found = cases(10)
     if request.node.callspec.params["pair"] == "outlines":
         found = {name: case for name, case in found.items() if "grammar" not in case.guided}
-    runner.run(asyncio.wait_for(check(pair, tiny_llama, found), 550))
+    runner.run(asyncio.wait_for(check(pair, tiny_llama, found), 1500))
