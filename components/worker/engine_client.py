@@ -17,7 +17,7 @@ from typing import Any
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from components.engine.protocol import RequestId
-from components.engine.vllm import ids, native
+from components.engine.vllm import checks, native
 from components.engine.vllm.loras import Loras
 from components.errors import EngineKiller
 from components.migration.legs import Leg
@@ -109,7 +109,7 @@ class EngineClient:
         self._handoffs: Handoffs | None = None
         self._unrepeated = unrepeated or Unrepeated()
         self._engine_fixes = native.why_engine_fixes(llm.vllm_config)
-        self._model = llm.vllm_config.model_config
+        self._config = llm.vllm_config
         self.loras = Loras()
         self.loras.watch(llm)
         # Dynamo reads the signature of ``generate``.
@@ -140,7 +140,7 @@ class EngineClient:
             keywords,
             self._engine_fixes,
         )
-        ids.check(call.tokens, sampling_params, self._model)
+        checks.check(call.tokens, sampling_params, self._config)
         stream = self._prefill(call) if is_prefill(sampling_params) else self._stream(call)
         try:
             async with aclosing(stream):

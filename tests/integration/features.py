@@ -90,10 +90,7 @@ FEATURES: dict[str, Feature] = {
         stays="thinking budget",
         holds="</think>",
     ),
-    "prompt_logprobs": _one(
-        {"temperature": 0, "prompt_logprobs": 1, "nvext": {"extra_fields": ["prompt_logprobs"]}},
-        stays="prompt_logprobs",
-    ),
+    "prompt_logprobs": Feature(test="test_cases.py::test_f10_log_probabilities_of_the_prompt"),
     "logprob_token_ids": _one({"temperature": 0, "logprobs": 2, "logprob_token_ids": [5, 6]}, stays="ranks"),
     "guided decoding": Feature(
         {

@@ -55,6 +55,7 @@ def read(reply: httpx.Response) -> dict[str, Any]:
         assert not line.startswith("event: error"), reply.text
         if line.startswith("data: {"):
             chunk = json.loads(line[6:])
+            assert "error" not in chunk, chunk
             usage = chunk.get("usage") or usage
             for choice in chunk["choices"]:
                 text += choice.get("text") or choice.get("delta", {}).get("content") or ""
@@ -148,7 +149,7 @@ def outcome(answer: Future[dict[str, Any]]) -> dict[str, Any]:
     """What came of one request; an error is that row's alone."""
     try:
         return answer.result()
-    except AssertionError as error:
+    except (AssertionError, httpx.HTTPError) as error:
         return {"error": str(error)}
 
 
@@ -245,9 +246,11 @@ def test_moved_requests_are_billed_for_what_their_first_worker_had_cached(told: 
         assert not details.get("cached_tokens"), name
 
 
-def test_log_probabilities_of_the_prompt_come_once(told: dict[str, Told]) -> None:
-    rows = told["prompt_logprobs"].moved["nvext"]["prompt_logprobs"]
-    assert len(rows) == told["prompt_logprobs"].moved["usage"]["prompt_tokens"]
+def test_what_ends_an_engine_with_adapters_is_refused(graph: Graph) -> None:
+    url = f"http://127.0.0.1:{graph.port}/v1/completions"
+    body = {"model": "tiny-llama", "prompt": "The tea is", "max_tokens": 2, "prompt_logprobs": 1}
+    reply = httpx.post(url, json=body, timeout=60, trust_env=False)
+    assert reply.status_code == 400 and "while LoRA is enabled" in reply.text, reply.text
 
 
 def test_a_response_is_one_of_the_chat(graph: Graph) -> None:

@@ -376,7 +376,9 @@ class Llm:
         self.asked: list[SamplingParams] = []
         self.prompts: list[Any] = []
         model = SimpleNamespace(get_vocab_size=lambda: 1000, is_multimodal_model=False, return_sampling_mask=masks)
-        self.vllm_config = SimpleNamespace(model_config=model, aux_output_config=SimpleNamespace(enabled=experts))
+        self.vllm_config = SimpleNamespace(
+            model_config=model, aux_output_config=SimpleNamespace(enabled=experts), lora_config=None
+        )
         self.dead = asyncio.Event()
 
     async def check_health(self) -> None:

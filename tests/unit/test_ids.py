@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token ids that the model does not have: refused before the engine sees them, by vLLM or by this package."""
+"""What would end an engine, token ids above all: refused before it sees them, by vLLM or by this package."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMClientError
 
-from components.engine.vllm import ids
+from components.engine.vllm import checks
 
 SIZE = 100
 MODEL: Any = SimpleNamespace(
     get_vocab_size=lambda: SIZE, is_multimodal_model=False, max_logprobs=20, is_diffusion=False
 )
 IMAGES: Any = SimpleNamespace(get_vocab_size=lambda: SIZE, is_multimodal_model=True)
+
+
+def engine(model: Any = MODEL, lora: object = None, device: str = "cpu") -> Any:
+    """An engine's configuration."""
+    return SimpleNamespace(model_config=model, lora_config=lora, device_config=SimpleNamespace(device_type=device))
 
 
 def banned(*words: list[int]) -> SamplingParams:
@@ -37,14 +42,23 @@ def test_vllm_itself_refuses_unknown_ids(field: str, token: int) -> None:
 @pytest.mark.parametrize("word", [[SIZE], [1, 60_000], [-1], []])
 def test_banned_words_of_unknown_ids_are_refused(word: list[int]) -> None:
     with pytest.raises(VLLMClientError, match="bad_words_token_ids"):
-        ids.check([1], banned([1], word), MODEL)
-    ids.check([1], banned([1], [0, SIZE - 1]), MODEL)
+        checks.check([1], banned([1], word), engine())
+    checks.check([1], banned([1], [0, SIZE - 1]), engine())
 
 
 def test_prompts_are_held_against_the_model_and_not_against_its_tokenizer() -> None:
     with pytest.raises(VLLMClientError, match=r"\[100\] in prompt_token_ids"):
-        ids.check([1, SIZE], SamplingParams(), MODEL)
-    ids.check([0, SIZE - 1], SamplingParams(), MODEL)
+        checks.check([1, SIZE], SamplingParams(), engine())
+    checks.check([0, SIZE - 1], SamplingParams(), engine())
     # Placeholders of images have no embedding of their own.
-    ids.check([1, SIZE], SamplingParams(), IMAGES)
-    ids.check(None, SamplingParams(), MODEL)
+    checks.check([1, SIZE], SamplingParams(), engine(IMAGES))
+    checks.check(None, SamplingParams(), engine())
+
+
+def test_log_probabilities_of_a_prompt_are_refused_where_they_end_the_engine() -> None:
+    asked = SamplingParams(prompt_logprobs=1)
+    with pytest.raises(VLLMClientError, match="prompt_logprobs while LoRA is enabled"):
+        checks.check([1], asked, engine(lora=object()))
+    for fine in (engine(), engine(lora=object(), device="cuda")):
+        checks.check([1], asked, fine)
+    checks.check([1], SamplingParams(), engine(lora=object()))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token ids that a client sends are checked against the model before the engine sees them.
+"""What would end the engine, with all of its requests, is refused before the engine sees it.
 
-vLLM checks most of them itself: those of the prompt, of ``stop_token_ids``, ``logit_bias``, ``allowed_token_ids`` and
-``logprob_token_ids``. Here is what it leaves out in the tested series. A wrong id would end the engine with all of its
-requests, or, on a GPU, write where it must not.
+Token ids: vLLM checks most of them itself, those of the prompt, of ``stop_token_ids``, ``logit_bias``,
+``allowed_token_ids`` and ``logprob_token_ids``; here is what it leaves out in the tested series. On a GPU a wrong id
+writes where it must not. ``prompt_logprobs`` of a worker with LoRA on CPUs: vLLM's step fails.
 
 Errors: vLLM's own ``VLLMValidationError``, of which Dynamo's handlers make a 400.
 """
@@ -17,17 +17,24 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 
-def check(tokens: Sequence[int] | None, params: SamplingParams, model: Any) -> None:
-    """Raise for ids that the model does not have. ``model`` is vLLM's ``ModelConfig``; no ``tokens``: it checks them.
+def check(tokens: Sequence[int] | None, params: SamplingParams, config: Any) -> None:
+    """Raise for such a request. ``config`` is the engine's ``VllmConfig``; no ``tokens``: the prompt is more than that.
 
     vLLM lets the ids of the tokenizer pass in a prompt too, of which multimodal models have more than embeddings.
     """
+    model = config.model_config
     size = int(model.get_vocab_size())
     if tokens and not model.is_multimodal_model and max(tokens) >= size:
         raise _unknown("prompt_token_ids", [token for token in tokens if token >= size], size)
     for word in params._bad_words_token_ids or ():
         if not word or any(not 0 <= token < size for token in word):
             raise _unknown("bad_words_token_ids", list(word), size)
+    wanted = params.prompt_logprobs is not None and config.lora_config is not None
+    if wanted and config.device_config.device_type == "cpu":
+        raise VLLMValidationError(
+            "on CPUs vLLM computes no prompt_logprobs while LoRA is enabled; ask a worker without it",
+            parameter="prompt_logprobs",
+        )
 
 
 def _unknown(name: str, found: list[int], size: int) -> VLLMValidationError:
