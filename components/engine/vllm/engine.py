@@ -286,8 +286,10 @@ class VLLMEngine:
         self._stop_lease(request_id)
 
     async def landing_status(self, request_id: RequestId) -> LandingStatus:
-        """Progress of a landing request."""
-        self._renew_lease(request_id)
+        """Progress of a landing request; after its commit no lease begins anew, as nobody would end it."""
+        live = self._live.get(request_id)
+        if live is not None and live.lease is not None:
+            self._renew_lease(request_id)
         return await self._core.landing_status(request_id)
 
     async def extend(self, request_id: RequestId, offer: KVOffer, tokens: tuple[int, ...]) -> None:

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Leases of requests on the move: a request that has been committed is nobody's to end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from components.engine.protocol import LandingStatus, RequestId
+from components.engine.vllm.engine import VLLMEngine, VLLMOptions, _Live
+
+ONE = RequestId("one")
+
+
+class Core:
+    """A core that says yes."""
+
+    async def commit(self, request_id: RequestId, frozen: Any) -> None:
+        pass
+
+    async def landing_status(self, request_id: RequestId) -> LandingStatus:
+        return LandingStatus(reserved=True)
+
+
+@pytest.mark.parametrize("committed", [False, True])
+async def test_asking_for_the_landing_renews_a_lease_and_begins_none(committed: bool) -> None:
+    engine = VLLMEngine(VLLMOptions({}, {}, lease_s=1000.0))
+    core: Any = Core()
+    engine._client = core
+    live = engine._live[ONE] = _Live()
+    engine._renew_lease(ONE)
+    first = live.lease
+    if committed:
+        frozen: Any = type("Frozen", (), {"output_token_ids": ()})
+        await engine.commit(ONE, frozen)
+    await engine.landing_status(ONE)
+    assert first is not None and first.cancelled()
+    assert (live.lease is None) == committed
+    engine._drop(ONE)
