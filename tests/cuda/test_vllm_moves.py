@@ -68,12 +68,6 @@ def make_model(folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as runner:
-        yield runner
-
-
-@pytest.fixture(scope="module")
 def pair(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory, etcd_url: str) -> Iterator[Pair]:
     model = tmp_path_factory.mktemp("llama")
     maker = multiprocessing.get_context("spawn").Process(target=make_model, args=(str(model),))

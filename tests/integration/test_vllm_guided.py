@@ -102,12 +102,6 @@ def cases(of_each: int) -> dict[str, Case]:
 
 
 @pytest.fixture(scope="module")
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as runner:
-        yield runner
-
-
-@pytest.fixture(scope="module")
 def pair(runner: asyncio.Runner, tiny_llama: str, etcd_url: str, request: pytest.FixtureRequest) -> Iterator[Pair]:
     # Weights that are random know no end of white space.
     backend = getattr(request, "param", "xgrammar")
