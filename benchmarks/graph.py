@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import typer
 from components.doctor.host import gpus
 from components.errors import MigrateError
 from components.serve import precision
+from components.serve.servers import free_port
 
 START_S = 600.0
 
@@ -35,9 +35,7 @@ def served(target: str, config: str, *overrides: str, log: Path | None = None) -
 
     Raises ``MigrateError`` with the end of its log when it does not start.
     """
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = int(sock.getsockname()[1])
+    port = free_port()
     with tempfile.TemporaryDirectory(prefix="dynamo-migrate-bench-") as folder:
         os.environ["XDG_RUNTIME_DIR"] = folder
         # A benchmark that fills the machine must not lose its workers to a late keep-alive.

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import pytest
 
 from components.address import Address
 from components.planner import perf_model
-from components.serve.servers import answers, etcd_command, nats_command
+from components.serve.servers import answers, etcd_command, free_port, nats_command
 from components.serve.surroundings import past_proxies
 
 perf_model.stand_in()  # Tests import parts of Dynamo's planner.
@@ -42,13 +41,6 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(config.stash[_status])
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def wait_for_port(port: int, timeout_s: float = 15.0, host: str = "127.0.0.1") -> None:

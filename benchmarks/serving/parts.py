@@ -23,7 +23,7 @@ from components.cli.serve import resolve
 from components.serve import precision
 from components.serve.arguments import filled
 from components.serve.config import WorkerConfig
-from components.serve.servers import free_port, system_port
+from components.serve.servers import free_port
 from components.transfer import Transport
 
 _MAX_LEN = 4096
@@ -191,7 +191,7 @@ def _stock(
         events = {"publisher": "zmq", "endpoint": f"ipc://{_socket(folder)}", "enable_kv_cache_events": True}
         command += ["--kv-events-config", json.dumps(events)]
         command += _flags(engine)
-        health = system_port()
+        health = free_port()
         own = {"DYN_SYSTEM_PORT": str(health), "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
         own |= {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
         parts.append(Part(f"{mode}{number}", mode, command, ENGINE | own, health_port=health))
@@ -220,7 +220,7 @@ def _ours(
         role = {"PrefillWorker": "prefill", "DecodeWorker": "decode", "AggWorker": "decode"}
         ready = None if process.component in ("Frontend", "Planner") else folder / f"{label}.ready"
         arguments, own = filled(process.command[1:], process.environment, _socket(folder))
-        own |= {"DYN_SYSTEM_PORT": str(system_port())}
+        own |= {"DYN_SYSTEM_PORT": str(free_port())}
         own |= {"DYN_MIGRATE_READY_FILE": str(ready)} if ready else {}
         command = [sys.executable, *arguments]
         parts.append(Part(label, role.get(process.component, "front"), command, ENGINE | own, ready_file=ready))

@@ -6,13 +6,14 @@ Rank 0 is the destination and takes the times; rank 1 does what ``Task`` says.
 
 from __future__ import annotations
 
-import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from torch import distributed
+
+from components.serve.servers import free_port
 
 _TIMEOUT = timedelta(seconds=60)
 
@@ -32,9 +33,7 @@ class Task:
 
 def task(library: str, operation: str, size: int, count: int) -> Task:
     """A task with a free port to meet at."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return Task(library, operation, size, count, f"tcp://127.0.0.1:{sock.getsockname()[1]}")
+    return Task(library, operation, size, count, f"tcp://127.0.0.1:{free_port()}")
 
 
 def times(what: Task, device: str) -> list[float]:

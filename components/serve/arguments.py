@@ -15,7 +15,7 @@ from components import env
 from components.errors import ConfigError
 from components.models import adapters
 from components.serve.config import FrontendConfig, WorkerConfig, dashed
-from components.serve.servers import system_port
+from components.serve.servers import free_port
 
 PORT = "@PORT@"
 SOCKET = "@SOCKET@"
@@ -109,7 +109,7 @@ def worker_environment(config: WorkerConfig, repeats: bool, planned: bool) -> di
 
 def filled(command: Sequence[str], environment: Mapping[str, str], socket: str) -> tuple[list[str], dict[str, str]]:
     """Both as the process gets them."""
-    port = str(system_port())
+    port = str(free_port())
 
     def fill(text: str) -> str:
         return text.replace(PORT, port).replace(SOCKET, socket)

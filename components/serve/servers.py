@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from components import env
@@ -24,20 +25,21 @@ from components.serve import family
 from components.serve.warden import Warden
 
 RESTARTS = 5
+_random = random.SystemRandom()
+"""Two processes never try the same ports, whatever a test has seeded."""
 
 
 def free_port() -> int:
-    """A loopback port that was free a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A TCP port on which nobody listens.
 
-
-def system_port() -> int:
-    """A free port for ``DYN_SYSTEM_PORT``, which Dynamo reads as a signed 16-bit number."""
+    Below the ports that Linux gives to outgoing connections (32768 and up), so that none of these takes it before the
+    server does, and within the signed 16 bits as which Dynamo reads ``DYN_SYSTEM_PORT``.
+    """
     for _ in range(200):
-        port = random.randint(20000, 32767)
-        if not answers("127.0.0.1", port, 0.2):
+        port = _random.randint(20000, 32767)
+        with socket.socket() as sock, suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(("0.0.0.0", port))
             return port
     raise ConfigError("no free port between 20000 and 32767")
 

@@ -31,7 +31,7 @@ from components.errors import ConfigError, MigrateError
 from components.serve import family
 from components.serve.arguments import filled
 from components.serve.plan import Plan, Process
-from components.serve.servers import system_port
+from components.serve.servers import free_port
 from components.serve.surroundings import is_noise
 from components.serve.warden import Warden
 
@@ -75,7 +75,7 @@ class Child:
             *family.tied([sys.executable, *command]),
             env={
                 **environment,
-                "DYN_SYSTEM_PORT": str(system_port()),
+                "DYN_SYSTEM_PORT": str(free_port()),
                 **planned,
                 **own,
             },

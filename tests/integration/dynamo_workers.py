@@ -19,7 +19,7 @@ import aiohttp
 
 from components.client import Workers
 from components.process import connect
-from tests.conftest import free_port
+from components.serve.servers import free_port
 
 MODEL = "tiny"
 _START_S = 240.0

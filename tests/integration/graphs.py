@@ -25,7 +25,7 @@ import openai
 import psutil
 import pytest
 
-from tests.conftest import free_port
+from components.serve.servers import free_port
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "Once upon a time, in a small house by the sea, there lived an old clock maker. " * 12

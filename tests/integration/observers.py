@@ -20,7 +20,8 @@ import pytest
 import yaml
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from tests.conftest import free_port, running, wait_for_port
+from components.serve.servers import free_port
+from tests.conftest import running, wait_for_port
 
 
 @dataclass(frozen=True)

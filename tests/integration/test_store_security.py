@@ -16,9 +16,10 @@ import trustme
 
 from components.address import Address
 from components.errors import ConfigError, TransferError, TransferUnavailable
+from components.serve.servers import free_port
 from components.transfer import AgentConfig
 from components.transfer.control.endpoint import Endpoint, without_secrets
-from tests.conftest import etcd_server, free_port, nats_server
+from tests.conftest import etcd_server, nats_server
 from tests.integration.test_stores import agents, move, until
 
 pytestmark = pytest.mark.integration

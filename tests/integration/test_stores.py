@@ -19,8 +19,9 @@ import torch
 
 from components.address import in_url
 from components.errors import ConfigError, TransferError
+from components.serve.servers import free_port
 from components.transfer import AgentConfig, KVPool, TransferAgent
-from tests.conftest import etcd_server, free_port, nats_server
+from tests.conftest import etcd_server, nats_server
 
 pytestmark = pytest.mark.integration
 BLOCKS = 8

@@ -10,7 +10,8 @@ import pytest
 
 from components.models import cache_folder
 from components.serve.places import LONGEST
-from tests.conftest import etcd_server, free_port, nats_server
+from components.serve.servers import free_port
+from tests.conftest import etcd_server, nats_server
 from tests.integration.graphs import PAGED, Graph
 
 pytestmark = pytest.mark.integration

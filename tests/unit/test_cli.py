@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from components.cli import app, live
 from components.errors import ConfigError, MigrateError
-from tests.conftest import free_port
+from components.serve.servers import free_port
 
 ROOT = Path(__file__).parents[2]
 

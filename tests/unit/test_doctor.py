@@ -20,8 +20,8 @@ from components.doctor.places import places
 from components.doctor.services import services
 from components.doctor.transfer import judge as judge_transfer
 from components.doctor.transfer import lanes_used
+from components.serve.servers import free_port
 from components.transfer.config import Transport
-from tests.conftest import free_port
 
 GOOD = Host(
     python=(3, 11),

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from components.doctor.services import services
+from components.serve.servers import free_port
 from components.serve.surroundings import past_proxies, surroundings
 from components.transfer import AgentConfig, KVPool, TransferAgent
-from tests.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
 CLIENTS = {"httpx": {"get", "post", "stream", "Client", "AsyncClient"}, "openai": {"OpenAI", "AsyncOpenAI"}}

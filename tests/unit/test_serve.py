@@ -25,10 +25,10 @@ from components.serve import arguments, precision
 from components.serve.config import FrontendConfig, WorkerConfig, parse
 from components.serve.graph import load
 from components.serve.plan import Plan, make_plan, parse_overrides, read_yaml
+from components.serve.servers import free_port
 from components.transfer import lanes
 from components.transfer.config import Transport
 from tests.adapters import make_adapter
-from tests.conftest import free_port
 from tests.flags import flag
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -356,7 +356,7 @@ def test_the_second_runner_gets_a_resumed_request_with_all_its_tokens(tiny_llama
 
 def test_dynamos_scheduler_with_metrics_migrates_too(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("dynamo.vllm.instrumented_scheduler")
-    from tests.conftest import free_port
+    from components.serve.servers import free_port
 
     monkeypatch.setenv("DYN_FORWARDPASS_METRIC_PORT", str(free_port()))
     played = Played(tiny_llama, "InstrumentedMigrationScheduler")

@@ -8,8 +8,8 @@ import signal
 import subprocess
 from pathlib import Path
 
-from components.serve.servers import etcd_command, nats_command
-from tests.conftest import free_port, wait_for_port
+from components.serve.servers import etcd_command, free_port, nats_command
+from tests.conftest import wait_for_port
 
 
 class Server:
