@@ -32,6 +32,8 @@ class Asked:
     """Regular expression that the answer must match, also if it has been cut off by its length."""
     holds: str = ""
     """Text that must be in the answer."""
+    alone: bool = False
+    """It is not asked beside others: see docs/features.md."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ FEATURES: dict[str, Feature] = {
         {"temperature": 0, "prompt_logprobs": 1, "nvext": {"extra_fields": ["prompt_logprobs"]}},
         stays="prompt_logprobs",
     ),
-    "logprob_token_ids": _one({"temperature": 0, "logprobs": 2, "logprob_token_ids": [5, 6]}, stays="ranks"),
+    "logprob_token_ids": _one(
+        {"temperature": 0, "logprobs": 2, "logprob_token_ids": [5, 6]}, stays="ranks", alone=True
+    ),
     "guided decoding": Feature(
         {
             "regex": Asked({"temperature": 0, "guided_regex": LETTERS}, chat=True, fits=LETTERS),

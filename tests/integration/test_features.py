@@ -115,16 +115,17 @@ def told(graph: Graph) -> dict[str, Told]:
     chosen = worker["nvext"]["worker_id"]["decode_worker_id"]
     bodies["worker chosen by the client"]["nvext"] = {"backend_instance_id": chosen}
     found = {name: Told() for name in ROWS}
-    with ThreadPoolExecutor(len(ROWS)) as pool:
-        running = {name: pool.submit(ask, graph, bodies[name], asked.chat) for name, asked in ROWS.items()}
-        while not all(answer.done() for answer in running.values()):
-            move_what_runs(graph, found)
-            time.sleep(0.05)
-        for name, answer in running.items():
-            found[name].moved = outcome(answer)
-        after = {name: pool.submit(ask, graph, bodies[name], asked.chat) for name, asked in ROWS.items()}
-        for name, answer in after.items():
-            found[name].answer = outcome(answer)
+    for names in ([n for n, asked in ROWS.items() if not asked.alone], [n for n, asked in ROWS.items() if asked.alone]):
+        with ThreadPoolExecutor(len(names)) as pool:
+            running = {name: pool.submit(ask, graph, bodies[name], ROWS[name].chat) for name in names}
+            while not all(answer.done() for answer in running.values()):
+                move_what_runs(graph, found)
+                time.sleep(0.05)
+            for name, answer in running.items():
+                found[name].moved = outcome(answer)
+            after = {name: pool.submit(ask, graph, bodies[name], ROWS[name].chat) for name in names}
+            for name, answer in after.items():
+                found[name].answer = outcome(answer)
     return found
 
 
@@ -163,7 +164,7 @@ def test_it_is_served_and_moves_or_says_why_not(told: dict[str, Told], name: str
         assert found.record.get("code") == "not_migratable" and asked.stays in found.record["reason"], found.record
         assert asked.stays in found.row.get("not_migratable", "")
     else:
-        assert found.record.get("ok") and found.record["mode"] == "live", found.record
+        assert found.record.get("ok") and found.record["mode"] == "live", "{code}: {reason}".format_map(found.record)
     same(found.moved, found.answer)
     texts = [content(choice) for choice in found.moved["choices"]]
     if asked.fits:
@@ -201,7 +202,9 @@ def test_a_higher_priority_is_a_lower_number_for_vllm(told: dict[str, Told]) -> 
 def test_answers_with_json_fit_their_schema(told: dict[str, Told]) -> None:
     for kind in ("json", "json_schema", "tool_choice required", "tool_choice named"):
         answer = told[f"guided decoding {kind}"].moved["choices"][0]
-        assert answer["finish_reason"] in ("stop", "tool_calls"), answer
+        # After one call more calls may follow.
+        ends = ("stop", "tool_calls", "length") if kind == "tool_choice required" else ("stop", "tool_calls")
+        assert answer["finish_reason"] in ends, answer
         assert len(json.loads(content(answer))["a"]) == ITEMS
 
 
