@@ -216,9 +216,11 @@ def test_f11_a_lost_worker_ends_a_guided_answer_and_does_not_mix_it(graph: Graph
                 read_so_far += choice["delta"].get("content") or ""
                 finish = choice.get("finish_reason") or finish
         if len(read_so_far) > 200 and not killed:
-            [row] = [row for row in graph.running().values() if row["max_tokens"] == 1500]
-            graph.worker_process(graph.replica_of(row["worker"])).kill()
-            killed = True
+            # A table that is read may be a second old.
+            rows = [row for row in graph.running().values() if row["max_tokens"] == 1500]
+            if rows:
+                graph.worker_process(graph.replica_of(rows[0]["worker"])).kill()
+                killed = True
     whole = COUNT * 100 + "end"
     assert killed and whole.startswith(read_so_far)
     assert finish != "stop" or read_so_far == whole

@@ -92,6 +92,8 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     overrides = (
         "--AggWorker.replicas=3",
         "--AggWorker.kv-memory-gib=0.5",
+        # Two of three workers have seats for all.
+        "--AggWorker.max-num-seqs=32",
         f"--AggWorker.engine-args={json.dumps(engine)}",
     )
     graph = Graph(folder, "agg", overrides, model="tiny-llama")
