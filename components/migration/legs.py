@@ -23,7 +23,7 @@ import msgspec
 
 from components.engine.protocol import GenerateOutput, RequestId
 from components.errors import MigrateError, RequestNotFound, SessionError
-from components.migration.messages import Life, Owner
+from components.migration.messages import Life, Owner, Ticket
 
 _GAPS = 16
 
@@ -105,6 +105,22 @@ class Leg:
     def known(self) -> list[int]:
         """All output tokens that this worker has seen."""
         return self.tokens
+
+    def ticket(self, life: Life, fingerprint: str, made: Sequence[int], moves: int) -> Ticket:
+        """What a worker needs to begin ``life`` of this request after the output tokens ``made``."""
+        return Ticket(
+            self.request_id,
+            life,
+            tuple(self.prompt_token_ids),
+            self.native(),
+            fingerprint,
+            tuple(made),
+            tuple(self.tried),
+            self.max_tokens,
+            self.attached,
+            dict(self.trace),
+            moves,
+        )
 
     @property
     def last_token_at(self) -> float:

@@ -14,14 +14,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from components.engine.protocol import RequestId
+from components.migration.legs import Away
 from components.migration.messages import Owner, WorkerCall, WorkerOp
 from components.migration.peers import Peers, short
 
 logger = logging.getLogger(__name__)
 OWNER_S = 120.0
+TELL_AGAIN_S = 1.0
+"""Who knows an owner is asked again after this time."""
 _ANNOUNCE_S = 1.0
 
 
@@ -56,7 +59,21 @@ class Owners:
             if (known := self.get(request_id)) is None or owner.moves >= known.moves:
                 self._known[request_id] = (owner, until)
 
-    async def announce(self, request_id: RequestId, owner: Owner) -> frozenset[int]:
+    def known_to(self, workers: Collection[int], told: frozenset[int]) -> bool:
+        """Does each worker that could get a repeat know the owner, when those know it that were ``told``?"""
+        # With prefill and decode apart a repeat passes a prefill worker; one without this package is told nothing.
+        first, ours = self._peers.prefill_workers(), self._peers.instances()
+        prefilled = first is None or any(instance in told or instance not in ours for instance in first)
+        return prefilled and bool(workers) and told.issuperset(workers)
+
+    async def tell(self, request_id: RequestId, away: Away) -> None:
+        """Tell the other workers who has a request that has left, and note in ``away`` who knows it."""
+        away.told, owner = None, away.owner
+        told = await self._announce(request_id, owner)
+        if away.owner is owner:
+            away.told, away.told_at = told, time.monotonic()
+
+    async def _announce(self, request_id: RequestId, owner: Owner) -> frozenset[int]:
         """The workers that know the owner, once all have answered or have not in time; this one is among them."""
         waiting = self._telling.get(request_id)
         done = waiting[1] if waiting is not None else asyncio.get_running_loop().create_future()

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every request of one worker: what runs in its engine, what has left it, and who reads what.
+"""The streams of one worker's handlers, wherever the tokens come from.
 
 A handler's call of the engine goes through ``serve``: as long as nothing moves, it hands the engine's own items on.
 When the life has gone elsewhere, ``serve`` goes on with the next owner's outputs (relay) until the frontend can be
-asked to repeat the request (``Repeat``), which then reaches the owner itself (``claim``) or a worker that knows it.
+asked to repeat the request (``Repeat``), which then reaches the owner itself, that goes on with the life that came to
+it (``Arrivals.claim``), or a worker that knows the owner (``repeated``).
 
 Threading: one asyncio loop.
 """
@@ -19,20 +20,20 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-from components.engine.protocol import Engine, FinishReason, GenerateOutput, GenerateRequest, KVOffer, RequestId
-from components.errors import InvalidRequest, MigrateError, RequestNotFound, SessionError, WorkerLost
+from components.engine.protocol import Engine, GenerateOutput, RequestId
+from components.errors import MigrateError, RequestNotFound, WorkerLost
+from components.migration.arrivals import Arrivals, abort
 from components.migration.events import Event
 from components.migration.faces import PROTOCOL_FACE, Face
 from components.migration.legs import Arrival, Away, Leg, new_life
-from components.migration.messages import Attached, Life, Owner, Ticket, WorkerCall, WorkerOp
-from components.migration.owners import Owners
+from components.migration.messages import Attached, Owner
+from components.migration.owners import TELL_AGAIN_S, Owners
 from components.migration.parting import Parting
 from components.migration.peers import Peers, follow
 from components.migration.suspects import Suspects
 
 logger = logging.getLogger(__name__)
 _SWEEP_S = 1.0
-_TELL_AGAIN_S = 1.0
 
 T = TypeVar("T")
 
@@ -62,22 +63,30 @@ class Requests:
         self.engine = engine
         self.peers = peers
         self.instance = instance
-        self.fingerprint = fingerprint
         self.options = options
         self.legs: dict[RequestId, Leg] = {}
         """Stock lives by the frontend's id, also those that are relayed."""
-        self.arrivals: dict[Life, Arrival] = {}
         self.closing = False
         """The process is about to end: what has left stays with its owner whatever happens to the streams here."""
-        self.tokens_total = 0
         self.handoffs: Counter[str] = Counter()
         """Outcomes of hand-overs from prefill to decode workers."""
         self.events: Counter[Event] = Counter()
         self.owners = Owners(peers, instance)
         self.suspects = Suspects(peers, instance, self._in_flight)
+        self.arrivals = Arrivals(engine, fingerprint, peers, self.suspects, self.events, self.spawn)
+        self._tokens = 0
+        """Tokens that handlers got from this worker's own engine."""
         self._tasks: set[asyncio.Task[object]] = set()
 
-    # Streams of this worker's handlers
+    @property
+    def fingerprint(self) -> str:
+        """See ``Arrivals``."""
+        return self.arrivals.fingerprint
+
+    @property
+    def tokens_total(self) -> int:
+        """Tokens that this worker's engine has made."""
+        return self._tokens + self.arrivals.tokens_total
 
     async def serve(self, leg: Leg, stream: AsyncIterator[T], face: Face[T]) -> AsyncGenerator[T, None]:
         """The items of a request for the handler that has it. Raises ``Repeat`` when the frontend shall repeat it."""
@@ -121,7 +130,7 @@ class Requests:
             item = rest
         if not isinstance(leg, Arrival):
             leg.note(face.tokens(item))
-            self.tokens_total += len(face.tokens(item))
+            self._tokens += len(face.tokens(item))
         return item
 
     async def _go_on(self, leg: Arrival, index: int) -> AsyncGenerator[GenerateOutput, None]:
@@ -166,21 +175,9 @@ class Requests:
                 yield output
 
     def _again(self, leg: Leg, made: list[int]) -> Arrival:
-        ticket = Ticket(
-            leg.request_id,
-            new_life(),
-            tuple(leg.prompt_token_ids),
-            leg.native(),
-            self.fingerprint,
-            tuple(made),
-            tuple(leg.tried),
-            leg.max_tokens,
-            leg.attached,
-            dict(leg.trace),
-            leg.moves,
-        )
-        self.reserve(ticket, None)
-        again = self.arrivals[ticket.life]
+        ticket = leg.ticket(new_life(), self.fingerprint, made, leg.moves)
+        self.arrivals.reserve(ticket, None)
+        again = self.arrivals.lives[ticket.life]
         again.committed = True
         self.events[Event.RECOMPUTED] += 1
         return again
@@ -190,8 +187,7 @@ class Requests:
 
         It never gives a request to a worker twice, and fails the request when it has nobody to give it to. So one
         worker that it has not tried is kept for the loss of the owner, unless this process is about to end. Only
-        workers count that have just answered: discovery goes on listing a dead one. Whoever may get the request knows
-        its owner.
+        workers count that have just answered: discovery goes on listing a dead one.
         """
         if not self.options.repeats or leg.attached or away.told is None:
             return False
@@ -200,30 +196,15 @@ class Requests:
             enough = leg.max_tokens is None or leg.max_tokens - made >= self.options.relay_below
             if not enough or len(untried) < 2 or away.owner.instance not in untried:
                 return False
-        fresh = time.monotonic() - away.told_at < _TELL_AGAIN_S
-        if fresh and untried and untried <= away.told and self._can_prefill(away.told):
-            return True
-        if not fresh:
-            away.told = None
-            self.spawn(self.tell(leg.request_id, away))
+        if time.monotonic() - away.told_at < TELL_AGAIN_S:
+            return self.owners.known_to(untried, away.told)
+        away.told = None
+        self.spawn(self.owners.tell(leg.request_id, away))
         return False
-
-    def _can_prefill(self, told: frozenset[int]) -> bool:
-        """With prefill and decode apart a repeat passes a prefill worker; one without this package is told nothing."""
-        first = self.peers.prefill_workers()
-        ours = self.peers.instances()
-        return first is None or any(instance in told or instance not in ours for instance in first)
-
-    async def tell(self, request_id: RequestId, away: Away) -> None:
-        """Tell the other workers who has a request that has left."""
-        away.told, owner = None, away.owner
-        told = await self.owners.announce(request_id, owner)
-        if away.owner is owner:
-            away.told, away.told_at = told, time.monotonic()
 
     def _in_flight(self) -> list[RequestId]:
         """Requests that are in this worker's engine."""
-        legs = [*self.legs.values(), *self.arrivals.values()]
+        legs = [*self.legs.values(), *self.arrivals.lives.values()]
         return [leg.request_id for leg in legs if leg.away is None and not leg.over]
 
     def _enter(self, leg: Leg) -> None:
@@ -241,47 +222,31 @@ class Requests:
             await self.let_go(leg, leg.away)
         elif isinstance(leg, Arrival) and not (leg.over or leg.handed_on or self.closing):
             # The client has gone.
-            self.spawn(self.give_up(leg))
+            self.spawn(self.arrivals.give_up(leg))
 
     async def let_go(self, leg: Leg, away: Away) -> None:
         """Nobody here passes on the tokens of a life that has left, or nobody does any more."""
         await away.relay.aclose()
         if leg.left.is_set() and not (leg.over or leg.handed_on or self.closing):
             # The client has gone.
-            self.spawn(self.peers.call(away.owner.instance, _abort(leg.request_id, away.owner.life)))
-
-    def claim(self, request_id: RequestId, token_ids: Sequence[int]) -> tuple[Arrival, int] | None:
-        """The life that continues exactly these tokens here, and the output token to begin with.
-
-        Where an owner was announced, only its life counts: another one here is left from a move that failed, and its
-        source may be about to end it. Without an announcement the source has died.
-        """
-        owner = self.owners.get(request_id)
-        for leg in self.arrivals.values():
-            if owner is not None and owner.life != leg.life:
-                continue
-            if leg.request_id == request_id and leg.committed and leg.away is None:
-                index = leg.index_after(token_ids)
-                if index is not None:
-                    return leg, index
-        return None
+            self.spawn(self.peers.call(away.owner.instance, abort(leg.request_id, away.owner.life)))
 
     def prompt_tokens(self, request_id: RequestId, token_ids: Sequence[int]) -> int:
         """How many of a request's tokens are its prompt; those behind them were delivered before it was repeated."""
-        if (claimed := self.claim(request_id, token_ids)) is not None:
-            return len(claimed[0].prompt_token_ids)
         owner = self.owners.get(request_id)
+        if (claimed := self.arrivals.claim(request_id, token_ids, owner)) is not None:
+            return len(claimed[0].prompt_token_ids)
         return (owner.prompt_tokens if owner is not None else 0) or len(token_ids)
 
     def repeated(
         self, request_id: RequestId, token_ids: Sequence[int], native: Callable[[], bytes], max_tokens: int | None
     ) -> AsyncGenerator[GenerateOutput, None] | None:
         """What follows these tokens of a request that the frontend has sent again; None: it is a new one here."""
-        if (claimed := self.claim(request_id, token_ids)) is not None:
+        owner = self.owners.get(request_id)
+        if (claimed := self.arrivals.claim(request_id, token_ids, owner)) is not None:
             leg, index = claimed
             self.events[Event.ADOPTED] += 1
             return self._go_on(leg, index)
-        owner = self.owners.get(request_id)
         if owner is None:
             return None
         self.events[Event.PASSED_ON] += 1
@@ -322,7 +287,7 @@ class Requests:
             self.owners.forget(here.request_id)
         finally:
             if not (here.over or here.handed_on or self.closing):
-                self.spawn(self.peers.call(at.instance, _abort(here.request_id, at.life)))
+                self.spawn(self.peers.call(at.instance, abort(here.request_id, at.life)))
         async with aclosing(self._go_on(self._again(here, here.tokens), len(here.tokens))) as rest:
             async for output in rest:
                 yield output
@@ -337,92 +302,9 @@ class Requests:
         if leg is not None and leg.away is not None:
             owner = leg.away.owner
             with suppress(MigrateError):
-                await self.peers.call(owner.instance, _abort(request_id, owner.life))
+                await self.peers.call(owner.instance, abort(request_id, owner.life))
             return True
-        for arrival in [a for a in self.arrivals.values() if a.request_id == request_id]:
-            await self.give_up(arrival)
-            return True
-        return False
-
-    # Lives that come from elsewhere
-
-    def reserve(self, ticket: Ticket, offer: KVOffer | None) -> None:
-        """Let a life begin here: blocks are reserved and filled, no token comes before ``commit``."""
-        if ticket.fingerprint != self.fingerprint:
-            raise InvalidRequest("model, weights, runner or KV layout of the two workers differ")
-        if ticket.life in self.arrivals:
-            raise SessionError(f"life {ticket.life:x} of request {ticket.request_id} is here already")
-        self.suspects.require_few(ticket.request_id)
-        engine_id = RequestId(f"{ticket.request_id}~{ticket.life:x}")
-        leg = Arrival(
-            ticket.request_id,
-            engine_id,
-            ticket.prompt_token_ids,
-            lambda: ticket.native,
-            attached=ticket.attached,
-            max_tokens=ticket.max_tokens,
-            trace=ticket.trace,
-            moves=ticket.moves,
-            tried=frozenset(ticket.tried),
-            life=ticket.life,
-            before=ticket.output_token_ids,
-        )
-        self.arrivals[leg.life] = leg
-        request = GenerateRequest(
-            engine_id,
-            ticket.prompt_token_ids,
-            output_token_ids=ticket.output_token_ids,
-            landing=offer,
-            native=ticket.native,
-        )
-        self.spawn(self._run(leg, request))
-
-    async def _run(self, leg: Arrival, request: GenerateRequest) -> None:
-        try:
-            async for output in self.suspects.watched(self.engine.generate(request)):
-                if output.finish_reason is not FinishReason.FROZEN:
-                    self.tokens_total += len(output.token_ids)
-                leg.add(output)
-        except MigrateError as error:
-            self._fail(leg, error)
-        except Exception as error:
-            logger.exception("request %s ended in this engine", leg.request_id)
-            self._fail(leg, MigrateError(str(error)))
-        finally:
-            leg.over = leg.away is None
-            if not leg.committed:
-                self.events[Event.NOT_LANDED] += 1
-                leg.refused = leg.refused or RequestNotFound(f"request {leg.request_id} has ended before its commit")
-
-    def _fail(self, leg: Arrival, error: MigrateError) -> None:
-        """Whoever asks for it is told why, until it is given up."""
-        leg.refused = None if leg.committed else error
-        leg.add(GenerateOutput(len(leg.known()), finish_reason=FinishReason.ERROR, error=(error.code, str(error))))
-
-    def arrival(self, request_id: RequestId, life: Life) -> Arrival:
-        """Raises ``RequestNotFound`` for a life that is not, or no longer, here."""
-        leg = self.arrivals.get(life)
-        if leg is None or leg.request_id != request_id:
-            raise RequestNotFound(f"life {life:x} of request {request_id} is not here")
-        return leg
-
-    async def attach(
-        self, request_id: RequestId, life: Life, index: int, token_ids: Sequence[int] = ()
-    ) -> AsyncGenerator[Attached, None]:
-        """For the worker that a life came from, or one that got its repeat with ``token_ids``: see ``Attached``."""
-        leg = self.arrival(request_id, life)
-        if leg.refused is not None:
-            raise leg.refused
-        index = leg.start(index, token_ids)
-        yield Attached()
-        async with aclosing(leg.read(index)) as stream:
-            async for output in stream:
-                if output.finish_reason is FinishReason.FROZEN and leg.away is not None:
-                    yield Attached(moved=leg.away.owner)
-                    return
-                yield Attached((output,))
-            if leg.away is not None:
-                yield Attached(moved=leg.away.owner)
+        return await self.arrivals.abort(request_id)
 
     def attach_to(
         self, owner: Owner, request_id: RequestId, index: int, token_ids: tuple[int, ...] = ()
@@ -438,7 +320,7 @@ class Requests:
         """A request that has come back to the worker whose handler passes its tokens on. When it leaves again, its
         tokens come over the stream that its move has opened.
         """
-        leg = self.arrival(request_id, owner.life)
+        leg = self.arrivals.get(request_id, owner.life)
         yield Attached()
         if leg.away is not None:
             yield Attached(moved=leg.away.owner)
@@ -447,33 +329,13 @@ class Requests:
             async for output in stream:
                 yield Attached((output,))
 
-    async def give_up(self, leg: Arrival) -> None:
-        """End a life here; its successor too, if it has moved on."""
-        self.arrivals.pop(leg.life, None)
-        with suppress(MigrateError):
-            if leg.away is not None:
-                owner = leg.away.owner
-                await self.peers.call(owner.instance, _abort(leg.request_id, owner.life))
-            else:
-                await self.engine.abort(leg.engine_id)
-
     async def sweep(self) -> None:
         """Give up what nobody reads, forget old owners; until cancelled."""
         while True:
             await asyncio.sleep(_SWEEP_S)
-            now = time.monotonic()
             self.owners.sweep()
             self.suspects.sweep()
-            for leg in list(self.arrivals.values()):
-                if leg.unread_since is None or now - leg.unread_since < self.options.orphan_s:
-                    continue
-                if not leg.over and leg.away is None:
-                    self.events[Event.ORPHANED] += 1
-                    logger.warning("request %s is given up: nobody has asked for its tokens", leg.request_id)
-                # Nobody finds it from here on.
-                del self.arrivals[leg.life]
-                if leg.away is None:
-                    self.spawn(self.give_up(leg))
+            self.arrivals.sweep(self.options.orphan_s)
 
     def spawn(self, work: object) -> None:
         """Run something beside; its error is logged."""
@@ -493,7 +355,3 @@ async def _chain(
     yield first
     async for output in rest:
         yield output
-
-
-def _abort(request_id: RequestId, life: Life) -> WorkerCall:
-    return WorkerCall(WorkerOp.ABORT, request_id, life)

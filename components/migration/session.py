@@ -25,7 +25,7 @@ import msgspec
 from components.engine.protocol import Frozen, GenerateOutput, KVOffer, LandingStatus
 from components.errors import DeadlineExceeded, MigrateError, NotMigratable, RequestNotFound, SessionError
 from components.migration.legs import Arrival, Away, Leg, new_life
-from components.migration.messages import Mode, MoveRecord, Owner, Ticket, WorkerCall, WorkerOp, WorkerReply
+from components.migration.messages import Mode, MoveRecord, Owner, WorkerCall, WorkerOp, WorkerReply
 from components.migration.peers import follow, short
 from components.migration.requests import Requests
 
@@ -131,7 +131,7 @@ class _Move:
         if not leg.served or leg.left.is_set():
             await self._requests.let_go(leg, away)
         await self._engine.release(leg.engine_id)
-        self._requests.spawn(self._requests.tell(leg.request_id, away))
+        self._requests.spawn(self._requests.owners.tell(leg.request_id, away))
         with contextlib.suppress(MigrateError):
             self._status = await self._landing(0.0)
         recomputed = self._status.error and not self._status.bytes
@@ -222,19 +222,7 @@ class _Move:
         """Ask for a seat and blocks."""
         leg = self._leg
         offer = await self._offer(blocks)
-        ticket = Ticket(
-            leg.request_id,
-            self._owner.life,
-            tuple(leg.prompt_token_ids),
-            leg.native(),
-            self._requests.fingerprint,
-            tuple(leg.known()),
-            tuple(leg.tried),
-            leg.max_tokens,
-            leg.attached,
-            dict(leg.trace),
-            self._owner.moves,
-        )
+        ticket = leg.ticket(self._owner.life, self._requests.fingerprint, leg.known(), self._owner.moves)
         await self._call(WorkerOp.RESERVE, ticket=ticket, offer=offer)
 
     async def _pre_copy(self, rounds: int) -> None:

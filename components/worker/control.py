@@ -46,7 +46,7 @@ class Control:
             return
         if call.op is WorkerOp.ATTACH:
             try:
-                attached = self._requests.attach(call.request_id, call.life, call.index, call.tokens)
+                attached = self._requests.arrivals.attach(call.request_id, call.life, call.index, call.tokens)
                 async with aclosing(attached):
                     async for item in attached:
                         yield pack(item)
@@ -63,7 +63,7 @@ class Control:
         match call.op:
             case WorkerOp.RESERVE if call.ticket is not None:
                 self._status.admit()
-                requests.reserve(call.ticket, call.offer)
+                requests.arrivals.reserve(call.ticket, call.offer)
             case WorkerOp.LANDING:
                 return WorkerReply(landing=await self._landing(self._arrival(call), call.hold_s))
             case WorkerOp.EXTEND if call.offer is not None:
@@ -83,7 +83,7 @@ class Control:
                 leg = self._arrival(call)
                 # One that a handler here gives to the frontend is no longer its source's to end.
                 if not leg.served:
-                    await requests.give_up(leg)
+                    await requests.arrivals.give_up(leg)
             case WorkerOp.RELEASE if self._release is not None:
                 await self._release(call.request_id)
             case WorkerOp.OWNERS:
@@ -105,7 +105,7 @@ class Control:
         return WorkerReply()
 
     def _arrival(self, call: WorkerCall) -> Arrival:
-        leg = self._requests.arrival(call.request_id, call.life)
+        leg = self._requests.arrivals.get(call.request_id, call.life)
         if leg.refused is not None and call.op is not WorkerOp.ABORT:
             raise leg.refused
         return leg

@@ -212,7 +212,7 @@ def _without_samples(table: Iterable[RequestInfo], legs: Container[str]) -> Iter
 
 def lives(requests: Requests) -> list[Leg]:
     """All lives of requests that this worker has to do with."""
-    return [*requests.legs.values(), *requests.arrivals.values()]
+    return [*requests.legs.values(), *requests.arrivals.lives.values()]
 
 
 def relays(leg: Leg) -> bool:

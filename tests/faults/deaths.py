@@ -233,7 +233,7 @@ async def _left(node: Node) -> list[str]:
     found = [f"{stats.total_blocks - stats.free_blocks} blocks"] if stats.free_blocks != stats.total_blocks else []
     found += [f"request {row.request_id}" for row in await node.engine.requests()]
     found += [f"leg {name}" for name in held.legs]
-    found += [f"life of {leg.request_id}" for leg in held.arrivals.values()]
+    found += [f"life of {leg.request_id}" for leg in held.arrivals.lives.values()]
     return [f"{what} left on node {node.instance}" for what in found]
 
 

@@ -363,7 +363,7 @@ async def test_a_drain_into_a_full_cluster_costs_nobody_a_token_and_tries_nothin
     draining = asyncio.ensure_future(source.status.drain(60.0))
     await asyncio.sleep(50 * STEP_S)
     assert all(len(reader.tokens) - made >= 0.95 * 50 for reader, made in zip(mine, before, strict=True))
-    assert len(source.status.running()) == 3 and len(target.requests.arrivals) == 0
+    assert len(source.status.running()) == 3 and len(target.requests.arrivals.lives) == 0
     pool.drop(taken)
     moves = await draining
     assert len(moves) == 3 and all(move.ok for move in moves)
@@ -400,7 +400,7 @@ async def test_requests_move_only_between_workers_of_the_same_weights() -> None:
     async with cluster(3) as workers:
         first, other, same = workers.nodes
         info = msgspec.structs.replace(other.status._info, fingerprint="other weights")
-        other.requests.fingerprint = info.fingerprint
+        other.requests.arrivals.fingerprint = info.fingerprint
         other.status._info = other.status._shown = info
         reader = Reader(first, GenerateRequest(RequestId("r"), PROMPT, sampling))
         await asyncio.sleep(0.01)
@@ -409,7 +409,7 @@ async def test_requests_move_only_between_workers_of_the_same_weights() -> None:
         # Without a destination of one's own choice: the one that can take it, however little room it has.
         taken = same.engine._live.scheduler.pool.allocate(60)
         assert (await first.status.move(WorkerCall(WorkerOp.MIGRATE, RequestId("r")))).ok
-        assert same.requests.arrivals and not other.requests.arrivals
+        assert same.requests.arrivals.lives and not other.requests.arrivals.lives
         await reader.done
         same.engine._live.scheduler.pool.drop(taken)
         await workers.quiet()
