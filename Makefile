@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: audit bench report help install lock demo test test-slow lint docs
+.PHONY: audit bench report help install lock demo test test-unit test-slow lint docs
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -16,6 +16,9 @@ demo: install ## serve a real model, send one request, keep serving
 test: install ## all tests but the slow ones
 	@.venv/bin/python -m pytest -q
 
+test-unit: install ## the tests that start no engine and no graph
+	@.venv/bin/python -m pytest -q tests/unit
+
 test-slow: install ## the long tests
 	@.venv/bin/python -m pytest -q -m slow
 
@@ -27,8 +30,9 @@ lint: install ## ruff and mypy
 bench: install ## serving under load, every system in turn: ten minutes on two cores
 	@.venv/bin/python -m benchmarks.serving --quick
 
-report: install ## benchmarks/report.md and its plots again, from the raw samples
+report: install ## benchmarks/report.md and report-policy.md again, from the raw samples
 	@.venv/bin/python -m benchmarks.serving --report-only
+	@.venv/bin/python -m benchmarks.policy --report-only
 
 audit: install ## known vulnerabilities of the locked packages (asks PyPI's service)
 	@.venv/bin/uv tool run --quiet 'pip-audit>=2.7,<3' --disable-pip --no-deps --requirement requirements.lock

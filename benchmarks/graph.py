@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,7 +102,9 @@ def machine() -> dict[str, str]:
 def place(facts: dict[str, str]) -> str:
     """Where something was measured and with what, in a few words, from ``machine``."""
     commit = f"commit {facts['commit']}" if "commit" in facts else ""
-    return ", ".join(filter(None, (facts.get("gpus"), facts.get("cpu"), facts.get("engine"), commit)))
+    gpus = Counter(filter(None, facts.get("gpus", "").split(", ")))
+    cards = ", ".join(f"{count} {name}" if count > 1 else name for name, count in gpus.items())
+    return ", ".join(filter(None, (cards, facts.get("cpu"), facts.get("engine"), commit)))
 
 
 def _commit() -> dict[str, str]:

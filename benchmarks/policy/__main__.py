@@ -15,7 +15,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from benchmarks.graph import machine
 from benchmarks.policy.calibrate import Fit
 from benchmarks.policy.cost import sweep
-from benchmarks.policy.report import Output, plot, plot_costs, show
+from benchmarks.policy.report import Output, markdown, plot, plot_costs, show
 from benchmarks.policy.runs import bound, cases, requests, run
 from benchmarks.policy.speed import cluster, measure
 from planner_hooks.config import parse
@@ -24,6 +24,7 @@ from planner_hooks.simulate.traces import Shape
 from planner_hooks.snapshot import Snapshot
 
 _TICKS = 100_000
+_RESULTS, _REPORT = Path("benchmarks/results/policy-sim.json"), Path("benchmarks/report-policy.md")
 
 
 def main(
@@ -40,12 +41,21 @@ def main(
     picture: Annotated[
         Path | None, typer.Option("--plot", help="PNG or SVG file; waves get one more, NAME-cost")
     ] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="run nothing, write benchmarks/report-policy.md from --json")
+    ] = False,
 ) -> None:
     """No migration, Dynamo's KV routing and each policy on the same simulated requests; time of one decision.
 
     Step time and bandwidth are assumptions about an 8B model on one GPU (planner_hooks/simulate/model.py), not
     measurements; the KV of a worker is what a 24 GB card has left beside the weights.
     """
+    if report_only:
+        json = json or _RESULTS
+        _REPORT.write_text(
+            "\n".join(markdown(msgspec.json.decode(json.read_bytes(), type=Output), json)).rstrip() + "\n"
+        )
+        return
     if quick:
         sizes, loads, duration = "4,16", "0.8", 100.0
     model, slo = WorkerModel(capacity_tokens=capacity_tokens), Slo()

@@ -122,8 +122,8 @@ def main(
                 plan = {kind: [w for w in planned if w in chosen] for kind, planned in plan.items()}
             _run(found, load, names, plan, repeats or (1 if quick else 3), logs, engine, gpus, console, keep)
         keep()
-    write_report(msgspec.json.decode(json.read_bytes(), type=Report), report, json)
-    console.print(f"{report} is written from {json}")
+    write_report(report, json)
+    console.print(f"{report} is written from {json.parent}")
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -17,14 +18,15 @@ _RATIOS = ("tokens_s", "itl_p99", "ttft_p99")
 _CPU = ("front", "worker", "engine", "client")
 
 
-def lines(crowd: Crowd) -> list[str]:
-    """A section of the report; none without runs."""
+def lines(crowd: Crowd, raw: Path | None = None) -> list[str]:
+    """A section of the report; none without runs. ``raw`` is the file with the samples."""
     if not crowd.runs:
         return []
     header = ["streams", "throughput, ours / stock", "p99 ITL", "p99 TTFT", "repeats"]
     header += ["tokens/s, ours / stock / `vllm serve`", "ITL p50 ms", "ITL p99 ms", "TTFT p50 ms", "TTFT p99 ms"]
     levels = sorted({run.streams for run in crowd.runs})
     errors = sum(len(run.seen.errors) for run in crowd.runs)
+    samples = f"Raw samples: `{raw}`. " if raw is not None else ""
     used = [cell for level in levels for cell in _used(crowd, level)]
     return [
         f"## Streams without migrations: {crowd.model}",
@@ -33,7 +35,7 @@ def lines(crowd: Crowd) -> list[str]:
         f"{crowd.load.output} output tokens, greedy; windows of {crowd.load.seconds:g} s in turn. Ours: "
         f"{TITLES[Kind.OURS_AGG]}. Stock: {TITLES[Kind.STOCK_AGG]}. Goal: throughput at least 0.98, p99 ITL and p99 "
         f"TTFT at most 1.05. All repeats pooled, in brackets 95% intervals (bootstrap over whole repeats). "
-        f"{errors} errors. Engine: {'; '.join(crowd.chosen.get(_OURS, [])) or 'defaults'}.",
+        f"{errors} errors. {samples}Engine: {'; '.join(crowd.chosen.get(_OURS, [])) or 'defaults'}.",
         "",
         *table(header, [_row(crowd, level) for level in levels]),
         "Processors, microseconds for each token (front: Dynamo's frontend; engine: the worker's engine core; client: "

@@ -116,7 +116,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     strategy: Strategy = Strategy.AUTO
     direct_bytes: int = 0
     """Mean length of a run of blocks from which direct descriptors beat staging; 0: the measured default
-    of the memory and lane (docs/measurements.md has the runs behind them)."""
+    of the memory and lane (docs/design-notes.md has the runs behind them)."""
     calibration: str = ""
     """File of ``dynamo calibrate`` with such limits for this machine; ``direct_bytes`` wins over it."""
     advertise_host: str = "127.0.0.1"

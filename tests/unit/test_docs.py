@@ -95,6 +95,14 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == {page.name for page in PAGES[1:]}
 
 
+def test_raw_files_that_pages_name_exist() -> None:
+    kinds = "chat|crowd|faults|migration|policy|serving|steps|streams|transfer"
+    text = "\n".join(page.read_text() for page in PAGES)
+    named = set(re.findall(rf"`(?:benchmarks/results/)?((?:{kinds})-[\w-]+\.json)`", text))
+    missing = named - {path.name for path in (ROOT / "benchmarks" / "results").iterdir()}
+    assert missing <= {"serving-cpu.json"}, "the file that `make bench` writes"
+
+
 def test_tests_that_pages_name_exist() -> None:
     sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
     for page in PAGES:

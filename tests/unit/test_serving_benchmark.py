@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -94,10 +95,20 @@ def test_report_names_what_failed_and_the_ratio(tmp_path: Path) -> None:
     down.events = [Event("decode2 ends", 0.0, 1.5)]
     raw = tmp_path / "raw.json"
     report = Report(machine(), "tiny-llama", "auto", SCALE, Slo(), "today", [calm, down], errors=["vllm: no"])
-    write_report(report, tmp_path / "report.md", raw)
+    raw.write_bytes(msgspec.json.encode(report))
+    write_report(tmp_path / "report.md", raw)
     text = (tmp_path / "report.md").read_text()
     assert "| scale-down, dynamo | 1 of 4 | 0 | 4.00 |" in text
     assert "- vllm: no" in text
+
+
+def test_a_report_shows_the_files_that_are_there(tmp_path: Path) -> None:
+    runs = [crowd_run(kind, repeat, 900.0, "5.0", 20.0) for kind in ("migrate-agg", "dynamo-agg") for repeat in (0, 1)]
+    crowd = Crowd(machine(), "a model", "today", Load(), {}, runs=runs)
+    (tmp_path / "crowd-gpu.json").write_bytes(msgspec.json.encode(crowd))
+    write_report(tmp_path / "report.md", tmp_path / "serving-cpu.json")
+    text = (tmp_path / "report.md").read_text()
+    assert "Streams without migrations: a model" in text and "crowd-gpu.json" in text and "Open workloads" not in text
 
 
 def test_merging_keeps_what_was_not_run_again() -> None:

@@ -3,7 +3,7 @@
 
 A slot holds a chunk of blocks, laid out segment by segment, each segment's blocks next to each other. Half of
 the slots send and half receive, so that two agents that fetch from each other cannot starve. Few large slots beat
-many small ones: each chunk costs some 0.3 ms of launches and messages (docs/measurements.md).
+many small ones: each chunk costs some 0.3 ms of launches and messages (docs/design-notes.md).
 Threading: worker thread only. On CUDA all work is queued on a stream of its own; ``Gate.ready`` tells when it
 is done. The caller guarantees that the engine's writes to the blocks have ended.
 """

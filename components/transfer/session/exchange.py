@@ -37,7 +37,7 @@ from components.transfer.session.serve import serve_ask
 logger = logging.getLogger(__name__)
 
 _DIRECT_BYTES = {"cuda": 2 << 20, "cpu": 0}
-"""Mean run from which direct descriptors beat staging where nobody has calibrated (docs/measurements.md)."""
+"""Mean run from which direct descriptors beat staging where nobody has calibrated (docs/design-notes.md)."""
 
 
 @dataclass
