@@ -143,10 +143,15 @@ def test_vllm_reads_nothing_of_a_request_to_advance_its_grammar_but_what_a_repla
     from components.engine.vllm.compat.grammars import Prefix
 
     read: set[str] = set()
-    for method in ("accept_tokens", "_get_constraint_start", "_get_reasoner"):
+    methods, seen = ["accept_tokens"], set()
+    while methods:
+        seen.add(method := methods.pop())
         for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(getattr(StructuredOutputManager, method))))):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "request":
-                read.add(node.attr)
+            match node:
+                case ast.Attribute(value=ast.Name("request")):
+                    read.add(node.attr)
+                case ast.Call(func=ast.Attribute(value=ast.Name("self"), attr=name), args=[ast.Name("request"), *_]):
+                    methods += {name} - seen
     assert read == {field.name for field in dataclasses.fields(Prefix)}
 
 
