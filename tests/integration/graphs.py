@@ -234,6 +234,14 @@ class Graph:
         agents = next(w["info"]["agents"] for w in self.status()["workers"] if w["worker"] == worker)
         return int(agents[0]["name"].split("-tp")[0].rpartition("-")[2])
 
+    def tell_threads(self) -> None:
+        """Let the workers write to the log where their threads stand, and print the log's end."""
+        for component in ("AggWorker", "DecodeWorker", "PrefillWorker"):
+            for process in self.processes(component):
+                process.send_signal(signal.SIGUSR1)
+        time.sleep(2)
+        print(self.log.read_text(errors="replace")[-30_000:])
+
     def wait_until_idle(self, workers: int = 3, timeout_s: float = 90) -> None:
         """Until all workers are there and hold no block. Fails with what is left."""
         end = time.monotonic() + timeout_s
@@ -246,6 +254,7 @@ class Graph:
                 if not left and len(status["workers"]) == workers:
                     break
             if time.monotonic() > end:
+                self.tell_threads()
                 pytest.fail(f"not idle: {status}")
             time.sleep(0.5)
         for worker in status["workers"]:
