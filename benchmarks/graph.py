@@ -32,7 +32,7 @@ START_S = 600.0
 
 @contextmanager
 def served(target: str, config: str, *overrides: str, log: Path | None = None) -> Iterator[int]:
-    """Run ``dynamo serve``; gives its port, and lets ``components.cli.live.join`` find it.
+    """Run ``dynamo serve``; gives its port, and lets ``components.serve.state.join`` find it.
 
     Raises ``MigrateError`` with the end of its log when it does not start.
     """

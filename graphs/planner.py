@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The disaggregated graph with Dynamo's planner, whose plugin moves running requests between decode workers."""
 
-from components.serve.config import FrontendConfig, PlannerConfig, WorkerConfig
+from components.config import FrontendConfig, PlannerConfig, WorkerConfig
 from components.serve.graph import Service
 
 Frontend = Service("Frontend", "dynamo.frontend", FrontendConfig)

@@ -18,8 +18,8 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from components import yamltext
+from components.config import nearest
 from components.errors import ConfigError
-from components.serve.config import nearest
 from planner_hooks.plan import Policy
 from planner_hooks.policies import BUILT_IN
 from planner_hooks.policies.base import PolicyConfig

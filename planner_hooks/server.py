@@ -24,7 +24,7 @@ import grpc
 
 from components import process
 from components.errors import ConfigError
-from components.planner.perf_model import stand_in
+from planner_hooks.perf_model import stand_in
 from planner_hooks.plugin import MigrationPlugin, ScaleDownPlugin
 
 stand_in()

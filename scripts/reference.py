@@ -11,9 +11,9 @@ import typer.main
 
 from components import env
 from components.cli import app
+from components.config import ComponentConfig, FrontendConfig, PlannerConfig, WorkerConfig
 from components.errors import MigrateError
 from components.metrics import names
-from components.serve.config import ComponentConfig, FrontendConfig, PlannerConfig, WorkerConfig
 from planner_hooks.rules import Limits
 
 TARGET = Path(__file__).parents[1] / "docs" / "reference.md"

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from components.address import Address
-from components.planner import perf_model
 from components.serve.servers import answers, etcd_command, free_port, nats_command
 from components.serve.surroundings import past_proxies
+from planner_hooks import perf_model
 
 perf_model.stand_in()  # Tests import parts of Dynamo's planner.
 os.environ.update(past_proxies(os.environ))  # What tests start is on this machine.

@@ -19,10 +19,10 @@ from benchmarks.migration.measure import Bench, Prompts
 from benchmarks.migration.report import MODES, Report, plot, show
 from benchmarks.migration.stock import DYNAMO, measure
 from components import models, process
-from components.cli.live import join
 from components.client import Workers
 from components.migration.messages import Mode
 from components.serve import precision
+from components.serve.state import join
 from components.transfer import Transport
 
 _OUTPUT = 500

@@ -20,9 +20,9 @@ import httpx
 
 from benchmarks.serving import shapes
 from components.cli.serve import resolve
+from components.config import WorkerConfig
 from components.serve import precision
 from components.serve.arguments import filled
-from components.serve.config import WorkerConfig
 from components.serve.servers import free_port
 from components.transfer import Transport
 

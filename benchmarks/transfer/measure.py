@@ -123,13 +123,13 @@ def stock(case: Pair, src: list[int], dst: list[int]) -> TransferResult:
     memory = np.concatenate(
         [
             np.stack([m.address + near * m.stride, o.address + far * o.stride, np.full(len(near), m.length)], axis=1)
-            for m, o in zip(exchange.segments, theirs, strict=True)
+            for m, o in zip(exchange.side.segments, theirs, strict=True)
         ]
     )
 
     def steps() -> Steps:
         moved = Moved()
-        yield from exchange.link.move("READ", case.peer, memory, moved, lambda _: None, lambda: lambda: None)
+        yield from exchange.side.link.move("READ", case.peer, memory, moved, lambda _: None, lambda: lambda: None)
         return exchange.result(moved, Strategy.READ, exchange.lane_of("READ", case.peer))
 
     handle = TransferHandle()

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from components.address import Address, dialled, in_url
-from components.cli.live import State, forget, remember
 from components.dashboard.launch import beside, page_port
 from components.errors import ConfigError
 from components.metrics.export import reachable
@@ -26,6 +25,7 @@ from components.serve.places import Places
 from components.serve.plan import Plan
 from components.serve.scale import connected
 from components.serve.servers import Servers, answers
+from components.serve.state import State, forget, remember
 from components.serve.supervisor import Supervisor
 from components.serve.surroundings import quiet, surroundings
 from components.serve.warden import Warden

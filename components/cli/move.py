@@ -16,10 +16,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from components import process
-from components.cli.live import reach
 from components.client import Drained, Workers
 from components.errors import MigrateError
 from components.migration.messages import Mode, MoveRecord, RequestRow
+from components.serve.state import reach
 from components.status import Status, WorkerReport
 
 T = TypeVar("T")

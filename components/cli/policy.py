@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from components import process
-from components.cli.live import reach
 from components.errors import ConfigError
+from components.serve.state import reach
 from components.wire import UNREADABLE
 
 if TYPE_CHECKING:

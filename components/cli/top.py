@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.live import Live
 
 from components import process
-from components.cli.live import reach
 from components.dashboard.sample import Sampler
 from components.dashboard.top import view
 from components.errors import MigrateError
+from components.serve.state import reach
 
 _WIDTH = 120
 

@@ -9,11 +9,11 @@ import os
 import sys
 
 from components import process
-from components.cli.live import join
 from components.client import Workers
 from components.dashboard.access import VARIABLE, token_for, url_of
 from components.dashboard.sample import Sampler
 from components.dashboard.server import Page, serve
+from components.serve.state import join
 
 _WAIT_S = 600.0
 """For the first worker."""

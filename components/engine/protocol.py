@@ -37,9 +37,11 @@ from typing import NewType, Protocol
 
 import msgspec
 
+from components.transfer.ids import AgentName as AgentName
+from components.transfer.ids import AgentRef as AgentRef
+from components.transfer.ids import Epoch as Epoch
+
 RequestId = NewType("RequestId", str)
-AgentName = NewType("AgentName", str)
-Epoch = NewType("Epoch", str)
 
 
 class FinishReason(StrEnum):
@@ -94,13 +96,6 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
         if self.prompt_logprobs is not None:
             return "prompt_logprobs: they are produced once, during prefill"
         return None
-
-
-class AgentRef(msgspec.Struct, frozen=True):
-    """One life of one transfer agent: a restarted process has the same name and a new epoch."""
-
-    name: AgentName
-    epoch: Epoch
 
 
 class KVOffer(msgspec.Struct, frozen=True, omit_defaults=True):

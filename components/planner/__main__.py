@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from components import process
+from components.config import PlannerConfig, load_component_config
 from components.errors import ConfigError
-from components.planner import perf_model
-from components.serve.config import PlannerConfig, load_component_config
+from planner_hooks import perf_model
 from planner_hooks.config import load
 
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from components import env
+from components.config import FrontendConfig, WorkerConfig, dashed
 from components.errors import ConfigError
 from components.models import adapters
-from components.serve.config import FrontendConfig, WorkerConfig, dashed
 from components.serve.servers import free_port
 
 PORT = "@PORT@"

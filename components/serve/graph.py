@@ -13,8 +13,8 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass, field
 
+from components.config import ComponentConfig, nearest
 from components.errors import ConfigError
-from components.serve.config import ComponentConfig, nearest
 
 
 @dataclass

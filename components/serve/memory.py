@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 
+from components.config import ComponentConfig, WorkerConfig
 from components.errors import ConfigError
-from components.serve.config import ComponentConfig, WorkerConfig
 
 GIB = 1 << 30
 SHM = Path("/dev/shm")

@@ -18,10 +18,7 @@ from pydantic import BaseModel
 
 from components import env, yamltext
 from components.address import Address, dialled
-from components.errors import ConfigError
-from components.models import adapters, weights
-from components.serve import arguments, memory, moved, precision, reach
-from components.serve.config import (
+from components.config import (
     ComponentConfig,
     FrontendConfig,
     Given,
@@ -31,6 +28,9 @@ from components.serve.config import (
     nearest,
     parse,
 )
+from components.errors import ConfigError
+from components.models import adapters, weights
+from components.serve import arguments, memory, moved, precision, reach
 from components.serve.graph import Service
 from components.transfer import lanes
 from components.transfer.config import Transport

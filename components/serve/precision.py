@@ -12,7 +12,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from components.serve.config import ComponentConfig, WorkerConfig
+from components.config import ComponentConfig, WorkerConfig
 
 _FAST = frozenset({"avx512bw", "avx512vl", "avx512dq"})
 

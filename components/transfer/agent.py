@@ -24,7 +24,6 @@ import numpy as np
 
 from components import credentials
 from components.address import is_loopback
-from components.engine.protocol import AgentName, AgentRef, Epoch
 from components.errors import (
     IncompatibleLayout,
     IntegrityError,
@@ -42,6 +41,7 @@ from components.transfer.control.publisher import Publisher
 from components.transfer.control.record import AgentRecord
 from components.transfer.data.base import Backend, Copy, Steps
 from components.transfer.handle import TransferHandle
+from components.transfer.ids import AgentName, AgentRef, Epoch
 from components.transfer.layout import Ints, Region, pair_up, parts_of
 from components.transfer.parking.parking import Parking, parking_of
 from components.transfer.session.poison import Poison

@@ -82,7 +82,7 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
             scope = mapped.scope
         elif name == "nixl" and (exchange := _nixl(config, epoch, host, regions, pools, directory)) is not None:
             backends.append(exchange)
-            blob, stages = exchange.link.blob(), exchange.staging is not None
+            blob, stages = exchange.side.link.blob(), exchange.side.staging is not None
         elif name == "local":
             backends.append(LocalBackend(epoch, regions, config.block_size))
         elif name == "cuda_ipc" and (own := _ipc(config, host, regions, pools)) is not None:

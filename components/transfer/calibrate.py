@@ -20,7 +20,6 @@ from multiprocessing.connection import Connection
 import numpy as np
 import torch
 
-from components.engine.protocol import AgentRef
 from components.errors import IntegrityError, TransferError, TransferUnavailable
 from components.transfer import lanes
 from components.transfer.agent import TransferAgent
@@ -28,6 +27,7 @@ from components.transfer.calibration import LaneCalibration, Point, threshold
 from components.transfer.config import AgentConfig, KVPool, Strategy, Transport
 from components.transfer.control.record import decode, encode
 from components.transfer.data.nixl import nixl_is_available
+from components.transfer.ids import AgentRef
 
 _LAYERS = 8
 _DEADLINE_S = 30.0

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from components import env
+from components.config import WorkerConfig, nearest
 from components.engine.paged import PagedEngine, PagedOptions
 from components.errors import ConfigError
-from components.serve.config import WorkerConfig, nearest
 
 
 def build_engine(config: WorkerConfig, name: str) -> PagedEngine:

@@ -4,7 +4,7 @@
 It serves the same endpoints as a ``dynamo.vllm`` worker with migration, behind the same frontend, and starts fast:
 for tests, for trying out policies, and as an example of another engine behind ``components.migration``.
 
-Configuration: ``DYN_MIGRATE_CONFIG`` (``components.serve.config.WorkerConfig`` as JSON) and ``DYN_MIGRATE_MODE``, as
+Configuration: ``DYN_MIGRATE_CONFIG`` (``components.config.WorkerConfig`` as JSON) and ``DYN_MIGRATE_MODE``, as
 ``dynamo serve`` sets them.
 Life cycle: as ``dynamo_vllm``; on SIGTERM it drains. A prefill mocker answers at once: decode mockers compute it all.
 """
@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from components import env, process
+from components.config import WorkerConfig, load_component_config
 from components.engine.protocol import EngineInfo, GenerateOutput, RequestId
 from components.errors import EngineKiller, InvalidRequest
 from components.metrics.export import address, expose
@@ -27,7 +28,6 @@ from components.migration.faces import PROTOCOL_FACE
 from components.migration.legs import Leg
 from components.migration.peers import DynamoPeers, short
 from components.migration.requests import Options, Repeat, Requests
-from components.serve.config import WorkerConfig, load_component_config
 from components.worker import forward_pass, mocker_payload, unrepeated
 from components.worker.arguments import WorkerSettings
 from components.worker.control import Control

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 from prometheus_client import CollectorRegistry
 
-from components.engine.protocol import EngineInfo, Epoch, RequestId
+from components.engine.protocol import EngineInfo, RequestId
 from components.errors import MigrateError, NoRoom, Refused, RequestNotFound
 from components.metrics import spans
 from components.metrics.worker import Gauges, WorkerMetrics
@@ -26,6 +26,7 @@ from components.migration.legs import Arrival, Leg
 from components.migration.messages import Mode, MoveRecord, WorkerCall, WorkerOp, WorkerState
 from components.migration.requests import Requests
 from components.migration.session import Limits, migrate, room_tokens
+from components.transfer.ids import Epoch
 from components.worker.report import Report, lives, relays
 
 logger = logging.getLogger(__name__)

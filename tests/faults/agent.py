@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from components.engine.protocol import AgentName, AgentRef, Epoch
 from components.errors import DeadlineExceeded, PeerUnknown, StaleEpoch, TransferCancelled, TransferError
 from components.transfer import AgentConfig, KVPool, TransferResult
 from components.transfer.checksum import BlockChecksums
+from components.transfer.ids import AgentName, AgentRef, Epoch
 
 
 class Wire:

@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 
 from components.cli.policy import read as read_snapshot
+from components.config import FrontendConfig, PlannerConfig, WorkerConfig, parse
 from components.errors import ConfigError
-from components.serve.config import FrontendConfig, PlannerConfig, WorkerConfig, parse
 from components.serve.plan import make_plan, parse_overrides, read_yaml
 from components.transfer import calibration
 from components.transfer.config import Transport

@@ -16,10 +16,10 @@ from typing import Any
 import msgspec
 
 from components import process
-from components.cli.live import join
 from components.client import Workers
 from components.errors import MigrateError
 from components.migration.messages import Mode
+from components.serve.state import join
 
 
 async def main() -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from components.cli import app, live
+from components.cli import app
 from components.errors import ConfigError, MigrateError
+from components.serve import state
 from components.serve.servers import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -72,8 +73,8 @@ def test_an_address_that_is_none_is_told_with_an_example(monkeypatch: pytest.Mon
 
 def test_a_command_finds_the_graph_that_was_started_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DYN_NAMESPACE", "mine")
-    live.remember(live.State.of_this_process("mine", "http://127.0.0.1:1", 8000))
-    live.join()
+    state.remember(state.State.of_this_process("mine", "http://127.0.0.1:1", 8000))
+    state.join()
     assert os.environ["ETCD_ENDPOINTS"] == "http://127.0.0.1:1"
     with pytest.raises(ConfigError, match=r"etcd does not answer at 127\.0\.0\.1:1"):
-        live.reach()
+        state.reach()

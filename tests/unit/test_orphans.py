@@ -18,9 +18,8 @@ import pytest
 from rich.console import Console
 
 from components import lifeline
-from components.cli import live
 from components.errors import ConfigError
-from components.serve import family
+from components.serve import family, state
 from components.serve.plan import Plan, Process
 from components.serve.supervisor import Supervisor
 from components.serve.warden import follow
@@ -211,12 +210,12 @@ def runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_state_file_of_another_process_with_the_same_number_is_not_believed(runtime_folder: Path) -> None:
-    mine = live.State.of_this_process("mine", "http://127.0.0.1:1", 8000)
-    stale = live.State("old", "http://127.0.0.1:1", 8000, os.getpid(), mine.started - 1)
-    live.remember(stale)
+    mine = state.State.of_this_process("mine", "http://127.0.0.1:1", 8000)
+    stale = state.State("old", "http://127.0.0.1:1", 8000, os.getpid(), mine.started - 1)
+    state.remember(stale)
     with pytest.raises(ConfigError, match="no running system is known"):
-        live.join()
+        state.join()
     assert not stale.path.exists()
-    live.remember(mine)
-    live.join()
+    state.remember(mine)
+    state.join()
     assert os.environ.pop("ETCD_ENDPOINTS") == "http://127.0.0.1:1"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from components.cli.live import State
 from components.errors import ConfigError
 from components.models import cache_folder
 from components.serve import places
 from components.serve.places import CARDS, LONGEST, SOCKETS, Places
+from components.serve.state import State
 
 NOWHERE = "/proc/nohome"
 
@@ -26,7 +26,8 @@ def short() -> Iterator[Path]:
 
 
 @pytest.fixture
-def temporary(monkeypatch: pytest.MonkeyPatch, short: Path) -> Path:
+def temporary(monkeypatch: pytest.MonkeyPatch, short: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp_path_factory.getbasetemp()  # All tests' folders are in it: it must not be in one that goes away.
     monkeypatch.setattr(tempfile, "tempdir", str(short))
     return short
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from components.client import Drained
-from components.engine.protocol import AgentName, AgentRef, EngineInfo, EngineStats, Epoch
+from components.engine.protocol import EngineInfo, EngineStats
 from components.serve.plan import Plan, Process
 from components.serve.scale import Scaler, worker_name
 from components.status import Status, WorkerReport
+from components.transfer.ids import AgentName, AgentRef, Epoch
 
 
 @dataclass

@@ -42,7 +42,8 @@ from components.transfer.data.nccl import Card, NcclBackend
 from components.transfer.parking.ticket import Ticket, require_id
 from components.transfer.regions import regions_of
 from components.transfer.session import messages as session
-from components.transfer.session.exchange import Exchange, Inbox
+from components.transfer.session.exchange import Exchange
+from components.transfer.session.side import Inbox
 from tests.fake_wire import Cable
 from tests.fuzz.samples import agent_record
 from tests.streams import Cluster

@@ -19,10 +19,10 @@ import psutil
 import pytest
 
 from components.cli.serve import resolve as resolve_plan
+from components.config import FrontendConfig, WorkerConfig, parse
 from components.errors import ConfigError, TransferUnavailable
 from components.models import resolve
 from components.serve import arguments, precision
-from components.serve.config import FrontendConfig, WorkerConfig, parse
 from components.serve.graph import load
 from components.serve.plan import Plan, make_plan, parse_overrides, read_yaml
 from components.serve.servers import free_port

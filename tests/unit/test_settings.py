@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from components.cli.serve import resolve
+from components.config import FrontendConfig, WorkerConfig, parse
 from components.errors import ConfigError
-from components.serve.config import FrontendConfig, WorkerConfig, parse
 from components.serve.graph import load
 from components.serve.plan import Plan, make_plan, parse_overrides, read_yaml
 from components.transfer.config import Transport

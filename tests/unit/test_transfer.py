@@ -13,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.engine.protocol import AgentRef, Epoch
 from components.errors import ConfigError, IncompatibleLayout, MigrateError, PeerUnknown, StaleEpoch, TransferError
 from components.transfer import AgentConfig, KVPool, Strategy, TransferAgent, Transport, move_to_shared_memory
 from components.transfer.assemble import Assembly, _order
 from components.transfer.control.record import decode
 from components.transfer.data.tcp import TcpBackend
+from components.transfer.ids import AgentRef, Epoch
 from components.transfer.layout import Ints, Segment, batches, extents, runs
 
 BLOCKS = 16

@@ -25,7 +25,7 @@ from components.transfer.control.endpoint import Endpoint, resolve
 from components.transfer.control.nats import Notices
 from components.transfer.control.publication import Publication
 from components.transfer.control.record import AgentRecord, encode, published
-from components.transfer.control.store import first_of, forever, quietly
+from components.transfer.control.retry import first_of, forever, quietly
 
 logger = logging.getLogger(__name__)
 

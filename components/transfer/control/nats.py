@@ -27,7 +27,7 @@ from components.transfer.control.directory import Directory
 from components.transfer.control.endpoint import without_secrets
 from components.transfer.control.publication import Publication
 from components.transfer.control.record import AgentRecord, decode, encode, published
-from components.transfer.control.store import first_of, forever, quietly
+from components.transfer.control.retry import first_of, forever, quietly
 
 logger = logging.getLogger(__name__)
 _CALL_S = 5.0

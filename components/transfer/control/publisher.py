@@ -16,9 +16,9 @@ from components.errors import TransferError
 from components.transfer.config import AgentConfig
 from components.transfer.control.directory import Directory
 from components.transfer.control.endpoint import without_secrets
+from components.transfer.control.factory import store_of
 from components.transfer.control.publication import Publication
 from components.transfer.control.record import AgentRecord
-from components.transfer.control.store import store_of
 
 logger = logging.getLogger(__name__)
 

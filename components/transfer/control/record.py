@@ -8,8 +8,8 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from components.engine.protocol import AgentName, AgentRef, Epoch
 from components.errors import IncompatibleLayout, MigrateError, TransferError
+from components.transfer.ids import AgentName, AgentRef, Epoch
 from components.transfer.layout import Ints, Segment, cut, is_one_run
 from components.wire import UNREADABLE
 

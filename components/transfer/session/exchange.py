@@ -16,9 +16,6 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
 
 from components.errors import DeadlineExceeded, MigrateError, TransferError, TransferUnavailable, from_code
 from components.transfer.calibration import Calibration
@@ -29,26 +26,16 @@ from components.transfer.data import ucx
 from components.transfer.data.base import Copy, Steps
 from components.transfer.data.nixl import Moved, NixlLink
 from components.transfer.data.staging import Staging
-from components.transfer.layout import Ints, Region, Segment, cut, extents, runs
+from components.transfer.layout import Region, runs
 from components.transfer.session import messages as wire
 from components.transfer.session.emptying import Emptying
 from components.transfer.session.serve import serve_ask
+from components.transfer.session.side import LANE, Inbox, Side
 
 logger = logging.getLogger(__name__)
 
 _DIRECT_BYTES = {"cuda": 2 << 20, "cpu": 0}
 """Mean run from which direct descriptors beat staging where nobody has calibrated (docs/design-notes.md)."""
-
-
-@dataclass
-class Inbox:
-    """What came for one transfer of ours."""
-
-    landed: set[int] = field(default_factory=set)
-    freed: set[int] = field(default_factory=set)
-    ended: wire.Ended | None = None
-    stopped: bool = False
-    greeted: bool = False
 
 
 class Exchange:
@@ -65,27 +52,16 @@ class Exchange:
         host: str,
         calibration: Calibration,
     ) -> None:
+        self.side = Side(config, epoch, link, regions, staging, host)
         self._config = config
         self._calibration = calibration
-        self._key = f"{config.name}/{epoch}"
-        self.link = link
-        self._regions = list(regions)
-        self.segments = [segment for region in regions for segment in region.segments]
-        self.num_blocks = regions[0].rows[0].shape[0]
-        self.staging = staging
         self._directory = directory
-        self._host = host
         self._ids = itertools.count(secrets.randbits(60))
         self.inboxes: dict[tuple[str, int], Inbox] = {}
         self._quarantine: dict[tuple[str, int], Callable[[], None]] = {}
 
-    lane = "nixl/ucx"
+    lane = LANE
     at_once = False
-
-    def lane_of(self, operation: str, peer: AgentRecord) -> str:
-        """Backend and the transports that UCX really chose, where it tells."""
-        chosen = ucx.log.lane(operation, same_host=peer.host == self._host)
-        return f"{self.lane}/{chosen}" if chosen else self.lane
 
     def reaches(self, peer: AgentRecord) -> bool:
         """True when the peer has NIXL as well."""
@@ -97,9 +73,9 @@ class Exchange:
         if strategy is Strategy.READ:
             return self._direct(copy, "READ", Strategy.READ)
         if strategy is Strategy.STAGED:
-            if self.staging is None or not copy.peer.stages:
+            if self.side.staging is None or not copy.peer.stages:
                 raise TransferUnavailable(f"agents {self._config.name} and {copy.peer.name} have no staging memory")
-            return self._fetch_staged(copy, self.staging)
+            return self._fetch_staged(copy, self.side.staging)
         return self._ask_direct(copy)
 
     def choose(self, copy: Copy) -> Strategy:
@@ -111,7 +87,7 @@ class Exchange:
             return asked
         device = copy.peer.regions[0].device if copy.peer.regions[0].device == "cuda" else self._device()
         direct = Strategy.READ if device == "cpu" else Strategy.WRITE
-        can_stage = self.staging is not None and copy.peer.stages and not copy.unit and len(copy.ours)
+        can_stage = self.side.staging is not None and copy.peer.stages and not copy.unit and len(copy.ours)
         if can_stage and self._mean_run(copy) < self._direct_bytes(device, direct, copy.peer):
             return Strategy.STAGED
         return direct
@@ -119,32 +95,23 @@ class Exchange:
     def _direct_bytes(self, device: str, direct: Strategy, peer: AgentRecord) -> int:
         if self._config.direct_bytes:
             return self._config.direct_bytes
-        lane = ucx.log.lane(direct.name, same_host=peer.host == self._host)
+        lane = ucx.log.lane(direct.name, same_host=peer.host == self.side.host)
         measured = self._calibration.direct_bytes(device, lane)
         return _DIRECT_BYTES.get(device, 0) if measured is None else measured
 
     def _device(self) -> str:
-        return "cuda" if self.link.memory == "VRAM" else "cpu"
+        return "cuda" if self.side.link.memory == "VRAM" else "cpu"
 
     def _mean_run(self, copy: Copy) -> float:
-        per_block = sum(s.length for s in self.segments) / len(self.segments)
+        per_block = sum(s.length for s in self.side.segments) / len(self.side.segments)
         return per_block * len(copy.ours) / max(1, len(runs(copy.theirs, copy.ours)[0]))
-
-    def memory(self, copy: Copy) -> Ints:
-        """Extents of the copy's blocks on both sides."""
-        ours = self.segments if not copy.unit else self._cut(copy.unit)
-        return extents(ours, copy.peer.segments(copy.unit), copy.ours, copy.theirs)
-
-    def _cut(self, unit: int) -> list[Segment]:
-        size = self._config.block_size
-        return [part for r in self._regions for s in r.segments for part in cut(s, r.token_bytes, size, unit)]
 
     def _direct(self, copy: Copy, operation: str, strategy: Strategy) -> Steps:
         start = time.perf_counter()
-        memory = self.memory(copy)
+        memory = self.side.memory(copy)
         moved = Moved(prep_s=time.perf_counter() - start)
-        yield from self.link.move(operation, copy.peer, memory, moved, copy.arrived, copy.poison)
-        return self.result(moved, strategy, self.lane_of(operation, copy.peer))
+        yield from self.side.link.move(operation, copy.peer, memory, moved, copy.arrived, copy.poison)
+        return self.result(moved, strategy, self.side.lane_of(operation, copy.peer))
 
     def result(self, moved: Moved | wire.Ended, strategy: Strategy, lane: str) -> TransferResult:
         """Figures of a move as a result."""
@@ -154,14 +121,6 @@ class Exchange:
         number = next(self._ids)
         inbox = self.inboxes[peer.key, number] = Inbox()
         return number, inbox
-
-    def send(self, peer: AgentRecord, message: wire.Message) -> None:
-        """Send a message to a peer."""
-        self.link.notify(peer, self.sealed(peer, message))
-
-    def sealed(self, peer: AgentRecord, message: wire.Message) -> bytes:
-        """A message as that peer reads it."""
-        return wire.encode(message, self._key, peer.key)
 
     def _ask(self, copy: Copy, number: int, slots: tuple[int, ...], slot_bytes: int) -> wire.Ask:
         dst = b"" if slots else wire.pack(copy.ours)
@@ -174,7 +133,7 @@ class Exchange:
         number, inbox = self._open(copy.peer)
         asked = False
         try:
-            self.send(copy.peer, self._ask(copy, number, (), 0))
+            self.side.send(copy.peer, self._ask(copy, number, (), 0))
             asked = True
             yield True
             yield from self._until(copy, number, inbox, lambda: _over(inbox))
@@ -202,7 +161,7 @@ class Exchange:
 
     def _stop(self, peer: AgentRecord, number: int) -> None:
         try:
-            self.send(peer, wire.Stop(number))
+            self.side.send(peer, wire.Stop(number))
         except TransferError as error:
             logger.debug("agent %s could not be told to stop: %s", peer.name, error)
 
@@ -210,11 +169,11 @@ class Exchange:
         while not (slots := staging.acquire("receive", staging.side)):
             yield False
         number, inbox = self._open(copy.peer)
-        emptying = Emptying(staging, copy, slots, lambda chunk: self.send(copy.peer, wire.Freed(number, chunk)))
+        emptying = Emptying(staging, copy, slots, lambda chunk: self.side.send(copy.peer, wire.Freed(number, chunk)))
         asked = False
         try:
             addresses = tuple(staging.address(slot) for slot in slots)
-            self.send(copy.peer, self._ask(copy, number, addresses, staging.slot_bytes))
+            self.side.send(copy.peer, self._ask(copy, number, addresses, staging.slot_bytes))
             asked = True
             yield True
             yield from self._until(copy, number, inbox, lambda: _emptied(inbox, emptying))
@@ -236,7 +195,7 @@ class Exchange:
         number, inbox = self._open(copy.peer)
         start = time.perf_counter()
         try:
-            self.send(copy.peer, wire.Hello(number, reply=True))
+            self.side.send(copy.peer, wire.Hello(number, reply=True))
             while not inbox.greeted:
                 yield False
             return TransferResult(wire_s=time.perf_counter() - start, lane=self.lane)
@@ -246,10 +205,10 @@ class Exchange:
     def progress(self) -> list[Generator[bool, None, None]]:
         """See ``Backend``."""
         new = []
-        for sender, batch in self.link.poll().items():
+        for sender, batch in self.side.link.poll().items():
             for data in batch:
                 try:
-                    service = self._receive(sender, wire.decode(data, sender, self._key))
+                    service = self._receive(sender, wire.decode(data, sender, self.side.key))
                 except TransferError as error:
                     logger.warning("a message from %s: %s", _name(sender), error)
                     continue
@@ -292,31 +251,24 @@ class Exchange:
                     return
                 yield False
             if isinstance(message, wire.Hello):
-                self.send(peer, wire.Hello(message.id, reply=False))
+                self.side.send(peer, wire.Hello(message.id, reply=False))
             else:
-                yield from serve_ask(self, peer, message, inbox)
+                yield from serve_ask(self.side, peer, message, inbox)
         except TransferError as error:
             logger.warning("serving agent %s: %s", name, error)
         except Exception as error:
             # Whatever a kernel or library raised: a peer that is not told waits until its deadline.
             logger.exception("serving agent %s", name)
             if peer is not None:
-                self.send(peer, wire.Ended(message.id, TransferError.code, f"{type(error).__name__}: {error}"[:1024]))
+                self.side.send(
+                    peer, wire.Ended(message.id, TransferError.code, f"{type(error).__name__}: {error}"[:1024])
+                )
         finally:
             self.inboxes.pop((sender, message.id), None)
 
-    def check_blocks(self, blocks: Ints, peer: AgentRecord, unit: int) -> None:
-        """Raise ``TransferError`` when a block, or part of one, is not ours, or the unit is not the pair's."""
-        size = self._config.block_size
-        if unit != (0 if size == peer.block_size else min(size, peer.block_size)):
-            raise TransferError(f"parts of {unit} tokens: blocks are of {size} here, of {peer.block_size} there")
-        count = self.num_blocks * (size // unit if unit else 1)
-        if len(blocks) and int(np.max(blocks)) >= count:
-            raise TransferError(f"agent {self._config.name} has {count} blocks, not {int(np.max(blocks))}")
-
     def close(self) -> None:
         """See ``Backend``."""
-        self.link.close()
+        self.side.link.close()
 
 
 def _name(sender: str) -> str:

@@ -11,7 +11,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,26 +21,24 @@ from components.transfer.data.nixl import Moved
 from components.transfer.data.staging import Gate, Staging
 from components.transfer.layout import Ints
 from components.transfer.session import messages as wire
-
-if TYPE_CHECKING:
-    from components.transfer.session.exchange import Exchange, Inbox
+from components.transfer.session.side import Inbox, Side
 
 logger = logging.getLogger(__name__)
 Flow = Generator[bool, None, None]
 
 
-def serve_ask(exchange: Exchange, peer: AgentRecord, ask: wire.Ask, inbox: Inbox) -> Flow:
+def serve_ask(side: Side, peer: AgentRecord, ask: wire.Ask, inbox: Inbox) -> Flow:
     """Write the asked blocks to the peer."""
     moved = Moved()
     answer = wire.Ended(ask.id)
     try:
-        yield from _bounded(_write(exchange, peer, ask, inbox, moved), inbox, ask.budget_ms)
-        lane = exchange.lane_of("WRITE", peer)
+        yield from _bounded(_write(side, peer, ask, inbox, moved), inbox, ask.budget_ms)
+        lane = side.lane_of("WRITE", peer)
         figures = (moved.bytes, moved.descriptors, moved.prep_s, moved.post_s, moved.wire_s)
         answer = wire.Ended(ask.id, "", "", *figures, lane)
     except MigrateError as error:
         answer = wire.Ended(ask.id, error.code, str(error)[:1024])
-    exchange.send(peer, answer)
+    side.send(peer, answer)
 
 
 def _bounded(steps: Flow, inbox: Inbox, budget_ms: int) -> Flow:
@@ -65,23 +62,23 @@ def _why_stop(inbox: Inbox, end: float) -> MigrateError | None:
     return None
 
 
-def _write(exchange: Exchange, peer: AgentRecord, ask: wire.Ask, inbox: Inbox, moved: Moved) -> Flow:
+def _write(side: Side, peer: AgentRecord, ask: wire.Ask, inbox: Inbox, moved: Moved) -> Flow:
     src = wire.unpack(ask.src)
-    exchange.check_blocks(src, peer, ask.unit)
+    side.check_blocks(src, peer, ask.unit)
     if ask.slots:
-        if exchange.staging is None or ask.unit:
+        if side.staging is None or ask.unit:
             raise TransferError("this agent has no staging memory")
-        yield from _write_staged(exchange, exchange.staging, peer, ask, src, inbox, moved)
+        yield from _write_staged(side, side.staging, peer, ask, src, inbox, moved)
         return
     dst = wire.unpack(ask.dst)
     if len(dst) != len(src) or (len(dst) and int(dst.max()) >= peer.count(ask.unit)):
         raise TransferError("the block lists of the request do not fit")
     copy = Copy(peer, src, dst, ask.request_id, 0.0, unit=ask.unit)
-    yield from exchange.link.move("WRITE", peer, exchange.memory(copy), moved, copy.arrived, copy.poison)
+    yield from side.link.move("WRITE", peer, side.memory(copy), moved, copy.arrived, copy.poison)
 
 
 def _write_staged(
-    exchange: Exchange,
+    side: Side,
     staging: Staging,
     peer: AgentRecord,
     ask: wire.Ask,
@@ -111,8 +108,8 @@ def _write_staged(
                 slot, _ = gathered.popleft()
                 size = (chunks[posted][1] - chunks[posted][0]) * staging.block_bytes
                 extent = np.array([[staging.address(slot), ask.slots[posted % len(ask.slots)], size]], np.int64)
-                notice = exchange.sealed(peer, wire.Landed(ask.id, posted))
-                writes.append((slot, exchange.link.move("WRITE", peer, extent, moved, _drop, _harmless, notice)))
+                notice = side.sealed(peer, wire.Landed(ask.id, posted))
+                writes.append((slot, side.link.move("WRITE", peer, extent, moved, _drop, _harmless, notice)))
                 posted, worked = posted + 1, True
             for slot, write in list(writes):
                 try:

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from components.planner import perf_model
-from components.serve.config import PlannerConfig
+from components.config import PlannerConfig
+from planner_hooks import perf_model
 
 
 def planner(keys: dict[str, object]) -> str:

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an agent brings to every transfer over NIXL, whichever side it is on: its memory, its link, its messages.
+
+Runs on the worker thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from components.errors import TransferError
+from components.transfer.config import AgentConfig
+from components.transfer.control.record import AgentRecord
+from components.transfer.data import ucx
+from components.transfer.data.base import Copy
+from components.transfer.data.nixl import NixlLink
+from components.transfer.data.staging import Staging
+from components.transfer.layout import Ints, Region, Segment, cut, extents
+from components.transfer.session import messages as wire
+
+LANE = "nixl/ucx"
+
+
+@dataclass
+class Inbox:
+    """What came for one transfer of ours."""
+
+    landed: set[int] = field(default_factory=set)
+    freed: set[int] = field(default_factory=set)
+    ended: wire.Ended | None = None
+    stopped: bool = False
+    greeted: bool = False
+
+
+class Side:
+    """See the module docstring."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        epoch: str,
+        link: NixlLink,
+        regions: Sequence[Region],
+        staging: Staging | None,
+        host: str,
+    ) -> None:
+        self.key = f"{config.name}/{epoch}"
+        self.link = link
+        self.segments = [segment for region in regions for segment in region.segments]
+        self.staging = staging
+        self.host = host
+        self._config = config
+        self._regions = list(regions)
+        self._num_blocks = regions[0].rows[0].shape[0]
+
+    def lane_of(self, operation: str, peer: AgentRecord) -> str:
+        """Backend and the transports that UCX really chose, where it tells."""
+        chosen = ucx.log.lane(operation, same_host=peer.host == self.host)
+        return f"{LANE}/{chosen}" if chosen else LANE
+
+    def memory(self, copy: Copy) -> Ints:
+        """Extents of the copy's blocks on both sides."""
+        ours = self.segments if not copy.unit else self._cut(copy.unit)
+        return extents(ours, copy.peer.segments(copy.unit), copy.ours, copy.theirs)
+
+    def _cut(self, unit: int) -> list[Segment]:
+        size = self._config.block_size
+        return [part for r in self._regions for s in r.segments for part in cut(s, r.token_bytes, size, unit)]
+
+    def send(self, peer: AgentRecord, message: wire.Message) -> None:
+        """Send a message to a peer."""
+        self.link.notify(peer, self.sealed(peer, message))
+
+    def sealed(self, peer: AgentRecord, message: wire.Message) -> bytes:
+        """A message as that peer reads it."""
+        return wire.encode(message, self.key, peer.key)
+
+    def check_blocks(self, blocks: Ints, peer: AgentRecord, unit: int) -> None:
+        """Raise ``TransferError`` when a block, or part of one, is not ours, or the unit is not the pair's."""
+        size = self._config.block_size
+        if unit != (0 if size == peer.block_size else min(size, peer.block_size)):
+            raise TransferError(f"parts of {unit} tokens: blocks are of {size} here, of {peer.block_size} there")
+        count = self._num_blocks * (size // unit if unit else 1)
+        if len(blocks) and int(np.max(blocks)) >= count:
+            raise TransferError(f"agent {self._config.name} has {count} blocks, not {int(np.max(blocks))}")
