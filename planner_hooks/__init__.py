@@ -11,7 +11,7 @@ policies/               one policy per file; compose.py runs several
 config.py               the policy file
 observe.py, metrics.py  live state of workers, forward-pass metrics
 controller.py           carries plans out
-scaledown.py            holds a reduction until its victims are empty
+scaledown.py            whether and when there may be one worker fewer
 decider.py              one decision for all plugins of a process
 plugin.py, server.py    Dynamo planner plugin, in-process and over gRPC
 simulate/               the same policies on simulated workers

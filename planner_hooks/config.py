@@ -3,8 +3,8 @@
 
     limits:      {max-moves-per-worker: 2}
     policies:
-      drain:     {}
-      balance:   {start-gap: 0.25}
+      defragment: {}
+      balance:    {start-gap: 0.25}
 
 ``load`` reads it; every mistake is a ``ConfigError`` that names the key, and the nearest one that exists.
 """

@@ -81,7 +81,12 @@ class Controller:
     """See the module docstring."""
 
     def __init__(
-        self, policy: PolicyFile, commands: Commands, observer: Observer, clock: Callable[[], float] = time.monotonic
+        self,
+        policy: PolicyFile,
+        commands: Commands,
+        observer: Observer,
+        clock: Callable[[], float] = time.monotonic,
+        drains: bool = True,
     ) -> None:
         self._config = policy.controller
         self._policy = policy.build()
@@ -92,8 +97,11 @@ class Controller:
         self._ended: list[tuple[float, ActiveMove]] = []
         """Moves that tables of workers, which are up to a second old, may still not show."""
         self._backoff: dict[tuple[str, str], float] = {}
-        self.retired: set[str] = set()
-        """Workers that are to go by a policy's wish."""
+        self._drains = drains
+        self._retired: set[str] = set()
+        """Workers that were drained by a policy's wish."""
+        self.unneeded = 0
+        """Workers that the last plan would do without, where they are not drained from here."""
         self.seen: Snapshot | None = None
         """What the last decision was made on."""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -111,19 +119,13 @@ class Controller:
         active = (*self._active.values(), *(move for _, move in self._ended))
         capture, self.seen, plan = await asyncio.to_thread(self._decide, status, active)
         self._settle_gaps(capture)
-        self.retired &= set(self.seen.worker_ids)
         self.ticks += 1
         for hold in plan.holds:
             HOLDS.labels(hold.policy, hold.reason).inc()
         lives = _lives(status, plan.moves)
         for move in plan.moves:
             self._begin(move, _gap(capture, move), lives.get((move.src, move.request_id), 0))
-        if not self._config.dry_run:
-            new = set(plan.retire) - self.retired
-            self.retired |= new
-            self.retire(sorted(new))
-        self.release(sorted(self.retired & set(plan.release)))
-        self.retired -= set(plan.release)
+        self._retire(plan, set(self.seen.worker_ids))
         return plan
 
     def _decide(self, status: Status, active: tuple[ActiveMove, ...]) -> tuple[Capture, Snapshot, Plan]:
@@ -137,19 +139,21 @@ class Controller:
         told = {worker.worker: now - worker.age_s for worker in status.workers}
         self._ended = [(at, move) for at, move in self._ended if told.get(move.src, now) <= at]
 
-    def retire(self, workers: Iterable[str]) -> None:
-        """Begin to empty workers; they get no new requests."""
-        for worker in workers:
-            if self._config.dry_run:
-                logger.info("would empty worker %s", worker)
-            else:
-                self._spawn(self._drain(worker))
-
-    def release(self, workers: Iterable[str]) -> None:
-        """Give workers requests again."""
-        for worker in workers:
-            if not self._config.dry_run:
-                self._spawn(self._undrain(worker))
+    def _retire(self, plan: Plan, there: set[str]) -> None:
+        """Drain what the plan would do without, and take back what it needs again; or count the former for others."""
+        if self._config.dry_run:
+            for worker in plan.retire:
+                logger.info("would do without worker %s", worker)
+            return
+        if not self._drains:
+            self.unneeded = len(plan.retire)
+            return
+        self._retired &= there
+        for worker in sorted(set(plan.retire) - self._retired):
+            self._spawn(self._drain(worker))
+        for worker in sorted(self._retired & set(plan.release)):
+            self._spawn(self._undrain(worker))
+        self._retired = (self._retired | set(plan.retire)) - set(plan.release)
 
     def _begin(self, move: Move, gap: float, life: int) -> None:
         what = f"{move.request_id} from {move.src} to {move.dst} ({move.policy}: {move.reason})"

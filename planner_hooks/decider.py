@@ -6,9 +6,8 @@ tick. ``begin`` starts a decision beside the caller and never waits. ``bound`` a
 is older than ``limits.stale-after-s`` counts as not seen. One asyncio loop. Raises ``ConfigError`` at its start when
 the policy file is wrong; later failures are logged and tried again at the next tick.
 
-Replay: Dynamo's own simulator has workers of numbers only. With ``replay_tokens`` (their KV capacity) the snapshot is
-made up from forward-pass metrics, plans are counted and not carried out, victims count as empty a tick later, and
-time passes with the ticks.
+A worker that is to go has one owner: where the planner decides the number of decode workers (``sets_number``), what a
+policy would do without is a wish for fewer, and who then stops a worker drains it; else the worker drains itself.
 """
 
 from __future__ import annotations
@@ -27,9 +26,8 @@ from components import process
 from components.client import DECISIONS, Workers
 from components.errors import MigrateError
 from planner_hooks.config import load
-from planner_hooks.controller import HOLDS, MOVES, Controller
+from planner_hooks.controller import HOLDS, Controller
 from planner_hooks.headcount import Headcount
-from planner_hooks.metrics import made_up
 from planner_hooks.observe import Observer
 from planner_hooks.plan import HoldReason
 from planner_hooks.report import Board
@@ -54,12 +52,12 @@ class Role(msgspec.Struct, frozen=True):
 class Decider:
     """See the module docstring."""
 
-    _shared: ClassVar[dict[tuple[str, int], Decider]] = {}
+    _shared: ClassVar[dict[str, Decider]] = {}
 
-    def __init__(self, policy_file: str, replay_tokens: int = 0) -> None:
+    def __init__(self, policy_file: str) -> None:
         self.policy = load(Path(policy_file))
-        self._replay_tokens = replay_tokens
-        self._replayed = self.policy.build()
+        self.sets_number = False
+        """Does the planner decide how many decode workers there are? Told before the first tick."""
         self._observer = Observer(self.policy.controller.cost)
         self._board = Board()
         self._runtime: Any = None
@@ -68,57 +66,43 @@ class Decider:
         self._cut_off: asyncio.Task[None] | None = None
         self._scale_down: dict[str, ScaleDown] = {}
         self._counts: dict[str, Headcount] = {}
-        self._seen: Snapshot | None = None
         self._seen_at = 0.0
-        self.ticks = 0
 
     @classmethod
-    def shared(cls, policy_file: str, replay_tokens: int = 0) -> Decider:
+    def shared(cls, policy_file: str) -> Decider:
         """The one decider of this process for a policy file."""
-        key = (str(Path(policy_file).resolve()), replay_tokens)
+        key = str(Path(policy_file).resolve())
         if key not in cls._shared:
-            cls._shared[key] = cls(policy_file, replay_tokens)
+            cls._shared[key] = cls(policy_file)
         return cls._shared[key]
 
     def begin(self, engines: Mapping[str, bytes] | None) -> None:
         """Start a decision unless one is under way. ``engines`` are the planner's forward-pass metrics."""
-        self.ticks += 1
         if engines is not None:
             self._observer.join(engines)
-        if self._replay_tokens:
-            self._replay(engines or {})
-        elif self._deciding is None or self._deciding.done():
+        if self._deciding is None or self._deciding.done():
             self._deciding = asyncio.ensure_future(self._decide())
 
-    def retired(self) -> int:
-        """Workers that a policy wants to be without."""
-        return len(self._controller.retired) if self._controller is not None else 0
+    def unneeded(self) -> int:
+        """How many workers fewer policies would have the planner decide on."""
+        return self._controller.unneeded if self._controller is not None else 0
 
     def bound(self, role: Role, proposed: int, ready: int, scaling: bool) -> Bound:
-        """What a proposal is clamped to; begins and ends the emptying of victims. Only decode workers are emptied."""
+        """What a proposal is clamped to. Fewer prefill workers go through at once: nothing has to leave them."""
         if role.name != "decode":
             return self._prefill_bound(role, proposed, ready, scaling)
         if role.name not in self._scale_down:
-            config = self.policy.controller
-            self._scale_down[role.name] = ScaleDown(
-                config.scale_down, role.bounds, config.drain_timeout_s, self._now, role.started
-            )
+            rules = self.policy.controller.scale_down
+            self._scale_down[role.name] = ScaleDown(rules, role.bounds, started=role.started)
         answer = self._scale_down[role.name].decide(proposed, ready, self._current(), scaling)
         if answer.reason is not None and (proposed < ready or answer.reason is HoldReason.MISSING):
             HOLDS.labels(NAME, answer.reason).inc()
-        if answer.retire or answer.release or answer.at_most < ready:
-            logger.info(
-                "decode workers: %d are there, %d proposed, %d let through (%s); emptying %s, taking back %s",
-                *(ready, proposed, answer.at_most, answer.reason or "empty"),
-                *(", ".join(names) or "none" for names in (answer.retire, answer.release)),
-            )
-        if self._controller is not None:
-            self._controller.retire(answer.retire)
-            self._controller.release(answer.release)
+        if answer.at_most < ready:
+            logger.info("decode workers: %d of %d will do", answer.at_most, ready)
         return answer
 
     def _prefill_bound(self, role: Role, proposed: int, ready: int, scaling: bool) -> Bound:
-        count = self._counts.setdefault(role.name, Headcount(role.started, self._now))
+        count = self._counts.setdefault(role.name, Headcount(role.started, time.monotonic))
         there = count.seen(ready, scaling)
         low, high = role.bounds or (there, there)
         if ready < there:
@@ -126,13 +110,9 @@ class Decider:
         count.let_through(max(low, proposed))
         return Bound(low, max(low, high))
 
-    def _now(self) -> float:
-        # Simulated time is not told to plugins: it passes with the ticks.
-        return self.ticks * self.policy.controller.interval_s if self._replay_tokens else time.monotonic()
-
     def _current(self) -> Snapshot | None:
-        fresh = self._now() - self._seen_at <= self.policy.controller.limits.stale_after_s
-        return self._seen if fresh else None
+        fresh = time.monotonic() - self._seen_at <= self.policy.controller.limits.stale_after_s
+        return self._controller.seen if fresh and self._controller is not None else None
 
     async def _decide(self) -> None:
         try:
@@ -143,9 +123,9 @@ class Decider:
                     self._runtime = process.connect()
                     self._cut_off = asyncio.ensure_future(self._serve(self._runtime))
                 workers = await Workers.connect(self._runtime, process.namespace(), _CONNECT_S)
-                self._controller = Controller(self.policy, workers, self._observer)
+                self._controller = Controller(self.policy, workers, self._observer, drains=not self.sets_number)
             plan = await self._controller.tick()
-            self._seen, self._seen_at = self._controller.seen, self._now()
+            self._seen_at = time.monotonic()
             self._board.take(plan)
             if plan.moves or plan.retire:
                 logger.info("%d moves planned; %s", len(plan.moves), self._controller.summary())
@@ -163,13 +143,3 @@ class Decider:
         await runtime.endpoint(f"{process.namespace()}.{DECISIONS}").serve_endpoint(self._board.serve)
         logger.error("this planner has lost its place in etcd; it ends, for its launcher to start it again")
         os._exit(1)
-
-    def _replay(self, engines: Mapping[str, bytes]) -> None:
-        leaving = {victim for scale_down in self._scale_down.values() for victim in scale_down.victims}
-        self._seen = Snapshot.of(made_up(engines, self._replay_tokens, leaving))
-        self._seen_at = self._now()
-        plan = self._replayed.plan(self._seen)
-        for move in plan.moves:
-            MOVES.labels(move.policy, "replayed").inc()
-        if plan.moves:
-            logger.info("%d moves planned on simulated workers", len(plan.moves))

@@ -8,11 +8,8 @@ last eight hexadecimal digits. A payload that cannot be read counts as not recei
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-from components.engine.protocol import RequestPhase
-from planner_hooks.snapshot import Capture, RequestView, WorkerView
 
 logger = logging.getLogger(__name__)
 
@@ -57,31 +54,3 @@ class Heard:
     def age_s(self, worker: str, now: float) -> float:
         """Seconds since news; 0 for a worker of which nothing was ever heard, whose own report has to do."""
         return now - self._last[worker][1] if worker in self._last else 0.0
-
-
-def made_up(engines: Mapping[str, bytes], capacity_tokens: int, leaving: Collection[str] = ()) -> Capture:
-    """Rows from sums: each running request gets the mean KV of its worker. Leaving workers have none any more."""
-    workers, requests = [], []
-    for worker, ranks in decoded(engines).items():
-        scheduled = [rank.scheduled_requests for rank in ranks]
-        queued = [rank.queued_requests for rank in ranks]
-        count = 0 if worker in leaving else sum(s.num_decode_requests for s in scheduled)
-        held = 0 if worker in leaving else int(sum(s.sum_decode_kv_tokens for s in scheduled))
-        waiting = sum(q.num_prefill_requests + q.num_decode_requests for q in queued)
-        workers.append(
-            WorkerView(
-                worker=worker,
-                capacity_tokens=capacity_tokens,
-                held_tokens=held,
-                queued_tokens=int(sum(q.sum_prefill_tokens + q.sum_decode_kv_tokens for q in queued)),
-                running=count,
-                waiting=0 if worker in leaving else waiting,
-                step_s=max(rank.wall_time for rank in ranks),
-                draining=worker in leaving,
-            )
-        )
-        requests += [
-            RequestView(f"{worker}-{i}", worker, RequestPhase.DECODE, held // count, held // count, 256.0)
-            for i in range(count)
-        ]
-    return Capture(0.0, tuple(workers), tuple(requests), synthetic=True)

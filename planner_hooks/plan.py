@@ -47,8 +47,8 @@ class HoldReason(StrEnum):
     DRY_RUN = "dry-run"
     DELAYED = "delayed"
     """A reduction has not been proposed for long enough."""
-    DRAINING = "draining"
-    """A reduction waits until its victim is empty."""
+    SCALING = "scaling"
+    """A reduction waits until the number before it has been carried out."""
 
 
 class Move(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -83,7 +83,8 @@ class Plan(msgspec.Struct, frozen=True, omit_defaults=True):
     moves: tuple[Move, ...] = ()
     holds: tuple[Hold, ...] = ()
     retire: tuple[str, ...] = ()
-    """Workers that should get no new requests and be emptied."""
+    """Workers that the others could do without. Where the planner decides their number, it is asked for fewer; where
+    it does not, they get no new requests and are drained."""
     release: tuple[str, ...] = ()
     """Workers that are leaving and are needed again; only those that a plan retired follow this."""
 

@@ -10,9 +10,10 @@
            kwargs: {policy_file: configs/policy.yaml, decode_workers: [1, 4], started: {decode: 2}}}
 
 MigrationPlugin     each call is one decision about migrations, made beside the call. It accepts the proposal, but for
-                    workers that a policy has retired: so many fewer are proposed.
-ScaleDownPlugin     keeps the numbers within their bounds, and holds a reduction until its victims are empty. Workers
-                    that are starting count as there: as many as were ``started``, or as there were before.
+                    workers that a policy would do without: so many fewer are proposed.
+ScaleDownPlugin     keeps the numbers within their bounds, and holds a reduction until it has been wanted for long
+                    enough and the rest has room. Workers that are starting count as there: as many as were
+                    ``started``, or as there were before. Without bounds the planner is advisory.
 
 Neither makes the planner wait. Both raise ``ConfigError`` at their start when the policy file is wrong.
 """
@@ -29,11 +30,11 @@ from planner_hooks.decider import Decider, Role
 class MigrationPlugin:
     """Loaded by Dynamo's planner for the stage PROPOSE."""
 
-    def __init__(self, policy_file: str, replay_tokens: int = 0) -> None:
-        self._decider = Decider.shared(policy_file, replay_tokens)
+    def __init__(self, policy_file: str) -> None:
+        self._decider = Decider.shared(policy_file)
 
     async def Propose(self, request: Any) -> Any:  # noqa: N802 (Dynamo looks the method up by this name)
-        """Decide about migrations; accept, or propose as many workers fewer as were retired."""
+        """Decide about migrations; accept, or propose as many workers fewer as policies would do without."""
         from dynamo.planner.plugins.types import (
             AcceptResult,
             ComponentTarget,
@@ -46,13 +47,15 @@ class MigrationPlugin:
         observations = request.context.observations if request.context else None
         self._decider.begin(_engines(observations))
         ready = _ready(observations, "decode")
-        retired = self._decider.retired()
-        if not retired or ready is None:
+        unneeded = self._decider.unneeded()
+        if not unneeded or ready is None:
             return ProposeStageResponse(accept=AcceptResult())
         fewer = ComponentTarget(
-            sub_component_type="decode", replicas=max(1, ready - retired), type=OverrideType.AT_MOST
+            sub_component_type="decode", replicas=max(1, ready - unneeded), type=OverrideType.AT_MOST
         )
-        return ProposeStageResponse(override=OverrideResult(targets=[fewer], reason=f"{retired} workers are retired"))
+        return ProposeStageResponse(
+            override=OverrideResult(targets=[fewer], reason=f"{unneeded} workers fewer would do")
+        )
 
 
 class ScaleDownPlugin:
@@ -63,10 +66,10 @@ class ScaleDownPlugin:
         policy_file: str,
         decode_workers: Sequence[int] | None = None,
         prefill_workers: Sequence[int] | None = None,
-        replay_tokens: int = 0,
         started: Mapping[str, int] | None = None,
     ) -> None:
-        self._decider = Decider.shared(policy_file, replay_tokens)
+        self._decider = Decider.shared(policy_file)
+        self._decider.sets_number |= decode_workers is not None
         given = {"decode": decode_workers, "prefill": prefill_workers}
         self._roles = [Role(name, _pair(bounds), (started or {}).get(name, 0)) for name, bounds in given.items()]
 

@@ -20,7 +20,7 @@ MAX_DECISIONS = 200
 def decisions(plan: Plan) -> tuple[Decision, ...]:
     """Moves first, then what is left alone and why; not more than people can read."""
     moves = [Decision(m.policy, Verdict.MOVE, m.reason, m.request_id, m.src, m.dst) for m in plan.moves]
-    retired = [Decision("", Verdict.RETIRE, "gets no new requests and is emptied", "", w) for w in plan.retire]
+    retired = [Decision("", Verdict.RETIRE, "the others could do without it", "", w) for w in plan.retire]
     left = [
         Decision(h.policy, Verdict.LEAVE, f"{h.reason} {h.detail}".strip(), h.request_id, h.worker) for h in plan.holds
     ]

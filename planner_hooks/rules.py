@@ -95,29 +95,11 @@ class ScaleDownRules(Section):
         description="Seconds for which a reduction must have been proposed; half of what a worker takes to start",
     )
     max_usage: float = Field(default=0.7, gt=0, le=1, description="Mean usage that the remaining workers may have")
-    give_up_usage: float = Field(
-        default=0.85, gt=0, le=1, description="Mean usage of the remaining ones from which victims are taken back"
-    )
-    reserve: float = Field(
-        default=1.0, ge=0, description="KV that the remaining ones keep free together, in workers; taken back at half"
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.give_up_usage <= self.max_usage:
-            raise ValueError(
-                f"give-up-usage ({self.give_up_usage:g}) must be above max-usage ({self.max_usage:g}), "
-                "or victims would be chosen and taken back in turn"
-            )
-        return self
+    reserve: float = Field(default=1.0, ge=0, description="KV that the remaining ones keep free together, in workers")
 
     def allowed(self, workers: int) -> float:
         """Mean usage up to which so many workers may remain."""
         return min(self.max_usage, 1.0 - self.reserve / max(1, workers))
-
-    def too_much(self, workers: int) -> float:
-        """Mean usage of so many workers from which victims are taken back."""
-        return min(self.give_up_usage, 1.0 - 0.5 * self.reserve / max(1, workers))
 
 
 class Rules(Section):

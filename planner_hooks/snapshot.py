@@ -49,7 +49,7 @@ class WorkerView(msgspec.Struct, frozen=True, omit_defaults=True):
     step_s: float = 0.0
     """Duration of a forward step; 0 when idle."""
     draining: bool = False
-    """Gets no new requests and is to be emptied."""
+    """Gets no new requests, and empties itself."""
     report_age_s: float = 0.0
     kv_bytes_per_token: int = 0
 
@@ -96,8 +96,6 @@ class Capture(msgspec.Struct, frozen=True, omit_defaults=True):
     overhead_s: float = 0.1
     """Time of a migration that does not depend on its size."""
     downtime_s: float = 0.05
-    synthetic: bool = False
-    """Request rows were made up from sums (replay): plans may be counted, never carried out."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,6 @@ class Snapshot:
     """Migrations of KV under way by source and destination; 0 where only waiting requests go."""
     planned: int = 0
     """Moves planned in this tick so far."""
-    synthetic: bool = False
     by_worker: tuple[NDArray[np.int64], NDArray[np.int64]] = field(default=None, repr=False)  # type: ignore[assignment]
     """Request rows sorted by worker, and where each worker's begin; computed when not given."""
 
@@ -267,5 +264,4 @@ class Snapshot:
             overhead_s=capture.overhead_s,
             downtime_s=capture.downtime_s,
             pairs=pairs,
-            synthetic=capture.synthetic,
         )

@@ -25,7 +25,7 @@ from planner_hooks.simulate.scaling import Scaling
 from planner_hooks.simulate.traces import Arrival, Shape, synthetic
 
 EACH = ("balance", "defragment", "priority")
-"""Policies that a steady load can use; drain and consolidate need a number of workers that changes."""
+"""Policies that a steady load can use; consolidate needs a number of workers that changes."""
 
 
 WARM_UP = 0.2
@@ -71,13 +71,12 @@ STEADY = (
     Variant("all", ("defragment", "priority", "balance")),
     Variant("all + kv-routing", ("defragment", "priority", "balance"), kv_routing=True),
 )
-_ALL = ("drain", "consolidate", "defragment", "priority", "balance")
+_ALL = ("consolidate", "defragment", "priority", "balance")
 WAVES = (
     Variant("no migration"),
     Variant("kv-routing", kv_routing=True),
     Variant("scaling only", scaling=True),
-    Variant("scaling + drain", ("drain",), scaling=True),
-    Variant("scaling + consolidate", ("drain", "consolidate"), scaling=True),
+    Variant("scaling + consolidate", ("consolidate",), scaling=True),
     Variant("scaling + all", _ALL, scaling=True),
     Variant("scaling + all + kv-routing", _ALL, kv_routing=True, scaling=True),
     Variant("fuller only", scaling=True, fuller=True),

@@ -6,10 +6,11 @@ starts or stops one; a decision is acknowledged when both agree, and only then d
 until the next one: a worker that has ended for good is started again. What was decided before this graph began is
 acknowledged and not carried out.
 
-Stopping loses nothing: a worker that the planner's plugin has emptied goes first, any other one is drained before its
-process gets SIGTERM. None is stopped while another one of its role is not ready, or before any of them answers.
-Threading: one asyncio loop. Errors: a worker that cannot be started or drained is said and tried
-again later; nothing here ends the graph.
+Stopping loses nothing: who stops a worker empties it. The one that is cheapest to empty is drained before its process
+gets SIGTERM, and what the others have no room for goes on decoding there meanwhile. None is stopped while another one
+of its role is not ready, or before any of them answers.
+Threading: one asyncio loop. Errors: a worker that cannot be started or drained is said and tried again later; nothing
+here ends the graph.
 """
 
 from __future__ import annotations
@@ -173,10 +174,11 @@ def worker_name(worker: Process) -> str:
     return f"{socket.gethostname()}-{worker.component}-{worker.replica}"
 
 
-def _emptying(worker: WorkerReport) -> tuple[bool, int]:
-    """Those that are leaving already first, then by what they hold."""
+def _emptying(worker: WorkerReport) -> tuple[bool, int, int]:
+    """Those that are leaving already first, then by requests that cannot move, then by what they hold."""
     stats = worker.stats
-    return not worker.draining, stats.total_blocks - stats.free_blocks if stats else 0
+    stuck = sum(bool(row.not_migratable) for row in worker.here())
+    return not worker.draining, stuck, stats.total_blocks - stats.free_blocks if stats else 0
 
 
 async def connected(plan: Plan, supervisor: Supervisor) -> Scaler:

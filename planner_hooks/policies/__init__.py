@@ -8,7 +8,6 @@ A policy of your own is one such module anywhere on the path, named in the polic
 """
 
 BUILT_IN = {
-    "drain": "planner_hooks.policies.drain",
     "consolidate": "planner_hooks.policies.consolidate",
     "defragment": "planner_hooks.policies.defragment",
     "priority": "planner_hooks.policies.priority",

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""consolidate: when one worker fewer would do, empty the one that is cheapest to empty.
+"""consolidate: when one worker fewer would do, retire the one that is cheapest to empty.
 
-It retires a worker only while the others stay below ``target_usage`` with its load on top and keep a reserve, and takes
-the retirement back above ``wake_usage``; the space between the two keeps it from changing its mind all the time. The
-reserve is what few workers need: one of two is filled by a single burst, one of twenty is not.
+Where the planner decides the number of workers that is a wish for fewer; else the worker is drained, and moves its
+requests away by itself. It retires a worker only while the others stay below ``target_usage`` with its load on top and
+keep a reserve, and takes the retirement back above ``wake_usage``; the space between the two keeps it from changing its
+mind all the time. The reserve is what few workers need: one of two is filled by a single burst, one of twenty is not.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pydantic import Field, model_validator
 
 from planner_hooks.ledger import Ledger
 from planner_hooks.plan import HoldReason, Plan
-from planner_hooks.policies.base import BasePolicy, PolicyConfig, empty
+from planner_hooks.policies.base import BasePolicy, PolicyConfig
 from planner_hooks.snapshot import Snapshot
 
 
@@ -34,7 +35,6 @@ class Config(PolicyConfig):
     max_leaving_share: float = Field(
         default=0.15, ge=0, le=1, description="The same as a share of all workers; the larger of the two counts"
     )
-    let_finish_s: float = Field(default=2.0, ge=0, description="Requests that end within this time are not moved")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -47,7 +47,7 @@ class Config(PolicyConfig):
 
 
 class Consolidate(BasePolicy[Config]):
-    """Packs requests into fewer workers, so that one can be scaled down."""
+    """Keeps as few workers as will do."""
 
     name = "consolidate"
     config_type = Config
@@ -56,9 +56,9 @@ class Consolidate(BasePolicy[Config]):
         s, config = snapshot, self.config
         stays = np.flatnonzero(s.w_accepts)
         leaving = np.flatnonzero(s.w_leaving)
-        # What is still on leaving workers will have to be carried as well.
-        load = float((s.w_held + s.w_queued + s.w_inbound - s.w_outbound)[s.w_fresh].sum())
-        seats = float((s.w_running + s.w_waiting)[s.w_fresh].sum())
+        # What leaving workers hold has to be carried as well, and what is on those that have not reported lately.
+        load = float((s.w_held + s.w_queued + s.w_inbound - s.w_outbound).sum())
+        seats = float((s.w_running + s.w_waiting).sum())
         wake = min(config.wake_usage, 1.0 - 0.5 * config.reserve / max(1, len(stays)))
         if len(leaving) and self._mean(s, stays, load, seats) > wake:
             return ledger.close(release=tuple(s.worker_ids[w] for w in leaving))
@@ -72,7 +72,6 @@ class Consolidate(BasePolicy[Config]):
         if mean > min(config.target_usage, 1.0 - config.reserve / max(1, len(others))):
             ledger.hold(HoldReason.BALANCED, detail=f"{len(others)} workers would be used to {mean:.2f}")
             return ledger.close()
-        empty(ledger, victim, f"{len(others)} workers are enough", config.let_finish_s)
         return ledger.close(retire=(s.worker_ids[victim],))
 
     @staticmethod

@@ -3,14 +3,14 @@
 
 Dispatch is what a router does without migration: round robin, sessions pinned to workers, or Dynamo's KV router (fewest
 prompt tokens to compute plus fewest active tokens). The policies see columns as they would see live ones, and a plan is
-carried out as the router would: reserve at the destination, copy while the source decodes, cut over, release.
+carried out as workers would: reserve at the destination, copy while the source decodes, cut over, release.
+A worker that leaves moves its requests away by itself, where requests can move.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from planner_hooks.estimate import RemainingEstimate
-from planner_hooks.plan import Move, Plan, Policy
+from planner_hooks.plan import Plan, Policy
 from planner_hooks.policies.consolidate import emptying_cost
 from planner_hooks.rules import ScaleDownRules
 from planner_hooks.scaledown import ScaleDown
@@ -30,6 +30,9 @@ from planner_hooks.simulate.scaling import Autoscaler, Change, Scaling
 from planner_hooks.simulate.traces import Arrival
 from planner_hooks.simulate.worker import Request, Worker
 from planner_hooks.snapshot import Snapshot
+
+_DRAINS_AT_ONCE = 8
+"""As ``components.worker.state``."""
 
 
 class Dispatch(StrEnum):
@@ -71,9 +74,11 @@ class Cluster:
         self._scaling = scaling
         self._tick_s = tick_s
         self._plugin: ScaleDown | None = None
+        self._unneeded = 0
+        """Workers that policies would have the planner decide against."""
         if scaling is not None and scale_down is not None:
             bounds = (scaling.min_workers, scaling.max_workers)
-            self._plugin = ScaleDown(scale_down, bounds, math.inf, lambda: self.time_s, workers)
+            self._plugin = ScaleDown(scale_down, bounds, lambda: self.time_s, workers)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
         self._turn = itertools.count()
@@ -171,8 +176,7 @@ class Cluster:
             self._unfinished -= 1
         self.finished += worker.done
         worker.done.clear()
-        at_once = self._scaling is not None and self._plugin is None
-        if at_once and worker.leaving and worker.empty and worker in self.workers:
+        if self._scaling is not None and worker.leaving and worker.empty and worker in self.workers:
             self._remove(worker)
 
     # Dispatch
@@ -222,23 +226,37 @@ class Cluster:
 
     def _carry_out(self, plan: Plan, rows: list[Request]) -> None:
         names = {worker.name: worker for worker in self.workers}
-        for name in plan.retire:
-            names[name].leaving = True
-        for name in plan.release:
-            names[name].leaving = False
-        if plan.retire or plan.release:
+        if self._plugin is not None:
+            self._unneeded = len(plan.retire)
+        elif plan.retire or plan.release:
+            for name in plan.retire:
+                names[name].leaving = True
+            for name in plan.release:
+                names[name].leaving = False
             self._reopen()
         touched: set[Worker] = set()
         for move in plan.moves:
-            request, src, dst = rows[move.row], names[move.src], names[move.dst]
-            self._begin(move, request, src, dst, touched)
+            self._begin(move.policy, rows[move.row], names[move.src], names[move.dst], touched)
+        for worker in [worker for worker in self.workers if worker.leaving]:
+            self._drain(worker, touched)
         for worker in touched:
             self._changed(worker)
+            self._collect(worker)
 
-    def _begin(self, move: Move, request: Request, src: Worker, dst: Worker, touched: set[Worker]) -> None:
+    def _drain(self, worker: Worker, touched: set[Worker]) -> None:
+        """What waits leaves first; all goes to where most room is, as far as there is any."""
+        stays = [request for request in (*worker.waiting, *worker.running) if not request.moving]
+        others = [other for other in self._open if other is not worker]
+        for request in stays[: max(0, _DRAINS_AT_ONCE - worker.moves)] if others else []:
+            target = min(others, key=lambda other: other.held + other.queued_tokens())
+            need = request.arrival.prompt_tokens + worker.generated(request)
+            if target.held + target.queued_tokens() + need <= (1.0 - self.model.watermark) * self.model.capacity_tokens:
+                self._begin("drain", request, worker, target, touched)
+
+    def _begin(self, policy: str, request: Request, src: Worker, dst: Worker, touched: set[Worker]) -> None:
         if request in src.waiting:
             src.remove(request)
-            self._arrived(request, src, dst, move)
+            self._arrived(request, src, dst, policy)
             dst.enqueue(request)
             touched |= {src, dst}
             return
@@ -255,9 +273,9 @@ class Cluster:
         bytes_moved = need * self.model.kv_bytes_per_token
         takes = self.model.overhead_s + bytes_moved * sharing / self.model.bytes_per_s
         epoch = request.epoch
-        self._at(self.time_s + takes, lambda: self._cut_over(move, request, src, dst, need, epoch))
+        self._at(self.time_s + takes, lambda: self._cut_over(policy, request, src, dst, need, epoch))
 
-    def _cut_over(self, move: Move, request: Request, src: Worker, dst: Worker, reserved: int, epoch: int) -> None:
+    def _cut_over(self, policy: str, request: Request, src: Worker, dst: Worker, reserved: int, epoch: int) -> None:
         src.advance(self.time_s)
         dst.advance(self.time_s)
         request.moving = False
@@ -272,7 +290,7 @@ class Cluster:
         dst.reserved += need - reserved
         request.stalled_since = self.time_s
         self.bytes_moved += need * self.model.kv_bytes_per_token
-        self._arrived(request, src, dst, move)
+        self._arrived(request, src, dst, policy)
         request.worker = dst
 
         def join() -> None:
@@ -289,11 +307,11 @@ class Cluster:
             self._changed(worker)
             self._collect(worker)
 
-    def _arrived(self, request: Request, src: Worker, dst: Worker, move: Move) -> None:
+    def _arrived(self, request: Request, src: Worker, dst: Worker, policy: str) -> None:
         self._routed[src.key] -= request.arrival.prompt_tokens
         self._routed[dst.key] += request.arrival.prompt_tokens
         self.moves += 1
-        self.by_policy[move.policy] += 1
+        self.by_policy[policy] += 1
         request.moved += 1
         request.came_from, request.last_move_s = src, self.time_s
 
@@ -310,7 +328,7 @@ class Cluster:
         change = scaler.decide(self.time_s, self.workers, self._load())
         leaving = [worker for worker in self.workers if worker.leaving]
         if self._plugin is not None:
-            self._ask_plugin(self._plugin, change, len(leaving))
+            change = self._ask_plugin(self._plugin, change, bool(leaving))
         elif change.fewer:
             self._retire_one()
         else:
@@ -324,16 +342,14 @@ class Cluster:
         self._reopen()
         self._at(self.time_s + scaler.rules.interval_s, lambda: self._scale(scaler))
 
-    def _ask_plugin(self, plugin: ScaleDown, change: Change, leaving: int) -> None:
-        """Victims, those taken back, and how many may go, as live; what a policy has retired is proposed to go."""
-        ready = len(self.workers)
-        proposed = ready + 1 if change.more > 0 else ready - max(change.fewer, leaving)
-        bound = plugin.decide(proposed, ready, self.snapshot()[0])
-        for worker in self.workers:
-            worker.leaving = (worker.leaving or worker.name in bound.retire) and worker.name not in bound.release
-        gone = [worker for worker in self.workers if worker.leaving and worker.empty][: max(0, ready - bound.at_most)]
-        for worker in gone:
-            self._remove(worker)
+    def _ask_plugin(self, plugin: ScaleDown, change: Change, scaling: bool) -> Change:
+        """What is let through, as live: while one worker leaves, the planner decides nothing else."""
+        ready = sum(not worker.leaving for worker in self.workers)
+        proposed = ready + 1 if change.more else ready - max(change.fewer, self._unneeded)
+        bound = plugin.decide(proposed, ready, self.snapshot()[0], scaling)
+        if bound.at_most < ready:
+            self._retire_one()
+        return Change() if scaling else change
 
     def _remove(self, worker: Worker) -> None:
         self.workers.remove(worker)

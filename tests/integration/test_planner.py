@@ -21,7 +21,6 @@ POLICY = """
 limits: {cooldown-s: 0, no-return-s: 600}
 cost: {min-gain: 0}
 policies:
-  drain: {}
   balance: {high: 0.1, start-gap: 0.15, stop-gap: 0.05}
 """
 CROWDED = (*PAGED, "--DecodeWorker.engine-args={step_s: 0.004, num_blocks: 640}")

@@ -21,7 +21,6 @@ limits: {cooldown-s: 1, no-return-s: 60, max-destination-usage: 0.95}
 cost: {min-gain: 0}
 scale-down: {delay-s: 60, reserve: 0}  # the load must be there first, and engines start at different times
 policies:
-  drain: {}
   balance: {high: 0.1, start-gap: 0.15, stop-gap: 0.05}
 """
 

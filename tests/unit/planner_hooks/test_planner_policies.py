@@ -7,6 +7,7 @@ from components.engine.protocol import RequestPhase
 from components.migration.messages import Mode
 from planner_hooks.config import parse
 from planner_hooks.plan import HoldReason, Plan
+from planner_hooks.policies import BUILT_IN
 from planner_hooks.snapshot import Capture, Snapshot
 from tests.unit.planner_hooks.clusters import cluster, request
 
@@ -72,12 +73,11 @@ def test_headroom_makes_a_worker_with_an_important_request_look_fuller() -> None
     assert moves[0].src == "w0"
 
 
-def test_drain_empties_a_leaving_worker_but_for_what_cannot_move() -> None:
-    requests = [request(f"r{i}", "w0", 500) for i in range(3)]
-    requests += [request("guided", "w0", 500, not_migratable="guided decoding"), request("x", "w1", 500)]
-    plan = decide("drain", cluster(requests, {"w0": {"draining": True}, "w1": {}, "w2": {}}))
-    assert {m.request_id for m in plan.moves} == {"r0", "r1", "r2"}
-    assert {m.dst for m in plan.moves} == {"w1", "w2"}
+def test_no_policy_moves_what_a_leaving_worker_moves_away_by_itself() -> None:
+    requests = [request(f"r{i}", "w0", 1000) for i in range(9)]
+    requests += [request("big", "w0", 4000, phase=RequestPhase.WAITING), request("vip", "w0", 500, priority=1)]
+    for name in BUILT_IN:
+        assert not decide(name, cluster(requests, {"w0": {"draining": True}, "w1": {}, "w2": {}})).moves
 
 
 def test_defragment_sends_the_prompt_to_where_it_fits() -> None:
@@ -113,11 +113,17 @@ def test_priority_moves_neighbours_and_not_the_protected_request() -> None:
     assert {m.src for m in plan.moves} == {"w0"}
 
 
-def test_consolidate_retires_the_cheapest_worker_and_empties_it() -> None:
+def test_consolidate_retires_the_cheapest_worker_and_leaves_its_requests_to_it() -> None:
     requests = [request("a", "w0", 2000), request("b", "w1", 1000), request("c", "w2", 2000)]
     plan = decide("consolidate", cluster(requests, 3))
     assert plan.retire == ("w1",)
-    assert [m.request_id for m in plan.moves] == ["b"]
+    assert not plan.moves
+
+
+def test_consolidate_does_not_take_a_worker_for_empty_that_has_not_reported() -> None:
+    requests = [request("a", "w0", 2000), request("b", "w1", 1000), request("c", "w2", 9000)]
+    workers: dict[str, dict[str, object]] = {"w0": {}, "w1": {}, "w2": {"report_age_s": 60.0}}
+    assert not decide("consolidate", cluster(requests, workers)).retire
 
 
 def test_consolidate_keeps_a_busy_cluster_and_wakes_retired_workers() -> None:
