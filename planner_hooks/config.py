@@ -33,7 +33,9 @@ class ControllerConfig(Rules):
     dry_run: bool = Field(default=False, description="Log and count plans, carry none out")
     interval_s: float = Field(default=1.0, gt=0, description="Seconds between two decisions")
     migration_timeout_s: float = Field(default=60.0, gt=0, description="A migration that takes longer counts as failed")
-    drain_timeout_s: float = Field(default=300.0, gt=0, description="Seconds to empty a worker before it may go anyway")
+    drain_timeout_s: float = Field(
+        default=300.0, gt=0, description="Seconds that a worker which an advisory planner retires has to drain"
+    )
     failure_backoff_s: float = Field(
         default=5.0, ge=0, description="Seconds without new moves on a pair where one failed"
     )

@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
+import msgspec
 import pytest
 import yaml
 
 from components.credentials import VARIABLE
 from components.dashboard.access import token_for
+from components.engine.protocol import EngineStats
+from components.status import Status, WorkerReport
+from components.transfer.ids import AgentName, AgentRef, Epoch
+from tests.fake_workers import INFO
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -113,12 +118,29 @@ def test_pods_of_the_graph_are_valid_kubernetes(name: str) -> None:
     kubernetes_validate.validate(pod, "1.34", strict=True)
 
 
-def test_what_marks_the_victim_of_a_scale_down_is_valid_kubernetes() -> None:
+def test_the_pod_that_is_cheapest_to_empty_is_marked_for_a_scale_down() -> None:
     parts = list(yaml.safe_load_all((DEPLOY / "kubernetes/scale-down.yaml").read_text()))
     for part in parts:
         kubernetes_validate.validate(part, "1.34", strict=True)
     [script] = [code for part in parts if part["kind"] == "ConfigMap" for code in part["data"].values()]
-    compile(script, "cost.py", "exec")
+    known: dict[str, Any] = {"__name__": "cost"}
+    exec(compile(script, "cost.py", "exec"), known)
+    names = ("graph-0-decodeworker-7d9-x2kfz-1", "graph-0-decodeworker-1-1-tp0", "graph-0-prefillworker-1-1")
+    status = Status(
+        tuple(
+            WorkerReport(
+                worker=name[-8:],
+                role="prefill" if "prefill" in name else "decode",
+                info=msgspec.structs.replace(INFO, agents=(AgentRef(AgentName(name), Epoch("")),)),
+                stats=EngineStats(1, 0, 0, 0, 55, 100),
+                draining="tp0" in name,
+            )
+            for name in names
+        )
+        + (WorkerReport("missing", missing="no answer"),)
+    )
+    told = msgspec.json.decode(msgspec.json.encode(status))["workers"]
+    assert known["costs"](told) == {"graph-0-decodeworker-7d9-x2kfz": "4", "graph-0-decodeworker-1": "-1000"}
 
 
 def test_prometheus_operator_reads_the_port_that_the_pods_have() -> None:

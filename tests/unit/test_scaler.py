@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from components.client import Drained
-from components.engine.protocol import EngineInfo, EngineStats
+from components.engine.protocol import EngineInfo, EngineStats, RequestId, RequestPhase
+from components.migration.messages import RequestRow
 from components.serve.plan import Plan, Process
 from components.serve.scale import Scaler, worker_name
 from components.status import Status, WorkerReport
@@ -48,6 +49,8 @@ class Graph:
     done: list[Decision] = field(default_factory=list)
     drained: list[str] = field(default_factory=list)
     leaving: tuple[int, ...] = ()
+    stuck: tuple[int, ...] = ()
+    """Those with a request that cannot move."""
     workers_answer: bool = True
 
     async def add(self, added: Process) -> Worker:
@@ -76,8 +79,13 @@ class Graph:
                     worker=c.label,
                     role="decode",
                     draining=c.process.replica in self.leaving,
+                    requests=tuple(
+                        RequestRow(1, RequestId("r"), RequestPhase.DECODE, 10, 50, not_migratable="it does not travel")
+                        for replica in self.stuck
+                        if replica == c.process.replica
+                    ),
                     info=EngineInfo("m", "", 32, 100, 4096, 16, 2048, (AgentRef(AgentName(n), Epoch("")),)),
-                    stats=EngineStats(1, 0, 0, 0, 50, 100),
+                    stats=EngineStats(1, 0, 0, 0, 50 + c.process.replica, 100),
                 )
                 for c in known
                 for n in [worker_name(c.process)]
@@ -113,7 +121,17 @@ def scaler(graph: Graph) -> Scaler:
     return Scaler(plan, graph, graph, graph)  # type: ignore[arg-type]
 
 
-async def test_the_emptied_worker_goes_after_a_drain(graph: Graph, scaler: Scaler) -> None:
+async def test_the_worker_that_is_cheapest_to_empty_goes(graph: Graph, scaler: Scaler) -> None:
+    """One that holds less, unless a request there cannot move."""
+    await graph.add(process(2))
+    for count, gone in ((2, "DecodeWorker.2"), (1, "DecodeWorker.0")):
+        graph.decision = Decision(0, 1, count)
+        await scaler.follow()
+        assert graph.drained[-1] == gone and gone not in graph.names()
+        graph.stuck = (1,)
+
+
+async def test_a_worker_that_is_leaving_already_goes_after_a_drain(graph: Graph, scaler: Scaler) -> None:
     graph.leaving, graph.decision = (0,), Decision(0, 1, 1)
     await scaler.follow()
     assert graph.names() == ["DecodeWorker.1"]
