@@ -176,6 +176,27 @@ async def test_a_stuck_engine_ages_and_does_not_hold_the_answer(
     assert second.age_s == 0
 
 
+@pytest.mark.parametrize("off", [-3600.0, 3600.0])
+async def test_ages_are_right_whatever_a_workers_clock_says(
+    cluster: fake_workers.Workers, client: Workers, clock: Clock, monkeypatch: pytest.MonkeyPatch, off: float
+) -> None:
+    monkeypatch.setattr(report, "_PATIENCE_S", 0.01)
+    theirs = Clock()
+    theirs.now = clock.now + off
+    cluster.states[2]._report._clock = theirs
+    for engine in cluster.engines.values():
+        engine.table = [info_of(f"r-{id(engine)}")]
+    await client.refresh()
+    for engine in cluster.engines.values():
+        engine.stuck = True
+    for either in (clock, theirs):
+        either.now += 7
+    await client.refresh()
+    status = client.status()
+    assert [(worker.missing, worker.age_s) for worker in status.workers] == [("", 7), ("", 7)]
+    assert [row.age_s for _, row in status.requests()] == [8, 8]
+
+
 async def test_a_request_is_found_by_the_start_of_its_id(cluster: fake_workers.Workers, client: Workers) -> None:
     cluster.engines[1].table = [info_of("6232-a"), info_of("6233-b")]
     cluster.engines[2].table = [info_of("71-c")]
