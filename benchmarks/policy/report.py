@@ -129,7 +129,8 @@ def _price(price: Price) -> list[str]:
 
 def _table(output: Output, case: Case) -> Table:
     names = [variant.name for variant in case.variants]
-    rows = sorted((r for r in output.results if r.case == case), key=lambda r: names.index(r.variant.name))
+    known = [r for r in output.results if r.case == case and r.variant.name in names]
+    rows = sorted(known, key=lambda r: names.index(r.variant.name))
     title = f"{case.workers} workers, {case.shape}, {case.load:.0%} load, {case.duration_s:g} s"
     table = Table(title=title)
     for column in ("variant", "P99 TTFT lower by", "TTFT p50", "p99", "TPOT p50", "p99", "goodput", "preempted"):
