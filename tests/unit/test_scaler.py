@@ -51,6 +51,7 @@ class Graph:
     leaving: tuple[int, ...] = ()
     stuck: tuple[int, ...] = ()
     """Those with a request that cannot move."""
+    missing: tuple[int, ...] = ()
     workers_answer: bool = True
 
     async def add(self, added: Process) -> Worker:
@@ -78,6 +79,7 @@ class Graph:
                 WorkerReport(
                     worker=c.label,
                     role="decode",
+                    missing="no answer" if c.process.replica in self.missing else "",
                     draining=c.process.replica in self.leaving,
                     requests=tuple(
                         RequestRow(1, RequestId("r"), RequestPhase.DECODE, 10, 50, not_migratable="it does not travel")
@@ -129,6 +131,12 @@ async def test_the_worker_that_is_cheapest_to_empty_goes(graph: Graph, scaler: S
         await scaler.follow()
         assert graph.drained[-1] == gone and gone not in graph.names()
         graph.stuck = (1,)
+
+
+async def test_one_that_does_not_answer_is_not_taken_for_the_emptiest(graph: Graph, scaler: Scaler) -> None:
+    graph.missing, graph.decision = (1,), Decision(0, 1, 1)
+    await scaler.follow()
+    assert graph.names() == ["DecodeWorker.1"]
 
 
 async def test_a_worker_that_is_leaving_already_goes_after_a_drain(graph: Graph, scaler: Scaler) -> None:

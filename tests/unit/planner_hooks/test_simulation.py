@@ -9,8 +9,11 @@ import pytest
 
 from benchmarks.policy.cost import Point, prices
 from benchmarks.policy.runs import WAVES, Case, Result, Variant, cases, requests, run
+from planner_hooks.config import parse
+from planner_hooks.simulate.cluster import Cluster
 from planner_hooks.simulate.model import Slo, WorkerModel
-from planner_hooks.simulate.traces import Shape
+from planner_hooks.simulate.scaling import Scaling
+from planner_hooks.simulate.traces import Arrival, Shape
 
 MODEL = WorkerModel(capacity_tokens=20_000)
 ALL = ("defragment", "priority", "balance")
@@ -42,6 +45,17 @@ def test_a_planner_that_follows_the_load_needs_fewer_worker_hours_and_loses_noth
     assert scaled.ttft_p99_ms < 2 * fixed.ttft_p99_ms
     assert scaled.unfinished == 0
     assert scaled.requests == fixed.requests
+
+
+def test_a_worker_that_leaves_moves_its_requests_away_by_itself() -> None:
+    arrivals = [Arrival(0.1 * i, 200, 1000) for i in range(12)]
+    cluster = Cluster(MODEL, 3, policy=parse({"policies": {}}).build(), scaling=Scaling(low=0.0, max_workers=3))
+    leaving = cluster.workers[0]
+    leaving.leaving = True
+    cluster.run(arrivals)
+    assert cluster.by_policy == {"drain": 4}
+    assert leaving.gone_s < min(request.done_s for request in cluster.finished)
+    assert len(cluster.finished) == 12
 
 
 def test_the_same_requests_give_the_same_figures() -> None:
