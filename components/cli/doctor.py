@@ -7,11 +7,11 @@ import os
 import sys
 from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from components.cli.formats import Format, Output, print_json
 from components.doctor.check import Check, State, exit_code
 from components.transfer.config import Transport
 
@@ -27,18 +27,18 @@ def doctor(
     transport: Annotated[Transport, typer.Option("--nixl-transport", help="lane to test")] = Transport.AUTO,
     port: Annotated[int, typer.Option("-p", "--port", min=1, max=65535, help="HTTP port that must be free")] = 8000,
     quick: Annotated[bool, typer.Option("--quick", help="leave the test transfer out")] = False,
-    json: Annotated[bool, typer.Option("--json", help="machine-readable output")] = False,
+    output: Output = Format.TABLE,
 ) -> None:
     """Check this machine and installation; exit code 1 when something will not work.
 
     \b
     dynamo doctor
     dynamo doctor --nixl-transport ib
-    dynamo doctor --quick --json
+    dynamo doctor --quick -o json
     """
     checks = look(transport, port, quick)
-    if json:
-        print(msgspec.json.format(msgspec.json.encode(checks)).decode())
+    if output is Format.JSON:
+        print_json(checks)
     else:
         show(checks, Console())
     sys.stdout.flush()

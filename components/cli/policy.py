@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from components import process
+from components.cli.formats import Format, Output, print_json
 from components.errors import ConfigError
 from components.serve.state import reach
 from components.wire import UNREADABLE
@@ -42,7 +43,7 @@ def explain(
     policy_file: Annotated[Path, typer.Option(help="policy file")] = Path("configs/policy.yaml"),
     snapshot: Annotated[Path | None, typer.Option(help="saved snapshot instead of the running system")] = None,
     save: Annotated[Path | None, typer.Option(help="write what was seen to this file")] = None,
-    json: Annotated[bool, typer.Option("--json", help="machine-readable output")] = False,
+    output: Output = Format.TABLE,
 ) -> None:
     """Show what every policy would move, and why it leaves the rest alone. Nothing is moved.
 
@@ -61,8 +62,8 @@ def explain(
     seen = Snapshot.of(capture, rules.controller.limits.stale_after_s)
     plans = {name: rules.build(name).plan(seen) for name, _, config in rules.policies if config.enabled}
     plans["all in order"] = rules.build().plan(seen)
-    if json:
-        print(msgspec.json.format(msgspec.json.encode(plans)).decode())
+    if output is Format.JSON:
+        print_json(plans)
     else:
         show(capture, plans, Console())
     sys.stdout.flush()

@@ -79,7 +79,7 @@ def _packages() -> dict[str, str]:
 def _nixl() -> tuple[str, tuple[str, ...]]:
     from components.transfer import nixl_is_available
 
-    # Its loggers write to standard output, which belongs to ``--json``.
+    # Its loggers write to standard output, which belongs to ``-o json``.
     os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
     available, why = nixl_is_available()
     if not available:

@@ -84,7 +84,7 @@ class Deployment:
 
     def running(self) -> list[dict[str, Any]]:
         """Requests that decode somewhere, each with its worker."""
-        told = self.dynamo("status", "--json")
+        told = self.dynamo("status", "-o", "json")
         assert told.returncode == 0, told.stderr
         return [
             row | {"worker": worker["worker"]}

@@ -89,8 +89,8 @@ def test_top_shows_what_the_planner_has_decided_and_why(planned: Graph) -> None:
 
 def test_explain_shows_the_live_system_and_a_saved_one(planned: Graph, tmp_path: Path) -> None:
     saved = str(tmp_path / "seen.json")
-    live = planned.command("policy", "explain", "--save", saved, "--json")
+    live = planned.command("policy", "explain", "--save", saved, "-o", "json")
     assert live.returncode == 0, live.stderr
-    again = planned.command("policy", "explain", "--snapshot", saved, "--json")
+    again = planned.command("policy", "explain", "--snapshot", saved, "-o", "json")
     assert json.loads(again.stdout) == json.loads(live.stdout)
     assert "balance" in json.loads(live.stdout)

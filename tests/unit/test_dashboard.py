@@ -8,7 +8,6 @@ import io
 import msgspec
 from rich.console import Console
 
-from components.cli.move import tables
 from components.client import Workers
 from components.dashboard.lives import Lives
 from components.dashboard.sample import Sampler
@@ -78,21 +77,3 @@ async def test_rates_are_those_between_two_looks() -> None:
     cluster.states[1]._requests._tokens = 500
     await sampler.once()
     assert sampler.latest is not None and sampler.latest.point.tokens_per_s > 0
-
-
-def test_status_names_the_missing_the_leaving_and_why_a_request_stays() -> None:
-    row = RequestRow(1, RequestId("r1"), RequestPhase.DECODE, 10, not_migratable="n > 1 [2]", moving=False)
-    status = Status(
-        (
-            WorkerReport("00000001", "decode", requests=(row,), cordoned=True, draining=True),
-            WorkerReport("00000002", missing="deadline: no answer"),
-        ),
-        (MoveRecord("r1", "00000001", "00000002", Mode.LIVE, ok=False, code="no_room", reason="3 blocks short"),),
-    )
-    console = Console(width=200, record=True, file=io.StringIO())
-    tables(status, 10, console)
-    text = console.export_text()
-    for told in ("draining", "missing (deadline: no answer)", "cannot move: n > 1 [2]", "no_room: 3 blocks short"):
-        assert told in text
-    tables(status, 0, console)
-    assert "1 more requests; --requests 1 shows them" in console.export_text()

@@ -128,7 +128,7 @@ def test_wrong_bytes_and_a_crash_fail() -> None:
 
 
 def test_this_host_moves_bytes_and_names_ucx_lane() -> None:
-    command = [sys.executable, "-m", "components.cli", "doctor", "--json", "--nixl-transport", "tcp"]
+    command = [sys.executable, "-m", "components.cli", "doctor", "-o", "json", "--nixl-transport", "tcp"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     checks = {check["name"]: check for check in json.loads(done.stdout)}
     moved = checks["test transfer (tcp)"]

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Workers, requests and migrations as tables of at most 80 columns, or, ``wide``, of as many as they need.
+
+The first characters of an id stand for it, as many as tell it from the others: commands take those too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from components.migration.messages import MoveRecord, RequestRow
+from components.status import Status, WorkerReport
+
+_SHORTEST = 8
+_OLD_S = 5.0
+_UNBOUNDED = 1000
+
+
+def console(wide: bool = False) -> Console:
+    """For standard output; a wide table is not cut at the terminal's edge."""
+    return Console(width=_UNBOUNDED if wide else None)
+
+
+def start_length(ids: Iterable[str]) -> int:
+    """How many characters tell these ids apart; at least eight."""
+    names = set(ids)
+    length = _SHORTEST
+    while len({name[:length] for name in names}) < len(names):
+        length += 1
+    return length
+
+
+def _table(title: str, columns: Collection[str], folded: str = "") -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, no_wrap=column != folded, overflow="fold")
+    return table
+
+
+def show_status(status: Status, requests: int, out: Console, wide: bool = False) -> None:
+    """Everything that ``dynamo status`` tells."""
+    columns = ["worker", "role", "run", "wait", "relays", "KV use", *(["epoch", "lanes"] if wide else []), "state"]
+    table = _table("workers", columns, folded="state")
+    for w in status.workers:
+        s, info = w.stats, w.info
+        used = f"{1 - s.free_blocks / max(1, s.total_blocks):.0%}" if s else "?"
+        counts = (str(s.running), str(s.waiting)) if s else ("?", "?")
+        relays = str(sum(bool(row.relayed_from) for row in w.requests)) if s else "?"
+        more = []
+        if wide:
+            more = [", ".join(agent.epoch for agent in info.agents), ", ".join(info.lanes)] if info else ["?", "?"]
+        table.add_row(w.worker, w.role or "?", *counts, relays, used, *more, condition(w))
+    out.print(table)
+    running = sorted(status.requests(), key=lambda pair: -pair[1].age_s)
+    if not running:
+        out.print("no request is running")
+    elif requests:
+        _requests(running, requests, out, wide)
+    if len(running) > requests:
+        out.print(f"{len(running) - requests} more requests; --requests {len(running)} shows them")
+    if status.moves:
+        show_moves(status.moves[-10:], out, wide)
+
+
+def condition(worker: WorkerReport) -> str:
+    """What is special about a worker, as console markup."""
+    found = ["draining" if worker.draining else "cordoned"] if worker.cordoned else []
+    if worker.missing:
+        found.append(f"[red]missing[/] ({escape(worker.missing)})")
+    if worker.stats is not None and worker.age_s > _OLD_S:
+        found.append(f"as of {worker.age_s:.0f} s ago")
+    return ", ".join(found)
+
+
+def _requests(running: Sequence[tuple[WorkerReport, RequestRow]], count: int, out: Console, wide: bool) -> None:
+    table = _table("\nrequests", ["request", "worker", "phase", "prompt", "output", "age s", "moves", ""])
+    length = _UNBOUNDED if wide else start_length(row.request_id for _, row in running)
+    for worker, r in running[:count]:
+        numbers = (str(r.prompt_tokens), str(r.output_tokens), f"{r.age_s:.0f}", str(r.moves))
+        state = "moving" if r.moving else "unread" if not r.attached else "stays" if r.not_migratable else ""
+        table.add_row(r.request_id[:length], worker.worker, r.phase, *numbers, state)
+    out.print(table)
+    stay: dict[str, list[str]] = {}
+    for _, r in running[:count]:
+        if r.not_migratable:
+            stay.setdefault(r.not_migratable, []).append(r.request_id[:length])
+    for why, names in stay.items():
+        out.print(f"{', '.join(names)} cannot move: {why}", markup=False)
+
+
+def _result(move: MoveRecord) -> str:
+    if not move.ok:
+        return move.code or "failed"
+    return f"{move.mode} ({move.code})" if move.code else move.mode
+
+
+def show_moves(moves: Sequence[MoveRecord], out: Console, wide: bool = False) -> None:
+    """The table of migrations; reasons of those that failed, or were done in another mode, are below it."""
+    if not moves:
+        out.print("nothing had to be moved")
+        return
+    columns = ["request", "from", "to", "result", "downtime ms", "MB"]
+    more = ["added stall ms", "rounds", "lane"] if wide else []
+    table = _table("\nmigrations", [*columns, *more])
+    length = _UNBOUNDED if wide else start_length(move.request_id for move in moves)
+    for m in moves:
+        figures = [f"{m.downtime_s * 1e3:.1f}", f"{m.bytes / 1e6:.1f}"]
+        if wide:
+            figures += [f"{m.added_stall_s * 1e3:.1f}", str(m.rounds), m.lane]
+        table.add_row(m.request_id[:length], m.source, m.target, escape(_result(m)), *figures)
+    out.print(table)
+    for m in moves:
+        if m.code or m.reason:
+            out.print(f"{m.request_id[:length]}: {': '.join(filter(None, (m.code, m.reason)))}", markup=False)
