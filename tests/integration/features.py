@@ -124,6 +124,7 @@ FEATURES: dict[str, Feature] = {
             "streamed": Asked({"temperature": 0, "guided_regex": LETTERS, "stream": True}, chat=True, fits=LETTERS),
         }
     ),
+    "speculative decoding": Feature(test="test_vllm_handover.py::test_no_token_changes_with_drafts"),
     "images": Feature(test="test_handoff.py::test_requests_reach_the_engine_as_dynamos_handler_gave_them"),
     "prompt embeddings": Feature(test="test_cases.py::test_embeddings_are_refused_as_by_stock_dynamo"),
     "vLLM's own options": Feature(test="test_native.py::test_what_cannot_travel_says_so"),

@@ -24,6 +24,9 @@ pytestmark = pytest.mark.integration
 def pair(runner: asyncio.Runner, tiny_llama: str, etcd_url: str, request: pytest.FixtureRequest) -> Iterator[Pair]:
     parameters = dict(getattr(request, "param", {}))
     model = resolve(parameters.pop("model")) if "model" in parameters else tiny_llama
+    if "drafts" in parameters:
+        drafts = parameters.pop("drafts")
+        parameters["speculative_config"] = drafts | ({"model": model} if drafts["method"] == "draft_model" else {})
     pair = runner.run(start_pair(model, etcd_url, **parameters))
     yield pair
     runner.run(pair.stop())
@@ -200,6 +203,39 @@ def test_no_token_changes_with_the_scheduler_that_does_not_run_ahead(
     runner: asyncio.Runner, pair: Pair, kind: str
 ) -> None:
     test_moved_to_and_fro_gives_the_same_tokens(runner, pair, kind, 64, live=True)
+
+
+DRAFTS = {
+    "ngram": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2, "prompt_lookup_max": 4},
+    "draft model": {"method": "draft_model", "num_speculative_tokens": 3},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "pair", [pytest.param({"drafts": drafts}, id=name) for name, drafts in DRAFTS.items()], indirect=True
+)
+@pytest.mark.parametrize("live", [True, False], ids=["live", "stop-and-copy"])
+@pytest.mark.parametrize("prompt", [31, 700])
+@pytest.mark.parametrize("kind", ["greedy", "logprobs"])
+def test_no_token_changes_with_drafts(runner: asyncio.Runner, pair: Pair, kind: str, prompt: int, live: bool) -> None:
+    test_moved_to_and_fro_gives_the_same_tokens(runner, pair, kind, prompt, live)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", [pytest.param({"drafts": DRAFTS["ngram"]}, id="ngram")], indirect=True)
+def test_a_seeded_request_beside_drafts_stays(runner: asyncio.Runner, pair: Pair) -> None:
+    async def scenario() -> None:
+        request = request_of("seeded-with-drafts", 40, SAMPLINGS["seeded"])
+        stream, client = pair.a.generate(request), Client()
+        await take_until(stream, client, 5)
+        with pytest.raises(NotMigratable, match="seed"):
+            await pair.a.freeze(request.request_id)
+        async for output in stream:
+            client.take(output)
+        assert client.finish is FinishReason.LENGTH
+
+    runner.run(asyncio.wait_for(scenario(), 60))
 
 
 @pytest.mark.slow

@@ -48,12 +48,14 @@ def engine(model: Path | str, load_format: str = "auto", runner: str = "v1", ada
         "quantization": None,
         "cache_dtype": "auto",
         "logits_processors": None,
+        "drafts": None,
     } | more
     vllm_config: Any = SimpleNamespace(
         model_config=SimpleNamespace(**values),
         load_config=SimpleNamespace(load_format=load_format, download_dir=None),
         cache_config=SimpleNamespace(cache_dtype=values["cache_dtype"], block_size=16),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        speculative_config=values["drafts"],
     )
     order = values.get("order", (0, 1, 2))
     pools = [KVPool("layer.0", torch.zeros(4, 8, 16).permute(order), 4, 0)]
@@ -84,6 +86,7 @@ def test_whatever_changes_a_token_changes_the_fingerprint(model: Path) -> None:
         {"load_format": "dummy"},
         {"order": (0, 2, 1)},
         {"logits_processors": ["package.module.Processor"]},
+        {"drafts": SimpleNamespace(method="ngram", num_speculative_tokens=3)},
     ]
     assert len({same, *(engine(model, **change) for change in changes)}) == 1 + len(changes)
 

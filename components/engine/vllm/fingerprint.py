@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def fingerprint(vllm_config: VllmConfig, pools: Sequence[KVPool], runner: str, adapters: str) -> str:
     """``runner`` names the model runner whose results these are; ``adapters`` is a digest, empty without them."""
     model, load, cache = vllm_config.model_config, vllm_config.load_config, vllm_config.cache_config
-    config = model.hf_config.to_dict()
+    config, drafts = model.hf_config.to_dict(), vllm_config.speculative_config
     config.pop("_name_or_path", None)
     # vLLM keeps the address of weights in an object store apart from that of the configuration.
     source = model.model_weights or model.model
@@ -39,6 +39,8 @@ def fingerprint(vllm_config: VllmConfig, pools: Sequence[KVPool], runner: str, a
         "block_size": cache.block_size,
         "tp": vllm_config.parallel_config.tensor_parallel_size,
         "adapters": adapters,
+        # What a seed gives depends on drafts.
+        "drafts": [drafts.method, drafts.num_speculative_tokens] if drafts is not None else [],
         "logits_processors": str(model.logits_processors),
         "pools": [(pool.name, str(pool.tensor.dtype), list(pool.tensor.shape[1:])) for pool in pools],
         "regions": [(r.order, [segment.length for segment in r.segments]) for r in regions_of(pools)],

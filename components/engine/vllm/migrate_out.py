@@ -64,7 +64,9 @@ class MigrateOut:
 
     def why_not(self, record: Record) -> str | None:
         """Why a request cannot move, or None."""
-        return record.marker.not_migratable or self._port.movable_layout() or why_not_migratable(record.request)
+        request = record.request
+        layout = self._port.movable_layout() or self._port.why_drafts_hinder(request)
+        return record.marker.not_migratable or layout or why_not_migratable(request)
 
     def freeze(self, record: Record) -> Reply | Future[Reply]:
         """Freeze a request; the reply carries its state. Idempotent."""

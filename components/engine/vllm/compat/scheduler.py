@@ -79,8 +79,17 @@ class SchedulerPort:
         groups = len(self._scheduler.kv_cache_config.kv_cache_groups)
         if groups != 1:
             return f"the model has {groups} groups of KV blocks; one can be moved"
-        if self._scheduler.num_spec_tokens:
-            return "speculative decoding: the drafter's state cannot travel"
+        return None
+
+    def why_drafts_hinder(self, request: Request) -> str | None:
+        """Why a request of an engine that decodes speculatively cannot move, or None.
+
+        Drafts themselves are dropped: the destination's drafter makes its own, from the tokens and from KV of its own,
+        which moves with the request's. What a seed gives depends on where drafts begin and end, which a move changes.
+        """
+        params = request.sampling_params
+        if self._scheduler.num_spec_tokens and params is not None and params.seed is not None and params.temperature:
+            return "speculative decoding with a seed: what it gives depends on where drafts begin"
         return None
 
     def block_ids(self, request: Request) -> list[int]:
