@@ -16,6 +16,7 @@ from components.config import FrontendConfig, WorkerConfig, dashed
 from components.errors import ConfigError
 from components.models import adapters
 from components.serve.servers import free_port
+from components.transfer.config import AgentConfig
 
 PORT = "@PORT@"
 SOCKET = "@SOCKET@"
@@ -97,6 +98,8 @@ def worker_environment(config: WorkerConfig, repeats: bool, planned: bool) -> di
         "DYN_MIGRATE_INTEGRITY": config.integrity,
         "DYN_MIGRATE_REPEATS": "1" if repeats else "0",
     }
+    if config.transfer:
+        given["DYN_MIGRATE_TRANSFER"] = json.dumps(AgentConfig.tuned(config.transfer))
     if config.lora_modules:
         given |= {"DYN_LORA_ENABLED": "true", "DYN_MIGRATE_LORA_MODULES": json.dumps(config.lora_modules)}
     if planned:

@@ -77,6 +77,10 @@ class KVPool:
     """The axis that counts the tokens of a block. Known, it allows peers with blocks of a multiple of ours."""
 
 
+_TUNED = (
+    *("store", "backends", "strategy", "direct_bytes", "copy_threads", "piece_bytes", "staging_bytes"),
+    *("grace_s", "lease_ttl_s"),
+)
 _SECRETS = ("etcd_password", "nats_password", "nats_token")
 
 
@@ -155,6 +159,16 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return msgspec.convert(dict(settings), cls)
         except msgspec.ValidationError as error:
             raise ConfigError(f"settings of the transfer agent: {error}") from error
+
+    @staticmethod
+    def tuned(settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that users give, by the names of the fields. Raises ``ConfigError`` for one that is not theirs."""
+        given = {key.replace("-", "_"): value for key, value in settings.items()}
+        if unknown := given.keys() - set(_TUNED):
+            known = ", ".join(key.replace("_", "-") for key in _TUNED)
+            raise ConfigError(f"transfer: no setting {', '.join(sorted(unknown))}; known: {known}")
+        AgentConfig.of(given | {"name": "any"}).validate()
+        return given
 
     def __repr__(self) -> str:
         shown = {name: getattr(self, name) for name in self.__struct_fields__ if name not in _SECRETS}

@@ -16,6 +16,7 @@ from typing import Any
 from components import env
 from components.engine.vllm.arguments import configure
 from components.models import adapters
+from components.transfer.config import AgentConfig
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class WorkerSettings:
         place = f"{component}-{env.REPLICA.read()}" if component else str(os.getpid())
         return cls(
             env.stores()
+            | AgentConfig.tuned(env.TRANSFER.read())
             | {
                 "name": env.AGENT.read() or f"{socket.gethostname()}-{place}",
                 "advertise_host": env.HOST.read(),

@@ -11,6 +11,7 @@ from components import env
 from components.config import WorkerConfig, nearest
 from components.engine.paged import PagedEngine, PagedOptions
 from components.errors import ConfigError
+from components.transfer.config import AgentConfig
 
 
 def build_engine(config: WorkerConfig, name: str) -> PagedEngine:
@@ -18,6 +19,7 @@ def build_engine(config: WorkerConfig, name: str) -> PagedEngine:
     agent: dict[str, Any] = {
         "name": name,
         **env.stores(),
+        **AgentConfig.tuned(config.transfer),
         "advertise_host": config.advertise_host,
         "calibration": config.calibration,
     }

@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 LANES = {
     "tcp": (("--nixl-transport=tcp",), "nixl/ucx/tcp"),
     "shm": (("--nixl-transport=shm",), "shm/mapped"),
+    "by key": (("--Common.transfer={backends: [tcp]}",), "tcp/sockets"),
     "without nixl": ((), "shm/mapped"),
     "tcp without nixl": (("--nixl-transport=tcp",), "tcp/sockets"),
 }

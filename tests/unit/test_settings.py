@@ -13,7 +13,9 @@ from components.config import FrontendConfig, WorkerConfig, parse
 from components.errors import ConfigError
 from components.serve.graph import load
 from components.serve.plan import Plan, make_plan, parse_overrides, read_yaml
-from components.transfer.config import Transport
+from components.transfer.config import AgentConfig, Transport
+from components.transfer.control.factory import store_of
+from components.worker.arguments import WorkerSettings
 from tests.flags import flag
 
 DTYPE = "--Common.dtype=bfloat16"
@@ -138,3 +140,19 @@ def test_text_that_a_file_lost_to_yaml_is_told_to_be_quoted(tmp_path: Path) -> N
     path.write_text("Common: {served-model-name: on}\n")
     with pytest.raises(ConfigError, match="served-model-name = True.*quote it"):
         plan(read_yaml(path))
+
+
+def test_the_transfer_agent_is_told_what_the_file_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = decode(plan({"Common": {"transfer": {"backends": ["nccl", "tcp"], "staging-bytes": 1 << 26}}}), "transfer")
+    monkeypatch.setenv("DYN_MIGRATE_TRANSFER", told)
+    agent = AgentConfig.of(WorkerSettings.from_environment().agent)
+    assert (agent.backends, agent.staging_bytes) == (("nccl", "tcp"), 1 << 26)
+    for wrong, named in (({"name": "mine"}, "no setting name"), ({"backends": ["ncll"]}, "ncll")):
+        with pytest.raises(ConfigError, match=named):
+            plan({"Common": {"transfer": wrong}})
+
+
+def test_records_can_live_in_nats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NATS_SERVER", "nats://127.0.0.1:4222")
+    monkeypatch.setenv("DYN_MIGRATE_TRANSFER", '{"store": "nats"}')
+    assert type(store_of(AgentConfig.of(WorkerSettings.from_environment().agent))).__name__ == "NatsStore"
