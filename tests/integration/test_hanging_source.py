@@ -6,11 +6,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
+from collections.abc import AsyncIterator
 from contextlib import suppress
 
+import numpy as np
 import pytest
 
-from components.engine.protocol import Frozen, GenerateRequest, RequestId, Sampling
+from components.engine.protocol import Frozen, GenerateOutput, GenerateRequest, RequestId, Sampling
 from components.errors import RequestNotFound
 from tests.integration.test_vllm_handover import Client, empty, request_of, take_until
 from tests.integration.vllm_engines import Pair, start_pair
@@ -19,6 +22,8 @@ pytestmark = pytest.mark.integration
 _DEADLINE_S = 5.0
 """Of each copy."""
 _MOVED = 3
+_ALONE = 400
+"""Tokens of the destination's own request before anything else happens."""
 _STEPS = 40
 """Far fewer than the destination makes within the deadline, far more than it makes if a step waits for the source."""
 
@@ -32,10 +37,13 @@ async def test_a_source_that_stands_still_stops_nobody_at_the_destination(tiny_l
 
 
 async def _hang(pair: Pair) -> None:
-    greedy = Sampling(temperature=0.0, max_tokens=1500, ignore_eos=True)
+    greedy = Sampling(temperature=0.0, max_tokens=1900, ignore_eos=True)
     other = Client()
     staying = pair.b.generate(request_of("other", 40, greedy))
-    following = asyncio.ensure_future(take_until(staying, other, 1500))
+    arrivals: list[float] = []
+    following = asyncio.ensure_future(_follow(staying, other, arrivals))
+    while len(other.tokens) < _ALONE:
+        await asyncio.sleep(0.05)
     names = [RequestId(f"moved-{number}") for number in range(_MOVED)]
     here = {name: pair.a.generate(request_of(name, 200, greedy)) for name in names}
     clients = {name: Client() for name in names}
@@ -54,16 +62,18 @@ async def _hang(pair: Pair) -> None:
     core = pair.a._llm.engine_core.resources.engine_manager.processes[0].pid
     os.kill(core, signal.SIGSTOP)
     try:
-        before = len(other.tokens)
+        before, began = len(other.tokens), len(arrivals)
         for name in names:
             await pair.b.commit(name, frozen[name])
         committed = len(other.tokens)
         outputs = await asyncio.gather(*firsts.values())
-        made = len(other.tokens) - before
+        made, ended = len(other.tokens) - before, len(arrivals)
         refused = (await pair.b.stats()).kv_refused
     finally:
         os.kill(core, signal.SIGCONT)
     print(f"{made} steps of the other request meanwhile, {committed - before} of them during the commits; {refused}")
+    alone, beside = (np.percentile(np.diff(arrivals[a:b]), 99) * 1e3 for a, b in ((20, _ALONE), (began, ended)))
+    print(f"p99 of its gaps: {alone:.1f} ms alone, {beside:.1f} ms while the source stood still, {beside / alone:.2f}")
     assert sum(refused.values()) == _MOVED and made >= _STEPS
     for name, output in zip(names, outputs, strict=True):
         assert output.index == len(frozen[name].output_token_ids)
@@ -77,6 +87,12 @@ async def _hang(pair: Pair) -> None:
                 continue
     for engine in (pair.a, pair.b):
         await asyncio.wait_for(empty(engine), 30)
+
+
+async def _follow(stream: AsyncIterator[GenerateOutput], client: Client, arrivals: list[float]) -> None:
+    async for output in stream:
+        client.take(output)
+        arrivals += [time.perf_counter()] * bool(output.token_ids)
 
 
 async def _landed(pair: Pair, name: RequestId) -> None:
