@@ -242,6 +242,8 @@ class EngineInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     """For so long the blocks of a frozen request are kept although its owner is silent."""
     steps_ahead: int = 0
     """Steps that are scheduled before the one that runs has ended: a freeze waits for them too."""
+    weights: str = ""
+    """Digest of the model's weights; empty when they have none."""
 
 
 class EngineStats(msgspec.Struct, frozen=True):

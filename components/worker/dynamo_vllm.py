@@ -31,7 +31,7 @@ from components.errors import ConfigError, MigrateError
 from components.metrics.export import address, expose
 from components.migration.peers import DynamoPeers
 from components.migration.requests import Options, Requests
-from components.worker import refusals, shim
+from components.worker import refusals, shim, weights
 from components.worker.arguments import WorkerSettings, prepare
 from components.worker.control import Control
 from components.worker.engine_client import EngineClient
@@ -72,11 +72,12 @@ class Migration:
         given = dict(zip(names, args, strict=False)) | keywords
         config, endpoint = given["config"], given["generate_endpoint"]
         if self.client is not None and self.status is None:
-            await self._serve(config, endpoint, self.client)
-            self._tasks.append(asyncio.ensure_future(self._open(config, endpoint)))
+            self.status = await self._serve(config, endpoint, self.client)
+            await weights.until_alone(*self.status.kin)
+            self._tasks.append(asyncio.ensure_future(self._open(config, endpoint, self.status)))
         return await original(*args, **keywords)
 
-    async def _serve(self, config: Any, endpoint: Any, client: EngineClient) -> None:
+    async def _serve(self, config: Any, endpoint: Any, client: EngineClient) -> WorkerStatus:
         engine = VLLMEngine(VLLMOptions({}, {}, lease_s=self.settings.lease_s))
         info = await engine.serve(client.bare, client.loras)
         role = str(getattr(config.disaggregation_mode, "value", config.disaggregation_mode))
@@ -86,10 +87,10 @@ class Migration:
         options = Options(repeats=self.settings.repeats, steps_ahead=info.steps_ahead)
         requests = Requests(engine, peers, int(endpoint.connection_id()), info.fingerprint, options)
         name = f"{int(endpoint.connection_id()):016x}"[-8:]
-        self.status = WorkerStatus(requests, name, role, info, endpoint, address(self.settings.agent["advertise_host"]))
-        expose(self.status.metrics(), endpoint, config.namespace, config.component)
+        status = WorkerStatus(requests, name, role, info, endpoint, address(self.settings.agent["advertise_host"]))
+        expose(status.metrics(), endpoint, config.namespace, config.component)
         self.handoffs = Handoffs(requests, engine.free_lent, self.settings.lease_s, info.max_model_len)
-        control = Control(requests, self.status, self.handoffs.release)
+        control = Control(requests, status, self.handoffs.release)
         path = f"{config.namespace}.{config.component}.migrate"
         self._tasks += [
             asyncio.ensure_future(self.runtime.endpoint(path).serve_endpoint(control.serve)),
@@ -97,11 +98,13 @@ class Migration:
         ]
         client.serve(requests, self.handoffs)
         logger.info("worker %s on %s migrates over %s", name, socket.gethostname(), ", ".join(info.lanes))
+        return status
 
-    async def _open(self, config: Any, endpoint: Any) -> None:
+    async def _open(self, config: Any, endpoint: Any, status: WorkerStatus) -> None:
         """Once Dynamo serves."""
         try:
             await _known(endpoint)
+            await status.give_way()
             if self.settings.lora_modules:
                 load = self.runtime.endpoint(f"{config.namespace}.{config.component}.load_lora")
                 await _load(load, self.settings.lora_modules)

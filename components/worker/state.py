@@ -24,9 +24,11 @@ from components.metrics import spans
 from components.metrics.worker import Gauges, WorkerMetrics
 from components.migration.legs import Arrival, Leg
 from components.migration.messages import Mode, MoveRecord, WorkerCall, WorkerOp, WorkerState
+from components.migration.peers import Peers
 from components.migration.requests import Requests
 from components.migration.session import Limits, migrate, room_tokens
 from components.transfer.ids import Epoch
+from components.worker import weights
 from components.worker.report import Report, lives, relays
 
 logger = logging.getLogger(__name__)
@@ -203,6 +205,18 @@ class WorkerStatus:
         if self.cordoned:
             self.cordoned = False
             await self._endpoint.register_endpoint_instance()
+
+    @property
+    def kin(self) -> tuple[Peers, int, EngineInfo]:
+        """Who is asked for other weights, by whom; see ``weights``."""
+        return self._requests.peers, self._requests.instance, self._info
+
+    async def give_way(self) -> None:
+        """Two that began at the same moment with different weights have not seen each other: one is cordoned."""
+        if any(other < self._requests.instance for other in await weights.with_others(*self.kin)):
+            await self.cordon()
+            await weights.until_alone(*self.kin)
+            await self.uncordon()
 
     async def drain(self, timeout_s: float) -> tuple[MoveRecord, ...]:
         """Cordon, and move everything away until nothing is left, for ``timeout_s`` at most. The moves that ended.

@@ -66,14 +66,18 @@ class Served:
         front += ["--router-mode", "kv", "--migration-limit", "8"]
         self._processes = {"front": self._start("front", front)}
         self.workers: list[tuple[str, subprocess.Popen[bytes]]] = []
-        for number, role in enumerate(roles):
-            command = ["components.worker", "--model", model, "--served-model-name", MODEL, "--max-model-len", "4096"]
-            command += ["--block-size", "32", "--enforce-eager", "--max-num-seqs", "16", "--dtype", "float32"]
-            command += ["--kv-cache-memory-bytes", str(256 << 20)]
-            events = {"publisher": "zmq", "topic": "kv-events", "endpoint": f"tcp://*:{free_port()}"}
-            command += ["--kv-events-config", json.dumps(events | {"enable_kv_cache_events": True})]
-            command += ["--disaggregation-mode", role] if role != "agg" else []
-            self.workers.append((role, self._start(f"worker{number}", command)))
+        for role in roles:
+            self.add(role, model)
+
+    def add(self, role: str, model: str) -> None:
+        """Start one more worker, for ``model`` under the same name."""
+        command = ["components.worker", "--model", model, "--served-model-name", MODEL, "--max-model-len", "4096"]
+        command += ["--block-size", "32", "--enforce-eager", "--max-num-seqs", "16", "--dtype", "float32"]
+        command += ["--kv-cache-memory-bytes", str(256 << 20)]
+        events = {"publisher": "zmq", "topic": "kv-events", "endpoint": f"tcp://*:{free_port()}"}
+        command += ["--kv-events-config", json.dumps(events | {"enable_kv_cache_events": True})]
+        command += ["--disaggregation-mode", role] if role != "agg" else []
+        self.workers.append((role, self._start(f"worker{len(self.workers)}", command)))
 
     def _start(self, name: str, module: list[str], **more: str) -> subprocess.Popen[bytes]:
         with (self._folder / f"{name}.log").open("wb") as log:

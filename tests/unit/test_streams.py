@@ -19,6 +19,7 @@ from components.migration.events import Event
 from components.migration.messages import Attached, Mode, Owner, WorkerCall, WorkerOp
 from components.migration.owners import Owners
 from components.migration.peers import short
+from components.worker import weights
 from components.worker.unrepeated import Unrepeated, handler_class
 from tests.streams import Cluster, Node, Wire, virtual, virtual_agents
 
@@ -412,6 +413,44 @@ async def test_requests_move_only_between_workers_of_the_same_weights() -> None:
         assert same.requests.arrivals.lives and not other.requests.arrivals.lives
         await reader.done
         same.engine._live.scheduler.pool.drop(taken)
+        await workers.quiet()
+
+
+@virtual
+async def test_a_worker_with_other_weights_is_not_seen_until_the_last_one_with_these_has_gone() -> None:
+    async with cluster(4) as workers:
+        for node, digest in zip(workers.nodes, ("old", "old", "new", ""), strict=True):
+            info = msgspec.structs.replace(node.status._info, weights=digest)
+            node.status._info = node.status._shown = info
+        first, second, new, silent = workers.nodes
+        assert await weights.with_others(*first.status.kin) == [new.instance]
+        # Nobody knows what it has.
+        await asyncio.wait_for(weights.until_alone(*silent.status.kin), 1)
+        waiting = asyncio.ensure_future(weights.until_alone(*new.status.kin))
+        await asyncio.sleep(30)
+        assert not waiting.done()
+        await first.status.cordon()
+        await asyncio.sleep(30)
+        assert not waiting.done()
+        await second.status.cordon()
+        await asyncio.wait_for(waiting, 5)
+        await workers.quiet()
+
+
+@virtual
+async def test_of_two_workers_with_different_weights_that_began_at_once_one_serves() -> None:
+    async with cluster(2) as workers:
+        for node, digest in zip(workers.nodes, ("old", "new"), strict=True):
+            info = msgspec.structs.replace(node.status._info, weights=digest)
+            node.status._info = node.status._shown = info
+        lower, higher = sorted(workers.nodes, key=lambda node: node.instance)
+        await asyncio.wait_for(lower.status.give_way(), 1)
+        waiting = asyncio.ensure_future(higher.status.give_way())
+        await asyncio.sleep(30)
+        assert higher.status.cordoned and not lower.status.cordoned and not waiting.done()
+        await lower.status.cordon()
+        await asyncio.wait_for(waiting, 5)
+        assert not higher.status.cordoned
         await workers.quiet()
 
 

@@ -22,16 +22,14 @@ if TYPE_CHECKING:
 
 def fingerprint(vllm_config: VllmConfig, pools: Sequence[KVPool], runner: str, adapters: str) -> str:
     """``runner`` names the model runner whose results these are; ``adapters`` is a digest, empty without them."""
-    model, load, cache = vllm_config.model_config, vllm_config.load_config, vllm_config.cache_config
+    model, cache = vllm_config.model_config, vllm_config.cache_config
     config, drafts = model.hf_config.to_dict(), vllm_config.speculative_config
     config.pop("_name_or_path", None)
-    # vLLM keeps the address of weights in an object store apart from that of the configuration.
-    source = model.model_weights or model.model
     facts = {
         "model": config,
-        "weights": weights.digest(source, str(load.load_format), model.revision, load.download_dir),
+        "weights": weights_of(vllm_config),
         # Random weights come from the device's own generator.
-        "device": pools[0].tensor.device.type if load.load_format == "dummy" else "",
+        "device": pools[0].tensor.device.type if vllm_config.load_config.load_format == "dummy" else "",
         "runner": runner,
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
@@ -46,3 +44,11 @@ def fingerprint(vllm_config: VllmConfig, pools: Sequence[KVPool], runner: str, a
         "regions": [(r.order, [segment.length for segment in r.segments]) for r in regions_of(pools)],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def weights_of(vllm_config: VllmConfig) -> str:
+    """Digest of the weights that an engine loads."""
+    model, load = vllm_config.model_config, vllm_config.load_config
+    # vLLM keeps the address of weights in an object store apart from that of the configuration.
+    source = model.model_weights or model.model
+    return weights.digest(source, str(load.load_format), model.revision, load.download_dir)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Workers that frontends take for one another have the same weights.
+
+Dynamo's frontends know a model by its name: they give a request, and the tokens of one whose worker was lost, to any
+worker of its component that serves the name. So a worker whose weights are others than those that are served already
+is not seen by frontends until the last worker with those is gone. Of two that begin at the same moment the one with the
+lower instance id serves. A worker that does not answer, or does not tell its weights, hinders nobody.
+
+Threading: the worker's loop. Raises nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from components.engine.protocol import EngineInfo
+from components.migration.messages import WorkerCall, WorkerOp
+from components.migration.peers import Peers, short
+
+logger = logging.getLogger(__name__)
+_LOOK_S = 1.0
+_ANSWER_S = 2.0
+
+
+async def with_others(peers: Peers, instance: int, info: EngineInfo) -> list[int]:
+    """Workers in discovery beside ``instance`` that serve the model's name with other weights."""
+    others = [other for other in peers.siblings() if other != instance]
+    call = WorkerCall(WorkerOp.STATUS, requests=False)
+    replies = await asyncio.gather(*(peers.call(other, call, _ANSWER_S) for other in others), return_exceptions=True)
+    found = []
+    for other, reply in zip(others, replies, strict=True):
+        if isinstance(reply, BaseException) or reply.state is None or (its := reply.state.info) is None:
+            continue
+        if its.model == info.model and its.weights and info.weights and its.weights != info.weights:
+            found.append(other)
+    return found
+
+
+async def until_alone(peers: Peers, instance: int, info: EngineInfo) -> None:
+    """Return once nobody serves the model's name with other weights; says whom it waits for."""
+    told: list[int] = []
+    while found := await with_others(peers, instance, info):
+        if found != told:
+            logger.warning(
+                "workers %s serve %s with other weights: this one waits until they are gone, as frontends would mix "
+                "their answers. For both at once give these weights another name or a namespace of their own",
+                ", ".join(map(short, found)),
+                info.model,
+            )
+            told = found
+        await asyncio.sleep(_LOOK_S)
