@@ -42,7 +42,7 @@ from components.transfer.control.record import AgentRecord
 from components.transfer.data.base import Backend, Copy, Steps
 from components.transfer.handle import TransferHandle
 from components.transfer.ids import AgentName, AgentRef, Epoch
-from components.transfer.layout import Ints, Region, pair_up, parts_of
+from components.transfer.layout import Ints, Region
 from components.transfer.parking.parking import Parking, parking_of
 from components.transfer.session.poison import Poison
 from components.transfer.session.worker import EAGER, SPARING, Job, Worker
@@ -130,8 +130,6 @@ class TransferAgent:
     ) -> TransferHandle:
         """Copy the peer's blocks into ours, pairwise.
 
-        Of a peer with longer or shorter blocks, the lists name as many tokens on both sides; the last of the longer
-        blocks may be covered in part.
         ``checksums`` are the peer's, of the last blocks or of all: they are compared after arrival
         (``IntegrityError`` names what differs) as far as ``integrity`` asks for it. ``strategy`` is NIXL's, for this
         transfer alone.
@@ -152,17 +150,9 @@ class TransferAgent:
         self._submit_steps(self._warm_up(peer, end), handle, end)
         return handle
 
-    def checksums(self, blocks: Sequence[int], tokens: int = 0) -> tuple[int, ...]:
-        """One checksum for each of our blocks, over all pools.
-
-        With ``tokens``, one for every so many tokens of the blocks: what a peer with shorter blocks can compare.
-        """
-        parts = 1
-        if tokens and tokens != self._config.block_size:
-            parts = self._config.block_size // tokens
-            if parts * tokens != self._config.block_size or not all(r.token_bytes for r in self.record.regions):
-                raise TransferError(f"blocks of {self._config.block_size} tokens cannot be cut into {tokens}")
-        return self._checksums.of(parts_of(np.asarray(blocks, np.int64), parts).tolist(), parts)
+    def checksums(self, blocks: Sequence[int]) -> tuple[int, ...]:
+        """One checksum for each of our blocks, over all pools."""
+        return self._checksums.of(np.asarray(blocks, np.int64).tolist())
 
     def begin_checksums(self, blocks: Sequence[int]) -> Callable[[], tuple[int, ...]]:
         """``checksums`` of blocks that the device may still be computing: begins behind that, without waiting."""
@@ -197,8 +187,9 @@ class TransferAgent:
         peer = yield from self._peer(ref, end)
         self._require_pairable(peer)
         peer.require_blocks(others, unique=False)
-        near, far, unit = pair_up(mine, self.record.block_size, others, peer.block_size)
-        handle.total = len(near) * self._block_bytes // (self.record.block_size // unit if unit else 1)
+        if len(mine) != len(others):
+            raise TransferError(f"{len(mine)} blocks of ours for {len(others)} of the peer")
+        handle.total = len(mine) * self._block_bytes
 
         def arrived(size: int) -> None:
             handle.progress += size
@@ -206,11 +197,11 @@ class TransferAgent:
         def poison() -> Callable[[], None]:
             return self._poison(handle, mine)
 
-        copy = Copy(peer, near, far, request_id, end, arrived, poison, unit, strategy)
-        if not len(near):
+        copy = Copy(peer, mine, others, request_id, end, arrived, poison, strategy)
+        if not len(mine):
             return TransferResult(lane=self._backend(peer).lane)
         result = yield from self._on_a_lane(copy, "fetch")
-        return self._verified(result, near, checksums, unit)
+        return self._verified(result, mine, checksums)
 
     def _meet(self, record: AgentRecord) -> None:
         """Connect to every peer as soon as it is known: its first transfer shall not wait for that."""
@@ -275,14 +266,14 @@ class TransferAgent:
                 return backend
         raise TransferError(f"no common lane with agent {peer.name}: {self.lanes} here, {peer.lanes} there")
 
-    def _verified(self, result: TransferResult, blocks: Ints, checksums: Sequence[int], unit: int) -> TransferResult:
+    def _verified(self, result: TransferResult, blocks: Ints, checksums: Sequence[int]) -> TransferResult:
         if not checksums or self._config.integrity is Integrity.OFF:
             return result
         if len(checksums) > len(blocks):
             raise TransferError(f"{len(checksums)} checksums for {len(blocks)} blocks")
         count = len(checksums) if self._config.integrity is Integrity.FULL else min(len(checksums), 2)
         tail = [int(block) for block in blocks[-count:]]
-        found = self._checksums.of(tail, self._config.block_size // unit if unit else 1)
+        found = self._checksums.of(tail)
         wrong = [b for b, here, there in zip(tail, found, checksums[-count:], strict=True) if here != there]
         if wrong:
             raise IntegrityError(f"blocks {wrong} are not what the source has")

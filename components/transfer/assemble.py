@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.errors import ConfigError, TransferUnavailable
+from components.errors import TransferUnavailable
 from components.transfer import lanes
 from components.transfer.calibration import Calibration, load
 from components.transfer.config import AgentConfig, KVPool, Strategy, Transport
@@ -70,7 +70,6 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
     if not pools:
         raise TransferUnavailable("an agent needs at least one KV pool")
     regions = regions_of(pools)
-    _check_tokens(config, pools)
     host = host_id()
     backends: list[Backend] = []
     blob, address, scope, stages = b"", "", "", False
@@ -84,14 +83,14 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
             backends.append(exchange)
             blob, stages = exchange.side.link.blob(), exchange.side.staging is not None
         elif name == "local":
-            backends.append(LocalBackend(epoch, regions, config.block_size))
+            backends.append(LocalBackend(epoch, regions))
         elif name == "cuda_ipc" and (own := _ipc(config, host, regions, pools)) is not None:
             backends.append(own)
             ipc = own.handles
         elif name == "nccl" and (nccl := _nccl(config, epoch, regions)) is not None:
             backends.append(nccl)
         elif name == "tcp":
-            tcp = TcpBackend(epoch, regions, config.advertise_host, config.block_size)
+            tcp = TcpBackend(epoch, regions, config.advertise_host)
             backends.append(tcp)
             address = tcp.address
     if not backends:
@@ -124,19 +123,10 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
     return Assembly(backends, record, regions)
 
 
-def _check_tokens(config: AgentConfig, pools: Sequence[KVPool]) -> None:
-    for pool in pools:
-        if pool.token_dim is not None and pool.tensor.shape[pool.token_dim] != config.block_size:
-            raise ConfigError(
-                f"pool {pool.name}: axis {pool.token_dim} of shape {tuple(pool.tensor.shape)} has not block_size = "
-                f"{config.block_size} tokens"
-            )
-
-
 def _published(region: Region) -> RegionRecord:
     device = region.device
     segments = tuple((s.address, s.stride, s.length) for s in region.segments)
-    return RegionRecord(region.name, device.type, device.index or 0, region.order, region.token_bytes, segments)
+    return RegionRecord(region.name, device.type, device.index or 0, region.order, segments)
 
 
 def _mapped(
@@ -153,7 +143,7 @@ def _mapped(
         logger.info("the pools are in shared memory, but %s; using other lanes", why)
         return None
     copier = HostCopier(threads_for(config.copy_threads))
-    return MappedBackend(host, epoch, regions, storages, config.block_size, copier)
+    return MappedBackend(host, epoch, regions, storages, copier)
 
 
 def _nixl(
@@ -193,7 +183,7 @@ def _ipc(config: AgentConfig, host: str, regions: list[Region], pools: Sequence[
     if regions[0].device.type != "cuda":
         return None
     try:
-        return IpcBackend(host, regions, pools, config.block_size)
+        return IpcBackend(host, regions, pools)
     except RuntimeError as error:
         logger.warning("device memory cannot be shared between processes, other lanes move its blocks: %s", error)
         return None
@@ -208,5 +198,4 @@ def _nccl(config: AgentConfig, epoch: str, regions: list[Region]) -> NcclBackend
         logger.info("NCCL is not used: %s", why)
         return None
     limit = config.staging_bytes or _NCCL_STAGING_BYTES
-    host, size = config.advertise_host, config.block_size
-    return NcclBackend(config.name, epoch, regions, host, size, limit, card_of(device))
+    return NcclBackend(config.name, epoch, regions, config.advertise_host, limit, card_of(device))

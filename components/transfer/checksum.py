@@ -26,17 +26,17 @@ class BlockChecksums:
         self._block_bytes = max(1, sum(p.tensor.numel() * p.tensor.element_size() // p.num_blocks for p in pools))
         self._weights: dict[tuple[int, torch.device], torch.Tensor] = {}
 
-    def of(self, blocks: Sequence[int], parts: int = 1) -> tuple[int, ...]:
-        """One checksum (63 bits, unsigned) for each block, or for each of the numbered ``parts`` of blocks."""
-        return self.begin(blocks, parts)()
+    def of(self, blocks: Sequence[int]) -> tuple[int, ...]:
+        """One checksum (63 bits, unsigned) for each block."""
+        return self.begin(blocks)()
 
-    def begin(self, blocks: Sequence[int], parts: int = 1) -> Callable[[], tuple[int, ...]]:
+    def begin(self, blocks: Sequence[int]) -> Callable[[], tuple[int, ...]]:
         """Put the work behind what the device has to do already, and return at once. The result waits for it."""
         if not blocks or not self._pools:
             zeros = (0,) * len(blocks)
             return lambda: zeros
         step = max(1, _AT_ONCE_BYTES // self._block_bytes)
-        found = [_to_host(self._sum(blocks[at : at + step], parts)) for at in range(0, len(blocks), step)]
+        found = [_to_host(self._sum(blocks[at : at + step])) for at in range(0, len(blocks), step)]
         done = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
 
         def result() -> tuple[int, ...]:
@@ -50,13 +50,13 @@ class BlockChecksums:
     def _device(self) -> torch.device:
         return self._pools[0].tensor.device
 
-    def _sum(self, blocks: Sequence[int], parts: int) -> torch.Tensor:
+    def _sum(self, blocks: Sequence[int]) -> torch.Tensor:
         device = self._device
         index = _to_device(list(blocks), device)
         # Pools alike go together: a sum for each layer alone costs more in calls than in bytes.
         alike: dict[tuple[torch.dtype, int], list[tuple[int, torch.Tensor]]] = {}
         for position, pool in enumerate(self._pools):
-            row = _select(pool, index, parts).reshape(len(blocks), -1)
+            row = pool.tensor.index_select(pool.block_dim, index).movedim(pool.block_dim, 0).reshape(len(blocks), -1)
             alike.setdefault((row.dtype, row.shape[1]), []).append((position, row))
         total = torch.zeros(len(blocks), dtype=torch.int64, device=device)
         for rows in alike.values():
@@ -85,17 +85,6 @@ def _to_host(found: torch.Tensor) -> torch.Tensor:
     if not found.is_cuda:
         return found
     return torch.empty_like(found, device="cpu", pin_memory=True).copy_(found, non_blocking=True)
-
-
-def _select(pool: KVPool, index: torch.Tensor, parts: int) -> torch.Tensor:
-    """Blocks, or parts of blocks, first; the other axes in the order of the pool's tensor."""
-    if parts == 1 or pool.token_dim is None:
-        return pool.tensor.index_select(pool.block_dim, index).movedim(pool.block_dim, 0)
-    shape = pool.tensor.shape
-    pieces = pool.tensor.view(*shape[: pool.token_dim], parts, -1, *shape[pool.token_dim + 1 :])
-    block_dim = pool.block_dim + (pool.block_dim > pool.token_dim)
-    found: torch.Tensor = pieces.movedim((block_dim, pool.token_dim), (0, 1))[index // parts, index % parts]
-    return found
 
 
 def _weighted(words: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

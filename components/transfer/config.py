@@ -73,8 +73,6 @@ class KVPool:
     tensor: torch.Tensor
     num_blocks: int
     block_dim: int
-    token_dim: int | None = None
-    """The axis that counts the tokens of a block. Known, it allows peers with blocks of a multiple of ours."""
 
 
 _TUNED = (

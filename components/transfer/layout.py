@@ -15,39 +15,30 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from components.errors import TransferError
-
 Ints = npt.NDArray[np.int64]
 _PIECES_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Equal pieces of memory, one for each block, ``stride`` bytes apart.
-
-    A block may be cut into ``parts`` of ``length`` bytes that lie ``gap`` bytes apart; the index then counts parts.
-    """
+    """Equal pieces of memory, one for each block, ``stride`` bytes apart."""
 
     address: int
     stride: int
     length: int
-    parts: int = 1
-    gap: int = 0
 
-    def at(self, index: Ints) -> Ints:
-        """Addresses of blocks, or of parts of blocks."""
-        if self.parts == 1:
-            return self.address + index * self.stride
-        return self.address + (index // self.parts) * self.stride + (index % self.parts) * self.gap
+    def at(self, blocks: Ints) -> Ints:
+        """Addresses of blocks."""
+        return self.address + blocks * self.stride
 
     def span(self, blocks: int) -> int:
         """Bytes from where the first block begins to where the last one ends."""
-        return (blocks - 1) * self.stride + (self.parts - 1) * self.gap + self.length
+        return (blocks - 1) * self.stride + self.length
 
     @property
     def dense(self) -> bool:
         """True when neighbours in number are neighbours in memory."""
-        return self.stride == self.parts * self.length and (self.parts == 1 or self.gap == self.length)
+        return self.stride == self.length
 
 
 @dataclass(frozen=True)
@@ -66,8 +57,6 @@ class Region:
     order: str
     """How bytes lie inside a block: equal on both sides or they get mixed up."""
     device: torch.device
-    token_bytes: int = 0
-    """Bytes of a token inside a segment, where tokens follow each other densely; 0 when that is not so."""
     segments: tuple[Segment, ...] = ()
     rows: tuple[torch.Tensor, ...] = field(default=(), compare=False, repr=False)
     """A (blocks, bytes) view of each segment."""
@@ -76,72 +65,15 @@ class Region:
 def locate(segment: Segment, blocks: int, spans: Sequence[Span]) -> tuple[int, int] | None:
     """Which of the spans, in the order of their addresses, holds all blocks of a segment, and how far into it."""
     at = bisect_right(spans, segment.address, key=lambda span: span.address) - 1
-    if at < 0 or min(segment.stride, segment.gap, segment.length) < 0:
+    if at < 0 or min(segment.stride, segment.length) < 0:
         return None
     offset = segment.address - spans[at].address
     return (at, offset) if offset + segment.span(blocks) <= spans[at].size else None
 
 
-def cut(segment: Segment, token_bytes: int, block_size: int, unit: int) -> list[Segment]:
-    """The segment's blocks cut into parts of ``unit`` tokens, one segment for each run of tokens inside a block."""
-    length = unit * token_bytes
-    return [
-        Segment(segment.address + start, segment.stride, length, block_size // unit, length)
-        for start in range(0, segment.length, block_size * token_bytes)
-    ]
-
-
-def rows_of(regions: Sequence[Region], block_size: int, unit: int) -> list[torch.Tensor]:
-    """Views (blocks, bytes) of all segments; with a ``unit`` of tokens (blocks, parts, bytes)."""
-    if not unit:
-        return [row for region in regions for row in region.rows]
-    views = []
-    for region in regions:
-        for row in region.rows:
-            length = unit * region.token_bytes
-            shape = (row.shape[0], block_size // unit, length)
-            for start in range(0, row.shape[1], block_size * region.token_bytes):
-                at = row.storage_offset() + start
-                views.append(torch.as_strided(row, shape, (row.stride(0), length, 1), at))
-    return views
-
-
-def take(row: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Blocks or parts of a view as (count, bytes)."""
-    if row.dim() == 2:
-        return row.index_select(0, index)
-    return row[index // row.shape[1], index % row.shape[1]]
-
-
-def put(row: torch.Tensor, index: torch.Tensor, data: torch.Tensor) -> None:
-    """Reverse of ``take``."""
-    if row.dim() == 2:
-        row.index_copy_(0, index, data)
-    else:
-        row[index // row.shape[1], index % row.shape[1]] = data
-
-
-def pair_up(ours: Ints, our_size: int, theirs: Ints, their_size: int) -> tuple[Ints, Ints, int]:
-    """Block lists as pairs, and their unit in tokens: 0 for whole blocks of equal size.
-
-    Of unequal sizes one is a multiple of the other: the longer blocks are cut, and the last one may be covered in
-    part. Raises ``TransferError`` for lists that do not fit.
-    """
-    if our_size == their_size:
-        if len(ours) != len(theirs):
-            raise TransferError(f"{len(ours)} blocks of ours for {len(theirs)} of the peer")
-        return ours, theirs, 0
-    unit, parts = min(our_size, their_size), max(our_size, their_size) // min(our_size, their_size)
-    long, short = (ours, theirs) if our_size > their_size else (theirs, ours)
-    if -(-len(short) // parts) != len(long):
-        raise TransferError(f"{len(short)} blocks of {unit} tokens do not fit {len(long)} of {parts * unit}")
-    whole = parts_of(long, parts)[: len(short)]
-    return (whole, short, unit) if our_size > their_size else (short, whole, unit)
-
-
-def parts_of(blocks: Ints, parts: int) -> Ints:
-    """Numbers of all parts of blocks, in order."""
-    return (blocks[:, None] * parts + np.arange(parts)).reshape(-1)
+def rows_of(regions: Sequence[Region]) -> list[torch.Tensor]:
+    """Views (blocks, bytes) of all segments."""
+    return [row for region in regions for row in region.rows]
 
 
 def block_bytes(regions: Sequence[Region]) -> int:

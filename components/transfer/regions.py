@@ -39,7 +39,6 @@ class _Pieces:
     """A pool's pieces, and what must be equal at a peer for its bytes to mean the same."""
 
     order: str
-    token_bytes: int
     pieces: tuple[_Piece, ...]
 
 
@@ -89,19 +88,16 @@ def regions_of(pools: Sequence[KVPool]) -> list[Region]:
 
 def _pieces(pool: KVPool, number: int, storage: int) -> _Pieces:
     tensor, axis = pool.tensor, pool.block_dim
-    if pool.token_dim is not None and (pool.token_dim == axis or not 0 <= pool.token_dim < tensor.dim()):
-        raise ConfigError(f"pool {pool.name}: axis {pool.token_dim} of shape {tuple(tensor.shape)} counts no tokens")
     if not 0 <= axis < tensor.dim() or tensor.shape[axis] != pool.num_blocks or pool.num_blocks < 1:
         raise ConfigError(f"pool {pool.name}: axis {axis} of shape {tuple(tensor.shape)} does not count its blocks")
     size = tensor.element_size()
     step = tensor.stride(axis)
-    offsets, inner, order, token = [0], 1, [], 0
+    offsets, inner, order = [0], 1, []
     axes = [a for a in range(tensor.dim()) if a != axis and tensor.shape[a] > 1]
     for a in sorted(axes, key=lambda a: tensor.stride(a)):
         length, stride = tensor.shape[a], tensor.stride(a)
-        order.append(f"{a}:{'tokens' if a == pool.token_dim else length}")
+        order.append(f"{a}:{length}")
         if stride == inner and (pool.num_blocks == 1 or stride < step):
-            token = inner * size if a == pool.token_dim else token
             inner *= length
         else:
             # An axis outside the dense part: each index of it is a piece of its own (K and V planes).
@@ -112,7 +108,7 @@ def _pieces(pool: KVPool, number: int, storage: int) -> _Pieces:
     pieces = (
         _Piece(number, nth, storage, begin + o * size, inner * size, step * size) for nth, o in enumerate(offsets)
     )
-    return _Pieces(",".join(reversed(order)), token, tuple(pieces))
+    return _Pieces(",".join(reversed(order)), tuple(pieces))
 
 
 def _runs(pieces: Sequence[_Piece]) -> list[_Run]:
@@ -163,11 +159,10 @@ def _region(pools: Sequence[KVPool], laid: Sequence[_Pieces], members: Sequence[
     pool = pools[members[0]]
     storage = pool.tensor.untyped_storage()
     flat = torch.empty(0, dtype=torch.uint8, device=pool.tensor.device).set_(storage)
-    name, order, token = pool.name, laid[members[0]].order, laid[members[0]].token_bytes
+    name, order = pool.name, laid[members[0]].order
     if any(len(run.pieces) > 1 for run in runs):
         name = f"{name} and {len(members) - 1} more"
         order = _order_of(pools, laid, runs)
-        token = token if {laid[m].token_bytes for m in members} == {token} and not _overlaid(runs) else 0
     segments = tuple(
         Segment(storage.data_ptr() + run.start, run.stride, run.end - run.start)
         for run in sorted(runs, key=lambda run: run.start)
@@ -176,7 +171,7 @@ def _region(pools: Sequence[KVPool], laid: Sequence[_Pieces], members: Sequence[
         torch.as_strided(flat, (pool.num_blocks, s.length), (s.stride, 1), s.address - storage.data_ptr())
         for s in segments
     )
-    return Region(name, order, pool.tensor.device, token, segments, rows)
+    return Region(name, order, pool.tensor.device, segments, rows)
 
 
 def _order_of(pools: Sequence[KVPool], laid: Sequence[_Pieces], runs: Sequence[_Run]) -> str:
@@ -187,7 +182,3 @@ def _order_of(pools: Sequence[KVPool], laid: Sequence[_Pieces], runs: Sequence[_
         for p in run.pieces
     ]
     return "joined:" + hashlib.sha256(repr(found).encode()).hexdigest()
-
-
-def _overlaid(runs: Sequence[_Run]) -> bool:
-    return any(sum(piece.length for piece in run.pieces) != run.end - run.start for run in runs)

@@ -54,7 +54,7 @@ R = RequestId("r")
 def agent_record() -> AgentRecord:
     """A real agent's record."""
     agent = TransferAgent(AgentConfig(name="agent", namespace=uuid.uuid4().hex, backends=("local",), block_size=4))
-    agent.start([KVPool(f"layer.{n}", torch.zeros((8, 4, 2)), 8, 0, token_dim=1) for n in range(2)])
+    agent.start([KVPool(f"layer.{n}", torch.zeros((8, 4, 2)), 8, 0) for n in range(2)])
     try:
         return agent.record
     finally:

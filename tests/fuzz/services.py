@@ -151,7 +151,7 @@ class _Link:
 def exchange(data: bytes) -> None:
     """A transfer session of an agent with eight blocks gets a peer's message."""
     peer = agent_record()
-    pools = [KVPool(f"layer.{n}", torch.zeros((BLOCKS, 4, 2)), BLOCKS, 0, token_dim=1) for n in range(2)]
+    pools = [KVPool(f"layer.{n}", torch.zeros((BLOCKS, 4, 2)), BLOCKS, 0) for n in range(2)]
     regions = regions_of(pools)
     link, directory = _Link(peer.key, sealed(data, peer.key, "mine/mine"), pools), Directory()
     directory.put(peer)

@@ -54,7 +54,7 @@ def agent_records(data: bytes) -> None:
     _own_record().require_pairable(peer)
     # Only what cannot be paired may name segments that do not fit.
     near = np.arange(min(BLOCKS, max(0, peer.num_blocks)))
-    extents(_own_record().segments(0), peer.segments(0), near, near)
+    extents(_own_record().segments(), peer.segments(), near, near)
 
 
 def sealed(data: bytes, sender: str, receiver: str) -> bytes:
@@ -131,8 +131,8 @@ def _client(data: bytes) -> Iterator[socket.socket]:
 def _tcp() -> tuple[TcpBackend, torch.Tensor]:
     """A server whose pool has a guard of 64 blocks on either side."""
     whole = torch.zeros((BLOCKS + 128, 4, 2))
-    pool = KVPool("layer.0", whole[64 : 64 + BLOCKS], BLOCKS, 0, token_dim=1)
-    return TcpBackend("mine", regions_of([pool]), "127.0.0.1", 4), whole
+    pool = KVPool("layer.0", whole[64 : 64 + BLOCKS], BLOCKS, 0)
+    return TcpBackend("mine", regions_of([pool]), "127.0.0.1"), whole
 
 
 def tcp_requests(data: bytes) -> None:

@@ -84,23 +84,6 @@ def test_lists_that_do_not_fit_change_nothing(two: tuple[Peer, Peer, str], take:
     assert all(torch.equal(a, b) for a, b in zip(before, by_token(dst.data(), SIZE), strict=True))
 
 
-@pytest.mark.parametrize("lane", LANES)
-@pytest.mark.parametrize("theirs, ours", [(4, 16), (16, 4)])
-def test_blocks_of_sizes_that_differ_by_a_factor(lane: str, theirs: int, ours: int) -> None:
-    with pair(LANES[lane] | {"block_size": ours}, LANES[lane] | {"block_size": theirs}) as (src, dst):
-        # 24 tokens: with the longer blocks, one and a half.
-        take = [5, 2, 7, 0, 9, 11] if theirs == 4 else [2, 0]
-        put = [1, 2] if ours == 16 else [3, 4, 11, 6, 0, 1]
-        there, before = by_token(src.data(), theirs), by_token(dst.data(), ours)
-        assert dst.fetch(src, take, put)[1] == lane
-        near = [block * ours + i for block in put for i in range(ours)][:24]
-        far = [block * theirs + i for block in take for i in range(theirs)][:24]
-        for source, old, now in zip(there, before, by_token(dst.data(), ours), strict=True):
-            expected = old.clone()
-            expected[near] = source[far]
-            assert torch.equal(now, expected)
-
-
 def test_ranks_are_paired_one_to_one() -> None:
     lane = LANES["tcp/sockets"]
     ranks = [Peer(f"{side}-{r}", SIZE, 10 + r, tp_rank=r, tp_size=2, **lane) for r in (0, 1) for side in "sd"]

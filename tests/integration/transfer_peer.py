@@ -19,24 +19,25 @@ from components.transfer import AgentConfig, KVPool, TransferAgent, move_to_shar
 from components.transfer.control.record import AgentRecord, decode, encode
 
 TOKENS = 48
+TOKEN_AXES = {"NHD": 2, "HND": 3, "planes": 2, "latent": 1, "all layers": 3}
 
 
 def pools(block_size: int, seed: int) -> list[KVPool]:
     """One pool of each axis order that engines use, in different dtypes, all of 48 tokens."""
     generator = torch.Generator().manual_seed(seed)
     blocks, heads, dim = TOKENS // block_size, 2, 8
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype, int, int]] = {
-        "NHD": ((blocks, 2, block_size, heads, dim), torch.bfloat16, 0, 2),
-        "HND": ((blocks, 2, heads, block_size, dim), torch.float16, 0, 3),
-        "planes": ((2, blocks, block_size, heads, dim), torch.float32, 1, 2),
-        "latent": ((blocks, block_size, 3 * dim), torch.uint8, 0, 1),
-        "all layers": ((blocks, 3, 2, block_size, heads, dim), torch.bfloat16, 0, 3),
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype, int]] = {
+        "NHD": ((blocks, 2, block_size, heads, dim), torch.bfloat16, 0),
+        "HND": ((blocks, 2, heads, block_size, dim), torch.float16, 0),
+        "planes": ((2, blocks, block_size, heads, dim), torch.float32, 1),
+        "latent": ((blocks, block_size, 3 * dim), torch.uint8, 0),
+        "all layers": ((blocks, 3, 2, block_size, heads, dim), torch.bfloat16, 0),
     }
     made = []
-    for name, (shape, dtype, block_dim, token_dim) in shapes.items():
+    for name, (shape, dtype, block_dim) in shapes.items():
         size = torch.Size(shape).numel() * dtype.itemsize
         raw = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
-        made.append(KVPool(name, raw.view(dtype).view(shape), blocks, block_dim, token_dim))
+        made.append(KVPool(name, raw.view(dtype).view(shape), blocks, block_dim))
     return made
 
 
@@ -44,8 +45,7 @@ def by_token(data: Sequence[torch.Tensor], block_size: int) -> list[torch.Tensor
     """The pools' bytes as (tokens, bytes)."""
     found = []
     for pool, tensor in zip(pools(block_size, 0), data, strict=True):
-        assert pool.token_dim is not None
-        ordered = tensor.movedim((pool.block_dim, pool.token_dim), (0, 1)).contiguous()
+        ordered = tensor.movedim((pool.block_dim, TOKEN_AXES[pool.name]), (0, 1)).contiguous()
         found.append(ordered.view(torch.uint8).reshape(TOKENS, -1))
     return found
 
@@ -96,12 +96,9 @@ class Peer:
 
     def fetch(self, other: Peer, src: list[int], dst: list[int], deadline_s: float = 20.0) -> tuple[int, str]:
         """Bytes and lane of a fetch, whose tail is compared with the source's checksums."""
-        unit = min(self.block_size, other.block_size)
         sums: tuple[int, ...] = ()
         if src and all(0 <= block < TOKENS // other.block_size for block in src):
-            sums = other.ask("checksums", src, unit)
-        if other.block_size != self.block_size:
-            sums = sums[: len(dst) * self.block_size // unit]
+            sums = other.ask("checksums", src)
         moved: tuple[int, str] = self.ask("fetch", other.record.name, src, dst, deadline_s, sums)
         return moved
 

@@ -58,7 +58,7 @@ class Two:
     def _add(self, agent: TransferAgent, parts: list[KVPool], card: Card, cable: Cable) -> None:
         regions = regions_of(parts)
         limit = 4 * SLOT_BLOCKS * BLOCK_BYTES
-        backend = NcclBackend(agent.record.name, agent.epoch, regions, "127.0.0.1", 8, limit, card, cable.connect)
+        backend = NcclBackend(agent.record.name, agent.epoch, regions, "127.0.0.1", limit, card, cable.connect)
         whole = agent._assembly
         whole.backends.insert(0, backend)
         record = msgspec.structs.replace(

@@ -28,6 +28,7 @@ from components.transfer.control import record
 from components.transfer.control.directory import Directory
 from components.transfer.control.record import AgentRecord
 from components.transfer.data import local, tcp
+from components.transfer.data.base import Copy, Steps
 from tests.paged import collect, engines, new_engine, request
 from tests.unit.test_paged_move import R, landing, take, unmoved
 
@@ -91,14 +92,15 @@ def assert_refused(moved: Moved, code: str, expected: list[int]) -> None:
 @pytest.mark.parametrize(("integrity", "place"), [("tail", -1), ("full", 0)])
 async def test_a_bit_that_flips_in_flight(monkeypatch: Patch, integrity: str, place: int) -> None:
     expected = await unmoved(length=30)
-    put = local.put
+    copied = local._copy_rows
 
-    def flip(row: torch.Tensor, index: torch.Tensor, data: torch.Tensor) -> None:
-        data = data.clone()
-        data[place, 0] ^= 1
-        put(row, index, data)
+    def flip(copy: Copy, src: list[torch.Tensor], dst: list[torch.Tensor], lane: str) -> Steps:
+        result = yield from copied(copy, src, dst, lane)
+        for row in dst:
+            row[int(copy.ours[place]), 0] ^= 1
+        return result
 
-    monkeypatch.setattr(local, "put", flip)
+    monkeypatch.setattr(local, "_copy_rows", flip)
     async with engines(2, integrity=integrity) as [src, dst]:
         assert_refused(await move(src, dst, request(length=30, count=40)), "integrity", expected)
     unchecked_bytes(monkeypatch)

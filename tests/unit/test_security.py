@@ -134,7 +134,7 @@ class Lanes:
         self.agent.start([pool])
         self.epoch = str(self.agent.epoch)
         self.nccl = NcclBackend(
-            "decode-0", self.epoch, regions_of([pool]), "127.0.0.1", 0, 4096, Card("a", "2"), Cable().connect
+            "decode-0", self.epoch, regions_of([pool]), "127.0.0.1", 4096, Card("a", "2"), Cable().connect
         )
         self.addresses = {
             "kv-tcp": self.agent.record.tcp_address,
@@ -194,7 +194,7 @@ def test_a_peer_with_the_secret_reads_and_can_write_nothing(lanes: Lanes) -> Non
     end = time.monotonic() + 30
     for more in ({}, {"push": True}):
         with connect(lanes.addresses["kv-tcp"], f"kv-tcp {lanes.epoch}", end) as sock:
-            asked = msgspec.msgpack.encode({"blocks": blocks(3), "unit": 0} | more)
+            asked = msgspec.msgpack.encode({"blocks": blocks(3)} | more)
             sock.sendall(struct.pack("!I", len(asked)) + asked + np.full(64, -1, "<f4").tobytes())
             got = b""
             with contextlib.suppress(ConnectionResetError):
@@ -257,7 +257,6 @@ HOSTILE = {
     "a source block beyond the pool": session.Ask(1, "r", blocks(8), blocks(1), (), 0, 1000),
     "a source block near 2**32": session.Ask(1, "r", blocks(2**32 - 1), blocks(1), (), 0, 1000),
     "lists of different length": session.Ask(1, "r", blocks(1, 2), blocks(1), (), 0, 1000),
-    "parts that the pair does not have": session.Ask(1, "r", blocks(1), blocks(1), (), 0, 1000, 3),
     "a list that is cut off": session.Ask(1, "r", b"\1\0\0", blocks(1), (), 0, 1000),
 }
 
@@ -320,7 +319,7 @@ def moved_for(
     peer, link, directory = agent_record(), Link(), Directory()
     directory.put(peer)
     tensors = [torch.zeros((8, 4, 2)) for _ in range(2)]
-    regions = regions_of([KVPool(f"layer.{n}", t, 8, 0, token_dim=1) for n, t in enumerate(tensors)])
+    regions = regions_of([KVPool(f"layer.{n}", t, 8, 0) for n, t in enumerate(tensors)])
     config = AgentConfig(name="mine", block_size=4)
     exchange = Exchange(config, "mine", link, regions, None, directory, "host", Calibration())  # type: ignore[arg-type]
     data = session.encode(message, peer.key, "mine/mine")

@@ -26,7 +26,7 @@ class DeviceKV(PagedKV):
 
     def pools(self) -> list[KVPool]:
         """See ``PagedKV``."""
-        return [KVPool(f"layer.{i}", kv, kv.shape[0], block_dim=0, token_dim=1) for i, kv in enumerate(self._kv)]
+        return [KVPool(f"layer.{i}", kv, kv.shape[0], block_dim=0) for i, kv in enumerate(self._kv)]
 
     def write(self, token: int, position: int, blocks: Sequence[int]) -> None:
         """See ``PagedKV``."""

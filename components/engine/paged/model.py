@@ -68,10 +68,7 @@ class PagedKV:
 
     def pools(self) -> list[KVPool]:
         """What a transfer agent registers."""
-        return [
-            KVPool(f"layer.{i}", tensor, tensor.shape[0], block_dim=0, token_dim=1)
-            for i, tensor in enumerate(self._tensors)
-        ]
+        return [KVPool(f"layer.{i}", tensor, tensor.shape[0], block_dim=0) for i, tensor in enumerate(self._tensors)]
 
     def share(self) -> str:
         """Move to where engines of this host can map it, before anything takes addresses. The reason if it stays."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from components.errors import IncompatibleLayout, MigrateError, TransferError
 from components.transfer.ids import AgentName, AgentRef, Epoch
-from components.transfer.layout import Ints, Segment, cut, is_one_run
+from components.transfer.layout import Ints, Segment, is_one_run
 from components.wire import UNREADABLE
 
 MAX_RECORD_BYTES = 4 << 20
@@ -30,12 +30,10 @@ class RegionRecord(msgspec.Struct, frozen=True):
     device_id: int
     order: Annotated[str, msgspec.Meta(max_length=4096)]
     """Axes inside a block in memory order; see ``layout.Region``."""
-    token_bytes: _Whole
-    """Bytes of a token inside a segment; 0 when blocks cannot be cut between tokens."""
     segments: Annotated[tuple[tuple[int, int, int], ...], msgspec.Meta(max_length=4096)]
 
 
-class AgentRecord(msgspec.Struct, frozen=True, tag="agent/4"):
+class AgentRecord(msgspec.Struct, frozen=True, tag="agent/5"):
     """What a peer must know of an agent. Layout fields must be equal on both sides."""
 
     name: _Short
@@ -85,19 +83,13 @@ class AgentRecord(msgspec.Struct, frozen=True, tag="agent/4"):
 
     def require_pairable(self, peer: AgentRecord) -> None:
         """Raise ``IncompatibleLayout`` naming the first field that differs."""
-        for field in ("fingerprint", "dtype", "layers", "kv_heads", "head_size", "tp_size", "tp_rank"):
+        for field in ("fingerprint", "dtype", "block_size", "layers", "kv_heads", "head_size", "tp_size", "tp_rank"):
             ours, theirs = getattr(self, field), getattr(peer, field)
             if ours != theirs:
                 raise IncompatibleLayout(
                     f"agents {self.name} and {peer.name} differ in {field}: {ours!r} here, {theirs!r} there"
                 )
-        cut = self.block_size != peer.block_size
-        if cut and not (self._divides(peer) or peer._divides(self)):
-            raise IncompatibleLayout(
-                f"agents {self.name} and {peer.name} differ in block_size: {self.block_size} here, "
-                f"{peer.block_size} there, and blocks cannot be cut between tokens"
-            )
-        if _shape(self, cut) != _shape(peer, cut):
+        if _shape(self) != _shape(peer):
             raise IncompatibleLayout(f"agents {self.name} and {peer.name} lay their KV blocks out differently")
 
     def require_blocks(self, blocks: Ints, unique: bool) -> None:
@@ -117,34 +109,18 @@ class AgentRecord(msgspec.Struct, frozen=True, tag="agent/4"):
             if int(np.count_nonzero(named)) != len(blocks):
                 raise TransferError(f"a block of agent {self.name} is named twice as a destination")
 
-    def _divides(self, peer: AgentRecord) -> bool:
-        whole = min(self.block_size, peer.block_size) > 0 and peer.block_size % self.block_size == 0
-        return whole and all(region.token_bytes for region in (*self.regions, *peer.regions))
-
     @property
     def block_bytes(self) -> int:
         """Bytes of one block over all regions."""
         return sum(length for region in self.regions for _, _, length in region.segments)
 
-    def segments(self, unit: int) -> list[Segment]:
-        """Segments of all regions; with a ``unit`` of tokens, of parts of blocks."""
-        if not unit:
-            return [Segment(*s) for region in self.regions for s in region.segments]
-        return [
-            part
-            for region in self.regions
-            for s in region.segments
-            for part in cut(Segment(*s), region.token_bytes, self.block_size, unit)
-        ]
-
-    def count(self, unit: int) -> int:
-        """Blocks, or parts of ``unit`` tokens."""
-        return self.num_blocks * (self.block_size // unit if unit else 1)
+    def segments(self) -> list[Segment]:
+        """Segments of all regions."""
+        return [Segment(*s) for region in self.regions for s in region.segments]
 
 
-def _shape(record: AgentRecord, cut: bool) -> list[tuple[str, int, list[int]]]:
-    part = record.block_size if cut else 1
-    return [(r.order, r.token_bytes, [length // part for _, _, length in r.segments]) for r in record.regions]
+def _shape(record: AgentRecord) -> list[tuple[str, list[int]]]:
+    return [(r.order, [length for _, _, length in r.segments]) for r in record.regions]
 
 
 _decoder = msgspec.msgpack.Decoder(AgentRecord)

@@ -32,7 +32,7 @@ def _harmless() -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class Copy:
-    """Block pairs to copy from a peer to us; with a ``unit``, pairs of parts of so many tokens."""
+    """Block pairs to copy from a peer to us."""
 
     peer: AgentRecord
     ours: Ints
@@ -44,7 +44,6 @@ class Copy:
     """Told of every piece's bytes."""
     poison: Callable[[], Callable[[], None]] = field(default=_harmless)
     """Called when a hanging peer may write later; what it gives is called once that is over."""
-    unit: int = 0
     strategy: Strategy = Strategy.AUTO
     """Asked for by the caller; ways that know only one ignore it."""
 

@@ -103,10 +103,9 @@ class IpcBackend:
     lane = "cuda_ipc/kernel"
     at_once = True
 
-    def __init__(self, host: str, regions: Sequence[Region], pools: Sequence[KVPool], block_size: int) -> None:
+    def __init__(self, host: str, regions: Sequence[Region], pools: Sequence[KVPool]) -> None:
         """Raises ``RuntimeError`` where memory cannot be shared."""
         self._host = host
-        self._block_size = block_size
         self._rows = [row for region in regions for row in region.rows]
         self._block_bytes = sum(row.shape[1] for row in self._rows)
         self._device = self._rows[0].device
@@ -123,7 +122,7 @@ class IpcBackend:
 
     def reaches(self, peer: AgentRecord) -> bool:
         """True when the peer's device memory is mapped here."""
-        if peer.host != self._host or peer.block_size != self._block_size or not peer.ipc:
+        if peer.host != self._host or not peer.ipc:
             return False
         return self._map(peer) is not None
 
@@ -167,7 +166,7 @@ class IpcBackend:
         whole = [self._open(handle) for handle in handles]
         spans = [Span(handle.address, flat.numel()) for handle, flat in zip(handles, whole, strict=True)]
         rows = []
-        for segment in peer.segments(0):
+        for segment in peer.segments():
             found = locate(segment, peer.num_blocks, spans)
             if found is None:
                 raise TransferError("it names memory outside of what it shares")

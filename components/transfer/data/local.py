@@ -7,8 +7,7 @@ and waited for at the end. Agents are found by a table of this process. Errors: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from functools import partial
+from collections.abc import Generator, Sequence
 from typing import ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from components.errors import TransferError
 from components.transfer.config import TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data.base import Copy, Steps
-from components.transfer.layout import Region, put, rows_of, take
+from components.transfer.layout import Region, rows_of
 
 _STEP_BLOCKS = 64
 
@@ -32,8 +31,8 @@ def _copy_rows(copy: Copy, src: Sequence[torch.Tensor], dst: Sequence[torch.Tens
                 raise TransferError(f"blocks of agent {copy.peer.name} have another size")
             for start in range(0, len(here), _STEP_BLOCKS):
                 near, far = here[start : start + _STEP_BLOCKS], there[start : start + _STEP_BLOCKS]
-                part = take(source, near.to(source.device)).to(target.device)
-                put(target, far.to(target.device), part)
+                part = source.index_select(0, near.to(source.device)).to(target.device)
+                target.index_copy_(0, far.to(target.device), part)
                 total += part.numel()
                 copy.arrived(part.numel())
                 yield True
@@ -54,12 +53,12 @@ class LocalBackend:
 
     at_once = False
 
-    _agents: ClassVar[dict[str, Callable[[int], list[torch.Tensor]]]] = {}
-    """Views of an agent's memory by unit."""
+    _agents: ClassVar[dict[str, list[torch.Tensor]]] = {}
+    """Views of an agent's memory."""
 
-    def __init__(self, epoch: str, regions: Sequence[Region], block_size: int) -> None:
+    def __init__(self, epoch: str, regions: Sequence[Region]) -> None:
         self._epoch = epoch
-        self._rows = partial(rows_of, list(regions), block_size)
+        self._rows = rows_of(regions)
         self._agents[epoch] = self._rows
 
     @property
@@ -73,8 +72,7 @@ class LocalBackend:
 
     def fetch(self, copy: Copy) -> Steps:
         """See ``Backend``."""
-        source = self._agents[copy.peer.epoch]
-        return _copy_rows(copy, source(copy.unit), self._rows(copy.unit), self.lane)
+        return _copy_rows(copy, self._agents[copy.peer.epoch], self._rows, self.lane)
 
     def warm_up(self, copy: Copy) -> Steps:
         """Nothing to connect."""

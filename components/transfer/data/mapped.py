@@ -28,7 +28,7 @@ from components.transfer.data.base import Copy, Steps
 from components.transfer.data.handover import Giver, Mapping, map_peer
 from components.transfer.data.hostcopy import HostCopier
 from components.transfer.data.shared import SharedStorage, scope
-from components.transfer.layout import Region, Segment, batches, cut
+from components.transfer.layout import Region, batches
 
 logger = logging.getLogger(__name__)
 _Flying = deque[tuple[Future[None], int]]
@@ -54,12 +54,10 @@ class MappedBackend:
         epoch: str,
         regions: Sequence[Region],
         storages: Sequence[SharedStorage],
-        block_size: int,
         copier: HostCopier,
     ) -> None:
         self._host = host
-        self._regions = list(regions)
-        self._block_size = block_size
+        self._segments = [segment for region in regions for segment in region.segments]
         self._copier = copier
         self._giver = Giver(epoch, storages)
         self.scope = scope()
@@ -103,12 +101,6 @@ class MappedBackend:
             raise
         raise TransferError(f"agent {peer.name} is gone")
 
-    def _segments(self, unit: int) -> list[Segment]:
-        if not unit:
-            return [segment for region in self._regions for segment in region.segments]
-        size = self._block_size
-        return [part for r in self._regions for s in r.segments for part in cut(s, r.token_bytes, size, unit)]
-
     def _copy(self, copy: Copy) -> Steps:
         begun = time.perf_counter()
         mapping = yield from self._mapping(copy)
@@ -117,8 +109,8 @@ class MappedBackend:
         try:
             # Writing in ascending order is up to a quarter faster, whatever order is read in.
             order = np.argsort(copy.ours)
-            ours = self._segments(copy.unit)
-            theirs = [mapping.seen(segment, copy.peer.num_blocks) for segment in copy.peer.segments(copy.unit)]
+            ours = self._segments
+            theirs = [mapping.seen(segment, copy.peer.num_blocks) for segment in copy.peer.segments()]
             total = len(order) * sum(segment.length for segment in ours)
             descriptors, prepared = 0, time.perf_counter()
             for group in batches(ours, theirs, copy.ours[order], copy.theirs[order], _PIECE_BYTES):

@@ -100,14 +100,12 @@ class NcclBackend:
         epoch: str,
         regions: Sequence[Region],
         host: str,
-        block_size: int,
         staging_bytes: int,
         card: Card,
         connect: nccl_wire.Connect = nccl_wire.connect,
     ) -> None:
         self._name = name
         self._regions = list(regions)
-        self._block_size = block_size
         self._staging_bytes = staging_bytes
         self._connect = connect
         self.card = card
@@ -140,8 +138,6 @@ class NcclBackend:
             return f"both are on GPU {peer.gpu}, and NCCL takes no GPU twice"
         if peer.nccl_version != self.card.version:
             return f"it has version {peer.nccl_version}, this agent {self.card.version}"
-        if peer.block_size != self._block_size:
-            return f"its blocks have {peer.block_size} tokens, ours {self._block_size}"
         line = self._lines.get(peer.key)
         if line is not None and line.late:
             return "its link is still being made"

@@ -30,7 +30,7 @@ from components.transfer.config import TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data.base import Copy, Steps
 from components.transfer.data.threads import on_thread
-from components.transfer.layout import Ints, Region, put, rows_of, take
+from components.transfer.layout import Ints, Region, rows_of
 from components.transfer.session.messages import MAX_BLOCKS, pack, unpack
 
 logger = logging.getLogger(__name__)
@@ -41,8 +41,6 @@ _CHUNK_BYTES = 8 << 20
 
 class _Ask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     blocks: Annotated[bytes, msgspec.Meta(max_length=4 * MAX_BLOCKS)]
-    unit: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Tokens of the parts that ``blocks`` numbers; 0: whole blocks."""
 
 
 class _Answer(msgspec.Struct, frozen=True):
@@ -62,9 +60,8 @@ class TcpBackend:
     lane = "tcp/sockets"
     at_once = False
 
-    def __init__(self, epoch: str, regions: Sequence[Region], host: str, block_size: int) -> None:
-        self._block_size = block_size
-        self._regions = list(regions)
+    def __init__(self, epoch: str, regions: Sequence[Region], host: str) -> None:
+        self._rows = rows_of(regions)
         server = listen(host)
         self.address = str(Address(bare(host), server.getsockname()[1]))
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="kv-tcp-out")
@@ -79,14 +76,11 @@ class TcpBackend:
         begun = time.perf_counter()
         total = yield from on_thread(self._pool, copy, self._guarded)
         wire = time.perf_counter() - begun
-        return TransferResult(total, len(self._rows(copy.unit)), wire_s=wire, lane=self.lane)
+        return TransferResult(total, len(self._rows), wire_s=wire, lane=self.lane)
 
     def warm_up(self, copy: Copy) -> Steps:
         """Try a connection."""
         return self.fetch(copy)
-
-    def _rows(self, unit: int) -> list[torch.Tensor]:
-        return rows_of(self._regions, self._block_size, unit)
 
     def _guarded(self, copy: Copy, stop: threading.Event) -> int:
         where = f"agent {copy.peer.name} at {copy.peer.tcp_address}"
@@ -103,7 +97,7 @@ class TcpBackend:
     def _connect(self, copy: Copy) -> socket.socket:
         sock = connect(copy.peer.tcp_address, _purpose(copy.peer.epoch), copy.end)
         try:
-            say(sock, _Ask(pack(copy.theirs), copy.unit), copy.end)
+            say(sock, _Ask(pack(copy.theirs)), copy.end)
             if not hear(sock, _Answer, _MAX_ANSWER, copy.end).granted:
                 raise TransferError("it refused: it has not all of these blocks")
         except BaseException:
@@ -113,21 +107,21 @@ class TcpBackend:
 
     def _receive_rows(self, sock: socket.socket, copy: Copy, stop: threading.Event) -> int:
         total = 0
-        for row in self._rows(copy.unit):
+        for row in self._rows:
             for part in _parts(copy.ours, row):
                 buffer = torch.empty((len(part), row.shape[-1]), dtype=torch.uint8)
                 read_into(sock, _bytes_of(buffer), copy.end)
                 if stop.is_set():
                     raise TransferCancelled("the transfer was stopped")
-                put(row, part.to(row.device), buffer.to(row.device))
+                row.index_copy_(0, part.to(row.device), buffer.to(row.device))
                 total += buffer.numel()
                 copy.arrived(buffer.numel())
         return total
 
-    def _send_rows(self, sock: socket.socket, blocks: Ints, unit: int, end: float) -> None:
-        for row in self._rows(unit):
+    def _send_rows(self, sock: socket.socket, blocks: Ints, end: float) -> None:
+        for row in self._rows:
             for part in _parts(blocks, row):
-                data = take(row, part.to(row.device)).cpu()
+                data = row.index_select(0, part.to(row.device)).cpu()
                 sock.settimeout(left(end))
                 sock.sendall(_bytes_of(data))
 
@@ -135,16 +129,13 @@ class TcpBackend:
         end = time.monotonic() + _SERVE_S
         ask = hear(connection, _Ask, _MAX_ASK, end)
         blocks = unpack(ask.blocks)
-        granted = self._have(blocks, ask.unit)
+        granted = self._have(blocks)
         say(connection, _Answer(granted), end)
         if granted:
-            self._send_rows(connection, blocks, ask.unit, end)
+            self._send_rows(connection, blocks, end)
 
-    def _have(self, blocks: Ints, unit: int) -> bool:
-        if unit and (self._block_size % unit or not all(region.token_bytes for region in self._regions)):
-            return False
-        count = self._regions[0].rows[0].shape[0] * (self._block_size // unit if unit else 1)
-        return not len(blocks) or int(blocks.max()) < count
+    def _have(self, blocks: Ints) -> bool:
+        return not len(blocks) or int(blocks.max()) < self._rows[0].shape[0]
 
     def progress(self) -> list[Generator[bool, None, None]]:
         """Nothing to do: threads of our own serve."""

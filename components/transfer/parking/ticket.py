@@ -99,7 +99,7 @@ class Ticket(msgspec.Struct, frozen=True, tag="parked/1"):
 
 def layout_of(record: AgentRecord) -> str:
     """Digest of the order and length of all segments."""
-    shape = [(r.order, r.token_bytes, [length for _, _, length in r.segments]) for r in record.regions]
+    shape = [(r.order, [length for _, _, length in r.segments]) for r in record.regions]
     return hashlib.blake2b(msgspec.msgpack.encode(shape), digest_size=16).hexdigest()
 
 

@@ -81,13 +81,11 @@ class Exchange:
     def choose(self, copy: Copy) -> Strategy:
         """The strategy for these blocks."""
         asked = self._config.strategy if copy.strategy is Strategy.AUTO else copy.strategy
-        if asked is Strategy.STAGED and copy.unit:
-            return Strategy.WRITE  # Slots hold whole blocks.
         if asked is not Strategy.AUTO:
             return asked
         device = copy.peer.regions[0].device if copy.peer.regions[0].device == "cuda" else self._device()
         direct = Strategy.READ if device == "cpu" else Strategy.WRITE
-        can_stage = self.side.staging is not None and copy.peer.stages and not copy.unit and len(copy.ours)
+        can_stage = self.side.staging is not None and copy.peer.stages and len(copy.ours)
         if can_stage and self._mean_run(copy) < self._direct_bytes(device, direct, copy.peer):
             return Strategy.STAGED
         return direct
@@ -127,7 +125,7 @@ class Exchange:
         budget = max(1, int((copy.end - time.monotonic()) * 1000))
         request = copy.request_id[:1024]
         src = wire.pack(copy.theirs)
-        return wire.Ask(number, request, src, dst, slots, slot_bytes, budget, copy.unit)
+        return wire.Ask(number, request, src, dst, slots, slot_bytes, budget)
 
     def _ask_direct(self, copy: Copy) -> Steps:
         number, inbox = self._open(copy.peer)

@@ -45,8 +45,6 @@ class Ask(msgspec.Struct, frozen=True, tag="ask"):
     slots: Annotated[tuple[_Id, ...], msgspec.Meta(max_length=64)]
     slot_bytes: _Id
     budget_ms: _Id
-    unit: _Id = 0
-    """Tokens of the parts that ``src`` and ``dst`` number; 0: whole blocks."""
 
 
 class Landed(msgspec.Struct, frozen=True, tag="landed"):

@@ -64,16 +64,16 @@ def _why_stop(inbox: Inbox, end: float) -> MigrateError | None:
 
 def _write(side: Side, peer: AgentRecord, ask: wire.Ask, inbox: Inbox, moved: Moved) -> Flow:
     src = wire.unpack(ask.src)
-    side.check_blocks(src, peer, ask.unit)
+    side.check_blocks(src)
     if ask.slots:
-        if side.staging is None or ask.unit:
+        if side.staging is None:
             raise TransferError("this agent has no staging memory")
         yield from _write_staged(side, side.staging, peer, ask, src, inbox, moved)
         return
     dst = wire.unpack(ask.dst)
-    if len(dst) != len(src) or (len(dst) and int(dst.max()) >= peer.count(ask.unit)):
+    if len(dst) != len(src) or (len(dst) and int(dst.max()) >= peer.num_blocks):
         raise TransferError("the block lists of the request do not fit")
-    copy = Copy(peer, src, dst, ask.request_id, 0.0, unit=ask.unit)
+    copy = Copy(peer, src, dst, ask.request_id, 0.0)
     yield from side.link.move("WRITE", peer, side.memory(copy), moved, copy.arrived, copy.poison)
 
 

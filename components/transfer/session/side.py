@@ -18,7 +18,7 @@ from components.transfer.data import ucx
 from components.transfer.data.base import Copy
 from components.transfer.data.nixl import NixlLink
 from components.transfer.data.staging import Staging
-from components.transfer.layout import Ints, Region, Segment, cut, extents
+from components.transfer.layout import Ints, Region, extents
 from components.transfer.session import messages as wire
 
 LANE = "nixl/ucx"
@@ -52,8 +52,7 @@ class Side:
         self.segments = [segment for region in regions for segment in region.segments]
         self.staging = staging
         self.host = host
-        self._config = config
-        self._regions = list(regions)
+        self._name = config.name
         self._num_blocks = regions[0].rows[0].shape[0]
 
     def lane_of(self, operation: str, peer: AgentRecord) -> str:
@@ -63,12 +62,7 @@ class Side:
 
     def memory(self, copy: Copy) -> Ints:
         """Extents of the copy's blocks on both sides."""
-        ours = self.segments if not copy.unit else self._cut(copy.unit)
-        return extents(ours, copy.peer.segments(copy.unit), copy.ours, copy.theirs)
-
-    def _cut(self, unit: int) -> list[Segment]:
-        size = self._config.block_size
-        return [part for r in self._regions for s in r.segments for part in cut(s, r.token_bytes, size, unit)]
+        return extents(self.segments, copy.peer.segments(), copy.ours, copy.theirs)
 
     def send(self, peer: AgentRecord, message: wire.Message) -> None:
         """Send a message to a peer."""
@@ -78,11 +72,7 @@ class Side:
         """A message as that peer reads it."""
         return wire.encode(message, self.key, peer.key)
 
-    def check_blocks(self, blocks: Ints, peer: AgentRecord, unit: int) -> None:
-        """Raise ``TransferError`` when a block, or part of one, is not ours, or the unit is not the pair's."""
-        size = self._config.block_size
-        if unit != (0 if size == peer.block_size else min(size, peer.block_size)):
-            raise TransferError(f"parts of {unit} tokens: blocks are of {size} here, of {peer.block_size} there")
-        count = self._num_blocks * (size // unit if unit else 1)
-        if len(blocks) and int(np.max(blocks)) >= count:
-            raise TransferError(f"agent {self._config.name} has {count} blocks, not {int(np.max(blocks))}")
+    def check_blocks(self, blocks: Ints) -> None:
+        """Raise ``TransferError`` when a block is not ours."""
+        if len(blocks) and int(np.max(blocks)) >= self._num_blocks:
+            raise TransferError(f"agent {self._name} has {self._num_blocks} blocks, not {int(np.max(blocks))}")
