@@ -42,7 +42,7 @@ def served(folder: Path, host: int, only: str, overrides: tuple[str, ...], hours
         overrides=("--nixl-transport=tcp", f"--only={only}", f"--Common.advertise-host={ADDRESSES[host]}", *overrides),
         ETCD_ENDPOINTS=f"http://{ADDRESSES[0]}:2379",
         NATS_SERVER=f"nats://{ADDRESSES[0]}:4222",
-        ETCD_LEASE_TTL="10",
+        ETCD_LEASE_TTL="20",
         **clock_off(hours, folder),
     )
 
@@ -125,8 +125,8 @@ def test_requests_move_between_hosts_and_survive_the_stop_of_one(engine: str, ho
             graph.wait_until_idle(workers=2)
             assert keys(ADDRESSES[0])
             assert graph.stop() == []
-            # What a process did not take back itself goes with its lease of 10 s.
-            end = time.monotonic() + 25
+            # What a process did not take back itself goes with its lease of 20 s.
+            end = time.monotonic() + 40
             while keys(ADDRESSES[0]):
                 assert time.monotonic() < end, keys(ADDRESSES[0])
                 time.sleep(0.5)
