@@ -95,6 +95,11 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == {page.name for page in PAGES[1:]}
 
 
+def test_the_performance_page_is_short() -> None:
+    words = (ROOT / "docs" / "performance.md").read_text().split()
+    assert len([word for word in words if not set(word) <= set("|-:")]) <= 900
+
+
 def test_raw_files_that_pages_name_exist() -> None:
     kinds = "chat|crowd|faults|migration|policy|serving|steps|streams|transfer"
     text = "\n".join(page.read_text() for page in PAGES)
