@@ -41,25 +41,49 @@ class Played:
     """One scheduler with a clock of steps."""
 
     def __init__(
-        self, model: str, cls: str = "MigrationScheduler", v2: bool = False, blocks: int = 64, **more: Any
+        self,
+        model: str,
+        cls: str = "MigrationScheduler",
+        v2: bool = False,
+        blocks: int = 64,
+        windows: tuple[int | str | None, ...] = (None,),
+        **more: Any,
     ) -> None:
+        """``windows`` of each group of layers; None: it sees everything; a text: it has a state, kept in that mode."""
         import torch
         from vllm.utils.hashing import sha256
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+        from vllm.v1.kv_cache_interface import (
+            FullAttentionSpec,
+            KVCacheConfig,
+            KVCacheGroupSpec,
+            MambaSpec,
+            SlidingWindowSpec,
+        )
         from vllm.v1.structured_output import StructuredOutputManager
 
         from components.engine.vllm import scheduler
 
         self.config = config(model, **more)
         self.config.cache_config.num_gpu_blocks = blocks
-        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
-        plan = KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], spec)])
+        modes = [window for window in windows if isinstance(window, str)]
+        if modes:
+            self.config.cache_config.mamba_cache_mode = modes[0]
+        sizes: Any = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+
+        def spec(window: int | str | None) -> Any:
+            if isinstance(window, str):
+                shapes = {"shapes": ((2, 8),), "dtypes": (torch.float32,), "mamba_cache_mode": window}
+                return MambaSpec(block_size=BLOCK if window == "align" else 512, **shapes)
+            return SlidingWindowSpec(sliding_window=window, **sizes) if window else FullAttentionSpec(**sizes)
+
+        groups = [KVCacheGroupSpec([f"layer{number}"], spec(window)) for number, window in enumerate(windows)]
+        plan = KVCacheConfig(blocks, [], groups)
         self.scheduler: Any = getattr(scheduler, cls)(
             vllm_config=self.config,
             kv_cache_config=plan,
             structured_output_manager=StructuredOutputManager(self.config),
-            block_size=BLOCK,
+            block_size=512 if "none" in modes else BLOCK,
         )
         self.scheduler.use_v2_model_runner = v2
         init_none_hash(sha256)
@@ -114,7 +138,8 @@ class Played:
         return output
 
     def blocks(self, request: Any) -> list[int]:
-        return list(self.scheduler.migration.port.block_ids(request))
+        """Of all groups."""
+        return [block for ids in self.scheduler.migration.port.tables(request) for block in ids if block]
 
     def finish_step(self, output: Any, results: StepResults | None = None) -> Any:
         """The model has run: each request that is not within its prompt gets one token."""

@@ -98,6 +98,16 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
         return None
 
 
+class KVGroup(msgspec.Struct, frozen=True, array_like=True):
+    """A run of ``KVOffer.block_ids``: what one group of layers keeps of a request."""
+
+    block_size: int
+    """Tokens per block of this group."""
+    first: int
+    """Position of its first block; those before it are not needed any more (a window has left them)."""
+    count: int
+
+
 class KVOffer(msgspec.Struct, frozen=True, omit_defaults=True):
     """KV blocks of a request that can be read at the source right now.
 
@@ -109,11 +119,13 @@ class KVOffer(msgspec.Struct, frozen=True, omit_defaults=True):
     agents: tuple[AgentRef, ...]
     """One per tensor-parallel rank, in rank order."""
     block_size: int
-    """Tokens per KV block."""
+    """Tokens per KV block; of several groups, the tokens that are whole blocks of each."""
     block_ids: tuple[int, ...]
     num_tokens: int
     """Tokens whose KV is in ``block_ids``; the last block may be partly filled."""
     generation: int
+    groups: tuple[KVGroup, ...] = ()
+    """How ``block_ids`` is divided, group after group; empty: one group, from its first block on."""
     block_hashes: tuple[bytes, ...] = ()
     """Content hashes (chained over token ids) of the full blocks; empty when not kept."""
     room_tokens: int = 0
@@ -130,7 +142,9 @@ class Frozen(msgspec.Struct, frozen=True, omit_defaults=True):
     rng_state: bytes = b""
     """State of the request's own random generator (torch), empty when it has none."""
     checksums: tuple[int, ...] = ()
-    """Checksum of each block of the offer, or only of the last ones; empty when switched off."""
+    """Checksum of each block of the offer, or only of the last ones of each group; empty when switched off."""
+    checked: tuple[int, ...] = ()
+    """How many blocks at the end of each group have one; empty: there is one group."""
     guide: str = ""
     """What guides it, in the engine's own words; empty for nothing. An engine with another guide does not take it."""
     use_within_s: float = 0.0

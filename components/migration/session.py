@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from components.engine.groups import whole_blocks
 from components.engine.protocol import Frozen, GenerateOutput, KVOffer, LandingStatus
 from components.errors import DeadlineExceeded, MigrateError, NotMigratable, RequestNotFound, SessionError
 from components.migration.legs import Arrival, Away, Leg, new_life
@@ -242,13 +243,8 @@ class _Move:
         leg = self._leg
         offer = await self._engine.offer(leg.engine_id)
         reach = len(leg.prompt_token_ids) + len(leg.known()) - 1
-        count = min(offer.num_tokens, reach) // offer.block_size if blocks else 0
-        return msgspec.structs.replace(
-            offer,
-            block_ids=offer.block_ids[:count],
-            num_tokens=count * offer.block_size,
-            room_tokens=room_tokens(leg, offer.block_size),
-        )
+        room = room_tokens(leg, offer.block_size)
+        return msgspec.structs.replace(whole_blocks(offer, reach if blocks else 0), room_tokens=room)
 
     async def _landed(self) -> LandingStatus:
         """Asks once for each second: the destination answers when the blocks are there."""
@@ -273,6 +269,4 @@ async def _ended(call: asyncio.Future[WorkerReply]) -> None:
 
 
 def _without_blocks(frozen: Frozen) -> Frozen:
-    return msgspec.structs.replace(
-        frozen, offer=msgspec.structs.replace(frozen.offer, block_ids=(), num_tokens=0), checksums=()
-    )
+    return msgspec.structs.replace(frozen, offer=whole_blocks(frozen.offer, 0), checksums=(), checked=())

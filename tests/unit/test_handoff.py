@@ -19,6 +19,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.request import RequestStatus
 
+from components.engine.groups import Table
 from components.engine.protocol import (
     AgentName,
     AgentRef,
@@ -46,6 +47,19 @@ AGENT = AgentRef(AgentName("prefill"), Epoch("1"))
 BLOCK = 4
 
 
+class Group:
+    """One group of layers that keeps everything."""
+
+    block_size = BLOCK
+    windowed = state = check_all = False
+
+    def blocks_of(self, num_tokens: int) -> int:
+        return -(-num_tokens // BLOCK)
+
+    def first_needed(self, num_tokens: int) -> int:
+        return 0
+
+
 @dataclass
 class Port:
     """``SchedulerPort`` as far as a hand-over goes: what it was told, in order."""
@@ -57,8 +71,16 @@ class Port:
     def movable_layout(self) -> str | None:
         return None
 
-    def block_ids(self, request: Any) -> list[int]:
-        return self.ids
+    @property
+    def groups(self) -> list[Group]:
+        return [Group()]
+
+    def held(self, request: Any, num_tokens: int) -> list[Table]:
+        return [Table(BLOCK, 0, tuple(self.ids[: -(-num_tokens // BLOCK)]))]
+
+    def hold(self, block_ids: tuple[int, ...]) -> list[str]:
+        assert block_ids == ()
+        return []
 
     def take_blocks(self, request: Any) -> list[str]:
         return [f"block {number}" for number in self.ids]
@@ -157,7 +179,7 @@ def taken(local: int, ids: list[int]) -> tuple[MigrateIn, Port, Record]:
     record = Record(request_of(), Marker(RequestId("r"), handoff=frozen_of()), born=0.0)
     handoff.begin(record)
     assert handoff.external_tokens(record, local) == (10 - local, True)
-    handoff.allocated(record, ids, 10 - local)
+    handoff.allocated(record, [ids], 10 - local)
     assert handoff.external_tokens(record, 0) == (0, False), "a request that starts over computes by itself"
     return incoming, port, record
 
@@ -184,7 +206,7 @@ def test_nothing_is_copied_where_the_own_cache_has_all_or_the_prompt_is_another(
     record = Record(request_of(), Marker(RequestId("r"), handoff=frozen_of()), born=0.0)
     handoff.begin(record)
     assert handoff.external_tokens(record, 10) == (0, False)
-    handoff.allocated(record, [1, 2, 3], 0)
+    handoff.allocated(record, [[1, 2, 3]], 0)
     assert incoming.take_new_jobs() == ([], [])
     other = Record(request_of(prompt=11), Marker(RequestId("r"), handoff=frozen_of()), born=0.0)
     handoff.begin(other)

@@ -29,10 +29,18 @@ NAMES = {
         update_from_output""",
     "vllm.v1.core.kv_cache_manager.KVCacheManager": """
         allocate_slots block_pool coordinator get_block_ids get_blocks get_computed_blocks pop_blocks_for_free
-        truncate_computed_blocks""",
-    "vllm.v1.core.block_pool.BlockPool": "blocks free_blocks get_num_free_blocks null_block",
+        remove_skipped_blocks truncate_computed_blocks""",
+    "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator": """
+        group_block_sizes retention_interval single_type_managers""",
+    "vllm.v1.core.block_pool.BlockPool": "blocks free_blocks get_num_free_blocks null_block touch",
     "vllm.v1.core.kv_cache_utils.KVCacheBlock": "block_id ref_cnt",
-    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager": "new_block_ids",
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager": """
+        add_local_computed_blocks allocate_external_computed_blocks allocate_new_blocks block_pool block_size free
+        get_num_skipped_tokens kv_cache_spec new_block_ids records_new_block_ids req_to_blocks""",
+    "vllm.v1.core.single_type_kv_cache_manager": """
+        ChunkedLocalAttentionManager FullAttentionManager MambaManager SlidingWindowManager""",
+    "vllm.v1.core.single_type_kv_cache_manager.MambaManager": "mamba_cache_mode num_speculative_blocks",
+    "vllm.v1.kv_cache_interface.KVCacheSpec": "prefix_replay_tokens",
     "vllm.v1.core.sched.request_queue.RequestQueue": "prepend_request remove_requests",
     "vllm.v1.request.Request": """
         _output_token_ids append_output_token_ids client_index is_prefill_chunk kv_transfer_params lora_request
@@ -57,8 +65,8 @@ NAMES = {
     "vllm.config.VllmConfig": "use_v2_model_runner",
     "vllm.distributed.kv_transfer": "get_kv_transfer_group",
     "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1": """
-        _get_connector_metadata build_connector_worker_meta handle_preemptions has_pending_push_work on_new_request
-        request_finished""",
+        _get_connector_metadata build_connector_worker_meta handle_preemptions has_pending_push_work on_new_request""",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.SupportsHMA": "request_finished_all_groups",
     # Model runner V1
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner": "device input_batch requests sampler vllm_config",
     "vllm.v1.worker.gpu_input_batch.InputBatch": "vocab_size",
@@ -74,6 +82,8 @@ PARAMETERS = {
     "vllm.v1.core.kv_cache_manager.KVCacheManager.allocate_slots": """
         request num_new_tokens num_new_computed_tokens new_computed_blocks num_external_computed_tokens
         delay_cache_blocks full_sequence_must_fit reserved_blocks has_scheduled_reqs""",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.remove_skipped_blocks": """
+        request_id processed_computed_tokens num_prompt_tokens""",
     "vllm.v1.core.kv_cache_manager.KVCacheManager.truncate_computed_blocks": "blocks num_computed_tokens",
     "vllm.v1.core.sched.scheduler.Scheduler.finish_requests": "request_ids finished_status",
     "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": "scheduler_output model_runner_output",
@@ -123,6 +133,12 @@ def test_the_installed_vllm_has_every_name(path: str) -> None:
 def test_what_is_called_takes_the_arguments(path: str) -> None:
     missing = set(PARAMETERS[path].split()) - set(inspect.signature(find(path)).parameters)
     assert not missing
+
+
+def test_the_block_that_stands_for_none_has_number_0() -> None:
+    from vllm.v1.core.block_pool import BlockPool
+
+    assert BlockPool(4, True, 16).null_block.block_id == 0
 
 
 def test_an_internal_id_is_the_callers_with_eight_digits_behind_it() -> None:

@@ -59,7 +59,8 @@ def engine(model: Path | str, load_format: str = "auto", runner: str = "v1", ada
     )
     order = values.get("order", (0, 1, 2))
     pools = [KVPool("layer.0", torch.zeros(4, 8, 16).permute(order), 4, 0)]
-    return fingerprint(vllm_config, pools, runner, adapters)
+    plan: Any = SimpleNamespace(kv_cache_groups=[])
+    return fingerprint(vllm_config, plan, pools, runner, adapters)
 
 
 def test_equal_copies_in_other_folders_have_one_fingerprint(model: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 
 from components.engine.vllm.loader import Loader
@@ -40,8 +41,8 @@ def settings_of(vllm_config: VllmConfig) -> Settings:
     return Settings(**(transfer.kv_connector_extra_config["migration"] if transfer else {}))
 
 
-class MigrationConnector(KVConnectorBase_V1):
-    """vLLM's ``KVConnectorBase_V1`` over the transfer component."""
+class MigrationConnector(KVConnectorBase_V1, SupportsHMA):
+    """vLLM's ``KVConnectorBase_V1`` over the transfer component, for any number of KV cache groups."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -84,7 +85,9 @@ class MigrationConnector(KVConnectorBase_V1):
         if isinstance(meta, StepResults):
             self.migration.step_results(meta)
 
-    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
         """Never delays the freeing: blocks that a copy needs, or that are lent, are not the request's any more."""
         return False, self.migration.request_finished(request)
 

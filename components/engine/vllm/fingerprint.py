@@ -18,10 +18,16 @@ from components.transfer.regions import regions_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 
-def fingerprint(vllm_config: VllmConfig, pools: Sequence[KVPool], runner: str, adapters: str) -> str:
-    """``runner`` names the model runner whose results these are; ``adapters`` is a digest, empty without them."""
+def fingerprint(
+    vllm_config: VllmConfig, plan: KVCacheConfig, pools: Sequence[KVPool], runner: str, adapters: str
+) -> str:
+    """``plan`` is vLLM's of its KV caches.
+
+    ``runner`` names the model runner whose results these are; ``adapters`` is a digest, empty without them.
+    """
     model, cache = vllm_config.model_config, vllm_config.cache_config
     config, drafts = model.hf_config.to_dict(), vllm_config.speculative_config
     config.pop("_name_or_path", None)
@@ -40,6 +46,7 @@ def fingerprint(vllm_config: VllmConfig, pools: Sequence[KVPool], runner: str, a
         # What a seed gives depends on drafts.
         "drafts": [drafts.method, drafts.num_speculative_tokens] if drafts is not None else [],
         "logits_processors": str(model.logits_processors),
+        "groups": [(repr(group.kv_cache_spec), group.layer_names) for group in plan.kv_cache_groups],
         "pools": [(pool.name, str(pool.tensor.dtype), list(pool.tensor.shape[1:])) for pool in pools],
         "regions": [(r.order, [segment.length for segment in r.segments]) for r in regions_of(pools)],
     }

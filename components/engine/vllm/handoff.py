@@ -75,14 +75,14 @@ class Handoff:
         for vllm_id, record in self._lending.items():
             count, request = step.num_scheduled_tokens.get(vllm_id, 0), record.request
             if count and request.num_computed_tokens + count >= request.num_prompt_tokens:
-                blocks = self._outgoing.checked(self._prompt_blocks(request))
+                blocks = self._outgoing.checked(self._offer(request)).blocks
                 if blocks:
                     found.append((vllm_id, blocks))
         return found
 
-    def _prompt_blocks(self, request: Request) -> tuple[int, ...]:
-        count = -(-request.num_prompt_tokens // self._port.block_size)
-        return tuple(self._port.block_ids(request)[:count])
+    def _offer(self, request: Request) -> KVOffer:
+        """The blocks of its prompt."""
+        return self._outgoing.offer_of(RequestId(request.request_id), request, request.num_prompt_tokens)
 
     def summed(self, results: object) -> None:
         """The workers have summed them; this comes before vLLM looks at the tokens of the step."""
@@ -96,21 +96,15 @@ class Handoff:
         vllm_id = request.request_id
         if self._lending.pop(vllm_id, None) is None:
             return None
-        ranks = sorted(self._sums.pop(vllm_id, ()), key=lambda sums: sums.rank)
-        blocks, first = self._prompt_blocks(request), tuple(request.output_token_ids)
-        proven = len(ranks) == len(self._outgoing.agents) or not self._outgoing.checked(blocks)
+        ranks = sorted(self._sums.pop(vllm_id, ()), key=lambda each: each.rank)
+        offer, first = self._offer(request), tuple(request.output_token_ids)
+        checked = self._outgoing.checked(offer)
+        proven = len(ranks) == len(self._outgoing.agents) or not checked.blocks
         params = request.sampling_params
         if params is None or request.status not in _COMPLETE or self._port.movable_layout() or not (first and proven):
             return dict(_NOTHING)
-        offer = KVOffer(
-            RequestId(vllm_id),
-            self._outgoing.agents,
-            self._port.block_size,
-            blocks,
-            request.num_prompt_tokens,
-            request.num_preemptions,
-        )
-        frozen = Frozen(offer, first, checksums=tuple(value for sums in ranks for value in sums.begun()))
+        sums = tuple(value for rank in ranks for value in rank.begun())
+        frozen = Frozen(offer, first, checksums=sums, checked=checked.counts)
         self._lent[vllm_id] = self._port.take_blocks(request)
         return {
             "do_remote_prefill": True,
@@ -142,9 +136,8 @@ class Handoff:
         count = record.handoff.offer.num_tokens - num_computed_tokens
         return max(0, count), count > 0
 
-    def allocated(self, record: Record, block_ids: Sequence[int], num_external_tokens: int) -> None:
+    def allocated(self, record: Record, tables: Sequence[list[int]], num_external_tokens: int) -> None:
         """vLLM has given the request its blocks: begin to copy, or forget that there was anything to copy."""
         frozen, record.handoff = record.handoff, None
         if frozen is not None and num_external_tokens > 0:
-            local = (frozen.offer.num_tokens - num_external_tokens) // self._port.block_size
-            self._incoming.begin_whole(record, frozen, block_ids, local)
+            self._incoming.begin_whole(record, frozen, tables, frozen.offer.num_tokens - num_external_tokens)

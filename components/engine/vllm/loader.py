@@ -48,7 +48,6 @@ class Loader:
         self._quiet: list[int] = []
         self._sums: list[Sums] = []
         self.fingerprint = ""
-        self.kv_bytes_per_token = 0
 
     @property
     def rank(self) -> int:
@@ -68,13 +67,12 @@ class Loader:
         """Describe vLLM's cache tensors to the agent and publish it."""
         pools = pools_of(kv_caches, self._plan)
         adapters = self._extra["migration"].get("adapters", "")
-        self.fingerprint = fingerprint(self._config, pools, runner_version(self._config), adapters)
-        block_size = self._config.cache_config.block_size
+        self.fingerprint = fingerprint(self._config, self._plan, pools, runner_version(self._config), adapters)
         settings = dict(self._extra["agent"])
         settings["name"] = f"{settings['name']}-tp{self.rank}"
         settings |= {
             "fingerprint": self.fingerprint,
-            "block_size": block_size,
+            "block_size": self._config.cache_config.block_size,
             "dtype": str(self._config.model_config.dtype).removeprefix("torch."),
             "layers": len(pools),
             "tp_rank": self.rank,
@@ -82,7 +80,6 @@ class Loader:
         }
         self._agent = TransferAgent(AgentConfig.of(settings))
         self._agent.start(pools)
-        self.kv_bytes_per_token = self._agent.record.block_bytes // block_size
 
     def allocation(self) -> AbstractContextManager[Any] | None:
         """Where vLLM shall make its caches: on a host, where workers of this host can map them."""

@@ -27,8 +27,10 @@ from dataclasses import dataclass, field
 import msgspec
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
+from components.engine.groups import tables_of
 from components.engine.protocol import AgentRef, Frozen, KVOffer, LandingStatus
 from components.engine.vllm.compat.scheduler import SchedulerPort
+from components.engine.vllm.parts import Parts
 from components.engine.vllm.ranks import Ranks
 from components.engine.vllm.records import Incoming, Job, JobResult, Record, StepResults, use_until
 from components.errors import NoRoom, SessionError
@@ -50,7 +52,7 @@ class _Flight:
     quiet: int = 0
     """Workers on which nothing can land in its blocks any more."""
     blocks: list[KVCacheBlock] = field(default_factory=list)
-    """Blocks of a request that has ended or started over."""
+    """Blocks of a request that has ended or started over, and those that a window may leave before."""
 
 
 class MigrateIn:
@@ -78,39 +80,39 @@ class MigrateIn:
 
     def begin(self, record: Record, offer: KVOffer) -> None:
         """Reserve for a request that was just added, and begin the first round."""
-        record.incoming = Incoming(offer)
+        record.incoming = Incoming(offer, self._parts())
         # An offer that cannot be used is said to whoever asks for the status.
         if self.why_unusable(offer) is None:
             self._begin_round(record, offer)
 
     def why_unusable(self, offer: KVOffer) -> str | None:
         """What is wrong with an offer, or None."""
-        size, blocks = self._port.block_size, len(offer.block_ids)
+        size, tables = self._port.block_size, tables_of(offer)
         if offer.block_size != size:
             return f"its blocks have {offer.block_size} tokens, ours {size}"
+        ours = [group.block_size for group in self._port.groups]
+        if [table.block_size for table in tables] != ours:
+            return f"its groups have blocks of {[table.block_size for table in tables]} tokens, ours {ours}"
         if len(offer.agents) != self.num_ranks:
             return f"it is of {len(offer.agents)} workers, we have {self.num_ranks}"
-        if blocks < -(-offer.num_tokens // size):
-            return f"it names {blocks} blocks for {offer.num_tokens} tokens"
+        for table in tables:
+            if table.first < 0 or table.past < -(-offer.num_tokens // table.block_size):
+                return f"it names {table.past} blocks for {offer.num_tokens} tokens"
         return None
 
     def _require_usable(self, offer: KVOffer) -> None:
         if reason := self.why_unusable(offer):
             raise SessionError(f"the source's offer cannot be used: {reason}")
 
-    def begin_whole(self, record: Record, frozen: Frozen, block_ids: Sequence[int], local_blocks: int) -> None:
+    def begin_whole(self, record: Record, frozen: Frozen, tables: Sequence[list[int]], local_tokens: int) -> None:
         """Copy all that is lent into blocks that vLLM has given to a request, which runs afterwards."""
-        total = -(-frozen.offer.num_tokens // self._port.block_size)
-        record.incoming = Incoming(
-            frozen.offer,
-            list(block_ids[:total]),
-            requested_blocks=local_blocks,
-            landed_blocks=local_blocks,
-            local_blocks=local_blocks,
-            commit=frozen,
-            use_until=use_until(frozen, record.born),
-        )
-        self._new.append(self._job(record, total))
+        parts = self._parts(tables, local_tokens)
+        until = use_until(frozen, record.born)
+        record.incoming = Incoming(frozen.offer, parts, commit=frozen, use_until=until)
+        self._new.append(self._job(record, frozen.offer.num_tokens))
+
+    def _parts(self, tables: Sequence[list[int]] = (), local_tokens: int = 0) -> Parts:
+        return Parts(self._port.groups, self._port.block_size, tables, local_tokens)
 
     def _begin_round(self, record: Record, offer: KVOffer) -> bool:
         """Reserve and copy whole blocks. False without room; then nothing has changed."""
@@ -119,10 +121,15 @@ class MigrateIn:
             return False
         incoming = _incoming(record)
         incoming.offer = offer
-        whole = min(offer.num_tokens, record.request.num_tokens - 1) // self._port.block_size
-        if incoming.block_ids and whole > incoming.requested_blocks:
-            self._new.append(self._job(record, whole))
+        self._next_round(record)
         return True
+
+    def _next_round(self, record: Record) -> None:
+        """Copy the whole blocks that have come to be."""
+        incoming = _incoming(record)
+        known = min(incoming.offer.num_tokens, record.request.num_tokens - 1)
+        if incoming.parts and incoming.parts.wants(known):
+            self._new.append(self._job(record, known, whole=True))
 
     def _reserve(self, record: Record, offer: KVOffer) -> bool:
         """A seat, and blocks if the offer has tokens that our own prefix cache has not."""
@@ -133,9 +140,7 @@ class MigrateIn:
         given = self._port.reserve(request, known, offer.room_tokens)
         if given is None:
             return False
-        incoming.local_blocks = given.local_tokens // self._port.block_size
-        incoming.landed_blocks = incoming.requested_blocks = incoming.local_blocks
-        incoming.block_ids = given.block_ids
+        incoming.parts = self._parts(given.tables, given.local_tokens)
         return True
 
     def holds(self, record: Record) -> bool:
@@ -147,7 +152,7 @@ class MigrateIn:
         incoming = record.incoming
         if incoming is None:
             return record.landed or LandingStatus(reserved=True)
-        if not incoming.block_ids and not self._begin_round(record, incoming.offer):
+        if not incoming.parts and not self._begin_round(record, incoming.offer):
             raise self._no_room()
         progress = self._progress(incoming)
         if record.grammar is not None and not record.grammar.ready:
@@ -161,7 +166,7 @@ class MigrateIn:
     def _progress(self, incoming: Incoming) -> LandingStatus:
         return LandingStatus(
             reserved=True,
-            landed_tokens=max(incoming.landed_blocks, incoming.local_blocks) * self._port.block_size,
+            landed_tokens=incoming.parts.landed_tokens,
             landed_generation=incoming.offer.generation,
             in_flight=incoming.job is not None,
             rounds=incoming.rounds,
@@ -180,16 +185,14 @@ class MigrateIn:
         if incoming.job is not None:
             raise SessionError("the previous round is still being copied")
         self._append(record, tokens)
-        if not incoming.block_ids:
+        if not incoming.parts:
             if not self._begin_round(record, offer):
                 raise self._no_room()
             return
         if not self._port.grow(record.request, offer.num_tokens, offer.room_tokens):
             raise self._no_room()
         self._adopt(record, offer)
-        whole = offer.num_tokens // self._port.block_size
-        if whole > incoming.requested_blocks:
-            self._new.append(self._job(record, whole))
+        self._next_round(record)
 
     def commit(self, record: Record, frozen: Frozen) -> None:
         """Copy what is missing and run. Raises ``NoRoom`` when the tail does not fit; the source can resume then."""
@@ -200,18 +203,18 @@ class MigrateIn:
         self._require_usable(offer)
         self._append(record, frozen.output_token_ids)
         self._continue_grammar(record, frozen)
-        if not incoming.block_ids:
+        if not incoming.parts:
             if not self._reserve(record, offer):
                 raise self._no_room()
         elif not self._port.grow(record.request, offer.num_tokens):
             raise self._no_room()
         record.rng_state = frozen.rng_state
         incoming.commit, incoming.use_until = frozen, use_until(frozen, time.monotonic())
-        if not incoming.block_ids:
+        if not incoming.parts:
             # Nothing to copy: the prefix cache has it, or the source had computed nothing.
             self._end(record)
             self._port.to_front(record.request)
-        elif offer.num_tokens <= incoming.local_blocks * self._port.block_size:
+        elif offer.num_tokens <= incoming.parts.local_tokens:
             # The source lost its blocks (preempted): what its earlier offers named proves nothing any more.
             self._adopt(record, offer)
             self._start_over(record)
@@ -240,14 +243,9 @@ class MigrateIn:
             raise SessionError(f"{frozen.guide} guides the request at the source, {here} would here")
 
     def _adopt(self, record: Record, offer: KVOffer) -> None:
-        """Take a newer offer. Blocks copied from another place than it names prove nothing."""
         incoming = _incoming(record)
-        incoming.block_ids = self._port.block_ids(record.request)
-        copied = slice(incoming.local_blocks, incoming.landed_blocks)
-        moved = offer.block_ids[copied] != incoming.offer.block_ids[copied]
-        if offer.generation != incoming.offer.generation or offer.agents != incoming.offer.agents or moved:
-            incoming.landed_blocks = incoming.local_blocks
-        incoming.requested_blocks = incoming.landed_blocks
+        incoming.parts.refresh(self._port.tables(record.request))
+        incoming.parts.adopt(incoming.offer, offer)
         incoming.offer = offer
 
     # Copies
@@ -257,9 +255,8 @@ class MigrateIn:
         if incoming.commit is None:
             raise SessionError(f"request {record.request_id} has no commit")
         self._adopt(record, incoming.commit.offer)
-        total = -(-incoming.offer.num_tokens // self._port.block_size)
-        size = (total - incoming.landed_blocks) * self.bytes_per_block
-        job = self._job(record, total)
+        job = self._job(record, incoming.offer.num_tokens)
+        size = len(job.src_blocks) * self.bytes_per_block
         if not may_wait or size > self._wait_bytes or not self._late.isdisjoint(job.agents):
             self._new.append(job)
             return
@@ -273,45 +270,26 @@ class MigrateIn:
     def _budget(self, size: int) -> float:
         return min(MAX_WAIT_S, max(_MIN_WAIT_S, 4 * size / self._bytes_per_s))
 
-    def _job(self, record: Record, upto_block: int) -> Job:
+    def _job(self, record: Record, num_tokens: int, whole: bool = False) -> Job:
         incoming = _incoming(record)
-        first = incoming.requested_blocks
+        parts, frozen = incoming.parts, incoming.commit
+        pairs = parts.take(incoming.offer, num_tokens, whole)
+        proof = frozen if frozen is not None and frozen.checksums else None
         job = Job(
             job_id=next(self._job_ids),
             request_id=record.request_id,
             vllm_id=record.request.request_id,
             agents=incoming.offer.agents,
-            src_blocks=tuple(incoming.offer.block_ids[first:upto_block]),
-            dst_blocks=tuple(incoming.block_ids[first:upto_block]),
-            checks=self._checks(incoming),
-            vouched=self._vouched(incoming),
+            src_blocks=pairs.src,
+            dst_blocks=pairs.dst,
+            checks=parts.checks(proof) if proof is not None else (),
+            vouched=parts.vouched(proof) if proof is not None else (),
             deadline_s=max(0.0, min(self._deadline_s, incoming.use_until - time.monotonic())),
         )
         incoming.job = job
-        incoming.requested_blocks = max(first, upto_block)
         incoming.rounds += 1
-        self._flights[job.job_id] = _Flight(job, record)
+        self._flights[job.job_id] = _Flight(job, record, blocks=self._port.hold(pairs.windowed))
         return job
-
-    def _checks(self, incoming: Incoming) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        if incoming.commit is None or not incoming.commit.checksums:
-            return ()
-        ranks = len(incoming.offer.agents)
-        sums = incoming.commit.checksums
-        count = len(sums) // ranks
-        total = len(incoming.offer.block_ids)
-        return tuple(
-            (incoming.block_ids[total - count + i], tuple(sums[rank * count + i] for rank in range(ranks)))
-            for i in range(count)
-            # What our own prefix cache had was computed here, perhaps with other rounding.
-            if total - count + i >= incoming.local_blocks
-        )
-
-    def _vouched(self, incoming: Incoming) -> tuple[int, ...]:
-        if incoming.commit is None or not incoming.commit.checksums:
-            return ()
-        count = len(incoming.commit.checksums) // len(incoming.offer.agents)
-        return tuple(incoming.block_ids[incoming.local_blocks : len(incoming.offer.block_ids) - count])
 
     def take_new_jobs(self) -> tuple[list[Job], list[int]]:
         """Jobs for the workers to begin with this step, and earlier ones to cancel."""
@@ -358,13 +336,12 @@ class MigrateIn:
         incoming.lane = results[0].lane or incoming.lane
         failed = next((r for r in results if not r.ok), None)
         if failed is None:
-            incoming.landed_blocks = incoming.requested_blocks
+            incoming.parts.landed()
             self._late.difference_update(flight.job.agents)
             self._learn(results)
         else:
             bad = {block for r in results for block in r.bad_blocks}
-            good = next((i for i, b in enumerate(incoming.block_ids) if b in bad), incoming.landed_blocks)
-            incoming.landed_blocks = incoming.requested_blocks = min(good, incoming.landed_blocks)
+            incoming.parts.failed(bad)
             incoming.error = failed.error
             if failed.error is not None:
                 self.refused[failed.error[0]] += 1
@@ -376,7 +353,7 @@ class MigrateIn:
         if incoming.offer is not incoming.commit.offer:
             # This was a round that the commit overtook: now the tail.
             self._copy_tail(flight.record, may_wait=False)
-        elif failed is not None:
+        elif failed is not None or not incoming.parts.reaches(incoming.offer, incoming.offer.num_tokens):
             self._start_over(flight.record)
         else:
             self._end(flight.record)
@@ -399,16 +376,15 @@ class MigrateIn:
         if flight := self._stop_job(incoming):
             self._leave_blocks_to(flight, incoming)
             return
-        good = max(incoming.landed_blocks, incoming.local_blocks) * self._port.block_size
+        good = incoming.parts.good_tokens(incoming.offer)
         self._end(record)
         self._port.fail_recv(record.request, good)
 
     def _leave_blocks_to(self, flight: _Flight, incoming: Incoming) -> None:
         """Something may still land in the blocks of a job that has failed: the request gets others."""
         record = flight.record
-        flight.blocks = self._port.unreserve(record.request)
-        incoming.block_ids = []
-        incoming.landed_blocks = incoming.requested_blocks = incoming.local_blocks = 0
+        flight.blocks += self._port.unreserve(record.request)
+        incoming.parts = self._parts()
         if incoming.commit is not None:
             self._end(record)
             self._port.to_front(record.request)
@@ -420,7 +396,7 @@ class MigrateIn:
             return
         self._port.give_up_seat(record.request)
         if flight := self._stop_job(incoming):
-            flight.blocks = self._port.take_blocks(record.request)
+            flight.blocks += self._port.take_blocks(record.request)
 
     def _stop_job(self, incoming: Incoming) -> _Flight | None:
         """Drop a job that workers have not been given. One that they have is cancelled, may still write for a while,
@@ -433,7 +409,7 @@ class MigrateIn:
             self._cancelled.append(job.job_id)
             return self._flights[job.job_id]
         self._new.remove(job)
-        del self._flights[job.job_id]
+        self._port.free_blocks_of(self._flights.pop(job.job_id).blocks)
         return None
 
     def kept_blocks(self) -> Iterable[KVCacheBlock]:

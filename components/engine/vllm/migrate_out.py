@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import NamedTuple
 
-from vllm.v1.request import RequestStatus
+from vllm.v1.request import Request, RequestStatus
 
-from components.engine.protocol import AgentRef, Frozen, KVOffer
+from components.engine.groups import fields_of, tables_of
+from components.engine.protocol import AgentRef, Frozen, KVOffer, RequestId
 from components.engine.vllm.compat.requests import why_not_migratable
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.control import Reply
@@ -25,6 +27,14 @@ from components.engine.vllm.records import Leaving, Record
 from components.errors import NotMigratable, RequestNotFound, SessionError
 
 _FREEZABLE = (RequestStatus.RUNNING, RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
+class Checked(NamedTuple):
+    """Blocks whose checksums prove what a request has."""
+
+    blocks: tuple[int, ...]
+    counts: tuple[int, ...]
+    """How many of each group; empty where there is one."""
 
 
 class MigrateOut:
@@ -53,13 +63,23 @@ class MigrateOut:
         computed = 0 if record.incoming is not None else self._port.computed_tokens(request)
         if whole_blocks:
             computed -= computed % size
+        return self.offer_of(record.request_id, request, computed, with_states=not whole_blocks)
+
+    def offer_of(self, request_id: RequestId, request: Request, num_tokens: int, with_states: bool = True) -> KVOffer:
+        """What a request has of the blocks that are needed behind its first ``num_tokens``."""
+        tables = self._port.held(request, num_tokens)
+        if not with_states:
+            tables = [
+                table._replace(first=table.past, ids=()) if group.state else table
+                for group, table in zip(self._port.groups, tables, strict=True)
+            ]
         return KVOffer(
-            request_id=record.request_id,
+            request_id=request_id,
             agents=self.agents,
-            block_size=size,
-            block_ids=tuple(self._port.block_ids(request)[: -(-computed // size)]) if computed else (),
-            num_tokens=computed,
+            block_size=self._port.block_size,
+            num_tokens=num_tokens,
             generation=request.num_preemptions,
+            **fields_of(tables),
         )
 
     def why_not(self, record: Record) -> str | None:
@@ -91,20 +111,29 @@ class MigrateOut:
         self.num_taken_out += 1
         return record.leaving
 
-    def checked(self, block_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Those of a request's blocks that get a checksum."""
-        if self._checked_blocks is None:
-            return block_ids
-        return block_ids[len(block_ids) - min(self._checked_blocks, len(block_ids)) :]
+    def checked(self, offer: KVOffer) -> Checked:
+        """Those of an offer's blocks that get a checksum: the last ones of each group."""
+        blocks: tuple[int, ...] = ()
+        counts = []
+        for group, table in zip(self._port.groups, tables_of(offer), strict=True):
+            has = len(table.ids)
+            wanted = has if self._checked_blocks is None else min(self._checked_blocks, has)
+            if wanted and group.check_all:
+                wanted = has
+            blocks += table.ids[has - wanted :]
+            counts.append(wanted)
+        return Checked(blocks, tuple(counts) if offer.groups else ())
 
     def _complete(self, record: Record, leaving: Leaving) -> Frozen:
         offer = self.offer(record, whole_blocks=False)
-        ranks = self._ranks().snapshot(record.request.request_id, self.checked(offer.block_ids))
+        checked = self.checked(offer)
+        ranks = self._ranks().snapshot(record.request.request_id, checked.blocks)
         leaving.frozen = Frozen(
             offer=offer,
             output_token_ids=tuple(record.request.output_token_ids),
             rng_state=record.rng_state if record.needs_install else ranks[0].rng_state,
             checksums=tuple(value for rank in ranks for value in rank.checksums),
+            checked=checked.counts,
             guide=self._port.guide_of(record.request),
         )
         self._freezing.remove(record)

@@ -132,13 +132,13 @@ class Migration:
         infos = ranks.attach()
         self._ranks = ranks
         self.outgoing.agents = tuple(info.agent for info in infos)
-        per_token = sum(info.kv_bytes_per_token for info in infos)
-        self.incoming.bytes_per_block, self.incoming.num_ranks = per_token * self.port.block_size, len(infos)
+        per_block = sum(info.block_bytes for info in infos)
+        self.incoming.bytes_per_block, self.incoming.num_ranks = per_block, len(infos)
         return Reply(
             agents=self.outgoing.agents,
             lanes=infos[0].lanes,
             num_blocks=self.port.num_blocks,
-            kv_bytes_per_token=per_token,
+            kv_bytes_per_token=sum(per_block // group.block_size for group in self.port.groups if not group.windowed),
             fingerprint=infos[0].fingerprint,
         )
 
@@ -194,7 +194,7 @@ class Migration:
         """vLLM has given blocks to a request in line."""
         record = self._records.get(request.request_id)
         if record is not None and record.handoff is not None:
-            self.handoff.allocated(record, blocks.get_block_ids()[0], num_external_tokens)
+            self.handoff.allocated(record, blocks.get_block_ids(), num_external_tokens)
 
     def before_finish(self, vllm_ids: list[str]) -> None:
         """Requests are about to end by a call from outside."""

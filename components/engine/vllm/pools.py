@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's KV caches as pools: which axis counts blocks is read from vLLM's own plan, never guessed from a length.
 
-Since vLLM 0.29 every layer's cache is a view (blocks, heads, tokens, content) of one storage; ``KVCacheTensor`` says
-where its blocks lie. A view that is not where the plan puts it raises ``ConfigError`` with its shape. Called once, when
-vLLM has made the caches.
+Since vLLM 0.29 every layer's cache is a view (blocks, heads, tokens, content) of one storage, without heads where all
+share one (MLA); ``KVCacheTensor`` says where its blocks lie. A view that is not where the plan puts it raises
+``ConfigError`` with its shape. Layers with state have several views of a block, which is taken as its bytes. Called
+once, when vLLM has made the caches.
 """
 
 from __future__ import annotations
@@ -20,29 +21,68 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
 
 
-def pools_of(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig) -> list[KVPool]:
+Caches = Mapping[str, torch.Tensor | list[torch.Tensor]]
+
+
+def pools_of(kv_caches: Caches, kv_cache_config: KVCacheConfig) -> list[KVPool]:
     """One pool for each layer that has a cache of its own.
 
     Layers that use another one's are left out. Cache groups may overlay each other: a block number belongs to one group
     at a time, and means the same bytes of the storage whichever group that is.
     """
     pools: list[KVPool] = []
+    sizes = _page_sizes(kv_cache_config)
     for placed in kv_cache_config.kv_cache_tensors:
         for number, layer in enumerate(placed.layers):
             if layer not in kv_caches:
                 raise ConfigError(f"vLLM plans a KV cache for layer {layer} and has made none")
             start = placed.offset + number * placed.layer_stride
-            pools.append(_pool(layer, kv_caches[layer], kv_cache_config.num_blocks_of(placed), placed, start))
-    known = {(pool.tensor.data_ptr(), pool.tensor.nbytes) for pool in pools}
-    for layer, tensor in kv_caches.items():
-        if (tensor.data_ptr(), tensor.nbytes) not in known:
-            raise ConfigError(f"the KV cache of layer {layer}, of shape {tuple(tensor.shape)}, is not in vLLM's plan")
+            blocks, cache = kv_cache_config.num_blocks_of(placed), kv_caches[layer]
+            if isinstance(cache, torch.Tensor):
+                pools.append(_pool(layer, cache, blocks, placed, start))
+            else:
+                pools.append(_pages(layer, cache[0], blocks, placed, start, sizes[layer]))
+    known = {_place(kv_caches[layer]) for placed in kv_cache_config.kv_cache_tensors for layer in placed.layers}
+    for layer, cache in kv_caches.items():
+        if _place(cache) not in known:
+            shapes = [tuple(tensor.shape) for tensor in _views(cache)]
+            raise ConfigError(f"the KV cache of layer {layer}, of shape {shapes}, is not in vLLM's plan")
     return pools
+
+
+def _views(cache: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
+    return [cache] if isinstance(cache, torch.Tensor) else cache
+
+
+def _place(cache: torch.Tensor | list[torch.Tensor]) -> tuple[tuple[int, int], ...]:
+    return tuple((tensor.data_ptr(), tensor.nbytes) for tensor in _views(cache))
+
+
+def _page_sizes(kv_cache_config: KVCacheConfig) -> dict[str, int]:
+    """Bytes of a block of each layer."""
+    sizes = {}
+    for group in kv_cache_config.kv_cache_groups:
+        each = getattr(group.kv_cache_spec, "kv_cache_specs", {})
+        for layer in group.layer_names:
+            sizes[layer] = each.get(layer, group.kv_cache_spec).page_size_bytes
+    return sizes
+
+
+def _pages(
+    layer: str, tensor: torch.Tensor, num_blocks: int, placed: KVCacheTensor, start: int, page_size: int
+) -> KVPool:
+    """A layer whose blocks hold states, not tokens: its blocks as bytes."""
+    offset = tensor.data_ptr() - tensor.untyped_storage().data_ptr()
+    if offset != start:
+        raise ConfigError(f"the states of layer {layer} begin at byte {offset}, and vLLM plans {start}")
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+    pages = torch.as_strided(flat, (num_blocks, page_size), (placed.block_stride, 1), start)
+    return KVPool(name=layer, tensor=pages, num_blocks=num_blocks, block_dim=0)
 
 
 def _pool(layer: str, tensor: torch.Tensor, num_blocks: int, placed: KVCacheTensor, start: int) -> KVPool:
     found = f"the KV cache of layer {layer} has shape {tuple(tensor.shape)} and strides {tensor.stride()}"
-    if tensor.dim() != 4 or tensor.shape[0] % num_blocks:
+    if tensor.dim() not in (3, 4) or tensor.shape[0] % num_blocks:
         raise ConfigError(f"{found}: it is no view (blocks, heads, tokens, content) of {num_blocks} blocks")
     split = tensor.shape[0] // num_blocks
     stride = tensor.stride(0) * tensor.element_size() * split

@@ -23,7 +23,8 @@ class RankInfo:
     agent: AgentRef
     lanes: tuple[str, ...]
     fingerprint: str
-    kv_bytes_per_token: int
+    block_bytes: int
+    """Bytes of one KV block."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from components.engine.protocol import AgentRef, Frozen, KVOffer, LandingStatus, RequestId
 from components.engine.vllm.compat.grammars import Replay
 from components.engine.vllm.control import Marker, Reply
+from components.engine.vllm.parts import Parts
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -38,14 +39,8 @@ class Incoming:
 
     offer: KVOffer
     """The newest offer; its block ids are what has been asked for so far."""
-    block_ids: list[int] = field(default_factory=list)
-    """Our blocks, in order; empty while there was no room, or nothing to copy."""
-    requested_blocks: int = 0
-    """Blocks that a job has been made for."""
-    landed_blocks: int = 0
-    """Blocks whose copy has succeeded, counted from the front without a gap."""
-    local_blocks: int = 0
-    """Blocks at the front that our own prefix cache already had."""
+    parts: Parts
+    """Our blocks; none while there was no room, or nothing to copy."""
     job: Job | None = None
     commit: Frozen | None = None
     use_until: float = float("inf")

@@ -23,14 +23,17 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from components.engine.groups import Table
 from components.engine.vllm.compat.grammars import Replay, guide_of
+from components.engine.vllm.compat.groups import groups_of, leading_nulls, why_not_movable
 
 
 @dataclass(frozen=True)
 class Reservation:
     """Blocks of a request whose KV comes from elsewhere; none if its own prefix cache has all of it."""
 
-    block_ids: list[int]
+    tables: list[list[int]]
+    """Block numbers by position, for each group."""
     local_tokens: int
     """Tokens at the front that the prefix cache already had; whole blocks."""
 
@@ -42,12 +45,15 @@ class SchedulerPort:
         self._scheduler = scheduler
         self._seat_limit = scheduler.max_num_active_reqs
         self._held: set[str] = set()
+        self.groups = groups_of(scheduler.kv_cache_manager)
+        """Groups of layers with blocks of their own."""
+        self._not_movable = why_not_movable(scheduler.kv_cache_manager, scheduler.use_v2_model_runner)
 
     # What there is
 
     @property
     def block_size(self) -> int:
-        """Tokens per KV block."""
+        """Tokens per KV block; of several groups, the tokens that are whole blocks of each."""
         return self._scheduler.block_size
 
     @property
@@ -76,10 +82,7 @@ class SchedulerPort:
 
     def movable_layout(self) -> str | None:
         """Why no request of this engine can move, or None."""
-        groups = len(self._scheduler.kv_cache_config.kv_cache_groups)
-        if groups != 1:
-            return f"the model has {groups} groups of KV blocks; one can be moved"
-        return None
+        return self._not_movable
 
     def why_drafts_hinder(self, request: Request) -> str | None:
         """Why a request of an engine that decodes speculatively cannot move, or None.
@@ -92,13 +95,17 @@ class SchedulerPort:
             return "speculative decoding with a seed: what it gives depends on where drafts begin"
         return None
 
-    def block_ids(self, request: Request) -> list[int]:
-        """Its KV blocks in order."""
-        return list(self._scheduler.kv_cache_manager.get_block_ids(request.request_id)[0])
+    def tables(self, request: Request) -> list[list[int]]:
+        """Numbers of its KV blocks by position, for each group; 0 where there is none any more."""
+        return list(self._scheduler.kv_cache_manager.get_block_ids(request.request_id))
+
+    def held(self, request: Request, num_tokens: int) -> list[Table]:
+        """What it has, in each group, of the blocks that are needed behind its first ``num_tokens``."""
+        return [group.held(request.request_id, num_tokens) for group in self.groups]
 
     def num_blocks_of(self, request: Request) -> int:
         """How many KV blocks it holds."""
-        return len(self._scheduler.kv_cache_manager.get_blocks(request.request_id).blocks[0])
+        return sum(len(ids) - leading_nulls(ids) for ids in self.tables(request))
 
     def in_flight(self, request: Request) -> bool:
         """Is a step under way whose tokens of this request have not been processed?"""
@@ -213,9 +220,11 @@ class SchedulerPort:
         if room <= local:
             return Reservation([], local)
         num_tokens = max(num_tokens, local)
+        # Of a state vLLM counts one block for a call: that of the load, or that of the tokens behind it.
+        apart = num_tokens > local and any(group.state for group in self.groups)
         given = manager.allocate_slots(
             request,
-            room - num_tokens,
+            0 if apart else room - num_tokens,
             num_new_computed_tokens=local,
             new_computed_blocks=hit,
             num_external_computed_tokens=num_tokens - local,
@@ -231,9 +240,13 @@ class SchedulerPort:
         request.status = RequestStatus.WAITING_FOR_REMOTE_KVS
         request.num_computed_tokens = num_tokens
         scheduler._inflight_prefills.add(request)
-        self._do_not_zero(request)
         scheduler._enqueue_waiting_request(request)
-        return Reservation(self.block_ids(request), local)
+        placed = self._place_states(request)
+        self._do_not_zero(request)
+        if not placed or apart and not self.grow(request, num_tokens, room):
+            self.free_blocks_of(self.unreserve(request))
+            return None
+        return Reservation(self.tables(request), local)
 
     def unreserve(self, request: Request) -> list[KVCacheBlock]:
         """Undo ``reserve``: a waiting request again, without blocks. They belong to the caller now."""
@@ -259,30 +272,48 @@ class SchedulerPort:
         if self._scheduler.kv_cache_manager.allocate_slots(request, new, delay_cache_blocks=True) is None:
             return False
         request.num_computed_tokens = max(had, num_tokens)
+        placed = self._place_states(request)
         self._do_not_zero(request)
-        return True
+        return placed
+
+    def _place_states(self, request: Request) -> bool:
+        """States are where they belong after the computed tokens: there is no room to keep for the next ones."""
+        states = [group for group in self.groups if group.state]
+        return all(group.place_state(request.request_id, request.num_computed_tokens) for group in states)
 
     def _do_not_zero(self, request: Request) -> None:
         """vLLM zeroes new blocks of some caches with the next step, which may come after the copy."""
         if not self._scheduler.needs_kv_cache_zeroing:
             return
-        ours = set(self.block_ids(request))
+        ours = {block for ids in self.tables(request) for block in ids}
         for manager in self._scheduler.kv_cache_manager.coordinator.single_type_managers:
             manager.new_block_ids = [block for block in manager.new_block_ids if block not in ours]
 
     def finish_recv(self, request: Request, num_tokens: int) -> None:
         """Its first ``num_tokens`` are in place: the next step runs it."""
-        request.num_computed_tokens = num_tokens
+        self._computed(request, num_tokens)
+        if self._scheduler.needs_kv_cache_zeroing:
+            for manager in self._scheduler.kv_cache_manager.coordinator.single_type_managers:
+                if manager.records_new_block_ids:
+                    behind = manager.req_to_blocks[request.request_id][-(-num_tokens // manager.block_size) :]
+                    manager.new_block_ids.extend(block.block_id for block in behind)
         self._scheduler.finished_recving_kv_req_ids.add(request.request_id)
         self.give_up_seat(request)
 
     def fail_recv(self, request: Request, num_tokens: int) -> None:
         """Only the first ``num_tokens``, whole blocks, are in place: the next step computes the rest."""
-        request.num_computed_tokens = num_tokens
+        self._computed(request, num_tokens)
         if self.is_reserved(request):
             self._scheduler.failed_recving_kv_req_ids.add(request.request_id)
             self._scheduler.finished_recving_kv_req_ids.add(request.request_id)
         self.give_up_seat(request)
+
+    def _computed(self, request: Request, num_tokens: int) -> None:
+        """Blocks that a window has left were perhaps never copied: none of them may enter the prefix cache."""
+        request.num_computed_tokens = num_tokens
+        self._scheduler.kv_cache_manager.remove_skipped_blocks(
+            request.request_id, num_tokens, request.num_prompt_tokens
+        )
 
     def to_front(self, request: Request) -> None:
         """Make a waiting request without blocks the next one to be admitted, to the seat that was kept for it."""
@@ -301,8 +332,15 @@ class SchedulerPort:
         """Its blocks belong to the caller now, who has to free them."""
         return self._scheduler.kv_cache_manager.pop_blocks_for_free(request)
 
+    def hold(self, block_ids: Iterable[int]) -> list[KVCacheBlock]:
+        """Keep blocks, whoever else has or frees them, until ``free_blocks_of``."""
+        pool = self._scheduler.kv_cache_manager.block_pool
+        blocks = [pool.blocks[block_id] for block_id in block_ids]
+        pool.touch(blocks)
+        return blocks
+
     def free_blocks_of(self, blocks: Sequence[KVCacheBlock]) -> None:
-        """Give blocks of ``take_blocks`` back to the pool."""
+        """Give blocks of ``take_blocks`` or ``hold`` back to the pool."""
         # Reversed as vLLM does it: the prefix cache forgets a request's end first.
         self._scheduler.kv_cache_manager.block_pool.free_blocks(list(reversed(blocks)))
 
@@ -315,7 +353,8 @@ class SchedulerPort:
         """Each block once for each request that holds it, and those whose freeing waits for a step in flight."""
         scheduler = self._scheduler
         for request in scheduler.requests.values():
-            yield from scheduler.kv_cache_manager.get_blocks(request.request_id).blocks[0]
+            for blocks in scheduler.kv_cache_manager.get_blocks(request.request_id).blocks:
+                yield from blocks
         for _, blocks in scheduler.deferred_frees:
             yield from blocks
 

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks of a request in groups of layers: full attention keeps all of them, a sliding window its last ones.
+
+An offer names them in one flat list, which is all that the transfer needs: a block number belongs to one group at a
+time, and means the same bytes whichever that is. Pure functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from components.engine.protocol import KVGroup, KVOffer
+
+
+class Table(NamedTuple):
+    """One group's blocks, from position ``first`` on."""
+
+    block_size: int
+    first: int
+    ids: tuple[int, ...]
+
+    @property
+    def past(self) -> int:
+        """The position behind the last block."""
+        return self.first + len(self.ids)
+
+    def between(self, start: int, stop: int) -> tuple[int, ...]:
+        """Blocks at positions from ``start``, which is not before ``first``, up to ``stop``."""
+        return self.ids[start - self.first : max(start, stop) - self.first]
+
+
+def tables_of(offer: KVOffer) -> list[Table]:
+    """The offer's blocks, group by group."""
+    if not offer.groups:
+        return [Table(offer.block_size, 0, offer.block_ids)]
+    tables, begin = [], 0
+    for group in offer.groups:
+        tables.append(Table(group.block_size, group.first, offer.block_ids[begin : begin + group.count]))
+        begin += group.count
+    return tables
+
+
+def fields_of(tables: Sequence[Table]) -> dict[str, Any]:
+    """The reverse: fields of a ``KVOffer``."""
+    if len(tables) == 1 and not tables[0].first:
+        return {"block_ids": tables[0].ids, "groups": ()}
+    return {
+        "block_ids": tuple(block for table in tables for block in table.ids),
+        "groups": tuple(KVGroup(table.block_size, table.first, len(table.ids)) for table in tables),
+    }
+
+
+def whole_blocks(offer: KVOffer, num_tokens: int) -> KVOffer:
+    """The offer's whole blocks up to a number of tokens."""
+    tokens = min(offer.num_tokens, num_tokens) // offer.block_size * offer.block_size
+    tables = [
+        Table(table.block_size, table.first, table.ids[: max(0, tokens // table.block_size - table.first)])
+        for table in tables_of(offer)
+    ]
+    return msgspec.structs.replace(offer, num_tokens=tokens, **fields_of(tables))

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's KV cache groups: which blocks of a request a group still needs, and which kinds of groups can be moved.
+
+All groups take their blocks from one pool, and each has a table of its own for every request, by position: vLLM's null
+block stands where a window has left a block, always at the front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vllm.v1.core.single_type_kv_cache_manager import (
+    ChunkedLocalAttentionManager,
+    FullAttentionManager,
+    MambaManager,
+    SingleTypeKVCacheManager,
+    SlidingWindowManager,
+)
+
+from components.engine.groups import Table
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+_MOVED = (FullAttentionManager, SlidingWindowManager, ChunkedLocalAttentionManager, MambaManager)
+"""Blocks that are written once, from front to back, and leave a request at the front only; or a state in the last."""
+_STATES = ("align", "none")
+"""Modes of vLLM's cache of states in which a request that has no step under way has its state in its last block."""
+
+
+class Group:
+    """One of them."""
+
+    def __init__(self, manager: SingleTypeKVCacheManager, sparse: bool) -> None:
+        self._manager = manager
+        self.block_size = manager.block_size
+        self.state = isinstance(manager, MambaManager)
+        """One block that every step writes, so that it is copied when the request is frozen."""
+        self.windowed = type(manager) is not FullAttentionManager
+        self.check_all = sparse and self.windowed
+        """The prefix cache forgets blocks of the middle before those of the end, so the end vouches for nobody."""
+
+    def first_needed(self, num_tokens: int) -> int:
+        """Position of the first block that the token behind so many looks at."""
+        if not self.windowed:
+            return 0
+        return max(0, self._manager.get_num_skipped_tokens(num_tokens)) // self.block_size
+
+    def blocks_of(self, num_tokens: int) -> int:
+        """Positions that so many tokens take."""
+        return -(-num_tokens // self.block_size)
+
+    def place_state(self, vllm_id: str, num_tokens: int) -> bool:
+        """Give a request one new block where its state after so many tokens belongs, in place of what it had.
+
+        As vLLM does for a load beside its steps. False without room.
+        """
+        self._manager.free(vllm_id)
+        if not num_tokens:
+            return True
+        if not self._manager.block_pool.get_num_free_blocks():
+            return False
+        self._manager.add_local_computed_blocks(vllm_id, [], 0, num_tokens)
+        self._manager.allocate_external_computed_blocks(vllm_id, 0, num_tokens)
+        self._manager.allocate_new_blocks(vllm_id, num_tokens, num_tokens)
+        return True
+
+    def held(self, vllm_id: str, num_tokens: int) -> Table:
+        """What a request has of the blocks that are needed behind its first ``num_tokens``."""
+        blocks = self._manager.req_to_blocks.get(vllm_id) or []
+        first, past = self.first_needed(num_tokens), self.blocks_of(num_tokens)
+        ids = [block.block_id for block in blocks[first:past]]
+        missing = leading_nulls(ids)
+        return Table(self.block_size, first + missing, tuple(ids[missing:]))
+
+
+def leading_nulls(ids: Sequence[int]) -> int:
+    """How many blocks at the front of a table are vLLM's null block, which has number 0."""
+    return next((position for position, block in enumerate(ids) if block), len(ids))
+
+
+def groups_of(manager: KVCacheManager) -> list[Group]:
+    """All groups of an engine, in vLLM's order."""
+    coordinator = manager.coordinator
+    sparse = coordinator.retention_interval is not None or len(set(coordinator.group_block_sizes)) > 1
+    return [Group(each, sparse) for each in coordinator.single_type_managers]
+
+
+def _why_state_stays(manager: MambaManager, runner_v2: bool) -> str | None:
+    if runner_v2:
+        return "model runner V2"
+    if manager.num_speculative_blocks:
+        return "speculative decoding"
+    return None if manager.mamba_cache_mode in _STATES else f"mamba_cache_mode {manager.mamba_cache_mode}"
+
+
+def why_not_movable(manager: KVCacheManager, runner_v2: bool) -> str | None:
+    """Why no request of an engine can move, or None."""
+    for each in manager.coordinator.single_type_managers:
+        if isinstance(each, MambaManager) and (reason := _why_state_stays(each, runner_v2)):
+            return f"the model has layers with a state, which cannot travel with {reason}"
+        if type(each) not in _MOVED or each.kv_cache_spec.prefix_replay_tokens:
+            return f"the model keeps state in {type(each.kv_cache_spec).__name__}, which cannot travel"
+    return None

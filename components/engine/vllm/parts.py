@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The destination's blocks of a landing, group by group: which have been asked for, which have come, which are needed.
+
+A position counts a request's blocks from its front. Copies go from front to back, so one number says how far they
+have come. A window may have left the first ones: at the source, which then has them no more, and here, where a block
+was never given or is given back. What counts in the end is what the next token looks at.
+
+A block has come if it was copied from the block that the newest offer names at its position. A source block that a
+window leaves while it is read, and that another request gets, is named by no later offer: windows only go forward.
+
+Pure bookkeeping; the caller asks vLLM and makes the jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from components.engine.groups import Table, tables_of
+from components.engine.protocol import Frozen, KVOffer
+from components.engine.vllm.compat.groups import Group, leading_nulls
+
+
+@dataclass
+class Part:
+    """One group's."""
+
+    group: Group
+    local: int
+    """Positions at the front that our own prefix cache had, or did not need."""
+    ours: list[int] = field(default_factory=list)
+    """Our blocks by position; 0 where we have none."""
+    requested: int = 0
+    """Positions that a job has been made for."""
+    landed: int = 0
+    """Positions whose copy has succeeded, counted from the front without a gap."""
+
+    def adopt(self, old: Table, new: Table, unchanged: bool) -> None:
+        """A newer offer; ``unchanged``: its source has not lost its blocks in between."""
+        begin = max(self.local, new.first)
+        if (
+            self.group.state
+            or not unchanged
+            or new.first < old.first
+            or new.between(begin, self.landed) != old.between(begin, self.landed)
+        ):
+            self.landed = self.local
+        self.requested = self.landed
+
+    def take(self, there: Table, past: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Source blocks up to position ``past`` that no job has been made for, and ours for them."""
+        begin = max(self.requested, there.first, leading_nulls(self.ours))
+        past = min(past, there.past, len(self.ours))
+        self.requested = max(self.requested, past)
+        return there.between(begin, past), tuple(self.ours[begin : max(begin, past)])
+
+    def checked(self, there: Table, count: int) -> list[int]:
+        """Positions of the last ``count`` blocks of an offer."""
+        return list(range(max(there.first, there.past - count), there.past))
+
+    def vouched(self, there: Table, count: int) -> tuple[int, ...]:
+        """Our copies of the blocks before those."""
+        begin = max(self.local, there.first, leading_nulls(self.ours))
+        return tuple(self.ours[begin : max(begin, there.past - count)])
+
+    def failed(self, bad: set[int]) -> None:
+        """Some of our blocks do not hold what they should."""
+        good = next((position for position, block in enumerate(self.ours) if block in bad), self.landed)
+        self.landed = self.requested = min(good, self.landed)
+
+    def reaches(self, there: Table, num_tokens: int) -> bool:
+        """Is all in place that the token behind so many looks at?"""
+        given = leading_nulls(self.ours)
+        begin = given if self.local >= there.first else max(given, there.first)
+        have = max(self.landed, self.local)
+        return self.group.blocks_of(num_tokens) <= have and self.group.first_needed(num_tokens) >= begin
+
+
+@dataclass
+class Pairs:
+    """Blocks of the source, and ours for them."""
+
+    src: tuple[int, ...] = ()
+    dst: tuple[int, ...] = ()
+    windowed: tuple[int, ...] = ()
+    """Those of ours that vLLM may take from the request while it lands."""
+
+
+class Parts:
+    """All groups of one landing; false while it has no blocks."""
+
+    def __init__(self, groups: Sequence[Group], unit: int, tables: Sequence[list[int]] = (), local_tokens: int = 0):
+        self.unit = unit
+        """Tokens that are whole blocks of each group."""
+        self.local_tokens = local_tokens
+        """At the front, which our own prefix cache already had."""
+        self._parts = [Part(group, local_tokens // group.block_size) for group in groups]
+        for part in self._parts:
+            part.requested = part.landed = part.local
+        self._has_blocks = bool(tables)
+        if tables:
+            self.refresh(tables)
+
+    def __bool__(self) -> bool:
+        return self._has_blocks
+
+    def refresh(self, tables: Sequence[list[int]]) -> None:
+        """Our blocks as vLLM has them now."""
+        for part, table in zip(self._parts, tables, strict=True):
+            part.ours = table
+
+    @property
+    def landed_tokens(self) -> int:
+        """How far all groups have come, in whole blocks."""
+        parts = [part for part in self._parts if not part.group.state]
+        reach = min((max(part.landed, part.local) * part.group.block_size for part in parts), default=0)
+        return reach - reach % self.unit
+
+    def adopt(self, old: KVOffer, new: KVOffer) -> None:
+        """Take a newer offer. Blocks copied from another place than it names prove nothing."""
+        unchanged = (old.generation, old.agents) == (new.generation, new.agents)
+        for part, before, after in zip(self._parts, tables_of(old), tables_of(new), strict=True):
+            part.adopt(before, after, unchanged)
+
+    def wants(self, num_tokens: int) -> bool:
+        """Are there whole blocks of so many tokens that no job has been made for?"""
+        parts = [part for part in self._parts if not part.group.state]
+        return any(num_tokens // part.group.block_size > part.requested for part in parts)
+
+    def take(self, offer: KVOffer, num_tokens: int, whole: bool) -> Pairs:
+        """Blocks of so many tokens that no job has been made for; ``whole``: but those that are not full."""
+        pairs = Pairs()
+        for part, there in zip(self._parts, tables_of(offer), strict=True):
+            if whole and part.group.state:
+                continue
+            past = num_tokens // part.group.block_size if whole else part.group.blocks_of(num_tokens)
+            src, dst = part.take(there, past)
+            pairs.src += src
+            pairs.dst += dst
+            pairs.windowed += dst if part.group.windowed else ()
+        return pairs
+
+    def checks(self, frozen: Frozen) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """(our block, its checksum at the source, one for each rank) of all that were not computed here."""
+        sums, ranks = frozen.checksums, len(frozen.offer.agents)
+        found, at = [], 0
+        for part, there, count in self._with_counts(frozen):
+            for position in part.checked(there, count):
+                # What our own prefix cache had was computed here, perhaps with other rounding.
+                if position >= part.local and part.ours[position]:
+                    stride = len(sums) // ranks
+                    found.append((part.ours[position], tuple(sums[rank * stride + at] for rank in range(ranks))))
+                at += 1
+        return tuple(found)
+
+    def vouched(self, frozen: Frozen) -> tuple[int, ...]:
+        """Our other copied blocks."""
+        parts = [part.vouched(there, count) for part, there, count in self._with_counts(frozen)]
+        return sum(parts[1:], parts[0])
+
+    def _with_counts(self, frozen: Frozen) -> list[tuple[Part, Table, int]]:
+        counts = frozen.checked or (len(frozen.checksums) // len(frozen.offer.agents),)
+        return list(zip(self._parts, tables_of(frozen.offer), counts, strict=True))
+
+    def landed(self) -> None:
+        """What was asked for has come."""
+        for part in self._parts:
+            part.landed = part.requested
+
+    def failed(self, bad: set[int]) -> None:
+        """Some of our blocks do not hold what they should."""
+        for part in self._parts:
+            part.failed(bad)
+
+    def reaches(self, offer: KVOffer, num_tokens: int) -> bool:
+        """Is all in place that the token behind so many looks at, in each group?"""
+        return all(p.reaches(there, num_tokens) for p, there in zip(self._parts, tables_of(offer), strict=True))
+
+    def good_tokens(self, offer: KVOffer) -> int:
+        """From how many tokens on the rest can be computed here; whole blocks."""
+        reach = self.landed_tokens
+        stateless = not any(part.group.state for part in self._parts)
+        return reach if stateless and self.reaches(offer, reach) else 0

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of a few layers with random weights, one for each way in which a family keeps its KV.
+
+The same numbers on every machine: torch's own generator, seeded. Weights are large enough that every layer's KV decides
+the next token: with transformers' own small ones a model would hardly look back.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_WINDOW = 64
+
+
+def make(name: str, tokenizer: Any, target: Path) -> None:
+    """Write the model and its tokenizer into a folder."""
+    import torch
+    import transformers
+
+    architecture, fields = FAMILIES[name]
+    config = getattr(transformers, f"{architecture[0]}Config")(**(_sizes(tokenizer) | fields))
+    torch.manual_seed(0)
+    model = getattr(transformers, architecture[1])(config)
+    model.to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _sizes(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 8192,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+_LARGE = {"initializer_range": 0.2, "pad_token_id": 0}
+_MLA = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+FAMILIES: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
+    "tiny-llama": (("Llama", "LlamaForCausalLM"), {}),
+    "tiny-mixtral": (("Mixtral", "MixtralForCausalLM"), {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    # Five sliding layers for one that sees everything.
+    "tiny-gemma3": (
+        ("Gemma3Text", "Gemma3ForCausalLM"),
+        _LARGE
+        | {
+            "num_hidden_layers": 6,
+            "tie_word_embeddings": False,
+            "sliding_window": _WINDOW,
+            "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+        },
+    ),
+    # Sliding and full layers in turn, with sinks, and experts.
+    "tiny-gpt-oss": (
+        ("GptOss", "GptOssForCausalLM"),
+        _LARGE
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": _WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    # One compressed head for all.
+    "tiny-deepseek-v3": (
+        ("DeepseekV3", "DeepseekV3ForCausalLM"),
+        _LARGE
+        | _MLA
+        | {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 64,
+            "n_group": 2,
+            "topk_group": 1,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "first_k_dense_replace": 1,
+        },
+    ),
+    # Gated delta nets and full attention.
+    "tiny-qwen3-next": (
+        ("Qwen3Next", "Qwen3NextForCausalLM"),
+        _LARGE
+        | _EXPERTS
+        | {
+            "shared_expert_intermediate_size": 64,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+        },
+    ),
+}

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families of models that keep their KV in other ways than Llama: moved answers are those of unmoved requests."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from components.engine.groups import tables_of
+from components.engine.protocol import GenerateRequest, RequestId, Sampling
+from components.engine.vllm.control import MARKER, Marker, decode_lent, encode
+from tests.integration.test_vllm_handover import (
+    Client,
+    move,
+    nothing_left,
+    pair,
+    request_of,
+    run,
+    take_until,
+)
+from tests.integration.vllm_engines import Pair
+
+__all__ = ["nothing_left", "pair"]
+pytestmark = pytest.mark.integration
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma3": {"model": "tiny-gemma3", "num_gpu_blocks_override": 900},
+    "gpt-oss": {"model": "tiny-gpt-oss", "num_gpu_blocks_override": 450},
+    "deepseek-v3": {"model": "tiny-deepseek-v3", "num_gpu_blocks_override": 600, "block_size": 16},
+    "qwen3-next": {"model": "tiny-qwen3-next", "num_gpu_blocks_override": 100},
+}
+HELD = {"gemma3": [{2, 3}] * 5, "gpt-oss": [{2, 3}], "deepseek-v3": [], "qwen3-next": [{1}] * 3}
+"""Blocks of the groups that do not keep everything: a window of 64 tokens is in two or three of 32, a state in one."""
+SAMPLINGS = [
+    Sampling(temperature=0.0, max_tokens=120, ignore_eos=True),
+    Sampling(temperature=0.9, top_p=0.95, seed=7, max_tokens=120, ignore_eos=True),
+    Sampling(temperature=0.8, seed=11, presence_penalty=0.9, repetition_penalty=1.2, max_tokens=120, ignore_eos=True),
+]
+PROMPTS = [5, 31, 64, 97, 300, 700, 990]
+
+
+def with_each(caching: bool = True) -> pytest.MarkDecorator:
+    parameters = [pytest.param(more | {"enable_prefix_caching": caching}, id=name) for name, more in FAMILIES.items()]
+    return pytest.mark.parametrize("pair", parameters, indirect=True)
+
+
+async def moved_answers(pair: Pair, count: int) -> int:
+    """Answers of ``count`` requests, each moved to and fro at other tokens; how many of them are as if unmoved."""
+    equal = 0
+    for number in range(count):
+        sampling = SAMPLINGS[number % len(SAMPLINGS)]
+        request = request_of(f"answer-{number}", PROMPTS[number % len(PROMPTS)] + number // len(PROMPTS), sampling)
+        plain = await run(pair.a, request)
+        client, source, target = Client(), pair.a, pair.b
+        stream: object = source.generate(request)
+        for stop in (6 + number % 7, 40 + number % 13, 80 + number % 32):
+            await take_until(stream, client, stop)  # type: ignore[arg-type]
+            stream = await move(source, target, request, client, stream, live=bool(number % 4))
+            source, target = target, source
+        async for output in stream:  # type: ignore[attr-defined]
+            client.take(output)
+        equal += client.tokens == plain.tokens
+        if client.tokens != plain.tokens:
+            first = next(i for i, (a, b) in enumerate(zip(client.tokens, plain.tokens, strict=False)) if a != b)
+            print(f"answer {number} (prompt of {len(request.prompt_token_ids)}) differs from token {first} on")
+    return equal
+
+
+@with_each()
+@pytest.mark.parametrize("count", [9, pytest.param(100, marks=pytest.mark.slow)])
+def test_moved_answers_equal_unmoved_ones(runner: asyncio.Runner, pair: Pair, count: int) -> None:
+    assert runner.run(asyncio.wait_for(moved_answers(pair, count), 30 + 4 * count)) == count
+    for engine in (pair.a, pair.b):
+        assert not runner.run(engine.stats()).kv_refused
+
+
+@pytest.mark.slow
+@with_each(caching=False)
+def test_moved_answers_equal_unmoved_ones_without_a_prefix_cache(runner: asyncio.Runner, pair: Pair) -> None:
+    assert runner.run(asyncio.wait_for(moved_answers(pair, 100), 430)) == 100
+
+
+@with_each()
+def test_vllm_keeps_its_hybrid_cache_manager_and_windows_move_what_they_hold(
+    runner: asyncio.Runner, pair: Pair, request: pytest.FixtureRequest
+) -> None:
+    async def scenario() -> None:
+        long = request_of("long", 700, SAMPLINGS[0])
+        stream = pair.a.generate(long)
+        await take_until(stream, Client(), 5)
+        frozen = await pair.a.freeze(long.request_id)
+        await pair.a.abort(long.request_id)
+        assert not pair.a._llm.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+        *held, full = sorted(len(table.ids) for table in tables_of(frozen.offer))
+        assert full == -(-frozen.offer.num_tokens // frozen.offer.block_size)
+        wanted = HELD[request.node.callspec.id]
+        assert len(held) == len(wanted) and all(count in counts for count, counts in zip(held, wanted, strict=True))
+
+    runner.run(asyncio.wait_for(scenario(), 60))
+
+
+async def last(stream: Any) -> Any:
+    return [output async for output in stream][-1]
+
+
+@with_each()
+@pytest.mark.parametrize("prompt", [40, 300])
+def test_a_decode_engine_takes_the_prompt_from_a_prefill_engine(
+    runner: asyncio.Runner, pair: Pair, prompt: int
+) -> None:
+    async def scenario() -> None:
+        from vllm import SamplingParams
+
+        for number in range(3):
+            name = f"apart-{prompt}-{number}"
+            request = request_of(name, prompt + 17 * number, Sampling(temperature=0.0, max_tokens=60, ignore_eos=True))
+            plain = await run(pair.a, GenerateRequest(RequestId("p"), request.prompt_token_ids, request.sampling))
+            tokens = list(request.prompt_token_ids)
+            lending = {"kv_transfer_params": {MARKER: encode(Marker(RequestId(name), lend=True))}}
+            params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, extra_args=lending)
+            prefilled = await last(pair.a._llm.generate({"prompt_token_ids": tokens}, params, name))
+            lent = decode_lent(prefilled.kv_transfer_params[MARKER])
+            first = list(lent.frozen.output_token_ids)
+            taking = Marker(RequestId(name), num_prompt_tokens=len(tokens), handoff=lent.frozen)
+            extra = {"kv_transfer_params": {MARKER: encode(taking)}}
+            params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True, extra_args=extra)
+            decoded = await last(pair.b._llm.generate({"prompt_token_ids": tokens + first}, params, name))
+            await pair.a.free_lent(lent.frozen.offer.request_id)
+            assert first + list(decoded.outputs[0].token_ids) == plain.tokens
+            assert not (await pair.b.stats()).kv_refused
+
+    runner.run(asyncio.wait_for(scenario(), 90))
