@@ -94,8 +94,15 @@ class ScaleDownRules(Section):
         ge=0,
         description="Seconds for which a reduction must have been proposed; half of what a worker takes to start",
     )
+    share_per_delay: float = Field(
+        default=0.25, ge=0, le=1, description="Share of the workers that may go within that time; one at least"
+    )
     max_usage: float = Field(default=0.7, gt=0, le=1, description="Mean usage that the remaining workers may have")
     reserve: float = Field(default=1.0, ge=0, description="KV that the remaining ones keep free together, in workers")
+
+    def delay(self, workers: int, since_s: float) -> float:
+        """Seconds that a wish must last; one that continues what took a worker away ``since_s`` ago gets its share."""
+        return self.delay_s / (max(1.0, workers * self.share_per_delay) if since_s < 2 * self.delay_s else 1.0)
 
     def allowed(self, workers: int) -> float:
         """Mean usage up to which so many workers may remain."""

@@ -3,8 +3,9 @@
 
 The planner decides numbers only. ``ScaleDown.decide`` is asked once for each proposal and answers with the bounds that
 the proposal is clamped to. A wish for fewer workers goes through, one worker at a time, once it has lasted ``delay_s``
-and the rest could hold everything within ``max_usage`` and keep its ``reserve``. Nothing goes through without a current
-state, while workers that there should be are not there (``headcount.py``), or while an earlier number is carried out.
+(in large clusters a part of that after the first one) and the rest could hold everything within ``max_usage`` and keep
+its ``reserve``. Nothing goes through without a current state, while workers that there should be are not there
+(``headcount.py``), or while an earlier number is carried out.
 
 Which worker goes is not decided here: who stops a worker (``components.serve.scale``, or the worker's own SIGTERM)
 drains it first, and what the others have no room for goes on decoding there until they have.
@@ -13,6 +14,7 @@ Not thread-safe, does no I/O, raises nothing.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -48,6 +50,8 @@ class ScaleDown:
         self._clock = clock
         self._count = Headcount(started, clock)
         self._wanted_since: float | None = None
+        self._last = -math.inf
+        """When the last one went."""
 
     def decide(self, proposed: int, ready: int, snapshot: Snapshot | None, scaling: bool = False) -> Bound:
         """Bounds for this proposal. ``scaling``: an earlier number is still being carried out."""
@@ -60,7 +64,7 @@ class ScaleDown:
         else:
             reason = self._held(there, ready, snapshot, scaling)
             if reason is None:
-                self._wanted_since = None
+                self._wanted_since, self._last = None, self._clock()
                 self._count.let_through(ready - 1)
                 return Bound(ready - 1, ready - 1)
         return Bound(stay, max(high, stay), reason)
@@ -77,7 +81,7 @@ class ScaleDown:
         now = self._clock()
         if self._wanted_since is None:
             self._wanted_since = now
-        if now - self._wanted_since < self._rules.delay_s:
+        if now - self._wanted_since < self._rules.delay(ready, now - self._last):
             return HoldReason.DELAYED
         usage, left = _without_one(s)
         if usage > self._rules.allowed(left):

@@ -159,3 +159,16 @@ def test_what_was_let_through_is_not_asked_back(scale_down: ScaleDown, clock: Cl
     leaving = seen({"a": 2000, "b": 300}, leaving="b")
     assert scale_down.decide(1, 1, leaving, scaling=True) == Bound(1, 9)
     assert scale_down.decide(1, 1, seen({"a": 2300})) == Bound(1, 9)
+
+
+@pytest.mark.parametrize(("workers", "waits"), [(3, 10), (9, 5), (21, 2)])
+def test_after_the_first_one_of_a_large_cluster_the_next_go_sooner(clock: Clock, workers: int, waits: int) -> None:
+    """A quarter of the workers within the delay of ten seconds."""
+    scale_down = ScaleDown(ScaleDownRules(delay_s=10, reserve=0), (1, 20), clock)
+    names = [f"w{number:02}" for number in range(workers)]
+    assert waited(scale_down, clock, seen(dict.fromkeys(names, 100))) == Bound(workers - 1, workers - 1)
+    rest = seen(dict.fromkeys(names[1:], 100))
+    for _ in range(waits):
+        assert scale_down.decide(workers - 2, workers - 1, rest).reason is HoldReason.DELAYED
+        clock.now += 1
+    assert scale_down.decide(workers - 2, workers - 1, rest) == Bound(workers - 2, workers - 2)
