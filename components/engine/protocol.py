@@ -126,8 +126,6 @@ class KVOffer(msgspec.Struct, frozen=True, omit_defaults=True):
     generation: int
     groups: tuple[KVGroup, ...] = ()
     """How ``block_ids`` is divided, group after group; empty: one group, from its first block on."""
-    block_hashes: tuple[bytes, ...] = ()
-    """Content hashes (chained over token ids) of the full blocks; empty when not kept."""
     room_tokens: int = 0
     """Tokens for which the destination grants blocks, whatever of them it can copy: those that the request has, and
     those that it may get until the commit, which then finds its blocks reserved."""
@@ -206,7 +204,6 @@ class LandingStatus(msgspec.Struct, frozen=True, omit_defaults=True):
 
     reserved: bool
     landed_tokens: int = 0
-    landed_generation: int = 0
     in_flight: bool = False
     rounds: int = 0
     bytes: int = 0

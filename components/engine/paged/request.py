@@ -53,7 +53,6 @@ class Landing:
         return LandingStatus(
             reserved=True,
             landed_tokens=self.landed_blocks * block_size,
-            landed_generation=self.offer.generation,
             in_flight=self.round is not None,
             rounds=self.rounds,
             bytes=self.bytes,

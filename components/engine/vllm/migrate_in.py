@@ -167,7 +167,6 @@ class MigrateIn:
         return LandingStatus(
             reserved=True,
             landed_tokens=incoming.parts.landed_tokens,
-            landed_generation=incoming.offer.generation,
             in_flight=incoming.job is not None,
             rounds=incoming.rounds,
             bytes=incoming.bytes,
