@@ -78,10 +78,6 @@ class Port:
     def held(self, request: Any, num_tokens: int) -> list[Table]:
         return [Table(BLOCK, 0, tuple(self.ids[: -(-num_tokens // BLOCK)]))]
 
-    def hold(self, block_ids: tuple[int, ...]) -> list[str]:
-        assert block_ids == ()
-        return []
-
     def take_blocks(self, request: Any) -> list[str]:
         return [f"block {number}" for number in self.ids]
 

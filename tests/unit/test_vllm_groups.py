@@ -15,13 +15,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from components.engine.groups import tables_of, whole_blocks
+from components.engine.groups import Table, fields_of, tables_of, whole_blocks
 from components.engine.protocol import Frozen, KVOffer, RequestId
 from components.engine.vllm.control import Marker, Op
 from components.engine.vllm.ranks import Snapshot
 from components.engine.vllm.records import Job, JobResult, StepResults
 from components.errors import NoRoom, RequestNotFound
-from tests.vllm_scheduler import BLOCK, FakeExecutor, Played
+from tests.vllm_scheduler import BLOCK, PEER, FakeExecutor, Played
 
 pytest.importorskip("vllm")
 WINDOWS = (40, None)
@@ -230,7 +230,7 @@ def prompts(chance: random.Random) -> list[int]:
     "windows", [WINDOWS, GEMMA, (24,), STATES], ids=["two groups", "four groups", "only a window", "states"]
 )
 @pytest.mark.parametrize("cls", ["MigrationScheduler", "AsyncMigrationScheduler"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 12))])
 def test_no_token_looks_at_kv_of_another_request_or_position(
     tiny_llama: str, cls: str, windows: tuple[int | str | None, ...], caching: bool, seed: int
 ) -> None:
@@ -288,6 +288,36 @@ def test_a_window_travels_without_what_it_has_left(tiny_llama: str) -> None:
     assert (full.first, len(full.ids)) == (0, 7)
     # Tokens 63 to 102 are looked at by the next one.
     assert (window.first, len(window.ids)) == (3, 4)
+
+
+def test_no_copy_goes_where_a_window_has_been(tiny_llama: str) -> None:
+    """Those blocks may be given to others at any call; a source should not offer them, and one does."""
+    played = Played(tiny_llama, windows=WINDOWS)
+
+    def offer(tokens: int) -> KVOffer:
+        blocks = -(-tokens // BLOCK)
+        tables = [Table(BLOCK, 0, tuple(range(first, first + blocks))) for first in (100, 200)]
+        return KVOffer(RequestId("moved"), (PEER,), BLOCK, num_tokens=tokens, generation=0, **fields_of(tables))
+
+    request = played.land("moved", 40, offer=offer(32))
+    (job,) = played.jobs(played.step())
+    assert job.src_blocks == (100, 101, 200, 201)
+    played.step(played.done(job))
+    played.call(Op.EXTEND, request, offer=offer(112), tokens=(40, *range(41, 120)))
+    (job,) = played.jobs(played.step())
+    assert job.src_blocks == (104, 105, 106, 202, 203, 204, 205, 206)
+    played.step(played.done(job))
+    played.check()
+
+
+def test_a_copy_without_what_the_window_needs_is_computed_here(tiny_llama: str) -> None:
+    played = Played(tiny_llama, windows=WINDOWS)
+    tables = [Table(BLOCK, 5, (105, 106)), Table(BLOCK, 0, tuple(range(200, 207)))]
+    offer = KVOffer(RequestId("moved"), (PEER,), BLOCK, num_tokens=110, generation=0, **fields_of(tables))
+    request = played.land("moved", 111, offer=offer)
+    played.step(played.done(*played.jobs(played.step())))
+    played.call(Op.COMMIT, request, frozen=Frozen(offer, tuple(request.output_token_ids)))
+    assert played.step().num_scheduled_tokens == {request.request_id: 111}
 
 
 def test_a_model_with_one_group_says_nothing_of_groups(tiny_llama: str) -> None:

@@ -32,7 +32,7 @@ NAMES = {
         remove_skipped_blocks truncate_computed_blocks""",
     "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator": """
         group_block_sizes retention_interval single_type_managers""",
-    "vllm.v1.core.block_pool.BlockPool": "blocks free_blocks get_num_free_blocks null_block touch",
+    "vllm.v1.core.block_pool.BlockPool": "blocks free_blocks get_num_free_blocks null_block",
     "vllm.v1.core.kv_cache_utils.KVCacheBlock": "block_id ref_cnt",
     "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager": """
         add_local_computed_blocks allocate_external_computed_blocks allocate_new_blocks block_pool block_size free

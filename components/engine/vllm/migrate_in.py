@@ -52,7 +52,7 @@ class _Flight:
     quiet: int = 0
     """Workers on which nothing can land in its blocks any more."""
     blocks: list[KVCacheBlock] = field(default_factory=list)
-    """Blocks of a request that has ended or started over, and those that a window may leave before."""
+    """Blocks of a request that has ended or started over."""
 
 
 class MigrateIn:
@@ -287,7 +287,7 @@ class MigrateIn:
         )
         incoming.job = job
         incoming.rounds += 1
-        self._flights[job.job_id] = _Flight(job, record, blocks=self._port.hold(pairs.windowed))
+        self._flights[job.job_id] = _Flight(job, record)
         return job
 
     def take_new_jobs(self) -> tuple[list[Job], list[int]]:
@@ -382,7 +382,7 @@ class MigrateIn:
     def _leave_blocks_to(self, flight: _Flight, incoming: Incoming) -> None:
         """Something may still land in the blocks of a job that has failed: the request gets others."""
         record = flight.record
-        flight.blocks += self._port.unreserve(record.request)
+        flight.blocks = self._port.unreserve(record.request)
         incoming.parts = self._parts()
         if incoming.commit is not None:
             self._end(record)
@@ -395,7 +395,7 @@ class MigrateIn:
             return
         self._port.give_up_seat(record.request)
         if flight := self._stop_job(incoming):
-            flight.blocks += self._port.take_blocks(record.request)
+            flight.blocks = self._port.take_blocks(record.request)
 
     def _stop_job(self, incoming: Incoming) -> _Flight | None:
         """Drop a job that workers have not been given. One that they have is cancelled, may still write for a while,
@@ -408,7 +408,7 @@ class MigrateIn:
             self._cancelled.append(job.job_id)
             return self._flights[job.job_id]
         self._new.remove(job)
-        self._port.free_blocks_of(self._flights.pop(job.job_id).blocks)
+        del self._flights[job.job_id]
         return None
 
     def kept_blocks(self) -> Iterable[KVCacheBlock]:

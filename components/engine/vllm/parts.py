@@ -47,9 +47,12 @@ class Part:
             self.landed = self.local
         self.requested = self.landed
 
-    def take(self, there: Table, past: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Source blocks up to position ``past`` that no job has been made for, and ours for them."""
-        begin = max(self.requested, there.first, leading_nulls(self.ours))
+    def take(self, there: Table, past: int, needed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Source blocks up to position ``past`` that no job has been made for, and ours for them.
+
+        None before ``needed``: vLLM may give such a block to others while the job writes it.
+        """
+        begin = max(self.requested, there.first, leading_nulls(self.ours), needed)
         past = min(past, there.past, len(self.ours))
         self.requested = max(self.requested, past)
         return there.between(begin, past), tuple(self.ours[begin : max(begin, past)])
@@ -82,8 +85,6 @@ class Pairs:
 
     src: tuple[int, ...] = ()
     dst: tuple[int, ...] = ()
-    windowed: tuple[int, ...] = ()
-    """Those of ours that vLLM may take from the request while it lands."""
 
 
 class Parts:
@@ -134,10 +135,9 @@ class Parts:
             if whole and part.group.state:
                 continue
             past = num_tokens // part.group.block_size if whole else part.group.blocks_of(num_tokens)
-            src, dst = part.take(there, past)
+            src, dst = part.take(there, past, part.group.first_needed(offer.num_tokens))
             pairs.src += src
             pairs.dst += dst
-            pairs.windowed += dst if part.group.windowed else ()
         return pairs
 
     def checks(self, frozen: Frozen) -> tuple[tuple[int, tuple[int, ...]], ...]:

@@ -266,6 +266,8 @@ class SchedulerPort:
     def grow(self, request: Request, num_tokens: int, room_tokens: int = 0) -> bool:
         """Blocks of a reserved request for ``num_tokens``, or ``room_tokens``, in all. False without room."""
         had = request.num_computed_tokens
+        # What the newest offer does not need is given back: no job writes into that (``Parts.take``).
+        self._computed(request, had)
         new = max(num_tokens, min(room_tokens, self._scheduler.max_model_len)) - had
         if new <= 0:
             return True
@@ -332,15 +334,8 @@ class SchedulerPort:
         """Its blocks belong to the caller now, who has to free them."""
         return self._scheduler.kv_cache_manager.pop_blocks_for_free(request)
 
-    def hold(self, block_ids: Iterable[int]) -> list[KVCacheBlock]:
-        """Keep blocks, whoever else has or frees them, until ``free_blocks_of``."""
-        pool = self._scheduler.kv_cache_manager.block_pool
-        blocks = [pool.blocks[block_id] for block_id in block_ids]
-        pool.touch(blocks)
-        return blocks
-
     def free_blocks_of(self, blocks: Sequence[KVCacheBlock]) -> None:
-        """Give blocks of ``take_blocks`` or ``hold`` back to the pool."""
+        """Give blocks of ``take_blocks`` back to the pool."""
         # Reversed as vLLM does it: the prefix cache forgets a request's end first.
         self._scheduler.kv_cache_manager.block_pool.free_blocks(list(reversed(blocks)))
 
