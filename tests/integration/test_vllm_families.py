@@ -34,9 +34,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 HELD = {"gemma3": [{2, 3}] * 5, "gpt-oss": [{2, 3}], "deepseek-v3": [], "qwen3-next": [{1}] * 3}
 """Blocks of the groups that do not keep everything: a window of 64 tokens is in two or three of 32, a state in one."""
 SAMPLINGS = [
-    Sampling(temperature=0.0, max_tokens=120, ignore_eos=True),
-    Sampling(temperature=0.9, top_p=0.95, seed=7, max_tokens=120, ignore_eos=True),
-    Sampling(temperature=0.8, seed=11, presence_penalty=0.9, repetition_penalty=1.2, max_tokens=120, ignore_eos=True),
+    Sampling(temperature=0.0, max_tokens=180, ignore_eos=True),
+    Sampling(temperature=0.9, top_p=0.95, seed=7, max_tokens=180, ignore_eos=True),
+    Sampling(temperature=0.8, seed=11, presence_penalty=0.9, repetition_penalty=1.2, max_tokens=180, ignore_eos=True),
 ]
 PROMPTS = [5, 31, 64, 97, 300, 700, 990]
 
@@ -55,7 +55,7 @@ async def moved_answers(pair: Pair, count: int) -> int:
         plain = await run(pair.a, request)
         client, source, target = Client(), pair.a, pair.b
         stream: object = source.generate(request)
-        for stop in (6 + number % 7, 40 + number % 13, 80 + number % 32):
+        for stop in (6 + number % 7, 30 + number % 13, 60 + number % 32):
             await take_until(stream, client, stop)  # type: ignore[arg-type]
             stream = await move(source, target, request, client, stream, live=bool(number % 4))
             source, target = target, source

@@ -41,6 +41,7 @@ NAMES = {
         ChunkedLocalAttentionManager FullAttentionManager MambaManager SlidingWindowManager""",
     "vllm.v1.core.single_type_kv_cache_manager.MambaManager": "mamba_cache_mode num_speculative_blocks",
     "vllm.v1.kv_cache_interface.KVCacheSpec": "prefix_replay_tokens",
+    "vllm.v1.kv_cache_interface.UniformTypeKVCacheSpecs": "kv_cache_specs",
     "vllm.v1.core.sched.request_queue.RequestQueue": "prepend_request remove_requests",
     "vllm.v1.request.Request": """
         _output_token_ids append_output_token_ids client_index is_prefill_chunk kv_transfer_params lora_request

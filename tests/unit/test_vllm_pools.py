@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from components.engine.vllm.pools import pools_of
+from components.engine.vllm.pools import pools_of, pools_to_register
 from components.errors import ConfigError
 from components.transfer import SharedZeros, move_to_shared_memory
 from components.transfer.data.shared import shared_storages
@@ -109,3 +109,32 @@ def test_caches_that_are_not_where_the_plan_puts_them_are_refused() -> None:
     wider = replace(config.kv_cache_tensors[0], block_stride=2 * PAGE)
     with pytest.raises(ConfigError, match="vLLM plans 32768"):
         pools_of(made, replace(config, kv_cache_tensors=[wider]))
+
+
+def test_a_model_whose_requests_stay_is_served_whatever_its_caches_are() -> None:
+    """Rings, host memory, other numbers of blocks: nobody reads them."""
+    config = plan("LBHNC", attention(), attention("CrossAttentionSpec"))
+    made = caches(config, "LBHNC")
+    strange = made | {config.kv_cache_groups[1].layer_names[0]: torch.zeros(2, 6, 4, 8, 32)}
+    (pool,) = pools_to_register(strange, config)
+    assert (pool.name, pool.num_blocks) == ("none", 1)
+    with pytest.raises(ConfigError):
+        pools_to_register(made | {"model.layers.0.attn": torch.zeros(2, 6, 4, 8, 32)}, plan("LBHNC", attention()))
+
+
+def test_layers_with_states_are_taken_as_the_bytes_of_their_blocks() -> None:
+    spec = attention()
+    state = vllm.MambaSpec(
+        shapes=((3, 8), (4, 16)),
+        dtypes=(torch.bfloat16, torch.float32),
+        block_size=TOKENS,
+        page_size_padded=spec.page_size_bytes,
+    )
+    config = plan("LBHNC", spec, state)
+    made: Any = caches(config, "LBHNC")
+    for layer in config.kv_cache_groups[1].layer_names:
+        # As the model runner gives them: a view for each state.
+        made[layer] = [made[layer][..., :48], made[layer][..., 48:]]
+    pools = pools_of(made, config)
+    assert block_bytes(regions_of(pools)) == LAYERS * PAGE
+    assert [pool.tensor.shape for pool in pools[LAYERS:]] == [(BLOCKS, PAGE)] * LAYERS

@@ -18,7 +18,7 @@ import torch
 from components.engine.protocol import AgentRef
 from components.engine.vllm.compat.runners import runner_version
 from components.engine.vllm.fingerprint import fingerprint
-from components.engine.vllm.pools import pools_of
+from components.engine.vllm.pools import pools_to_register
 from components.engine.vllm.records import Job, JobResult, StepResults, Sums
 from components.errors import IntegrityError, MigrateError
 from components.transfer import (
@@ -65,7 +65,7 @@ class Loader:
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Describe vLLM's cache tensors to the agent and publish it."""
-        pools = pools_of(kv_caches, self._plan)
+        pools = pools_to_register(kv_caches, self._plan)
         adapters = self._extra["migration"].get("adapters", "")
         self.fingerprint = fingerprint(self._config, self._plan, pools, runner_version(self._config), adapters)
         settings = dict(self._extra["agent"])

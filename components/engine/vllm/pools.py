@@ -9,11 +9,13 @@ once, when vLLM has made the caches.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
+from components.engine.vllm.compat.groups import only_movable
 from components.errors import ConfigError
 from components.transfer import KVPool
 
@@ -21,7 +23,20 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
 
 
+logger = logging.getLogger(__name__)
+
 Caches = Mapping[str, torch.Tensor | list[torch.Tensor]]
+
+
+def pools_to_register(kv_caches: Caches, kv_cache_config: KVCacheConfig) -> list[KVPool]:
+    """``pools_of``; of a model whose requests cannot move, and whose caches cannot be read, a pool of nothing."""
+    try:
+        return pools_of(kv_caches, kv_cache_config)
+    except ConfigError as error:
+        if only_movable(kv_cache_config):
+            raise
+        logger.warning("requests of this model stay on their worker: %s", error)
+        return [KVPool(name="none", tensor=torch.zeros(1, 1), num_blocks=1, block_dim=0)]
 
 
 def pools_of(kv_caches: Caches, kv_cache_config: KVCacheConfig) -> list[KVPool]:

@@ -17,14 +17,31 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     SingleTypeKVCacheManager,
     SlidingWindowManager,
 )
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowMLASpec,
+    SlidingWindowSpec,
+)
 
 from components.engine.groups import Table
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 _MOVED = (FullAttentionManager, SlidingWindowManager, ChunkedLocalAttentionManager, MambaManager)
 """Blocks that are written once, from front to back, and leave a request at the front only; or a state in the last."""
+_MOVED_SPECS = (
+    FullAttentionSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    SlidingWindowMLASpec,
+    ChunkedLocalAttentionSpec,
+    MambaSpec,
+)
 _STATES = ("align", "none")
 """Modes of vLLM's cache of states in which a request that has no step under way has its state in its last block."""
 
@@ -93,6 +110,14 @@ def _why_state_stays(manager: MambaManager, runner_v2: bool) -> str | None:
     if manager.num_speculative_blocks:
         return "speculative decoding"
     return None if manager.mamba_cache_mode in _STATES else f"mamba_cache_mode {manager.mamba_cache_mode}"
+
+
+def only_movable(plan: KVCacheConfig) -> bool:
+    """Do all layers of a model keep what they keep in ways that could be moved? A worker knows no managers."""
+    specs: list[object] = []
+    for group in plan.kv_cache_groups:
+        specs += getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec}).values()
+    return all(type(spec) in _MOVED_SPECS for spec in specs)
 
 
 def why_not_movable(manager: KVCacheManager, runner_v2: bool) -> str | None:
