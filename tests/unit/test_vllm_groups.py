@@ -310,6 +310,23 @@ def test_no_copy_goes_where_a_window_has_been(tiny_llama: str) -> None:
     played.check()
 
 
+def test_a_group_whose_blocks_lie_elsewhere_now_is_copied_again(tiny_llama: str) -> None:
+    played = Played(tiny_llama, windows=WINDOWS)
+
+    def offer(*tables: tuple[int, ...]) -> KVOffer:
+        fields = fields_of([Table(BLOCK, 0, ids) for ids in tables])
+        return KVOffer(RequestId("moved"), (PEER,), BLOCK, num_tokens=BLOCK * len(tables[0]), generation=0, **fields)
+
+    request = played.land("moved", 70, offer=offer((100, 101, 102, 103), (200, 201, 202, 203)))
+    (job,) = played.jobs(played.step())
+    assert job.src_blocks == (101, 102, 103, 200, 201, 202, 203)
+    played.step(played.done(job))
+    newer = offer((100, 101, 102, 103, 104, 105), (200, 299, 202, 203, 204, 205))
+    played.call(Op.EXTEND, request, offer=newer, tokens=(70, *range(71, 100)))
+    (job,) = played.jobs(played.step())
+    assert job.src_blocks == (104, 105, 200, 299, 202, 203, 204, 205)
+
+
 def test_a_copy_without_what_the_window_needs_is_computed_here(tiny_llama: str) -> None:
     played = Played(tiny_llama, windows=WINDOWS)
     tables = [Table(BLOCK, 5, (105, 106)), Table(BLOCK, 0, tuple(range(200, 207)))]
