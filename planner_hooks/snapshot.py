@@ -168,11 +168,6 @@ class Snapshot:
         """Worker id to column index."""
         return {worker: i for i, worker in enumerate(self.worker_ids)}
 
-    @cached_property
-    def request_index(self) -> dict[str, int]:
-        """Request id to row; only built when something asks for it."""
-        return {request: i for i, request in enumerate(self.request_ids)}
-
     def after(self, moves: Iterable[Move], leaving: Iterable[str] = ()) -> Snapshot:
         """The snapshot in which these moves are under way and these workers are leaving."""
         moves = tuple(moves)

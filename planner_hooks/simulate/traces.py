@@ -77,12 +77,6 @@ def synthetic(
     ]
 
 
-def mean_work(shape: Shape) -> tuple[float, float]:
-    """Mean prompt and output tokens of a shape."""
-    sample = synthetic(shape, 1000.0, 20.0)
-    return float(np.mean([a.prompt_tokens for a in sample])), float(np.mean([a.output_tokens for a in sample]))
-
-
 def read(path: Path, speedup: float = 1.0) -> list[Arrival]:
     """A trace file; ``speedup`` divides all times."""
     try:
