@@ -89,6 +89,11 @@ class Report:
         """The load that the engine told last."""
         return self._stats
 
+    def blocks_of(self, engine_id: str) -> int:
+        """KV blocks that a request held in the last table, of all groups; 0 for one that was not there."""
+        kept = self._kept.get(engine_id)
+        return 0 if kept is None else kept.row.kv_blocks
+
     def age_s(self) -> float:
         """Time since the engine has told its table."""
         return self._clock() - self._told_at

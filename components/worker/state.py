@@ -257,7 +257,8 @@ class WorkerStatus:
         rooms, size = await self._peers(), self._info.block_size
         plan = []
         for leg in legs:
-            needed = -(-room_tokens(leg, size) // size) + 1
+            # Models with several groups of layers hold more than their tokens need in one.
+            needed = max(-(-room_tokens(leg, size) // size), self._report.blocks_of(leg.engine_id)) + 1
             free = {instance: room for instance, room in rooms.items() if room.seats > 0 and room.blocks >= needed}
             if not free:
                 continue

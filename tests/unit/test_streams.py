@@ -396,6 +396,23 @@ async def test_a_worker_that_only_seems_to_have_room_is_asked_again_with_back_of
 
 
 @virtual
+async def test_a_drain_asks_for_as_many_blocks_as_the_request_holds_in_all_groups() -> None:
+    sampling = Sampling(temperature=0.0, max_tokens=90)
+    async with cluster(2) as workers:
+        source, _ = workers.nodes
+        reader = Reader(source, GenerateRequest(RequestId("r"), PROMPT, sampling))
+        await asyncio.sleep(0.01)
+        await source.status.report(WorkerCall(WorkerOp.STATUS))
+        [leg] = source.status.running()
+        assert source.status._report.blocks_of(leg.engine_id) > 0
+        assert len(await source.status._plan([leg])) == 1
+        source.status._report.blocks_of = lambda _: 10_000  # type: ignore[method-assign]
+        assert await source.status._plan([leg]) == []
+        await reader.done
+        await workers.quiet()
+
+
+@virtual
 async def test_requests_move_only_between_workers_of_the_same_weights() -> None:
     sampling = Sampling(temperature=0.0, max_tokens=80)
     async with cluster(3) as workers:
