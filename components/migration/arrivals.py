@@ -67,6 +67,7 @@ class Arrivals:
             max_tokens=ticket.max_tokens,
             trace=ticket.trace,
             moves=ticket.moves,
+            order=ticket.order,
             tried=frozenset(ticket.tried),
             life=ticket.life,
             before=ticket.output_token_ids,

@@ -76,6 +76,10 @@ class Leg:
     parting: asyncio.Event | None = None
     """There from the first move on of a life that a handler reads from the engine; set when it has left."""
     moves: int = 0
+    order: tuple[int, ...] = ()
+    """As in ``Owner``."""
+    attempts: int = 0
+    """To move this life."""
     served: bool = False
     """A handler of this worker gives its tokens to the frontend."""
     handed_on: bool = False
@@ -106,7 +110,7 @@ class Leg:
         """All output tokens that this worker has seen."""
         return self.tokens
 
-    def ticket(self, life: Life, fingerprint: str, made: Sequence[int], moves: int) -> Ticket:
+    def ticket(self, life: Life, fingerprint: str, made: Sequence[int], moves: int, order: tuple[int, ...]) -> Ticket:
         """What a worker needs to begin ``life`` of this request after the output tokens ``made``."""
         return Ticket(
             self.request_id,
@@ -120,6 +124,7 @@ class Leg:
             self.attached,
             dict(self.trace),
             moves,
+            order,
         )
 
     @property

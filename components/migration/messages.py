@@ -47,9 +47,12 @@ class Owner(msgspec.Struct, frozen=True):
     prompt_tokens: int = 0
     """How much of a repeated request is the client's prompt; the rest is the answer so far."""
     moves: int = 0
-    """How often the request has moved: calls that tell of different moves may cross."""
+    """How often the request has moved."""
     tried: tuple[int, ...] = ()
     """Workers to which the frontend had sent the request when it moved: it sends it to none of them again."""
+    order: tuple[int, ...] = ()
+    """The attempts to move it that led here, one number for each life: what a source tries after it has taken a request
+    back is later than all that became of the attempt before."""
 
 
 class Ticket(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -72,6 +75,8 @@ class Ticket(msgspec.Struct, frozen=True, omit_defaults=True):
     """W3C headers of the trace that the request belongs to."""
     moves: int = 0
     """How often it has moved, with the move that this ticket is for."""
+    order: tuple[int, ...] = ()
+    """As in ``Owner``."""
 
 
 class Handover(msgspec.Struct, frozen=True, omit_defaults=True):

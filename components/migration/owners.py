@@ -53,10 +53,10 @@ class Owners:
         self._known = {key: value for key, value in self._known.items() if value[1] > now}
 
     def learn(self, owners: Sequence[tuple[RequestId, Owner]]) -> None:
-        """Take another worker's records in, but those of an earlier move than one that is known."""
+        """Take another worker's records in, but those of an earlier attempt than one that is known."""
         until = time.monotonic() + OWNER_S
         for request_id, owner in owners:
-            if (known := self.get(request_id)) is None or owner.moves >= known.moves:
+            if (known := self.get(request_id)) is None or owner.order >= known.order:
                 self._known[request_id] = (owner, until)
 
     def known_to(self, workers: Collection[int], told: frozenset[int]) -> bool:

@@ -97,7 +97,9 @@ class _Move:
         self._engine = requests.engine
         self._leg = leg
         self._limits = limits
-        self._owner = Owner(target, new_life(), len(leg.prompt_token_ids), leg.moves + 1, tuple(leg.tried))
+        leg.attempts += 1
+        order = (*leg.order, leg.attempts)
+        self._owner = Owner(target, new_life(), len(leg.prompt_token_ids), leg.moves + 1, tuple(leg.tried), order)
         self._relay: AsyncGenerator[GenerateOutput, None] | None = None
         self._status = LandingStatus(reserved=False)
         self._first_at = 0.0
@@ -223,7 +225,9 @@ class _Move:
         """Ask for a seat and blocks."""
         leg = self._leg
         offer = await self._offer(blocks)
-        ticket = leg.ticket(self._owner.life, self._requests.fingerprint, leg.known(), self._owner.moves)
+        ticket = leg.ticket(
+            self._owner.life, self._requests.fingerprint, leg.known(), self._owner.moves, self._owner.order
+        )
         await self._call(WorkerOp.RESERVE, ticket=ticket, offer=offer)
 
     async def _pre_copy(self, rounds: int) -> None:

@@ -107,7 +107,7 @@ async def test_a_moved_request_is_relayed_while_no_prefill_worker_could_take_its
 
 def test_an_announcement_that_a_later_one_has_overtaken_changes_nothing() -> None:
     owners = Owners(None, 1)  # type: ignore[arg-type]
-    later, earlier = Owner(3, 30, moves=2), Owner(2, 20, moves=1)
+    later, earlier = Owner(3, 30, order=(2,)), Owner(2, 20, order=(1, 5))
     owners.learn([(RequestId("r"), later)])
     owners.learn([(RequestId("r"), earlier)])
     assert owners.get(RequestId("r")) == later
