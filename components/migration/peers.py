@@ -16,9 +16,10 @@ from typing import Any, Protocol
 from components.engine.protocol import GenerateOutput, RequestId
 from components.errors import DeadlineExceeded, MigrateError, WorkerLost, from_code
 from components.messages import pack, unpack
-from components.migration.messages import Attached, Owner, WorkerCall, WorkerOp, WorkerReply
+from components.migration.messages import Attached, Owner, WorkerCall, WorkerOp, WorkerReply, WorkerState
 
 OPEN_S = 20.0
+STATUS_S = 2.0
 
 
 def short(instance: int) -> str:
@@ -145,6 +146,14 @@ class DynamoPeers:
             if not whole:
                 # A reader that leaves ends the peer's side too.
                 context.stop_generating()
+
+
+async def states_of(peers: Peers, instances: Sequence[int]) -> dict[int, WorkerState]:
+    """What workers tell of themselves, without their requests; one that does not answer in ``STATUS_S`` is left out."""
+    call = WorkerCall(WorkerOp.STATUS, requests=False)
+    asked = (peers.call(instance, call, STATUS_S) for instance in instances)
+    replies = zip(instances, await asyncio.gather(*asked, return_exceptions=True), strict=True)
+    return {i: r.state for i, r in replies if not isinstance(r, BaseException) and r.state is not None}
 
 
 async def _opened(stream: AsyncGenerator[Attached, None], owner: Owner) -> AsyncGenerator[Attached, None]:

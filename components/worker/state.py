@@ -23,8 +23,8 @@ from components.errors import MigrateError, NoRoom, Refused, RequestNotFound
 from components.metrics import spans
 from components.metrics.worker import Gauges, WorkerMetrics
 from components.migration.legs import Arrival, Leg
-from components.migration.messages import Mode, MoveRecord, WorkerCall, WorkerOp, WorkerState
-from components.migration.peers import Peers
+from components.migration.messages import Mode, MoveRecord, WorkerCall, WorkerState
+from components.migration.peers import Peers, states_of
 from components.migration.requests import Requests
 from components.migration.session import Limits, migrate, room_tokens
 from components.transfer.ids import Epoch
@@ -34,7 +34,6 @@ from components.worker.report import Report, lives, relays
 logger = logging.getLogger(__name__)
 _RECORDS = 64
 """Moves that are kept for people and planners to see."""
-_STATUS_S = 2.0
 _DISCOVERY_S = 5.0
 """What leaves does not wait longer for etcd."""
 _BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.25, 5.0
@@ -171,14 +170,15 @@ class WorkerStatus:
         """Room on the workers that could take a request over; one that does not answer in time is none."""
         peers = self._requests.peers
         others = [i for i in peers.instances() if i != self._requests.instance]
-        call = WorkerCall(WorkerOp.STATUS, requests=False)
-        asked = (peers.call(instance, call, _STATUS_S) for instance in others)
         found: dict[int, _Room] = {}
-        for instance, reply in zip(others, await asyncio.gather(*asked, return_exceptions=True), strict=True):
-            if isinstance(reply, BaseException) or (state := reply.state) is None or state.cordoned:
-                continue
+        for instance, state in (await states_of(peers, others)).items():
             info, stats = state.info, state.stats
-            if info is not None and info.fingerprint == self._info.fingerprint and state.role == self._role:
+            if (
+                not state.cordoned
+                and info is not None
+                and info.fingerprint == self._info.fingerprint
+                and state.role == self._role
+            ):
                 taken = stats.running + stats.waiting + stats.frozen + stats.landing
                 found[instance] = _Room(stats.free_blocks, info.max_num_seqs - taken)
         return found

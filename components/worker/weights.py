@@ -15,26 +15,24 @@ import asyncio
 import logging
 
 from components.engine.protocol import EngineInfo
-from components.migration.messages import WorkerCall, WorkerOp
-from components.migration.peers import Peers, short
+from components.migration.peers import Peers, short, states_of
 
 logger = logging.getLogger(__name__)
 _LOOK_S = 1.0
-_ANSWER_S = 2.0
 
 
 async def with_others(peers: Peers, instance: int, info: EngineInfo) -> list[int]:
     """Workers in discovery beside ``instance`` that serve the model's name with other weights."""
     others = [other for other in peers.siblings() if other != instance]
-    call = WorkerCall(WorkerOp.STATUS, requests=False)
-    replies = await asyncio.gather(*(peers.call(other, call, _ANSWER_S) for other in others), return_exceptions=True)
-    found = []
-    for other, reply in zip(others, replies, strict=True):
-        if isinstance(reply, BaseException) or reply.state is None or (its := reply.state.info) is None:
-            continue
-        if its.model == info.model and its.weights and info.weights and its.weights != info.weights:
-            found.append(other)
-    return found
+    return [
+        other
+        for other, state in (await states_of(peers, others)).items()
+        if (its := state.info) is not None
+        and its.model == info.model
+        and its.weights
+        and info.weights
+        and its.weights != info.weights
+    ]
 
 
 async def until_alone(peers: Peers, instance: int, info: EngineInfo) -> None:
