@@ -29,7 +29,7 @@ class FakeExecutor:
 
     def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         if method == "dm_attach":
-            info = RankInfo(AgentRef(AgentName("here"), Epoch("1")), ("tcp",), "fingerprint", 1000)
+            info = RankInfo(AgentRef(AgentName("here"), Epoch("1")), ("tcp",), "fingerprint", 1000, "weights")
             return [info] * self.ranks
         if method == "dm_snapshot":
             return [Snapshot(b"", [0] * len(args[1]))] * self.ranks

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from components.engine.vllm.fingerprint import fingerprint
+from components.engine.vllm.fingerprint import fingerprint, weights_of
 from components.errors import ConfigError
 from components.models.weights import check, digest
 from components.transfer import KVPool
@@ -60,7 +60,7 @@ def engine(model: Path | str, load_format: str = "auto", runner: str = "v1", ada
     order = values.get("order", (0, 1, 2))
     pools = [KVPool("layer.0", torch.zeros(4, 8, 16).permute(order), 4, 0)]
     plan: Any = SimpleNamespace(kv_cache_groups=[])
-    return fingerprint(vllm_config, plan, pools, runner, adapters)
+    return fingerprint(vllm_config, plan, pools, runner, adapters, weights_of(vllm_config))
 
 
 def test_equal_copies_in_other_folders_have_one_fingerprint(model: Path, tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     num_blocks: int = 0
     kv_bytes_per_token: int = 0
     fingerprint: str = ""
+    weights: str = ""
     offer: KVOffer | None = None
     frozen: Frozen | None = None
     landing: LandingStatus | None = None

@@ -33,7 +33,6 @@ from components.engine.protocol import (
 from components.engine.vllm import arguments, native
 from components.engine.vllm.client import CoreClient
 from components.engine.vllm.control import MARKER, decode_frozen
-from components.engine.vllm.fingerprint import weights_of
 from components.engine.vllm.loras import Loras
 from components.engine.vllm.sampling import finish_reason, logprobs_of, marked, to_vllm
 from components.errors import (
@@ -147,7 +146,7 @@ class VLLMEngine:
             kv_bytes_per_token=reply.kv_bytes_per_token,
             lease_s=self._options.lease_s,
             steps_ahead=int(bool(config.scheduler_config.async_scheduling)),
-            weights=await asyncio.to_thread(weights_of, config),
+            weights=reply.weights,
         )
         return self._info
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from components.models import weights
+from components.models.weights import digest
 from components.transfer import KVPool
 from components.transfer.regions import regions_of
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def fingerprint(
-    vllm_config: VllmConfig, plan: KVCacheConfig, pools: Sequence[KVPool], runner: str, adapters: str
+    vllm_config: VllmConfig, plan: KVCacheConfig, pools: Sequence[KVPool], runner: str, adapters: str, weights: str
 ) -> str:
-    """``plan`` is vLLM's of its KV caches.
+    """``plan`` is vLLM's of its KV caches, ``weights`` the digest of ``weights_of``.
 
     ``runner`` names the model runner whose results these are; ``adapters`` is a digest, empty without them.
     """
@@ -33,7 +33,7 @@ def fingerprint(
     config.pop("_name_or_path", None)
     facts = {
         "model": config,
-        "weights": weights_of(vllm_config),
+        "weights": weights,
         # Random weights come from the device's own generator.
         "device": pools[0].tensor.device.type if vllm_config.load_config.load_format == "dummy" else "",
         "runner": runner,
@@ -58,4 +58,4 @@ def weights_of(vllm_config: VllmConfig) -> str:
     model, load = vllm_config.model_config, vllm_config.load_config
     # vLLM keeps the address of weights in an object store apart from that of the configuration.
     source = model.model_weights or model.model
-    return weights.digest(source, str(load.load_format), model.revision, load.download_dir)
+    return digest(source, str(load.load_format), model.revision, load.download_dir)

@@ -17,7 +17,7 @@ import torch
 
 from components.engine.protocol import AgentRef
 from components.engine.vllm.compat.runners import runner_version
-from components.engine.vllm.fingerprint import fingerprint
+from components.engine.vllm.fingerprint import fingerprint, weights_of
 from components.engine.vllm.pools import pools_to_register
 from components.engine.vllm.records import Job, JobResult, StepResults, Sums
 from components.errors import IntegrityError, MigrateError
@@ -48,6 +48,7 @@ class Loader:
         self._quiet: list[int] = []
         self._sums: list[Sums] = []
         self.fingerprint = ""
+        self.weights = ""
 
     @property
     def rank(self) -> int:
@@ -67,7 +68,9 @@ class Loader:
         """Describe vLLM's cache tensors to the agent and publish it."""
         pools = pools_to_register(kv_caches, self._plan)
         adapters = self._extra["migration"].get("adapters", "")
-        self.fingerprint = fingerprint(self._config, self._plan, pools, runner_version(self._config), adapters)
+        self.weights = weights_of(self._config)
+        runner = runner_version(self._config)
+        self.fingerprint = fingerprint(self._config, self._plan, pools, runner, adapters, self.weights)
         settings = dict(self._extra["agent"])
         settings["name"] = f"{settings['name']}-tp{self.rank}"
         settings |= {

@@ -140,6 +140,7 @@ class Migration:
             num_blocks=self.port.num_blocks,
             kv_bytes_per_token=sum(per_block // group.block_size for group in self.port.groups if not group.windowed),
             fingerprint=infos[0].fingerprint,
+            weights=infos[0].weights,
         )
 
     def expects_commit(self, request_id: RequestId) -> bool:

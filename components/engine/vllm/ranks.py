@@ -25,6 +25,8 @@ class RankInfo:
     fingerprint: str
     block_bytes: int
     """Bytes of one KV block."""
+    weights: str
+    """Digest of the model's weights."""
 
 
 @dataclass(frozen=True)

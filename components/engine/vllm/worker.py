@@ -23,7 +23,8 @@ class WorkerExtension:
         connector = _connector()
         connector.runner = runner_port(self.model_runner)
         loader = connector.loader
-        return RankInfo(loader.agent.ref, loader.agent.lanes, loader.fingerprint, loader.agent.record.block_bytes)
+        agent = loader.agent
+        return RankInfo(agent.ref, agent.lanes, loader.fingerprint, agent.record.block_bytes, loader.weights)
 
     def dm_snapshot(self, vllm_id: str, blocks: tuple[int, ...]) -> Snapshot:
         """Generator state of a request and checksums of some of its blocks."""
