@@ -66,7 +66,6 @@ class Arrivals:
             attached=ticket.attached,
             max_tokens=ticket.max_tokens,
             trace=ticket.trace,
-            moves=ticket.moves,
             order=ticket.order,
             tried=frozenset(ticket.tried),
             life=ticket.life,

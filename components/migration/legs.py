@@ -75,7 +75,6 @@ class Leg:
     away: Away | None = None
     parting: asyncio.Event | None = None
     """There from the first move on of a life that a handler reads from the engine; set when it has left."""
-    moves: int = 0
     order: tuple[int, ...] = ()
     """As in ``Owner``."""
     attempts: int = 0
@@ -110,7 +109,7 @@ class Leg:
         """All output tokens that this worker has seen."""
         return self.tokens
 
-    def ticket(self, life: Life, fingerprint: str, made: Sequence[int], moves: int, order: tuple[int, ...]) -> Ticket:
+    def ticket(self, life: Life, fingerprint: str, made: Sequence[int], order: tuple[int, ...]) -> Ticket:
         """What a worker needs to begin ``life`` of this request after the output tokens ``made``."""
         return Ticket(
             self.request_id,
@@ -123,9 +122,13 @@ class Leg:
             self.max_tokens,
             self.attached,
             dict(self.trace),
-            moves,
             order,
         )
+
+    @property
+    def moves(self) -> int:
+        """How often the request has moved."""
+        return len(self.order) + (self.away is not None)
 
     @property
     def last_token_at(self) -> float:

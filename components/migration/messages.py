@@ -46,8 +46,6 @@ class Owner(msgspec.Struct, frozen=True):
     life: Life
     prompt_tokens: int = 0
     """How much of a repeated request is the client's prompt; the rest is the answer so far."""
-    moves: int = 0
-    """How often the request has moved."""
     tried: tuple[int, ...] = ()
     """Workers to which the frontend had sent the request when it moved: it sends it to none of them again."""
     order: tuple[int, ...] = ()
@@ -73,8 +71,6 @@ class Ticket(msgspec.Struct, frozen=True, omit_defaults=True):
     """Why the frontend does not send this request again, so that somebody must relay it to its end; empty: it does."""
     trace: dict[str, str] = {}
     """W3C headers of the trace that the request belongs to."""
-    moves: int = 0
-    """How often it has moved, with the move that this ticket is for."""
     order: tuple[int, ...] = ()
     """As in ``Owner``."""
 

@@ -175,7 +175,7 @@ class Requests:
                 yield output
 
     def _again(self, leg: Leg, made: list[int]) -> Arrival:
-        ticket = leg.ticket(new_life(), self.fingerprint, made, leg.moves, leg.order)
+        ticket = leg.ticket(new_life(), self.fingerprint, made, leg.order)
         self.arrivals.reserve(ticket, None)
         again = self.arrivals.lives[ticket.life]
         again.committed = True
@@ -256,7 +256,6 @@ class Requests:
             tuple(token_ids),
             native,
             max_tokens=max_tokens,
-            moves=owner.moves,
             order=owner.order,
             tried=frozenset(owner.tried),
         )

@@ -82,7 +82,6 @@ async def migrate(requests: Requests, leg: Leg, target: int, mode: Mode, limits:
             if target == requests.instance:
                 raise SessionError("the request is already there")
             record = await _Move(requests, leg, target, limits).run(record)
-            leg.moves += 1
     except MigrateError as error:
         record = msgspec.structs.replace(record, code=error.code, reason=str(error))
         logger.warning("request %s stays: %s", leg.request_id, error)
@@ -99,7 +98,7 @@ class _Move:
         self._limits = limits
         leg.attempts += 1
         order = (*leg.order, leg.attempts)
-        self._owner = Owner(target, new_life(), len(leg.prompt_token_ids), leg.moves + 1, tuple(leg.tried), order)
+        self._owner = Owner(target, new_life(), len(leg.prompt_token_ids), tuple(leg.tried), order)
         self._relay: AsyncGenerator[GenerateOutput, None] | None = None
         self._status = LandingStatus(reserved=False)
         self._first_at = 0.0
@@ -225,9 +224,7 @@ class _Move:
         """Ask for a seat and blocks."""
         leg = self._leg
         offer = await self._offer(blocks)
-        ticket = leg.ticket(
-            self._owner.life, self._requests.fingerprint, leg.known(), self._owner.moves, self._owner.order
-        )
+        ticket = leg.ticket(self._owner.life, self._requests.fingerprint, leg.known(), self._owner.order)
         await self._call(WorkerOp.RESERVE, ticket=ticket, offer=offer)
 
     async def _pre_copy(self, rounds: int) -> None:
