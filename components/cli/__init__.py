@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import metadata
 from typing import Annotated
 
 import typer
@@ -32,6 +31,8 @@ top.register(app)
 def _version(wanted: bool) -> None:
     if not wanted:
         return
+    from importlib import metadata
+
     installed = {package.name.lower(): package.version for package in metadata.distributions() if package.name}
     print(", ".join(f"{name} {installed[name]}" for name in _PACKAGES if name in installed))
     raise typer.Exit

@@ -3,22 +3,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from components import process
 from components.cli.formats import Format, Output, print_json
 from components.cli.tables import console, show_moves, show_status
-from components.client import Drained, Workers
 from components.errors import MigrateError
 from components.migration.messages import Mode
-from components.serve.state import reach
 from components.status import Status
+
+if TYPE_CHECKING:
+    from components.client import Drained, Workers
 
 T = TypeVar("T")
 Wide = Annotated[bool, typer.Option("--wide", help="whole ids and all columns, however wide they are")]
@@ -36,6 +35,11 @@ def _run(
     work: Callable[[Workers], Awaitable[T]], show: Callable[[T], None], well: Callable[[T], bool] = lambda _: True
 ) -> None:
     """Ask the workers, show the answer, and end: with 0, with 1 when it is not ``well``, with 2 after an error."""
+    import asyncio
+
+    from components import process
+    from components.client import Workers
+    from components.serve.state import reach
 
     async def main() -> T:
         workers = await Workers.connect(process.connect(), process.namespace())

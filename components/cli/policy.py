@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from pathlib import Path
@@ -14,10 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from components import process
 from components.cli.formats import Format, Output, print_json
 from components.errors import ConfigError
-from components.serve.state import reach
 from components.wire import UNREADABLE
 
 if TYPE_CHECKING:
@@ -52,6 +49,8 @@ def explain(
     dynamo policy explain --save now.json
     dynamo policy explain --snapshot now.json --policy-file my.yaml
     """
+    import asyncio
+
     from planner_hooks.config import load
     from planner_hooks.snapshot import Snapshot
 
@@ -85,7 +84,9 @@ def read(path: Path) -> Capture:
 
 async def observe(rules: PolicyFile) -> Capture:
     """What the running system looks like."""
+    from components import process
     from components.client import Workers
+    from components.serve.state import reach
     from planner_hooks.observe import Observer
 
     reach()

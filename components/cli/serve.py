@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -15,13 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from components import env, models
-from components.serve.graph import load
-from components.serve.plan import Plan, make_plan, parse_overrides, read_yaml
 from components.transfer.config import Transport
 
 if TYPE_CHECKING:
     from components.cli.launcher import Then
+    from components.serve.plan import Plan
 
 _DEMO = "graphs.disagg:Frontend"
 _EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -48,6 +43,10 @@ def resolve(
     graph: str, config: Path | None, transport: Transport, port: int | None, only: str, arguments: list[str]
 ) -> Plan:
     """The plan for the command line's arguments, with models prepared."""
+    from components import env, models
+    from components.serve.graph import load
+    from components.serve.plan import make_plan, parse_overrides, read_yaml
+
     env.check()
     values = read_yaml(config) if config else {}
     overrides = parse_overrides(arguments)
@@ -97,6 +96,8 @@ def serve(
 
 
 def _run(plan: Plan, console: Console, then: Then | None, dashboard: int | None) -> None:
+    import asyncio
+
     from components.cli.launcher import Launcher
 
     asyncio.run(Launcher(plan, console, dashboard).run(then))
@@ -144,6 +145,9 @@ def demo(
 
 async def chat(plan: Plan, console: Console) -> None:
     """One streaming request; prints text, TTFT and TPOT as vLLM defines them."""
+    import json
+    import statistics
+
     import httpx
 
     url = f"{plan.url}/v1/chat/completions"

@@ -3,20 +3,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.live import Live
 
-from components import process
-from components.dashboard.sample import Sampler
-from components.dashboard.top import view
 from components.errors import MigrateError
-from components.serve.state import reach
 
 _WIDTH = 120
 
@@ -36,6 +30,10 @@ def top(
     dynamo top
     dynamo top --once
     """
+    import asyncio
+
+    from components.serve.state import reach
+
     reach()
     code = 0
     try:
@@ -57,7 +55,14 @@ def _console() -> Console:
 
 
 async def _watch(interval: float, once: bool, console: Console) -> None:
+    import asyncio
+
+    from rich.live import Live
+
+    from components import process
     from components.client import Workers
+    from components.dashboard.sample import Sampler
+    from components.dashboard.top import view
 
     sampler = Sampler(await Workers.connect(process.connect(), process.namespace()), interval)
     await sampler.once()

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,39 @@ def test_a_command_finds_the_graph_that_was_started_last(monkeypatch: pytest.Mon
     assert os.environ["ETCD_ENDPOINTS"] == "http://127.0.0.1:1"
     with pytest.raises(ConfigError, match=r"etcd does not answer at 127\.0\.0\.1:1"):
         state.reach()
+
+
+HEAVY = ("numpy", "torch", "vllm", "nixl", "httpx", "aiohttp", "grpc", "prometheus_client", "planner_hooks")
+"""Each takes as long to import as a whole command should take."""
+UNTIL_NEEDED = (*HEAVY, "dynamo", "pydantic", "yaml", "uvloop", "psutil")
+SHOWN = "import sys, components.cli; print(*[name for name in {names} if name in sys.modules])"
+ASKED = """
+import asyncio, os, sys
+from components import process
+from components.cli import app
+try:
+    app(["status"])
+except Exception as error:
+    print(error)
+async def connect():
+    process.connect()
+asyncio.run(connect())
+print(*[name for name in {names} if name in sys.modules], flush=True)
+os._exit(0)
+"""
+
+
+def lines(program: str, names: tuple[str, ...]) -> list[str]:
+    environment = os.environ | {"ETCD_ENDPOINTS": "http://127.0.0.1:1", "DYN_DISCOVERY_BACKEND": "mem"}
+    command = [sys.executable, "-c", program.format(names=names)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_help_imports_nothing_that_only_commands_need() -> None:
+    assert lines(SHOWN, UNTIL_NEEDED) == [""]
+
+
+def test_status_imports_neither_engine_nor_numbers() -> None:
+    told, imported = lines(ASKED, HEAVY)
+    assert "etcd does not answer at 127.0.0.1:1" in told
+    assert imported == ""
