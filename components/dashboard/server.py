@@ -3,7 +3,7 @@
 
     /            the page
     /api/state   the newest sample and the history, once
-    /api/stream  every new sample as a server-sent event
+    /api/stream  the same at once, then every new sample, as server-sent events; at least one in ten seconds
     /targets     where Prometheus finds all metrics (its HTTP service discovery)
 
 It only reads: nothing here moves or drains. No address of another host is loaded (the page's policy forbids it).
@@ -58,21 +58,25 @@ class Page:
 
     async def state(self, _: web.Request) -> web.Response:
         """Everything at once."""
+        return web.Response(body=self._told(history=True), content_type="application/json")
+
+    def _told(self, history: bool) -> bytes:
         sampler = self._sampler
-        everything = {"error": sampler.error, "latest": sampler.latest, "history": list(sampler.history)}
-        return web.Response(body=msgspec.json.encode(everything), content_type="application/json")
+        told = {"error": sampler.error, "latest": sampler.latest}
+        return msgspec.json.encode(told | {"history": list(sampler.history)} if history else told)
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
-        """Sample after sample until the browser goes."""
+        """Everything, then sample after sample until the browser goes."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         await response.prepare(request)
+        told = self._told(history=True)
         while True:
-            await self._sampler.next()
-            sample = {"error": self._sampler.error, "latest": self._sampler.latest}
             try:
-                await response.write(b"data: " + msgspec.json.encode(sample) + b"\n\n")
+                await response.write(b"data: " + told + b"\n\n")
             except ConnectionError:
                 return response
+            await self._sampler.next()
+            told = self._told(history=False)
 
     async def targets(self, _: web.Request) -> web.Response:
         """Prometheus' HTTP service discovery."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import io
 
+import aiohttp
 import msgspec
 from rich.console import Console
 
 from components.client import Workers
 from components.dashboard.lives import Lives
 from components.dashboard.sample import Sampler
+from components.dashboard.server import Page, serve
 from components.dashboard.top import view
 from components.engine.protocol import RequestId, RequestPhase
 from components.migration.messages import Mode, MoveRecord, RequestRow
@@ -77,3 +79,19 @@ async def test_rates_are_those_between_two_looks() -> None:
     cluster.states[1]._requests._tokens = 500
     await sampler.once()
     assert sampler.latest is not None and sampler.latest.point.tokens_per_s > 0
+
+
+async def test_who_opens_the_page_or_comes_back_gets_everything_at_once() -> None:
+    sampler = Sampler(Workers(fake_workers.Workers(2)))
+    for _ in range(3):
+        await sampler.once()
+    runner = await serve(Page(sampler), "127.0.0.1", 0)
+    address = f"http://127.0.0.1:{runner.addresses[0][1]}/api/stream"
+    async with aiohttp.ClientSession() as client, client.get(address) as reply:
+        first = msgspec.json.decode((await reply.content.readline()).removeprefix(b"data: "))
+        assert len(first["history"]) == 3 and len(first["latest"]["workers"]) == 2
+        await reply.content.readline()
+        await sampler.once()
+        second = msgspec.json.decode((await reply.content.readline()).removeprefix(b"data: "))
+        assert "history" not in second and second["latest"]["point"] != first["latest"]["point"]
+    await runner.cleanup()

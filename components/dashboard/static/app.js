@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The page: reads /api/state once, then every sample from /api/stream. Only this file touches the document.
+// The page: shows what /api/stream sends, everything first and then every sample. Only this file touches the document.
 import { bars } from "./lives.js";
 import { chart } from "./charts.js";
 import { colour } from "./colours.js";
 
 const HISTORY = 600;
+// The server sends something every 10 s at least.
+const SILENT_MS = 15000, LOOK_MS = 3000;
 // Values that are not sent, because they are these.
 const NOTHING = { downtime_s: 0, added_stall_s: 0, rounds: 0, bytes: 0, lane: "", code: "", reason: "" };
 const points = [];
@@ -114,10 +116,15 @@ function charts() {
   kv(at, loads, loads.map(({ worker }) => of(worker, "kv_use")));
 }
 
-function show({ error, latest }) {
+function say(error) {
   const line = document.getElementById("error");
   line.hidden = !error;
   line.textContent = error;
+}
+
+function show({ error, latest, history }) {
+  say(error || (latest ? "" : "no worker has answered yet"));
+  if (history) points.splice(0, points.length, ...history);
   if (!latest) return;
   if (!points.length || points.at(-1).at !== latest.point.at) points.push(latest.point);
   points.splice(0, points.length - HISTORY);
@@ -130,13 +137,36 @@ function show({ error, latest }) {
   document.body.dataset.samples = points.length;
 }
 
-async function start() {
-  const state = await (await fetch("/api/state")).json();
-  points.push(...state.history);
-  show(state);
-  const stream = new EventSource("/api/stream");
-  stream.onmessage = (event) => show(JSON.parse(event.data));
-  stream.onerror = () => show({ error: "no connection to the launcher", latest: null });
+let stream, asked, heard;
+
+function listen() {
+  stream?.close();
+  stream = new EventSource("/api/stream");
+  asked = Date.now();
+  stream.onmessage = (event) => {
+    asked = heard = Date.now();
+    document.body.classList.remove("lost");
+    show(JSON.parse(event.data));
+  };
+  stream.onerror = lost;
 }
 
-start();
+function lost() {
+  const since = heard ? `; this is how it was at ${new Date(heard).toTimeString().slice(0, 8)}` : "";
+  // A browser that was refused does not try again by itself.
+  const refused = stream.readyState === EventSource.CLOSED;
+  document.body.classList.add("lost");
+  say(`${refused ? "the server refuses: open the address that dynamo serve printed" : "connection lost, trying again"}${since}`);
+}
+
+// A phone that slept, or a network that swallows everything, brings no error.
+function look() {
+  if (stream.readyState !== EventSource.CLOSED && Date.now() - asked < SILENT_MS) return;
+  lost();
+  listen();
+}
+
+listen();
+setInterval(look, LOOK_MS);
+addEventListener("online", look);
+document.addEventListener("visibilitychange", look);

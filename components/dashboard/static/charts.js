@@ -23,7 +23,7 @@ export function chart(parent, format, range) {
     cursor: { drag: { x: false, y: false }, points: { size: 5 } },
     scales: {
       x: { range: (_, first, last) => [Math.min(first, last - SHORTEST_S), last] },
-      y: { range: range ?? ((_, low, high) => [0, Math.max(1, 1.1 * high)]) },
+      y: { range: range ?? ((_, low, high) => [0, Math.max(10, 1.1 * high)]) },
     },
     axes: [
       { stroke: ink, grid, ticks: grid, space: 90, values: (_, ticks) => ticks.map(clock) },

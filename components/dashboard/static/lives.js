@@ -14,7 +14,7 @@ function node(name, attributes, text = "") {
 
 export function bars(parent, lives, now) {
   const recent = lives.filter((life) => !life.over || life.parts.some((part) => part.ended > now - WINDOW_S)).slice(0, ROWS);
-  const width = Math.max(400, parent.clientWidth), height = (recent.length + 1) * ROW;
+  const width = Math.max(300, parent.clientWidth), height = (recent.length + 1) * ROW;
   const first = Math.max(now - WINDOW_S, Math.min(now - 5, ...recent.map((life) => life.parts[0].began)));
   const x = (at) => LEFT + Math.max(0, (at - first) / (now - first)) * (width - LEFT - 8);
   const svg = node("svg", { viewBox: `0 0 ${width} ${height}`, height });
