@@ -128,7 +128,7 @@ class TransferAgent:
         strategy: Strategy = Strategy.AUTO,
         on_done: Callback | None = None,
     ) -> TransferHandle:
-        """Copy the peer's blocks into ours, pairwise.
+        """Copy the peer's ``src_blocks`` into the local ``dst_blocks``, pairwise.
 
         ``checksums`` are the peer's, of the last blocks or of all: they are compared after arrival
         (``IntegrityError`` names what differs) as far as ``integrity`` asks for it. ``strategy`` is NIXL's, for this
@@ -172,36 +172,36 @@ class TransferAgent:
     def _run(
         self,
         ref: AgentRef,
-        ours: Sequence[int],
-        theirs: Sequence[int],
+        dst_blocks: Sequence[int],
+        src_blocks: Sequence[int],
         request_id: str,
         end: float,
         handle: TransferHandle,
         checksums: Sequence[int],
         strategy: Strategy,
     ) -> Steps:
-        mine, others = np.asarray(ours, np.int64), np.asarray(theirs, np.int64)
-        self.record.require_blocks(mine, unique=True)
+        local, remote = np.asarray(dst_blocks, np.int64), np.asarray(src_blocks, np.int64)
+        self.record.require_blocks(local, unique=True)
         if ref == self.ref:
             raise TransferError(f"agent {ref.name} cannot transfer to itself")
         peer = yield from self._peer(ref, end)
         self._require_pairable(peer)
-        peer.require_blocks(others, unique=False)
-        if len(mine) != len(others):
-            raise TransferError(f"{len(mine)} blocks of ours for {len(others)} of the peer")
-        handle.total = len(mine) * self._block_bytes
+        peer.require_blocks(remote, unique=False)
+        if len(local) != len(remote):
+            raise TransferError(f"{len(local)} local blocks for {len(remote)} of the peer")
+        handle.total = len(local) * self._block_bytes
 
         def arrived(size: int) -> None:
             handle.progress += size
 
         def poison() -> Callable[[], None]:
-            return self._poison(handle, mine)
+            return self._poison(handle, local)
 
-        copy = Copy(peer, mine, others, request_id, end, arrived, poison, strategy)
-        if not len(mine):
+        copy = Copy(peer, local, remote, request_id, end, arrived, poison, strategy)
+        if not len(local):
             return TransferResult(lane=self._backend(peer).lane)
         result = yield from self._on_a_lane(copy, "fetch")
-        return self._verified(result, mine, checksums)
+        return self._verified(result, local, checksums)
 
     def _meet(self, record: AgentRecord) -> None:
         """Connect to every peer as soon as it is known: its first transfer shall not wait for that."""
@@ -274,7 +274,7 @@ class TransferAgent:
         count = len(checksums) if self._config.integrity is Integrity.FULL else min(len(checksums), 2)
         tail = [int(block) for block in blocks[-count:]]
         found = self._checksums.of(tail)
-        wrong = [b for b, here, there in zip(tail, found, checksums[-count:], strict=True) if here != there]
+        wrong = [b for b, local, remote in zip(tail, found, checksums[-count:], strict=True) if local != remote]
         if wrong:
             raise IntegrityError(f"blocks {wrong} are not what the source has")
         return dataclasses.replace(result, verified_blocks=count)

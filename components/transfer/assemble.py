@@ -33,6 +33,7 @@ from components.transfer.data.tcp import TcpBackend
 from components.transfer.layout import Region
 from components.transfer.regions import regions_of, storages_of
 from components.transfer.session.exchange import Exchange
+from components.transfer.session.side import Side
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ def _nixl(
     own_thread = config.transport in _PASSIVE_WORK
     piece = config.piece_bytes or _PIECE_BYTES.get(device, 32 << 20)
     link = NixlLink(f"{config.name}/{epoch}", memory, where, piece, own_thread)
-    return Exchange(config, epoch, link, regions, staging, directory, host, calibration)
+    return Exchange(config, Side(config.name, epoch, link, regions, staging, host), directory, calibration)
 
 
 def _may_stage(config: AgentConfig, device: str, calibration: Calibration) -> bool:

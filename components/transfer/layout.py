@@ -103,17 +103,14 @@ def is_one_run(blocks: Ints) -> bool:
     return int(np.count_nonzero(blocks[1:] > blocks[:-1])) == count - 1
 
 
-def extents(ours: Sequence[Segment], theirs: Sequence[Segment], our_blocks: Ints, their_blocks: Ints) -> Ints:
-    """Memory of the block pairs as rows (our address, their address, bytes), merged where blocks touch."""
-    merged = runs(their_blocks, our_blocks)
+def extents(local: Sequence[Segment], remote: Sequence[Segment], local_blocks: Ints, remote_blocks: Ints) -> Ints:
+    """Memory of the block pairs as rows (local address, remote address, bytes), merged where blocks touch."""
+    merged = runs(remote_blocks, local_blocks)
+    each = remote_blocks, local_blocks, np.ones(len(local_blocks), np.int64)
     parts = []
-    for mine, other in zip(ours, theirs, strict=True):
-        if mine.dense and other.dense:
-            far, near, counts = merged
-        else:
-            far, near, counts = their_blocks, our_blocks, np.ones(len(our_blocks), np.int64)
-        columns = (mine.at(near), other.at(far), counts * mine.length)
-        parts.append(np.stack(columns, axis=1))
+    for to, origin in zip(local, remote, strict=True):
+        sources, targets, counts = merged if to.dense and origin.dense else each
+        parts.append(np.stack((to.at(targets), origin.at(sources), counts * to.length), axis=1))
     return np.concatenate(parts) if parts else np.empty((0, 3), np.int64)
 
 
@@ -135,12 +132,12 @@ def pieces(memory: Ints, limit: int) -> list[Ints]:
 
 
 def batches(
-    ours: Sequence[Segment], theirs: Sequence[Segment], our_blocks: Ints, their_blocks: Ints, limit: int
+    local: Sequence[Segment], remote: Sequence[Segment], local_blocks: Ints, remote_blocks: Ints, limit: int
 ) -> Iterator[Ints]:
     """``pieces`` of ``extents``, some at a time: the first are copied while the next are worked out."""
     first, size = 0, 0
-    for past, segment in enumerate(ours, 1):
-        size += len(our_blocks) * segment.length
-        if size >= _PIECES_AT_ONCE * limit or past == len(ours):
-            yield from pieces(extents(ours[first:past], theirs[first:past], our_blocks, their_blocks), limit)
+    for past, segment in enumerate(local, 1):
+        size += len(local_blocks) * segment.length
+        if size >= _PIECES_AT_ONCE * limit or past == len(local):
+            yield from pieces(extents(local[first:past], remote[first:past], local_blocks, remote_blocks), limit)
             first, size = past, 0

@@ -97,7 +97,7 @@ async def test_a_bit_that_flips_in_flight(monkeypatch: Patch, integrity: str, pl
     def flip(copy: Copy, src: list[torch.Tensor], dst: list[torch.Tensor], lane: str) -> Steps:
         result = yield from copied(copy, src, dst, lane)
         for row in dst:
-            row[int(copy.ours[place]), 0] ^= 1
+            row[int(copy.local[place]), 0] ^= 1
         return result
 
     monkeypatch.setattr(local, "_copy_rows", flip)

@@ -84,10 +84,10 @@ class AgentRecord(msgspec.Struct, frozen=True, tag="agent/5"):
     def require_pairable(self, peer: AgentRecord) -> None:
         """Raise ``IncompatibleLayout`` naming the first field that differs."""
         for field in ("fingerprint", "dtype", "block_size", "layers", "kv_heads", "head_size", "tp_size", "tp_rank"):
-            ours, theirs = getattr(self, field), getattr(peer, field)
-            if ours != theirs:
+            local, remote = getattr(self, field), getattr(peer, field)
+            if local != remote:
                 raise IncompatibleLayout(
-                    f"agents {self.name} and {peer.name} differ in {field}: {ours!r} here, {theirs!r} there"
+                    f"agents {self.name} and {peer.name} differ in {field}: {local!r} here, {remote!r} there"
                 )
         if _shape(self) != _shape(peer):
             raise IncompatibleLayout(f"agents {self.name} and {peer.name} lay their KV blocks out differently")

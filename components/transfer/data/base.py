@@ -32,11 +32,11 @@ def _harmless() -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class Copy:
-    """Block pairs to copy from a peer to us."""
+    """Pairs of blocks: each remote one, the peer's, is copied into the local one beside it."""
 
     peer: AgentRecord
-    ours: Ints
-    theirs: Ints
+    local: Ints
+    remote: Ints
     request_id: str
     end: float
     """When it must be over, on ``time.monotonic``."""

@@ -191,7 +191,7 @@ class IpcBackend:
         if mapped is None:
             raise TransferError(f"device memory of agent {copy.peer.name} is not mapped")
         begun = time.perf_counter()
-        size = len(copy.ours) * self._block_bytes
+        size = len(copy.local) * self._block_bytes
         mark = profiling.begin("wire", size)
         with profiling.span("post", size):
             flight = self._launch(mapped, copy)
@@ -204,16 +204,16 @@ class IpcBackend:
         copy.arrived(size)
         return TransferResult(
             size,
-            len(self._rows) * len(copy.ours),
+            len(self._rows) * len(copy.local),
             post_s=queued - begun,
             wire_s=time.perf_counter() - queued,
             lane=self.lane,
         )
 
     def _launch(self, mapped: _Mapped, copy: Copy) -> _Flight:
-        flight = self._flight(len(copy.ours))
+        flight = self._flight(len(copy.local))
         with torch.cuda.device(self._device.index):
-            mapped.fetch(copy.theirs, copy.ours, flight.index, self._stream)
+            mapped.fetch(copy.remote, copy.local, flight.index, self._stream)
             flight.event.record(self._stream)
         return flight
 

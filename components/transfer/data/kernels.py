@@ -99,8 +99,8 @@ def _torch_mover(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Mover:
     def run(sources: Ints, targets: Ints, _: torch.Tensor, stream: torch.cuda.Stream) -> None:
         with torch.cuda.stream(stream):
             take, put = (torch.from_numpy(blocks).to(pairs[0][0].device) for blocks in (sources, targets))
-            for near, far in pairs:
-                far.index_copy_(0, put, near.index_select(0, take))
+            for source, target in pairs:
+                target.index_copy_(0, put, source.index_select(0, take))
 
     return run
 
@@ -146,13 +146,13 @@ def _jit() -> tuple[Any, Any]:
         else:
             first = number + take
             second = number + put
-        near = tl.load(sources + 2 * segment) + first * tl.load(sources + 2 * segment + 1)
-        far = tl.load(targets + 2 * segment) + second * tl.load(targets + 2 * segment + 1)
+        source = tl.load(sources + 2 * segment) + first * tl.load(sources + 2 * segment + 1)
+        target = tl.load(targets + 2 * segment) + second * tl.load(targets + 2 * segment + 1)
         at = tl.program_id(1) * TILE + tl.arange(0, TILE)
         mask = at < words
-        begin = tl.multiple_of(near, 16).to(tl.pointer_type(tl.int64))
-        end = tl.multiple_of(far, 16).to(tl.pointer_type(tl.int64))
-        tl.store(end + at, tl.load(begin + at, mask=mask), mask=mask)
+        read = tl.multiple_of(source, 16).to(tl.pointer_type(tl.int64))
+        written = tl.multiple_of(target, 16).to(tl.pointer_type(tl.int64))
+        tl.store(written + at, tl.load(read + at, mask=mask), mask=mask)
 
     return stage, move
 

@@ -23,16 +23,16 @@ _STEP_BLOCKS = 64
 
 def _copy_rows(copy: Copy, src: Sequence[torch.Tensor], dst: Sequence[torch.Tensor], lane: str) -> Steps:
     """Copy block rows segment by segment."""
-    here, there = torch.from_numpy(copy.theirs), torch.from_numpy(copy.ours)
+    remote, local = torch.from_numpy(copy.remote), torch.from_numpy(copy.local)
     total = 0
     try:
         for source, target in zip(src, dst, strict=True):
             if source.shape[-1] != target.shape[-1]:
                 raise TransferError(f"blocks of agent {copy.peer.name} have another size")
-            for start in range(0, len(here), _STEP_BLOCKS):
-                near, far = here[start : start + _STEP_BLOCKS], there[start : start + _STEP_BLOCKS]
-                part = source.index_select(0, near.to(source.device)).to(target.device)
-                target.index_copy_(0, far.to(target.device), part)
+            for start in range(0, len(remote), _STEP_BLOCKS):
+                step = slice(start, start + _STEP_BLOCKS)
+                part = source.index_select(0, remote[step].to(source.device)).to(target.device)
+                target.index_copy_(0, local[step].to(target.device), part)
                 total += part.numel()
                 copy.arrived(part.numel())
                 yield True
@@ -40,7 +40,7 @@ def _copy_rows(copy: Copy, src: Sequence[torch.Tensor], dst: Sequence[torch.Tens
         # Also when it fails: what is queued would still be written.
         for device in {row.device for row in (src[0], dst[0]) if row.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
-    return TransferResult(total, len(src) * len(copy.ours), lane=lane)
+    return TransferResult(total, len(src) * len(copy.local), lane=lane)
 
 
 def _nothing() -> Generator[bool, None, TransferResult]:

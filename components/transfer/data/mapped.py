@@ -108,14 +108,13 @@ class MappedBackend:
         flying: _Flying = deque()
         try:
             # Writing in ascending order is up to a quarter faster, whatever order is read in.
-            order = np.argsort(copy.ours)
-            ours = self._segments
-            theirs = [mapping.seen(segment, copy.peer.num_blocks) for segment in copy.peer.segments()]
-            total = len(order) * sum(segment.length for segment in ours)
+            order = np.argsort(copy.local)
+            local = self._segments
+            remote = [mapping.seen(segment, copy.peer.num_blocks) for segment in copy.peer.segments()]
+            total = len(order) * sum(segment.length for segment in local)
             descriptors, prepared = 0, time.perf_counter()
-            for group in batches(ours, theirs, copy.ours[order], copy.theirs[order], _PIECE_BYTES):
-                while len(flying) > _AHEAD * self._copier.threads and not _landed(flying, copy.arrived):
-                    yield False
+            for group in batches(local, remote, copy.local[order], copy.remote[order], _PIECE_BYTES):
+                yield from _landed(flying, _AHEAD * self._copier.threads, copy.arrived)
                 size = int(group[:, 2].sum())
                 with profiling.span("post", size):
                     mark = profiling.begin("wire", size)
@@ -125,9 +124,7 @@ class MappedBackend:
                 flying.append((job, size))
                 descriptors += len(group)
                 yield True
-            while flying:
-                if not _landed(flying, copy.arrived):
-                    yield False
+            yield from _landed(flying, 0, copy.arrived)
             if not mapping.alive():
                 raise TransferError(f"agent {copy.peer.name} is gone")
             wire = time.perf_counter() - prepared
@@ -135,9 +132,7 @@ class MappedBackend:
         except GeneratorExit:
             raise
         except BaseException:
-            while flying:
-                if not _landed(flying, copy.arrived):
-                    yield False
+            yield from _landed(flying, 0, copy.arrived)
             raise
         finally:
             self._let_go(mapping, flying, copy)
@@ -187,12 +182,13 @@ def _arrived(mark: object, _: Future[None]) -> None:
     profiling.end(mark)
 
 
-def _landed(flying: _Flying, arrived: Callable[[int], None]) -> bool:
-    """Take the oldest piece off when it is done."""
-    job, size = flying[0]
-    if not job.done():
-        return False
-    flying.popleft()
-    job.result()
-    arrived(size)
-    return True
+def _landed(flying: _Flying, most: int, arrived: Callable[[int], None]) -> Generator[bool, None, None]:
+    """Wait until ``most`` pieces are left in flight, the oldest first."""
+    while len(flying) > most:
+        job, size = flying[0]
+        if not job.done():
+            yield False
+            continue
+        flying.popleft()
+        job.result()
+        arrived(size)

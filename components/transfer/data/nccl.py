@@ -153,7 +153,7 @@ class NcclBackend:
 
         size = yield from on_thread(self._pool, copy, work)
         wire_s = time.perf_counter() - begun
-        count = len(self._staging.chunks(len(copy.ours), self._staging.slot_bytes)) if self._staging else 0
+        count = len(self._staging.chunks(len(copy.local), self._staging.slot_bytes)) if self._staging else 0
         return TransferResult(size, count, wire_s=wire_s, lane=self.lane, strategy=Strategy.STAGED)
 
     def warm_up(self, copy: Copy) -> Steps:
@@ -194,7 +194,7 @@ class NcclBackend:
         _wait(lambda: line.lock.acquire(timeout=0.05), copy.end, stopped)
         try:
             link = self._linked(line, copy.end, stopped)
-            if not len(copy.ours):
+            if not len(copy.local):
                 return 0
             patience = Patience(link.sock, copy.end, stopped)
             try:
@@ -214,13 +214,13 @@ class NcclBackend:
             _wait(lambda: _paused(_AGAIN_S), copy.end, stopped)
         with self._holding(link, "receive", slots):
             budget = max(1, int((copy.end - time.monotonic()) * 1000))
-            say(link.sock, Ask(pack(copy.theirs), budget), copy.end)
+            say(link.sock, Ask(pack(copy.remote), budget), copy.end)
             answer = hear(link.sock, Answer, MAX_FRAME, copy.end)
             if answer.busy:
                 return None
             if answer.error:
                 raise TransferError(f"it refused: {answer.error}")
-            return link.receive(copy.ours, slots, patience, copy.arrived)
+            return link.receive(copy.local, slots, patience, copy.arrived)
 
     def _linked(self, line: _Line, end: float, stopped: Stopped) -> Link:
         """The line's link, made when there is none. A transfer that gives up leaves the set-up to the next one."""

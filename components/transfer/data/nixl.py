@@ -127,7 +127,7 @@ class NixlLink:
         linger: Callable[[], Callable[[], None]],
         notice: bytes = b"",
     ) -> Generator[bool, None, None]:
-        """READ or WRITE the extents (ours, theirs, bytes). ``notice`` reaches the peer after the last byte."""
+        """READ or WRITE the extents (local, remote, bytes). ``notice`` reaches the peer after the last byte."""
         name = self.add(peer)
         groups = pieces(memory, self._piece_bytes)
         flying: deque[_Posted] = deque()
@@ -137,11 +137,8 @@ class NixlLink:
                 last = number == len(groups) - 1
                 flying.append(self._post(operation, peer, name, group, moved, notice if last else b""))
                 yield True
-                while len(flying) >= _WINDOW and not self._settled(flying, peer, arrived):
-                    yield False
-            while flying:
-                if not self._settled(flying, peer, arrived):
-                    yield False
+                yield from self._landed(flying, _WINDOW - 1, peer, arrived)
+            yield from self._landed(flying, 0, peer, arrived)
         except GeneratorExit:
             self._abandon(flying, linger)
             raise
@@ -152,18 +149,18 @@ class NixlLink:
 
     def _post(self, operation: str, peer: AgentRecord, name: str, group: Ints, moved: Moved, notice: bytes) -> _Posted:
         start = time.perf_counter()
-        remote = peer.regions[0]
-        far_memory = "VRAM" if remote.device == "cuda" else "DRAM"
-        near = np.stack([group[:, 0], group[:, 2], np.full(len(group), self.device_id)], axis=1)
-        far = np.stack([group[:, 1], group[:, 2], np.full(len(group), remote.device_id)], axis=1)
+        region = peer.regions[0]
+        remote_memory = "VRAM" if region.device == "cuda" else "DRAM"
+        local = np.stack([group[:, 0], group[:, 2], np.full(len(group), self.device_id)], axis=1)
+        remote = np.stack([group[:, 1], group[:, 2], np.full(len(group), region.device_id)], axis=1)
         size = int(group[:, 2].sum())
         mark = profiling.begin("wire", size)
         try:
             with profiling.span("post", size):
                 handle = self._agent.initialize_xfer(
                     operation,
-                    self._agent.get_xfer_descs(near.astype(np.uint64), self.memory),
-                    self._agent.get_xfer_descs(far.astype(np.uint64), far_memory),
+                    self._agent.get_xfer_descs(local.astype(np.uint64), self.memory),
+                    self._agent.get_xfer_descs(remote.astype(np.uint64), remote_memory),
                     name,
                     notice,
                 )
@@ -184,20 +181,24 @@ class NixlLink:
             raise TransferError(f"NIXL could not post a transfer with {peer.name}")
         return posted
 
-    def _settled(self, flying: deque[_Posted], peer: AgentRecord, arrived: Callable[[int], None]) -> bool:
-        try:
-            state = self._agent.check_xfer_state(flying[0].handle)
-        except Exception as error:
-            state = f"{type(error).__name__}: {error}"
-        if state == "PROC":
-            return False
-        done = flying.popleft()
-        self._release(done)
-        if state != "DONE":
-            self.forget(peer.key)
-            raise TransferError(f"the connection with {peer.name} broke: {state}")
-        arrived(done.bytes)
-        return True
+    def _landed(
+        self, flying: deque[_Posted], most: int, peer: AgentRecord, arrived: Callable[[int], None]
+    ) -> Generator[bool, None, None]:
+        """Wait until ``most`` are left in flight, the oldest first."""
+        while len(flying) > most:
+            try:
+                state = self._agent.check_xfer_state(flying[0].handle)
+            except Exception as error:
+                state = f"{type(error).__name__}: {error}"
+            if state == "PROC":
+                yield False
+                continue
+            done = flying.popleft()
+            self._release(done)
+            if state != "DONE":
+                self.forget(peer.key)
+                raise TransferError(f"the connection with {peer.name} broke: {state}")
+            arrived(done.bytes)
 
     def _stand_still(
         self, flying: deque[_Posted], linger: Callable[[], Callable[[], None]]

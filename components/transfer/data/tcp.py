@@ -97,7 +97,7 @@ class TcpBackend:
     def _connect(self, copy: Copy) -> socket.socket:
         sock = connect(copy.peer.tcp_address, _purpose(copy.peer.epoch), copy.end)
         try:
-            say(sock, _Ask(pack(copy.theirs)), copy.end)
+            say(sock, _Ask(pack(copy.remote)), copy.end)
             if not hear(sock, _Answer, _MAX_ANSWER, copy.end).granted:
                 raise TransferError("it refused: it has not all of these blocks")
         except BaseException:
@@ -108,7 +108,7 @@ class TcpBackend:
     def _receive_rows(self, sock: socket.socket, copy: Copy, stop: threading.Event) -> int:
         total = 0
         for row in self._rows:
-            for part in _parts(copy.ours, row):
+            for part in _parts(copy.local, row):
                 buffer = torch.empty((len(part), row.shape[-1]), dtype=torch.uint8)
                 read_into(sock, _bytes_of(buffer), copy.end)
                 if stop.is_set():

@@ -112,10 +112,10 @@ class NixlFiles:
 
     def _move(self, operation: str, fd: int, offset: int, memory: torch.Tensor) -> None:
         size = memory.numel()
-        near = self._agent.get_xfer_descs([(memory.data_ptr(), size, 0)], "DRAM")
-        far = self._agent.get_xfer_descs([(offset, size, fd)], "FILE")
+        local = self._agent.get_xfer_descs([(memory.data_ptr(), size, 0)], "DRAM")
+        file = self._agent.get_xfer_descs([(offset, size, fd)], "FILE")
         try:
-            handle = self._agent.initialize_xfer(operation, near, far, self._name, b"")
+            handle = self._agent.initialize_xfer(operation, local, file, self._name, b"")
             try:
                 state = self._agent.transfer(handle)
                 while state == "PROC":

@@ -71,14 +71,14 @@ class Loader:
         if self._stream is None:
             self._copier(index, host, gather)
             return Gate(None)
-        near, far = self._buffer[:size], host[:size]
+        device, parked = self._buffer[:size], host[:size]
         with torch.cuda.stream(self._stream):
             if gather:
-                self._copier(index, near, True)
-                far.copy_(near, non_blocking=True)
+                self._copier(index, device, True)
+                parked.copy_(device, non_blocking=True)
             else:
-                near.copy_(far, non_blocking=True)
-                self._copier(index, near, False)
+                device.copy_(parked, non_blocking=True)
+                self._copier(index, device, False)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
         return Gate(event)

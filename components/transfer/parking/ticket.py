@@ -83,11 +83,11 @@ class Ticket(msgspec.Struct, frozen=True, tag="parked/1"):
     def require_fit(self, record: AgentRecord, hashes: Sequence[bytes]) -> None:
         """Raise ``IncompatibleLayout`` or ``IntegrityError`` when this agent or these hashes are not the ticket's."""
         for field in FITS:
-            ours, parked = getattr(record, field), getattr(self, field)
-            if ours != parked:
+            local, parked = getattr(record, field), getattr(self, field)
+            if local != parked:
                 raise IncompatibleLayout(
                     f"parked request {self.request_id} and agent {record.name} differ in {field}: "
-                    f"{parked!r} parked, {ours!r} here"
+                    f"{parked!r} parked, {local!r} here"
                 )
         if (self.layout, self.block_bytes) != (layout_of(record), record.block_bytes):
             raise IncompatibleLayout(

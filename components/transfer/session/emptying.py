@@ -21,8 +21,8 @@ class Emptying:
         self._copy = copy
         self._slots = slots
         self._freed = freed
-        self._chunks = staging.chunks(len(copy.ours), staging.slot_bytes)
-        self._index = staging.index(copy.ours)
+        self._chunks = staging.chunks(len(copy.local), staging.slot_bytes)
+        self._index = staging.index(copy.local)
         self._next = 0
         self._flying: list[tuple[int, Gate]] = []
 

@@ -15,7 +15,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 
 from components.errors import DeadlineExceeded, MigrateError, TransferError, TransferUnavailable, from_code
 from components.transfer.calibration import Calibration
@@ -24,9 +24,9 @@ from components.transfer.control.directory import Directory
 from components.transfer.control.record import AgentRecord
 from components.transfer.data import ucx
 from components.transfer.data.base import Copy, Steps
-from components.transfer.data.nixl import Moved, NixlLink
+from components.transfer.data.nixl import Moved
 from components.transfer.data.staging import Staging
-from components.transfer.layout import Region, runs
+from components.transfer.layout import runs
 from components.transfer.session import messages as wire
 from components.transfer.session.emptying import Emptying
 from components.transfer.session.serve import serve_ask
@@ -41,18 +41,8 @@ _DIRECT_BYTES = {"cuda": 2 << 20, "cpu": 0}
 class Exchange:
     """See the module docstring."""
 
-    def __init__(
-        self,
-        config: AgentConfig,
-        epoch: str,
-        link: NixlLink,
-        regions: Sequence[Region],
-        staging: Staging | None,
-        directory: Directory,
-        host: str,
-        calibration: Calibration,
-    ) -> None:
-        self.side = Side(config, epoch, link, regions, staging, host)
+    def __init__(self, config: AgentConfig, side: Side, directory: Directory, calibration: Calibration) -> None:
+        self.side = side
         self._config = config
         self._calibration = calibration
         self._directory = directory
@@ -85,7 +75,7 @@ class Exchange:
             return asked
         device = copy.peer.regions[0].device if copy.peer.regions[0].device == "cuda" else self._device()
         direct = Strategy.READ if device == "cpu" else Strategy.WRITE
-        can_stage = self.side.staging is not None and copy.peer.stages and len(copy.ours)
+        can_stage = self.side.staging is not None and copy.peer.stages and len(copy.local)
         if can_stage and self._mean_run(copy) < self._direct_bytes(device, direct, copy.peer):
             return Strategy.STAGED
         return direct
@@ -102,7 +92,7 @@ class Exchange:
 
     def _mean_run(self, copy: Copy) -> float:
         per_block = sum(s.length for s in self.side.segments) / len(self.side.segments)
-        return per_block * len(copy.ours) / max(1, len(runs(copy.theirs, copy.ours)[0]))
+        return per_block * len(copy.local) / max(1, len(runs(copy.remote, copy.local)[0]))
 
     def _direct(self, copy: Copy, operation: str, strategy: Strategy) -> Steps:
         start = time.perf_counter()
@@ -121,10 +111,10 @@ class Exchange:
         return number, inbox
 
     def _ask(self, copy: Copy, number: int, slots: tuple[int, ...], slot_bytes: int) -> wire.Ask:
-        dst = b"" if slots else wire.pack(copy.ours)
+        dst = b"" if slots else wire.pack(copy.local)
         budget = max(1, int((copy.end - time.monotonic()) * 1000))
         request = copy.request_id[:1024]
-        src = wire.pack(copy.theirs)
+        src = wire.pack(copy.remote)
         return wire.Ask(number, request, src, dst, slots, slot_bytes, budget)
 
     def _ask_direct(self, copy: Copy) -> Steps:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from components.errors import TransferError
-from components.transfer.config import AgentConfig
 from components.transfer.control.record import AgentRecord
 from components.transfer.data import ucx
 from components.transfer.data.base import Copy
@@ -40,19 +39,19 @@ class Side:
 
     def __init__(
         self,
-        config: AgentConfig,
+        name: str,
         epoch: str,
         link: NixlLink,
         regions: Sequence[Region],
         staging: Staging | None,
         host: str,
     ) -> None:
-        self.key = f"{config.name}/{epoch}"
+        self.key = f"{name}/{epoch}"
         self.link = link
         self.segments = [segment for region in regions for segment in region.segments]
         self.staging = staging
         self.host = host
-        self._name = config.name
+        self._name = name
         self._num_blocks = regions[0].rows[0].shape[0]
 
     def lane_of(self, operation: str, peer: AgentRecord) -> str:
@@ -62,7 +61,7 @@ class Side:
 
     def memory(self, copy: Copy) -> Ints:
         """Extents of the copy's blocks on both sides."""
-        return extents(self.segments, copy.peer.segments(), copy.ours, copy.theirs)
+        return extents(self.segments, copy.peer.segments(), copy.local, copy.remote)
 
     def send(self, peer: AgentRecord, message: wire.Message) -> None:
         """Send a message to a peer."""
