@@ -26,6 +26,7 @@ from components.client import Workers
 from components.errors import MigrateError
 from components.migration.messages import MoveRecord, RequestRow
 from components.serve.state import join
+from components.serve.surroundings import quiet
 
 _STREAMS, _TOKENS = 8, 220
 _SHORTEST, _LONGER = 48, 16
@@ -150,6 +151,7 @@ def main(
     overrides = [f"--Common.model={model}", "--Common.max-num-seqs=16", "--Common.enable-prefix-caching=false"]
     with served("graphs.agg:Frontend", "configs/agg.yaml", *overrides) as port:
         join()
+        quiet(os.environ)
         lines = asyncio.run(record(port, prompts))
     drain = Drain(model, machine(), datetime.date.today().isoformat(), tuple(lines))
     target.write_text(draw(drain))

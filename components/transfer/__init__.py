@@ -70,7 +70,7 @@ _HOMES = {
     "Place": "parking",
     "Ticket": "parking",
 }
-"""Where names are that do not live in ``config``. They are imported when first asked for: torch takes seconds."""
+"""Modules of the names that are not in ``config``, imported on first use (importing torch takes seconds)."""
 
 
 def __getattr__(name: str) -> Any:

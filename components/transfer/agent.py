@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transfer agent: pools registered once, one record published, peers' blocks fetched on request.
 
-Life cycle: ``start`` registers and publishes (raises when it cannot), ``close`` withdraws. One epoch a life.
-Threading: everything may be called from any thread; ``fetch`` returns at once. All copies are made
-by one worker thread, the store lives on a thread with an asyncio loop. Callbacks run on the worker thread.
+Life cycle: ``start`` registers and publishes (raises when it cannot), ``close`` withdraws. Each start has an epoch.
+Threading: every method may be called from any thread; ``fetch`` returns at once. One worker thread makes all copies
+and runs the callbacks; the store runs on a thread with an asyncio loop.
 Time-outs: each transfer has a deadline, owned by the worker (``session/worker.py``); none outlives it by more
 than ``grace_s``. Errors: ``start`` raises ``ConfigError``, ``TransferUnavailable`` or ``TransferError``; a
-transfer's error comes through its handle. One that names an old epoch or pairs other layouts ends before a
+transfer's error comes through its handle. A transfer that names an old epoch or unequal layouts ends before a
 byte moves.
 """
 
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 Callback = Callable[[TransferHandle], None]
 
 _KNOWN_S = 5.0
-"""How long an unknown peer may take to appear."""
+"""Wait for the record of an unknown peer."""
 _MANY_CORES = 8
 
 
@@ -81,7 +81,7 @@ class TransferAgent:
     def start(self, pools: Sequence[KVPool]) -> None:
         """Register the pools and publish. Raises ``ConfigError``, ``TransferUnavailable``, ``TransferError``."""
         self._config.validate()
-        # A secret that cannot be read is an error now, not at the first peer.
+        # An unreadable secret fails here and not at the first peer.
         if not credentials.secret() and not is_loopback(self._config.advertise_host):
             logger.warning(
                 "agent %s is reached at %s and has no secret: whoever learns its epoch from etcd or NATS can read its "
@@ -111,7 +111,7 @@ class TransferAgent:
 
     @property
     def parking(self) -> Parking:
-        """Where requests' KV can be put aside. Raises ``TransferError`` before ``start``."""
+        """Parks the KV of requests. Raises ``TransferError`` before ``start``."""
         if self._parking is None:
             raise TransferError("the agent has not been started")
         return self._parking
@@ -130,9 +130,8 @@ class TransferAgent:
     ) -> TransferHandle:
         """Copy the peer's ``src_blocks`` into the local ``dst_blocks``, pairwise.
 
-        ``checksums`` are the peer's, of the last blocks or of all: they are compared after arrival
-        (``IntegrityError`` names what differs) as far as ``integrity`` asks for it. ``strategy`` is NIXL's, for this
-        transfer alone.
+        ``checksums`` are the peer's, of the last blocks or of all. As far as ``integrity`` requires they are compared
+        after arrival (``IntegrityError`` names the blocks that differ). ``strategy`` applies to NIXL and this transfer.
         """
         logger.debug("request %s: fetching %d blocks from %s", request_id, len(src_blocks), peer.name)
         handle = TransferHandle()
@@ -155,7 +154,7 @@ class TransferAgent:
         return self._checksums.of(np.asarray(blocks, np.int64).tolist())
 
     def begin_checksums(self, blocks: Sequence[int]) -> Callable[[], tuple[int, ...]]:
-        """``checksums`` of blocks that the device may still be computing: begins behind that, without waiting."""
+        """``checksums`` of blocks that the device may still compute: queued behind that work, without waiting."""
         return self._checksums.begin(np.asarray(blocks, np.int64).tolist())
 
     def known_peers(self) -> list[str]:
@@ -163,7 +162,7 @@ class TransferAgent:
         return self.directory.names()
 
     def poisoned_blocks(self) -> frozenset[int]:
-        """Blocks into which a peer that hangs may still write: do not use them yet."""
+        """Blocks that a hanging peer may still write to: unusable for now."""
         return self._poisoned.blocks()
 
     def _submit_steps(self, steps: Steps, handle: TransferHandle, end: float) -> None:
@@ -204,14 +203,14 @@ class TransferAgent:
         return self._verified(result, local, checksums)
 
     def _meet(self, record: AgentRecord) -> None:
-        """Connect to every peer as soon as it is known: its first transfer shall not wait for that."""
+        """Connect to every peer as soon as it is known, so that its first transfer need not."""
         own = self._assembly.record
         if own is None or record.name == own.name:
             return
         try:
             self._require_pairable(record)
         except IncompatibleLayout:
-            return  # Said again, with its reason, to whoever asks for a transfer.
+            return  # ``fetch`` raises it again, with the reason.
 
         def met(handle: TransferHandle) -> None:
             try:
@@ -222,7 +221,7 @@ class TransferAgent:
         self.warm_up(record.ref).add_done_callback(met)
 
     def _require_pairable(self, peer: AgentRecord) -> None:
-        """Compare the layouts once for each record: with 80 layers that takes 0.2 ms."""
+        """Compare the layouts, once for each record (0.2 ms with 80 layers)."""
         if self._paired.get(peer.name) is not peer:
             self.record.require_pairable(peer)
             self._paired[peer.name] = peer
@@ -234,7 +233,7 @@ class TransferAgent:
         return (yield from self._on_a_lane(Copy(peer, empty, empty, "", end), "warm_up"))
 
     def _on_a_lane(self, copy: Copy, what: Literal["fetch", "warm_up"]) -> Steps:
-        """Use the best lane; the next one when that lane says that it does not reach the peer after all."""
+        """Use the best lane; when it turns out not to reach the peer, the next one."""
         while True:
             backend = self._backend(copy.peer)
             way = backend.fetch if what == "fetch" else backend.warm_up
@@ -295,5 +294,5 @@ class TransferAgent:
 
 
 def _has_cores_to_spare(regions: Sequence[Region]) -> bool:
-    """True on a GPU host: a spinning worker gains more there than its core is worth."""
+    """True on a GPU host, where a spinning worker gains more than a core is worth."""
     return any(region.device.type == "cuda" for region in regions) and len(os.sched_getaffinity(0)) >= _MANY_CORES

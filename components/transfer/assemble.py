@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts an agent together: which lanes this host and installation have, and the record that says so.
+"""Assembles an agent: the lanes that this host and installation have, and the record that lists them.
 
 Called once, at start. Raises ``TransferUnavailable`` when a named transport or every way is missing.
 """
@@ -38,7 +38,7 @@ from components.transfer.session.side import Side
 logger = logging.getLogger(__name__)
 
 _PASSIVE_WORK = frozenset({Transport.TCP, Transport.IB, Transport.NVLINK})
-"""Lanes on which the side that is read from takes part in moving the bytes."""
+"""Transports with which the side that is read from takes part in moving the bytes."""
 _PIECE_BYTES = {"cuda": 256 << 20, "cpu": 32 << 20}
 _STAGING_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
 _NCCL_STAGING_BYTES = 512 << 20
@@ -54,19 +54,19 @@ class Assembly:
 
 
 def _order(config: AgentConfig) -> list[str]:
-    """The backends as configured; a transport that was asked for by name comes before lanes that have none."""
+    """The configured backends. A transport chosen by name puts NIXL (and ``mapped``) first."""
     named = config.transport is not Transport.AUTO
     return sorted(config.backends, key=lambda name: named and name not in ("mapped", "nixl"))
 
 
 def host_id() -> str:
-    """The same for all processes of one machine, containers included."""
+    """Id of the machine, equal in all its processes and containers."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text().strip() if boot.is_file() else socket.gethostname()
 
 
 def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory: Directory) -> Assembly:
-    """Register the pools with every lane that is wanted and there."""
+    """Register the pools with every configured lane that is available."""
     lanes.check(config.transport)
     if not pools:
         raise TransferUnavailable("an agent needs at least one KV pool")
@@ -133,7 +133,7 @@ def _published(region: Region) -> RegionRecord:
 def _mapped(
     config: AgentConfig, epoch: str, host: str, regions: list[Region], pools: Sequence[KVPool]
 ) -> MappedBackend | None:
-    # A transport or strategy that was asked for by name is NIXL's.
+    # A transport or strategy chosen by name is one of NIXL's.
     if config.transport not in (Transport.AUTO, Transport.SHM) or config.strategy is not Strategy.AUTO:
         return None
     storages = shared_storages(pools)

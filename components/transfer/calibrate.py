@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures direct descriptors against staging between two processes of this host.
 
-For each block size both processes make pools in which runs of neighbouring blocks can be picked, and a NIXL agent over
-them. The same blocks are moved in turn where they are (READ of host memory, WRITE of a GPU's) and staged; every byte is
-compared by checksum. Ends the other process whatever happens.
+For each block size both processes make pools, large enough to pick runs of neighbouring blocks from, and a NIXL agent
+over them. The same blocks move in turn with direct descriptors (READ of host memory, WRITE of GPU memory) and staged;
+checksums compare every byte. The other process always ends with this one.
 Errors: ``TransferUnavailable`` without NIXL or the transport, ``IntegrityError``, ``TransferError``.
 """
 
@@ -35,24 +35,24 @@ _DEADLINE_S = 30.0
 
 @dataclass(frozen=True)
 class Grid:
-    """What is tried."""
+    """The block and run sizes to measure."""
 
     block_bytes: tuple[int, ...] = (4 << 10, 16 << 10, 64 << 10, 256 << 10)
-    """Of a block in one layer: SmolLM2 has 12 KiB for 16 tokens, Llama-3-70B 64 KiB."""
+    """Bytes of a block in one layer (16 tokens: 12 KiB for SmolLM2, 64 KiB for Llama-3-70B)."""
     run_blocks: tuple[int, ...] = (1, 4, 16)
     total_bytes: int = 64 << 20
     repeats: int = 5
 
     @property
     def points(self) -> int:
-        """How many will be measured."""
+        """Number of measurements."""
         return len(self.block_bytes) * len(self.run_blocks)
 
 
 def calibrate(
     transport: Transport, device: str, grid: Grid | None = None, told: Callable[[Point], None] = lambda _: None
 ) -> LaneCalibration:
-    """Measure this host. ``told`` gets every point as it comes."""
+    """Measure this host. ``told`` is called with every point."""
     lanes.check(transport)
     if not nixl_is_available()[0]:
         raise TransferUnavailable(f"there is nothing to calibrate without NIXL: {nixl_is_available()[1]}")
@@ -82,7 +82,7 @@ def calibrate(
 
 
 def machine(device: str) -> dict[str, str]:
-    """Where it was measured."""
+    """Processor or GPU, and versions."""
     found = {"nixl": metadata.version("nixl"), "torch": str(torch.__version__), "date": time.strftime("%Y-%m-%d")}
     if device.startswith("cuda"):
         found["gpu"] = torch.cuda.get_device_name(device)
@@ -94,7 +94,7 @@ def _direct(device: str) -> Strategy:
 
 
 def _counts(size: int, grid: Grid) -> tuple[int, int]:
-    """Blocks of a transfer, and of a pool: three times as many, so that runs can have gaps."""
+    """Blocks of a transfer, and of a pool (three times as many: runs need gaps)."""
     count = max(max(grid.run_blocks), grid.total_bytes // (size * _LAYERS))
     return count, 3 * count
 
@@ -104,14 +104,14 @@ def _agent(name: str, size: int, transport: Transport, device: str, grid: Grid, 
     generator = torch.Generator(device=device).manual_seed(seed)
     tensors = [torch.empty((total, size), dtype=torch.uint8, device=device) for _ in range(_LAYERS)]
     parts = [KVPool(f"layer.{n}", tensor.random_(generator=generator), total, 0) for n, tensor in enumerate(tensors)]
-    # With a limit of one byte it has staging memory, and takes it only when told to.
+    # A limit of one byte makes staging memory available without choosing it.
     agent = TransferAgent(AgentConfig(name=name, backends=("nixl",), transport=transport, direct_bytes=1))
     agent.start(parts)
     return agent
 
 
 def _source(pipe: Connection, transport: Transport, device: str, grid: Grid) -> None:
-    """The other process: offers its pools of each block size until it is told to go on."""
+    """The other process: offers pools of each block size until the first one sends ``next``."""
     for size in grid.block_bytes:
         agent = _agent("there", size, transport, device, grid, seed=1)
         pipe.send_bytes(encode(agent.record))

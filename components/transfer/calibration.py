@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``dynamo calibrate`` measured: from which mean run of blocks on direct descriptors beat staging.
+"""Results of ``dynamo calibrate``: the mean run of blocks from which direct descriptors beat staging.
 
-Plain values and their file; ``load`` raises ``ConfigError`` for a file that cannot be used. ``threshold`` is the rule
-that turns samples into the one number that an agent needs.
+Plain values and their file; ``load`` raises ``ConfigError`` for an unusable file. ``threshold`` turns samples into
+the one number that an agent needs.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from components.wire import UNREADABLE
 
 _MAX_BYTES = 1 << 20
 NEVER = 1 << 62
-"""Staging was faster for every run that was tried."""
+"""Staging was faster for every measured run."""
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 _Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class Point(msgspec.Struct, frozen=True):
-    """The same bytes by both ways; medians."""
+    """Median times of the same bytes, direct and staged."""
 
     block_bytes: _Count
-    """Of one block in one layer."""
+    """Bytes of one block in one layer."""
     run_blocks: _Count
     """Neighbouring blocks in a row."""
     total_bytes: _Count
@@ -38,7 +38,7 @@ class Point(msgspec.Struct, frozen=True):
 
     @property
     def run_bytes(self) -> int:
-        """Length of a run, what the rule looks at."""
+        """Bytes of a run, the rule's input."""
         return self.block_bytes * self.run_blocks
 
 
@@ -69,13 +69,13 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
         return any(entry.device == device and entry.direct_bytes > 0 for entry in self.lanes)
 
     def replaced(self, new: LaneCalibration, measured_on: dict[str, str]) -> Calibration:
-        """With one lane measured anew."""
+        """This calibration with one lane replaced."""
         kept = tuple(entry for entry in self.lanes if (entry.device, entry.lane) != (new.device, new.lane))
         return Calibration(measured_on, (*kept, new))
 
 
 def threshold(points: Sequence[Point]) -> int:
-    """The limit that loses least time over all points, in proportion to each point's better way."""
+    """The limit that loses least time over all points, each relative to its faster way."""
     runs = sorted({point.run_bytes for point in points})
     candidates = [0, *runs[1:], NEVER]
 

@@ -2,8 +2,8 @@
 """Checksums of KV blocks, over all pools of an agent, computed where the memory is.
 
 The sum is a linear hash: words of the block times odd position weights, summed with 64-bit wrap-around. It
-finds every changed word and every swap of unequal words; it is no protection against an adversary, who would
-have to sit on the transport itself. Callable from any thread.
+finds every changed word and every swap of unequal words. It does not protect against an adversary on the transport.
+Callable from any thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from components.transfer.config import KVPool
 
 _AT_ONCE_BYTES = 64 << 20
-"""Bound of the temporary words of one step."""
+"""Most temporary words of one step."""
 
 
 class BlockChecksums:
@@ -31,7 +31,7 @@ class BlockChecksums:
         return self.begin(blocks)()
 
     def begin(self, blocks: Sequence[int]) -> Callable[[], tuple[int, ...]]:
-        """Put the work behind what the device has to do already, and return at once. The result waits for it."""
+        """Queue the work on the device and return at once. Calling the result waits for it."""
         if not blocks or not self._pools:
             zeros = (0,) * len(blocks)
             return lambda: zeros
@@ -53,7 +53,7 @@ class BlockChecksums:
     def _sum(self, blocks: Sequence[int]) -> torch.Tensor:
         device = self._device
         index = _to_device(list(blocks), device)
-        # Pools alike go together: a sum for each layer alone costs more in calls than in bytes.
+        # Equal pools are summed together: for single layers the calls cost more than the bytes.
         alike: dict[tuple[torch.dtype, int], list[tuple[int, torch.Tensor]]] = {}
         for position, pool in enumerate(self._pools):
             row = pool.tensor.index_select(pool.block_dim, index).movedim(pool.block_dim, 0).reshape(len(blocks), -1)
@@ -77,7 +77,7 @@ class BlockChecksums:
 
 
 def _to_device(numbers: list[int], device: torch.device) -> torch.Tensor:
-    # From memory that is not pinned, CUDA copies only when the device has done all that came before.
+    # CUDA copies from unpinned memory only after all earlier work of the device.
     return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 

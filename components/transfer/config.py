@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain values of the transfer component: what an agent is told, what a transfer gives back.
+"""Plain values of the transfer component: the configuration of an agent, the result of a transfer.
 
 Nothing here has a life cycle or a thread. Bad values raise ``ConfigError`` when the agent starts.
 """
@@ -17,7 +17,7 @@ import msgspec
 from components.errors import ConfigError
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9_.-]{1,200}")
-"""It becomes part of keys in etcd and of subjects in NATS."""
+"""A namespace is part of keys in etcd and of subjects in NATS."""
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Transport(StrEnum):
-    """What ``--nixl-transport`` takes; see ``lanes.py`` for what each sets."""
+    """Values of ``--nixl-transport``; ``lanes.py`` has the variables of each."""
 
     AUTO = "auto"
     IB = "ib"
@@ -42,7 +42,7 @@ class Strategy(StrEnum):
     READ = "read"
     """The destination reads the source's blocks where they are."""
     WRITE = "write"
-    """The source writes into the destination's blocks, asked by it."""
+    """The source writes into the destination's blocks, at its request."""
     STAGED = "staged"
     """Gathered into a buffer, written as one piece, scattered at the destination."""
 
@@ -83,7 +83,7 @@ _SECRETS = ("etcd_password", "nats_password", "nats_token")
 
 
 class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything an agent needs to know before it starts."""
+    """Configuration of an agent."""
 
     name: str
     """Unique in the namespace; a restarted worker keeps it and gets a new epoch."""
@@ -110,19 +110,19 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     namespace: str = "dynamo"
     transport: Transport = Transport.AUTO
     backends: tuple[str, ...] = ("mapped", "cuda_ipc", "nixl", "local", "nccl", "tcp")
-    """Ways of moving blocks that may be used, best first. ``mapped`` is there for host pools in shared memory,
-    with transport auto or shm and strategy auto; ``cuda_ipc`` and ``nccl`` for pools on GPUs. A transport other than
-    ``auto`` puts NIXL before ``cuda_ipc``."""
+    """Lanes that may be used, best first. ``mapped`` needs host pools in shared memory, transport auto or shm and
+    strategy auto; ``cuda_ipc`` and ``nccl`` need pools on GPUs. A transport other than ``auto`` puts NIXL before
+    ``cuda_ipc``."""
     copy_threads: int = 0
-    """Threads of the ``mapped`` way; 0: one for each core, eight at most. Fewer where engines need every core."""
+    """Threads of the ``mapped`` lane; 0: one for each core, at most eight. Fewer where engines need every core."""
     strategy: Strategy = Strategy.AUTO
     direct_bytes: int = 0
-    """Mean length of a run of blocks from which direct descriptors beat staging; 0: the measured default
-    of the memory and lane (docs/design-notes.md has the runs behind them)."""
+    """Mean bytes of a run of blocks from which direct descriptors are used instead of staging; 0: the measured
+    default of the memory and lane (docs/design-notes.md)."""
     calibration: str = ""
-    """File of ``dynamo calibrate`` with such limits for this machine; ``direct_bytes`` wins over it."""
+    """File of ``dynamo calibrate`` with these limits for this machine; ``direct_bytes`` wins over it."""
     advertise_host: str = "127.0.0.1"
-    """Where peers reach this host, for lanes that need an address of ours."""
+    """Address at which peers reach this host, for lanes that listen."""
     lease_ttl_s: int = 10
     fingerprint: str = ""
     block_size: int = 0
@@ -130,29 +130,29 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str = ""
     layers: int = 0
     kv_heads: int = 0
-    """KV heads on this rank; 0 when the engine does not say."""
+    """KV heads on this rank; 0: unknown."""
     head_size: int = 0
     tp_rank: int = 0
     tp_size: int = 1
     integrity: Integrity = Integrity.TAIL
     piece_bytes: int = 0
-    """Bytes posted at once; 0: 32 MiB of host memory, whose copies happen inside the post, 256 MiB on a GPU."""
+    """Bytes posted at once; 0: 32 MiB of host memory (the post itself copies), 256 MiB on a GPU."""
     staging_bytes: int = 0
-    """Bound of NIXL's registered staging memory; 0: 1 GiB on a GPU, 64 MiB on a host. Also that of the staging memory
-    for NCCL, taken when a first peer is reached that way; 0: 512 MiB."""
+    """Bound of NIXL's registered staging memory; 0: 1 GiB on a GPU, 64 MiB on a host. Also the bound of NCCL's
+    staging memory, which is allocated for the first peer on that lane; 0: 512 MiB."""
     grace_s: float = 1.0
-    """How long a failed transfer may wait for its last piece to stand still, beyond its deadline."""
+    """Time beyond the deadline for a failed transfer's last piece to come to rest."""
 
     park_host_bytes: int = 0
-    """Bound of host memory (pinned where the pools are on a GPU) for parked requests; 0: none is taken."""
+    """Host memory for parked requests (pinned where the pools are on a GPU); 0: none."""
     park_dir: str = ""
     """Folder for parked requests, writable by this user alone; empty: none. Agents may share one."""
     park_dir_bytes: int = 8 << 30
-    """Bound of all files in ``park_dir``."""
+    """Most bytes of all files in ``park_dir``."""
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> AgentConfig:
-        """From settings as processes pass them on, with texts in place of enums. Raises ``ConfigError``."""
+        """From settings with texts in place of enums, as processes pass them on. Raises ``ConfigError``."""
         try:
             return msgspec.convert(dict(settings), cls)
         except msgspec.ValidationError as error:
@@ -160,7 +160,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @staticmethod
     def tuned(settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings that users give, by the names of the fields. Raises ``ConfigError`` for one that is not theirs."""
+        """From users' settings, by field name. Raises ``ConfigError`` for a field that users may not set."""
         given = {key.replace("-", "_"): value for key, value in settings.items()}
         if unknown := given.keys() - set(_TUNED):
             known = ", ".join(key.replace("_", "-") for key in _TUNED)
@@ -174,7 +174,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"AgentConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def validate(self) -> None:
-        """Raise ``ConfigError`` naming the value that cannot be used."""
+        """Raise ``ConfigError`` naming the unusable value."""
         known = {"mapped", "nixl", "local", "cuda_ipc", "nccl", "tcp"}
         if not self.name or "/" in self.name or len(self.name) > 200:
             raise ConfigError(f"agent name {self.name!r}: 1 to 200 characters without '/'")
@@ -194,17 +194,17 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class TransferResult:
-    """What a finished transfer did. Times in seconds, of the side that moved the bytes."""
+    """Figures of a finished transfer. Times in seconds, of the side that moved the bytes."""
 
     bytes: int = 0
     descriptors: int = 0
-    """Memory ranges that were posted, after neighbours were merged."""
+    """Memory ranges posted, neighbours merged."""
     prep_s: float = 0.0
     post_s: float = 0.0
     wire_s: float = 0.0
     lane: str = ""
-    """The backend and transport that were really used."""
+    """Backend and transport that moved the bytes."""
     strategy: Strategy = Strategy.READ
     verified_blocks: int = 0
     ticket: Ticket | None = None
-    """Of a request that was parked or brought back; see ``parking``."""
+    """Ticket of a parked or restored request; see ``parking``."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``transfer_kv_cache``: blocks of one process's cache to another device, asynchronously.
 
-Between CUDA devices and hosts the copies are queued on ``stream`` and an event tells their end; between host
+Between CUDA devices and hosts the copies are queued on ``stream`` and an event marks their end; between host
 tensors they run on a thread. The blocks must not be written before the handle is done.
 Errors come through the handle (``TransferError``); bad arguments raise ``ConfigError`` at once.
 """
@@ -22,7 +22,7 @@ from components.transfer.handle import TransferHandle
 
 @dataclass(frozen=True)
 class CacheCopy:
-    """Copies under way. ``blocks`` may be read once ``handle`` is done."""
+    """Copies in flight. ``blocks`` may be read once ``handle`` is done."""
 
     blocks: tuple[torch.Tensor, ...]
     handle: TransferHandle

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One transfer under way: wait for it in a thread, await it in asyncio, or have a function called.
+"""One transfer in flight: wait for it in a thread, await it in asyncio, or add a callback.
 
-Life cycle: made by the agent, settled exactly once: by the agent's worker thread, or by the thread that waits.
-Thread-safe throughout. Callbacks run on the worker thread and must not block it; what they raise is logged and dropped.
+Life cycle: made by the agent, settled exactly once, by the agent's worker thread or by a waiting thread.
+Thread-safe. Callbacks run on the worker thread and must not block it; their exceptions are logged and dropped.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class TransferHandle:
         self._callbacks: list[Callable[[TransferHandle], None]] = []
         self._lock = threading.Lock()
         self.help_out: Callable[[float], None] | None = None
-        """Set by the worker: a thread that waits may do the last steps itself, where nobody is to be called back."""
+        """Set by the worker: steps the transfer on a waiting thread, where there is no callback."""
         self.cancelled = False
         self.progress = 0
         """Bytes that have arrived so far."""
         self.total = 0
         """Bytes to move; 0 until the peer is known."""
         self.poisoned_blocks: tuple[int, ...] = ()
-        """After a failure: destination blocks into which a peer that hangs may still write.
+        """After a failure: destination blocks that a hanging peer may still write to.
         Empty almost always; ``TransferAgent.poisoned_blocks`` says when they are safe again."""
 
     def done(self) -> bool:
@@ -44,11 +44,11 @@ class TransferHandle:
         return self._done.is_set()
 
     def cancel(self) -> None:
-        """Ask it to end; it settles as soon as nothing more can land in its blocks."""
+        """Request the end; the handle settles as soon as nothing can write to its blocks any more."""
         self.cancelled = True
 
     def wait(self, timeout_s: float | None = None) -> TransferResult:
-        """The result. Raises the transfer's error, or ``TimeoutError`` when it is still under way."""
+        """The result. Raises the transfer's error, or ``TimeoutError`` after ``timeout_s``."""
         help_out = self.help_out
         if help_out is not None and not self._callbacks and not self.done():
             help_out(timeout_s if timeout_s is not None else threading.TIMEOUT_MAX)
@@ -61,7 +61,7 @@ class TransferHandle:
         return self._result
 
     def add_done_callback(self, callback: Callable[[TransferHandle], None]) -> None:
-        """Call it once the transfer has ended; at once when it already has."""
+        """Call it when the transfer ends, or at once when it has ended."""
         with self._lock:
             if not self.done():
                 self._callbacks.append(callback)
@@ -77,7 +77,7 @@ class TransferHandle:
                 ended.set_result(None)
 
         def wake(_: TransferHandle) -> None:
-            # The waiting loop may have been closed meanwhile; then nobody waits any more.
+            # A closed loop has no waiter left.
             if not loop.is_closed():
                 loop.call_soon_threadsafe(settle)
 
@@ -86,7 +86,7 @@ class TransferHandle:
         return self.wait(0)
 
     def settle(self, result: TransferResult | None, error: MigrateError | None) -> None:
-        """End it. Called by the agent alone."""
+        """Set result or error. For the agent alone."""
         with self._lock:
             if self._done.is_set():
                 return

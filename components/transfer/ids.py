@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an agent is named, in its record, in offers of KV blocks and in every message between agents."""
+"""Names of agents, in records, in offers of KV blocks and in every message between agents."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _TLS: dict[Transport, str | None] = {
     Transport.IB: "rc,dc,cuda_copy",
     Transport.NVLINK: "cuda_ipc,cuda_copy,sm,self,tcp",
     Transport.TCP: "tcp,cuda_copy,self",
-    # UCX makes no endpoint without a transport that notices a dead peer: tcp does that, sm moves the bytes.
+    # UCX makes no endpoint without a transport that detects a dead peer: tcp detects, sm moves the bytes.
     Transport.SHM: "sm,cuda_copy,self,tcp",
 }
 RDMA_DEVICES = Path("/sys/class/infiniband")
@@ -46,7 +46,7 @@ def environment(transport: Transport, current: Mapping[str, str]) -> dict[str, s
     if tls is None or "UCX_TLS" in current:
         return {}
     if not NVIDIA_DEVICES.is_dir() and not NVIDIA_CONTROL.exists():
-        # Without a GPU UCX warns of it at every start.
+        # Without a GPU UCX would log a warning at every start.
         tls = ",".join(name for name in tls.split(",") if name != "cuda_copy")
     return {"UCX_TLS": tls}
 

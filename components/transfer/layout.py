@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the bytes of KV blocks lie, and how lists of blocks become memory to copy.
+"""Addresses of KV blocks, and lists of blocks as memory to copy.
 
 A block of a region is one or more *segments*: equal, dense pieces of memory, one for each block, ``stride``
 bytes apart; ``regions.py`` finds them. Pure functions over addresses; lists that do not fit raise ``TransferError``.
@@ -32,12 +32,12 @@ class Segment:
         return self.address + blocks * self.stride
 
     def span(self, blocks: int) -> int:
-        """Bytes from where the first block begins to where the last one ends."""
+        """Bytes from the begin of the first block to the end of the last one."""
         return (blocks - 1) * self.stride + self.length
 
     @property
     def dense(self) -> bool:
-        """True when neighbours in number are neighbours in memory."""
+        """True when consecutive blocks touch in memory."""
         return self.stride == self.length
 
 
@@ -51,11 +51,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Region:
-    """Registered memory of one pool, or of several that lie over or beside each other."""
+    """Registered memory of one pool, or of several that overlap or touch."""
 
     name: str
     order: str
-    """How bytes lie inside a block: equal on both sides or they get mixed up."""
+    """Order of the bytes inside a block; must be equal on both sides."""
     device: torch.device
     segments: tuple[Segment, ...] = ()
     rows: tuple[torch.Tensor, ...] = field(default=(), compare=False, repr=False)
@@ -63,7 +63,7 @@ class Region:
 
 
 def locate(segment: Segment, blocks: int, spans: Sequence[Span]) -> tuple[int, int] | None:
-    """Which of the spans, in the order of their addresses, holds all blocks of a segment, and how far into it."""
+    """Index of the span, of those sorted by address, that holds all blocks of a segment, and the offset in it."""
     at = bisect_right(spans, segment.address, key=lambda span: span.address) - 1
     if at < 0 or min(segment.stride, segment.length) < 0:
         return None
@@ -91,12 +91,12 @@ def runs(src: Ints, dst: Ints) -> tuple[Ints, Ints, Ints]:
 
 
 def groups_of(count: int, size: int) -> list[tuple[int, int]]:
-    """(first, past the last) of groups of ``size``; the last may be smaller."""
+    """(first, past the last) of groups of ``size``; the last group may be smaller."""
     return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def is_one_run(blocks: Ints) -> bool:
-    """True for neighbours in ascending order."""
+    """True for consecutive blocks in ascending order."""
     count = len(blocks)
     if not count or int(blocks[-1] - blocks[0]) != count - 1:
         return False
@@ -115,7 +115,7 @@ def extents(local: Sequence[Segment], remote: Sequence[Segment], local_blocks: I
 
 
 def pieces(memory: Ints, limit: int) -> list[Ints]:
-    """Cut extents into groups of about ``limit`` bytes; extents longer than that are cut themselves."""
+    """Divide extents into groups of about ``limit`` bytes; longer extents are cut."""
     if not len(memory):
         return []
     counts = -(-memory[:, 2] // limit)
@@ -134,7 +134,7 @@ def pieces(memory: Ints, limit: int) -> list[Ints]:
 def batches(
     local: Sequence[Segment], remote: Sequence[Segment], local_blocks: Ints, remote_blocks: Ints, limit: int
 ) -> Iterator[Ints]:
-    """``pieces`` of ``extents``, some at a time: the first are copied while the next are worked out."""
+    """``pieces`` of ``extents``, in batches: the first are copied while the next are computed."""
     first, size = 0, 0
     for past, segment in enumerate(local, 1):
         size += len(local_blocks) * segment.length

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NVTX ranges of a transfer's phases, for Nsight Systems: on with ``DYN_MIGRATE_NVTX=1``, nothing otherwise.
+"""NVTX ranges of a transfer's phases, for Nsight Systems: with ``DYN_MIGRATE_NVTX=1`` alone.
 
-``span`` marks work of the calling thread (gather, post, scatter, checksum); ``begin`` and ``end`` mark what goes on
-without it (wire, disk). Any thread. Uses the ``nvtx`` package, else torch's binding, else says once that there is none.
+``span`` marks work of the calling thread (gather, post, scatter, checksum); ``begin`` and ``end`` mark work elsewhere
+(wire, disk). Any thread. Uses the ``nvtx`` package, else torch's binding, else logs once that there is neither.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ DOMAIN = "dynamo-migrate"
 
 
 class Sink(Protocol):
-    """Where ranges go."""
+    """Receives ranges."""
 
     def push(self, name: str) -> None:
-        """A range of this thread begins, inside those that it has begun."""
+        """Begin a range of this thread, inside its open ones."""
         ...
 
     def pop(self) -> None:
-        """Its innermost range ends."""
+        """End this thread's innermost range."""
         ...
 
     def start(self, name: str) -> object:
-        """A range begins that may end on any thread, in any order."""
+        """Begin a range that may end on any thread, in any order."""
         ...
 
     def stop(self, mark: object) -> None:
-        """It ends."""
+        """End such a range."""
         ...
 
 
@@ -83,7 +83,7 @@ class _Torch:
 
 
 def sink_of(wanted: bool) -> Sink | None:
-    """What the switch asks for."""
+    """The sink that the switch selects."""
     if not wanted:
         return None
     for kind in (_Package, _Torch):
@@ -100,14 +100,14 @@ _nothing = nullcontext()
 
 
 def use(sink: Sink | None) -> Sink | None:
-    """Send ranges there from now on; gives the sink that was used before."""
+    """Send ranges to another sink. Returns the previous one."""
     global _sink
     before, _sink = _sink, sink
     return before
 
 
 def span(name: str, size: int = 0) -> AbstractContextManager[None]:
-    """A range of the calling thread around a block; ``size`` in bytes is told with its name."""
+    """A range of the calling thread around a block; its name has ``size`` in bytes."""
     return _nothing if _sink is None else _span(_sink, _named(name, size))
 
 
@@ -121,13 +121,13 @@ def _span(sink: Sink, name: str) -> Iterator[None]:
 
 
 def begin(name: str, size: int = 0) -> object:
-    """A range that ``end`` ends, on whatever thread."""
+    """Begin a range that ``end`` may end on any thread."""
     sink = _sink
     return None if sink is None else (sink, sink.start(_named(name, size)))
 
 
 def end(mark: object) -> None:
-    """End what ``begin`` began. Harmless for ranges that were begun while profiling was off."""
+    """End a range of ``begin``. Does nothing for ranges begun while profiling was off."""
     if isinstance(mark, tuple):
         sink, started = mark
         sink.stop(started)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From KV pools to memory: the storages to register, and the segments in them that hold a block.
+"""KV pools as memory: the storages to register, and the segments in them that hold a block.
 
-Pools are views: of a tensor each, or all of one storage, in any order of axes. What several pools name (layers that
-share their KV, cache groups that overlay each other) is named once, and pieces of a block that touch become one: with
+Pools are views: of a tensor each, or all of one storage, with axes in any order. Memory that several pools share
+(layers with the same KV, overlaid cache groups) is listed once, and pieces of a block that touch are joined: with
 the blocks outermost, a block of all layers is a single piece. A block number means the same block in every pool.
-Pure functions over addresses; raises ``ConfigError`` for pools in which a number does not name bytes of its own.
+Pure functions over addresses; raises ``ConfigError`` for pools in which two block numbers share bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MAX_PIECES = 4096
 
 @dataclass(frozen=True)
 class _Piece:
-    """One of the pieces that a block has in a pool: that of block 0, and the way to the next block's."""
+    """One piece of a block in a pool: its place in block 0, and the distance to the next block's."""
 
     pool: int
     number: int
@@ -36,7 +36,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Pieces:
-    """A pool's pieces, and what must be equal at a peer for its bytes to mean the same."""
+    """A pool's pieces, and what must be equal at a peer for the bytes to have the same meaning."""
 
     order: str
     pieces: tuple[_Piece, ...]
@@ -44,7 +44,7 @@ class _Pieces:
 
 @dataclass
 class _Run:
-    """Pieces that touch or cover each other, as one."""
+    """Pieces that touch or overlap, as one."""
 
     storage: int
     start: int
@@ -53,12 +53,12 @@ class _Run:
     pieces: list[_Piece] = field(default_factory=list)
 
     def span(self, blocks: int) -> int:
-        """Bytes from where its first block begins to where the last one ends."""
+        """Bytes from the begin of its first block to the end of the last one."""
         return (blocks - 1) * self.stride + self.end - self.start
 
 
 def storages_of(pools: Sequence[KVPool]) -> tuple[Span, ...]:
-    """The storages that pools are views of, each once, in the order in which the pools come to them."""
+    """The storages that pools are views of, each once, in the order of their first pools."""
     return tuple(dict.fromkeys(_storage(pool.tensor) for pool in pools))
 
 
@@ -68,7 +68,7 @@ def _storage(tensor: torch.Tensor) -> Span:
 
 
 def regions_of(pools: Sequence[KVPool]) -> list[Region]:
-    """One region for each pool, or for all those whose bytes lie over or beside each other."""
+    """One region for each pool, or for pools whose bytes overlap or touch."""
     if len({(pool.tensor.device, pool.num_blocks) for pool in pools}) > 1:
         raise ConfigError("all KV pools of an agent must be on one device and have equally many blocks")
     storages = storages_of(pools)
@@ -100,7 +100,7 @@ def _pieces(pool: KVPool, number: int, storage: int) -> _Pieces:
         if stride == inner and (pool.num_blocks == 1 or stride < step):
             inner *= length
         else:
-            # An axis outside the dense part: each index of it is a piece of its own (K and V planes).
+            # Each index of an axis outside the dense part is a piece of its own (K and V planes).
             offsets = [base + i * stride for i in range(length) for base in offsets]
     if len(offsets) > _MAX_PIECES:
         raise ConfigError(f"pool {pool.name}: blocks of strides {tensor.stride()} are in {len(offsets)} pieces")
@@ -132,7 +132,7 @@ def _runs(pieces: Sequence[_Piece]) -> list[_Run]:
 
 
 def _require_apart(pools: Sequence[KVPool], runs: Sequence[_Run]) -> None:
-    """A byte must not belong to two block numbers."""
+    """Raise ``ConfigError`` when a byte belongs to two block numbers."""
     ordered = sorted(runs, key=lambda run: (run.storage, run.start))
     blocks = pools[0].num_blocks if pools else 0
     for at, run in enumerate(ordered):
@@ -175,7 +175,7 @@ def _region(pools: Sequence[KVPool], laid: Sequence[_Pieces], members: Sequence[
 
 
 def _order_of(pools: Sequence[KVPool], laid: Sequence[_Pieces], runs: Sequence[_Run]) -> str:
-    """Which piece of which pool lies where in a block. Long, so a digest of it."""
+    """Digest of the place of every pool's pieces in a block."""
     found = [
         (pools[p.pool].name, laid[p.pool].order, p.number, p.start - run.start, p.length)
         for run in sorted(runs, key=lambda run: run.start)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may talk: agent records and the stores they are published in."""
+"""Discovery of peers: agent records and the stores they are published in."""

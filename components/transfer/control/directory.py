@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The local copy of all agent records: what a peer knows while the store is away.
+"""The local copy of all agent records, which stays usable while the store is unreachable.
 
-Thread-safe; ``wait`` blocks; ``on_new`` is told of every new life of an agent, on the thread that learnt of it.
-A store tells of an agent's lives in their order. Notices beside it may come late: of those an older life never replaces
-a newer one, by the times at which the lives began. A clock that was set back therefore only delays news.
+Thread-safe; ``wait`` blocks. ``on_new`` is called for every new life (epoch) of an agent, on the thread that adds it.
+A store reports the lives of an agent in order. Notices may be late: an older life in a notice never replaces a newer
+one, by their start times. A clock that is set back therefore only delays notices.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Directory:
         self._on_new = on_new
 
     def put(self, record: AgentRecord, hearsay: bool = False) -> None:
-        """A record appeared or changed. ``hearsay``: not from the store, which alone knows the order."""
+        """Add or replace a record. ``hearsay``: it comes from a notice, not from the store, which knows the order."""
         with self._changed:
             known = self._records.get(record.name)
             if hearsay and known is not None and known.epoch != record.epoch and known.started > record.started:
@@ -34,7 +34,7 @@ class Directory:
             self._on_new(record)
 
     def remove(self, name: str) -> None:
-        """An agent is gone."""
+        """Drop an agent."""
         with self._changed:
             self._records.pop(name, None)
             self._changed.notify_all()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Addresses of servers as users write them: parsed, resolved, and told without their secrets.
+"""Addresses of servers as users write them: parsed, resolved, and shown without their secrets.
 
-``resolve`` runs on an asyncio loop and looks names up anew each time: a server that comes back may have moved.
+``resolve`` runs on an asyncio loop and looks names up each time: a restarted server may have another address.
 Errors: ``ConfigError`` for an address that cannot be read, ``MigrateError`` for a name that is not found.
 """
 
@@ -42,7 +42,7 @@ class Endpoint:
 
 
 async def resolve(endpoints: Sequence[Endpoint]) -> str:
-    """gRPC's target for all of them. It takes addresses of one family: that of those which answer, IPv4 first."""
+    """gRPC's target for all endpoints. It has addresses of one family: the one that answers, IPv4 first."""
     found: list[Address] = []
     loop = asyncio.get_running_loop()
     trouble = ""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records under ``/dynamo-migrate/<namespace>/agents/`` in etcd, each under its agent's lease.
 
-See ``RecordStore``. A session is: lease, put, then keep-alive and watch until one of them fails; the next
-session starts over, so a lost lease, a restart of etcd and an etcd that comes back empty are one case.
-Peers that a new session does not find stay known for two lease times: they may be publishing again, too.
+See ``RecordStore``. A session takes a lease, puts the record, then keeps the lease alive and watches until one of
+them fails; the next session starts over, so a lost lease, a restart of etcd and an emptied etcd are one case.
+Peers that a new session does not find stay known for two lease times: they may have to publish again as well.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class EtcdStore:
         if options:
             options["tls_server_name"] = self._endpoints[0].host
         opened: Any = Etcd3Client(**options)
-        # The client's own way makes every address one of IPv4, and lets gRPC look for a proxy.
+        # The client library itself would use IPv4 alone and let gRPC look for a proxy.
         opened._manager.target = await resolve(self._endpoints)
         opened._manager.grpc_options.append(("grpc.enable_http_proxy", 0))
         async with opened as client:
@@ -90,7 +90,7 @@ class EtcdStore:
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
-        """Say what is wrong with credentials or certificates; other errors pass."""
+        """Raise a clear error for wrong credentials or certificates; ignore other errors."""
         import grpc
         from etcd3aio import errors
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which store an agent's records live in. A store is imported when it is chosen: clients take their time."""
+"""Chooses the store of agent records and imports it then: client libraries are slow to import."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from components.transfer.control.store import MemoryStore, RecordStore
 
 
 def store_of(config: AgentConfig) -> RecordStore:
-    """The store that the configuration names. Raises ``ConfigError``."""
+    """The configured store. Raises ``ConfigError``."""
     kind = config.store
     if kind is StoreKind.AUTO:
         kind = StoreKind.ETCD if config.etcd_endpoints else StoreKind.NATS if config.nats_url else StoreKind.MEMORY

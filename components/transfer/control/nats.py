@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Agent records over NATS: as the store (JetStream KV with a time to live), or as notices beside etcd.
 
-``NatsStore`` puts the record again every third of the lease time; NATS drops it when that stops. NATS tells
-watchers of puts and deletes but not of expiry, so every agent drops records it has not seen for a lease time
-while the server was there. ``Notices`` publishes a record to all agents at once and answers nobody.
+``NatsStore`` puts the record again every third of the lease time; NATS drops it when that stops. NATS reports
+puts and deletes to watchers, but not expiry: every agent drops records that it has not seen for a lease time
+while the server was reachable. ``Notices`` publishes a record to all agents and answers none.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class NatsStore:
 
 
 class Notices:
-    """Tells other agents of our record at once, beside etcd; loss is harmless."""
+    """Sends the record to other agents at once, beside etcd. A lost notice does no harm."""
 
     def __init__(self, config: AgentConfig) -> None:
         self._config = config

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How publishing a record goes: told by a store, waited for by the agent's start.
+"""State of publishing a record: set by a store, awaited by the agent's start.
 
-Thread-safe. An error that another try will not mend (a refused password, a wrong certificate) ends the wait at once;
-after the first success none of them does any more: peers that know each other go on while a store is away.
+Thread-safe. A permanent error (refused password, wrong certificate) ends the wait at once. After the first success
+no error does: peers that know each other go on without a store.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ class Publication:
         self._changed = threading.Condition()
         self.done = False
         self.trouble: Exception | None = None
-        """What the last try failed with."""
+        """Error of the last attempt."""
 
     def succeeded(self) -> None:
-        """The record is in the store."""
+        """Mark the record as stored."""
         with self._changed:
             self.done, self.trouble = True, None
             self._changed.notify_all()
 
     def failed(self, error: Exception) -> None:
-        """A try has failed."""
+        """Note a failed attempt."""
         with self._changed:
             self.trouble = error
             self._changed.notify_all()
 
     @property
     def hopeless(self) -> bool:
-        """True when the last try's error is final."""
+        """True when the last error is permanent."""
         return isinstance(self.trouble, TransferUnavailable | ConfigError)
 
     def wait(self, timeout_s: float) -> bool:
-        """True once published; False after the time, or as soon as it is hopeless."""
+        """Wait. True once published; False after the time-out or a permanent error."""
         with self._changed:
             self._changed.wait_for(lambda: self.done or self.hopeless, timeout_s)
             return self.done

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The thread that keeps an agent's record published.
 
-Life cycle: ``start`` returns once the record is in the store, or raises (``TransferError``, ``TransferUnavailable`` or
-``ConfigError``) after having stopped; ``stop`` withdraws the record. The time-out is this module's.
+Life cycle: ``start`` returns once the record is in the store; otherwise it stops and raises ``TransferError``,
+``TransferUnavailable`` or ``ConfigError``. ``stop`` withdraws the record. This module sets the time-out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from components.transfer.control.record import AgentRecord
 logger = logging.getLogger(__name__)
 
 PUBLISH_S = 15.0
-"""How long a server may take to answer."""
+"""Wait for a server's first answer."""
 
 
 class Publisher:
@@ -35,7 +35,7 @@ class Publisher:
         self._cancel: Callable[[], object] = lambda: None
 
     def start(self, record: AgentRecord, directory: Directory) -> None:
-        """Publish, and watch the others from now on."""
+        """Publish the record and begin to watch others."""
         config = self._config
         store = store_of(config)
         publication = Publication()

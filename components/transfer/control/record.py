@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record that an agent publishes, and the checks that a peer makes before any byte moves."""
+"""The record that an agent publishes, and a peer's checks of it before any byte moves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from components.transfer.layout import Ints, Segment, is_one_run
 from components.wire import UNREADABLE
 
 MAX_RECORD_BYTES = 4 << 20
-"""A NIXL blob is some kilobytes; anything much larger is not ours."""
+"""Bound of a NIXL blob, which has some kilobytes."""
 
 _Short = Annotated[str, msgspec.Meta(max_length=512)]
 _Blob = Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)]
@@ -34,14 +34,14 @@ class RegionRecord(msgspec.Struct, frozen=True):
 
 
 class AgentRecord(msgspec.Struct, frozen=True, tag="agent/5"):
-    """What a peer must know of an agent. Layout fields must be equal on both sides."""
+    """An agent as its peers know it. Layout fields must be equal on both sides."""
 
     name: _Short
     epoch: _Short
     started: float
-    """Unix time at which this life began: orders the lives of one name."""
+    """Unix time at which this life (epoch) began; orders the lives of one name."""
     host: _Short
-    """Identifies the machine, for lanes that do not leave it."""
+    """Id of the machine, for lanes within one host."""
     blob: _Blob
     """NIXL agent metadata; empty when the agent has no NIXL."""
     tcp_address: _Short
@@ -50,7 +50,7 @@ class AgentRecord(msgspec.Struct, frozen=True, tag="agent/5"):
     """CUDA IPC handles of the pools; empty when that lane is off."""
     fingerprint: _Short
     block_size: _Whole
-    """Tokens of a block; 0 where the blocks are not of tokens."""
+    """Tokens of a block; 0 where blocks hold no tokens."""
     dtype: _Short
     layers: _Whole
     kv_heads: _Whole
@@ -93,17 +93,17 @@ class AgentRecord(msgspec.Struct, frozen=True, tag="agent/5"):
             raise IncompatibleLayout(f"agents {self.name} and {peer.name} lay their KV blocks out differently")
 
     def require_blocks(self, blocks: Ints, unique: bool) -> None:
-        """Raise ``TransferError`` for numbers that are none of this agent's blocks, or that are named twice."""
+        """Raise ``TransferError`` for unknown block numbers and, if ``unique``, for repeated ones."""
         if not len(blocks):
             return
-        # On the way of every transfer: a run needs one look, and the plain reductions take a third of min() and max().
+        # Called for every transfer: a run needs one check, and plain reductions take a third of min() and max().
         run = is_one_run(blocks)
         lowest, highest = (blocks[0], blocks[-1]) if run else (np.minimum.reduce(blocks), np.maximum.reduce(blocks))
         if lowest < 0 or highest >= self.num_blocks:
             bad = lowest if lowest < 0 else highest
             raise TransferError(f"agent {self.name} has {self.num_blocks} blocks; {bad} is none of them")
         if unique and not run:
-            # A third of what np.unique takes.
+            # A third of np.unique's time.
             named = np.zeros(highest - lowest + 1, np.bool_)
             named[blocks - lowest] = True
             if int(np.count_nonzero(named)) != len(blocks):
@@ -132,7 +132,7 @@ def encode(record: AgentRecord) -> bytes:
 
 
 def published(data: bytes, name: str) -> AgentRecord:
-    """A record as ``decode`` reads it, which must be that of the agent under whose name it was found."""
+    """``decode``, for a record found under an agent's name, which it must have."""
     record = decode(data)
     if record.name != name:
         raise MigrateError(f"the record of agent {record.name!r} is published as {name!r}")

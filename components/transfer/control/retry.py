@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sessions with a server that may go away: begun again for ever, ended together, left without complaint."""
+"""Sessions with a server that may become unreachable: restarted without end, ended together, closed quietly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _ignore(_: Exception) -> None:
 async def forever(
     where: str, session: Callable[[], Awaitable[None]], failed: Callable[[Exception], None] = _ignore
 ) -> None:
-    """Run a session again whenever it ends; only cancelling ends this. ``failed`` is told why it ended."""
+    """Run a session again whenever it ends, until cancelled. ``failed`` is called with the reason."""
     delay = _FIRST_DELAY_S
     while True:
         began = asyncio.get_running_loop().time()
@@ -29,7 +29,7 @@ async def forever(
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            # Whatever the client library raises, known peers must go on working: keep trying.
+            # Retry whatever the client library raises: known peers go on working meanwhile.
             logger.warning("%s: %s; trying again", where, str(error) or type(error).__name__)
             failed(error)
         if asyncio.get_running_loop().time() - began > _LAST_DELAY_S:
@@ -52,7 +52,7 @@ async def first_of(*jobs: Awaitable[None]) -> None:
 
 
 async def quietly(work: Awaitable[object]) -> None:
-    """Await something whose failure does not matter any more."""
+    """Await something whose failure no longer matters."""
     try:
         await work
     except Exception as error:

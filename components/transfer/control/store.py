@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where agent records live: the interface, and the store of one process.
+"""Stores of agent records: the interface, and the store of one process.
 
 Life cycle: ``run`` publishes the record, watches all others and keeps doing both until it is cancelled; then
-it withdraws the record. Outages are survived: the directory keeps what it knew, publication is repeated when
-the store is back, also when it comes back empty. Everything runs on one asyncio loop.
+it withdraws the record. During an outage the directory keeps its records; the record is published again when
+the store is back, also an emptied one. Everything runs on one asyncio loop.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from components.transfer.control.record import AgentRecord
 
 
 class RecordStore(Protocol):
-    """A place to publish one record and watch the others."""
+    """Publishes one record and watches the others."""
 
     async def run(self, record: AgentRecord, directory: Directory, publication: Publication) -> None:
         """Publish and watch until cancelled; withdraw the record then."""

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How bytes move: one interface, one file for each way."""
+"""Lanes: one interface, one file for each way of moving bytes."""

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every way of moving blocks offers.
+"""The interface of a lane.
 
-Contract: ``fetch`` gives a generator that the agent's worker thread steps. It yields ``True`` after
-it did something and ``False`` when it waits for others, returns the result, or raises a ``TransferError``.
-The worker owns deadline and cancel: it throws them into the generator, once. Whatever way the generator
-ends, nothing writes to the destination blocks afterwards, unless ``Copy.poison`` has named them.
-All calls come from the worker thread, but for the steps of backends that say ``at_once``: those may come from the
-thread that asked for the transfer, never from two at a time. A backend that has to block does so on threads of its own.
+Contract: ``fetch`` returns a generator that the agent's worker thread steps. It yields ``True`` after
+progress and ``False`` while it waits, returns the result, or raises a ``TransferError``.
+The worker owns deadline and cancel and throws them into the generator, once. However the generator
+ends, nothing writes to the destination blocks afterwards, unless ``Copy.poison`` has marked them.
+All calls come from the worker thread, except the steps of backends with ``at_once``: those may come from the
+thread that requests the transfer, one thread at a time. A backend that must block does so on threads of its own.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Copy:
     remote: Ints
     request_id: str
     end: float
-    """When it must be over, on ``time.monotonic``."""
+    """Deadline on ``time.monotonic``."""
     arrived: Callable[[int], None] = field(default=_ignore)
-    """Told of every piece's bytes."""
+    """Called with the bytes of every piece."""
     poison: Callable[[], Callable[[], None]] = field(default=_harmless)
-    """Called when a hanging peer may write later; what it gives is called once that is over."""
+    """Marks the local blocks as still writable by a hanging peer; returns a callback that clears the mark."""
     strategy: Strategy = Strategy.AUTO
-    """Asked for by the caller; ways that know only one ignore it."""
+    """The caller's choice; only NIXL's lane has several."""
 
 
 class Backend(Protocol):
@@ -53,12 +53,12 @@ class Backend(Protocol):
 
     @property
     def lane(self) -> str:
-        """What is reported as the lane."""
+        """Name of the lane."""
         ...
 
     @property
     def at_once(self) -> bool:
-        """True when a transfer's first step may run on the thread that asks for it, once the peer is connected."""
+        """True when the first step of a transfer with a connected peer may run on the requesting thread."""
         ...
 
     def reaches(self, peer: AgentRecord) -> bool:
@@ -66,7 +66,7 @@ class Backend(Protocol):
         ...
 
     def fetch(self, copy: Copy) -> Steps:
-        """Copy the peer's blocks into ours, pairwise."""
+        """Copy the remote blocks into the local ones, pairwise."""
         ...
 
     def warm_up(self, copy: Copy) -> Steps:
@@ -74,9 +74,9 @@ class Backend(Protocol):
         ...
 
     def progress(self) -> list[Generator[bool, None, None]]:
-        """Called often by the worker thread. Gives new work that peers asked for."""
+        """Called often by the worker thread. Returns new work that peers request."""
         ...
 
     def close(self) -> None:
-        """Give everything back. Nothing may be called afterwards."""
+        """Release everything. No call may follow."""
         ...

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA calls of a thread beside an engine that captures its graphs.
+"""Lets a thread make CUDA calls while the engine captures its graphs.
 
-While any thread captures in the mode ``global``, which is torch's default, CUDA refuses what it calls unsafe to all
-other threads (mapping a peer's memory, loading a kernel, asking an event), and the refused call spoils the capture. A
-peer that appears while this engine starts would then cost both. A thread that says so is left alone, which is right for
-one that touches no captured stream.
+While any thread captures in mode ``global`` (torch's default), CUDA refuses unsafe calls of all other threads (mapping
+a peer's memory, loading a kernel, querying an event), and a refused call also invalidates the capture. So a peer that
+appears during an engine's start would break both. A thread can opt out of this check; that is safe for a thread that
+touches no captured stream.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _RELAXED = 2
 
 
 def stand_aside() -> None:
-    """Take the calling thread out of other threads' captures. Nothing happens where CUDA is not in use."""
+    """Opt the calling thread out of other threads' captures. Does nothing where CUDA is not in use."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return
     try:

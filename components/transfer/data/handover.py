@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hand-over of shared host memory between two agents of one host, and the mapping of a peer's.
+"""Passes descriptors of shared host memory between two agents of one host, and maps a peer's memory.
 
-An agent listens on a socket in Linux's abstract namespace whose name is made of its epoch: a record can name no file.
-It gives descriptors of its pools, for reading alone, to processes of its own user, as the kernel names them, that have
-passed the handshake (``components.handshake``); the peer maps them. The connection stays open: its end says that the
-agent has gone. Threading: one thread waits on each connection. ``map_peer`` blocks for five seconds at most. Errors:
+An agent listens on a socket in Linux's abstract namespace, named after its epoch, so that a record can name no file.
+It gives read-only descriptors of its pools to processes of the same user (as the kernel reports it) that have passed
+the handshake (``components.handshake``); the peer maps them. The connection stays open: its end means that the
+agent has gone. Threading: one thread waits on each connection. ``map_peer`` blocks for at most 5 seconds. Errors:
 ``TransferError``.
 """
 
@@ -41,11 +41,11 @@ _PEER = struct.Struct("3i")
 
 class _Answer(msgspec.Struct, frozen=True):
     storages: tuple[tuple[int, int], ...]
-    """Address at the owner and bytes of each; the descriptors follow in this order."""
+    """Owner's address and bytes of each storage; the descriptors follow in this order."""
 
 
 def _name(epoch: str) -> str:
-    # Every user of the host can list these names, and an epoch is half of what the handshake proves.
+    # Every user of the host can list these names, and the handshake proves knowledge of the epoch.
     return f"\0dynamo-migrate/{hashlib.sha256(epoch.encode()).hexdigest()[:32]}"
 
 
@@ -54,7 +54,7 @@ def _purpose(epoch: str) -> str:
 
 
 class Giver:
-    """Hands our storages to peers."""
+    """Gives this agent's storages to peers."""
 
     def __init__(self, epoch: str, storages: Sequence[SharedStorage]) -> None:
         self._storages = list(storages)
@@ -65,7 +65,7 @@ class Giver:
     def _serve(self, connection: socket.socket) -> None:
         self._give(connection)
         connection.settimeout(None)
-        connection.recv(1)  # Until the peer has gone, or we close.
+        connection.recv(1)  # Until the peer or this agent closes.
 
     def _give(self, connection: socket.socket) -> None:
         _, user, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
@@ -77,18 +77,18 @@ class Giver:
             fds: list[int] = []
             with ExitStack() as opened:
                 for storage in part:
-                    # Opened again, because the rights of a descriptor travel with it.
+                    # Opened again for reading: the rights of a descriptor travel with it.
                     fds.append(os.open(f"/proc/self/fd/{storage.fd}", os.O_RDONLY | os.O_CLOEXEC))
                     opened.callback(os.close, fds[-1])
                 socket.send_fds(connection, [b"f"], fds)
 
     def close(self) -> None:
-        """Stop giving; peers learn that we have gone."""
+        """Stop; peers see the end of their connections."""
         self._acceptor.close()
 
 
 class Mapping:
-    """A peer's storages in our address space."""
+    """A peer's storages, mapped into this process."""
 
     def __init__(self, name: str, connection: socket.socket, storages: Sequence[tuple[int, int]], mapped: list[int]):
         self.name = name
@@ -100,7 +100,7 @@ class Mapping:
         self.users = 0
 
     def seen(self, segment: Segment, blocks: int) -> Segment:
-        """The peer's segment where it is for us. Raises ``TransferError`` when a block is outside of what it shares."""
+        """The peer's segment at its address here. Raises ``TransferError`` for a block outside the shared memory."""
         found = locate(segment, blocks, self._spans)
         if found is None:
             raise TransferError(f"agent {self.name} names memory outside of what it shares")
@@ -117,7 +117,7 @@ class Mapping:
             return False
 
     def close(self) -> None:
-        """Unmap. The caller vouches that nobody reads or writes there."""
+        """Unmap. The caller guarantees that nobody reads or writes there."""
         self._connection.close()
         for address, size in self._pieces:
             _libc.munmap(address, size)
@@ -125,7 +125,7 @@ class Mapping:
 
 
 def map_peer(name: str, epoch: str, end: float) -> Mapping:
-    """Ask a peer on this host for its storages and map them, page tables filled. Blocks until ``end`` at most."""
+    """Request a peer's storages and map them, with page tables filled. Blocks until ``end`` at most."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     fds: list[int] = []
     mapped: list[int] = []

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies between host addresses on threads of their own, without the interpreter lock.
 
-One pass over the bytes, compiled once by Numba (which vLLM brings along): a copy never holds the lock that an
-engine's thread in the same process wants, and memory is read and written once. Large copies may go around the caches:
-the memory under the destination is then not read first, and what the engine has in its caches stays there.
-``HostCopier`` may be used from any thread. The caller vouches for the addresses.
+Numba, a requirement of vLLM, compiles the copy once: it never holds the interpreter lock that an engine's thread in
+the same process needs, and it reads and writes memory once. Large copies may bypass the caches: the destination's
+memory is then not read first, and the engine's data stays in the caches.
+``HostCopier`` may be used from any thread. The caller guarantees the addresses.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from components.transfer.layout import Ints
 
 _MAX_THREADS = 8
 _STEP_BYTES = 64 << 10
-"""One call of the C library's copy. Above some megabytes it goes around the caches, which was a quarter slower here."""
+"""Bytes of one call of the C library's copy. Above some megabytes it bypasses the caches, which is a quarter slower."""
 
 _LINE_BYTES = 64
-"""What is written around the caches at once; blocks that are no whole lines take the other way."""
+"""Bytes of one write that bypasses the caches; blocks of other sizes go through them."""
 
 _PAGE_BYTES = 4096
 _AHEAD_BYTES = 16 << 10
-"""Of the next piece, one line of each page is asked for while this one is copied: pieces of 12 KiB in random order
-otherwise spend a fifth of their time waiting for the addresses of their pages."""
+"""Bytes of the next piece of which one line of each page is prefetched. Without that, pieces of 12 KiB in random
+order spend a fifth of their time on address translation."""
 
 
 def threads_for(configured: int) -> int:
-    """Copying threads: as configured, or one for each core that this process may use, at most eight."""
+    """Number of copying threads: as configured, or one for each core of this process, at most eight."""
     return configured or min(_MAX_THREADS, len(os.sched_getaffinity(0)))
 
 
@@ -116,7 +116,7 @@ def _compiled() -> Callable[[Ints, Ints, Ints, bool], None]:
                 for start in range(0, sizes[n], step):
                     copy_bytes(targets[n] + start, sources[n] + start, min(step, sizes[n] - start))
         if around:
-            fence()  # Such writes are ordered with nothing, not even with the news that they were made.
+            fence()  # Non-temporal stores are weakly ordered: fence before completion is signalled.
 
     compiled: Callable[[Ints, Ints, Ints, bool], None] = copy_all
     return compiled
@@ -131,10 +131,10 @@ class HostCopier:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kv-copy")
 
     def submit(self, targets: Ints, sources: Ints, sizes: Ints, around: bool = False) -> Future[None]:
-        """Copy ``sizes`` bytes from each of ``sources`` to each of ``targets``; ``around``: past the caches."""
+        """Copy ``sizes`` bytes from each of ``sources`` to each of ``targets``; ``around`` bypasses the caches."""
         to, origin, length = (np.ascontiguousarray(column, np.int64) for column in (targets, sources, sizes))
         return self._pool.submit(self._run, to, origin, length, around)
 
     def close(self) -> None:
-        """End the threads once what was submitted is done."""
+        """End the threads after all submitted copies."""
         self._pool.shutdown(wait=True)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks between device memory of two processes of one host, over CUDA IPC: one kernel, also scattered to scattered.
+"""Blocks between device memory of two processes of one host, over CUDA IPC: one kernel for scattered blocks too.
 
-Life cycle: a peer's storages are mapped once each, when the pair first asks ``reaches``; where that cannot be done
-(another container, no peer access between the GPUs) the reason is logged and the pair takes its next lane, until one of
-the later tries succeeds. They are mapped into *our* device, so a peer's device need not be visible to this process.
-Threading: worker thread; the kernel is queued on a stream of its own and polled. A transfer that fails while its
-kernel runs waits for it; one that may not wait any longer names its blocks as poisoned until the kernel has ended.
+Life cycle: the first ``reaches`` for a peer maps each of its storages once. Where that fails (another container, no
+peer access between the GPUs) the reason is logged and the pair uses its next lane, until a later attempt succeeds.
+Memory is mapped on the local device, so the peer's device need not be visible to this process.
+Threading: worker thread; the kernel is queued on a separate stream and polled. A transfer that fails while its
+kernel runs waits for it; after its grace it marks its blocks as poisoned until the kernel has ended.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _SameProcess(Exception):
 
 
 class _Again:
-    """When to try once more to map a peer: what stood in the way may pass, and nothing else would notice."""
+    """Time of the next attempt to map a peer: the obstacle may have gone without any other sign."""
 
     def __init__(self, peer: AgentRecord) -> None:
         self.peer = peer
@@ -70,22 +70,22 @@ class _Again:
         self.due = 0.0
 
     def put_off(self) -> None:
-        """Wait twice as long as before."""
+        """The next attempt, after twice the wait."""
         self.due = time.monotonic() + min(_AGAIN_S * 2**self.tries, _AGAIN_MOST_S)
         self.tries += 1
 
 
 @dataclass(frozen=True)
 class _Mapped:
-    """A peer's memory, seen from our device, and the kernel that copies from there."""
+    """A peer's memory, mapped on the local device, and the kernel that copies from it."""
 
     fetch: kernels.Mover
     rows: Sequence[torch.Tensor]
-    """Held so that nothing is unmapped under a running kernel."""
+    """Keeps the memory mapped while a kernel runs."""
 
 
 class _Flight:
-    """What one running kernel needs: the event of its end, and pinned memory for the block list that it reads."""
+    """Resources of one running kernel: an event for its end, and pinned memory for its block list."""
 
     def __init__(self, pairs: int) -> None:
         self.pairs = pairs
@@ -93,7 +93,7 @@ class _Flight:
         self.index = torch.empty(2 * pairs, dtype=torch.int64, pin_memory=True)
 
     def ended(self) -> bool:
-        """True once the kernel has."""
+        """True once the kernel has ended."""
         return bool(self.event.query())  # type: ignore[no-untyped-call]
 
 
@@ -104,20 +104,20 @@ class IpcBackend:
     at_once = True
 
     def __init__(self, host: str, regions: Sequence[Region], pools: Sequence[KVPool]) -> None:
-        """Raises ``RuntimeError`` where memory cannot be shared."""
+        """Raise ``RuntimeError`` where memory cannot be shared."""
         self._host = host
         self._rows = [row for region in regions for row in region.rows]
         self._block_bytes = sum(row.shape[1] for row in self._rows)
         self._device = self._rows[0].device
         storages = {storage.data_ptr(): storage for storage in (pool.tensor.untyped_storage() for pool in pools)}
         self.handles = tuple(_shared(storage) for storage in storages.values())
-        """What peers need to map our storages."""
-        # Of high priority, and never behind the engine's steps in the default stream.
+        """Handles with which peers map the local storages."""
+        # Of high priority, and not behind the engine's steps in the default stream.
         self._stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
         self._peers: dict[str, _Mapped | None] = {}
         self._unmapped: dict[str, _Again] = {}
         self._idle: list[_Flight] = []
-        """Used again: to make one takes as long as a launch."""
+        """Free ones, for reuse: making one takes as long as a launch."""
         self._lingering: list[tuple[_Flight, Callable[[], None], _Mapped]] = []
 
     def reaches(self, peer: AgentRecord) -> bool:
@@ -139,7 +139,7 @@ class IpcBackend:
             mapped = self._new_mapping(peer)
         except _SameProcess:
             return None
-        except Exception as error:  # Triton passes on whatever its compiler raises.
+        except Exception as error:  # Triton raises whatever its compiler raises.
             again = self._unmapped.setdefault(peer.key, _Again(peer))
             say = logger.debug if again.tries else logger.warning
             say("device memory of agent %s is not mapped, another lane moves its blocks: %s", peer.name, error)
@@ -244,7 +244,7 @@ class IpcBackend:
         return TransferResult(wire_s=time.perf_counter() - begun, lane=self.lane)
 
     def progress(self) -> list[Generator[bool, None, None]]:
-        """Nobody asks over this lane; kernels of transfers that were given up and unmapped peers are looked after."""
+        """No peer requests over this lane. Finishes abandoned transfers and retries unmapped peers."""
         for item in list(self._lingering):
             flight, safe, _ = item
             if flight.ended():
@@ -258,7 +258,7 @@ class IpcBackend:
         return []
 
     def close(self) -> None:
-        """Unmap, once no kernel of ours runs any more."""
+        """Wait for running kernels, then unmap."""
         self._stream.synchronize()
         self._peers.clear()
         self._unmapped.clear()

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gather, scatter and block-to-block copies of KV blocks: Triton kernels on CUDA, torch's index copies elsewhere.
 
-A copier is called as ``copier(blocks, buffer, gather)`` and moves the blocks of all segments between the pools
-and ``buffer``, where segment follows segment; it queues on the current stream. A mover is called as
-``mover(sources, targets, index, stream)`` with host arrays of blocks and queues on ``stream``. It writes lists that are
-no run of neighbours into ``index``, pinned memory for as many numbers, and the kernel reads them there: a copy to the
-device would take as long as the launch. Nobody may touch ``index`` until the kernel has ended.
-Streams and the current device must be those of the views.
+``copier(blocks, buffer, gather)`` moves the blocks of all segments between the pools and ``buffer``, where segment
+follows segment; it queues on the current stream. ``mover(sources, targets, index, stream)`` takes host arrays of
+blocks and queues on ``stream``. It writes scattered lists into ``index``, pinned memory for as many numbers, from
+which the kernel reads them: a copy to the device would take as long as the launch. ``index`` must not be touched
+until the kernel has ended. Streams and the current device must be those of the views.
 """
 
 from __future__ import annotations
@@ -48,9 +47,9 @@ def copier(rows: Sequence[torch.Tensor]) -> Copier:
 
 
 def mover(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> Mover:
-    """Copies blocks of one set of views straight into those of another on the same device.
+    """Copies blocks of one set of views directly into those of another on the same device.
 
-    Kernels are compiled and tables made here: make a mover once for a pair of agents, not once for a transfer.
+    Compiles kernels and makes tables: make one mover for a pair of agents, not one for each transfer.
     """
     alike: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for pair in zip(source, target, strict=True):
@@ -78,7 +77,7 @@ def _together(movers: Sequence[Mover]) -> Mover:
 
 
 def _torch_copier(rows: Sequence[torch.Tensor]) -> Copier:
-    # Wider words make index_select several times faster than single bytes.
+    # index_select is several times faster with wider words than with single bytes.
     wide = [_widen(row) for row in rows]
 
     def run(blocks: torch.Tensor, buffer: torch.Tensor, gather: bool) -> None:
@@ -114,7 +113,7 @@ def _widen(row: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _jit() -> tuple[Any, Any]:
-    """Both kernels. Sizes and lists that change with every call must not lead to new compilations."""
+    """Both kernels. Arguments that change with every call must not cause new compilations."""
     import triton
     import triton.language as tl
 
@@ -174,7 +173,7 @@ def _triton_copier(rows: Sequence[torch.Tensor]) -> Copier:
     def launch(grid: tuple[int, int], index: torch.Tensor, slot: torch.Tensor, count: int, gather: bool) -> None:
         kernel[grid](table, index, slot, count, words, GATHER=gather, TILE=_tile(words), num_warps=_WARPS)
 
-    # Compiled now, by launches of no block: the first transfer must not wait for the compiler.
+    # Launches with no block compile now: the first transfer must not wait for the compiler.
     for gather in (False, True):
         launch((0, 1), table, table, 1, gather)
 
@@ -190,7 +189,7 @@ def _triton_mover(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Mover:
     words = pairs[0][0].shape[1] // _WORD
     sources, targets = (_table(rows) for rows in zip(*pairs, strict=True))
 
-    # Compiled now, by launches of no block; Triton's own way to a compiled kernel takes three times as long each time.
+    # Launches with no block compile now. Calls bypass Triton's dispatch, which takes three times as long.
     tile = _tile(words)
     runs, lists = (
         kernel[(0, 1, 1)](sources, targets, sources, 0, 0, 1, words, LIST=listed, TILE=tile, num_warps=_WARPS)

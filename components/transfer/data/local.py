@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks between agents of one process: copies between tensors.
 
-Threading: worker thread; copies are made in bounded steps, those of CUDA are queued on the devices' current streams
-and waited for at the end. Agents are found by a table of this process. Errors: ``TransferError``.
+Threading: worker thread; copies are made in bounded steps. CUDA copies are queued on the devices' current streams and
+awaited at the end. A table of this process has all agents. Errors: ``TransferError``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _copy_rows(copy: Copy, src: Sequence[torch.Tensor], dst: Sequence[torch.Tens
                 copy.arrived(part.numel())
                 yield True
     finally:
-        # Also when it fails: what is queued would still be written.
+        # Also after an error: queued copies would still write.
         for device in {row.device for row in (src[0], dst[0]) if row.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
     return TransferResult(total, len(src) * len(copy.local), lane=lane)
@@ -54,7 +54,7 @@ class LocalBackend:
     at_once = False
 
     _agents: ClassVar[dict[str, list[torch.Tensor]]] = {}
-    """Views of an agent's memory."""
+    """Views of each agent's memory, by epoch."""
 
     def __init__(self, epoch: str, regions: Sequence[Region]) -> None:
         self._epoch = epoch
@@ -79,9 +79,9 @@ class LocalBackend:
         return _nothing()
 
     def progress(self) -> list[Generator[bool, None, None]]:
-        """Nobody asks over this lane."""
+        """No peer requests over this lane."""
         return []
 
     def close(self) -> None:
-        """Leave the table."""
+        """Remove this agent from the table."""
         self._agents.pop(self._epoch, None)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks between processes of one host whose pools are in shared memory: one copy, from blocks to blocks.
+"""Blocks between processes of one host whose pools are in shared memory: one copy, block to block.
 
-A peer's pools are mapped once, when it is first met; from then on a fetch reads its blocks where they are. Copies run
-on the threads of ``HostCopier`` in bounded pieces: a cancelled transfer stands still after the pieces under way, some
-milliseconds. A peer that ended is noticed before the result is given, and its memory is unmapped as soon as nobody
-copies any more.
+The first contact maps a peer's pools; a fetch then reads its blocks directly. Copies run on the threads of
+``HostCopier`` in bounded pieces: a cancelled transfer ends after the pieces in flight (some milliseconds). The end of
+a peer is detected before the result is returned, and its memory is unmapped after the last copy.
 Threading: worker thread; mapping and copying on threads of their own. Errors: ``TransferError``.
 """
 
@@ -34,12 +33,12 @@ logger = logging.getLogger(__name__)
 _Flying = deque[tuple[Future[None], int]]
 _PIECE_BYTES = 8 << 20
 _AHEAD = 4
-"""Pieces queued for each thread, so that none waits for the worker's next look."""
+"""Pieces queued for each thread, so that no thread waits for the worker."""
 _AROUND_BYTES = 4 << 20
-"""From here on a transfer goes around the caches: a third less time, and what the engine has there stays. A smaller
-one leaves its bytes there for the next step."""
+"""Size from which a transfer bypasses the caches: it takes a third less time and leaves the engine's data there. A
+smaller transfer leaves its own bytes there for the next step."""
 _LOOK_S = 0.25
-"""How often mapped peers are looked after."""
+"""Interval between checks of mapped peers."""
 
 
 class MappedBackend:
@@ -68,7 +67,7 @@ class MappedBackend:
         self._looked = 0.0
 
     def reaches(self, peer: AgentRecord) -> bool:
-        """True for an agent of this host, network namespace and user that shares its pools."""
+        """True for an agent of the same host, network namespace and user that shares its pools."""
         here = peer.host == self._host and peer.scope == self.scope
         return here and bool(self.scope) and peer.epoch not in self._refused
 
@@ -86,7 +85,7 @@ class MappedBackend:
         peer = copy.peer
         if peer.epoch not in self._mappings:
             self._mappings[peer.epoch] = self._mapper.submit(map_peer, peer.name, peer.epoch, copy.end)
-        # Several transfers may wait for it, and the first that sees it fail takes it out of the table.
+        # Several transfers may wait for it; the first that sees it fail removes it from the table.
         future = self._mappings[peer.epoch]
         while not future.done():
             yield False
@@ -95,7 +94,7 @@ class MappedBackend:
             if mapping.alive():
                 return mapping
         except TransferError:
-            # It published that it shares: another lane has to serve this life of it.
+            # Its record says that it shares memory: another lane must serve this epoch.
             self._refused.add(peer.epoch)
             self._mappings.pop(peer.epoch, None)
             raise
@@ -107,7 +106,7 @@ class MappedBackend:
         mapping.users += 1
         flying: _Flying = deque()
         try:
-            # Writing in ascending order is up to a quarter faster, whatever order is read in.
+            # Writing in ascending order is up to a quarter faster, whatever the order of reading.
             order = np.argsort(copy.local)
             local = self._segments
             remote = [mapping.seen(segment, copy.peer.num_blocks) for segment in copy.peer.segments()]
@@ -141,7 +140,7 @@ class MappedBackend:
         if not flying:
             mapping.users -= 1
             return
-        # Only when the worker's grace ended before a piece did: its blocks are named until the last one stands still.
+        # Only when the worker's grace ends before a piece does: mark the blocks until the last piece has ended.
         settled = copy.poison()
 
         def quiet() -> None:
@@ -151,7 +150,7 @@ class MappedBackend:
         self._lingering.append(([job for job, _ in flying], quiet))
 
     def progress(self) -> list[Generator[bool, None, None]]:
-        """Nobody asks over this lane; unmap peers that have gone."""
+        """No peer requests over this lane. Unmap peers that have gone."""
         for item in list(self._lingering):
             if all(job.done() for job in item[0]):
                 self._lingering.remove(item)

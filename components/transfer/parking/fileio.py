@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How bytes get from host memory into an open file and back.
 
-``NixlFiles`` uses NIXL's POSIX plugin, on an agent of its own; ``PlainFiles`` the system's calls. Both block and are
-called from one thread alone. Errors: ``OSError`` or ``TransferError``. Neither notices a file that is too short on
-reading through NIXL (it reports success): sizes are checked before, checksums after.
+``NixlFiles`` uses NIXL's POSIX plugin, on an agent of its own; ``PlainFiles`` uses system calls. Both block and are
+called from one thread alone. Errors: ``OSError`` or ``TransferError``. NIXL reports success also for a file that is
+too short: callers check sizes before and checksums after.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class FileIO(Protocol):
 
     @contextmanager
     def opened(self, fd: int, size: int) -> Iterator[None]:
-        """Around all calls for one descriptor of a file of ``size`` bytes."""
+        """Context of all calls for one descriptor of a file of ``size`` bytes."""
         ...
 
     def write(self, fd: int, offset: int, memory: torch.Tensor) -> None:
@@ -135,7 +135,7 @@ class NixlFiles:
 
 
 def file_io(name: str, memory: torch.Tensor, nixl: bool) -> FileIO:
-    """NIXL where it is wanted and can be had; plain calls otherwise."""
+    """NIXL where it is configured and available; plain calls otherwise."""
     if nixl and nixl_is_available()[0]:
         try:
             return NixlFiles(name, memory)

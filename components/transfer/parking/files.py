@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parked KV in files: blocks go through a few host buffers, so that copying and the disk overlap.
 
-Threading: the worker steps the transfers; everything that waits for the disk runs on one thread of our own, in the
-order it was given. A transfer that fails leaves its file to that thread, which removes it once nothing writes any more:
-files never touch the engine's blocks, only copies from our buffers do, and those are waited for.
+Threading: the worker steps the transfers; everything that waits for the disk runs on one other thread, in order. A
+failed transfer leaves its file to that thread, which removes it after the last write. The disk never touches the
+engine's blocks; copies between buffers and blocks do, and the transfer waits for those.
 Errors: see ``folder.py``.
 """
 
@@ -40,24 +40,24 @@ class _Pending(Protocol):
 
 @dataclass(frozen=True)
 class _Job:
-    """Reading or writing on the disk's thread."""
+    """One read or write on the disk's thread."""
 
     future: Future[None]
 
     def ready(self) -> bool:
-        """True once it has ended well; raises what it raised."""
+        """True once it has succeeded; raises its error."""
         if not self.future.done():
             return False
         self.future.result()
         return True
 
     def wait(self) -> None:
-        """Nothing: it touches a buffer and a file, and both are let go on the same thread, after it."""
+        """Nothing to wait for: buffer and file are released on the same thread, after it."""
 
 
 @dataclass
 class _File:
-    """The file of one transfer; after the transfer began it belongs to the disk's thread."""
+    """The file of one transfer. From the begin of the transfer it belongs to the disk's thread."""
 
     name: str
     fd: int = -1
@@ -78,11 +78,11 @@ class FileShelf:
 
     @property
     def used_bytes(self) -> int:
-        """Of the folder, whoever wrote there."""
+        """Bytes of the folder, of all agents."""
         return self._folder.used_bytes()
 
     def tickets(self) -> list[Ticket]:
-        """Of all complete files in the folder; reads them on the caller's thread."""
+        """Tickets of all complete files in the folder; reads them on the caller's thread."""
         return self._folder.tickets()
 
     def put(self, name: str, index: torch.Tensor, chunks: Chunks, done: Callable[[int], None], end: Finish) -> Steps:
@@ -132,7 +132,7 @@ class FileShelf:
         self, work: Callable[[int, int, torch.Tensor], None], file: _File, offset: int, memory: torch.Tensor
     ) -> _Job:
         def run() -> None:
-            # Room may be gone although it was promised: thin volumes, quotas of network file systems.
+            # Reserved room may be gone: thin volumes, quotas of network file systems.
             with self._folder.errors(file.name), profiling.span("disk", memory.numel()):
                 work(file.fd, offset, memory)
 
@@ -166,7 +166,7 @@ class FileShelf:
                     worked = True
                 yield worked
         finally:
-            # Copies from and to the engine's blocks, some milliseconds at most.
+            # Copies from and to the engine's blocks take some milliseconds at most.
             for _, _, pending in (*stages[0], *stages[1]):
                 pending.wait()
 
@@ -175,7 +175,7 @@ class FileShelf:
         return self._buffer[start : start + (chunk[1] - chunk[0]) * self._loader.block_bytes]
 
     def _take(self, slots: list[int]) -> Steps:
-        """Two buffers, or one when others have the rest."""
+        """Two buffers, or one when others use the rest."""
         while not self._free:
             yield False
         while self._free and len(slots) < 2:
@@ -208,7 +208,7 @@ class FileShelf:
             self._free.extend(slots)
 
     def close(self) -> None:
-        """End the disk's thread once what it was given is done."""
+        """End the disk's thread after its queued work."""
         self._disk.shutdown(wait=True)
         self._io.close()
         self._folder.close()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parking folder: its files, its bound, and what is checked before a file is trusted.
+"""The parking folder: its files, its bound, and the checks before a file is trusted.
 
-A file is written as ``<id>.part``, room for all of it taken before the first byte, and renamed when it is complete.
-Names come from ticket ids alone (32 hexadecimal digits), relative to the open folder; links are not followed. The
-folder belongs to this user and nobody else may write to it. Agents may share one: the bound is for all of them, and a
-``.part`` whose writer has died is removed by the next one that starts.
+A file is written as ``<id>.part``, with room for all of it reserved before the first byte, and renamed when it is
+complete. Names are ticket ids (32 hexadecimal digits), relative to the open folder; links are not followed. The
+folder must belong to this user and be writable by nobody else. Agents may share it: the bound is for all of them, and
+the next agent that starts removes a ``.part`` whose writer has died.
 Threading: any one thread at a time; all calls block on the disk. Errors: ``ConfigError`` for the folder itself;
 ``NoRoom`` when the bound or the disk is full, ``RequestNotFound``, ``IntegrityError``, ``TransferError`` for files.
 """
@@ -52,14 +52,14 @@ class Folder:
             with suppress(OSError):
                 fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self._fd)
                 try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Its writer holds it as long as it lives.
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # A writer that lives holds this lock.
                     os.unlink(name, dir_fd=self._fd)
                     logger.info("%s: removed %s, whose writer has ended", self.path, name)
                 finally:
                     os.close(fd)
 
     def used_bytes(self) -> int:
-        """Of all files in the folder."""
+        """Bytes of all files in the folder."""
         total = 0
         with os.scandir(self._fd) as entries:
             for entry in entries:
@@ -68,7 +68,7 @@ class Folder:
         return total
 
     def tickets(self) -> list[Ticket]:
-        """Of all complete files; those that cannot be read are logged and left."""
+        """Tickets of all complete files; unreadable ones are logged and stay."""
         found = []
         for name in sorted(os.listdir(self._fd)):
             if not name.endswith(".kv"):
@@ -82,7 +82,7 @@ class Folder:
 
     def create(self, name: str, size: int) -> int:
         """Descriptor of a new ``.part`` with room for ``size`` bytes."""
-        # The folder's own lock: two agents must not both find the last room free.
+        # The folder's lock: two agents must not both take the last room.
         fcntl.flock(self._fd, fcntl.LOCK_EX)
         try:
             used = self.used_bytes()
@@ -118,7 +118,7 @@ class Folder:
 
     @contextmanager
     def opened(self, name: str) -> Iterator[tuple[int, Ticket]]:
-        """Descriptor and ticket of a complete file."""
+        """Open a complete file: its descriptor and ticket."""
         with ExitStack() as held:
             with self.errors(name):
                 fd = os.open(f"{name}.kv", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._fd)
@@ -144,7 +144,7 @@ class Folder:
 
     @contextmanager
     def errors(self, name: str) -> Iterator[None]:
-        """Around calls for a file: errors of the system become ours."""
+        """Context of calls for a file: turns system errors into this package's."""
         where = self.path / f"{name}.kv"
         try:
             yield
@@ -161,5 +161,5 @@ class Folder:
             raise IntegrityError(f"{where}: {error}") from error
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Close the folder."""
         os.close(self._fd)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parked KV in host memory: one bounded arena in pages of a chunk, taken once at the agent's start.
+"""Parked KV in host memory: one bounded arena in pages of a chunk, allocated at the agent's start.
 
 Pinned where the pools are on a GPU. Threading: worker thread. Errors: ``NoRoom`` when too few pages are free.
 """
@@ -17,7 +17,7 @@ from components.transfer.parking.loading import Chunks, Finish, Loader, Steps, h
 from components.transfer.parking.ticket import Ticket, require_same
 
 _AHEAD = 4
-"""Chunks queued at once: a GPU should not wait for the worker, and a cancelled transfer ends after these."""
+"""Chunks queued at once: enough that a GPU does not wait for the worker. A cancelled transfer ends after them."""
 
 
 class HostShelf:
@@ -34,11 +34,11 @@ class HostShelf:
 
     @property
     def used_bytes(self) -> int:
-        """Of the arena."""
+        """Used bytes of the arena."""
         return len(self._arena) - len(self._free) * self._loader.chunk_bytes
 
     def tickets(self) -> list[Ticket]:
-        """Of everything that is parked here."""
+        """Tickets of everything parked in host memory."""
         return [ticket for ticket, _ in list(self._parked.values())]
 
     def put(self, name: str, index: torch.Tensor, chunks: Chunks, done: Callable[[int], None], end: Finish) -> Steps:
@@ -66,14 +66,14 @@ class HostShelf:
         yield from self._copy(self._loader.load, index, chunks, pages, done)
 
     def drop(self, ticket: Ticket) -> Generator[bool, None, bool]:
-        """Forget it. False when it is not here."""
+        """Drop it. False when it is not here."""
         yield True
         _, pages = self._parked.pop(ticket.id, (ticket, []))
         self._free.extend(pages)
         return bool(pages)
 
     def close(self) -> None:
-        """Forget everything."""
+        """Drop everything."""
         self._parked.clear()
 
     def _copy(
@@ -98,6 +98,6 @@ class HostShelf:
                     else:
                         yield False
         finally:
-            # Some milliseconds at most: what is queued reads or writes the engine's blocks.
+            # Queued copies touch the engine's blocks; waiting takes some milliseconds at most.
             for _, gate in flying:
                 gate.wait()

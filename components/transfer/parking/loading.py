@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chunks of blocks between an agent's pools and host memory.
 
-In host memory a chunk lies segment by segment, each segment's blocks next to each other. Pools on a GPU go through one
-device buffer and a stream of its own; the host side should be pinned (``host_memory``).
-Threading: worker thread only. The caller guarantees that nobody writes the blocks meanwhile, and on ``load`` nobody
-reads them before the gate is ready.
+In host memory a chunk has segment after segment, each with all its blocks. Pools on a GPU go through one device buffer
+and a separate stream; the host side should be pinned (``host_memory``).
+Threading: worker thread only. The caller guarantees that nobody writes the blocks meanwhile, and that nobody reads
+them during ``load`` before the gate is ready.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from components.transfer.parking.ticket import Ticket
 
 Steps = Generator[bool, None, None]
 Chunks = Sequence[tuple[int, int]]
-"""Block ranges (first, past the last) that move together."""
+"""Block ranges (first, past the last), each copied as one chunk."""
 Finish = Callable[[], Ticket]
-"""Makes the ticket once all blocks have been read."""
+"""Makes the ticket after all blocks have been read."""
 _CHUNK_BYTES = 4 << 20
 
 
 def host_memory(size: int, pinned: bool) -> torch.Tensor:
-    """Bytes that a GPU can copy to at full speed; plain memory where there is none."""
+    """Host memory: pinned for pools on a GPU, plain otherwise."""
     return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
 
 
@@ -51,7 +51,7 @@ class Loader:
             self._buffer = torch.empty(self.chunk_bytes, dtype=torch.uint8, device=self.device)
 
     def index(self, blocks: Ints) -> torch.Tensor:
-        """Block ids where the copies need them."""
+        """Block ids on the device that copies."""
         return torch.from_numpy(blocks).to(self.device)
 
     def unload(self, index: torch.Tensor, host: torch.Tensor) -> Gate:

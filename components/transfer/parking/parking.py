@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Park a request's blocks in host memory or in a file, and bring them back.
 
-``park`` and ``restore`` are transfers like any other: a handle at once, a deadline, cancel, progress, a callback; the
-agent's worker steps them. The blocks must not change before ``park`` is done; those given to ``restore`` must not be
-used before it is done, nor after it failed. A parked request stays until it was restored (``keep`` leaves it) or
-``discard``ed, in memory at most until the agent closes.
-What comes back is proven: agent epoch and ticket, layout, the caller's block hashes before a byte moves; a checksum of
-every block after. Errors: ``NoRoom`` (bound or disk full: nothing was parked), ``RequestNotFound``, ``StaleEpoch``,
+``park`` and ``restore`` are transfers like any other: each returns a handle at once and has a deadline, cancel,
+progress and a callback; the agent's worker steps them. The blocks must not change before ``park`` is done; those given
+to ``restore`` must not be used before it is done, nor after it failed. A parked request stays until it is restored
+(``keep`` leaves it) or ``discard``ed; in memory at most until the agent closes.
+Agent epoch, ticket, layout and the caller's block hashes are checked before a byte moves, a checksum of every block
+after. Errors: ``NoRoom`` (bound or disk full: nothing was parked), ``RequestNotFound``, ``StaleEpoch``,
 ``IncompatibleLayout``, ``IntegrityError``, ``TransferUnavailable`` (that place is not configured). All are counted.
 """
 
@@ -41,7 +41,7 @@ _COPIED = ("epoch", *FITS)
 
 @dataclass(frozen=True)
 class ParkingStats:
-    """Since the agent's start; bytes as they are now."""
+    """Counts since the agent's start; bytes in use now."""
 
     parked: int = 0
     restored: int = 0
@@ -54,7 +54,7 @@ class ParkingStats:
 def parking_of(
     config: AgentConfig, record: AgentRecord, regions: Sequence[Region], checksums: BlockChecksums, submit: Submit
 ) -> Parking:
-    """What the configuration asks for. Raises ``ConfigError`` for a folder that cannot be used."""
+    """The configured parking. Raises ``ConfigError`` for an unusable folder."""
     shelves: dict[Place, Shelf] = {}
     if not config.park_host_bytes and not config.park_dir:
         return Parking(record, None, shelves, checksums, submit)
@@ -89,7 +89,7 @@ class Parking:
 
     @property
     def places(self) -> tuple[Place, ...]:
-        """Where this agent can park."""
+        """Places in which this agent can park."""
         return tuple(self._shelves)
 
     def park(
@@ -103,7 +103,7 @@ class Parking:
         block_hashes: Sequence[bytes] = (),
         on_done: Callable[[TransferHandle], None] | None = None,
     ) -> TransferHandle:
-        """Copy our blocks there. The result's ``ticket`` brings them back."""
+        """Copy blocks to a place. The result's ``ticket`` brings them back."""
         source = np.asarray(blocks, np.int64)
 
         def steps(handle: TransferHandle) -> Steps:
@@ -121,7 +121,7 @@ class Parking:
         keep: bool = False,
         on_done: Callable[[TransferHandle], None] | None = None,
     ) -> TransferHandle:
-        """Copy parked blocks into ours, pairwise; as many as were parked, with the same ``block_hashes``."""
+        """Copy all parked blocks into ``blocks``, pairwise. ``block_hashes`` must be those of parking."""
         target = np.asarray(blocks, np.int64)
 
         def steps(handle: TransferHandle) -> Steps:
@@ -130,11 +130,11 @@ class Parking:
         return self._start(steps, "restored", deadline_s, on_done)
 
     def discard(self, ticket: Ticket, deadline_s: float = 10.0) -> TransferHandle:
-        """Forget a parked request. Nothing happens when it is gone already."""
+        """Drop a parked request. Does nothing when it is gone."""
         return self._start(lambda _: self._discard(ticket), "", deadline_s, None)
 
     def tickets(self) -> list[Ticket]:
-        """Of all that is parked where this agent can reach it; reads the folder on the calling thread."""
+        """Tickets that this agent can restore; reads the folder on the calling thread."""
         return [ticket for shelf in self._shelves.values() for ticket in shelf.tickets()]
 
     def stats(self) -> ParkingStats:
@@ -145,7 +145,7 @@ class Parking:
             return ParkingStats(used_bytes=used, failures=dict(self._failures), **counts)
 
     def close(self) -> None:
-        """Forget what is in memory; files stay."""
+        """Drop what is in memory; files stay."""
         for shelf in self._shelves.values():
             shelf.close()
 
@@ -271,7 +271,7 @@ class Parking:
 
 
 def _result(ticket: Ticket, shelf: Shelf, wire_s: float) -> TransferResult:
-    """Of a transfer that has moved all blocks of the ticket, either way."""
+    """Result of a transfer that has moved all blocks of the ticket, either way."""
     return TransferResult(
         ticket.total_bytes,
         len(ticket.chunks()),

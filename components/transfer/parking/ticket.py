@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ticket of a parked request: whose KV it is, what it must fit, and a checksum of every block.
+"""The ticket of a parked request: its owner, the layout that it needs, and a checksum of every block.
 
 In a file the ticket follows the blocks, and a trailer of fixed size follows the ticket. Reading is bounded and raises
-``IntegrityError`` for anything that is cut off or changed. Pure values, no threads.
+``IntegrityError`` for a truncated or changed file. Pure values, no threads.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ TRAILER = struct.Struct("<IIQ8s")
 _MAGIC = b"DYNPARK1"
 _ID = re.compile(r"[0-9a-f]{32}")
 FITS = ("fingerprint", "dtype", "layers", "kv_heads", "head_size", "block_size", "tp_rank", "tp_size")
-"""Fields that a ticket and an agent's record must have in common."""
+"""Fields in which a ticket and an agent's record must be equal."""
 
 _Text = Annotated[str, msgspec.Meta(max_length=1024)]
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Place(StrEnum):
-    """Where KV can be parked."""
+    """Places for parked KV."""
 
     HOST = "host"
-    """Pinned host memory of this agent: gone when the process ends."""
+    """Pinned host memory of this agent; lost when the process ends."""
     FILE = "file"
-    """A file in the parking folder: any agent of the same model and layout that sees it can bring it back."""
+    """A file in the parking folder, which any agent with the same model and layout can restore."""
 
 
 class Ticket(msgspec.Struct, frozen=True, tag="parked/1"):
@@ -50,10 +50,10 @@ class Ticket(msgspec.Struct, frozen=True, tag="parked/1"):
     place: Place
     agent: _Text
     epoch: _Text
-    """Of the agent that parked it."""
+    """Epoch of the agent that parked it."""
     request_id: _Text
     tokens: _Count
-    """Tokens that the blocks hold; the last block may be filled in part."""
+    """Tokens in the blocks; the last block may be partly filled."""
     fingerprint: _Text
     dtype: _Text
     layers: int
@@ -63,25 +63,25 @@ class Ticket(msgspec.Struct, frozen=True, tag="parked/1"):
     tp_rank: int
     tp_size: int
     layout: _Text
-    """Digest of how a block's bytes are laid out."""
+    """Digest of the byte layout of a block."""
     block_bytes: _Count
     chunk_blocks: Annotated[int, msgspec.Meta(ge=1)]
-    """Blocks are stored in groups of so many."""
+    """Blocks in a stored group."""
     hashes: Annotated[tuple[Annotated[bytes, msgspec.Meta(max_length=64)], ...], msgspec.Meta(max_length=MAX_BLOCKS)]
     """The caller's own hashes of the blocks (prefix cache); may be empty."""
     checksums: Annotated[tuple[_Count, ...], msgspec.Meta(max_length=MAX_BLOCKS)]
 
     @property
     def total_bytes(self) -> int:
-        """Of all blocks."""
+        """Bytes of all blocks."""
         return len(self.checksums) * self.block_bytes
 
     def chunks(self) -> list[tuple[int, int]]:
-        """Block ranges that are stored together."""
+        """Block ranges, each stored as one group."""
         return groups_of(len(self.checksums), self.chunk_blocks)
 
     def require_fit(self, record: AgentRecord, hashes: Sequence[bytes]) -> None:
-        """Raise ``IncompatibleLayout`` or ``IntegrityError`` when this agent or these hashes are not the ticket's."""
+        """Raise ``IncompatibleLayout`` or ``IntegrityError`` when agent or hashes do not fit the ticket."""
         for field in FITS:
             local, parked = getattr(record, field), getattr(self, field)
             if local != parked:
@@ -104,7 +104,7 @@ def layout_of(record: AgentRecord) -> str:
 
 
 def require_id(ticket: Ticket) -> str:
-    """The id, which becomes a file's name. Raises ``ConfigError`` for anything but what ``Parking`` gives out."""
+    """The id, which is a file's name. Raises ``ConfigError`` for anything but an id of ``Parking``."""
     if not _ID.fullmatch(ticket.id):
         raise ConfigError(f"ticket id {ticket.id[:80]!r}: 32 hexadecimal digits")
     return ticket.id
@@ -114,7 +114,7 @@ _decoder = msgspec.msgpack.Decoder(Ticket)
 
 
 def pack(ticket: Ticket) -> bytes:
-    """What follows the blocks in a file."""
+    """Ticket and trailer, which follow the blocks in a file."""
     body = msgspec.msgpack.encode(ticket)
     if len(body) > MAX_TICKET_BYTES:
         raise TransferError(f"a ticket of {len(body)} bytes is larger than {MAX_TICKET_BYTES}")
@@ -144,7 +144,7 @@ def unpack(body: bytes, check: int) -> Ticket:
 
 
 def require_same(found: Ticket, wanted: Ticket) -> None:
-    """Raise when a file holds something else than the ticket says."""
+    """Raise ``IntegrityError`` when a file does not hold what the ticket says."""
     if found.epoch != wanted.epoch:
         raise StaleEpoch(f"it was parked in epoch {found.epoch[:8]}, the ticket is of {wanted.epoch[:8]}")
     for field in Ticket.__struct_fields__:
