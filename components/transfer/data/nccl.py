@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks between GPUs over NCCL, for pairs that neither CUDA IPC nor NIXL serves: gathered, sent, scattered.
 
-Life cycle: an agent opens a link (socket and communicator, ``nccl_link.py``) to a peer when the two meet, and again
-after one was lost. A transfer that is cancelled or fails in the middle ends its link. A peer whose link cannot be made,
-or was lost twice in a row, is not reached any more in this life of it: its next lane serves it.
-Threading: the worker thread selects and steps; each transfer, each set-up and each link that we serve has a thread.
-At most one transfer sends and one receives at a time: each takes all slots of its side, and a peer that has none free
-says so at once, so that no two agents wait for each other. Slots that NCCL may still write are never used again; the
-lane is then off.
+Life cycle: an agent opens a link (socket and communicator, ``nccl_link.py``) to a peer on first contact, and again
+after a loss. A transfer that is cancelled or fails midway ends its link. When a link cannot be made, or is lost twice
+in a row, the next lane serves that epoch of the peer.
+Threading: the worker thread selects and steps; each transfer, each set-up and each served link has a thread.
+At most one transfer sends and one receives at a time: each takes all slots of its side, and a peer without free slots
+answers so at once, so that no two agents wait for each other. Slots that NCCL may still write to are never used again;
+the lane is then off.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from components.wire import UNREADABLE
 logger = logging.getLogger(__name__)
 _SET_UP_S = 60.0
 _MEANWHILE_S = 5.0
-"""A link that takes longer to be made, or hangs in NCCL, leaves transfers to the next lane until it is there."""
+"""Set-up time of a link after which transfers use the next lane until the link exists."""
 _LOSSES = 2
 _LOOK_S = 1.0
 _AGAIN_S = 2e-3
@@ -52,20 +52,20 @@ _SAY_S = 5.0
 
 @dataclass(frozen=True)
 class Card:
-    """What a peer must know before a communicator is tried: NCCL takes no GPU twice and no two versions."""
+    """What decides whether two agents can have a communicator: NCCL needs two GPUs and one version."""
 
     gpu: str
     version: str
 
 
 def card_of(device: torch.device) -> Card:
-    """Of a GPU of this process."""
+    """The card of a GPU of this process."""
     return Card(str(torch.cuda.get_device_properties(device).uuid), nccl_wire.nccl_version())
 
 
 @dataclass
 class _Line:
-    """Our way to one life of a peer. The lock is held by the transfer that uses it."""
+    """The connection to one epoch of a peer. The transfer that uses it holds the lock."""
 
     peer: AgentRecord
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -76,12 +76,12 @@ class _Line:
 
     @property
     def late(self) -> bool:
-        """True while its link is being made for longer than anybody should wait."""
+        """True while set-up takes longer than ``_MEANWHILE_S``."""
         opening = self.opening
         return opening is not None and not opening.done() and time.monotonic() > self.began + _MEANWHILE_S
 
     def take_links(self) -> list[Link]:
-        """What must be ended when the line is given up."""
+        """The links to close when the line is given up."""
         opening, self.opening = self.opening, None
         made = opening is not None and opening.done() and opening.exception() is None
         link, self.link = self.link, None
@@ -114,7 +114,7 @@ class NcclBackend:
         self._lines: dict[str, _Line] = {}
         self._told: set[str] = set()
         self._links: set[Link] = set()
-        """All that have not been ended yet, whoever opened them."""
+        """All open links, in both directions."""
         self._off = threading.Event()
         self._looked = 0.0
         nccl_wire.prepare_environment()
@@ -124,7 +124,7 @@ class NcclBackend:
         self._acceptor = Acceptor(server, _purpose(epoch), self._serve, "kv-nccl")
 
     def reaches(self, peer: AgentRecord) -> bool:
-        """True for a peer with NCCL of our version on another GPU, unless its links were lost."""
+        """True for a peer with the same NCCL version on another GPU, unless its links were lost."""
         if not peer.nccl_address or self._off.is_set():
             return False
         why = self._why_not(peer)
@@ -209,7 +209,7 @@ class NcclBackend:
             line.lock.release()
 
     def _try(self, link: Link, copy: Copy, patience: Patience, stopped: Stopped) -> int | None:
-        """Ask once; None when the peer is busy."""
+        """Request once; None when the peer is busy."""
         while not (slots := self._take("receive")):
             _wait(lambda: _paused(_AGAIN_S), copy.end, stopped)
         with self._holding(link, "receive", slots):
@@ -223,7 +223,7 @@ class NcclBackend:
             return link.receive(copy.local, slots, patience, copy.arrived)
 
     def _linked(self, line: _Line, end: float, stopped: Stopped) -> Link:
-        """The line's link, made when there is none. A transfer that gives up leaves the set-up to the next one."""
+        """The line's link, made when missing. A transfer that gives up leaves the set-up to the next one."""
         if line.link is not None:
             if not line.link.broken and is_open(line.link.sock):
                 return line.link
@@ -266,7 +266,7 @@ class NcclBackend:
             opening.set_exception(error)
 
     def _memory(self) -> Staging:
-        """Slots, taken from the device when the first link is made: most agents never need them."""
+        """Slots, allocated for the first link: most agents never need them."""
         with self._lock:
             if self._staging is None:
                 self._staging = Staging(self._regions, self._staging_bytes)
@@ -280,7 +280,7 @@ class NcclBackend:
 
     @contextmanager
     def _holding(self, link: Link, side: str, slots: Sequence[int]) -> Iterator[None]:
-        """Give the slots back afterwards. What goes wrong ends the link first, which may still use them."""
+        """Release the slots at the end. An error closes the link first, which may still use them."""
         try:
             yield
         except BaseException:
@@ -329,7 +329,7 @@ class NcclBackend:
             link.send(blocks, slots, patience)
 
     def progress(self) -> list[Generator[bool, None, None]]:
-        """Threads of our own serve; links of peers that have gone are ended, to give their memory back."""
+        """Other threads serve. Close links of peers that have gone, to free their memory."""
         now = time.monotonic()
         if now > self._looked + _LOOK_S:
             self._looked = now
@@ -345,7 +345,7 @@ class NcclBackend:
         self._off.set()
         self._acceptor.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        # All at once, each takes half a second. A process that exits while NCCL ends a communicator would be aborted.
+        # In parallel: each takes half a second. An exit while NCCL ends a communicator would abort the process.
         threads = [threading.Thread(target=self._end, args=(link,), daemon=True) for link in list(self._links)]
         for thread in threads:
             thread.start()
@@ -358,7 +358,7 @@ def _purpose(epoch: str) -> str:
 
 
 def _wait(done: Stopped, end: float, stopped: Stopped) -> None:
-    """Call it, it waits a little each time, until it says that it is done."""
+    """Call ``done``, which pauses each time, until it returns True."""
     while True:
         if stopped():
             raise TransferCancelled("the transfer was stopped")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One pair's communicator, the socket that orders its use, and the loops that move blocks over both.
 
-The agent that asks opens a link to a peer and sends one ``Ask`` at a time; the peer answers and both ends then post the
-same chunks in the same order. A socket that closes tells of a dead peer at once, where NCCL's kernel would spin.
+The requesting agent opens a link to a peer and sends one ``Ask`` at a time; the peer answers and both ends then post
+the same chunks in the same order. The closed socket reveals a dead peer at once, where NCCL's kernel would spin.
 Threading: a link belongs to one thread at a time, which polls. Nothing is queued on the device behind a receive before
-that has ended: whatever a peer does, only NCCL's own kernel waits for it, and ``abort`` ends that one.
+it has ended: only NCCL's own kernel waits for a peer, and ``abort`` ends that kernel.
 Errors: ``TransferError`` and its kin; the link is then ``broken`` and must be closed.
 """
 
@@ -29,7 +29,7 @@ from components.transfer.session.messages import MAX_BLOCKS
 MAX_FRAME = 4 * MAX_BLOCKS + 4096
 _POLL_S = 20e-6
 _LOOK_S = 5e-3
-"""How often the socket is looked at while bytes move."""
+"""Interval between checks of the socket while bytes move."""
 
 _Text = Annotated[str, msgspec.Meta(max_length=1024)]
 
@@ -38,21 +38,21 @@ Stopped = Callable[[], bool]
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """Opens a link: from whom, and how many blocks fit a slot."""
+    """Opens a link: the agent's name, and the blocks that fit a slot."""
 
     name: _Text
     slot_blocks: Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Ask(msgspec.Struct, frozen=True):
-    """Send me these blocks of yours."""
+    """Requests blocks of the receiver."""
 
     blocks: Annotated[bytes, msgspec.Meta(max_length=4 * MAX_BLOCKS)]
     budget_ms: Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """To each of both. ``busy``: ask again."""
+    """Answers ``Hello`` and ``Ask``. ``busy``: request again."""
 
     error: _Text = ""
     busy: bool = False
@@ -60,7 +60,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class Patience:
-    """Ends a wait when the transfer is stopped, out of time, or the peer has gone."""
+    """Ends a wait when the transfer is stopped or late, or the peer has gone."""
 
     def __init__(self, sock: socket.socket, end: float, stopped: Stopped) -> None:
         self._sock = sock
@@ -75,7 +75,7 @@ class Patience:
             time.sleep(_POLL_S)
 
     def check(self) -> None:
-        """Raise when there is a reason to."""
+        """Raise one of these errors where it applies."""
         if self._stopped():
             raise TransferCancelled("the transfer was stopped")
         now = time.monotonic()
@@ -98,7 +98,7 @@ class Link:
         self.broken = False
 
     def send(self, blocks: Ints, slots: Sequence[int], patience: Patience) -> None:
-        """Send blocks: one chunk is gathered while another flies."""
+        """Send blocks: gathers one chunk while another is in flight."""
         staging, index = self._staging, self._staging.index(blocks)
         flying: deque[tuple[Flight, object]] = deque()
 
@@ -123,7 +123,7 @@ class Link:
                 profiling.end(mark)
 
     def receive(self, blocks: Ints, slots: Sequence[int], patience: Patience, arrived: Callable[[int], None]) -> int:
-        """Receive blocks: one chunk is scattered while another flies. Gives their bytes."""
+        """Receive blocks: scatters one chunk while another is in flight. Returns their bytes."""
         staging, index = self._staging, self._staging.index(blocks)
         chunks = staging.chunks(len(blocks), self._chunk)
         flying: deque[tuple[int, Flight]] = deque()
@@ -136,7 +136,7 @@ class Link:
                     patience.until(flight.done)
                     first, last = chunks[chunk]
                     scattered = staging.scatter(index[first:last], slots[chunk % len(slots)])
-                    # Its slot is next; the other one's chunk flies meanwhile.
+                    # Its slot is reused next; the other slot's chunk is in flight meanwhile.
                     patience.until(scattered.ready)
                     total += (last - first) * staging.block_bytes
                     arrived((last - first) * staging.block_bytes)
@@ -151,10 +151,10 @@ class Link:
         return total
 
     def close(self) -> bool:
-        """End it, with what flies. False when NCCL may still use the slots."""
+        """Close, with everything in flight. False when NCCL may still use the slots."""
         self.broken = True
         ended = self._wire.abort()
-        # Closing alone wakes no thread that waits for it.
+        # close() alone would not wake a waiting thread.
         try:
             self.sock.shutdown(socket.SHUT_RDWR)
         except OSError:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A communicator of two ranks over torch's NCCL binding, and what the ``nccl`` lane needs of one.
+"""A communicator of two ranks over torch's NCCL binding, as the ``nccl`` lane needs it.
 
-Life cycle: ``connect`` blocks until both ends are connected, on a thread of its own: NCCL offers no way out of a
-set-up whose peer goes silent. ``abort`` ends it, with whatever is under way, and it cannot be used again.
-torch's watchdog, which ends the *process* when a peer dies, is not started: the caller looks for the end of each
-operation itself. Errors: ``TransferError`` with NCCL's or torch's text.
+Life cycle: ``connect`` blocks until both ends are connected, on a separate thread, because a set-up with a silent
+peer cannot be cancelled in NCCL. ``abort`` ends the communicator with everything in flight, for good.
+torch's watchdog, which ends the *process* when a peer dies, is not started: the caller checks for the end of each
+operation. Errors: ``TransferError`` with NCCL's or torch's text.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from components.errors import TransferError
 from components.frames import read_frame, write_frame
 
 _MAX_CTAS = 16
-"""Processors of a GPU that one operation takes, and that it keeps while its peer is late."""
+"""Multiprocessors of a GPU that one operation occupies, also while its peer is late."""
 _ABORT_S = 5.0
 _ID_BYTES = 4096
 _SETTINGS = {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "0"}
-"""The first leaves out the watchdog. torch reads both from the environment when a process group is made."""
+"""The first turns the watchdog off. torch reads both from the environment when it makes a process group."""
 _DEFAULTS = {"TORCH_NCCL_BLOCKING_WAIT": "0", "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "1"}
 _environment = threading.Lock()
 
 
 class Flight(Protocol):
-    """An operation under way."""
+    """An operation in flight."""
 
     def done(self) -> bool:
         """True once it has ended. Raises ``TransferError`` when it failed."""
@@ -45,24 +45,24 @@ class Wire(Protocol):
     """Two ends that send and receive in one order. ``abort`` may come from any thread."""
 
     def send(self, data: torch.Tensor) -> Flight:
-        """Begin to send, behind what the current stream has queued."""
+        """Begin to send, behind the work of the current stream."""
         ...
 
     def receive(self, into: torch.Tensor) -> Flight:
-        """Begin to receive as many bytes, behind what the current stream has queued."""
+        """Begin to receive as many bytes, behind the work of the current stream."""
         ...
 
     def abort(self) -> bool:
-        """End everything. False when it did not end in time: memory that was passed may still be written."""
+        """End everything. False when it did not end in time: the buffers may still be written to."""
         ...
 
 
 Connect = Callable[[socket.socket, int, torch.device, float], Wire]
-"""Over a socket to the peer, as rank 0 or 1, for tensors of that device, until that time on ``time.monotonic``."""
+"""Arguments: a socket to the peer, rank (0 or 1), device of the tensors, deadline on ``time.monotonic``."""
 
 
 def nccl_is_available() -> tuple[bool, str]:
-    """Whether this build of torch has NCCL for GPUs that are there, or why not."""
+    """(True, "") when this build of torch has NCCL and there is a GPU, else (False, why not)."""
     if not distributed.is_available() or not distributed.is_nccl_available():
         return False, f"torch {torch.__version__} was built without NCCL: install a CUDA build"
     if not torch.cuda.is_available():
@@ -71,18 +71,18 @@ def nccl_is_available() -> tuple[bool, str]:
 
 
 def nccl_version() -> str:
-    """As torch has it; both ends must have the same."""
+    """torch's version of NCCL, which must be equal at both ends."""
     return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
 
 
 def prepare_environment() -> None:
-    """Name torch's variables once, at start: a later change of their values then moves no memory that others read."""
+    """Create torch's variables at start: later changes of their values then move no memory that other threads read."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
 
 
 class _IdStore(distributed.Store):  # type: ignore[misc,name-defined]
-    """Carries the communicator's id from rank 0 to rank 1 over the socket that they have already."""
+    """Carries the communicator's id from rank 0 to rank 1 over their socket."""
 
     def __init__(self, sock: socket.socket, end: float) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class _Work:
         if not self._work.is_completed():
             return False
         try:
-            self._work.wait()  # Raises what it ended with; there is nothing left to wait for.
+            self._work.wait()  # The operation has ended: this only raises its error.
         except RuntimeError as error:
             raise TransferError(f"NCCL: {_first_line(error)}") from error
         return True
@@ -149,7 +149,7 @@ class NcclWire:
 
     def abort(self) -> bool:
         """See ``Wire``."""
-        # On a thread: it waits for NCCL's own threads, and nobody promises that they come.
+        # On a thread: it waits for NCCL's threads, possibly without end.
         with self._lock:
             if self._aborted is None:
                 self._aborted = threading.Thread(target=self._group.abort, name="kv-nccl-abort", daemon=True)
@@ -159,7 +159,7 @@ class NcclWire:
 
 
 def connect(sock: socket.socket, rank: int, device: torch.device, end: float) -> Wire:
-    """A communicator whose first bytes have passed both ways: NCCL connects with the first ones."""
+    """A communicator after its first bytes in both directions, with which NCCL connects."""
     try:
         wire = NcclWire(sock, rank, device, end)
     except (RuntimeError, OSError, ValueError) as error:

@@ -2,9 +2,9 @@
 """One NIXL agent with its UCX backend: registered memory, posted transfers, notifications.
 
 Threading: all calls on the agent's worker thread; NIXL itself is not locked. Same-host copies happen inside
-NIXL's post call, so transfers are posted in pieces and the interpreter is given back between them.
-Errors: ``TransferError``. A piece that is under way when its transfer fails is waited for until the worker's
-grace ends; only then is it handed to ``linger``, which keeps its memory until NIXL has let go of it.
+NIXL's post call, so transfers are posted in pieces and the interpreter lock is released between them.
+Errors: ``TransferError``. A failed transfer waits for its pieces in flight until the worker's grace ends; then
+``linger`` marks their memory until NIXL has released it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from components.transfer.layout import Ints, Span, pieces
 logger = logging.getLogger(__name__)
 
 _WINDOW = 2
-"""Pieces under way at once: one on the wire while the next is being posted."""
+"""Pieces in flight at once: one moves while the next is posted."""
 _LOOK_S = 5.0
-"""How often UCX's warnings are passed on."""
+"""Interval between looks at UCX's log."""
 
 
 @cache
 def nixl_is_available() -> tuple[bool, str]:
-    """(True, "") or (False, why not). Importing is the test: it loads the native library."""
+    """(True, "") or (False, why not). The import is the test: it loads the native library."""
     try:
         import nixl._api  # noqa: F401
     except ImportError as error:
@@ -46,7 +46,7 @@ def nixl_is_available() -> tuple[bool, str]:
 
 @dataclass
 class Moved:
-    """Figures of one move, filled as it goes."""
+    """Figures of one move, updated while it runs."""
 
     bytes: int = 0
     descriptors: int = 0
@@ -60,7 +60,7 @@ class _Posted:
     handle: Any
     bytes: int
     mark: object
-    """Of the profiler."""
+    """Range of the profiler."""
 
 
 class NixlLink:
@@ -71,7 +71,7 @@ class NixlLink:
     ) -> None:
         from nixl._api import nixl_agent, nixl_agent_config
 
-        # NIXL's progress thread spins: a whole core for each agent, which a small host does not have.
+        # NIXL's progress thread spins and takes a whole core for each agent.
         with ucx.log.listening():
             self._agent: Any = nixl_agent(name, nixl_agent_config(enable_prog_thread=own_thread, backends=["UCX"]))
         if "UCX" not in self._agent.backends:
@@ -82,7 +82,7 @@ class NixlLink:
         self._lingering: list[tuple[_Posted, Callable[[], None]]] = []
         self.memory = "VRAM" if device.type == "cuda" else "DRAM"
         self.device_id = device.index or 0
-        # Ranges, not tensors: NIXL takes contiguous ones alone, and an engine's pools are views with any strides.
+        # Ranges, not tensors: NIXL accepts only contiguous ones, and an engine's pools are views with any strides.
         ranges = [(span.address, span.size, self.device_id, "") for span in memory]
         try:
             self._registered = self._agent.register_memory(ranges, self.memory)
@@ -90,7 +90,7 @@ class NixlLink:
             raise TransferUnavailable(f"NIXL cannot register the KV pools: {error}") from error
 
     def blob(self) -> bytes:
-        """Metadata that peers need."""
+        """Metadata for peers."""
         return bytes(self._agent.get_agent_metadata())
 
     def add(self, peer: AgentRecord) -> str:
@@ -203,7 +203,7 @@ class NixlLink:
     def _stand_still(
         self, flying: deque[_Posted], linger: Callable[[], Callable[[], None]]
     ) -> Generator[bool, None, None]:
-        # Cancelling a remote copy does not stop the peer: only its end says that our memory is quiet.
+        # Cancelling a remote copy does not stop the peer: local memory is quiet only after its end.
         try:
             while flying:
                 if self._in_progress(flying[0].handle):
@@ -243,7 +243,7 @@ class NixlLink:
             raise TransferError(f"agent {peer.name} cannot be reached: {error}") from error
 
     def poll(self) -> dict[str, list[bytes]]:
-        """Answer peers that are connecting or reading; new messages by sender."""
+        """Serve peers that connect or read. Returns new messages by sender."""
         for item in list(self._lingering):
             if not self._in_progress(item[0].handle):
                 self._release(item[0])

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host memory that processes of one host can share: torch storages that are made in it, or moved into it.
+"""Host memory that processes of one host can share: torch storages made in it or moved into it.
 
-Within ``SharedZeros`` an engine makes its pools where they stay. ``move_to_shared_memory`` copies pools that are there
-already, and changes their addresses: call it before anything has taken them (NumPy views, registrations). All torch
-views of a storage follow. The segments have no name once they exist: nothing is left in /dev/shm, whatever kills the
-process. No threads, no life cycle of its own: torch frees the memory with the storage.
+Within ``SharedZeros`` an engine allocates its pools in shared memory. ``move_to_shared_memory`` copies existing pools
+and changes their addresses: call it before anything uses those (NumPy views, registrations). All torch views of a
+storage follow. The segments have no name, so nothing stays in /dev/shm after any end of the process. No threads, no
+life cycle of its own: torch frees the memory with the storage.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from components.transfer.config import KVPool
 
 logger = logging.getLogger(__name__)
 _LEAST_BYTES = 1 << 20
-"""What is smaller is no KV cache."""
+"""Bytes from which an allocation may be a KV cache."""
 _SHM = "/dev/shm"
 _SPARE_BYTES = 64 << 20
 
@@ -37,7 +37,7 @@ class SharedStorage:
 
 
 class SharedZeros(TorchFunctionMode):
-    """Within it ``torch.zeros`` on the host gives shared memory. Where there is none, the usual one."""
+    """Context in which ``torch.zeros`` on the host allocates shared memory, or ordinary memory where there is none."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -52,11 +52,11 @@ class SharedZeros(TorchFunctionMode):
             logger.info("no %d bytes of shared memory: %s", form.nbytes, error)
             return func(*args, **kwargs)
         made = torch.empty(0, dtype=form.dtype).set_(storage, 0, form.shape, form.stride())
-        return made.zero_()  # Every page is taken now, and not by the first step or migration that comes to it.
+        return made.zero_()  # Allocate every page now and not in the first step or migration that touches it.
 
 
 def _new_storage(size: int) -> torch.UntypedStorage:
-    # Of the kernel's own, so that neither the size of /dev/shm bounds it nor a name outlives the process.
+    # An anonymous file: /dev/shm does not bound its size, and no name outlives the process.
     fd = os.memfd_create("kv", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, size)
@@ -68,7 +68,7 @@ def _new_storage(size: int) -> torch.UntypedStorage:
 
 
 def move_to_shared_memory(pools: Sequence[KVPool]) -> str:
-    """Move host pools into shared memory, in place. Gives the reason when that is not possible, and moves nothing."""
+    """Move host pools into shared memory, in place. Otherwise move nothing and return the reason."""
     storages = {pool.tensor.untyped_storage().data_ptr(): pool.tensor for pool in pools}
     for tensor in storages.values():
         if tensor.device.type != "cpu" or tensor.is_pinned():
@@ -84,13 +84,13 @@ def move_to_shared_memory(pools: Sequence[KVPool]) -> str:
     if needed and needed + _SPARE_BYTES > free:
         return f"{_SHM} has {free >> 20} MiB free, the pools take {needed >> 20} (in a container: raise --shm-size)"
     for storage in missing:
-        # torch's own switch may be set to named files, which outlive a killed process.
+        # torch may be set to share named files, which outlive a killed process.
         storage._share_fd_cpu_()
     return ""
 
 
 def shared_storages(pools: Sequence[KVPool]) -> list[SharedStorage]:
-    """The storages of pools that are in shared memory; empty when one of them is not."""
+    """The storages of the pools; empty unless all are in shared memory."""
     everything: dict[int, Any] = {}
     for pool in pools:
         storage = pool.tensor.untyped_storage()
@@ -109,7 +109,7 @@ def shared_storages(pools: Sequence[KVPool]) -> list[SharedStorage]:
 
 
 def scope() -> str:
-    """Equal for processes that reach each other's sockets and trust each other: network namespace and user."""
+    """Network namespace and user: equal for processes that can reach and may trust each other's sockets."""
     try:
         return f"{os.readlink('/proc/self/ns/net')}/{os.geteuid()}"
     except OSError:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bounded, registered buffers in which scattered blocks become one piece of memory.
 
-A slot holds a chunk of blocks, laid out segment by segment, each segment's blocks next to each other. Half of
-the slots send and half receive, so that two agents that fetch from each other cannot starve. Few large slots beat
-many small ones: each chunk costs some 0.3 ms of launches and messages (docs/design-notes.md).
-Threading: worker thread only. On CUDA all work is queued on a stream of its own; ``Gate.ready`` tells when it
-is done. The caller guarantees that the engine's writes to the blocks have ended.
+A slot holds a chunk of blocks: segment after segment, each with all its blocks. Half of the slots send and half
+receive, so that two agents that fetch from each other cannot starve. Few large slots beat many small ones: each
+chunk costs some 0.3 ms of launches and messages (docs/design-notes.md).
+Threading: worker thread only. On CUDA all work is queued on a separate stream; ``Gate.ready`` is True when it is
+done. The caller guarantees that the engine's writes to the blocks have ended.
 """
 
 from __future__ import annotations
@@ -45,32 +45,32 @@ class Staging:
         self._rows = [rows for region in regions for rows in region.rows]
         self.device = self._rows[0].device
         self.block_bytes = block_bytes(regions)
-        # A slot has room for one block at least, whatever the limit says.
+        # A slot has room for at least one block, whatever the limit.
         self.blocks_per_slot = max(1, limit_bytes // slots // self.block_bytes)
         self.slot_bytes = -(-self.blocks_per_slot * self.block_bytes // 512) * 512
         self.buffer = torch.empty(slots * self.slot_bytes, dtype=torch.uint8, device=self.device)
         self.side = slots // 2
-        """Slots for each direction; one transfer takes all that are free."""
+        """Slots for each direction; a transfer takes all free ones."""
         self._free = {"send": list(range(self.side)), "receive": list(range(self.side, slots))}
         self._stream = _stream(self.device)
         self._copier = kernels.copier(self._rows)
 
     @property
     def memory(self) -> Span:
-        """All slots."""
+        """Memory of all slots."""
         return Span(self.buffer.data_ptr(), self.buffer.numel())
 
     def address(self, slot: int) -> int:
-        """Where a slot begins."""
+        """Address of a slot."""
         return int(self.buffer.data_ptr()) + slot * self.slot_bytes
 
     def part(self, slot: int, blocks: int) -> torch.Tensor:
-        """The memory of so many blocks in a slot."""
+        """Memory of the first ``count`` blocks in a slot."""
         start = slot * self.slot_bytes
         return self.buffer[start : start + blocks * self.block_bytes]
 
     def ordered(self) -> AbstractContextManager[Any]:
-        """Within it, work is queued behind the copies of this staging; on a host nothing is queued."""
+        """Context in which work is queued behind the copies of this staging; on a host nothing is queued."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def acquire(self, side: str, count: int) -> list[int]:
@@ -80,16 +80,16 @@ class Staging:
         return taken
 
     def release(self, side: str, slots: Sequence[int]) -> None:
-        """Give slots back."""
+        """Release slots."""
         self._free[side].extend(slots)
 
     def chunks(self, count: int, slot_bytes: int) -> list[tuple[int, int]]:
-        """Block ranges that fill a slot of ours and one of ``slot_bytes`` at the peer."""
+        """Block ranges that fit a local slot and one of ``slot_bytes`` at the peer."""
         size = max(1, min(self.blocks_per_slot, slot_bytes // self.block_bytes))
         return groups_of(count, size)
 
     def index(self, blocks: Ints) -> torch.Tensor:
-        """Block ids where the copies need them; made once for each transfer."""
+        """Block ids on the device that copies; made once for each transfer."""
         if self._stream is None:
             return torch.from_numpy(blocks)
         with torch.cuda.stream(self._stream):
@@ -123,5 +123,5 @@ class Staging:
 def _stream(device: torch.device) -> torch.cuda.Stream | None:
     if device.type != "cuda":
         return None
-    # Of high priority, and never behind the engine's steps in the default stream.
+    # Of high priority, and not behind the engine's steps in the default stream.
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]

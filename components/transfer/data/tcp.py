@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks over plain TCP, for hosts without NIXL.
 
-Wire format: the handshake (``components.handshake``), an ``_Ask``, an ``_Answer``, then rows of the asked blocks,
-segment by segment. Nobody can write to a server: each side only fills blocks of its own, for transfers that it has
-opened. The server only touches registered pools: block numbers are checked, addresses never come from the wire.
-Threading: one thread serves each connection, one runs each of our transfers; each has its deadline on the socket. Rows
-are received into a buffer of their own and copied to blocks when they are whole.
+Wire format: the handshake (``components.handshake``), an ``_Ask``, an ``_Answer``, then rows of the requested blocks,
+segment by segment. Nobody can write to a server: each side fills only its own blocks, for its own transfers. The
+server touches only registered pools: it checks block numbers, and no address comes from the wire.
+Threading: one thread serves each connection, one runs each transfer; the socket has the transfer's deadline. Rows are
+received into a buffer and copied to blocks when they are complete.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _purpose(epoch: str) -> str:
 
 
 class TcpBackend:
-    """Serves our blocks, fetches those of others."""
+    """Serves local blocks and fetches remote ones."""
 
     lane = "tcp/sockets"
     at_once = False
@@ -138,7 +138,7 @@ class TcpBackend:
         return not len(blocks) or int(blocks.max()) < self._rows[0].shape[0]
 
     def progress(self) -> list[Generator[bool, None, None]]:
-        """Nothing to do: threads of our own serve."""
+        """Nothing to do: other threads serve."""
         return []
 
     def close(self) -> None:

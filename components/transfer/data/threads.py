@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A lane's blocking work on a thread of its own, as steps for the agent's worker."""
+"""A lane's blocking work on another thread, as steps for the agent's worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from components.transfer.data.base import Copy
 def on_thread(
     pool: ThreadPoolExecutor, copy: Copy, work: Callable[[Copy, threading.Event], int]
 ) -> Generator[bool, None, int]:
-    """Run ``work`` and give its bytes. The event tells it to stop; blocks are poisoned if it is left while it runs."""
+    """Run ``work`` and return its bytes. The event stops it. Blocks are poisoned while it outlives the transfer."""
     stop = threading.Event()
     future = pool.submit(work, copy, stop)
     try:

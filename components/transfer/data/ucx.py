@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What UCX says of itself: the transports that it chose, and its warnings.
+"""Reads UCX's log: the transports that it chose, and its warnings.
 
-UCX prints, for every connection, which transports each kind of operation uses (``UCX_PROTO_INFO``). ``UcxLog`` has it
-print into memory, without a file, and reads that. The variables are set only while a NIXL agent is made: a child
-process must not inherit the descriptor. Where the user has set them, UCX prints where the user wants it and the lane
-stays unknown. Threading: one lock; any thread.
+UCX prints, for every connection, which transports each kind of operation uses (``UCX_PROTO_INFO``). ``UcxLog``
+directs that into memory and reads it. The variables are set only while a NIXL agent is made: a child process must
+not inherit the descriptor. Where the user has set them, UCX prints where they say and the lane stays unknown.
+Threading: one lock; any thread.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Tables:
         self._reading: tuple[str, str] | None = None
 
     def read(self, line: str) -> None:
-        """Take in one line of UCX's output. The operation is beside the place, or since UCX 1.22 in the line below."""
+        """Parse one line of UCX's output. The operation is beside the place, or (UCX 1.22) in the next line."""
         if place := _PLACE.search(line):
             self._where, self._reading = place["where"], None
         if operation := next((o for what, o in _OPERATIONS.items() if what in line), None):
@@ -55,7 +55,7 @@ def lanes_used(output: str) -> tuple[str, ...]:
 
 
 class UcxLog:
-    """See the module docstring. One for each process: UCX opens its log once."""
+    """See the module docstring. One per process: UCX opens its log once."""
 
     def __init__(self) -> None:
         self._fd: int | None = None
@@ -66,7 +66,7 @@ class UcxLog:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Have a NIXL agent that is made inside tell of its lanes."""
+        """Context in which a NIXL agent is made, so that its lanes are logged."""
         if "UCX_PROTO_INFO" in os.environ or "UCX_LOG_FILE" in os.environ:
             yield
             return
@@ -82,7 +82,7 @@ class UcxLog:
 
     def lane(self, operation: str, same_host: bool) -> str:
         """Transports of large READs or WRITEs, as ``cma`` or ``rc_mlx5+cuda_ipc``; empty when UCX has not said."""
-        # Between network namespaces of one host UCX may speak of two nodes.
+        # UCX may count two network namespaces of one host as two nodes.
         places = ("intra-node", "inter-node") if same_host else ("inter-node", "intra-node")
         if (places[0], operation) not in self._tables.lanes:
             self.drain()
@@ -92,7 +92,7 @@ class UcxLog:
         return "+".join(dict.fromkeys(lane.partition("/")[0] for lane in lanes))
 
     def drain(self) -> None:
-        """Read what is new; pass warnings on."""
+        """Read new lines; pass warnings on."""
         if self._fd is None:
             return
         # UCX writes through a buffer of the C library.
@@ -112,4 +112,4 @@ class UcxLog:
 
 
 log = UcxLog()
-"""Of this process."""
+"""The log of this process."""

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How two agents agree on a transfer: messages, the staged exchange, the worker that steps them."""
+"""The protocol of a transfer between two agents: messages, the staged exchange, the worker that steps them."""

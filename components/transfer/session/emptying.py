@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The destination's side of a staged transfer: scatter what has landed, tell the source which slots are free again.
+"""The destination's side of a staged transfer: scatters landed chunks, tells the source which slots are free.
 
-Stepped by the worker thread until ``done``. ``settle`` must be called at the end, however that comes: it waits for
-copies that are still queued (some milliseconds at most), since they write into the destination's blocks.
+The worker thread steps it until ``done``. ``settle`` must be called at every end: it waits for queued copies (some
+milliseconds at most), which write into the destination's blocks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from components.transfer.data.staging import Gate, Staging
 
 
 class Emptying:
-    """Chunks of one transfer on their way from the slots into the blocks."""
+    """The chunks of one transfer, from slots to blocks."""
 
     def __init__(self, staging: Staging, copy: Copy, slots: Sequence[int], freed: Callable[[int], None]) -> None:
         self._staging = staging
@@ -33,11 +33,11 @@ class Emptying:
 
     @property
     def idle(self) -> bool:
-        """True when nothing is being copied; set right after ``step`` it means that no chunk has landed either."""
+        """True when no copy is queued. Directly after ``step``: no chunk has landed either."""
         return not self._flying
 
     def step(self, landed: Collection[int]) -> None:
-        """Queue copies of chunks that have landed, and look after those that were queued."""
+        """Queue copies of landed chunks, and finish queued ones."""
         while self._next < len(self._chunks) and self._next in landed:
             first, last = self._chunks[self._next]
             slot = self._slots[self._next % len(self._slots)]
@@ -51,6 +51,6 @@ class Emptying:
             self._copy.arrived((last - first) * self._staging.block_bytes)
 
     def settle(self) -> None:
-        """Wait for what is queued."""
+        """Wait for queued copies."""
         for _, gate in self._flying:
             gate.wait()

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NIXL way of moving blocks: READ, WRITE on request, or staged, chosen for each transfer.
+"""The NIXL lane: READ, WRITE on request, or staged, chosen for each transfer.
 
 Implements ``Backend``; the messages and their order are in ``messages.py``. Runs on the worker thread.
-READ is for host memory, WRITE for device memory in long runs (a remote GET of device memory without NVLink
-falls back to TCP), staging for device memory in short runs and for wires that pay for each descriptor.
-A source writes for an ``Ask`` only while its budget lasts and always says ``Ended``: the destination fails a
-transfer only after that word, or after the worker's grace, and then names the blocks as poisoned. Staged
-transfers cannot be poisoned: the peer writes into our slots, never into our blocks.
+READ serves host memory, WRITE device memory in long runs (a remote GET of device memory without NVLink
+falls back to TCP), staging device memory in short runs and wires with a cost for each descriptor.
+A source writes for an ``Ask`` only within its budget and always sends ``Ended``: the destination fails a
+transfer only after that message, or after the worker's grace, and then marks the blocks as poisoned. Staged
+transfers cannot poison: the peer writes into slots, never into blocks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from components.transfer.session.side import LANE, Inbox, Side
 logger = logging.getLogger(__name__)
 
 _DIRECT_BYTES = {"cuda": 2 << 20, "cpu": 0}
-"""Mean run from which direct descriptors beat staging where nobody has calibrated (docs/design-notes.md)."""
+"""Mean run from which direct descriptors beat staging, without calibration (docs/design-notes.md)."""
 
 
 class Exchange:
@@ -134,7 +134,7 @@ class Exchange:
             del self.inboxes[copy.peer.key, number]
 
     def _until(self, copy: Copy, number: int, inbox: Inbox, done: Callable[[], bool]) -> Generator[bool, None, None]:
-        # When this transfer fails the source is told, and its last word is waited for.
+        # A failed transfer stops the source and waits for its ``Ended``.
         try:
             while not done():
                 record = self._directory.get(copy.peer.name)
@@ -172,7 +172,7 @@ class Exchange:
         finally:
             emptying.settle()
             if asked and inbox.ended is None:
-                # A hanging peer may still write into these slots: they come back with its last word.
+                # A hanging peer may still write into these slots: its ``Ended`` releases them.
                 self._quarantine[copy.peer.key, number] = lambda: staging.release("receive", slots)
             else:
                 staging.release("receive", slots)
@@ -208,7 +208,7 @@ class Exchange:
         inbox = self.inboxes.get((sender, message.id))
         match message:
             case wire.Ask() | wire.Hello(reply=True):
-                # A number that we have chosen for a transfer of ours begins nothing.
+                # The id of a local transfer cannot begin a served one.
                 return self._with_peer(sender, message) if inbox is None else None
             case wire.Hello() if inbox is not None:
                 inbox.greeted = True
@@ -227,7 +227,7 @@ class Exchange:
         return None
 
     def _with_peer(self, sender: str, message: wire.Ask | wire.Hello) -> Generator[bool, None, None]:
-        # A peer that has just started may ask before its record has reached us.
+        # A message of a new peer may arrive before its record.
         name, _, epoch = sender.rpartition("/")
         end = time.monotonic() + 5.0
         inbox = self.inboxes[sender, message.id] = Inbox()
@@ -245,7 +245,7 @@ class Exchange:
         except TransferError as error:
             logger.warning("serving agent %s: %s", name, error)
         except Exception as error:
-            # Whatever a kernel or library raised: a peer that is not told waits until its deadline.
+            # Without an answer the peer would wait until its deadline.
             logger.exception("serving agent %s", name)
             if peer is not None:
                 self.side.send(

@@ -8,9 +8,9 @@
     <-------------------------- Ended ----   nothing will be written any more
     Stop ----------------------------->      answered with Ended
 
-Each carries an HMAC with the secret (``components.credentials``) over both lives that it is from and for: nobody else
-can have an agent write its blocks somewhere, say that a chunk has landed, or send a message on. ``decode`` bounds sizes
-and raises ``TransferError``; what it returns may still name unknown blocks.
+Each carries an HMAC with the secret (``components.credentials``) over sender, receiver and their epochs: nobody else
+can make an agent write its blocks, report a landed chunk, or forward a message. ``decode`` bounds sizes
+and raises ``TransferError``; its result may still name unknown blocks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _Blocks = Annotated[bytes, msgspec.Meta(max_length=4 * MAX_BLOCKS)]
 
 
 class Ask(msgspec.Struct, frozen=True, tag="ask"):
-    """Write these blocks of yours to me: into ``slots`` in turn, or, without slots, into blocks ``dst``."""
+    """Requests blocks: the receiver writes them into ``slots`` in turn or, without slots, into blocks ``dst``."""
 
     id: _Id
     request_id: _Text
@@ -55,14 +55,14 @@ class Landed(msgspec.Struct, frozen=True, tag="landed"):
 
 
 class Freed(msgspec.Struct, frozen=True, tag="freed"):
-    """A chunk's slot may be written again."""
+    """A chunk's slot is free."""
 
     id: _Id
     chunk: _Id
 
 
 class Ended(msgspec.Struct, frozen=True, tag="ended"):
-    """The source will write no more for this id. ``code`` is empty or that of an error."""
+    """The source writes no more for this id. ``code``: empty, or that of an error."""
 
     id: _Id
     code: _Text = ""
@@ -73,17 +73,17 @@ class Ended(msgspec.Struct, frozen=True, tag="ended"):
     post_s: float = 0.0
     wire_s: float = 0.0
     lane: _Text = ""
-    """Transports that UCX chose at the side that wrote."""
+    """Transports that UCX chose at the writing side."""
 
 
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
-    """Write no more for this id, and say so."""
+    """Requests the end of writing, which ``Ended`` confirms."""
 
     id: _Id
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """Warms the connection; ``reply`` asks for one back."""
+    """Opens the connection; ``reply`` requests one in return."""
 
     id: _Id
     reply: bool
@@ -94,18 +94,18 @@ _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
 def encode(message: Message, sender: str, receiver: str) -> bytes:
-    """The message with its HMAC, from one life of an agent to one of another."""
+    """The message with its HMAC, from one agent and epoch to another."""
     data = msgspec.msgpack.encode(message)
     return seal(data, sender, receiver) + data
 
 
 def seal(data: bytes, sender: str, receiver: str) -> bytes:
-    """What stands before a message of that sender for that receiver."""
+    """The HMAC of a message from that sender to that receiver."""
     return credentials.mac(b"session", sender.encode(), receiver.encode(), data)
 
 
 def decode(data: bytes, sender: str, receiver: str) -> Message:
-    """Read a message. Raises ``TransferError`` on anything malformed, too large or not sealed."""
+    """Read a message. Raises ``TransferError`` when it is malformed, too large or not sealed."""
     if len(data) > MAX_MESSAGE_BYTES:
         raise TransferError(f"a message of {len(data)} bytes is larger than {MAX_MESSAGE_BYTES}")
     given, body = data[:_SEAL_BYTES], data[_SEAL_BYTES:]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Destination blocks into which a peer that hangs may still write. Thread-safe."""
+"""Destination blocks that a hanging peer may still write to. Thread-safe."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Poison:
         self._lock = threading.Lock()
 
     def blocks(self) -> frozenset[int]:
-        """All that may not be used yet."""
+        """All blocks that must not be used yet."""
         with self._lock:
             return frozenset(self._blocks)
 
     def add(self, blocks: Sequence[int]) -> Callable[[], None]:
-        """Name blocks of one transfer; what it gives takes them back."""
+        """Mark blocks of one transfer; the result clears the mark."""
         with self._lock:
             self._blocks.update(blocks)
 

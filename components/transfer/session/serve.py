@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The source's side of an ``Ask``: check it, write the blocks, always say how it ended.
+"""The source's side of an ``Ask``: checks it, writes the blocks, always sends ``Ended``.
 
-A generator on the worker thread; ends by itself when the asked budget is over, when the peer says ``Stop``
-or when the peer cannot be reached. Every free slot is used: some chunks are gathered while others fly.
+A generator on the worker thread; ends when the budget is over, on ``Stop``, or when the peer is unreachable.
+It uses every free slot: some chunks are gathered while others are in flight.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Flow = Generator[bool, None, None]
 
 
 def serve_ask(side: Side, peer: AgentRecord, ask: wire.Ask, inbox: Inbox) -> Flow:
-    """Write the asked blocks to the peer."""
+    """Write the requested blocks to the peer."""
     moved = Moved()
     answer = wire.Ended(ask.id)
     try:
@@ -42,7 +42,7 @@ def serve_ask(side: Side, peer: AgentRecord, ask: wire.Ask, inbox: Inbox) -> Flo
 
 
 def _bounded(steps: Flow, inbox: Inbox, budget_ms: int) -> Flow:
-    """Step until the end, or until the peer or its budget says stop."""
+    """Step until the end, until ``Stop``, or until the budget is over."""
     end = time.monotonic() + budget_ms / 1000
     stopped = False
     try:
@@ -97,12 +97,12 @@ def _write_staged(
     try:
         while posted < len(chunks) or writes:
             worked = False
-            # One at a time: the first chunk shall fly while the next one is gathered.
+            # One at a time: the first chunk is sent while the next one is gathered.
             if free and number < len(chunks) and len(gathered) < 2:
                 slot = free.pop(0)
                 gathered.append((slot, staging.gather(index[slice(*chunks[number])], slot)))
                 number, worked = number + 1, True
-            # The peer's slot must have been emptied before it is written again.
+            # The peer must have emptied its slot before the next write to it.
             emptied = posted < len(ask.slots) or posted - len(ask.slots) in inbox.freed
             if gathered and emptied and gathered[0][1].ready():
                 slot, _ = gathered.popleft()
@@ -137,9 +137,9 @@ def _write_staged(
 
 
 def _drop(_: int) -> None:
-    """The destination counts what arrived."""
+    """Ignored: the destination counts the bytes."""
 
 
 def _harmless() -> Callable[[], None]:
-    """A slot of ours that NIXL still reads harms nobody."""
+    """Nothing to mark: NIXL at most still reads a local slot."""
     return lambda: None

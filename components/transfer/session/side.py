@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an agent brings to every transfer over NIXL, whichever side it is on: its memory, its link, its messages.
+"""An agent's part in every transfer over NIXL, on either side: its memory, its link, its messages.
 
 Runs on the worker thread.
 """
@@ -25,7 +25,7 @@ LANE = "nixl/ucx"
 
 @dataclass
 class Inbox:
-    """What came for one transfer of ours."""
+    """Messages received for one transfer."""
 
     landed: set[int] = field(default_factory=set)
     freed: set[int] = field(default_factory=set)
@@ -55,7 +55,7 @@ class Side:
         self._num_blocks = regions[0].rows[0].shape[0]
 
     def lane_of(self, operation: str, peer: AgentRecord) -> str:
-        """Backend and the transports that UCX really chose, where it tells."""
+        """Backend and, where known, the transports that UCX chose."""
         chosen = ucx.log.lane(operation, same_host=peer.host == self.host)
         return f"{LANE}/{chosen}" if chosen else LANE
 
@@ -68,10 +68,10 @@ class Side:
         self.link.notify(peer, self.sealed(peer, message))
 
     def sealed(self, peer: AgentRecord, message: wire.Message) -> bytes:
-        """A message as that peer reads it."""
+        """The bytes of a message for that peer."""
         return wire.encode(message, self.key, peer.key)
 
     def check_blocks(self, blocks: Ints) -> None:
-        """Raise ``TransferError`` when a block is not ours."""
+        """Raise ``TransferError`` for unknown blocks."""
         if len(blocks) and int(np.max(blocks)) >= self._num_blocks:
             raise TransferError(f"agent {self._name} has {self._num_blocks} blocks, not {int(np.max(blocks))}")

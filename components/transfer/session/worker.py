@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one thread that moves an agent's blocks: it steps all transfers in turn.
+"""The thread that moves an agent's blocks: it steps all transfers in turn.
 
-Life cycle: ``start``, ``submit`` from any thread, ``stop`` (what flies is cancelled). The worker owns every
-deadline: it throws ``DeadlineExceeded`` or ``TransferCancelled`` into a transfer and gives it ``grace_s`` more
-to stand still; after that it is dropped and its blocks are reported as poisoned. No handle stays unsettled.
+Life cycle: ``start``, ``submit`` from any thread, ``stop`` (cancels everything in flight). The worker owns every
+deadline: it throws ``DeadlineExceeded`` or ``TransferCancelled`` into a transfer and allows it ``grace_s`` to come
+to rest; then it drops the transfer and reports its blocks as poisoned. Every handle is settled.
 """
 
 from __future__ import annotations
@@ -27,58 +27,57 @@ from components.transfer.handle import TransferHandle
 logger = logging.getLogger(__name__)
 
 _SLACK_NS = 1000
-"""Linux rounds every pause up by 50 us unless a thread asks for less."""
+"""Timer slack of this thread; Linux's default lengthens every pause by 50 us."""
 _PR_SET_TIMERSLACK = 29
 _LONGER = 1.1
-"""Each pause while something is under way is a tenth longer than the one before: its end is seen late by as much."""
+"""Factor between pauses while a transfer runs: its end is noticed late by at most this share."""
 _SPIN_S = 1e-3
-"""An eager worker looks without a pause for so long after something happened: a chunk on a GPU takes 0.3 ms."""
+"""An eager worker polls without pause for this long after an event (a chunk on a GPU takes 0.3 ms)."""
 _ALERT_FOR_S = 0.5
-"""For so long after a peer's last message a next one is expected soon."""
+"""Time after a peer's message in which the next one is expected soon."""
 _HELP_S = 5e-3
-"""For so long a waiting thread helps out: a gigabyte within a GPU takes less than one."""
+"""Max time for which a waiting caller steps the transfer itself (1 GB within a GPU takes less than 1 ms)."""
 _QUIET_AFTER_S = 2.0
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Pauses between looks at peers, and the first and longest ones while something is under way, in seconds.
+    """Pauses between polls of peers, and the first and longest ones while a transfer runs, in seconds.
 
-    Each look takes the GIL from the engine's steps, and where all cores are at work the step then waits until this
-    thread has had its turn on one of them.
+    Each poll takes the GIL from the engine's steps; where all cores are busy, the step waits until this thread has run.
     """
 
     alert_s: float
     idle_s: float
     quiet_s: float
-    """No peer has sent a message for a while."""
+    """After a while without a message from a peer."""
     busy_s: float
-    """After each event: far below the time of a chunk, long enough to let others have the GIL."""
+    """After each event: far below the time of a chunk, long enough for others to take the GIL."""
     step_s: float
 
 
 EAGER = Pace(alert_s=100e-6, idle_s=1e-3, quiet_s=4e-3, busy_s=10e-6, step_s=60e-6)
-"""Spends a core rather than time: a staged chunk on a GPU waits for five or six of its steps."""
+"""Spends a core to save time: a staged chunk on a GPU waits for five or six of the worker's steps."""
 SPARING = Pace(alert_s=1e-3, idle_s=4e-3, quiet_s=50e-3, busy_s=100e-6, step_s=1e-3)
-"""For hosts whose cores compute the model. Pools in shared memory and NIXL's READ, which they use, send no messages."""
+"""For hosts whose cores compute the model. Their lanes, shared memory and NIXL's READ, send no messages."""
 
 
 @dataclass
 class Job:
-    """One transfer that is being stepped."""
+    """One transfer."""
 
     steps: Steps
     handle: TransferHandle
     end: float
     failed: MigrateError | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
-    """Of the thread that steps it."""
+    """Held by the thread that steps it."""
     at_once: bool = False
-    """Its first step was made by the thread that asked for it, and the last ones by one that waits, if there is one."""
+    """The requesting thread makes the first step, and a waiting thread, if any, the last ones."""
     helped: bool = False
-    """Such a thread is at it: the worker leaves it, and the interpreter's lock, to that one."""
+    """A waiting thread steps it now: the worker leaves the transfer and the GIL to that thread."""
     ended: Callable[[], None] | None = None
-    """Settles the handle; set once the steps are over."""
+    """Settles the handle; set after the last step."""
 
 
 class Worker:
@@ -103,9 +102,9 @@ class Worker:
         self._thread.start()
 
     def submit(self, job: Job, at_once: bool = False) -> None:
-        """Hand a transfer over. After ``stop`` it fails at once.
+        """Add a transfer. After ``stop`` it fails at once.
 
-        ``at_once``: the calling thread makes the first step itself, and one that waits for the end the last ones.
+        ``at_once``: the calling thread makes the first step, and a thread that waits for the end the last ones.
         """
         if self._stopping.is_set():
             job.handle.settle(None, TransferError("the agent is closed"))
@@ -118,7 +117,7 @@ class Worker:
         self._queue.put(job)
 
     def _help(self, job: Job, timeout_s: float) -> None:
-        """Step a transfer on a thread that waits for it: no wake-up of another thread comes between."""
+        """Step a transfer on a thread that waits for it, which saves the wake-up of another thread."""
         end = self._clock() + min(_HELP_S, timeout_s)
         job.helped = True
         with job.lock:
@@ -159,7 +158,7 @@ class Worker:
                 pause = min(pause * _LONGER, self._pace.step_s)
 
     def _may_spin(self) -> bool:
-        """While peers' messages decide how fast it goes; a copy that runs by itself needs nobody."""
+        """True while peers' messages decide the speed; a copy that runs by itself needs no polling."""
         if self._pace is not EAGER or self._clock() - self._last_work > _SPIN_S:
             return False
         return bool(self._services) or not all(job.at_once for job in self._jobs)
@@ -178,9 +177,9 @@ class Worker:
                 taken |= not job.at_once
 
     def _pause(self) -> float:
-        # Own copies from shared memory bring no message: they are no reason to look more often.
+        # Local copies from shared memory bring no message and need no faster polling.
         quiet = self._clock() - max(self._last_message, self._last_at_once)
-        # Callers that start copies themselves want the interpreter's lock for that, not this thread's looks at peers.
+        # Callers that start copies themselves need the GIL more than this thread does.
         expecting = self._clock() - self._last_message < _ALERT_FOR_S
         if expecting and self._last_message > self._last_at_once:
             return self._pace.alert_s
@@ -192,7 +191,7 @@ class Worker:
             try:
                 new = backend.progress()
             except Exception:
-                # The thread must survive whatever a library raises, or every later transfer hangs.
+                # The thread must survive any exception, or every later transfer hangs.
                 logger.exception("lane %s", backend.lane)
                 continue
             self._services.extend(new)
@@ -216,7 +215,7 @@ class Worker:
         worked = False
         for job in list(self._jobs):
             if not job.lock.acquire(blocking=False):
-                continue  # A thread that waits for it is at it.
+                continue  # A waiting thread steps it.
             try:
                 if job.ended is None:
                     worked |= self._advance(job) and not job.at_once
@@ -228,7 +227,7 @@ class Worker:
         return worked
 
     def _advance(self, job: Job) -> bool:
-        """One step, whose end is only noted: who settles the handle decides where its callbacks run."""
+        """One step. The end is only noted: the thread that settles the handle runs the callbacks."""
         try:
             return self._step(job)
         except StopIteration as stop:
@@ -252,7 +251,7 @@ class Worker:
             job.end = now + self._grace_s
             return job.steps.throw(job.failed)
         if now > job.end:
-            # The generator names the blocks that are not safe yet, and lets go.
+            # On close the generator marks the blocks that are not safe yet.
             job.steps.close()
             raise job.failed
         return next(job.steps)
@@ -267,7 +266,7 @@ class Worker:
 
 
 def _fine_timer() -> None:
-    """Precise pauses for the calling thread, where the system has them."""
+    """Enable precise pauses for the calling thread, where the system has them."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         libc.prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(_SLACK_NS), 0, 0, 0)
