@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks of a request in groups of layers: full attention keeps all of them, a sliding window its last ones.
+"""Blocks of a request by groups of layers: full attention keeps all blocks, a sliding window the last ones.
 
-An offer names them in one flat list, which is all that the transfer needs: a block number belongs to one group at a
-time, and means the same bytes whichever that is. Pure functions.
+An offer has them in one flat list, which is all that the transfer needs: a block number belongs to one group at a
+time and names the same bytes in every group. Pure functions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Table(NamedTuple):
         return self.first + len(self.ids)
 
     def between(self, start: int, stop: int) -> tuple[int, ...]:
-        """Blocks at positions from ``start``, which is not before ``first``, up to ``stop``."""
+        """Blocks at positions from ``start`` (not before ``first``) up to ``stop``."""
         return self.ids[start - self.first : max(start, stop) - self.first]
 
 
@@ -44,7 +44,7 @@ def tables_of(offer: KVOffer) -> list[Table]:
 
 
 def fields_of(tables: Sequence[Table]) -> dict[str, Any]:
-    """The reverse: fields of a ``KVOffer``."""
+    """The reverse: fields of a ``KVOffer`` for these groups."""
     if len(tables) == 1 and not tables[0].first:
         return {"block_ids": tables[0].ids, "groups": ()}
     return {
@@ -54,7 +54,7 @@ def fields_of(tables: Sequence[Table]) -> dict[str, Any]:
 
 
 def whole_blocks(offer: KVOffer, num_tokens: int) -> KVOffer:
-    """The offer's whole blocks up to a number of tokens."""
+    """The offer's whole blocks of its first ``tokens`` tokens."""
     tokens = min(offer.num_tokens, num_tokens) // offer.block_size * offer.block_size
     tables = [
         Table(table.block_size, table.first, table.ids[: max(0, tokens // table.block_size - table.first)])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker needs from an inference engine: generate, freeze, land, release.
+"""The interface of an inference engine: generate, freeze, land, release.
 
 Life cycle
     ``start`` once, then any number of concurrent ``generate`` calls, then ``stop``.
@@ -45,7 +45,7 @@ RequestId = NewType("RequestId", str)
 
 
 class FinishReason(StrEnum):
-    """Why a stream ended. ``FROZEN`` is not an end of the request: another engine goes on."""
+    """Reason for the end of a stream. ``FROZEN`` does not end the request: another engine continues."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -56,7 +56,7 @@ class FinishReason(StrEnum):
 
 
 class RequestPhase(StrEnum):
-    """Where a request is inside an engine."""
+    """Phase of a request inside an engine."""
 
     WAITING = "waiting"
     PREFILL = "prefill"
@@ -67,7 +67,7 @@ class RequestPhase(StrEnum):
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Everything of a request that decides its next token. Names and meaning as in vLLM."""
+    """All parameters that determine the next token. Names and meaning as in vLLM."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -90,7 +90,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
     """Guided-decoding options as the frontend sent them (JSON)."""
 
     def why_not_migratable(self) -> str | None:
-        """The reason this request cannot move exactly, or None when it can."""
+        """Why this request cannot move exactly, or None."""
         if self.n > 1:
             return "n > 1: the samples share one request"
         if self.prompt_logprobs is not None:
@@ -99,63 +99,63 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
 
 
 class KVGroup(msgspec.Struct, frozen=True, array_like=True):
-    """A run of ``KVOffer.block_ids``: what one group of layers keeps of a request."""
+    """A run of ``KVOffer.block_ids``: the blocks of one group of layers."""
 
     block_size: int
     """Tokens per block of this group."""
     first: int
-    """Position of its first block; those before it are not needed any more (a window has left them)."""
+    """Position of its first block; a window has left those before it."""
     count: int
 
 
 class KVOffer(msgspec.Struct, frozen=True, omit_defaults=True):
-    """KV blocks of a request that can be read at the source right now.
+    """KV blocks of a request that are readable at the source now.
 
-    ``generation`` changes whenever the source may have given one of the blocks to another request
-    (preemption). Blocks copied under an older generation prove nothing and are copied again.
+    ``generation`` changes with each preemption, after which a block may belong to another request. Blocks
+    copied under an older generation are copied again.
     """
 
     request_id: RequestId
     agents: tuple[AgentRef, ...]
     """One per tensor-parallel rank, in rank order."""
     block_size: int
-    """Tokens per KV block; of several groups, the tokens that are whole blocks of each."""
+    """Tokens per KV block; for several groups, a number of tokens that is whole blocks in each."""
     block_ids: tuple[int, ...]
     num_tokens: int
     """Tokens whose KV is in ``block_ids``; the last block may be partly filled."""
     generation: int
     groups: tuple[KVGroup, ...] = ()
-    """How ``block_ids`` is divided, group after group; empty: one group, from its first block on."""
+    """Parts of ``block_ids``, group after group; empty: one group, from its first block on."""
     room_tokens: int = 0
-    """Tokens for which the destination grants blocks, whatever of them it can copy: those that the request has, and
-    those that it may get until the commit, which then finds its blocks reserved."""
+    """Tokens for which the destination reserves blocks: those that the request has, and those that it may get
+    before the commit."""
 
 
 class Frozen(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The whole state of a frozen request: the destination continues with the very next token."""
+    """The whole state of a frozen request: the destination continues with the next token."""
 
     offer: KVOffer
     output_token_ids: tuple[int, ...]
-    """All tokens generated so far, wherever they were generated."""
+    """All output tokens, from every worker."""
     rng_state: bytes = b""
-    """State of the request's own random generator (torch), empty when it has none."""
+    """State of the request's random generator (torch); empty without one."""
     checksums: tuple[int, ...] = ()
-    """Checksum of each block of the offer, or only of the last ones of each group; empty when switched off."""
+    """Checksum of each block of the offer, or only of the last ones of each group; empty: off."""
     checked: tuple[int, ...] = ()
-    """How many blocks at the end of each group have one; empty: there is one group."""
+    """Number of blocks at the end of each group with a checksum; empty: there is one group."""
     guide: str = ""
-    """What guides it, in the engine's own words; empty for nothing. An engine with another guide does not take it."""
+    """Name of what guides the request in this engine, or empty. An engine with another guide refuses it."""
     use_within_s: float = 0.0
-    """Whoever is given this reads the blocks for so long at most: half of the time for which they are kept, the other
-    half being for the way. 0: nobody has said.
+    """Longest time for which the receiver may read the blocks: half of their lease; the other half is for messages
+    on their way. 0: unknown.
     """
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A request as it enters an engine, new or half done.
+    """A request as it enters an engine, new or moved.
 
-    ``output_token_ids`` non-empty means: these tokens were generated before (elsewhere) and have been
-    delivered; continue after them. Without ``landing`` their KV is recomputed (token replay).
+    ``output_token_ids``: tokens that another worker has generated and delivered; the engine continues after
+    them. Without ``landing`` it recomputes their KV (token replay).
     """
 
     request_id: RequestId
@@ -167,15 +167,15 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     lora_name: str | None = None
     cache_salt: str | None = None
     freeze_after: int | None = None
-    """Freeze by itself once this many tokens have been generated (prefill hand-off: 1)."""
+    """Freeze by itself after this many output tokens (prefill hand-off: 1)."""
     landing: KVOffer | None = None
-    """Reserve blocks and copy these before anything else; wait for ``commit``."""
+    """Reserve and copy these blocks first; wait for ``commit``."""
     native: bytes = b""
-    """Sampling and the like in the engine's own form; ``sampling`` and ``priority`` are then unused."""
+    """Parameters in the engine's own form; ``sampling`` and ``priority`` are then unused."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Log-probability of one sampled token and of its best alternatives."""
+    """Log-probability of one sampled token and of the best alternatives."""
 
     logprob: float
     rank: int = 0
@@ -184,7 +184,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class GenerateOutput(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Newly generated tokens. ``index`` is the position of the first one in the whole output."""
+    """New tokens. ``index`` is the position of the first one in the whole output."""
 
     index: int
     token_ids: tuple[int, ...] = ()
@@ -200,7 +200,7 @@ class GenerateOutput(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class LandingStatus(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Progress of a landing request. ``landed_tokens`` only counts verified, whole transfers."""
+    """Progress of a landing request. ``landed_tokens`` counts only verified, whole transfers."""
 
     reserved: bool
     landed_tokens: int = 0
@@ -216,12 +216,12 @@ class LandingStatus(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def landed(self) -> bool:
-        """Has the request its blocks, and is no round under way?"""
+        """True when the request has its blocks and no round runs."""
         return self.reserved and not self.in_flight
 
 
 class RequestInfo(msgspec.Struct, frozen=True, gc=False):
-    """One row of the per-request table that planners and ``dynamo status`` read."""
+    """One row of the per-request table of planners and ``dynamo status``."""
 
     request_id: RequestId
     phase: RequestPhase
@@ -236,11 +236,11 @@ class RequestInfo(msgspec.Struct, frozen=True, gc=False):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What an engine is, fixed from ``start`` on."""
+    """Fixed properties of a started engine."""
 
     model: str
     fingerprint: str
-    """Hash over model, dtype and KV layout; only equal ones exchange KV."""
+    """Hash of model, dtype and KV layout; only engines with equal ones exchange KV."""
     block_size: int
     num_blocks: int
     max_model_len: int
@@ -250,11 +250,11 @@ class EngineInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     lanes: tuple[str, ...] = ()
     kv_bytes_per_token: int = 0
     lease_s: float = 60.0
-    """For so long the blocks of a frozen request are kept although its owner is silent."""
+    """Time for which the engine keeps the blocks of a frozen request with a silent owner."""
     steps_ahead: int = 0
-    """Steps that are scheduled before the one that runs has ended: a freeze waits for them too."""
+    """Steps scheduled ahead of the running one; a freeze waits for them too."""
     weights: str = ""
-    """Digest of the model's weights; empty when they have none."""
+    """Digest of the model's weights; empty without weights."""
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -271,11 +271,11 @@ class EngineStats(msgspec.Struct, frozen=True):
     scheduled_prefill_tokens: int = 0
     preemptions_total: int = 0
     leases_expired_total: int = 0
-    """Requests ended because their owner was silent while they were on the move."""
+    """Requests ended because their owner was silent during a move."""
     step_s: float = 0.0
     """Duration of the last forward step."""
     kv_refused: dict[str, int] = {}
-    """Copies whose blocks were not used but computed here, by error code."""
+    """Copies refused and recomputed here, by error code."""
 
 
 class Engine(Protocol):
@@ -286,7 +286,7 @@ class Engine(Protocol):
         ...
 
     async def stop(self) -> None:
-        """End all requests and give everything back. Idempotent."""
+        """End all requests and release everything. Idempotent."""
         ...
 
     async def check_health(self) -> None:
@@ -316,7 +316,7 @@ class Engine(Protocol):
         ...
 
     async def resume(self, request_id: RequestId) -> None:
-        """Go on generating after ``freeze`` as if nothing had happened."""
+        """Continue generating after ``freeze``."""
         ...
 
     async def release(self, request_id: RequestId) -> None:
@@ -332,17 +332,17 @@ class Engine(Protocol):
         ...
 
     async def expect_commit(self, request_id: RequestId, hold_s: float) -> None:
-        """A commit follows: begin no step before it, or for ``hold_s`` at most. Returns when the wait is over.
+        """A commit follows: begin no step before it, for ``hold_s`` at most. Returns after the commit or that time.
 
-        The source freezes meanwhile. A commit that arrives in the middle of a step waits for its end, half a step on
-        average, and then the request takes a step of its own; one that is waited for takes only the latter.
+        The source freezes meanwhile. A commit in the middle of a step waits for its end (half a step on average) before
+        the request's first step; a commit that the engine waits for does not.
         """
         ...
 
     async def commit(self, request_id: RequestId, frozen: Frozen) -> None:
-        """Copy what is still missing and run. What cannot be copied or proven is recomputed.
+        """Copy what is still missing and run. Blocks that cannot be copied or verified are recomputed.
 
-        Raises ``NoRoom`` when the tail does not fit: nothing changed, the source can resume.
+        Raises ``NoRoom`` when the tail does not fit; nothing has changed then and the source can resume.
         """
         ...
 
@@ -355,7 +355,7 @@ class Engine(Protocol):
         ...
 
     async def report(self) -> tuple[EngineStats, list[RequestInfo]]:
-        """Both of them, for one interruption of the engine."""
+        """Load and table, with one interruption of the engine."""
         ...
 
     async def check_integrity(self) -> None:

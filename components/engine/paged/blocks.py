@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV blocks by number: who holds one, which are free, which full ones can be found again by their content.
+"""KV blocks by number: their holders, the free ones, and the prefix cache of full ones.
 
-A block is free when nobody holds it. A free block keeps its bytes, and its place in the prefix cache, until it is
-given to somebody else; the longest unused one goes first.
-Threading: one asyncio loop. Errors: ``NoRoom`` when too few are free, ``SessionError`` on a count that is wrong.
+A block without holder is free. It keeps its bytes and its place in the prefix cache until it is allocated again; the
+least recently used one is allocated first.
+Threading: one asyncio loop. Errors: ``NoRoom`` when too few are free, ``SessionError`` for a wrong count.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Hash = bytes
 
 
 def chain(tokens: Sequence[int], block_size: int, salt: str | None, known: Sequence[Hash] = ()) -> list[Hash]:
-    """Hashes of the full blocks of ``tokens``; each covers all tokens before it. ``known`` are the first ones."""
+    """Hashes of the full blocks of ``tokens``; each covers all tokens before it. ``known``: the first hashes."""
     hashes = list(known)
     before = hashes[-1] if hashes else (salt or "").encode()
     for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
@@ -45,15 +45,15 @@ class BlockPool:
 
     @property
     def free(self) -> int:
-        """Blocks that nobody holds, cached ones among them."""
+        """Blocks without holder, cached ones included."""
         return len(self._free)
 
     def holders(self, block: int) -> int:
-        """How many hold the block."""
+        """Number of the block's holders."""
         return self._holders[block]
 
     def allocate(self, count: int) -> list[int]:
-        """Give out ``count`` blocks, each held once. Raises ``NoRoom`` and gives none when too few are free."""
+        """Allocate ``count`` blocks, each with one holder. Raises ``NoRoom``, with none allocated."""
         if count > len(self._free):
             raise NoRoom(f"{count} KV blocks are needed, {len(self._free)} of {self.total} are free")
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
@@ -63,13 +63,13 @@ class BlockPool:
         return blocks
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """One more holder for each block."""
+        """Add a holder to each block."""
         for block in blocks:
             self._free.pop(block, None)
             self._holders[block] += 1
 
     def drop(self, blocks: Iterable[int]) -> None:
-        """One holder less for each block. Raises ``SessionError`` for a block that nobody holds."""
+        """Remove a holder from each block. Raises ``SessionError`` for a block without one."""
         freed: list[int] = []
         for block in blocks:
             if self._holders[block] == 0:
@@ -77,8 +77,8 @@ class BlockPool:
             self._holders[block] -= 1
             if self._holders[block] == 0:
                 freed.append(block)
-        # The last blocks go first, as in vLLM: a prefix is worth more than what follows it, and the checksums of the
-        # last blocks tell when somebody else has been given any of them.
+        # The last blocks are reused first, as in vLLM: a prefix is worth more than what follows it, and checksums of
+        # the last blocks then reveal that any of the request's blocks has been allocated again.
         kept = max((place for place, block in enumerate(freed, 1) if block in self._hash_of), default=0)
         for block in freed[kept:]:
             self._free[block] = None
@@ -86,7 +86,7 @@ class BlockPool:
         self._free.update(dict.fromkeys(reversed(freed[:kept])))
 
     def cached(self, hashes: Sequence[Hash]) -> list[int]:
-        """Blocks of the longest cached prefix; the caller holds them if it wants them to stay."""
+        """Blocks of the longest cached prefix; the caller must hold those that it needs."""
         found = []
         for wanted in hashes:
             block = self._with_hash.get(wanted)
@@ -96,7 +96,7 @@ class BlockPool:
         return found
 
     def remember(self, block: int, content: Hash) -> None:
-        """A held block is full and its bytes are right: let others find it."""
+        """Enter a held block, which is full and correct, into the prefix cache."""
         if self._caching and content not in self._with_hash:
             self._forget(block)
             self._hash_of[block] = content

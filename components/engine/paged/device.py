@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``PagedKV`` on a device of torch: the same bytes and tokens, all layers in one tensor, nothing copied to the host.
+"""``PagedKV`` on a torch device: the same bytes and tokens, all layers in one tensor, no copy to the host.
 
-A step reads every KV byte of its requests, which is what the attention of a decoding model does. Threading: as there;
+A step reads every KV byte of its requests, as the attention of a decoding model does. Threading: as ``PagedKV``;
 every step ends with a result on the host, so that all blocks of an offer have been written.
 """
 
@@ -58,5 +58,5 @@ class DeviceKV(PagedKV):
 
 
 def _signed(value: int) -> int:
-    """The same 64 bits as torch's int64 takes them."""
+    """The same 64 bits as a signed number, for torch's int64."""
     return value - (1 << 64) if value >> 63 else value

@@ -3,7 +3,7 @@
 
 Life cycle: ``start`` makes the KV tensors, registers them with a transfer agent and starts the step loop; ``stop``
 ends everything. Threading: one asyncio loop; only the agent has threads.
-Time-outs: the caller's, except one: a frozen or landing request whose owner is silent for ``lease_s`` is ended here.
+Time-outs: the caller's, except one: the engine ends a frozen or landing request whose owner is silent for ``lease_s``.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class PagedOptions:
     words: int = 4
     """64-bit words per token and layer."""
     device: str = "cpu"
-    """Where the KV tensors are: cpu, or a GPU as in cuda:0."""
+    """Device of the KV tensors: cpu, or a GPU as cuda:0."""
     vocab_size: int = 32000
     step_s: float = 0.0
-    """Duration of a step; 0 goes as fast as it can."""
+    """Duration of a step; 0: as fast as possible."""
     seed: int = 0
     prefix_caching: bool = True
     integrity: str = "tail"
@@ -75,7 +75,7 @@ class PagedOptions:
     lease_s: float = 60.0
 
     def validate(self) -> None:
-        """Raise ``ConfigError`` naming the value that cannot be used."""
+        """Raise ``ConfigError`` naming the unusable value."""
         sizes = ("num_blocks", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "layers")
         for name in (*sizes, "words", "vocab_size"):
             if getattr(self, name) < 1:
@@ -91,7 +91,7 @@ class PagedOptions:
 
 @dataclass
 class _Parts:
-    """What exists between ``start`` and ``stop``."""
+    """State between ``start`` and ``stop``."""
 
     info: EngineInfo
     agent: TransferAgent
@@ -152,7 +152,7 @@ class PagedEngine:
         return {"full": blocks, "tail": blocks[-2:], "off": ()}[self._options.integrity]
 
     async def stop(self) -> None:
-        """End all requests and give everything back. Idempotent."""
+        """End all requests and release everything. Idempotent."""
         parts, self._parts = self._parts, None
         if parts is None:
             return
@@ -196,7 +196,7 @@ class PagedEngine:
             self._end_all(parts, f"the engine's step loop has failed: {error}")
 
     def _renew_frozen(self, parts: _Parts) -> None:
-        """Requests that have just frozen by themselves wait for their new owner from now on."""
+        """Begin the lease of requests that have frozen by themselves."""
         for active in parts.scheduler.requests.values():
             if active.frozen is not None and active.lease is None:
                 self._renew_lease(active)
@@ -208,7 +208,7 @@ class PagedEngine:
     # Requests
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateOutput]:
-        """See the protocol. Raises ``InvalidRequest``, ``NoRoom`` or ``IncompatibleLayout`` before anything started."""
+        """See the protocol. Raises ``InvalidRequest``, ``NoRoom`` or ``IncompatibleLayout`` before anything starts."""
         active = self._enter(_read(request))
         try:
             while True:
@@ -267,7 +267,7 @@ class PagedEngine:
             self._end(active, FinishReason.CANCELLED)
 
     async def release(self, request_id: RequestId) -> None:
-        """Another engine goes on with the request: free its blocks here."""
+        """Another engine continues the request: free its blocks here."""
         active = self._live.scheduler.requests.get(request_id)
         if active is not None:
             self._end(active, FinishReason.FROZEN)
@@ -285,7 +285,7 @@ class PagedEngine:
         return frozen
 
     async def resume(self, request_id: RequestId) -> None:
-        """Go on generating."""
+        """Continue generating."""
         active = self._live.scheduler.get(request_id)
         self._stop_lease(active)
         self._live.scheduler.resume(active)
@@ -305,7 +305,7 @@ class PagedEngine:
         self._live.landings.extend(active, offer, tokens)
 
     async def expect_commit(self, request_id: RequestId, hold_s: float) -> None:
-        """Ignored: steps here are short pauses, and a commit waits for the end of one."""
+        """Ignored: steps of this engine are short pauses, and a commit waits for the end of one."""
 
     async def commit(self, request_id: RequestId, frozen: Frozen) -> None:
         """Copy what is missing and run."""
@@ -325,7 +325,7 @@ class PagedEngine:
         return msgspec.structs.replace(stats, leases_expired_total=self._leases_expired, kv_refused=refused)
 
     async def report(self) -> tuple[EngineStats, list[RequestInfo]]:
-        """Both of them."""
+        """Load and table."""
         return await self.stats(), await self.requests()
 
     async def check_integrity(self) -> None:

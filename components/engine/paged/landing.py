@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The destination's side: reserve blocks, copy rounds while the source decodes, then the tail, then run.
+"""The destination's side: reserves blocks, copies rounds while the source decodes, then the tail, then runs.
 
-What cannot be copied or proven is recomputed. A round holds the blocks it writes until nothing can land in them any
-more, so that an aborted request never gives away a block that still changes.
+Blocks that cannot be copied or verified are recomputed. A round holds its blocks until nothing can write to them any
+more, so that an aborted request never frees a block that still changes.
 
 Threading: one asyncio loop; a round is a task that waits for the agent's thread.
 Time-outs: ``deadline_s`` for each round. Errors: ``NoRoom``, ``SessionError``, ``IncompatibleLayout`` from the
@@ -32,11 +32,11 @@ from components.transfer import TransferAgent, TransferHandle, TransferResult
 
 logger = logging.getLogger(__name__)
 _QUIET_S = 30.0
-"""How long a failed copy may keep its request from recomputing the blocks."""
+"""Longest wait of a request for a failed copy before it recomputes the blocks."""
 
 
 class LandingZone:
-    """Takes requests in for one engine."""
+    """Receives requests for one engine."""
 
     def __init__(self, scheduler: Scheduler, agent: TransferAgent, deadline_s: float, wake: Callable[[], None]) -> None:
         self._scheduler = scheduler
@@ -47,10 +47,10 @@ class LandingZone:
         self.flying: Counter[int] = Counter()
         """Blocks that copies hold."""
         self.refused: Counter[str] = Counter()
-        """Copies whose blocks were not used, by error code."""
+        """Copies whose blocks were refused, by error code."""
 
     def reserve(self, active: Active, offer: KVOffer) -> None:
-        """Blocks for the offer, and the first round. Raises ``NoRoom`` with nothing reserved."""
+        """Reserve blocks for the offer and begin the first round. Raises ``NoRoom``, with nothing reserved."""
         scheduler = self._scheduler
         if offer.block_size != scheduler.block_size:
             raise IncompatibleLayout(f"KV blocks of {offer.block_size} tokens; here they have {scheduler.block_size}")
@@ -62,7 +62,7 @@ class LandingZone:
         local = len(active.blocks)
         room = max(whole, -(-offer.room_tokens // size))
         try:
-            # One block beyond: a request that lands only to be preempted at once is better off where it is.
+            # One more block: a request that would be preempted directly after landing had better stay.
             if scheduler.pool.free < room - local + 1:
                 raise NoRoom(f"{room - local + 1} KV blocks are needed, {scheduler.pool.free} are free")
             scheduler.grow(active, room * size)
@@ -75,13 +75,13 @@ class LandingZone:
         self._start_round(active, whole)
 
     def status(self, active: Active) -> LandingStatus:
-        """Progress, or how it went."""
+        """Progress, or the result."""
         if active.landing is not None:
             return active.landing.status(self._scheduler.block_size)
         return active.landed or LandingStatus(reserved=True)
 
     def extend(self, active: Active, offer: KVOffer, tokens: tuple[int, ...]) -> None:
-        """Another round. Raises ``SessionError`` while the one before is still being copied, ``NoRoom``."""
+        """Begin another round. Raises ``NoRoom``, or ``SessionError`` during the previous round."""
         landing = self._landing(active)
         if landing.round is not None or landing.commit is not None:
             raise SessionError("the previous round is still being copied")
@@ -93,7 +93,7 @@ class LandingZone:
         self._start_round(active, whole)
 
     def commit(self, active: Active, frozen: Frozen) -> None:
-        """Copy the tail and run. Raises ``NoRoom`` or ``SessionError`` with nothing changed."""
+        """Copy the tail and run. Raises ``NoRoom`` or ``SessionError``, with nothing changed."""
         landing = self._landing(active)
         if landing.commit is not None:
             return
@@ -119,7 +119,7 @@ class LandingZone:
         active.tokens += tokens[active.num_outputs :]
 
     def _adopt_offer(self, landing: Landing, offer: KVOffer) -> None:
-        """Take a newer offer. Blocks copied from another place than it names prove nothing."""
+        """Take a newer offer. Blocks copied from other source blocks than it names count as not copied."""
         copied = slice(landing.local_blocks, landing.landed_blocks)
         moved = offer.block_ids[copied] != landing.offer.block_ids[copied]
         if offer.generation != landing.offer.generation or offer.agents != landing.offer.agents or moved:
@@ -132,7 +132,7 @@ class LandingZone:
         landing = self._landing(active)
         self._adopt_offer(landing, frozen.offer)
         if frozen.offer.num_tokens <= landing.local_blocks * self._scheduler.block_size:
-            # The source has less than we: it was preempted, or our prefix cache has it all.
+            # The source has fewer blocks: it was preempted, or the local prefix cache has them all.
             self._run(active, landing.local_blocks * self._scheduler.block_size)
         else:
             self._start_round(active, len(frozen.offer.block_ids))
@@ -172,7 +172,7 @@ class LandingZone:
                 self._scheduler.pool.drop(dst)
                 self.flying.subtract(dst)
             else:
-                # Never usable again in this life; the request ends below.
+                # Unusable until the process ends; the request ends below.
                 logger.error("blocks %s are given up: a peer that hangs may still write into them", dst)
         if active.ended:
             return
@@ -201,7 +201,7 @@ class LandingZone:
 
     def _settle_commit(self, active: Active, landing: Landing, frozen: Frozen) -> None:
         if landing.offer is not frozen.offer:
-            # This was a round that the commit overtook: now the tail.
+            # The commit came during this round: copy the tail now.
             self._start_tail(active, frozen)
             return
         checked = self._checked(landing, frozen)
@@ -210,7 +210,7 @@ class LandingZone:
             error = IntegrityError(f"block {wrong} differs from what the source has")
             logger.warning("request %s: %s", active.request_id, error)
             self._refuse(landing, error)
-            # The checked blocks vouch for those before them: those of a source that has lost them are all wrong.
+            # The checked blocks stand for those before them: when a source has lost its blocks, all differ.
             landing.landed_blocks = wrong if checked[0] == landing.local_blocks else landing.local_blocks
         good = landing.landed_blocks * self._scheduler.block_size
         self._run(active, min(good, frozen.offer.num_tokens))
@@ -220,20 +220,20 @@ class LandingZone:
         self.refused[error.code] += 1
 
     def _checked(self, landing: Landing, frozen: Frozen) -> range:
-        """Positions of blocks that have arrived and whose checksums at the source are known."""
-        # What our own prefix cache had was computed here.
+        """Positions of copied blocks with a known source checksum."""
+        # Blocks of the local prefix cache were computed here.
         first = max(len(frozen.offer.block_ids) - len(frozen.checksums), landing.local_blocks)
         return range(first, landing.landed_blocks)
 
     def _first_wrong_block(self, active: Active, checked: range, frozen: Frozen) -> int | None:
-        """Position of the first checked block with other bytes than at the source."""
+        """Position of the first checked block that differs from the source."""
         before = len(frozen.offer.block_ids) - len(frozen.checksums)
         found = self._agent.checksums([active.blocks[i] for i in checked])
         there = [frozen.checksums[i - before] for i in checked]
         return next((i for i, a, b in zip(checked, found, there, strict=True) if a != b), None)
 
     def _run(self, active: Active, computed: int) -> None:
-        """The landing is over: decode, or recompute what is missing first."""
+        """End the landing: decode, after recomputing what is missing."""
         landing = self._landing(active)
         active.landed = landing.status(self._scheduler.block_size)
         active.landing = None

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV bytes and the tokens that follow from them.
+"""KV bytes and the tokens computed from them.
 
 ``write`` fills the slots of one position from the token, the position and the KV before it. ``next_token`` reads
-every KV byte of the request, so one wrong, stale or missing byte gives other tokens. Nothing is sampled from
-probabilities: temperature, penalties and the other sampling options, and the request's generator, are mixed in
-whole, so a request that arrives without one of them goes on with other tokens too.
+every KV byte of the request, so one wrong, stale or missing byte changes the tokens. Nothing is sampled from
+probabilities: all sampling options and the request's generator are mixed into each token, so a request that
+arrives without one of them also gets other tokens.
 
 KV tensors: one for each layer, (blocks, tokens of a block, words), int64, CPU.
 Threading: one asyncio loop; a transfer's thread may copy other blocks meanwhile.
@@ -29,7 +29,7 @@ Words = npt.NDArray[np.uint64]
 
 
 def mix(value: int) -> int:
-    """A 64-bit number whose every bit depends on every bit of ``value`` (splitmix64)."""
+    """A 64-bit number, each bit of which depends on every bit of ``value`` (splitmix64)."""
     value = (value + STEP) & MASK
     value = ((value ^ (value >> 30)) * 0xBF58_476D_1CE4_E5B9) & MASK
     value = ((value ^ (value >> 27)) * 0x94D0_49BB_1331_11EB) & MASK
@@ -37,18 +37,18 @@ def mix(value: int) -> int:
 
 
 def salt_of(sampling: Sampling, seed: int) -> int:
-    """The share of the sampling options in every token. ``seed`` is the engine's.
+    """Hash of the sampling options, part of every token. ``seed`` is the engine's.
 
-    The bound of the answer's length is no part of it: a frontend that repeats a request lowers it.
+    It leaves out the bound of the answer's length, which a frontend lowers when it repeats a request.
     """
-    # By value, and as after a journey: there a temperature of 0 has become 0.0.
+    # By value: on the wire a temperature of 0 becomes 0.0.
     travelled = msgspec.msgpack.decode(msgspec.msgpack.encode(sampling), type=Sampling)
     travelled = msgspec.structs.replace(travelled, max_tokens=None)
     return mix(zlib.crc32(msgspec.msgpack.encode(msgspec.structs.astuple(travelled))) ^ (seed << 32))
 
 
 def generator_of(sampling: Sampling, drawn: int) -> int:
-    """State of the request's own generator after ``drawn`` tokens; 0 when it has none."""
+    """State of the request's generator after ``drawn`` tokens; 0 without a generator."""
     if sampling.seed is None or sampling.temperature == 0:
         return 0
     return mix(sampling.seed) + drawn & MASK
@@ -71,7 +71,7 @@ class PagedKV:
         return [KVPool(f"layer.{i}", tensor, tensor.shape[0], block_dim=0) for i, tensor in enumerate(self._tensors)]
 
     def share(self) -> str:
-        """Move to where engines of this host can map it, before anything takes addresses. The reason if it stays."""
+        """Move to shared memory, before anything uses the addresses. Returns the reason when that fails."""
         reason = move_to_shared_memory(self.pools())
         self._planes = [tensor.numpy().view(np.uint64) for tensor in self._tensors]
         return reason
@@ -82,7 +82,7 @@ class PagedKV:
         return sum(plane.shape[2] * 8 for plane in self._planes)
 
     def write(self, token: int, position: int, blocks: Sequence[int]) -> None:
-        """Fill one position. ``blocks`` are the request's, in order; the position before must be filled."""
+        """Fill one position. ``blocks`` are the request's, in order; the previous position must be filled."""
         block, slot = blocks[position // self.block_size], position % self.block_size
         below = mix(token << 20 ^ position)
         for index, plane in enumerate(self._planes):
@@ -94,13 +94,13 @@ class PagedKV:
             plane[block, slot] = self._spread * np.uint64(below | 1)
 
     def next_token(self, num_tokens: int, blocks: Sequence[int], salt: int, generator: int) -> int:
-        """The token after ``num_tokens`` positions, all of which must be filled."""
+        """The token after ``num_tokens`` filled positions."""
         used = -(-num_tokens // self.block_size)
         index = np.asarray(blocks[:used], dtype=np.int64)
         total = 0
         for number, plane in enumerate(self._planes):
             read = plane[index].reshape(-1)[: num_tokens * plane.shape[2]]
-            # Odd weights: a change of a single word can never cancel out.
+            # With odd weights the change of a single word never cancels out.
             total += int((read * self._odd(len(read))).sum()) * (2 * number + 1)
         return mix((total ^ salt ^ mix(generator)) & MASK) % self._vocab_size
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One request in the engine, and the destination's side of its move.
 
-An ``Active`` lives from the first pull of ``generate`` to its last output. Exactly one of these holds: it waits,
-it runs, it is frozen, it is landing, it has ended. Threading: one asyncio loop.
+An ``Active`` lives from the first pull of ``generate`` to its last output. It is in one of these states: waiting,
+running, frozen, landing, ended. Threading: one asyncio loop.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from components.transfer import TransferHandle
 
 @dataclass
 class Landing:
-    """Which of the source's blocks are, or will be, in which of ours."""
+    """Source blocks and the local blocks that they are copied into."""
 
     offer: KVOffer
-    """The newest offer; its block ids are what has been asked for so far."""
+    """The newest offer; a copy of all its blocks has been requested."""
     local_blocks: int = 0
-    """Blocks at the front that our own prefix cache had."""
+    """Blocks at the front from the local prefix cache."""
     landed_blocks: int = 0
-    """Blocks whose copy has succeeded, counted from the front without a gap; never below ``local_blocks``."""
+    """Blocks copied without a gap from the front; at least ``local_blocks``."""
     handle: TransferHandle | None = None
     """The copy in flight."""
     round: asyncio.Task[None] | None = None
@@ -77,13 +77,13 @@ class Active:
     max_outputs: int
     salt: int
     generator: int
-    """State of the request's own generator; 0 when it has none."""
+    """State of the request's generator; 0 without one."""
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens whose KV is in ``blocks``."""
     hashes: list[Hash] = field(default_factory=list)
     generation: int = 0
-    """Times that the blocks were given up; see ``KVOffer``."""
+    """Number of preemptions; see ``KVOffer``."""
     preemptions: int = 0
     cached_tokens: int = 0
     frozen: Frozen | None = None
@@ -91,7 +91,7 @@ class Active:
     """Freeze calls that wait for the step in flight."""
     landing: Landing | None = None
     landed: LandingStatus | None = None
-    """How the landing went, once it is over."""
+    """Result of the landing."""
     lease: asyncio.TimerHandle | None = None
     out: asyncio.Queue[GenerateOutput] = field(default_factory=asyncio.Queue)
     ended: bool = False
@@ -103,16 +103,16 @@ class Active:
 
     @property
     def outputs(self) -> tuple[int, ...]:
-        """All tokens generated so far, wherever."""
+        """All output tokens, from every worker."""
         return tuple(self.tokens[len(self.request.prompt_token_ids) :])
 
     @property
     def num_outputs(self) -> int:
-        """How many."""
+        """Number of output tokens."""
         return len(self.tokens) - len(self.request.prompt_token_ids)
 
     def emit(self, token: int, logprobs: tuple[TokenLogprob, ...], reason: FinishReason | None) -> None:
-        """A new token leaves through the stream."""
+        """Put a new token into the stream."""
         first = self.num_outputs - 1 == len(self.request.output_token_ids)
         stop = token if reason is FinishReason.STOP else None
         cached = self.cached_tokens if first else 0

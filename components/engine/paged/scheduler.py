@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which requests run in a step, who gives blocks up, and how a request is frozen and goes on.
+"""Chooses the requests of a step, preempts, freezes and resumes.
 
 A step is ``begin`` (admit, reserve blocks, preempt), the engine's pause, ``end`` (write KV, choose tokens). Calls in
-between see a step in flight: ``freeze`` waits for its end, an aborted request is simply left out.
-A frozen or landing request keeps its blocks whatever happens; only running ones are preempted.
+between see a step in flight: ``freeze`` waits for its end; an aborted request is left out.
+A frozen or landing request always keeps its blocks; only running ones are preempted.
 
-Threading: one asyncio loop. Errors: ``SessionError`` for a call that does not fit the request's phase,
+Threading: one asyncio loop. Errors: ``SessionError`` for a call in the wrong phase of the request,
 ``NotMigratable``, ``RequestNotFound``.
 """
 
@@ -49,7 +49,7 @@ class Scheduler:
         self.scheduled_prefill_tokens = 0
         self.agents: tuple[AgentRef, ...] = ()
         self.checksums: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda blocks: ()
-        """Checksums of those of a frozen request's blocks that are to be checked."""
+        """Checksums of a frozen request's blocks, as far as they are checked."""
         self._batch: dict[Active, int] = {}
 
     # Requests come and go
@@ -74,19 +74,19 @@ class Scheduler:
         return active.hashes
 
     def grow(self, active: Active, num_tokens: int) -> None:
-        """Blocks for so many tokens. Raises ``NoRoom`` and changes nothing when they do not fit."""
+        """Allocate blocks for the first ``tokens`` tokens. Raises ``NoRoom``, with nothing changed."""
         missing = -(-num_tokens // self.block_size) - len(active.blocks)
         if missing > 0:
             active.blocks = active.blocks + self.pool.allocate(missing)
 
     def end_request(self, active: Active, reason: FinishReason, error: tuple[str, str] | None = None) -> None:
-        """The last output, and all blocks back. Idempotent."""
+        """Send the last output and free all blocks. Idempotent."""
         if not active.ended:
             active.finish(reason, error)
             self.remove(active)
 
     def remove(self, active: Active) -> None:
-        """Forget a request and free its blocks. A copy in flight keeps its own hold on those it writes."""
+        """Drop a request and free its blocks. A copy in flight still holds those that it writes."""
         active.ended = True
         self.requests.pop(active.request_id, None)
         if active.landing is not None and active.landing.handle is not None:
@@ -96,11 +96,11 @@ class Scheduler:
         active.blocks = []
 
     def seats(self) -> int:
-        """Requests that run, will run as soon as their KV is here, or are frozen and may go on at any moment."""
+        """Requests that need a seat: running, landing (they will run) and frozen (they may resume)."""
         return sum(a.phase in (*_RUNNING, RequestPhase.LANDING) or _keeps_seat(a) for a in self.requests.values())
 
     def run(self, active: Active) -> None:
-        """Running from now on, with the KV it has."""
+        """Run a request with the KV that it has."""
         prefill = active.computed < len(active.tokens) - 1
         active.phase = RequestPhase.PREFILL if prefill else RequestPhase.DECODE
 
@@ -126,7 +126,7 @@ class Scheduler:
         seats = self.seats()
         for active in sorted(self._in_phase(_WAITING), key=_rank):
             self.take_prefix(active, len(active.tokens))
-            # One block beyond what the tokens need, or the first decode step would preempt it again.
+            # One block more than the tokens need, or the first decode step would preempt it again.
             needed = -(-len(active.tokens) // self.block_size) - len(active.blocks)
             spare = 1 if self.seats() else 0
             if seats >= self.max_num_seqs or self.pool.free < needed + spare:
@@ -151,7 +151,7 @@ class Scheduler:
                     return False
 
     def preempt(self, active: Active) -> None:
-        """Give the blocks up and wait in line; everything is computed again later."""
+        """Preempt: free the blocks and wait; everything is recomputed later."""
         self.preemptions_total += 1
         active.preemptions += 1
         active.generation += 1
@@ -160,7 +160,7 @@ class Scheduler:
         active.blocks, active.computed = [], 0
 
     def end(self) -> None:
-        """Compute what ``begin`` chose, less what has ended meanwhile."""
+        """Compute what ``begin`` chose, without requests that have ended since."""
         batch, self._batch = self._batch, {}
         for active, count in batch.items():
             if active.ended or active.phase not in _RUNNING:
@@ -176,7 +176,7 @@ class Scheduler:
                 self._freeze_now(active)
 
     def remember(self, active: Active) -> None:
-        """Let others find the full blocks."""
+        """Enter the full blocks into the prefix cache."""
         full = active.computed // self.block_size
         for block, content in zip(active.blocks[:full], self.hashes(active)[:full], strict=True):
             self.pool.remember(block, content)
@@ -211,7 +211,7 @@ class Scheduler:
     # Freezing
 
     def offer(self, active: Active, whole_blocks: bool) -> KVOffer:
-        """Blocks of a request that can be read now."""
+        """Blocks of a request that are readable now."""
         computed = active.computed if active.phase in (*_RUNNING, RequestPhase.FROZEN) else 0
         if whole_blocks:
             computed -= computed % self.block_size
@@ -226,7 +226,7 @@ class Scheduler:
         )
 
     async def freeze(self, active: Active) -> Frozen:
-        """Stop after the step in flight. Raises what the module docstring names."""
+        """Stop after the step in flight. Raises the errors of the module docstring."""
         if active.frozen is not None:
             return active.frozen
         why = active.request.sampling.why_not_migratable()
@@ -257,7 +257,7 @@ class Scheduler:
         return active.frozen
 
     def resume(self, active: Active) -> None:
-        """Go on after ``freeze``; a request that was not frozen simply goes on."""
+        """Resume after ``freeze``; no effect on a request that is not frozen."""
         self._fail_waiters(active, SessionError(f"request {active.request_id} was resumed meanwhile"))
         if active.frozen is None:
             return
@@ -292,7 +292,7 @@ class Scheduler:
         )
 
     def verify(self, flying: Counter[int]) -> None:
-        """Raise ``SessionError`` unless blocks and requests add up. ``flying`` are held by copies."""
+        """Raise ``SessionError`` unless blocks and requests add up. ``flying``: blocks held by copies."""
         expected = Counter(flying)
         for active in self.requests.values():
             expected.update(active.blocks)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM behind the engine protocol.
 
-    engine.py       VLLMEngine: the protocol, in the worker's own process, around ``AsyncLLM``
-    arguments.py    what vLLM must be told; for every ``AsyncLLM``, whoever makes it
+    engine.py       VLLMEngine: the protocol, in the worker's process, around ``AsyncLLM``
+    arguments.py    arguments that every ``AsyncLLM`` needs
     client.py       CoreClient: calls into the engine core
     control.py      the structs that travel between the two
 

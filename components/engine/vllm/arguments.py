@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM must be told so that its engine can migrate requests: nothing but arguments of its own.
+"""Arguments of vLLM with which its engine can migrate requests.
 
-``configure`` fills in an ``AsyncEngineArgs`` before vLLM, or Dynamo's vLLM worker, makes an engine of it. It raises
+``configure`` completes an ``AsyncEngineArgs`` before vLLM, or Dynamo's vLLM worker, makes an engine from it. It raises
 ``ConfigError`` with the value and the fix.
 
-The model runner is vLLM's own choice (V2 on GPUs, V1 on CPUs and for what V2 lacks): this package works with both,
-and engines with different ones have different fingerprints.
+vLLM chooses the model runner (V2 on GPUs, V1 on CPUs and for features that V2 lacks): this package works with both,
+and engines with different runners have different fingerprints.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 _MODULE = "components.engine.vllm"
 STOCK_CONNECTOR = "NixlConnector"
-"""vLLM's connector for prefill and decode apart. Ours does the same work, so a command line may go on naming it."""
+"""vLLM's connector for disaggregated prefill. This package's does the same, so a command line may still name it."""
 _SCHEDULERS = {
     "": "AsyncMigrationScheduler",
     "vllm.v1.core.sched.async_scheduler.AsyncScheduler": "AsyncMigrationScheduler",
     "vllm.v1.core.sched.scheduler.Scheduler": "MigrationScheduler",
     "dynamo.vllm.instrumented_scheduler.InstrumentedScheduler": "InstrumentedMigrationScheduler",
 }
-"""Ours in place of another one."""
+"""This package's connector in place of another one."""
 
 
 def configure(args: AsyncEngineArgs, agent: dict[str, Any], migration: dict[str, Any] | None = None) -> None:
@@ -80,7 +80,7 @@ def _scheduler(args: AsyncEngineArgs) -> str:
 
 
 def executor(tensor_parallel_size: int) -> str | None:
-    """Where the model runs. On CPUs vLLM starts a process of its own and spins on two cores to talk to it."""
+    """Keep the model in the engine's process. On CPUs vLLM would start another and spin on two cores to talk to it."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu() and tensor_parallel_size == 1:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What would end the engine, with all of its requests, is refused before the engine sees it.
+"""Refuses requests that would end the engine and all of its requests.
 
-Token ids: vLLM checks most of them itself, those of the prompt, of ``stop_token_ids``, ``logit_bias``,
-``allowed_token_ids`` and ``logprob_token_ids``; here is what it leaves out in the tested series. On a GPU a wrong id
-writes where it must not. ``prompt_logprobs`` of a worker with LoRA on CPUs: vLLM's step fails.
+Token ids: vLLM checks those of the prompt, of ``stop_token_ids``, ``logit_bias``, ``allowed_token_ids`` and
+``logprob_token_ids``; this module checks what the tested series leaves out. On a GPU a wrong id corrupts memory.
+``prompt_logprobs`` on a CPU worker with LoRA: vLLM's step fails.
 
-Errors: vLLM's own ``VLLMValidationError``, of which Dynamo's handlers make a 400.
+Errors: vLLM's ``VLLMValidationError``, which Dynamo's handlers turn into a 400.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm.exceptions import VLLMValidationError
 
 
 def check(tokens: Sequence[int] | None, params: SamplingParams, config: Any) -> None:
-    """Raise for such a request. ``config`` is the engine's ``VllmConfig``; no ``tokens``: the prompt is more than that.
+    """Raise for such a request. ``config`` is the engine's ``VllmConfig``; without ``tokens`` the prompt is not text.
 
     vLLM lets the ids of the tokenizer pass in a prompt too, of which multimodal models have more than embeddings.
     """

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls into the engine core of an ``AsyncLLM`` that was started with ``arguments.configure``.
+"""Calls into the engine core of an ``AsyncLLM`` that is started with ``arguments.configure``.
 
-``info`` comes first: it lets the workers know their model runners.
+Call ``info`` first: it gives the workers their model runners.
 
-Threading: one asyncio loop. Time-outs: the caller's. Errors: those that ``Migration`` raises; ``WorkerLost`` when the
-core has died; ``MigrateError`` for anything else that goes wrong inside vLLM.
+Threading: one asyncio loop. Time-outs: the caller's. Errors: those of ``Migration``; ``WorkerLost`` when the core has
+died; ``MigrateError`` for any other failure inside vLLM.
 
-A request is named by the id that its caller chose, or by vLLM's internal one (``internal_id``). Only the latter names
-one life of it: a call that comes late finds nothing instead of the request's next life.
+A request is named by the caller's id, or by vLLM's internal one (``internal_id``). Only the internal id names one
+life of the request: with it a late call finds nothing instead of the request's next life.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class CoreClient:
         self._llm = llm
 
     def internal_id(self, request_id: RequestId) -> RequestId | None:
-        """vLLM's id of the newest request of that name, from the moment at which ``generate`` has yielded or waits."""
+        """vLLM's id of the newest request of that name, known once ``generate`` has yielded or waits."""
         ids = self._llm.output_processor.external_req_ids.get(request_id)
         return RequestId(ids[-1]) if ids else None
 
@@ -45,7 +45,7 @@ class CoreClient:
         return _given((await self._call(Call(Op.FREEZE, request_id))).frozen)
 
     async def resume(self, request_id: RequestId) -> None:
-        """Go on generating."""
+        """Continue generating."""
         await self._call(Call(Op.RESUME, request_id))
 
     async def landing_status(self, request_id: RequestId) -> LandingStatus:
@@ -57,7 +57,7 @@ class CoreClient:
         await self._call(Call(Op.EXTEND, request_id, offer=offer, tokens=tokens))
 
     async def expect_commit(self, request_id: RequestId, hold_s: float) -> None:
-        """Begin no step before the commit, or for ``hold_s`` at most."""
+        """Begin no step before the commit, for ``hold_s`` at most."""
         await self._call(Call(Op.EXPECT_COMMIT, request_id, hold_s=hold_s))
 
     async def commit(self, request_id: RequestId, frozen: Frozen) -> None:
@@ -65,11 +65,11 @@ class CoreClient:
         await self._call(Call(Op.COMMIT, request_id, frozen=frozen))
 
     async def release(self, vllm_id: RequestId) -> None:
-        """Free what is lent under that id; nothing if it is not."""
+        """Free the blocks lent under that id, if any."""
         await self._call(Call(Op.RELEASE, vllm_id))
 
     async def report(self) -> tuple[EngineStats, list[RequestInfo]]:
-        """Load and the per-request table, for one interruption of the engine."""
+        """Load and the per-request table, with one interruption of the engine."""
         reply = await self._call(Call(Op.REPORT))
         return _given(reply.stats), list(reply.requests)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KV connector that vLLM loads: scheduler side asks ``Migration``, worker side runs the copies.
+"""The KV connector that vLLM loads: its scheduler side asks ``Migration``, its worker side runs the copies.
 
-vLLM makes two instances, one in the scheduler and one in each worker. What moves, and when, is decided in
-``migration.py``; this class only answers vLLM's questions. No load is part of a step, so the order in which vLLM
-starts loads and the forward pass does not matter.
+vLLM makes one instance in the scheduler and one in each worker. ``migration.py`` decides what moves and when; this
+class only answers vLLM's questions. No load is part of a step, so the order of loads and forward pass in vLLM does
+not matter.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class MigrationConnector(KVConnectorBase_V1, SupportsHMA):
         self._migration = migration
 
     def on_new_request(self, request: Request) -> None:
-        """A request has come."""
+        """A new request."""
         self.migration.on_new_request(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -72,11 +72,11 @@ class MigrationConnector(KVConnectorBase_V1, SupportsHMA):
         return self.migration.external_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        """Blocks of a request from a prefill engine; those of a landing are reserved before vLLM asks."""
+        """vLLM's blocks for a request from a prefill engine. (A landing reserves its blocks before vLLM asks.)"""
         self.migration.allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        """Everything that the workers must do with this step."""
+        """Work of the workers with this step."""
         return self.migration.step_metadata(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
@@ -88,11 +88,11 @@ class MigrationConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Never delays the freeing: blocks that a copy needs, or that are lent, are not the request's any more."""
+        """Never delays freeing: blocks of a copy, and lent ones, no longer belong to the request."""
         return False, self.migration.request_finished(request)
 
     def has_pending_push_work(self) -> bool:
-        """Keep stepping while a worker owes a result."""
+        """True while a worker owes a result: vLLM must go on stepping."""
         return self.migration.incoming.busy
 
     # Worker side
@@ -106,7 +106,7 @@ class MigrationConnector(KVConnectorBase_V1, SupportsHMA):
 
     @property
     def runner(self) -> RunnerPort:
-        """The worker's model runner, known once the engine has been asked for its agents."""
+        """The worker's model runner, known after the engine's ``info``."""
         if self._runner is None:
             raise RuntimeError("a request from elsewhere came before CoreClient.info was called")
         return self._runner
@@ -116,7 +116,7 @@ class MigrationConnector(KVConnectorBase_V1, SupportsHMA):
         self._runner = runner
 
     def get_mem_pool_context(self) -> AbstractContextManager[Any] | None:
-        """vLLM makes its KV caches within it."""
+        """Context in which vLLM makes its KV caches."""
         return self.loader.allocation()
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -124,28 +124,28 @@ class MigrationConnector(KVConnectorBase_V1, SupportsHMA):
         self.loader.register(kv_caches)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """First hook of a step: the model runner learns of migrated requests before it needs them."""
+        """First hook of a step: enters migrated requests into the model runner."""
         if isinstance(kv_connector_metadata, StepMetadata):
             for install in kv_connector_metadata.installs:
                 self.runner.import_state(install)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Begin the step's copies, collect older ones that are done."""
+        """Begin the step's copies and collect finished ones."""
         meta = self._get_connector_metadata()
         if isinstance(meta, StepMetadata):
             self.loader.step(meta.jobs, meta.cancelled)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to wait for: no step reads what it loads."""
+        """Nothing to wait for: no step reads the blocks that it loads."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing to save: blocks are read from the cache itself."""
+        """Nothing to save: peers read blocks from the cache itself."""
 
     def wait_for_save(self) -> None:
         """Nothing to save."""
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        """Results since the last step, and sums of what it has computed."""
+        """Results since the last step, and checksums of the blocks that it has computed."""
         meta = self._get_connector_metadata()
         if isinstance(meta, StepMetadata):
             self.loader.sum(meta.to_sum)

@@ -26,27 +26,27 @@ MARKER = "dynamo_migrate"
 
 
 class Marker(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the scheduler must know of a request besides what vLLM tells it. A request without one is new."""
+    """Facts about a request that vLLM does not pass to the scheduler. A request without marker is new."""
 
     request_id: RequestId
     num_prompt_tokens: int | None = None
-    """Tokens beyond these in vLLM's prompt were generated before the request came here."""
+    """Length of the prompt; further tokens in vLLM's prompt are output of another worker."""
     freeze_after: int | None = None
     landing: KVOffer | None = None
     not_migratable: str | None = None
     lend: bool = False
-    """The request ends with its first token, and its blocks are kept for a decode engine."""
+    """End with the first token and keep the blocks for a decode engine."""
     handoff: Frozen | None = None
-    """What a prefill engine lends: the KV of the prompt."""
+    """The KV of the prompt, lent by a prefill engine."""
 
 
 class Lent(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a prefill engine says of a request that it lends, next to its last output."""
+    """A prefill engine's description of a lent request, beside its last output."""
 
     frozen: Frozen
-    """``offer.request_id`` is vLLM's id of it there, which ``Op.RELEASE`` names."""
+    """``offer.request_id`` is vLLM's id at the prefill engine, which ``Op.RELEASE`` names."""
     stops: bool = False
-    """The first token is one of those that end an answer."""
+    """The first token ends the answer."""
 
 
 class Op(StrEnum):
@@ -66,7 +66,7 @@ class Op(StrEnum):
 
 
 class Call(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Arguments of one call; which fields matter depends on ``op``."""
+    """Arguments of one call; ``op`` determines the fields in use."""
 
     op: Op
     request_id: RequestId = RequestId("")
@@ -108,7 +108,7 @@ def encode(message: msgspec.Struct) -> bytes:
 
 
 def decode_call(data: bytes) -> Call:
-    """The call that ``kv_control`` is to run."""
+    """A call from its bytes."""
     return _call_decoder.decode(data)
 
 
@@ -118,17 +118,17 @@ def decode_marker(data: bytes) -> Marker:
 
 
 def decode_frozen(data: bytes) -> Frozen:
-    """The frozen state that came with an output."""
+    """The frozen state of an output."""
     return _frozen_decoder.decode(data)
 
 
 def decode_lent(data: bytes) -> Lent:
-    """What came with the last output of a request that is lent."""
+    """The loan of the last output of a request."""
     return _lent_decoder.decode(data)
 
 
 def decode_reply(data: bytes) -> Reply:
-    """The reply to a call; raises the error that it carries."""
+    """The reply to a call; raises its error."""
     reply = _reply_decoder.decode(data)
     if reply.error is not None:
         raise from_code(*reply.error)

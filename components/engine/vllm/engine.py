@@ -3,8 +3,8 @@
 
 Life cycle: ``start`` builds the engine core (a child process) and waits for it; ``stop`` ends it.
 Threading: one asyncio loop; every call into the core is one message and one answer.
-Time-outs: the caller's, except one: a frozen or landing request whose owner is silent for ``lease_s``
-is ended here, with an error on its stream, so that a lost router cannot hold KV blocks for ever.
+Time-outs: the caller's, except one: the engine ends a frozen or landing request whose owner is silent for
+``lease_s``, with an error on its stream, so that a lost owner cannot hold KV blocks for ever.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Live:
-    """What this process keeps of a request in the engine."""
+    """This process's state of a request in the engine."""
 
     lease: asyncio.TimerHandle | None = None
     ended: GenerateOutput | None = None
-    """Final output to give instead of vLLM's, once somebody ended the request on purpose."""
+    """Final output in place of vLLM's, for a request that was ended on purpose."""
     delivered: int = 0
     cached_tokens: int | None = None
-    """What the engine had cached in which the request began; None: that is this one."""
+    """Cached prompt tokens at the first engine of the request; None: it began in this one."""
 
 
 @dataclass(frozen=True)
 class VLLMOptions:
-    """Arguments of the engine: vLLM's own, and those of the hand-over."""
+    """Arguments of the engine: vLLM's, and those of migration."""
 
     engine_args: dict[str, Any]
     """Keyword arguments of vLLM's ``AsyncEngineArgs``."""
@@ -71,7 +71,7 @@ class VLLMOptions:
     integrity: str = "tail"
     """Checksums: ``tail`` (last two blocks), ``full`` or ``off``."""
     wait_bytes: int = 16 << 20
-    """A commit's copy up to this size is waited for between two steps; a larger one runs beside them."""
+    """Size up to which a commit's copy is made between two steps; larger copies run beside the steps."""
     copy_deadline_s: float = 30.0
     lease_s: float = 60.0
     lora_modules: Mapping[str, str] = field(default_factory=dict)
@@ -98,13 +98,13 @@ class VLLMEngine:
         return self._info
 
     async def start(self) -> EngineInfo:
-        """Start vLLM. Raises ``ConfigError`` with vLLM's own reason when it refuses the arguments."""
+        """Start vLLM. Raises ``ConfigError`` with vLLM's reason when it refuses the arguments."""
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         options = self._options
         if options.engine_args.get("enforce_eager"):
-            # vLLM compiles a helper of its log-probabilities even then: 20 s at the first request that asks.
+            # Even then vLLM compiles a helper of its log-probabilities: 20 s at the first request with them.
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         try:
             args = AsyncEngineArgs(**options.engine_args)
@@ -125,7 +125,7 @@ class VLLMEngine:
         return await self._describe(config)
 
     async def serve(self, llm: Any, loras: Loras) -> EngineInfo:
-        """Instead of ``start``: take over an ``AsyncLLM`` that somebody else has made with ``arguments.configure``."""
+        """In place of ``start``: use an existing ``AsyncLLM``, made with ``arguments.configure``."""
         self._llm, self._loras = llm, loras
         return await self._describe(llm.vllm_config)
 
@@ -154,9 +154,9 @@ class VLLMEngine:
         """End the engine core. Idempotent."""
         llm, self._llm, self._client = self._llm, None, None
         if llm is not None:
-            # It takes the end of its core, which is about to be asked for, for a failure and prints where it was.
+            # vLLM's monitor would take the end of its core for a failure and print a traceback.
             logging.getLogger("vllm.v1.engine.async_llm").setLevel(logging.CRITICAL)
-            # vLLM's five seconds are too short where several engines share few cores.
+            # vLLM's own 5 s are too short where several engines share few cores.
             await asyncio.get_running_loop().run_in_executor(None, llm.shutdown, 20.0)
 
     async def check_health(self) -> None:
@@ -169,7 +169,7 @@ class VLLMEngine:
             raise WorkerLost(f"vLLM's engine core is dead: {error}") from error
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateOutput]:
-        """See the protocol. Raises ``InvalidRequest`` before anything was started."""
+        """See the protocol. Raises ``InvalidRequest`` before anything starts."""
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         if request.request_id in self._live:
@@ -184,7 +184,7 @@ class VLLMEngine:
         try:
             async for item in stream:
                 if item.finished and live.ended is not None:
-                    # vLLM may have joined the last tokens with the end that we asked for.
+                    # vLLM may have joined the last tokens with the requested end.
                     for output in self._outputs(request.request_id, live, item):
                         if output.token_ids:
                             yield msgspec.structs.replace(output, finish_reason=None, stop_reason=None)
@@ -198,7 +198,7 @@ class VLLMEngine:
         except EngineDeadError as error:
             yield GenerateOutput(live.delivered, finish_reason=FinishReason.ERROR, error=(WorkerLost.code, str(error)))
         except EngineGenerateError as error:
-            # One request has failed in an engine that lives.
+            # One request failed; the engine lives.
             raise MigrateError(f"request {request.request_id} failed inside vLLM: {error}") from error
         finally:
             self._drop(request.request_id)
@@ -259,13 +259,13 @@ class VLLMEngine:
         await self._end(request_id, FinishReason.CANCELLED, None)
 
     async def release(self, request_id: RequestId) -> None:
-        """Another engine goes on with the request: free its blocks here."""
+        """Another engine continues the request: free its blocks here."""
         await self._end(request_id, FinishReason.FROZEN, None)
 
     async def _end(self, request_id: RequestId, reason: FinishReason, error: tuple[str, str] | None) -> None:
         live = self._live.get(request_id)
         if live is None:
-            # A request that Dynamo's handler has entered: it sees an aborted stream.
+            # For a request of Dynamo's handler, which sees an aborted stream.
             await self._llm.abort(request_id)
             return
         live.ended = GenerateOutput(live.delivered, finish_reason=reason, error=error)
@@ -282,12 +282,12 @@ class VLLMEngine:
         return frozen
 
     async def resume(self, request_id: RequestId) -> None:
-        """Go on generating."""
+        """Continue generating."""
         await self._core.resume(request_id)
         self._stop_lease(request_id)
 
     async def landing_status(self, request_id: RequestId) -> LandingStatus:
-        """Progress of a landing request; after its commit no lease begins anew, as nobody would end it."""
+        """Progress of a landing request. After its commit no lease begins, because nobody would end it."""
         live = self._live.get(request_id)
         if live is not None and live.lease is not None:
             self._renew_lease(request_id)
@@ -300,13 +300,13 @@ class VLLMEngine:
         self._count_from(request_id, tokens)
 
     async def expect_commit(self, request_id: RequestId, hold_s: float) -> None:
-        """Begin no step before the commit, or for ``hold_s`` at most."""
+        """Begin no step before the commit, for ``hold_s`` at most."""
         await self._core.expect_commit(request_id, hold_s)
 
     async def commit(self, request_id: RequestId, frozen: Frozen) -> None:
         """Copy what is missing and run."""
         self._stop_lease(request_id)
-        # Set first: the first token may overtake the answer to this call.
+        # Set before the call: the first token may overtake its answer.
         self._count_from(request_id, frozen.output_token_ids)
         try:
             await self._core.commit(request_id, frozen)
@@ -328,12 +328,12 @@ class VLLMEngine:
         return (await self.report())[0]
 
     async def report(self) -> tuple[EngineStats, list[RequestInfo]]:
-        """Both of them, in one call."""
+        """Load and table, in one call."""
         stats, requests = await self._core.report()
         return msgspec.structs.replace(stats, leases_expired_total=self._leases_expired), requests
 
     async def free_lent(self, vllm_id: RequestId) -> None:
-        """Free blocks that are lent to a decode engine."""
+        """Free blocks lent to a decode engine."""
         await self._core.release(vllm_id)
 
     async def check_integrity(self) -> None:

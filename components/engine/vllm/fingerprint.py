@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must be equal before two engines may exchange KV blocks, as one hash.
+"""One hash of everything that must be equal in two engines that exchange KV blocks.
 
-Whatever changes a value in a block, or a token that is computed from it: the model and its weights, dtypes,
-quantization, adapters, how blocks are laid out, and what runs the model. Where the weights lie is no part of it.
+That is everything that changes a value in a block or a token computed from it: the model and its weights, dtypes,
+quantization, adapters, block layout and model runner. The place of the weights is not part of it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 def fingerprint(
     vllm_config: VllmConfig, plan: KVCacheConfig, pools: Sequence[KVPool], runner: str, adapters: str, weights: str
 ) -> str:
-    """``plan`` is vLLM's of its KV caches, ``weights`` the digest of ``weights_of``.
+    """``plan`` is vLLM's plan of its KV caches, ``weights`` the digest of ``weights_of``.
 
-    ``runner`` names the model runner whose results these are; ``adapters`` is a digest, empty without them.
+    ``runner`` names the model runner; ``adapters`` is a digest, empty without adapters.
     """
     model, cache = vllm_config.model_config, vllm_config.cache_config
     config, drafts = model.hf_config.to_dict(), vllm_config.speculative_config
@@ -34,7 +34,7 @@ def fingerprint(
     facts = {
         "model": config,
         "weights": weights,
-        # Random weights come from the device's own generator.
+        # Random weights come from the device's generator.
         "device": pools[0].tensor.device.type if vllm_config.load_config.load_format == "dummy" else "",
         "runner": runner,
         "dtype": str(model.dtype),
@@ -43,7 +43,7 @@ def fingerprint(
         "block_size": cache.block_size,
         "tp": vllm_config.parallel_config.tensor_parallel_size,
         "adapters": adapters,
-        # What a seed gives depends on drafts.
+        # The tokens of a seed depend on drafts.
         "drafts": [drafts.method, drafts.num_speculative_tokens] if drafts is not None else [],
         "logits_processors": str(model.logits_processors),
         "groups": [(repr(group.kv_cache_spec), group.layer_names) for group in plan.kv_cache_groups],
@@ -56,6 +56,6 @@ def fingerprint(
 def weights_of(vllm_config: VllmConfig) -> str:
     """Digest of the weights that an engine loads."""
     model, load = vllm_config.model_config, vllm_config.load_config
-    # vLLM keeps the address of weights in an object store apart from that of the configuration.
+    # vLLM keeps the address of weights in an object store apart from the configuration's.
     source = model.model_weights or model.model
     return digest(source, str(load.load_format), model.revision, load.download_dir)

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill and decode apart: blocks that a prefill engine lends, and how a decode engine takes them.
+"""Disaggregated prefill: the blocks that a prefill engine lends, and their way into a decode engine.
 
 Prefill
-    A request whose marker says ``lend`` ends with its first token. Its blocks then belong to nobody but this module,
-    under vLLM's id of the request, until ``release``; the worker's process calls that when the decode worker has them,
-    or when the lease is over. Tail blocks are summed on the workers at the end of the step that computes them, so that
-    no call has to wait for a step.
+    A request with ``lend`` in its marker ends with its first token. This module then owns its blocks, under vLLM's id
+    of the request, until ``release``, which the worker's process calls when the decode worker has them or the lease is
+    over. Workers sum tail blocks at the end of the step that computes them, so that no call waits for a step.
 
 Decode
-    vLLM's own path for KV that is loaded beside its steps: vLLM asks how many tokens come from elsewhere, allocates,
-    and holds the request; the copy is then a landing whose commit is there from the beginning (``migrate_in``). What
-    cannot be copied or proven is computed here.
+    The hand-off uses vLLM's path for KV that is loaded beside its steps: vLLM asks for the number of such tokens,
+    allocates, and holds the request; the copy is a landing that is committed from the start (``migrate_in``). Blocks
+    that cannot be copied or verified are computed here.
 
 Threading: the engine core's thread, inside vLLM's hooks or between two steps.
 """
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 
 _COMPLETE = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
 _NOTHING: dict[str, Any] = {"do_remote_prefill": False, "do_remote_decode": False}
-"""vLLM's words for: compute the prompt yourself."""
+"""vLLM's answer for: compute the prompt."""
 
 
 class Handoff:
@@ -53,7 +52,7 @@ class Handoff:
         self._lent: dict[str, Sequence[KVCacheBlock]] = {}
 
     def begin(self, record: Record) -> None:
-        """vLLM has put a request in line that is to be lent, or whose prompt is elsewhere."""
+        """vLLM has queued a request that will be lent, or that has its prompt at a prefill engine."""
         if record.marker.lend:
             self._lending[record.request.request_id] = record
         frozen = record.marker.handoff
@@ -70,7 +69,7 @@ class Handoff:
     # Prefill
 
     def to_sum(self, step: SchedulerOutput) -> list[tuple[str, tuple[int, ...]]]:
-        """Blocks that the workers shall sum after this step, for each request whose prompt it completes."""
+        """Blocks for the workers to sum after this step, for each request with a prompt that it completes."""
         found = []
         for vllm_id, record in self._lending.items():
             count, request = step.num_scheduled_tokens.get(vllm_id, 0), record.request
@@ -85,13 +84,13 @@ class Handoff:
         return self._outgoing.offer_of(RequestId(request.request_id), request, request.num_prompt_tokens)
 
     def summed(self, results: object) -> None:
-        """The workers have summed them; this comes before vLLM looks at the tokens of the step."""
+        """Take the workers' sums, before vLLM processes the tokens of the step."""
         if isinstance(results, StepResults):
             for sums in results.sums:
                 self._sums.setdefault(sums.vllm_id, []).append(sums)
 
     def lend(self, record: Record) -> dict[str, Any] | None:
-        """The request has ended: keep its blocks, and say where they are. None for one that is not to be lent."""
+        """The request has ended: keep its blocks and describe them. None for a request that is not lent."""
         request = record.request
         vllm_id = request.request_id
         if self._lending.pop(vllm_id, None) is None:
@@ -113,7 +112,7 @@ class Handoff:
         }
 
     def release(self, vllm_id: str) -> bool:
-        """Nobody reads these blocks any more. False: they were not lent, or are not any more."""
+        """Free lent blocks. False: they are not lent."""
         blocks = self._lent.pop(vllm_id, None)
         if blocks is None:
             return False
@@ -121,15 +120,15 @@ class Handoff:
         return True
 
     def lent_blocks(self) -> Iterable[KVCacheBlock]:
-        """Blocks that belong to no request of this engine."""
+        """All lent blocks, which belong to no request of this engine."""
         return itertools.chain.from_iterable(self._lent.values())
 
     # Decode
 
     def external_tokens(self, record: Record, num_computed_tokens: int) -> tuple[int, bool]:
-        """How many tokens of a request in line come from the prefill engine, beside the steps."""
+        """Number of tokens of a queued request that come from the prefill engine, beside the steps."""
         if record.handoff is not None and time.monotonic() > use_until(record.handoff, record.born):
-            # It has waited in line for so long that the prefill engine may have given the blocks away.
+            # After so long in the queue the prefill engine may have freed the blocks.
             record.handoff = None
         if record.handoff is None:
             return 0, False
@@ -137,7 +136,7 @@ class Handoff:
         return max(0, count), count > 0
 
     def allocated(self, record: Record, tables: Sequence[list[int]], num_external_tokens: int) -> None:
-        """vLLM has given the request its blocks: begin to copy, or forget that there was anything to copy."""
+        """vLLM has allocated the request's blocks: begin to copy, or drop the offer."""
         frozen, record.handoff = record.handoff, None
         if frozen is not None and num_external_tokens > 0:
             self._incoming.begin_whole(record, frozen, tables, frozen.offer.num_tokens - num_external_tokens)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker side of the connector: one transfer agent and the copy jobs in flight.
+"""Worker side of the connector: one transfer agent and its copy jobs.
 
-Threading: every method is called from the engine's step thread. The agent posts and waits on threads
-of its own; only ``copy_now`` waits, within its budget. The agent ends each transfer by its deadline.
-Errors: a failed job is a result, never an exception: the scheduler decides what to recompute.
+Threading: every method is called from the engine's step thread. The agent posts and waits on other threads;
+only ``copy_now`` waits, within its budget. The agent ends each transfer by its deadline.
+Errors: a failed job is a result, never an exception; the scheduler decides what to recompute.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Loader:
         self._flying: dict[int, tuple[Job, TransferHandle | None]] = {}
         self._results: list[JobResult] = []
         self._unquiet: dict[int, frozenset[int]] = {}
-        """Blocks of failed jobs into which a peer that hangs may still write."""
+        """Blocks of failed jobs that a hanging peer may still write to."""
         self._quiet: list[int] = []
         self._sums: list[Sums] = []
         self.fingerprint = ""
@@ -85,13 +85,13 @@ class Loader:
         self._agent.start(pools)
 
     def allocation(self) -> AbstractContextManager[Any] | None:
-        """Where vLLM shall make its caches: on a host, where workers of this host can map them."""
+        """Context in which vLLM makes its caches: host memory that other workers of this host can map."""
         transport = Transport(self._extra["agent"].get("transport", Transport.AUTO))
         on_host = self._config.device_config.device_type == "cpu"
         return SharedZeros() if on_host and transport in (Transport.AUTO, Transport.SHM) else None
 
     def step(self, jobs: Sequence[Job], cancelled: Sequence[int] = ()) -> None:
-        """Begin a step's jobs, end those that nobody needs, collect older ones that are done."""
+        """Begin a step's jobs, cancel unneeded ones, collect finished ones."""
         for job in jobs:
             self._begin(job)
         for job_id in cancelled:
@@ -106,7 +106,7 @@ class Loader:
             self._quiet.append(job_id)
 
     def copy_now(self, job: Job, budget_s: float) -> JobResult | None:
-        """Begin a job and wait for it; None if it is not over within the budget."""
+        """Begin a job and wait for it; None if it does not end within the budget."""
         self._begin(job)
         if (flying := self._flying.get(job.job_id)) is None:
             return self._results.pop()
@@ -151,7 +151,7 @@ class Loader:
         wrong = self._wrong_blocks(job, bad)
         if wrong:
             failed = failed or IntegrityError(f"blocks {list(wrong)} differ from what the source has")
-            # Those of a source that has lost them are all wrong, also where nobody has looked.
+            # When a source has lost its blocks, all are wrong, also those without checksum.
             bad |= {*wrong, *job.vouched}
         if failed is not None:
             return self._failed(job, failed, tuple(bad))
@@ -178,13 +178,13 @@ class Loader:
         return JobResult(job.job_id, ok=False, error=(error.code, str(error)), bad_blocks=bad_blocks, quiet=quiet)
 
     def sum(self, wanted: list[tuple[str, tuple[int, ...]]]) -> None:
-        """Checksums of blocks that the step has completed."""
+        """Begin checksums of blocks that the step completes."""
         for vllm_id, blocks in wanted:
-            # The model may still be running: whoever looks at the step's tokens has waited for it anyway.
+            # The model may still run: readers of the step's tokens wait for it anyway.
             self._sums.append(Sums(vllm_id, self.rank, self.agent.begin_checksums(blocks)))
 
     def take_results(self) -> StepResults | None:
-        """What has happened since the last call."""
+        """Results since the last call."""
         if not self._results and not self._quiet and not self._sums:
             return None
         results = StepResults(self._results, self._quiet, self._sums)
@@ -192,7 +192,7 @@ class Loader:
         return results
 
     def close(self) -> None:
-        """Cancel what flies and withdraw the agent."""
+        """Cancel jobs in flight and withdraw the agent."""
         for _, handle in self._flying.values():
             if handle is not None:
                 handle.cancel()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA adapters that an engine has, at its start or loaded since, and what they are made of.
+"""LoRA adapters of an engine, loaded at its start or later, and digests of their contents.
 
-A request that moves takes the digest of its adapter along. It is let in where an adapter of that name is loaded with
-the same contents, wherever it lies on that host; elsewhere it would go on with other weights under the same name.
+A request moves with the digest of its adapter. A destination accepts it only with an adapter of that name and equal
+contents, in any folder; otherwise the request would continue with other weights under the same name.
 
-``watch`` wraps ``AsyncLLM.add_lora``, by which Dynamo's handlers load adapters; the contents are read in a thread.
+``watch`` wraps ``AsyncLLM.add_lora``, with which Dynamo's handlers load adapters; a thread reads the contents.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Loras:
         self._known: dict[str, tuple[LoRARequest, str]] = {}
 
     def watch(self, llm: Any) -> None:
-        """Note every adapter that is loaded from now on."""
+        """Note every adapter loaded from now on."""
         original = llm.add_lora
 
         @functools.wraps(original)
@@ -39,7 +39,7 @@ class Loras:
         llm.add_lora = add_lora
 
     async def note(self, lora: LoRARequest) -> None:
-        """This one is loaded; one whose files are gone already keeps its requests in place."""
+        """Note a loaded adapter. Without its files its requests cannot move."""
         try:
             found = await asyncio.to_thread(adapters.digest, {lora.lora_name: lora.lora_path})
         except (ConfigError, OSError):
@@ -47,12 +47,12 @@ class Loras:
         self._known[lora.lora_name] = (lora, found)
 
     def digest(self, lora: LoRARequest) -> str:
-        """Of the contents that a request of this engine uses; empty when they are not known."""
+        """Digest of the adapter of a request; empty when unknown."""
         known = self._known.get(lora.lora_name)
         return known[1] if known is not None and known[0].lora_path == lora.lora_path else ""
 
     def here(self, lora: LoRARequest, digest: str) -> LoRARequest:
-        """This engine's own adapter for a request from elsewhere. Raises ``InvalidRequest`` when it is another one."""
+        """This engine's adapter for a request of another engine. Raises ``InvalidRequest`` when it differs."""
         known = self._known.get(lora.lora_name)
         if known is None:
             raise InvalidRequest(f"LoRA adapter {lora.lora_name!r} is not loaded on the other worker")

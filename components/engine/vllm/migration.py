@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that a vLLM scheduler of ours does for migration: records of its requests, and the calls of ``kv_control``.
+"""Migration inside a vLLM scheduler: records of its requests, and the calls of ``kv_control``.
 
-Life of a record: made for every request when vLLM adds it (``on_new_request``), dropped when it ends
-(``request_finished``), whatever ends it. A request without a ``Marker`` is a plain one: it can be frozen and moved.
+Life of a record: made for every request when vLLM adds it (``on_new_request``), dropped at its end
+(``request_finished``). A request without a ``Marker`` is a plain one, which can be frozen and moved.
 
 Threading: the engine core's thread. ``control`` runs between two steps; the hooks are vLLM's.
-Errors: those that the engine protocol names, raised by ``control``.
+Errors: those of the engine protocol, raised by ``control``.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class Settings:
     integrity: str = "tail"
     """Checksums: ``tail`` (last two blocks), ``full`` or ``off``."""
     wait_bytes: int = 16 << 20
-    """A commit's copy up to this size is waited for between two steps; a larger one runs beside them."""
+    """Size up to which a commit's copy is made between two steps; larger copies run beside the steps."""
     copy_deadline_s: float = 30.0
     adapters: str = ""
     """Digest of the LoRA adapters; part of the fingerprint."""
 
     @property
     def checked_blocks(self) -> int | None:
-        """Blocks at the end of a request that get a checksum; None: all. Raises ``ConfigError``."""
+        """Number of blocks at the end of a request with a checksum; None: all. Raises ``ConfigError``."""
         counts: dict[str, int | None] = {"tail": 2, "off": 0, "full": None}
         if self.integrity not in counts:
             raise ConfigError(f"integrity {self.integrity!r} is not one of {', '.join(counts)}")
@@ -69,7 +69,7 @@ class Migration:
         self._ranks: Ranks | None = None
         self._records: dict[str, Record] = {}
         self._newest: dict[RequestId, Record] = {}
-        """By the caller's id, which two requests can share for a moment."""
+        """Records by the caller's id, which two requests can share briefly."""
         self._step_began = 0.0
         self.last_step_s = 0.0
         self._past_preemptions = 0
@@ -81,7 +81,7 @@ class Migration:
 
     @property
     def preemptions_total(self) -> int:
-        """How often vLLM has preempted a request; one that came with tokens counts as preempted once."""
+        """Number of preemptions by vLLM; entering with tokens counts as one."""
         return self._past_preemptions + sum(record.request.num_preemptions for record in self._records.values())
 
     def _attached(self) -> Ranks:
@@ -144,16 +144,16 @@ class Migration:
         )
 
     def expects_commit(self, request_id: RequestId) -> bool:
-        """True while a request has landed here and waits for its commit."""
+        """True while a landed request waits for its commit."""
         record = self._records.get(request_id) or self._newest.get(request_id)
         return record is not None and self.incoming.holds(record)
 
     # vLLM's hooks
 
     def on_new_request(self, request: Request) -> None:
-        """vLLM has put a request in line."""
+        """vLLM has queued a request."""
         params = request.kv_transfer_params or {}
-        # Taken out of vLLM's parameters, which it writes to its log when it crashes: it may hold tokens.
+        # Removed from vLLM's parameters, which vLLM logs in a crash: the marker may contain tokens.
         data = params.pop(MARKER, None)
         marker = Marker(external_id(request)) if data is None else decode_marker(data)
         record = Record(request, marker, born=time.monotonic())
@@ -169,7 +169,7 @@ class Migration:
         self.handoff.begin(record)
 
     def external_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """vLLM asks how many tokens will come from elsewhere: (None, False) holds the request."""
+        """vLLM asks for the number of tokens from another engine; (None, False) holds the request."""
         record = self._records.get(request.request_id)
         if record is None:
             return 0, False
@@ -178,7 +178,7 @@ class Migration:
         return self.handoff.external_tokens(record, num_computed_tokens)
 
     def _guided(self, record: Record) -> bool:
-        """Does the grammar of a request that came with tokens, if it has one, follow them by now?"""
+        """True once a request's grammar, if any, has followed the tokens that it came with."""
         if record.grammar is not None:
             try:
                 if not record.grammar.ready:
@@ -192,22 +192,22 @@ class Migration:
         return True
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        """vLLM has given blocks to a request in line."""
+        """vLLM has allocated blocks for a queued request."""
         record = self._records.get(request.request_id)
         if record is not None and record.handoff is not None:
             self.handoff.allocated(record, blocks.get_block_ids(), num_external_tokens)
 
     def before_finish(self, vllm_ids: list[str]) -> None:
-        """Requests are about to end by a call from outside."""
+        """Requests will end by a client's call."""
         for vllm_id in vllm_ids:
             record = self._records.get(vllm_id)
             if record is not None:
                 self.port.let_finish(record.request)
 
     def request_finished(self, request: Request) -> dict[str, Any] | None:
-        """A request has ended; its blocks are freed after this, unless a job keeps them or they are lent.
+        """A request has ended. Its blocks are freed then, unless a job keeps them or they are lent.
 
-        Returns what a decode engine must know of blocks that are lent.
+        Returns the description of lent blocks for a decode engine.
         """
         record = self._records.pop(request.request_id, None)
         if record is None:
@@ -220,7 +220,7 @@ class Migration:
         return self.handoff.lend(record)
 
     def step_metadata(self, scheduler_output: SchedulerOutput) -> StepMetadata:
-        """What the workers must know for this step."""
+        """Work of the workers for this step."""
         self._step_began = time.monotonic()
         jobs, cancelled = self.incoming.take_new_jobs()
         meta = StepMetadata(jobs=jobs, cancelled=cancelled, to_sum=self.handoff.to_sum(scheduler_output))
@@ -232,16 +232,16 @@ class Migration:
         return meta
 
     def step_results(self, results: StepResults) -> None:
-        """What the workers have to say at the end of a step."""
+        """Results of the workers at the end of a step."""
         self.incoming.take_results(results)
 
     def after_step(self) -> list[tuple[Record, Frozen]]:
-        """Freeze what waited for this step; the states that shall leave with its outputs."""
+        """Freeze requests that waited for this step. Returns the states that leave with its outputs."""
         self.last_step_s = time.monotonic() - self._step_began
         return self.outgoing.after_step()
 
     def has_only_taken_out(self) -> bool:
-        """Is there nothing to do but to keep requests that are frozen?"""
+        """True when the engine only keeps frozen requests."""
         return not self.incoming.busy and self.port.is_idle_but_for(self.outgoing.num_taken_out)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request and its outputs in vLLM's own form: how they travel to another engine and come back.
+"""A request and its outputs in vLLM's form, on their way to another engine and back.
 
-``Native`` carries everything that ``AsyncLLM.generate`` was called with, so that no parameter is translated, and none
-can be dropped. ``why_fixed`` names what cannot travel exactly. ``OutputFace`` looks at ``RequestOutput`` for
+``Native`` carries all arguments of ``AsyncLLM.generate``, so that no parameter is translated or dropped.
+``why_fixed`` names what cannot travel exactly. ``OutputFace`` reads ``RequestOutput`` for
 ``components.migration.requests``.
 """
 
@@ -26,7 +26,7 @@ from components.errors import InvalidRequest, WorkerLost
 MAX_BYTES = 16 << 20
 TRANSFER_KEY = "kv_transfer_params"
 REFUSALS = (ValueError, TypeError, VLLMClientError)
-"""What vLLM raises for a request that it does not take."""
+"""Errors of vLLM for a request that it refuses."""
 _REASONS = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
@@ -38,7 +38,7 @@ _KNOWN_PROMPT_KEYS = frozenset({"prompt_token_ids", "cache_salt", "prompt", "typ
 
 
 class Native(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Arguments of ``AsyncLLM.generate`` but the prompt's tokens and the request's id."""
+    """Arguments of ``AsyncLLM.generate`` except the prompt's tokens and the request's id."""
 
     params: SamplingParams
     priority: int = 0
@@ -46,7 +46,7 @@ class Native(msgspec.Struct, frozen=True, omit_defaults=True):
     adapter: str = ""
     """Digest of the LoRA adapter's contents."""
     cached_tokens: int = 0
-    """Of the prompt, when the request began: clients are billed for what its first worker had cached."""
+    """Cached tokens of the prompt at the request's first worker, which is what clients are billed for."""
     cache_salt: str | None = None
     session_id: str | None = None
     trace_headers: dict[str, str] | None = None
@@ -66,18 +66,18 @@ class Native(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def encode(native: Native) -> bytes:
-    """As bytes for a ticket, without what a connector was told of this engine's own copy."""
+    """As bytes for a ticket, without the marker of this engine's copy."""
     return msgspec.msgpack.encode(msgspec.structs.replace(native, params=with_transfer(native.params, {})))
 
 
 def transfer_of(params: SamplingParams) -> dict[str, Any]:
-    """What a KV connector is told of a request."""
+    """The KV connector's parameters of a request."""
     given = (params.extra_args or {}).get(TRANSFER_KEY)
     return given if isinstance(given, dict) else {}
 
 
 def with_transfer(params: SamplingParams, transfer: dict[str, Any]) -> SamplingParams:
-    """A copy that tells the connector this, and nothing else."""
+    """A copy with these parameters alone for the connector."""
     extra = {k: v for k, v in (params.extra_args or {}).items() if k != TRANSFER_KEY}
     if transfer:
         extra[TRANSFER_KEY] = transfer
@@ -97,7 +97,7 @@ def decode(data: bytes) -> Native:
 
 
 def prompt_tokens(prompt: Any) -> list[int] | None:
-    """Token ids of a prompt that consists of nothing else; None for images, embeddings and raw text."""
+    """Token ids of a prompt of token ids alone; None for images, embeddings and raw text."""
     if not isinstance(prompt, Mapping):
         return None
     if not {key for key, value in prompt.items() if value} <= _KNOWN_PROMPT_KEYS:
@@ -143,9 +143,9 @@ MOVED = frozenset(
         "repetition_detection",
     ]
 )
-"""Fields of ``SamplingParams`` whose whole state is in the parameters, the tokens and the runner's own export.
+"""Fields of ``SamplingParams`` with their whole state in the parameters, the tokens and the runner's export.
 
-A grammar's state is in the tokens: it is replayed from them (``compat/grammars.py``).
+A grammar's state is replayed from the tokens (``compat/grammars.py``).
 """
 FIXED = {
     "prompt_logprobs": "prompt_logprobs: they are produced once, during prefill",
@@ -157,11 +157,11 @@ FIXED = {
     "routed_experts_prompt_start": "routed experts: they are collected by one engine",
     "trace_decode_token_ids": "trace_decode_token_ids: one engine traces",
 }
-"""Fields that keep a request where it is when they are set, with the reason."""
+"""Fields that keep a request at its worker when set, with the reason."""
 
 
 def why_fixed(prompt: Any, params: SamplingParams, keywords: Mapping[str, Any]) -> str:
-    """Why this request cannot move exactly; empty when it can. ``keywords`` are those of ``AsyncLLM.generate``."""
+    """Why this request cannot move exactly; empty: it can. ``keywords`` are those of ``AsyncLLM.generate``."""
     if prompt_tokens(prompt) is None:
         return "the prompt is more than token ids (images, embeddings): only its KV has all of it"
     if params.n > 1:
@@ -179,7 +179,7 @@ def why_fixed(prompt: Any, params: SamplingParams, keywords: Mapping[str, Any]) 
 
 
 def why_engine_fixes(config: Any) -> str:
-    """Why no request of an engine with this ``VllmConfig`` can move exactly; empty when they can."""
+    """Why requests of an engine with this ``VllmConfig`` cannot move exactly; empty: they can."""
     if config.aux_output_config.enabled:
         return "routed experts: they are collected by one engine"
     if config.model_config.return_sampling_mask:
@@ -188,7 +188,7 @@ def why_engine_fixes(config: Any) -> str:
 
 
 def why_attached(params: SamplingParams) -> str:
-    """Why Dynamo's frontend does not send this request again; empty when it does."""
+    """Why Dynamo's frontend does not repeat this request; empty: it does."""
     if params.structured_outputs is not None:
         return "guided decoding: the frontend does not repeat it"
     if params.n > 1:
@@ -203,7 +203,7 @@ class OutputFace:
         self._request_id = request_id
         self._prompt = prompt_token_ids
         self.cached_tokens = 0
-        """What the engine has told of the prompt."""
+        """The engine's data about the prompt."""
 
     def tokens(self, item: RequestOutput) -> Sequence[int]:
         """New tokens of the first sample."""
@@ -211,18 +211,18 @@ class OutputFace:
         return item.outputs[0].token_ids if item.outputs else ()
 
     def finished(self, item: RequestOutput) -> bool:
-        """Is it the last of its stream?"""
+        """True for the last output of its stream."""
         return bool(item.finished)
 
     def without_end(self, item: RequestOutput) -> RequestOutput | None:
-        """The item without its finish reason; None when it has no token."""
+        """The output without its finish reason; None when it has no token."""
         if not self.tokens(item):
             return None
         rest = copy.copy(item)
         rest.finished = False
         sample = copy.copy(item.outputs[0])
         sample.finish_reason = sample.stop_reason = None
-        # vLLM repeats older rows behind the new ones when it joins an output with the end of an aborted request.
+        # An output that vLLM joins with the end of an aborted request repeats older rows behind the new ones.
         if sample.logprobs is not None:
             rows: Any = list(sample.logprobs)[: len(sample.token_ids)]
             sample.logprobs = rows
@@ -230,8 +230,8 @@ class OutputFace:
         return rest
 
     def make(self, output: GenerateOutput) -> RequestOutput:
-        """An output of another engine as this one would have given it. Raises ``RuntimeError`` for its error, or what
-        vLLM raises where the engine has died: Dynamo's worker ends then, and the frontend repeats the request.
+        """An output of another engine in vLLM's form. Raises ``RuntimeError`` for its error; for a dead engine vLLM's
+        error, with which Dynamo's worker ends and the frontend repeats the request.
         """
         if output.finish_reason is FinishReason.ERROR:
             code, text = output.error or ("internal", "the engine ended the request")

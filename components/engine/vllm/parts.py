@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The destination's blocks of a landing, group by group: which have been asked for, which have come, which are needed.
+"""The destination's blocks of a landing, group by group: requested, copied and needed ones.
 
-A position counts a request's blocks from its front. Copies go from front to back, so one number says how far they
-have come. A window may have left the first ones: at the source, which then has them no more, and here, where a block
-was never given or is given back. What counts in the end is what the next token looks at.
+A position counts a request's blocks from its front. Copies go from front to back, so one number is their progress. A
+window may have left the first blocks: the source then no longer has them, and the destination does not allocate them
+or frees them. In the end the blocks matter that the next token reads.
 
-A block has come if it was copied from the block that the newest offer names at its position. A source block that a
-window leaves while it is read, and that another request gets, is named by no later offer: windows only go forward.
+A block counts as copied if it was copied from the block that the newest offer names at its position. No later offer
+names a source block that a window has left (and that another request may get): windows only go forward.
 
-Pure bookkeeping; the caller asks vLLM and makes the jobs.
+Pure bookkeeping; the caller calls vLLM and makes the jobs.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class Part:
 
     group: Group
     local: int
-    """Positions at the front that our own prefix cache had, or did not need."""
+    """Positions at the front that the local prefix cache has or that are not needed."""
     ours: list[int] = field(default_factory=list)
-    """Our blocks by position; 0 where we have none."""
+    """Local blocks by position; 0: none."""
     requested: int = 0
-    """Positions that a job has been made for."""
+    """Positions for which there is a job."""
     landed: int = 0
-    """Positions whose copy has succeeded, counted from the front without a gap."""
+    """Positions copied without a gap from the front."""
 
     def adopt(self, old: Table, new: Table, unchanged: bool) -> None:
-        """A newer offer; ``unchanged``: its source has not lost its blocks in between."""
+        """Take a newer offer; ``unchanged``: the source has not lost its blocks since the last one."""
         begin = max(self.local, new.first)
         if (
             self.group.state
@@ -48,9 +48,9 @@ class Part:
         self.requested = self.landed
 
     def take(self, there: Table, past: int, needed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Source blocks up to position ``past`` that no job has been made for, and ours for them.
+        """Source blocks up to position ``past`` without a job, and the local blocks for them.
 
-        None before ``needed``: vLLM may give such a block to others while the job writes it.
+        None before ``needed``: vLLM may allocate such a block to another request while the job writes it.
         """
         begin = max(self.requested, there.first, leading_nulls(self.ours), needed)
         past = min(past, there.past, len(self.ours))
@@ -62,7 +62,7 @@ class Part:
         return list(range(max(there.first, there.past - count), there.past))
 
     def vouched(self, there: Table, count: int) -> tuple[int, ...]:
-        """Our copies of the blocks before those."""
+        """Local copies of the blocks before those."""
         begin = max(self.local, there.first, leading_nulls(self.ours))
         return tuple(self.ours[begin : max(begin, there.past - count)])
 
@@ -72,7 +72,7 @@ class Part:
         self.landed = self.requested = min(good, self.landed)
 
     def reaches(self, there: Table, num_tokens: int) -> bool:
-        """Is all in place that the token behind so many looks at?"""
+        """True when everything is in place that the token behind ``tokens`` reads."""
         given = leading_nulls(self.ours)
         begin = given if self.local >= there.first else max(given, there.first)
         have = max(self.landed, self.local)
@@ -81,20 +81,20 @@ class Part:
 
 @dataclass
 class Pairs:
-    """Blocks of the source, and ours for them."""
+    """Source blocks and the local blocks for them."""
 
     src: tuple[int, ...] = ()
     dst: tuple[int, ...] = ()
 
 
 class Parts:
-    """All groups of one landing; false while it has no blocks."""
+    """All groups of one landing; false without blocks."""
 
     def __init__(self, groups: Sequence[Group], unit: int, tables: Sequence[list[int]] = (), local_tokens: int = 0):
         self.unit = unit
-        """Tokens that are whole blocks of each group."""
+        """A number of tokens that is whole blocks in each group."""
         self.local_tokens = local_tokens
-        """At the front, which our own prefix cache already had."""
+        """Tokens at the front from the local prefix cache."""
         self._parts = [Part(group, local_tokens // group.block_size) for group in groups]
         for part in self._parts:
             part.requested = part.landed = part.local
@@ -106,30 +106,30 @@ class Parts:
         return self._has_blocks
 
     def refresh(self, tables: Sequence[list[int]]) -> None:
-        """Our blocks as vLLM has them now."""
+        """Take vLLM's present block tables."""
         for part, table in zip(self._parts, tables, strict=True):
             part.ours = table
 
     @property
     def landed_tokens(self) -> int:
-        """How far all groups have come, in whole blocks."""
+        """Tokens copied in all groups, in whole blocks."""
         parts = [part for part in self._parts if not part.group.state]
         reach = min((max(part.landed, part.local) * part.group.block_size for part in parts), default=0)
         return reach - reach % self.unit
 
     def adopt(self, old: KVOffer, new: KVOffer) -> None:
-        """Take a newer offer. Blocks copied from another place than it names prove nothing."""
+        """Take a newer offer. Blocks copied from other source blocks than it names count as not copied."""
         unchanged = (old.generation, old.agents) == (new.generation, new.agents)
         for part, before, after in zip(self._parts, tables_of(old), tables_of(new), strict=True):
             part.adopt(before, after, unchanged)
 
     def wants(self, num_tokens: int) -> bool:
-        """Are there whole blocks of so many tokens that no job has been made for?"""
+        """True when ``tokens`` tokens have whole blocks without a job."""
         parts = [part for part in self._parts if not part.group.state]
         return any(num_tokens // part.group.block_size > part.requested for part in parts)
 
     def take(self, offer: KVOffer, num_tokens: int, whole: bool) -> Pairs:
-        """Blocks of so many tokens that no job has been made for; ``whole``: but those that are not full."""
+        """Blocks of ``tokens`` tokens without a job; ``whole``: full ones only."""
         pairs = Pairs()
         for part, there in zip(self._parts, tables_of(offer), strict=True):
             if whole and part.group.state:
@@ -141,12 +141,12 @@ class Parts:
         return pairs
 
     def checks(self, frozen: Frozen) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """(our block, its checksum at the source, one for each rank) of all that were not computed here."""
+        """(local block, its checksums at the source, one for each rank) of all blocks that were not computed here."""
         sums, ranks = frozen.checksums, len(frozen.offer.agents)
         found, at = [], 0
         for part, there, count in self._with_counts(frozen):
             for position in part.checked(there, count):
-                # What our own prefix cache had was computed here, perhaps with other rounding.
+                # Blocks of the local prefix cache were computed here, perhaps with other rounding.
                 if position >= part.local and part.ours[position]:
                     stride = len(sums) // ranks
                     found.append((part.ours[position], tuple(sums[rank * stride + at] for rank in range(ranks))))
@@ -154,7 +154,7 @@ class Parts:
         return tuple(found)
 
     def vouched(self, frozen: Frozen) -> tuple[int, ...]:
-        """Our other copied blocks."""
+        """The other copied local blocks."""
         parts = [part.vouched(there, count) for part, there, count in self._with_counts(frozen)]
         return sum(parts[1:], parts[0])
 
@@ -163,7 +163,7 @@ class Parts:
         return list(zip(self._parts, tables_of(frozen.offer), counts, strict=True))
 
     def landed(self) -> None:
-        """What was asked for has come."""
+        """Mark the requested blocks as copied."""
         for part in self._parts:
             part.landed = part.requested
 
@@ -173,11 +173,11 @@ class Parts:
             part.failed(bad)
 
     def reaches(self, offer: KVOffer, num_tokens: int) -> bool:
-        """Is all in place that the token behind so many looks at, in each group?"""
+        """True when everything is in place that the token behind ``tokens`` reads, in each group."""
         return all(p.reaches(there, num_tokens) for p, there in zip(self._parts, tables_of(offer), strict=True))
 
     def good_tokens(self, offer: KVOffer) -> int:
-        """From how many tokens on the rest can be computed here; whole blocks."""
+        """Number of tokens after which this engine can compute the rest; whole blocks."""
         reach = self.landed_tokens
         stateless = not any(part.group.state for part in self._parts)
         return reach if stateless and self.reaches(offer, reach) else 0

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's KV caches as pools: which axis counts blocks is read from vLLM's own plan, never guessed from a length.
+"""vLLM's KV caches as pools. The block axis comes from vLLM's plan, never from an axis's length.
 
 Since vLLM 0.29 every layer's cache is a view (blocks, heads, tokens, content) of one storage, without heads where all
-share one (MLA); ``KVCacheTensor`` says where its blocks lie. A view that is not where the plan puts it raises
-``ConfigError`` with its shape. Layers with state have several views of a block, which is taken as its bytes. Called
-once, when vLLM has made the caches.
+share one (MLA); ``KVCacheTensor`` has the place of its blocks. A view that is not at that place raises
+``ConfigError`` with its shape. Layers with state have several views of a block, which counts as plain bytes. Called
+once, after vLLM has made the caches.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Caches = Mapping[str, torch.Tensor | list[torch.Tensor]]
 
 
 def pools_to_register(kv_caches: Caches, kv_cache_config: KVCacheConfig) -> list[KVPool]:
-    """``pools_of``; of a model whose requests cannot move, and whose caches cannot be read, a pool of nothing."""
+    """``pools_of``; for a model whose requests cannot move and whose caches are unreadable, one empty pool."""
     try:
         return pools_of(kv_caches, kv_cache_config)
     except ConfigError as error:
@@ -40,10 +40,10 @@ def pools_to_register(kv_caches: Caches, kv_cache_config: KVCacheConfig) -> list
 
 
 def pools_of(kv_caches: Caches, kv_cache_config: KVCacheConfig) -> list[KVPool]:
-    """One pool for each layer that has a cache of its own.
+    """One pool for each layer with its own cache.
 
-    Layers that use another one's are left out. Cache groups may overlay each other: a block number belongs to one group
-    at a time, and means the same bytes of the storage whichever group that is.
+    Layers that use another layer's cache are left out. Cache groups may overlap: a block number belongs to one group
+    at a time and names the same bytes of the storage in every group.
     """
     pools: list[KVPool] = []
     sizes = _page_sizes(kv_cache_config)
@@ -86,7 +86,7 @@ def _page_sizes(kv_cache_config: KVCacheConfig) -> dict[str, int]:
 def _pages(
     layer: str, tensor: torch.Tensor, num_blocks: int, placed: KVCacheTensor, start: int, page_size: int
 ) -> KVPool:
-    """A layer whose blocks hold states, not tokens: its blocks as bytes."""
+    """The blocks, as bytes, of a layer that keeps states."""
     offset = tensor.data_ptr() - tensor.untyped_storage().data_ptr()
     if offset != start:
         raise ConfigError(f"the states of layer {layer} begin at byte {offset}, and vLLM plans {start}")
@@ -107,6 +107,6 @@ def _pool(layer: str, tensor: torch.Tensor, num_blocks: int, placed: KVCacheTens
             f"{found}: its blocks are {stride} bytes apart from byte {offset} on, and vLLM plans {placed.block_stride} "
             f"from {start} on"
         )
-    if split > 1:  # The attention kernel's blocks are parts of the manager's.
+    if split > 1:  # A block of the manager consists of several blocks of the attention kernel.
         tensor = tensor.view(num_blocks, split, *tensor.shape[1:])
     return KVPool(name=layer, tensor=tensor, num_blocks=num_blocks, block_dim=0)

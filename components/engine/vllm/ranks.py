@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls from the scheduler to all workers of the engine, outside the steps.
+"""Calls from the scheduler to all workers of the engine, between steps.
 
-They run between two steps, after what the workers have been given before, and their results are lists in rank order.
+They run after all earlier work of the workers; their results are lists in rank order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankInfo:
-    """What the scheduler must know of one worker."""
+    """Facts about one worker for the scheduler."""
 
     agent: AgentRef
     lanes: tuple[str, ...]
@@ -31,28 +31,28 @@ class RankInfo:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A frozen request as one worker sees it."""
+    """State of a frozen request at one worker."""
 
     rng_state: bytes
     checksums: list[int]
 
 
 class Ranks:
-    """The workers; each method is one of ``worker.WorkerExtension``."""
+    """All workers; each method calls one of ``worker.WorkerExtension``."""
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
 
     def attach(self) -> list[RankInfo]:
-        """Let each connector know its model runner."""
+        """Give each connector its model runner."""
         return self._call("dm_attach")
 
     def snapshot(self, vllm_id: str, blocks: tuple[int, ...]) -> list[Snapshot]:
-        """The state of a request that no step touches, with checksums of some of its blocks."""
+        """The state of a request outside the steps, with checksums of some of its blocks."""
         return self._call("dm_snapshot", vllm_id, blocks)
 
     def copy(self, job: Job, budget_s: float) -> list[JobResult | None]:
-        """Begin a job and wait for it within a budget; None: it goes on beside the steps."""
+        """Begin a job and wait for it within a budget; None: it continues beside the steps."""
         return self._call("dm_copy", job, budget_s)
 
     def _call(self, method: str, *args: Any) -> list[Any]:

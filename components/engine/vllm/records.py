@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scheduler remembers of each request, and the jobs that it hands to the workers.
+"""The scheduler's record of each request, and the jobs that it gives to the workers.
 
 A record lives as long as vLLM schedules its ``Request``. It is *here* (vLLM runs or queues it), *incoming* (held until
-its commit while KV is copied) or *leaving* (being frozen, or frozen). Jobs and their results cross the boundary
-between scheduler and workers inside vLLM's own connector metadata, so they stay in step with the forward passes; only
-the small copy of a commit is a call of its own (``ranks.py``).
+its commit while KV is copied) or *leaving* (freezing or frozen). Jobs and their results travel between scheduler and
+workers inside vLLM's connector metadata, in step with the forward passes; only the small copy of a commit is a
+separate call (``ranks.py``).
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ if TYPE_CHECKING:
 
 
 def use_until(frozen: Frozen, since: float) -> float:
-    """Until when the blocks of a state that came at ``since`` may be read, on the clock of ``since``."""
+    """Time until which the blocks of a state that arrived at ``since`` may be read, on the clock of ``since``."""
     return since + frozen.use_within_s if frozen.use_within_s else float("inf")
 
 
 @dataclass
 class Incoming:
-    """The destination's side of a move: which source blocks are, or will be, in which of ours."""
+    """The destination's side of a move: source blocks and the local blocks that they are copied into."""
 
     offer: KVOffer
-    """The newest offer; its block ids are what has been asked for so far."""
+    """The newest offer; a copy of all its blocks has been requested."""
     parts: Parts
-    """Our blocks; none while there was no room, or nothing to copy."""
+    """Local blocks; none without room or without anything to copy."""
     job: Job | None = None
     commit: Frozen | None = None
     use_until: float = float("inf")
-    """When the source may give the blocks of ``commit`` away, on ``time.monotonic``."""
+    """Time from which the source may free the blocks of ``commit``, on ``time.monotonic``."""
     rounds: int = 0
     bytes: int = 0
     descriptors: int = 0
@@ -56,15 +56,15 @@ class Incoming:
 
 @dataclass
 class Leaving:
-    """The source's side: taken out of vLLM's queues, with its blocks."""
+    """The source's side: a request outside vLLM's queues, with its blocks."""
 
     was_running: bool
     by_itself: bool
-    """Frozen after its n-th token, as the request asked: the state leaves with that token's output."""
+    """Freeze after the n-th token, as the request says; the state leaves with that token's output."""
     frozen: Frozen | None = None
-    """Set once the step in flight is over."""
+    """Set after the step in flight."""
     waiters: list[Future[Reply]] = field(default_factory=list)
-    """Freeze calls that wait for that."""
+    """Freeze calls that wait for it."""
 
 
 @dataclass
@@ -76,19 +76,19 @@ class Record:
     born: float
     incoming: Incoming | None = None
     landed: LandingStatus | None = None
-    """How the landing went, once it is over."""
+    """Result of the landing."""
     leaving: Leaving | None = None
     needs_install: bool = False
-    """The model runner has not been told of the tokens generated elsewhere yet."""
+    """True until the model runner has the tokens of the other engine."""
     rng_state: bytes = b""
     grammar: Replay | None = None
-    """Replays the tokens generated elsewhere; None once it has, and for requests without a grammar."""
+    """Replays the tokens of the other engine; None afterwards, and for requests without a grammar."""
     handoff: Frozen | None = None
-    """What a prefill engine lends to this request, until vLLM has given it blocks."""
+    """Loan of a prefill engine, until vLLM has allocated blocks."""
 
     @property
     def request_id(self) -> RequestId:
-        """The id that the caller of ``generate`` chose, not vLLM's internal one."""
+        """The id of the caller of ``generate``, not vLLM's internal one."""
         return self.marker.request_id
 
 
@@ -103,23 +103,23 @@ class Job:
     src_blocks: tuple[int, ...]
     dst_blocks: tuple[int, ...]
     checks: tuple[tuple[int, tuple[int, ...]], ...]
-    """(our block, its checksum at the source, one for each rank), compared once all bytes are here."""
+    """(local block, its checksums at the source, one for each rank), compared after the copy."""
     vouched: tuple[int, ...]
-    """Our other copied blocks: right only if all that are checked are."""
+    """Other copied local blocks; correct only if all checked ones are."""
     deadline_s: float
 
 
 @dataclass(frozen=True)
 class JobResult:
-    """How a job ended on one worker."""
+    """Result of a job on one worker."""
 
     job_id: int
     ok: bool
     error: tuple[str, str] | None = None
     bad_blocks: tuple[int, ...] = ()
-    """Our blocks that do not hold the right bytes."""
+    """Local blocks with wrong bytes."""
     quiet: bool = True
-    """False: a peer that hangs may still write into the job's blocks; ``StepResults.quiet`` names the job later."""
+    """False: a hanging peer may still write to the job's blocks; ``StepResults.quiet`` names the job later."""
     bytes: int = 0
     descriptors: int = 0
     post_s: float = 0.0
@@ -129,7 +129,7 @@ class JobResult:
 
 @dataclass(frozen=True, repr=False)
 class Install:
-    """State of a request that was generated elsewhere, for the model runner."""
+    """State of a request of another engine, for the model runner."""
 
     vllm_id: str
     prompt_token_ids: list[int]
@@ -139,12 +139,12 @@ class Install:
     rng_state: bytes
 
     def __repr__(self) -> str:
-        """Without tokens: they are somebody's text."""
+        """Without tokens, which are users' text."""
         counts = f"{len(self.prompt_token_ids)} + {len(self.output_token_ids)} tokens"
         return f"Install({self.vllm_id}, {counts})"
 
     anon_repr = __repr__
-    """What vLLM writes of a step's metadata when it crashes: without this, every field."""
+    """vLLM's log of a step's metadata in a crash, which otherwise has every field."""
 
 
 @dataclass(frozen=True)
@@ -154,15 +154,15 @@ class Sums:
     vllm_id: str
     rank: int
     begun: Callable[[], tuple[int, ...]]
-    """Gives them, and waits for the device."""
+    """Waits for the device and returns the checksums."""
 
     @classmethod
     def known(cls, vllm_id: str, rank: int, checksums: tuple[int, ...]) -> Sums:
-        """When there is nothing to wait for."""
+        """Checksums that are known already."""
         return cls(vllm_id, rank, lambda: checksums)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process gets the numbers; vLLM pickles a step's results when its tokens are known."""
+        """Other processes get the numbers: vLLM pickles a step's results after its tokens are known."""
         return Sums.known, (self.vllm_id, self.rank, self.begun())
 
 
@@ -173,18 +173,18 @@ class StepMetadata(KVConnectorMetadata):
     installs: list[Install] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)
-    """Jobs of earlier steps that nobody needs any more."""
+    """Jobs of earlier steps that are no longer needed."""
     to_sum: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
-    """Requests and blocks that this step completes, to be summed after it."""
+    """Requests and blocks that this step completes, for checksums after it."""
 
 
 @dataclass
 class StepResults(KVConnectorWorkerMetadata):
-    """Workers to scheduler, once a step: what each rank has to say, joined."""
+    """Workers to scheduler, once a step: results of all ranks."""
 
     results: list[JobResult]
     quiet: list[int] = field(default_factory=list)
-    """Jobs into whose blocks nothing can be written any more, although their result said so."""
+    """Jobs with ``quiet=False`` whose blocks are safe now."""
     sums: list[Sums] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepResults:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Translates the protocol's sampling parameters and vLLM's outputs.
 
-Stop strings are not here: Dynamo's frontend matches them on the detokenised stream, so they survive a
-move by themselves. Raises ``InvalidRequest`` for what vLLM refuses.
+Stop strings are not part of them: Dynamo's frontend matches stop strings on the detokenised stream, which a move
+does not change. Raises ``InvalidRequest`` for parameters that vLLM refuses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FINISH = {
 
 
 def to_vllm(request: GenerateRequest, max_model_len: int) -> SamplingParams:
-    """vLLM's parameters; ``max_tokens`` counts from the first output token, wherever it was made."""
+    """vLLM's parameters; ``max_tokens`` counts from the first output token, of whatever worker."""
     s = request.sampling
     room = max_model_len - len(request.prompt_token_ids)
     if room <= 0:
@@ -74,7 +74,7 @@ def to_vllm(request: GenerateRequest, max_model_len: int) -> SamplingParams:
 
 
 def marked(params: SamplingParams, request: GenerateRequest) -> SamplingParams:
-    """vLLM's own parameters with what our scheduler must know of the request."""
+    """vLLM's parameters with the marker for the scheduler."""
     marker = Marker(
         request_id=request.request_id,
         num_prompt_tokens=len(request.prompt_token_ids),
@@ -102,7 +102,7 @@ def _guided(options: msgspec.Raw | None) -> StructuredOutputsParams | None:
 
 
 def finish_reason(reason: str | None) -> FinishReason | None:
-    """vLLM's finish reason in the protocol's words."""
+    """vLLM's finish reason as the protocol's."""
     return None if reason is None else _FINISH.get(reason, FinishReason.ERROR)
 
 
@@ -111,7 +111,7 @@ def logprobs_of(rows: Any, token_ids: tuple[int, ...]) -> tuple[TokenLogprob, ..
     if not rows or not token_ids:
         return ()
     result = []
-    # An output that vLLM joined with the end of an aborted request repeats older rows behind the new ones.
+    # An output that vLLM joins with the end of an aborted request repeats older rows behind the new ones.
     for token_id, row in zip(token_ids, list(rows)[: len(token_ids)], strict=True):
         best = sorted(row.items(), key=lambda item: item[1].rank or 0)
         result.append(

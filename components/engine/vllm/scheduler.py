@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM schedulers whose requests can be frozen, handed over and taken in; named by vLLM's ``scheduler_cls``.
+"""vLLM schedulers with migration, for vLLM's ``scheduler_cls``.
 
     MigrationScheduler                one step at a time
     AsyncMigrationScheduler           schedules ahead of the device, vLLM's default
     InstrumentedMigrationScheduler    the same on top of Dynamo's scheduler with forward-pass metrics
 
-Everything is in ``Migration``; the classes only connect it to vLLM. The rest of vLLM's questions come through the
-connector. Importing this module adds ``kv_control`` to the engine core (``compat/core.py``).
+The classes only connect ``Migration`` to vLLM; other calls of vLLM come through the connector. Importing this module
+adds ``kv_control`` to the engine core (``compat/core.py``).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class MigrationMixin(Scheduler):
         self.connector.migration = self.migration
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
-        """As vLLM's, which shall not wait for our copies: they keep their blocks themselves."""
+        """As vLLM's, without waiting for copies, which keep their blocks themselves."""
         ids = (
             [request_ids]
             if isinstance(request_ids, str)
@@ -59,7 +59,7 @@ class MigrationMixin(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """As vLLM's, then freeze what was to be frozen after this step."""
+        """As vLLM's; then freeze the requests that waited for this step."""
         if (transfers := model_runner_output.kv_connector_output) is not None:
             self.migration.handoff.summed(transfers.kv_connector_worker_meta)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -70,7 +70,7 @@ class MigrationMixin(Scheduler):
         return outputs
 
     def has_finished_requests(self) -> bool:
-        """As vLLM's, which takes requests outside its queues for finished ones and would step for ever for them."""
+        """As vLLM's, which would take requests outside its queues for finished ones and step for ever."""
         return super().has_finished_requests() and not self.migration.has_only_taken_out()
 
 
@@ -83,7 +83,7 @@ class AsyncMigrationScheduler(MigrationMixin, AsyncScheduler):
 
 
 def __getattr__(name: str) -> Any:
-    # Only Dynamo's own worker has this class's base; an engine core without Dynamo shall not need it.
+    # Its base class needs Dynamo, which an engine core without Dynamo's worker lacks.
     if name != "InstrumentedMigrationScheduler":
         raise AttributeError(name)
     from dynamo.vllm.instrumented_scheduler import InstrumentedScheduler

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def phase_of(record: Record) -> RequestPhase:
-    """Where a request is, in the protocol's words."""
+    """The protocol's phase of a request."""
     request = record.request
     if record.leaving is not None:
         return RequestPhase.FROZEN
@@ -64,7 +64,7 @@ def stats_of(migration: Migration) -> EngineStats:
         frozen=phases[RequestPhase.FROZEN],
         landing=phases[RequestPhase.LANDING],
         free_blocks=port.free_blocks,
-        # One block is vLLM's null block and never given to a request.
+        # One block is vLLM's null block, which no request gets.
         total_blocks=port.num_blocks - 1,
         decode_kv_tokens=sum(r.num_computed_tokens for r in decoding),
         queued_prefill_tokens=sum(r.num_tokens for r in queued),
@@ -76,7 +76,7 @@ def stats_of(migration: Migration) -> EngineStats:
 
 
 def verify_blocks(migration: Migration) -> None:
-    """Raise ``SessionError`` unless every used block belongs to a request or a copy, as often as it is used."""
+    """Raise ``SessionError`` unless the holders of every used block are its requests and copies."""
     expected = Counter(block.block_id for block in migration.port.holders())
     expected.update(block.block_id for block in migration.incoming.kept_blocks())
     expected.update(block.block_id for block in migration.handoff.lent_blocks())

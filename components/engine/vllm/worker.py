@@ -33,7 +33,7 @@ class WorkerExtension:
         return Snapshot(connector.runner.export_state(vllm_id), sums)
 
     def dm_copy(self, job: Job, budget_s: float) -> JobResult | None:
-        """Run a job at once; None if it is not over within the budget."""
+        """Run a job at once; None if it does not end within the budget."""
         return _connector().loader.copy_now(job, budget_s)
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The call ``kv_control`` of vLLM's engine core, which this package adds to its class.
+"""The call ``kv_control``, which this package adds to vLLM's engine core.
 
-vLLM runs utility calls between two steps, one after the other, which is the atomicity that freezing and committing
-need, but it has no call for connectors. ``install`` adds one method to ``EngineCore`` and changes none. It runs when
-``components.engine.vllm.scheduler`` is imported, so only in engine cores whose ``scheduler_cls`` is one of ours.
+vLLM runs utility calls between two steps, one after the other. Freezing and committing need that atomicity, but vLLM
+has no such call for connectors. ``install`` adds one method to ``EngineCore`` and changes none. It runs when
+``components.engine.vllm.scheduler`` is imported, so only in engine cores with a ``scheduler_cls`` of this package.
 
-Errors of this package travel as (code, message) in the reply; any other error is vLLM's to report.
+Errors of this package travel as (code, message) in the reply; vLLM reports any other error.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ MAX_HOLD_S = 0.25
 
 
 class Hold:
-    """Pauses the engine core until an expected commit has come.
+    """Pauses the engine core until an expected commit arrives.
 
-    Pauses neither nest nor follow each other closely: a call that comes during one does not prolong it, and the
-    engine runs between two for at least as long as the next one may last. So commits pause it half of the time at
-    most, however many are expected.
+    Pauses neither nest nor follow each other closely: a call during a pause does not prolong it, and between two
+    pauses the engine runs for at least the bound of the next one. So any number of commits pauses it at most half
+    of the time.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Hold:
         self._ended = float("-inf")
 
     def until_commit(self, core: EngineCoreProc, call: Call) -> None:
-        """Take in what clients send, and begin no step, until the commit is here or its time is over."""
+        """Process messages of clients but begin no step, until the commit is here or the time is over."""
         now = time.monotonic()
         limit = min(call.hold_s, MAX_HOLD_S, now - self._ended)
         if self._holding:

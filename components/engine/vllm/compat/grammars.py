@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guided request that comes with tokens goes on in the middle of its grammar.
+"""Continues a guided request that comes with tokens in the middle of its grammar.
 
-vLLM compiles a request's grammar on a thread when the request comes in, and advances it by the tokens of each step.
-Tokens that were made elsewhere are replayed into it the same way, one after the other, so that a reasoning parser in
-front of the grammar lets it begin where it began there: those that came with the request on vLLM's compiling thread,
-the others between two steps. Until then vLLM must not run the request (``ready``).
+vLLM compiles a request's grammar on a thread when the request arrives, and advances it by the tokens of each step.
+Tokens from another worker are replayed into it in the same way, one after the other, so that a reasoning parser in
+front of the grammar starts it at the same token: tokens that come with the request on vLLM's compiling thread, later
+ones between two steps. Until then vLLM must not run the request (``ready``).
 
-Threading: the engine core's thread. Errors: ``SessionError`` when the grammar cannot be compiled here, or refuses a
-token, which is none that this grammar has allowed.
+Threading: the engine core's thread. Errors: ``SessionError`` when the grammar cannot be compiled here or refuses a
+token.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 
 _OPTIONS = ("reasoning_parser", "enable_in_reasoning", "disable_any_whitespace", "disable_additional_properties")
-"""What else of an engine's configuration decides which tokens a grammar allows."""
+"""Configuration that also determines which tokens a grammar allows."""
 
 
 def guide_of(manager: StructuredOutputManager, request: Request) -> str:
-    """What a request's tokens are guided by, beside its parameters; empty for nothing.
+    """What guides a request's tokens, beside its parameters; empty: nothing.
 
-    vLLM takes the backend that the first guided request of an engine asked for, also where each may have another.
+    vLLM uses the backend of an engine's first guided request for all others.
     """
     guided = request.structured_output_request
     grammar = None if guided is None else guided.grammar
@@ -49,7 +49,7 @@ def guide_of(manager: StructuredOutputManager, request: Request) -> str:
 
 @dataclass
 class Prefix:
-    """A request as it was when it had fewer tokens: all that vLLM reads of it to advance its grammar."""
+    """A request at an earlier number of tokens: the fields that vLLM reads to advance a grammar."""
 
     request_id: str
     prompt_token_ids: list[int] | None
@@ -73,7 +73,7 @@ class Replay:
             request.request_id, prompt, list(prompt or ()), dataclasses.replace(guided, _grammar=None)
         )
         self._count = 0
-        # vLLM's own status for this leads to WAITING, where a request starts over.
+        # vLLM's own status for this leads to WAITING, where a request would start over.
         request.status = RequestStatus.PREEMPTED if request.num_output_tokens else RequestStatus.WAITING
         guided.grammar = manager.executor.submit(self._from_the_beginning, compiled, list(request.output_token_ids))
 
@@ -94,14 +94,14 @@ class Replay:
 
     @property
     def ready(self) -> bool:
-        """Is the grammar where the request's first tokens left it? Raises ``SessionError`` when it never will be."""
+        """True once the grammar has followed the request's first tokens. Raises ``SessionError`` when it cannot."""
         grammar = self._guided.grammar
         if isinstance(grammar, Exception):
             raise SessionError(f"the grammar cannot be continued here: {grammar}") from grammar
         return grammar is not None
 
     def catch_up(self, output_token_ids: Sequence[int]) -> None:
-        """Replay the tokens that have come since. The grammar must be ready."""
+        """Replay newer tokens. The grammar must be ready."""
         if not self.ready:
             raise SessionError("the grammar is still being compiled here")
         self._accept(output_token_ids[self._count :])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's KV cache groups: which blocks of a request a group still needs, and which kinds of groups can be moved.
+"""vLLM's KV cache groups: the blocks of a request that a group still needs, and the kinds of groups that can move.
 
-All groups take their blocks from one pool, and each has a table of its own for every request, by position: vLLM's null
-block stands where a window has left a block, always at the front.
+All groups use one pool of blocks, and each has its own block table for every request, by position. vLLM's null block
+stands for blocks that a window has left, always at the front.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 _MOVED = (FullAttentionManager, SlidingWindowManager, ChunkedLocalAttentionManager, MambaManager)
-"""Blocks that are written once, from front to back, and leave a request at the front only; or a state in the last."""
+"""Kinds whose blocks are written once from front to back and freed at the front, or that keep a state at the end."""
 _MOVED_SPECS = (
     FullAttentionSpec,
     MLAAttentionSpec,
@@ -43,33 +43,33 @@ _MOVED_SPECS = (
     MambaSpec,
 )
 _STATES = ("align", "none")
-"""Modes of vLLM's cache of states in which a request that has no step under way has its state in its last block."""
+"""Modes of vLLM's state cache in which a request without a step in flight has its state in its last block."""
 
 
 class Group:
-    """One of them."""
+    """One group."""
 
     def __init__(self, manager: SingleTypeKVCacheManager, sparse: bool) -> None:
         self._manager = manager
         self.block_size = manager.block_size
         self.state = isinstance(manager, MambaManager)
-        """One block that every step writes, so that it is copied when the request is frozen."""
+        """True for one block that every step writes, which is copied when the request is frozen."""
         self.windowed = type(manager) is not FullAttentionManager
         self.check_all = sparse and self.windowed
-        """The prefix cache forgets blocks of the middle before those of the end, so the end vouches for nobody."""
+        """True when the prefix cache drops middle blocks before the last ones, so that the last ones prove nothing."""
 
     def first_needed(self, num_tokens: int) -> int:
-        """Position of the first block that the token behind so many looks at."""
+        """Position of the first block that the token behind ``num_tokens`` reads."""
         if not self.windowed:
             return 0
         return max(0, self._manager.get_num_skipped_tokens(num_tokens)) // self.block_size
 
     def blocks_of(self, num_tokens: int) -> int:
-        """Positions that so many tokens take."""
+        """Number of positions of ``num_tokens`` tokens."""
         return -(-num_tokens // self.block_size)
 
     def place_state(self, vllm_id: str, num_tokens: int) -> bool:
-        """Give a request one new block where its state after so many tokens belongs, in place of what it had.
+        """Replace a request's blocks by one new block for its state after ``num_tokens``.
 
         As vLLM does for a load beside its steps. False without room.
         """
@@ -84,7 +84,7 @@ class Group:
         return True
 
     def held(self, vllm_id: str, num_tokens: int) -> Table:
-        """What a request has of the blocks that are needed behind its first ``num_tokens``."""
+        """The request's blocks that are needed behind its first ``num_tokens``."""
         blocks = self._manager.req_to_blocks.get(vllm_id) or []
         first, past = self.first_needed(num_tokens), self.blocks_of(num_tokens)
         ids = [block.block_id for block in blocks[first:past]]
@@ -93,7 +93,7 @@ class Group:
 
 
 def leading_nulls(ids: Sequence[int]) -> int:
-    """How many blocks at the front of a table are vLLM's null block, which has number 0."""
+    """Number of null blocks (number 0) at the front of a table."""
     return next((position for position, block in enumerate(ids) if block), len(ids))
 
 
@@ -113,7 +113,7 @@ def _why_state_stays(manager: MambaManager, runner_v2: bool) -> str | None:
 
 
 def only_movable(plan: KVCacheConfig) -> bool:
-    """Do all layers of a model keep what they keep in ways that could be moved? A worker knows no managers."""
+    """True when the caches of all layers have movable kinds. For workers, which have no managers."""
     specs: list[object] = []
     for group in plan.kv_cache_groups:
         specs += getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec}).values()
@@ -121,7 +121,7 @@ def only_movable(plan: KVCacheConfig) -> bool:
 
 
 def why_not_movable(manager: KVCacheManager, runner_v2: bool) -> str | None:
-    """Why no request of an engine can move, or None."""
+    """Why requests of an engine cannot move, or None."""
     for each in manager.coordinator.single_type_managers:
         if isinstance(each, MambaManager) and (reason := _why_state_stays(each, runner_v2)):
             return f"the model has layers with a state, which cannot travel with {reason}"

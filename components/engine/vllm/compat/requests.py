@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads vLLM's ``Request``: whose it is, and whether all of its state can travel."""
+"""Reads vLLM's ``Request``: the caller's id, and whether all of its state can travel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def external_id(request: Request) -> RequestId:
 
 
 def why_not_migratable(request: Request) -> str | None:
-    """What of this request would be lost on the way, or None."""
+    """The part of this request's state that cannot travel, or None."""
     params = request.sampling_params
     if params is None:
         return "pooling: the request generates no tokens"

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM's model runners keep of a request beside its KV, and how a request from elsewhere gets it.
+"""The state of a request that vLLM's model runners keep beside its KV, and its transfer.
 
 V1 (``vllm.v1.worker.gpu_model_runner``; CPUs)
-    Keeps each request's tokens in ``requests`` and a random generator for each seed. A request that was generated
-    elsewhere is entered in the form of a preempted one before the step that resumes it, so penalties, minimum lengths
-    and seeded sampling go on exactly where they stopped. Only the generator's state has to travel.
+    Keeps each request's tokens in ``requests`` and a random generator for each seed. A request from another engine
+    is entered as a preempted one before the step that resumes it, so penalties, minimum lengths and seeded sampling
+    continue exactly. Only the generator's state has to travel.
 
 V2 (``vllm.v1.worker.gpu.model_runner``; vLLM's default on GPUs)
-    A resumed request comes with the step as a new one, with all of its tokens (``prefill_token_ids``), and penalties
-    are counted from those. Sampling draws its noise from (seed, position, token id), so it has no state: nothing
-    travels and nothing is entered.
+    A resumed request comes with the step as a new one, with all of its tokens (``prefill_token_ids``), from which
+    penalties are counted. Sampling draws its noise from (seed, position, token id) and has no state: nothing travels
+    and nothing is entered.
 
-The two draw different noise for one seed: the runner's version is part of the fingerprint, so that a request never
-goes from one to the other.
+The two draw different noise for one seed. The runner's version is part of the fingerprint, so that a request never
+moves from one to the other.
 
 Threading: the worker's step thread.
 """
@@ -37,16 +37,16 @@ class RunnerPort(Protocol):
     """One worker's model runner."""
 
     def export_state(self, vllm_id: str) -> bytes:
-        """State of a request's own random generator; empty when it has none."""
+        """State of a request's random generator; empty without one."""
         ...
 
     def import_state(self, install: Install) -> None:
-        """Let the runner know a request that was generated elsewhere."""
+        """Enter a request from another engine."""
         ...
 
 
 def runner_version(config: VllmConfig) -> str:
-    """Which runner vLLM uses with this configuration: ``v1`` or ``v2``."""
+    """The runner that vLLM uses with this configuration: ``v1`` or ``v2``."""
     return "v2" if config.use_v2_model_runner else "v1"
 
 
@@ -72,7 +72,7 @@ class RunnerV1:
 
     def __init__(self, model_runner: Any) -> None:
         self._runner = model_runner
-        # From 0.32 on, the CPU's sampler draws one number for a token and hashes the rest.
+        # From 0.32 on, the CPU sampler draws one number for a token and derives the rest from it.
         self._seeds_from_generator = versions.series(versions.installed("vllm")) >= (0, 32)
 
     def export_state(self, vllm_id: str) -> bytes:
@@ -107,7 +107,7 @@ class RunnerV1:
         )
 
     def _skip_draws(self, generator: torch.Generator, count: int) -> None:
-        """Leave the generator as it is after ``count`` tokens, by drawing what vLLM's sampler draws for each."""
+        """Advance the generator by ``count`` tokens, with the draws of vLLM's sampler."""
         fp64, device = self._runner.sampler.use_fp64_gumbel, self._runner.device
         if self._seeds_from_generator and device.type == "cpu" and not fp64:
             for _ in range(count):

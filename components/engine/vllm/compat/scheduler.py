@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a hand-over needs of vLLM's scheduler: requests leave and enter its queues with their blocks.
+"""Takes requests out of vLLM's scheduler, and enters them, with their blocks.
 
 Threading: the engine core's thread, between two steps or in one of vLLM's own hooks. No method waits.
 
-States that vLLM has and this port uses
-    RUNNING                  in ``running``; a request that is taken out of it keeps status, blocks and runner state
-    WAITING_FOR_REMOTE_KVS   holds blocks that somebody is filling; vLLM goes on with it once its id is in
-                             ``finished_recving_kv_req_ids``, and recomputes what lies behind its computed tokens
-                             if the id is in ``failed_recving_kv_req_ids`` as well
-    PREEMPTED                has output tokens; the model runner is told of all of its tokens when it runs again
+States of vLLM that this port uses
+    RUNNING                  in ``running``; a request that is taken out keeps status, blocks and runner state
+    WAITING_FOR_REMOTE_KVS   has blocks that are being filled; vLLM continues with it when its id is in
+                             ``finished_recving_kv_req_ids``, and recomputes everything behind its computed tokens
+                             if the id is also in ``failed_recving_kv_req_ids``
+    PREEMPTED                has output tokens; the model runner gets all of its tokens when it runs again
 
 Seats: vLLM admits up to ``max_num_active_reqs`` requests into ``running``. A frozen request keeps its place in the
-model runner, which has ``max_num_seqs`` of them, and a reserved one will need one; both are taken off that limit.
+model runner, which has ``max_num_seqs`` places, and a reserved one will need a place; both lower that limit.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from components.engine.vllm.compat.groups import groups_of, leading_nulls, why_n
 
 @dataclass(frozen=True)
 class Reservation:
-    """Blocks of a request whose KV comes from elsewhere; none if its own prefix cache has all of it."""
+    """Blocks of a request with KV from another engine; none if the prefix cache has all of it."""
 
     tables: list[list[int]]
     """Block numbers by position, for each group."""
     local_tokens: int
-    """Tokens at the front that the prefix cache already had; whole blocks."""
+    """Tokens at the front from the prefix cache; whole blocks."""
 
 
 class SchedulerPort:
@@ -46,14 +46,14 @@ class SchedulerPort:
         self._seat_limit = scheduler.max_num_active_reqs
         self._held: set[str] = set()
         self.groups = groups_of(scheduler.kv_cache_manager)
-        """Groups of layers with blocks of their own."""
+        """Groups of layers, each with its own blocks."""
         self._not_movable = why_not_movable(scheduler.kv_cache_manager, scheduler.use_v2_model_runner)
 
     # What there is
 
     @property
     def block_size(self) -> int:
-        """Tokens per KV block; of several groups, the tokens that are whole blocks of each."""
+        """Tokens per KV block; for several groups, a number of tokens that is whole blocks in each."""
         return self._scheduler.block_size
 
     @property
@@ -63,32 +63,32 @@ class SchedulerPort:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the pool, vLLM's null block among them."""
+        """Blocks of the pool, including vLLM's null block."""
         return self._scheduler.kv_cache_config.num_blocks
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that nobody holds."""
+        """Blocks without holder."""
         return self._scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
     @property
     def running(self) -> Sequence[Request]:
-        """Requests that the next step may schedule without admission."""
+        """Requests in vLLM's ``running``."""
         return self._scheduler.running
 
     def request(self, vllm_id: str) -> Request | None:
-        """The request of that internal id, until its blocks have been freed."""
+        """The request with that internal id, until its blocks are freed."""
         return self._scheduler.requests.get(vllm_id)
 
     def movable_layout(self) -> str | None:
-        """Why no request of this engine can move, or None."""
+        """Why requests of this engine cannot move, or None."""
         return self._not_movable
 
     def why_drafts_hinder(self, request: Request) -> str | None:
-        """Why a request of an engine that decodes speculatively cannot move, or None.
+        """Why a request cannot move because of speculative decoding, or None.
 
-        Drafts themselves are dropped: the destination's drafter makes its own, from the tokens and from KV of its own,
-        which moves with the request's. What a seed gives depends on where drafts begin and end, which a move changes.
+        Drafts are dropped: the destination's drafter makes new ones, from the tokens and from its KV, which moves with
+        the request's. The tokens of a seed depend on the begin and end of drafts, which a move changes.
         """
         params = request.sampling_params
         if self._scheduler.num_spec_tokens and params is not None and params.seed is not None and params.temperature:
@@ -96,23 +96,23 @@ class SchedulerPort:
         return None
 
     def tables(self, request: Request) -> list[list[int]]:
-        """Numbers of its KV blocks by position, for each group; 0 where there is none any more."""
+        """Numbers of its KV blocks by position, for each group; 0 for freed ones."""
         return list(self._scheduler.kv_cache_manager.get_block_ids(request.request_id))
 
     def held(self, request: Request, num_tokens: int) -> list[Table]:
-        """What it has, in each group, of the blocks that are needed behind its first ``num_tokens``."""
+        """Its blocks, in each group, that are needed behind its first ``num_tokens``."""
         return [group.held(request.request_id, num_tokens) for group in self.groups]
 
     def num_blocks_of(self, request: Request) -> int:
-        """How many KV blocks it holds."""
+        """Number of its KV blocks."""
         return sum(len(ids) - leading_nulls(ids) for ids in self.tables(request))
 
     def in_flight(self, request: Request) -> bool:
-        """Is a step under way whose tokens of this request have not been processed?"""
+        """True while a step with this request has unprocessed tokens."""
         return request.num_in_flight_tokens > 0
 
     def computed_tokens(self, request: Request) -> int:
-        """Tokens whose KV is in its blocks for certain."""
+        """Tokens with KV that is certainly in its blocks."""
         if request.status != RequestStatus.RUNNING:
             return 0
         return request.num_computed_tokens - request.num_in_flight_tokens
@@ -120,12 +120,12 @@ class SchedulerPort:
     # Seats
 
     def seats_left(self) -> int:
-        """How many more requests could run."""
+        """Number of further requests that could run."""
         taken = len(self._scheduler.running) + self._scheduler.num_waiting_for_streaming_input + len(self._held)
         return self._seat_limit - taken
 
     def hold_seat(self, request: Request) -> bool:
-        """Keep a seat for a request that is not running. False if there is none. Idempotent."""
+        """Keep a seat for a request that is not running. False without a free one. Idempotent."""
         if request.request_id not in self._held and self.seats_left() <= 0:
             return False
         self._held.add(request.request_id)
@@ -133,43 +133,43 @@ class SchedulerPort:
         return True
 
     def give_up_seat(self, request: Request) -> None:
-        """Its seat can be taken by the next request in line. Idempotent."""
+        """Release its seat. Idempotent."""
         self._held.discard(request.request_id)
         self._scheduler.max_num_active_reqs = self._seat_limit - len(self._held)
 
     # Tokens that were generated elsewhere
 
     def as_resumed(self, request: Request, num_prompt_tokens: int) -> bool:
-        """Turn the prompt's end into output tokens. True if there are any."""
+        """Turn the end of the prompt into output tokens. True if there are any."""
         tokens = request.prompt_token_ids
         if tokens is None or len(tokens) <= num_prompt_tokens:
             return False
         request.prompt_token_ids = tokens[:num_prompt_tokens]
         request.num_prompt_tokens = num_prompt_tokens
-        # ``_all_token_ids`` has them already.
+        # ``_all_token_ids`` already has them.
         request._output_token_ids.extend(tokens[num_prompt_tokens:])
         self._mark_resumed(request)
         return True
 
     def append_tokens(self, request: Request, tokens: Sequence[int]) -> None:
-        """More output tokens of a request that does not run here yet."""
+        """Add output tokens to a request that does not run here yet."""
         request.append_output_token_ids(list(tokens))
         self._mark_resumed(request)
 
     def replay_grammar(self, request: Request) -> Replay:
-        """Bring a guided request's grammar to where its output tokens end."""
+        """Advance a guided request's grammar to the end of its output tokens."""
         return Replay(self._scheduler.structured_output_manager, request)
 
     def guide_of(self, request: Request) -> str:
-        """What guides a request; empty for nothing."""
+        """What guides a request; empty: nothing."""
         return guide_of(self._scheduler.structured_output_manager, request)
 
     def fail_grammar(self, request: Request) -> None:
-        """End a request whose grammar cannot be had, as vLLM does it."""
+        """End a request without a usable grammar, as vLLM does."""
         self._scheduler.grammar_compile_error_reqs.add(request.request_id)
 
     def _mark_resumed(self, request: Request) -> None:
-        # vLLM goes on with preempted requests from their output tokens; new ones would start over.
+        # vLLM continues preempted requests after their output tokens; new ones would start over.
         if request.status == RequestStatus.WAITING:
             request.status = RequestStatus.PREEMPTED
         request.num_preemptions = max(1, request.num_preemptions)
@@ -206,8 +206,8 @@ class SchedulerPort:
     # Destination
 
     def reserve(self, request: Request, num_tokens: int, room_tokens: int = 0) -> Reservation | None:
-        """Give a waiting request a seat and blocks for its first ``num_tokens``, as vLLM does for a load that runs
-        beside its steps, and for as many as ``room_tokens`` in all. None without room; then nothing has changed.
+        """Give a waiting request a seat, and blocks for ``room_tokens`` in all; its first ``num_tokens`` are loaded
+        beside the steps, like vLLM's remote KV. None without room; nothing has changed then.
         """
         scheduler, manager = self._scheduler, self._scheduler.kv_cache_manager
         hit, local, _ = manager.get_computed_blocks(request)
@@ -220,7 +220,7 @@ class SchedulerPort:
         if room <= local:
             return Reservation([], local)
         num_tokens = max(num_tokens, local)
-        # Of a state vLLM counts one block for a call: that of the load, or that of the tokens behind it.
+        # For a state vLLM counts one block in a call: that of the load, or that of the tokens behind it.
         apart = num_tokens > local and any(group.state for group in self.groups)
         given = manager.allocate_slots(
             request,
@@ -249,7 +249,7 @@ class SchedulerPort:
         return Reservation(self.tables(request), local)
 
     def unreserve(self, request: Request) -> list[KVCacheBlock]:
-        """Undo ``reserve``: a waiting request again, without blocks. They belong to the caller now."""
+        """Undo ``reserve``: the request waits again, without blocks. The caller owns them now."""
         blocks = self.take_blocks(request)
         self._leave_queues(request)
         request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
@@ -260,13 +260,13 @@ class SchedulerPort:
         return blocks
 
     def is_reserved(self, request: Request) -> bool:
-        """Does it hold blocks that are being filled?"""
+        """True while its blocks are being filled."""
         return request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
 
     def grow(self, request: Request, num_tokens: int, room_tokens: int = 0) -> bool:
-        """Blocks of a reserved request for ``num_tokens``, or ``room_tokens``, in all. False without room."""
+        """Extend a reserved request to ``num_tokens`` or ``room_tokens``, whichever is more. False without room."""
         had = request.num_computed_tokens
-        # What the newest offer does not need is given back: no job writes into that (``Parts.take``).
+        # Blocks that the newest offer does not need are freed: no job writes to them (``Parts.take``).
         self._computed(request, had)
         new = max(num_tokens, min(room_tokens, self._scheduler.max_model_len)) - had
         if new <= 0:
@@ -279,12 +279,12 @@ class SchedulerPort:
         return placed
 
     def _place_states(self, request: Request) -> bool:
-        """States are where they belong after the computed tokens: there is no room to keep for the next ones."""
+        """Put states at their place after the computed tokens; they need no room for further tokens."""
         states = [group for group in self.groups if group.state]
         return all(group.place_state(request.request_id, request.num_computed_tokens) for group in states)
 
     def _do_not_zero(self, request: Request) -> None:
-        """vLLM zeroes new blocks of some caches with the next step, which may come after the copy."""
+        """Take back vLLM's order to zero new blocks of some caches: the next step may come after the copy."""
         if not self._scheduler.needs_kv_cache_zeroing:
             return
         ours = {block for ids in self.tables(request) for block in ids}
@@ -292,7 +292,7 @@ class SchedulerPort:
             manager.new_block_ids = [block for block in manager.new_block_ids if block not in ours]
 
     def finish_recv(self, request: Request, num_tokens: int) -> None:
-        """Its first ``num_tokens`` are in place: the next step runs it."""
+        """Its first ``num_tokens`` are in place; the next step runs it."""
         self._computed(request, num_tokens)
         if self._scheduler.needs_kv_cache_zeroing:
             for manager in self._scheduler.kv_cache_manager.coordinator.single_type_managers:
@@ -303,7 +303,7 @@ class SchedulerPort:
         self.give_up_seat(request)
 
     def fail_recv(self, request: Request, num_tokens: int) -> None:
-        """Only the first ``num_tokens``, whole blocks, are in place: the next step computes the rest."""
+        """Only its first ``num_tokens`` (whole blocks) are in place; the next step computes the rest."""
         self._computed(request, num_tokens)
         if self.is_reserved(request):
             self._scheduler.failed_recving_kv_req_ids.add(request.request_id)
@@ -311,14 +311,14 @@ class SchedulerPort:
         self.give_up_seat(request)
 
     def _computed(self, request: Request, num_tokens: int) -> None:
-        """Blocks that a window has left were perhaps never copied: none of them may enter the prefix cache."""
+        """Keep blocks that a window has left out of the prefix cache: they may never have been copied."""
         request.num_computed_tokens = num_tokens
         self._scheduler.kv_cache_manager.remove_skipped_blocks(
             request.request_id, num_tokens, request.num_prompt_tokens
         )
 
     def to_front(self, request: Request) -> None:
-        """Make a waiting request without blocks the next one to be admitted, to the seat that was kept for it."""
+        """Admit a waiting request without blocks next, to its reserved seat."""
         self._scheduler.waiting.remove_requests([request])
         self._scheduler.waiting.prepend_request(request)
         self.give_up_seat(request)
@@ -326,26 +326,26 @@ class SchedulerPort:
     # Ends
 
     def let_finish(self, request: Request) -> None:
-        """A reserved request is about to end: vLLM shall not wait for a load that it knows nothing of."""
+        """Before a reserved request ends: keep vLLM from waiting for its load."""
         if self.is_reserved(request):
             self._scheduler.finished_recving_kv_req_ids.add(request.request_id)
 
     def take_blocks(self, request: Request) -> list[KVCacheBlock]:
-        """Its blocks belong to the caller now, who has to free them."""
+        """Take its blocks; the caller has to free them."""
         return self._scheduler.kv_cache_manager.pop_blocks_for_free(request)
 
     def free_blocks_of(self, blocks: Sequence[KVCacheBlock]) -> None:
-        """Give blocks of ``take_blocks`` back to the pool."""
-        # Reversed as vLLM does it: the prefix cache forgets a request's end first.
+        """Return blocks of ``take_blocks`` to the pool."""
+        # Reversed, as in vLLM: the prefix cache drops a request's end first.
         self._scheduler.kv_cache_manager.block_pool.free_blocks(list(reversed(blocks)))
 
     def is_idle_but_for(self, taken_out: int) -> bool:
-        """True if all that is left in the scheduler is ``taken_out`` requests outside its queues."""
+        """True if the scheduler has only ``taken_out`` requests, outside its queues."""
         running, waiting = self._scheduler.get_request_counts()
         return not self._scheduler.finished_req_ids and len(self._scheduler.requests) <= running + waiting + taken_out
 
     def holders(self) -> Iterable[KVCacheBlock]:
-        """Each block once for each request that holds it, and those whose freeing waits for a step in flight."""
+        """Each block once for each of its requests, and blocks that are freed after a step in flight."""
         scheduler = self._scheduler
         for request in scheduler.requests.values():
             for blocks in scheduler.kv_cache_manager.get_blocks(request.request_id).blocks:
@@ -354,6 +354,6 @@ class SchedulerPort:
             yield from blocks
 
     def pool(self) -> Iterable[KVCacheBlock]:
-        """All blocks but the null block."""
+        """All blocks except the null block."""
         pool = self._scheduler.kv_cache_manager.block_pool
         return (block for block in pool.blocks if block is not pool.null_block)
