@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dynamo calibrate``: when shall blocks be gathered first, on this machine?"""
+"""``dynamo calibrate``: measures from when on this machine gathers blocks before a transfer."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _check_device(name: str) -> None:
 
 
 def _progress(console: Console) -> Progress:
-    """A bar on a terminal that goes away at the end; nothing in a pipe."""
+    """A progress bar that a terminal shows until the end; nothing in a pipe."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -97,7 +97,7 @@ def _progress(console: Console) -> Progress:
 
 
 def explain(direct_bytes: int) -> str:
-    """The rule in words."""
+    """The measured limit as a sentence."""
     from components.transfer.calibration import NEVER
 
     if not direct_bytes:

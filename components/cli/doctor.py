@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dynamo doctor``: is this machine ready, and what to do where it is not?"""
+"""``dynamo doctor``: checks this machine, with a fix for each failure."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def doctor(
 
 
 def look(transport: Transport, port: int, quick: bool) -> list[Check]:
-    """All lines, in the order in which one would repair them."""
+    """All checks, in the order of repair."""
     from components.doctor import host, judge, places, services, transfer
 
     facts = host.gather()
@@ -58,7 +58,7 @@ def look(transport: Transport, port: int, quick: bool) -> list[Check]:
 
 
 def show(checks: list[Check], console: Console) -> None:
-    """A table for people, each line that is not well followed by its fix."""
+    """A table for people, with the fix of each warning and failure."""
     table = Table()
     for column in ("check", "", "found", "fix"):
         table.add_column(column, overflow="fold")

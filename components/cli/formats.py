@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How commands write their answers: tables for people, JSON for programs."""
+"""Output formats of commands: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 
 class Format(StrEnum):
-    """Of what a command prints."""
+    """Format of a command's output."""
 
     TABLE = "table"
     JSON = "json"
@@ -21,5 +21,5 @@ Output = Annotated[Format, typer.Option("-o", "--output", help="tables for peopl
 
 
 def print_json(value: object) -> None:
-    """To standard output."""
+    """Print a value to standard output."""
     print(msgspec.json.format(msgspec.json.encode(value)).decode())

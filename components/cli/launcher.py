@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A running graph, from its plan to the end of everything: servers, processes, page, and the file that tells of it.
+"""Runs a graph: servers, processes, web page, and the file by which commands find it.
 
-Life cycle: ``run`` returns after SIGINT, SIGTERM or SIGHUP, or when ``then`` says so; it raises ``ConfigError`` for
-what cannot start and ``MigrateError`` for what cannot be kept running. Nothing is left either way, nor after SIGKILL
-(``components.serve.warden``). Threading: one asyncio loop, in the main thread.
+Life cycle: ``run`` returns after SIGINT, SIGTERM or SIGHUP, or when ``then`` returns True; it raises ``ConfigError``
+when something cannot start and ``MigrateError`` when something cannot be kept running. Nothing is left behind, also
+after SIGKILL (``components.serve.warden``). Threading: one asyncio loop, in the main thread.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from components.serve.surroundings import quiet, surroundings
 from components.serve.warden import Warden
 
 Then = Callable[[], Awaitable[bool]]
-"""What to do once the graph serves; true: end it."""
+"""Called when the graph serves; True ends it."""
 
 
 class Launcher:
@@ -73,9 +73,9 @@ class Launcher:
         self._jobs.append(keeping)
         try:
             if self._plan.bounds:
-                # Dynamo's runtime in this process reads where etcd is from here.
+                # Dynamo's runtime in this process reads the address of etcd from here.
                 os.environ["ETCD_ENDPOINTS"] = self._servers["ETCD_ENDPOINTS"]
-                # It warns of an etcd that is gone, which at the end is as it should be.
+                # It would warn of the missing etcd at the end.
                 quiet(os.environ)
                 self._jobs.append(asyncio.ensure_future((await connected(self._plan, supervisor)).run()))
             await supervisor.run(lambda: self._ready(then))

@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
 def _run(
     work: Callable[[Workers], Awaitable[T]], show: Callable[[T], None], well: Callable[[T], bool] = lambda _: True
 ) -> None:
-    """Ask the workers, show the answer, and end: with 0, with 1 when it is not ``well``, with 2 after an error."""
+    """Call the workers, show the answer, and exit: 0, or 1 when the answer is not ``well``, or 2 after an error."""
     import asyncio
 
     from components import process

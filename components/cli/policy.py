@@ -83,7 +83,7 @@ def read(path: Path) -> Capture:
 
 
 async def observe(rules: PolicyFile) -> Capture:
-    """What the running system looks like."""
+    """A snapshot of the running system."""
     from components import process
     from components.client import Workers
     from components.serve.state import reach

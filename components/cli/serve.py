@@ -54,7 +54,7 @@ def resolve(
         overrides.setdefault("Frontend", {})["port"] = port
     for name, block in overrides.items():
         if "model" in block:
-            # One that nobody will serve need not be made, nor be there.
+            # A model that is not served need not exist.
             for lost in values.values() if name == "Common" else [values.get(name, {})]:
                 lost.pop("model", None)
     if "model" not in {**values.get("Common", {}), **overrides.get("Common", {})}:
@@ -122,7 +122,7 @@ def demo(
     dynamo demo
     dynamo demo --once --Common.model=tiny-llama
     """
-    # What vLLM and Dynamo warn of is of no use to a newcomer; ``dynamo serve`` shows it.
+    # Warnings of vLLM and Dynamo do not help a newcomer; ``dynamo serve`` shows them.
     for name, value in {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "DYN_LOG": "error,mm_routing=off",
@@ -131,7 +131,7 @@ def demo(
         os.environ.setdefault(name, value)
     overrides = context.args
     if graph.startswith("--"):
-        # An option that the parser does not know takes the place of an argument that is left out.
+        # An unknown option takes the place of an omitted argument.
         graph, overrides = _DEMO, [graph, *overrides]
     plan = resolve(graph, config, nixl_transport, port, "", overrides)
     console = Console(soft_wrap=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workers, requests and migrations as tables of at most 80 columns, or, ``wide``, of as many as they need.
+"""Workers, requests and migrations as tables of at most 80 columns, or of any width with ``wide``.
 
-The first characters of an id stand for it, as many as tell it from the others: commands take those too.
+An id is shortened to the characters that distinguish it from the others; commands accept these.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def console(wide: bool = False) -> Console:
 
 
 def start_length(ids: Iterable[str]) -> int:
-    """How many characters tell these ids apart; at least eight."""
+    """Number of characters that distinguish these ids; at least eight."""
     names = set(ids)
     length = _SHORTEST
     while len({name[:length] for name in names}) < len(names):
@@ -42,7 +42,7 @@ def _table(title: str, columns: Collection[str], folded: str = "") -> Table:
 
 
 def show_status(status: Status, requests: int, out: Console, wide: bool = False) -> None:
-    """Everything that ``dynamo status`` tells."""
+    """The output of ``dynamo status``."""
     columns = ["worker", "role", "run", "wait", "relays", "KV use", *(["epoch", "lanes"] if wide else []), "state"]
     table = _table("workers", columns, folded="state")
     for w in status.workers:
@@ -67,7 +67,7 @@ def show_status(status: Status, requests: int, out: Console, wide: bool = False)
 
 
 def condition(worker: WorkerReport) -> str:
-    """What is special about a worker, as console markup."""
+    """A worker's condition (draining, missing, old data), as console markup."""
     found = ["draining" if worker.draining else "cordoned"] if worker.cordoned else []
     if worker.missing:
         found.append(f"[red]missing[/] ({escape(worker.missing)})")
@@ -99,7 +99,7 @@ def _result(move: MoveRecord) -> str:
 
 
 def show_moves(moves: Sequence[MoveRecord], out: Console, wide: bool = False) -> None:
-    """The table of migrations; reasons of those that failed, or were done in another mode, are below it."""
+    """The table of migrations, with reasons below it for those that failed or changed their mode."""
     if not moves:
         out.print("nothing had to be moved")
         return

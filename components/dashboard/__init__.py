@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people watch: ``dynamo top`` and the web page of ``dynamo serve``, both fed by the routers' status.
+"""``dynamo top`` and the web page of ``dynamo serve``, both from the workers' status.
 
-sample.py    asks the routers once a second, keeps the last minutes, computes rates
+sample.py    asks the workers once a second, keeps the last minutes, computes rates
 top.py       the terminal's view of a sample
 access.py    who may see the web page
 server.py    the web page, its data, and Prometheus' list of targets

@@ -16,7 +16,7 @@ from components.dashboard.server import Page, serve
 from components.serve.state import join
 
 _WAIT_S = 600.0
-"""For the first worker."""
+"""Wait for the first worker."""
 
 
 async def main() -> None:
@@ -36,15 +36,15 @@ async def main() -> None:
     runner = await serve(Page(sampler, arguments.frontend, token), arguments.host, arguments.port)
     if VARIABLE not in os.environ:
         print(f"web page: {url_of(arguments.host, arguments.port, token)}", flush=True)
-        os.environ[VARIABLE] = token  # Should this process have to start again.
+        os.environ[VARIABLE] = token  # Kept when this process starts itself again.
     process.ready()
     await asyncio.wait([asyncio.ensure_future(stop.wait()), cut_off], return_when=asyncio.FIRST_COMPLETED)
     if not stop.is_set():
-        # Its place in etcd is lost, and with it Dynamo's runtime of this process.
+        # The lease in etcd is lost, and with it Dynamo's runtime of this process.
         os.execv(sys.executable, [sys.executable, "-m", "components.dashboard", *sys.argv[1:]])
     sampling.cancel()
     await runner.cleanup()
-    # Or its key in etcd would stay there until the lease ends.
+    # Otherwise its key in etcd would stay until the lease ends.
     runtime.shutdown()
     await asyncio.wait([cut_off], timeout=3.0)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may see the web page: everybody on this machine while it listens on loopback, otherwise who has its token.
+"""Access to the web page: open on loopback, otherwise with its token.
 
-The token follows from the secret (``components.credentials``), so that it stays the same from start to start; without
-a secret it is random and made anew. The URL that is printed at the start carries it: the page answers with a cookie
-and goes on without it. Programs send ``Authorization: Bearer <token>``. All else is answered with 401.
+The token is derived from the secret (``components.credentials``) and then equal at every start; without a secret each
+start makes a random one. The printed URL contains it: the page answers with a cookie and redirects to a URL without
+it. Programs send ``Authorization: Bearer <token>``. All other requests get 401.
 No state but the token; nothing is logged.
 """
 
@@ -19,7 +19,7 @@ from components import credentials, env
 from components.address import Address, is_loopback
 
 VARIABLE = env.PAGE_TOKEN.name
-"""A token of one's own. The launcher tells the page's process in this way which one it has printed."""
+"""A user's token. The launcher also passes the printed one to the page's process in it."""
 _WHY = (
     "This page needs its token: open the URL that was printed when it started, or send 'Authorization: Bearer TOKEN'.\n"
 )
@@ -35,12 +35,12 @@ def token_for(host: str) -> str:
 
 
 def url_of(host: str, port: int, token: str) -> str:
-    """What to open in a browser."""
+    """The URL for a browser."""
     return f"http://{Address(host, port)}/" + (f"?token={token}" if token else "")
 
 
 def guard(token: str) -> Middleware:
-    """A middleware that lets through who has the token."""
+    """A middleware that requires the token."""
 
     def fits(given: str) -> bool:
         return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), token.encode())
@@ -53,7 +53,7 @@ def guard(token: str) -> Middleware:
         if not token or fits(bearer) or fits(request.cookies.get(cookie, "")):
             return await handler(request)
         if request.path == "/" and fits(request.query.get("token", "")):
-            # The token leaves the address bar and the history.
+            # Removes the token from address bar and history.
             entered = web.HTTPSeeOther("/")
             entered.set_cookie(cookie, token, httponly=True, samesite="Strict")
             raise entered

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts the web page beside a graph, as a process that the graph can do without.
+"""Starts the web page beside a graph, as a separate process that the graph does not need.
 
-``beside`` yields its URL, with the token where it needs one (empty: there is no page), and ends it with the block. It
-raises nothing: a page that does not start is a line in the log, its own.
+``beside`` yields its URL, with a token beyond loopback (empty: no page), and ends it with the block. It raises
+nothing: a page that does not start writes a line to the log.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _TRIES = 20
 
 
 def page_port(wanted: int | None, host: str, frontend_port: int) -> int:
-    """The wanted port, or the first one after the frontend's that can be listened on. 0: no page.
+    """The wanted port, or the first free one after the frontend's. 0: no page.
 
-    To be asked once all components are up: each of them takes ports at random.
+    Call it after all components have started, which take random ports.
     """
     if wanted is not None:
         return wanted
@@ -46,7 +46,7 @@ def _free(host: str, port: int) -> bool:
 
 @contextlib.asynccontextmanager
 async def beside(port: int, host: str, frontend: str, variables: Mapping[str, str]) -> AsyncIterator[str]:
-    """Run the page on ``port`` for the time of the block, which begins when it answers, or never will."""
+    """Run the page on ``port`` during the block, which begins when the page answers or has failed."""
     if not port:
         yield ""
         return

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each request has been, for people to see: pieced together from one status after the other.
+"""The path of each request over workers, for people, reconstructed from successive states.
 
-Workers tell where requests are now and which moves have ended; nobody keeps the life of a request. Times are Unix times
-of this process, reckoned from ages. Keeps at most ``_KEPT`` requests. Does no I/O.
+Workers report the present place of requests and ended moves, but no history. Times are Unix times of this process,
+computed from ages. Keeps at most ``_KEPT`` requests. Does no I/O.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _WINDOW_S = 60.0
 
 
 class Part(msgspec.Struct, frozen=True):
-    """A time on one worker (decode, prefill), or of a move to it (copying, frozen, replayed)."""
+    """An interval on one worker (decode, prefill), or of a move to it (copying, frozen, replayed)."""
 
     kind: str
     worker: str
@@ -57,7 +57,7 @@ class Lives:
         self._noted: dict[tuple[str, str, str, int], None] = {}
 
     def take(self, status: Status, now: float) -> None:
-        """The next status."""
+        """Add the next status."""
         there: dict[str, tuple[str, RequestRow]] = {
             row.request_id: (worker.worker, row) for worker, row in status.requests()
         }
@@ -97,7 +97,7 @@ class Lives:
         else:
             followed.moves.append(Part("copying", move.target, ended - move.total_s, ended))
             followed.moves.append(Part("frozen", move.source, ended - move.downtime_s, ended))
-        # Two looks are further apart than a move takes: its own times are better.
+        # Two samples are further apart than a move takes: the move's own times are better.
         parts = followed.parts
         for at in range(1, len(parts)):
             before, after = parts[at - 1], parts[at]
@@ -106,6 +106,6 @@ class Lives:
                 parts[at] = msgspec.structs.replace(after, began=ended)
 
     def shown(self) -> tuple[Life, ...]:
-        """The youngest."""
+        """The youngest requests."""
         youngest = heapq.nlargest(_SHOWN, self._followed.items(), key=lambda pair: pair[1].began)
         return tuple(Life(name, (*f.parts, *f.moves), f.over) for name, f in youngest)

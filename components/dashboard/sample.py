@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of a running system: what its workers tell, and rates between two looks.
+"""Samples of a running system: the workers' state, and rates between two samples.
 
 Life cycle: ``run`` until cancelled; ``latest`` is None before the first answer. One asyncio loop.
-Workers that do not answer are named in ``error`` and asked again; nothing is raised.
+``error`` names workers that do not answer, which are asked again; nothing is raised.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _OLDEST, _MOVES = 20, 50
 
 
 class Source(Protocol):
-    """What is needed of ``components.client.Workers``."""
+    """The part of ``components.client.Workers`` in use."""
 
     async def refresh(self, patience_s: float, decisions: bool = False) -> None:
         """Ask all workers."""
         ...
 
     def status(self) -> Status:
-        """What they have told."""
+        """Their last answers."""
         ...
 
 
@@ -69,7 +69,7 @@ class Running(msgspec.Struct, frozen=True):
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """The newest point with what is behind it. Of requests only some: there may be a hundred thousand."""
+    """The newest point with details. Only some requests: there may be a hundred thousand."""
 
     point: Point
     workers: tuple[WorkerReport, ...]
@@ -96,18 +96,18 @@ class Sampler:
         self._before: dict[str, tuple[float, int]] = {}
 
     async def run(self) -> None:
-        """Ask for ever."""
+        """Sample until cancelled."""
         while True:
             await self.once()
             await asyncio.sleep(self._interval_s)
 
     async def once(self) -> None:
-        """Ask once."""
+        """Take one sample."""
         try:
             await self._source.refresh(_PATIENCE_S, decisions=True)
             status = self._source.status()
         except Exception as error:
-            # Dynamo's client raises what its native side likes; people must read it, not lose the page.
+            # Dynamo's client raises exceptions of any class; people must read them and keep the page.
             self.error = f"{type(error).__name__}: {error}"
         else:
             missing = [
@@ -136,7 +136,7 @@ class Sampler:
         loads = []
         for worker in sorted(status.workers, key=lambda w: (w.role, w.worker)):
             if (stats := worker.stats) is None:
-                continue  # Missing, which is not empty.
+                continue  # Missing is not empty.
             used = 1 - stats.free_blocks / max(1, stats.total_blocks)
             rate = self._rate(worker)
             loads.append(Load(worker.worker, worker.role, used, stats.running, stats.waiting, rate))

@@ -6,7 +6,7 @@
     /api/stream  the same at once, then every new sample, as server-sent events; at least one in ten seconds
     /targets     where Prometheus finds all metrics (its HTTP service discovery)
 
-It only reads: nothing here moves or drains. No address of another host is loaded (the page's policy forbids it).
+It only reads; it cannot move or drain. It loads nothing from other hosts (its content policy forbids that).
 Beyond loopback everything needs the page's token (``access.py``).
 """
 
@@ -30,7 +30,7 @@ _HEADERS = {
 
 
 class Page:
-    """The handlers. ``frontend`` is Dynamo's own HTTP address, whose metrics are listed too. No token: open to all."""
+    """The handlers. ``frontend`` is Dynamo's HTTP address, for its metrics. Without a token the page is open to all."""
 
     def __init__(self, sampler: Sampler, frontend: str = "", token: str = "") -> None:
         self._sampler = sampler
@@ -66,7 +66,7 @@ class Page:
         return msgspec.json.encode(told | {"history": list(sampler.history)} if history else told)
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
-        """Everything, then sample after sample until the browser goes."""
+        """Everything, then every sample until the browser disconnects."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         await response.prepare(request)
         told = self._told(history=True)

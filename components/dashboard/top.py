@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One sample as the terminal shows it. Pure: nothing is asked here."""
+"""One sample as text for a terminal. Pure."""
 
 from __future__ import annotations
 

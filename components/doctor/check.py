@@ -19,7 +19,7 @@ class State(StrEnum):
 
 
 class Check(msgspec.Struct, frozen=True):
-    """What was looked at, what was found, and what to do about it (for ``WARN`` and ``FAIL``)."""
+    """What is checked, what was found, and the fix (for ``WARN`` and ``FAIL``)."""
 
     name: str
     state: State

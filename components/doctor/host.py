@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facts of this host and installation. ``gather`` reads them and never raises; what cannot be read is left empty."""
+"""Facts of this host and installation. ``gather`` reads them and never raises; unreadable ones are empty."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _SHM = Path("/dev/shm")
 
 @dataclass(frozen=True)
 class Host:
-    """Everything that ``judge`` looks at."""
+    """The input of ``judge``."""
 
     python: tuple[int, int] = (0, 0)
     requires: tuple[str, ...] = ()
-    """Requirements of this package, as its metadata states them."""
+    """Requirements of this package, from its metadata."""
     packages: dict[str, str] = field(default_factory=dict)
     """Installed versions by lower-case name."""
     nixl_error: str = ""
@@ -43,7 +43,7 @@ class Host:
 
 
 def gather() -> Host:
-    """Read them. Takes a second or two: NIXL's native library is loaded."""
+    """Read the facts. Takes 1 to 2 s, because it loads NIXL's native library."""
     error, plugins = _nixl()
     return Host(
         python=sys.version_info[:2],
@@ -79,7 +79,7 @@ def _packages() -> dict[str, str]:
 def _nixl() -> tuple[str, tuple[str, ...]]:
     from components.transfer import nixl_is_available
 
-    # Its loggers write to standard output, which belongs to ``-o json``.
+    # Its loggers write to standard output, which ``-o json`` needs.
     os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
     available, why = nixl_is_available()
     if not available:
@@ -90,7 +90,7 @@ def _nixl() -> tuple[str, tuple[str, ...]]:
         agent = nixl_agent("doctor", nixl_agent_config(backends=[]))
         return "", tuple(sorted(agent.get_plugin_list()))
     except Exception as error:
-        # Whatever the native library raises is what the user must read.
+        # The user must read whatever the native library raises.
         return f"{type(error).__name__}: {error}", ()
 
 

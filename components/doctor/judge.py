@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From facts of the host to lines for the user. Pure: the same facts give the same lines, nothing is raised."""
+"""Turns facts of the host into lines for the user. Pure; raises nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BREAK_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 
 def judge(host: Host, transport: Transport) -> list[Check]:
-    """All lines that need no question to anybody."""
+    """All lines from local facts."""
     return [
         _python(host),
         *_packages(host),

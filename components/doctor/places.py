@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders and names that the processes of a graph need, looked at as this user. Nothing is raised, nothing stays.
+"""Checks folders and names that the processes of a graph need, as this user. Raises and leaves nothing.
 
-``dynamo serve`` gives its processes others where these do not do (``components.serve.places``); processes that are
-started without it, as in Kubernetes, have to have them.
+``dynamo serve`` replaces unusable ones for its processes (``components.serve.places``); processes without it, as in
+Kubernetes, need them.
 """
 
 from __future__ import annotations

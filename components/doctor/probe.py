@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes that move 64 MiB with NIXL: ``python -m components.doctor.probe auto``.
 
-Prints UCX's own protocol tables (set by the caller in the environment) and, last, one line of JSON after
-``PROBE``. Exits with 1 when the bytes are not the right ones. The caller owns the time-out.
+Prints UCX's protocol tables (which the caller enables in the environment) and finally one line of JSON after
+``PROBE``. Exits with 1 when the bytes are wrong. The caller owns the time-out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MARK = "PROBE "
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """What the second of two transfers did: the first one connects."""
+    """Figures of the second of two transfers; the first one connects."""
 
     first_s: float
     seconds: float
@@ -48,7 +48,7 @@ def _source(pipe: Connection, transport: Transport) -> None:
 
 
 def main(transport: Transport) -> bool:
-    """Move, print, tell whether the bytes are right."""
+    """Move and print. True when the bytes are right."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     peer = context.Process(target=_source, args=(there, transport), daemon=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The servers and ports that a graph needs, asked from here. Every question ends within seconds; nothing is raised.
+"""Checks the servers and ports that a graph needs. Each check ends within seconds; nothing is raised.
 
-Servers that the environment names must answer. When none is named, ``dynamo serve`` starts its own: then the
-programs must be installed.
+Servers named in the environment must answer. Without such names ``dynamo serve`` starts its own and needs the
+programs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _S = 2.0
 
 
 def services(environment: Mapping[str, str], port: int) -> list[Check]:
-    """All lines about servers and ports, and about variables whose values are wrong."""
+    """All lines about servers and ports, and about variables with wrong values."""
     try:
         env.check(environment)
     except ConfigError as error:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real transfer between two processes of this host, and the lane that UCX says it took.
+"""A real transfer between two processes of this host, and the lane that it used according to UCX.
 
-What was asked for proves nothing: UCX prints, for every connection, which transports each kind of operation
-uses (``UCX_PROTO_INFO``), and those lines are read here. Nothing is raised; the time-out is ours.
+The requested lane proves nothing: UCX prints, for every connection, which transports each kind of operation
+uses (``UCX_PROTO_INFO``), and this module reads those lines. Nothing is raised; this module sets the time-out.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def transfer(transport: Transport) -> Check:
 
 
 def judge(name: str, transport: Transport, output: str) -> Check:
-    """From what the two processes printed to one line."""
+    """One line from the output of the two processes."""
     marked = [line for line in output.splitlines() if line.startswith(MARK)]
     if not marked:
         lines = [line for line in output.splitlines() if line.strip() and "UCX  INFO" not in line] or ["no output"]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prometheus metrics and traces, under Dynamo's names and labels.
 
-names.py    every metric of ours, with labels and help; the documentation is written from it
+names.py    all metrics, with labels and help; source of the documentation
 export.py   makes them and adds them to a component's ``/metrics`` (``DYN_SYSTEM_PORT``)
-worker.py   what a worker shows
-spans.py    a part of a request's OpenTelemetry trace for each of its moves, when that is switched on
+worker.py   metrics of a worker
+spans.py    OpenTelemetry spans of moves in the traces of their requests, if switched on
 """

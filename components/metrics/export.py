@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes metrics in a registry of the component's own, and adds the registry to its ``/metrics``.
+"""Makes metrics in a component's registry and adds the registry to its ``/metrics``.
 
-Dynamo calls us from a thread of its own when somebody scrapes; collectors must only read.
+Dynamo calls collectors from its own thread at a scrape; they must only read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Family = CounterMetricFamily | GaugeMetricFamily
 
 
 class Registry(CollectorRegistry):
-    """Without the gauges that tell when each counter was born: nobody reads them. Other registries keep theirs."""
+    """A registry without gauges of creation times, which are unused. Other registries keep theirs."""
 
     def collect(self) -> Iterator[Exported]:
         """All families."""
@@ -42,7 +42,7 @@ def histogram(metric: Metric, registry: CollectorRegistry) -> Histogram:
 
 
 def family(metric: Metric, values: dict[tuple[str, ...], float]) -> Family:
-    """What a collector gives for a metric that is read and not counted."""
+    """A collector's family of a metric that is read at the scrape."""
     kind = CounterMetricFamily if metric.kind is Kind.COUNTER else GaugeMetricFamily
     found: Family = kind(f"{PREFIX}_{metric.name}", metric.help, labels=metric.labels)
     for labels, value in values.items():
@@ -51,12 +51,12 @@ def family(metric: Metric, values: dict[tuple[str, ...], float]) -> Family:
 
 
 def reachable(host: str) -> str:
-    """The name under which Prometheus reaches a process that listens on ``host``; ``DYN_MIGRATE_METRICS_HOST`` wins."""
+    """Host at which Prometheus reaches a process that listens on ``host``; ``DYN_MIGRATE_METRICS_HOST`` wins."""
     return env.METRICS_HOST.read() or dialled(host)
 
 
 def address(host: str = "127.0.0.1") -> str:
-    """host:port of this process's ``/metrics``; empty when it has none."""
+    """host:port of this process's ``/metrics``; empty: none."""
     port, listens = env.SYSTEM_PORT.read(), env.SYSTEM_HOST.read()
     where = listens if listens and not is_any(listens) else host
     return str(Address(reachable(where), port)) if port > 0 else ""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of all metrics of this package. Plain values: importing this starts nothing.
+"""Names of all metrics of this package. Plain values.
 
-Dynamo's prefix for components is ``dynamo_component``; ours all begin with ``dynamo_component_live_migration``,
-because Dynamo's own ``model_migration`` means a retry after a failure. Dynamo adds the labels ``dynamo_namespace``,
-``dynamo_component``, ``dynamo_endpoint`` and ``worker_id`` to each of them.
+Dynamo's prefix for components is ``dynamo_component``; this package's is ``dynamo_component_live_migration``,
+because Dynamo's ``model_migration`` means a retry after a failure. Dynamo adds the labels ``dynamo_namespace``,
+``dynamo_component``, ``dynamo_endpoint`` and ``worker_id``.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Metric:
 
     @property
     def full_name(self) -> str:
-        """As Prometheus stores it; a histogram's series end in ``_bucket``, ``_sum`` and ``_count``."""
+        """Name in Prometheus; a histogram's series end in ``_bucket``, ``_sum`` and ``_count``."""
         return f"{PREFIX}_{self.name}" + ("_total" if self.kind is Kind.COUNTER else "")
 
 
-# Of whoever drives a migration: its source.
+# Of the source of a migration.
 MOVES = Metric("moves", Kind.COUNTER, "Migrations that ended, by mode and outcome (done, failed)", ("mode", "outcome"))
 REFUSALS = Metric("refusals", Kind.COUNTER, "Migrations that were refused before anything changed", ("reason",))
 FALLBACKS = Metric("fallbacks", Kind.COUNTER, "Migrations that went on in a simpler mode", ("mode", "reason"))

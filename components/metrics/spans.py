@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenTelemetry spans of moves, within the trace of the request that moves.
+"""OpenTelemetry spans of moves, in the trace of the moved request.
 
-Dynamo's frontend and workers write the spans of a request. A move adds ``live_migration``, from its begin to its end at
-the source, with ``frozen`` in it, the time without a token. Off unless ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or
-``..._TRACES_ENDPOINT``) is set and the extra ``otel`` is installed. Written when a move has ended, by its source:
-nothing is done while tokens flow. ``export`` never raises and never waits: OpenTelemetry's own thread sends.
+Dynamo's frontend and workers write the spans of a request. A move adds ``live_migration`` (begin to end at the
+source), with ``frozen`` in it, the time without a token. Off unless ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or
+``..._TRACES_ENDPOINT``) is set and the extra ``otel`` is installed. The source writes the spans after the move.
+``export`` never raises and never waits: OpenTelemetry's thread sends.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def record(move: MoveRecord, ended: float, tracer: Any, headers: Mapping[str, str]) -> None:
-    """Write a move that ended at ``ended`` (Unix time here), as a part of the trace that ``headers`` (W3C) name."""
+    """Write a move that ended at ``ended`` (local Unix time), in the trace of ``headers`` (W3C)."""
     from opentelemetry import trace
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -64,14 +64,14 @@ def _tracer() -> Any:
     except ImportError as error:
         logger.warning("no traces: %s; install the extra 'otel'", error)
         return None
-    # A provider of our own: Dynamo and vLLM have theirs in this process.
+    # A separate provider: Dynamo and vLLM have theirs in this process.
     provider = TracerProvider(resource=Resource.create({"service.name": "dynamo-migrate"}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return provider.get_tracer("dynamo-migrate")
 
 
 def export(move: MoveRecord, headers: Mapping[str, str]) -> None:
-    """Write a move that has just ended, where traces are switched on. ``headers``: those of its request."""
+    """Write a move that has just ended, if traces are on. ``headers``: those of its request."""
     tracer = _tracer()
     if tracer is not None:
         record(move, time.time(), tracer, headers)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker shows: the moves that left it, what it relays and takes in, and its engine's last known state.
+"""Metrics of a worker: moves from it, relays, arrivals, and the last known state of its engine.
 
-Events are counted on the worker's loop. Gauges are read by Dynamo's thread when somebody scrapes; nothing waits for the
-engine then: ``Gauges.stats`` are what it told last, and ``wake`` has it asked again, for the next scrape.
+Events are counted on the worker's loop. Dynamo's thread reads gauges at a scrape, without waiting for the engine:
+``Gauges.stats`` is its last report, and ``wake`` requests a new one for the next scrape.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _COUNTED: dict[names.Metric, dict[tuple[str, ...], Event]] = {
     names.LANDINGS: {("done",): Event.LANDED, ("failed",): Event.NOT_LANDED},
     names.ORPHANS: {(): Event.ORPHANED},
 }
-"""Metrics, and what they count, by labels."""
+"""Metrics and their counts, by labels."""
 _HANDOFFS = ("lent", "lease_over", "first_token_used")
-"""Outcomes that are shown before any of them happens."""
+"""Outcomes with series from the start."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Gauges:
 
 
 class WorkerMetrics(Collector):
-    """See the module docstring. ``registry`` is what is exported."""
+    """See the module docstring. ``registry`` is exported."""
 
     def __init__(self, gauges: Callable[[], Gauges], wake: Callable[[], None]) -> None:
         self._gauges = gauges
@@ -74,7 +74,7 @@ class WorkerMetrics(Collector):
         self._drains = counter(names.DRAINS, registry)
         self._drain = histogram(names.DRAIN, registry)
         registry.register(self)
-        # Alerts and panels need series from the start, not from the first event on.
+        # Alerts and panels need series before the first event.
         for mode in Mode:
             for outcome in ("done", "failed"):
                 self._moves.labels(mode, outcome)
@@ -88,7 +88,7 @@ class WorkerMetrics(Collector):
             self._fallbacks.labels(Mode.LIVE, code)
 
     def moved(self, record: MoveRecord, asked: Mode) -> None:
-        """A migration has ended; ``asked`` is the mode that was wanted."""
+        """Count an ended migration; ``asked`` is the requested mode."""
         mode, lane = record.mode.value, record.lane or "none"
         self._moves.labels(mode, "done" if record.ok else "failed").inc()
         if record.code == IntegrityError.code:
@@ -111,7 +111,7 @@ class WorkerMetrics(Collector):
         self._wire.labels(lane).observe(record.wire_s)
 
     def drained(self, seconds: float, done: bool) -> None:
-        """A drain has ended."""
+        """Count an ended drain."""
         self._drains.labels("done" if done else "failed").inc()
         if done:
             self._drain.observe(seconds)
@@ -135,6 +135,6 @@ class WorkerMetrics(Collector):
         yield family(names.STEP, {(): stats.step_s})
         yield family(names.PREEMPTIONS, {(): stats.preemptions_total})
         yield family(names.LEASES, {(): stats.leases_expired_total})
-        # Alerts need series from the start, not from the first event on.
+        # Alerts need series before the first event.
         refused = dict.fromkeys((IntegrityError.code, StaleEpoch.code, IncompatibleLayout.code), 0) | stats.kv_refused
         yield family(names.KV_REFUSED, {(code,): count for code, count in refused.items()})

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lives that came to this worker from elsewhere: they begin here, run in the engine and wait for a reader.
+"""Lives that arrive from other workers: they begin here, run in the engine and wait for a reader.
 
-A task reads each life from the engine, so that it goes on whoever has its tokens: the worker it came from (``attach``),
-or a handler here to which the frontend has sent the request again (``claim``). One without a reader is given up after
-``orphan_s``; until then everybody who asks for a life that has failed is told why.
+A task reads each life from the engine, independent of its reader: the previous worker (``attach``), or a handler here
+that has the frontend's repeat (``claim``). A life without a reader is given up after ``orphan_s``; until then a call
+about a failed life gets the reason.
 
 Threading: one asyncio loop.
 """
@@ -40,10 +40,10 @@ class Arrivals:
         spawn: Callable[[object], None],
     ) -> None:
         self.fingerprint = fingerprint
-        """Of the model, its weights, the runner and the KV layout: a life begins only where it is the same."""
+        """Of model, weights, runner and KV layout; a life begins only with an equal one."""
         self.lives: dict[Life, Arrival] = {}
         self.tokens_total = 0
-        """Tokens that this engine has made for them."""
+        """Tokens that this engine has made for arrivals."""
         self._engine = engine
         self._peers = peers
         self._suspects = suspects
@@ -51,7 +51,7 @@ class Arrivals:
         self._spawn = spawn
 
     def reserve(self, ticket: Ticket, offer: KVOffer | None) -> None:
-        """Let a life begin here: blocks are reserved and filled, no token comes before ``commit``."""
+        """Begin a life here: reserves and fills blocks; no token comes before ``commit``."""
         if ticket.fingerprint != self.fingerprint:
             raise InvalidRequest("model, weights, runner or KV layout of the two workers differ")
         if ticket.life in self.lives:
@@ -104,7 +104,7 @@ class Arrivals:
         leg.add(GenerateOutput(len(leg.known()), finish_reason=FinishReason.ERROR, error=(error.code, str(error))))
 
     def get(self, request_id: RequestId, life: Life) -> Arrival:
-        """Raises ``RequestNotFound`` for a life that is not, or no longer, here."""
+        """Raise ``RequestNotFound`` for a life that is not here."""
         leg = self.lives.get(life)
         if leg is None or leg.request_id != request_id:
             raise RequestNotFound(f"life {life:x} of request {request_id} is not here")
@@ -113,7 +113,7 @@ class Arrivals:
     async def attach(
         self, request_id: RequestId, life: Life, index: int, token_ids: Sequence[int] = ()
     ) -> AsyncGenerator[Attached, None]:
-        """For the worker that a life came from, or one that got its repeat with ``token_ids``: see ``Attached``."""
+        """Stream a life to its previous worker, or to one that has its repeat with ``token_ids``; see ``Attached``."""
         leg = self.get(request_id, life)
         if leg.refused is not None:
             raise leg.refused
@@ -129,10 +129,10 @@ class Arrivals:
                 yield Attached(moved=leg.away.owner)
 
     def claim(self, request_id: RequestId, token_ids: Sequence[int], owner: Owner | None) -> tuple[Arrival, int] | None:
-        """The life that continues exactly these tokens here, and the output token to begin with.
+        """The life here that continues exactly these tokens, and the output token to begin with.
 
-        Where an owner was announced, only its life counts: another one here is left from a move that failed, and its
-        source may be about to end it. Without an announcement the source has died.
+        With an announced owner only its life counts: another one here is left from a failed move, and its source may
+        soon end it. Without an announcement the source has died.
         """
         for leg in self.lives.values():
             if owner is not None and owner.life != leg.life:
@@ -144,7 +144,7 @@ class Arrivals:
         return None
 
     async def give_up(self, leg: Arrival) -> None:
-        """End a life here; its successor too, if it has moved on."""
+        """End a life here, and its successor if it has moved on."""
         self.lives.pop(leg.life, None)
         with suppress(MigrateError):
             if leg.away is not None:
@@ -154,14 +154,14 @@ class Arrivals:
                 await self._engine.abort(leg.engine_id)
 
     async def abort(self, request_id: RequestId) -> bool:
-        """End a request whose client has gone. False: none of its lives came from elsewhere."""
+        """End a request without client. False: none of its lives arrived from another worker."""
         for leg in [leg for leg in self.lives.values() if leg.request_id == request_id]:
             await self.give_up(leg)
             return True
         return False
 
     def sweep(self, orphan_s: float) -> None:
-        """Give up what nobody has read for ``orphan_s``."""
+        """End a life without reader for ``orphan_s``."""
         now = time.monotonic()
         for leg in list(self.lives.values()):
             if leg.unread_since is None or now - leg.unread_since < orphan_s:
@@ -169,7 +169,7 @@ class Arrivals:
             if not leg.over and leg.away is None:
                 self._events[Event.ORPHANED] += 1
                 logger.warning("request %s is given up: nobody has asked for its tokens", leg.request_id)
-            # Nobody finds it from here on.
+            # No call finds it from here on.
             del self.lives[leg.life]
             if leg.away is None:
                 self._spawn(self.give_up(leg))

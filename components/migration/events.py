@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to requests on one worker, for its metrics to count."""
+"""Events of requests on one worker, which its metrics count."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ class Event(StrEnum):
     """See the module docstring."""
 
     REPEATED = "repeated"
-    """The frontend was asked to send a request again that has moved on."""
+    """The frontend was told to repeat a moved request."""
     ADOPTED = "adopted"
-    """A repeat came to the worker that has the request, and goes on there."""
+    """A repeat reached the owner of the request and continues there."""
     PASSED_ON = "passed-on"
-    """A repeat came to another worker, which relays it."""
+    """A repeat reached another worker, which relays it."""
     RECOMPUTED = "recomputed"
-    """The owner of a relayed request was lost; it is computed again here."""
+    """The owner of a relayed request was lost; this worker computes it again."""
     LANDED = "landed"
-    """A request has come in from another worker."""
+    """A request arrived from another worker."""
     NOT_LANDED = "not-landed"
-    """One was to come in, and did not."""
+    """An arrival failed."""
     ORPHANED = "orphaned"
-    """A request was given up because nobody asked for its tokens."""
+    """A request without a reader was given up."""

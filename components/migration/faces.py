@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an engine's output items look to ``components.migration.requests``; none of an unmoved request is converted."""
+"""Reads an engine's output items for ``components.migration.requests``, without converting those of unmoved requests."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ T = TypeVar("T")
 
 
 class Face(Protocol[T]):
-    """How an engine's own output items look. The unmoved path never converts one."""
+    """Reads an engine's output items. The unmoved path never converts one."""
 
     def tokens(self, item: T) -> Sequence[int]:
         """Its new tokens."""
         ...
 
     def finished(self, item: T) -> bool:
-        """Is it the last of its stream?"""
+        """True for the last item of its stream."""
         ...
 
     def without_end(self, item: T) -> T | None:
-        """The item as if more would follow; None when nothing is left of it."""
+        """The item as if more followed; None when nothing is left of it."""
         ...
 
     def make(self, output: GenerateOutput) -> T:

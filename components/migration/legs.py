@@ -2,11 +2,11 @@
 """One life of a request in the engine of this worker.
 
 ``Leg`` is a life that Dynamo's handler reads directly from the engine: the stock path, plus a list of its tokens and
-the times of the last ones. ``Arrival`` is a life that came from another worker: a task reads it from the engine, and
-whoever has it now reads it here, from any token on: the worker it came from (relay) or a handler to which the frontend
-has sent the request again (adoption). The newest reader wins.
+the times of the last ones. ``Arrival`` is a life from another worker: a task reads it from the engine, and its reader
+reads it here, from any token on. The reader is the previous worker (relay) or a handler with the frontend's repeat
+(adoption). The newest reader wins.
 
-Threading: one asyncio loop. Nobody's time-outs but one: an arrival that nobody reads for ``orphan_s`` is given up.
+Threading: one asyncio loop. One time-out: an arrival without a reader for ``orphan_s`` is given up.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ _GAPS = 16
 
 
 def new_life() -> Life:
-    """A number that no other life of any request has."""
+    """A random number for one life of one request."""
     return secrets.randbits(63)
 
 
 @dataclass(eq=False)
 class Away:
-    """The life that goes on elsewhere."""
+    """The life that continues at another worker."""
 
     owner: Owner
     first: GenerateOutput
-    """Its first output, which proved that it runs there."""
+    """Its first output, which proved that it runs."""
     relay: AsyncGenerator[GenerateOutput, None]
-    """The outputs after that one. Closed when nobody here passes them on: then the owner sees itself unread."""
+    """The outputs after that one. Closed when no reader here passes them on; the owner then counts as unread."""
     cut: tuple[int, ...]
     """All output tokens up to the cut."""
     told: frozenset[int] | None = None
-    """Workers that know the owner; None while they are being told."""
+    """Workers that know the owner; None during the announcement."""
     told_at: float = 0.0
 
 
@@ -55,10 +55,10 @@ class Leg:
 
     request_id: RequestId
     engine_id: RequestId
-    """Its name in the engine: the frontend's id for a stock request, which ``abort`` then finds."""
+    """Its name in the engine; the frontend's id for a stock request, so that ``abort`` finds it."""
     prompt_token_ids: Sequence[int]
     native: Callable[[], bytes]
-    """The request in the engine's own form, made when a move asks for it."""
+    """The request in the engine's form, made for a move."""
     fixed: str = ""
     """Why it cannot move; empty: it can."""
     attached: str = ""
@@ -67,41 +67,41 @@ class Leg:
     trace: Mapping[str, str] = field(default_factory=dict)
     """W3C headers of the trace that the request belongs to."""
     tried: frozenset[int] = frozenset()
-    """Workers that have had this request from the frontend, which gives it to none of them again."""
+    """Workers to which the frontend has sent this request; it sends the request to none of them again."""
     life: Life = field(default_factory=new_life)
     began: float = field(default_factory=lambda: time.monotonic())
     tokens: list[int] = field(default_factory=list)
-    """Output tokens that have left this worker."""
+    """Output tokens sent by this worker."""
     away: Away | None = None
     parting: asyncio.Event | None = None
-    """There from the first move on of a life that a handler reads from the engine; set when it has left."""
+    """Exists from the first move of a life that a handler reads from the engine; set when it has left."""
     order: tuple[int, ...] = ()
     """As in ``Owner``."""
     attempts: int = 0
-    """To move this life."""
+    """Attempts to move this life."""
     served: bool = False
-    """A handler of this worker gives its tokens to the frontend."""
+    """True while a handler of this worker gives its tokens to the frontend."""
     handed_on: bool = False
-    """The frontend has been asked to repeat the request."""
+    """True once the frontend was told to repeat the request."""
     over: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by the move under way."""
+    """Held by the running move."""
     left: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set once nobody in this worker has to do with it any more."""
+    """Set when this worker has finished with it."""
     _times: deque[float] = field(default_factory=lambda: deque(maxlen=_GAPS + 1))
 
     def expect_parting(self) -> None:
-        """A move begins: who reads the engine's stream looks out for its end."""
+        """A move begins: the reader of the engine's stream watches for its end."""
         self.parting = self.parting or asyncio.Event()
 
     def depart(self, away: Away) -> None:
-        """The life has left: readers turn to its next owner as soon as they have its tokens up to the cut."""
+        """The life has left: its readers turn to the next owner after its tokens up to the cut."""
         self.away = away
         if self.parting is not None:
             self.parting.set()
 
     def note(self, tokens: Sequence[int]) -> None:
-        """These have left now."""
+        """Note sent tokens."""
         self.tokens.extend(tokens)
         self._times.append(time.monotonic())
 
@@ -110,7 +110,7 @@ class Leg:
         return self.tokens
 
     def ticket(self, life: Life, fingerprint: str, made: Sequence[int], order: tuple[int, ...]) -> Ticket:
-        """What a worker needs to begin ``life`` of this request after the output tokens ``made``."""
+        """The ticket with which another worker begins ``life`` of this request after the output tokens ``made``."""
         return Ticket(
             self.request_id,
             life,
@@ -127,16 +127,16 @@ class Leg:
 
     @property
     def moves(self) -> int:
-        """How often the request has moved."""
+        """Number of moves of the request."""
         return len(self.order) + (self.away is not None)
 
     @property
     def last_token_at(self) -> float:
-        """When the last token left; when the life began, if none has."""
+        """Time of the last sent token, or of the life's begin."""
         return self._times[-1] if self._times else self.began
 
     def median_gap(self) -> float:
-        """Median of the last gaps between outputs, in seconds; 0 while there are none."""
+        """Median of the last gaps between outputs, in seconds; 0: none yet."""
         times = list(self._times)
         return median(b - a for a, b in zip(times, times[1:], strict=False)) if len(times) > 1 else 0.0
 
@@ -146,18 +146,18 @@ class Arrival(Leg):
     """See the module docstring."""
 
     before: tuple[int, ...] = ()
-    """Output tokens that were made elsewhere; complete from the commit on."""
+    """Output tokens of earlier lives; complete from the commit on."""
     outputs: list[GenerateOutput] = field(default_factory=list)
     committed: bool = False
     refused: MigrateError | None = None
-    """Why it has not landed."""
+    """Why its landing failed."""
     reader: int = 0
-    """Number of the reader that has it; 0 before the first."""
+    """Number of its reader; 0 before the first."""
     unread_since: float | None = field(default_factory=lambda: time.monotonic())
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def expect_parting(self) -> None:
-        """``read`` ends by itself."""
+        """True once ``read`` ends by itself."""
 
     def depart(self, away: Away) -> None:
         """See ``Leg``."""
@@ -165,26 +165,26 @@ class Arrival(Leg):
         self._changed.set()
 
     def add(self, output: GenerateOutput) -> None:
-        """The engine has given this."""
+        """Add an output of the engine."""
         self.outputs.append(output)
         self._times.append(time.monotonic())
         self._changed.set()
 
     def known(self) -> list[int]:
-        """All output tokens, with those of earlier lives."""
+        """All output tokens, including earlier lives."""
         return [*self.before, *(token for output in self.outputs for token in output.token_ids)]
 
     def index_after(self, token_ids: Sequence[int]) -> int | None:
-        """The output token that follows these tokens of prompt and answer; None when they are not this life's."""
+        """Index of the output token after these tokens of prompt and answer; None when they are not this life's."""
         index = len(token_ids) - len(self.prompt_token_ids)
         if index < 0 or [*self.prompt_token_ids, *self.known()[:index]] != list(token_ids):
             return None
         return index
 
     def start(self, index: int, token_ids: Sequence[int]) -> int:
-        """The output token that a reader begins with: ``index``, or what follows the tokens that it has.
+        """The output token that a reader begins with: ``index``, or the one after the reader's tokens.
 
-        Raises ``RequestNotFound`` when those are not this life's. Tokens that its next owner made are.
+        Raises ``RequestNotFound`` when those are not this life's. Tokens of the next owner count as this life's.
         """
         if not token_ids:
             return index
@@ -196,11 +196,11 @@ class Arrival(Leg):
         return len(self.known())
 
     async def read(self, index: int) -> AsyncGenerator[GenerateOutput, None]:
-        """Outputs from token ``index`` on, to the one with a finish reason or the last one before the life left.
+        """Outputs from token ``index`` on, to the one with a finish reason or the last one before the life leaves.
 
         Raises ``SessionError`` when another reader takes over.
 
-        -1 begins with what is made here. A client whose worker died may lack some of the tokens before that.
+        -1 begins with the first token made here. The client of a dead worker may lack some tokens before that.
         """
         self.reader += 1
         me, position = self.reader, 0
@@ -231,7 +231,7 @@ class Arrival(Leg):
 
 
 def since(output: GenerateOutput, index: int) -> GenerateOutput | None:
-    """The part of an output from token ``index`` on; None when nothing of it is left."""
+    """The part of an output from token ``index`` on; None when it is empty."""
     skip = index - output.index
     if skip <= 0:
         return output

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What workers say to each other, and what planners and the command line say to workers.
+"""Messages between workers, and from planners and the command line to workers.
 
-One endpoint, ``<namespace>.<component>.migrate``, answers every ``WorkerCall``: with one ``WorkerReply``, or, for
+One endpoint, ``<namespace>.<component>.migrate``, answers every ``WorkerCall`` with one ``WorkerReply`` or, for
 ``attach``, with a stream of ``Attached``. ``components.messages`` packs, bounds and seals them.
 
-A call names a *life* of a request, not the request: each stay of a request in an engine has a random number, and a
-call with another number is refused. A late, doubled or crossed call therefore never hits the next life.
+A call names a *life* of a request: each stay of a request in an engine has a random number, and a call with another
+number is refused. A late, doubled or crossed call therefore never reaches the next life.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from components.engine.protocol import (
 )
 
 Life = int
-"""Number of one stay of a request in one engine: 63 random bits."""
+"""Number of one stay of a request in one engine (63 random bits)."""
 
 
 class Mode(StrEnum):
-    """How a request moves. ``REPLAY`` recomputes its KV, as Dynamo's own migration does."""
+    """Way of moving a request. ``REPLAY`` recomputes its KV, like Dynamo's own migration."""
 
     LIVE = "live"
     STOP_AND_COPY = "stop-and-copy"
@@ -40,35 +40,35 @@ class Mode(StrEnum):
 
 
 class Owner(msgspec.Struct, frozen=True):
-    """Where a request runs: the instance id of a worker, and the number of its life there."""
+    """Place of a request: the instance id of a worker, and the number of the life there."""
 
     instance: int
     life: Life
     prompt_tokens: int = 0
-    """How much of a repeated request is the client's prompt; the rest is the answer so far."""
+    """Length of the client's prompt in a repeated request; the rest is the answer so far."""
     tried: tuple[int, ...] = ()
-    """Workers to which the frontend had sent the request when it moved: it sends it to none of them again."""
+    """Workers to which the frontend has sent the request, which do not get it again."""
     order: tuple[int, ...] = ()
-    """The attempts to move it that led here, one number for each life: what a source tries after it has taken a request
-    back is later than all that became of the attempt before."""
+    """Numbers of the attempts to move it that led here, one for each life. An attempt of a source that has taken a
+    request back is later than everything that followed from its earlier attempts."""
 
 
 class Ticket(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Everything that another worker needs to go on with a request, but its KV and its tokens at the freeze."""
+    """Everything with which another worker continues a request, except its KV and its tokens at the freeze."""
 
     request_id: RequestId
     life: Life
-    """Number of the life that begins at the receiver."""
+    """Number of the new life at the receiver."""
     prompt_token_ids: tuple[int, ...]
     native: bytes
-    """The request in the engine's own form; only engines with the same fingerprint read it."""
+    """The request in the engine's form, readable for engines with an equal fingerprint."""
     fingerprint: str
     output_token_ids: tuple[int, ...] = ()
     tried: tuple[int, ...] = ()
     """As in ``Owner``."""
     max_tokens: int | None = None
     attached: str = ""
-    """Why the frontend does not send this request again, so that somebody must relay it to its end; empty: it does."""
+    """Why the frontend does not repeat this request, which must be relayed to its end; empty: it does."""
     trace: dict[str, str] = {}
     """W3C headers of the trace that the request belongs to."""
     order: tuple[int, ...] = ()
@@ -76,7 +76,7 @@ class Ticket(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Handover(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a prefill worker says of a request, by way of the frontend: who lends its blocks, or who has it already."""
+    """A prefill worker's answer about a request, by way of the frontend: the loan of its blocks, or its owner."""
 
     owner: Owner | None = None
     fingerprint: str = ""
@@ -84,9 +84,9 @@ class Handover(msgspec.Struct, frozen=True, omit_defaults=True):
     frozen: Frozen | None = None
     """The KV of the prompt, and the first token."""
     stops: bool = False
-    """The first token is one that ends an answer."""
+    """The first token ends the answer."""
     captured: bool = False
-    """The engine gives more with each token than can be passed on: experts that were chosen, masks."""
+    """The engine returns data with each token that cannot be passed on (routed experts, sampling masks)."""
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
@@ -94,7 +94,7 @@ class WorkerOp(StrEnum):
     """Calls that a worker's ``migrate`` endpoint answers."""
 
     RELEASE = "release"
-    """Blocks that a prefill worker lends, named by the offer's request id, are not needed any more."""
+    """Free blocks that a prefill worker lends under the offer's request id."""
     RESERVE = "reserve"
     LANDING = "landing"
     EXTEND = "extend"
@@ -123,9 +123,9 @@ class WorkerCall(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens: tuple[int, ...] = ()
     frozen: Frozen | None = None
     hold_s: float = 0.0
-    """``expect-commit``: for how long to begin no step. ``landing``: when to answer though blocks are on the way."""
+    """``expect-commit``: time in which to begin no step. ``landing``: longest wait for the blocks."""
     index: int = 0
-    """``attach``: output token to begin with; -1 for the first one that is made there."""
+    """``attach``: output token to begin with; -1: the first one made there."""
     owners: Annotated[tuple[tuple[RequestId, Owner], ...], msgspec.Meta(max_length=65536)] = ()
     suspects: Annotated[tuple[RequestId, ...], msgspec.Meta(max_length=65536)] = ()
     target: int = 0
@@ -135,15 +135,15 @@ class WorkerCall(msgspec.Struct, frozen=True, omit_defaults=True):
     requests: bool = True
     """``status``: with the table of requests."""
     since: int = 0
-    """``status``: the version that the caller has; 0 for nothing yet."""
+    """``status``: the caller's version; 0: none."""
     moves_since: int = 0
-    """``status``: how many moves of this worker the caller has been told of."""
+    """``status``: number of this worker's moves that the caller knows."""
     after: int = 0
-    """``status``: row that the page before ended with."""
+    """``status``: last row of the previous page."""
 
 
 class MoveRecord(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One migration that has ended, as its source saw it. Times in seconds."""
+    """One ended migration, from its source. Times in seconds."""
 
     request_id: str
     source: str
@@ -151,9 +151,9 @@ class MoveRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     mode: Mode
     ok: bool
     code: str = ""
-    """``components.errors`` code of what went wrong; empty when nothing did."""
+    """``components.errors`` code of the failure; empty: none."""
     reason: str = ""
-    """Why it failed, or why the mode is not the one asked for."""
+    """Why it failed, or why the mode is not the requested one."""
     tokens: int = 0
     rounds: int = 0
     bytes: int = 0
@@ -167,17 +167,17 @@ class MoveRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """Downtime less the request's median gap between tokens before it."""
     total_s: float = 0.0
     age_s: float = 0.0
-    """Time since it ended, when this record was sent."""
+    """Time between its end and the sending of this record."""
 
 
 class RequestRow(msgspec.Struct, omit_defaults=True, gc=False):
-    """One request of a worker: running in its engine, or relayed from the worker that it has moved to.
+    """One request of a worker: running in its engine, or relayed from its next worker.
 
-    Not frozen: who follows a worker by differences brings its rows up to date in place.
+    Not frozen: callers that follow a worker by differences update rows in place.
     """
 
     number: int
-    """Of the row on this worker; no other row ever has it."""
+    """Number of the row, unique on this worker."""
     request_id: RequestId
     phase: RequestPhase
     prompt_tokens: int
@@ -191,15 +191,15 @@ class RequestRow(msgspec.Struct, omit_defaults=True, gc=False):
     """Why it cannot move; empty: it can."""
     life: Life = 0
     relayed_from: str = ""
-    """Name of the worker whose tokens are passed on; the engine here has nothing of this request any more."""
+    """Worker from which tokens are relayed; this worker's engine no longer has the request."""
     attached: bool = True
-    """False: nobody reads its tokens at the moment; the frontend's repeat is awaited."""
+    """False: its tokens have no reader now; the frontend's repeat is expected."""
     moving: bool = False
     moves: int = 0
 
 
 class RowCount(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What changes with every step of a request, for one whose row the caller has."""
+    """The fields of a row that change with every step, for a known row."""
 
     number: int
     output_tokens: int
@@ -207,33 +207,33 @@ class RowCount(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class WorkerState(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A worker's own view of itself, or what has changed in it since the version that the caller has.
+    """A worker's state, or its changes since the caller's version.
 
-    Rows come in pages. A caller keeps the ``version`` of the first one, and asks on with ``after`` while ``next`` is
-    not 0.
+    Rows come in pages. A caller keeps the ``version`` of the first page, and continues with ``after`` while ``next``
+    is not 0.
     """
 
     worker: str
     role: str
     stats: EngineStats
     info: EngineInfo | None = None
-    """Only to callers that have no version yet. Of the epochs of its agents, the first eight digits."""
+    """Only for callers without a version. Epochs of agents are shortened to eight digits."""
     version: int = 0
     whole: bool = False
-    """``rows`` begin anew: what the caller has of this worker is to be forgotten."""
+    """``rows`` are complete: the caller drops its older rows of this worker."""
     rows: tuple[RequestRow, ...] = ()
     counts: tuple[RowCount, ...] = ()
     gone: tuple[int, ...] = ()
     next: int = 0
     age_s: float = 0.0
-    """Time since the engine has told its load and its table."""
+    """Age of the engine's load and table."""
     moves: tuple[MoveRecord, ...] = ()
     moves_total: int = 0
     cordoned: bool = False
     draining: bool = False
     tokens_total: int = 0
     handoffs: dict[str, int] = {}
-    """How requests went from prefill to decode workers, by outcome; see ``components.worker.handoff``."""
+    """Hand-offs from prefill to decode workers by outcome; see ``components.worker.handoff``."""
     metrics: str = ""
     """host:port of the worker's Prometheus metrics."""
 
@@ -258,7 +258,7 @@ class Attached(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Verdict(StrEnum):
-    """What a planner made of something."""
+    """Kind of a planner's decision."""
 
     MOVE = "move"
     RETIRE = "retire"
@@ -266,7 +266,7 @@ class Verdict(StrEnum):
 
 
 class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One decision of a planner, with its reason, for people to read."""
+    """One decision of a planner with its reason, for people."""
 
     policy: str
     verdict: Verdict
@@ -275,10 +275,10 @@ class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
     source: str = ""
     target: str = ""
     age_s: float = 0.0
-    """Time since it was made, when this was sent."""
+    """Time between the decision and the sending of this."""
 
 
 class PlannerReply(msgspec.Struct, frozen=True):
-    """What a planner answers on its endpoint ``decisions``."""
+    """Answer of a planner's endpoint ``decisions``."""
 
     decisions: Annotated[tuple[Decision, ...], msgspec.Meta(max_length=256)] = ()

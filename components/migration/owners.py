@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which worker has a request that the frontend may send again.
+"""Records of the workers that own requests which the frontend may repeat.
 
-Before a stream breaks, each worker that the frontend could choose is told, in one call for all requests that wait to be
-told, and has answered. This needs no server beside Dynamo's own request plane, and the answers prove that the record is
-there before the repeat is. A worker that did not answer has no record: a repeat that reaches it is a new request there,
-as after the loss of a worker. Records end after ``OWNER_S``.
+Before a stream breaks, each worker that the frontend could choose gets the announcement and answers it; one call
+announces all waiting requests. This needs only Dynamo's request plane, and the answers prove that the record is there
+before the repeat. A worker that does not answer has no record: a repeat is a new request there, as after the loss of a
+worker. Records end after ``OWNER_S``.
 
 Threading: one asyncio loop.
 """
@@ -24,7 +24,7 @@ from components.migration.peers import Peers, short
 logger = logging.getLogger(__name__)
 OWNER_S = 120.0
 TELL_AGAIN_S = 1.0
-"""Who knows an owner is asked again after this time."""
+"""Time after which the workers that know an owner are checked again."""
 _ANNOUNCE_S = 1.0
 
 
@@ -39,42 +39,42 @@ class Owners:
         self._teller: asyncio.Task[None] | None = None
 
     def get(self, request_id: RequestId) -> Owner | None:
-        """Who has been announced to have a request; None for a new one."""
+        """The announced owner of a request; None for a new one."""
         found = self._known.get(request_id)
         return found[0] if found is not None and found[1] > time.monotonic() else None
 
     def forget(self, request_id: RequestId) -> None:
-        """Its owner is lost."""
+        """Drop a lost owner."""
         self._known.pop(request_id, None)
 
     def sweep(self) -> None:
-        """Drop the records that are too old."""
+        """Drop old records."""
         now = time.monotonic()
         self._known = {key: value for key, value in self._known.items() if value[1] > now}
 
     def learn(self, owners: Sequence[tuple[RequestId, Owner]]) -> None:
-        """Take another worker's records in, but those of an earlier attempt than one that is known."""
+        """Take another worker's records, except those of an earlier attempt than a known one."""
         until = time.monotonic() + OWNER_S
         for request_id, owner in owners:
             if (known := self.get(request_id)) is None or owner.order >= known.order:
                 self._known[request_id] = (owner, until)
 
     def known_to(self, workers: Collection[int], told: frozenset[int]) -> bool:
-        """Does each worker that could get a repeat know the owner, when those know it that were ``told``?"""
-        # With prefill and decode apart a repeat passes a prefill worker; one without this package is told nothing.
+        """True when ``told`` has each worker that could get a repeat."""
+        # With disaggregated prefill a repeat passes a prefill worker; one without this package knows no owners.
         first, ours = self._peers.prefill_workers(), self._peers.instances()
         prefilled = first is None or any(instance in told or instance not in ours for instance in first)
         return prefilled and bool(workers) and told.issuperset(workers)
 
     async def tell(self, request_id: RequestId, away: Away) -> None:
-        """Tell the other workers who has a request that has left, and note in ``away`` who knows it."""
+        """Announce the owner of a request that has left, and note in ``away`` the workers that know it."""
         away.told, owner = None, away.owner
         told = await self._announce(request_id, owner)
         if away.owner is owner:
             away.told, away.told_at = told, time.monotonic()
 
     async def _announce(self, request_id: RequestId, owner: Owner) -> frozenset[int]:
-        """The workers that know the owner, once all have answered or have not in time; this one is among them."""
+        """The workers that know the owner, this one included, after all have answered or timed out."""
         waiting = self._telling.get(request_id)
         done = waiting[1] if waiting is not None else asyncio.get_running_loop().create_future()
         self._telling[request_id] = (owner, done)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a life's own stream while a move is under way, and stops the moment the life has left.
+"""Reads a life's stream during a move, and stops when the life has left.
 
-Without it the handler would wait until the engine has ended the stream, which takes the rest of a step and a way
-through the engine's process, and the client with it.
+Otherwise the handler, and with it the client, would wait until the engine has ended the stream, which takes the rest
+of a step and a message from the engine's process.
 
-Threading: one asyncio loop. Life cycle: ``items`` once, then ``close``, which ends the read that is still waiting.
+Threading: one asyncio loop. Life cycle: ``items`` once, then ``close``, which ends a waiting read.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Parting(Generic[T]):
         return away is not None and len(self._leg.known()) >= len(away.cut)
 
     async def close(self) -> None:
-        """The engine ends the stream of a life that has left by itself; that of another one is given up."""
+        """Give up the stream, unless the life has left: the engine then ends it."""
         if self._next is None:
             return
         if self._leg.away is not None:

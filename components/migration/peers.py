@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls to the ``migrate`` endpoints of other workers, over Dynamo's request plane.
 
-Errors: what the peer raised; ``WorkerLost`` when it cannot be reached or closes a call without an answer;
+Errors: the peer's; ``WorkerLost`` when it is unreachable or closes a call without an answer;
 ``DeadlineExceeded`` after the caller's time-out.
 """
 
@@ -23,23 +23,23 @@ STATUS_S = 2.0
 
 
 def short(instance: int) -> str:
-    """A worker's name for people. Instance ids of one etcd differ only in their last digits."""
+    """A worker's short name. Instance ids of one etcd differ only in their last digits."""
     return f"{instance:016x}"[-8:]
 
 
 class Peers(Protocol):
-    """See the module docstring. Tests bring one without a network."""
+    """See the module docstring. Tests have one without a network."""
 
     def instances(self) -> list[int]:
-        """Workers of all roles that can be called now."""
+        """Callable workers of all roles."""
         ...
 
     def siblings(self) -> list[int]:
-        """Workers to which the frontend may give what it gives to this one; this one too. Cordoned ones are missing."""
+        """Workers between which the frontend chooses, this one included, cordoned ones excluded."""
         ...
 
     def prefill_workers(self) -> list[int] | None:
-        """Workers one of which has a request before one of ``siblings`` gets it; None where there is no such stage."""
+        """Prefill workers, one of which gets a request before one of ``siblings``; None without such a stage."""
         ...
 
     async def call(self, instance: int, call: WorkerCall, timeout_s: float = 20.0) -> WorkerReply:
@@ -49,12 +49,12 @@ class Peers(Protocol):
     def attach(
         self, owner: Owner, request_id: RequestId, index: int, token_ids: tuple[int, ...] = ()
     ) -> AsyncGenerator[Attached, None]:
-        """A request at ``owner``, from output token ``index`` on, or from the one that follows ``token_ids``."""
+        """Read a request at ``owner``, from output token ``index`` on, or from the one after ``token_ids``."""
         ...
 
 
 class DynamoPeers:
-    """``Peers`` over Dynamo's clients of the components that have migrating workers."""
+    """``Peers`` over Dynamo's clients of the components with migrating workers."""
 
     def __init__(self, clients: list[Any]) -> None:
         self._clients = clients
@@ -90,7 +90,7 @@ class DynamoPeers:
         return sorted({instance for client in self._first for instance in client.instance_ids()})
 
     def instances(self) -> list[int]:
-        """Workers that are in Dynamo's discovery."""
+        """Workers in Dynamo's discovery."""
         return sorted({instance for client in self._clients for instance in client.instance_ids()})
 
     def _client(self, instance: int) -> Any:
@@ -104,7 +104,7 @@ class DynamoPeers:
         try:
             async with asyncio.timeout(timeout_s):
                 reply: WorkerReply | None = None
-                # To the end of the stream: one that is left early is a cancelled call in the logs of both sides.
+                # To the end of the stream: both sides would log an early end as a cancelled call.
                 async with aclosing(self._stream(instance, call)) as stream:
                     async for item in stream:
                         reply = unpack(item, WorkerReply)
@@ -144,12 +144,12 @@ class DynamoPeers:
             raise WorkerLost(f"worker {short(instance)}: {error}") from error
         finally:
             if not whole:
-                # A reader that leaves ends the peer's side too.
+                # Ends the peer's side when the reader leaves.
                 context.stop_generating()
 
 
 async def states_of(peers: Peers, instances: Sequence[int]) -> dict[int, WorkerState]:
-    """What workers tell of themselves, without their requests; one that does not answer in ``STATUS_S`` is left out."""
+    """States of workers without their requests. A worker that does not answer within ``STATUS_S`` is left out."""
     call = WorkerCall(WorkerOp.STATUS, requests=False)
     asked = (peers.call(instance, call, STATUS_S) for instance in instances)
     replies = zip(instances, await asyncio.gather(*asked, return_exceptions=True), strict=True)
@@ -157,7 +157,7 @@ async def states_of(peers: Peers, instances: Sequence[int]) -> dict[int, WorkerS
 
 
 async def _opened(stream: AsyncGenerator[Attached, None], owner: Owner) -> AsyncGenerator[Attached, None]:
-    """The items; the first one, which a worker that lives sends at once, within ``OPEN_S``."""
+    """The items. The first one must arrive within ``OPEN_S``; a living worker sends it at once."""
     async with aclosing(stream):
         try:
             async with asyncio.timeout(OPEN_S):
@@ -182,10 +182,10 @@ async def follow(
     token_ids: tuple[int, ...] = (),
     opened: Callable[[], object] | None = None,
 ) -> AsyncGenerator[GenerateOutput, None]:
-    """Outputs of a request wherever it runs. ``moved`` is called with each next owner, ``opened`` once its first owner
-    has the reader.
+    """Outputs of a request across its owners. ``moved`` is called with each next owner, ``opened`` once the first
+    owner has the reader.
 
-    Raises what its owner reports, ``WorkerLost`` when its engine has died or a stream ends before the request does.
+    Raises the owner's error, and ``WorkerLost`` when its engine has died or a stream ends before the request.
     """
     while True:
         heir: Owner | None = None

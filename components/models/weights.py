@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight files of a model: are they whole, and which ones are they.
+"""Weight files of a model: their completeness and their identity.
 
-``check`` looks before anything starts, and raises ``ConfigError``; load formats that read nothing from the folder are
-left to vLLM. ``digest`` becomes a part of what agents compare, so that KV of a fine-tune or of a new revision never
-serves another one. It reads names, sizes, headers and a few hundred pages spread over the files: milliseconds, also
-for a model of many gigabytes.
+``check`` runs before the start and raises ``ConfigError``; it ignores load formats that read nothing from the folder.
+Agents compare ``digest``, so that KV of a fine-tune or a new revision never serves another model. It reads names,
+sizes, headers and a few hundred pages spread over the files, which takes milliseconds for many gigabytes too.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ _PATTERNS = {
     "npcache": _TORCH,
     "pt": ("*.pt",),
 }
-"""Files that vLLM's load formats read from a model's folder; the first pattern that finds some wins."""
+"""Files that vLLM's load formats read from a model's folder; the first pattern with files wins."""
 _PAGE = 4096
 _PAGES = 256
-"""Pages that are read of all files together; two of each file at least."""
+"""Pages read of all files together; at least two of each file."""
 _LONGEST_HEADER = 64 << 20
 
 
 def check(model: str, load_format: str) -> None:
-    """Does the folder have the weights that this format reads, and are they whole?"""
+    """Raise when the folder lacks weights that this format reads, or has incomplete ones."""
     folder = Path(model)
     if not os.path.isdir(model) or load_format not in _PATTERNS:
         return
@@ -77,7 +76,7 @@ def _shards(folder: Path) -> list[str]:
 
 
 def _check_whole(weights: Path) -> None:
-    """The header of a safetensors file says how long the file must be."""
+    """Compare the length of a safetensors file with its header."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -90,7 +89,7 @@ def _check_whole(weights: Path) -> None:
 def digest(model: str, load_format: str, revision: str | None = None, download_dir: str | None = None) -> str:
     """SHA-256 over the weights, in hexadecimal: equal for equal copies in other folders.
 
-    Where no weights can be found (random ones, an object store), over the name, the revision and the format.
+    Without local weights (random ones, an object store): over name, revision and format.
     """
     total = hashlib.sha256()
     folder = _folder(model, revision, download_dir)
@@ -102,7 +101,7 @@ def digest(model: str, load_format: str, revision: str | None = None, download_d
             for start, length in _samples(content.fileno(), file, size, max(2, _PAGES // len(found))):
                 total.update(os.pread(content.fileno(), length, start))
     if not found:
-        # Random weights are the same for every model of a shape.
+        # Random weights are equal for all models of a shape.
         total.update(repr((load_format, None if load_format == "dummy" else (model, revision))).encode())
     elif folder is not None:
         for index in sorted(folder.glob("*.index.json")):
@@ -111,7 +110,7 @@ def digest(model: str, load_format: str, revision: str | None = None, download_d
 
 
 def _folder(model: str, revision: str | None, download_dir: str | None) -> Path | None:
-    """The model's folder, or the one that Hugging Face's cache has for its name."""
+    """The model's folder, or that of its name in Hugging Face's cache."""
     if os.path.isdir(model):
         return Path(model)
     from huggingface_hub import try_to_load_from_cache
@@ -125,14 +124,14 @@ def _folder(model: str, revision: str | None, download_dir: str | None) -> Path 
 
 
 def _samples(descriptor: int, file: Path, size: int, count: int) -> Iterator[tuple[int, int]]:
-    """Where to read: the header and the middles of some tensors, or pages at equal distances."""
+    """Places to read: the header and the middles of some tensors, or pages at equal distances."""
     header = _header(descriptor, size) if file.suffix == ".safetensors" else None
     if header is None:
         yield from ((size * n // count, _PAGE) for n in range(count))
         return
     length, tensors = header
     yield 0, length
-    # By the hash of their names: a fine-tune may have changed one kind of tensor alone, at equal distances.
+    # Chosen by the hash of their names: a fine-tune may change one kind of tensor, which has equal distances.
     names = sorted(tensors, key=lambda name: hashlib.sha256(name.encode()).digest())
     for name in names[:count]:
         begin, end = tensors[name]
@@ -140,7 +139,7 @@ def _samples(descriptor: int, file: Path, size: int, count: int) -> Iterator[tup
 
 
 def _header(descriptor: int, size: int) -> tuple[int, dict[str, tuple[int, int]]] | None:
-    """Bytes before the first tensor of a safetensors file, and where in the rest each tensor lies."""
+    """Bytes before the first tensor of a safetensors file, and the offsets of its tensors behind them."""
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if not 0 < length <= min(size - 8, _LONGEST_HEADER):
         return None

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dynamo's own planner as a component of a graph, with the migration plugin in it."""
+"""Dynamo's planner as a component of a graph, with the migration plugin."""

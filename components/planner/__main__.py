@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs Dynamo's planner: ``python -m components.planner``. Its file is written from this component's keys.
+"""Runs Dynamo's planner: ``python -m components.planner``. It writes the planner's file from this component's keys.
 
-The planner runs in its virtual environment. With ``decode-workers`` or ``prefill-workers`` its numbers of workers are
-carried out by ``dynamo serve`` (components/serve/scale.py); without them it is advisory: numbers are logged, and only
-migrations are carried out. ``planner-args`` overrides any key of the planner's own file.
+The planner runs with ``environment: virtual``. With ``decode-workers`` or ``prefill-workers``, ``dynamo serve`` carries
+out its numbers of workers (components/serve/scale.py); without them it is advisory: numbers are logged, and only
+migrations are carried out. ``planner-args`` overrides any key of the planner's file.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def planner_file(config: PlannerConfig, namespace: str) -> dict[str, Any]:
         "scheduling": {"scale_interval_seconds": config.interval_s},
         "pre_deployment_sweeping_mode": "none",
         "live_dashboard_port": 0,
-        # One fixed port for each host, which a second planner there would not get.
+        # The default is one fixed port for each host, which a second planner could not have.
         "control_api_port": 0,
         "report_interval_hours": None,
         "plugin_registration": {
@@ -71,7 +71,7 @@ def planner_file(config: PlannerConfig, namespace: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Hand over to Dynamo's planner, in this process."""
+    """Run Dynamo's planner in this process."""
     config = load_component_config(PlannerConfig)
     file = planner_file(config, process.namespace())
     if file["optimization_target"] == "sla" and not perf_model.installed():
@@ -81,14 +81,14 @@ def main() -> None:
         )
     perf_model.stand_in()
     os.environ.setdefault("DYN_EVENT_PLANE", "zmq")
-    # The planner drops and renews its watches all the time, and Dynamo's store reports each as an error.
-    # Read when Dynamo is imported.
+    # The planner renews its watches continually, and Dynamo's store logs each one as an error.
+    # Read by Dynamo at its import.
     os.environ["DYN_LOG"] = os.environ.get("DYN_LOG", "warn") + ",dynamo_runtime::storage::kv=off"
     try:
         from dynamo.planner.__main__ import main as run
     except ImportError as error:
         raise ConfigError(f"Dynamo's planner cannot be imported ({error}): install the extra 'planner'") from error
-    load(Path(config.policy_file))  # A wrong file ends here, with one line, before the planner's own start.
+    load(Path(config.policy_file))  # A wrong file ends here with one line, before the planner's start.
     sys.argv = ["planner", "--config", json.dumps(file)]
     run()  # type: ignore[no-untyped-call]
 

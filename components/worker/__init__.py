@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dynamo components around engines: ``prefill``, ``decode`` and ``agg``."""
+"""Workers: engines as Dynamo components (``prefill``, ``decode`` and ``agg``)."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What migration adds to the engine arguments of a ``dynamo.vllm`` worker, and the settings that it has itself.
+"""Engine arguments that migration adds to a ``dynamo.vllm`` worker, and the worker's settings for migration.
 
-Settings come from ``DYN_MIGRATE_*`` variables, which ``dynamo serve`` sets from the YAML file; each has a default, so
-that a stock worker command needs no more than another module name.
+Settings come from ``DYN_MIGRATE_*`` variables, which ``dynamo serve`` sets from the YAML file. Each has a default:
+a stock worker's command needs only the other module name.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class WorkerSettings:
     """See the module docstring."""
 
     agent: dict[str, Any]
-    """Fields of ``components.transfer.AgentConfig`` but those of the layout."""
+    """Fields of ``components.transfer.AgentConfig`` except those of the layout."""
     components: tuple[str, ...] = ("backend", "prefill")
-    """Dynamo components whose workers move requests or hand them over."""
+    """Dynamo components with workers that move requests or hand them off."""
     repeats: bool = True
     lease_s: float = 60.0
     drain_s: float = 25.0
@@ -34,12 +34,12 @@ class WorkerSettings:
     wait_bytes: int = 16 << 20
     copy_deadline_s: float = 30.0
     lora_modules: Mapping[str, str] = field(default_factory=dict)
-    """LoRA adapters that are loaded before the worker counts as ready: name and PEFT folder."""
+    """LoRA adapters to load before the worker is ready: name and PEFT folder."""
 
     @classmethod
     def from_environment(cls) -> WorkerSettings:
-        """Raises ``ConfigError`` naming the variable that cannot be used."""
-        # A successor of this process takes the same place in the graph.
+        """Read the variables. Raises ``ConfigError`` naming an unusable one."""
+        # A successor of this process keeps the name.
         component = env.COMPONENT.read()
         place = f"{component}-{env.REPLICA.read()}" if component else str(os.getpid())
         return cls(
@@ -60,10 +60,10 @@ class WorkerSettings:
 
 
 def prepare(config: Any, settings: WorkerSettings) -> None:
-    """Give Dynamo's ``Config`` our scheduler, connector and worker extension. Raises ``ConfigError`` on a clash."""
+    """Set scheduler, connector and worker extension in Dynamo's ``Config``. Raises ``ConfigError`` on a conflict."""
     from dynamo.vllm.kv_connector_protocols import KV_CONNECTOR_PROTOCOLS, NixlConnectorProtocol
 
-    # Dynamo's registry of prefill protocols; ours is that of NixlConnector.
+    # Dynamo's registry of prefill protocols; this connector's is NixlConnector's.
     KV_CONNECTOR_PROTOCOLS.setdefault("MigrationConnector", NixlConnectorProtocol)
     configure(
         config.engine_args,

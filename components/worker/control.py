@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``migrate`` endpoint of a worker: what peers, planners and the command line ask it.
+"""The ``migrate`` endpoint of a worker, for peers, planners and the command line.
 
-Errors go to the caller as (code, message). Every call about a request names its life; see ``components.migration``.
+Errors reach the caller as (code, message). Every call about a request names its life; see ``components.migration``.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from components.worker.state import WorkerStatus
 
 _POLL_S = 0.004
 _MAX_HOLD_S = 5.0
-"""Longest time for which a call is kept without an answer."""
+"""Longest delay of an answer."""
 
 Release = Callable[[RequestId], Awaitable[None]]
-"""Frees what a prefill worker lends under that id."""
+"""Frees blocks that a prefill worker lends under that id."""
 
 
 class Control:
@@ -38,7 +38,7 @@ class Control:
         self._release = release
 
     async def serve(self, payload: Any) -> AsyncGenerator[dict[str, str], None]:
-        """Answer one call, with one item or, for ``attach``, with a stream of them."""
+        """Answer one call with one item or, for ``attach``, with a stream."""
         try:
             call = unpack(payload, WorkerCall)
         except MigrateError as error:
@@ -81,7 +81,7 @@ class Control:
                 requests.events[Event.LANDED] += 1
             case WorkerOp.ABORT:
                 leg = self._arrival(call)
-                # One that a handler here gives to the frontend is no longer its source's to end.
+                # Once a handler here gives it to the frontend, its source may no longer end it.
                 if not leg.served:
                     await requests.arrivals.give_up(leg)
             case WorkerOp.RELEASE if self._release is not None:
@@ -111,7 +111,7 @@ class Control:
         return leg
 
     async def _landing(self, leg: Arrival, hold_s: float) -> LandingStatus:
-        """Progress, once the blocks are there or after ``hold_s``; the engine may not have the request yet."""
+        """Progress, when the blocks are there or after ``hold_s``. The engine may not have the request yet."""
         end = time.monotonic() + min(hold_s, _MAX_HOLD_S)
         while True:
             over = time.monotonic() >= end

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stock ``dynamo.vllm`` worker with migration: ``python -m components.worker`` takes its arguments.
 
-Life cycle: Dynamo's own entry point runs. Its ``WorkerFactory`` is replaced by a subclass, which gives the engine our
+Life cycle: Dynamo's entry point runs. A subclass replaces its ``WorkerFactory``: it gives the engine this package's
 scheduler and connector, wraps two of its calls (``engine_client``), and serves one more endpoint, ``migrate``, before
-the model is registered. Once Dynamo serves, it loads the adapters of its settings and tells the launcher. On SIGTERM
-the worker drains for ``DYN_MIGRATE_DRAIN_S`` at most before Dynamo ends it.
+the model is registered. Once Dynamo serves, it loads the configured adapters and notifies the launcher. On SIGTERM
+the worker drains for at most ``DYN_MIGRATE_DRAIN_S`` before Dynamo ends it.
 
 Errors: those of this package end the process with one line and exit code 2.
 """
@@ -44,11 +44,11 @@ _CONNECTOR = "--kv-transfer-config"
 _DRAIN_TIMEOUT = "_DEFAULT_DRAIN_TIMEOUT_SECS"
 _LOAD_S = 120.0
 _MARGIN_S = 5.0
-"""For the last moves of a drain, which then have begun."""
+"""Time for moves of a drain that have begun by then."""
 
 
 class Migration:
-    """What this process adds to Dynamo's worker."""
+    """Migration in Dynamo's worker."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
@@ -60,14 +60,14 @@ class Migration:
         self._tasks: list[asyncio.Future[Any]] = []
 
     def setup(self, original: Any, config: Any, *args: Any, **keywords: Any) -> Any:
-        """Around Dynamo's ``setup_vllm_engine``."""
+        """Wraps Dynamo's ``setup_vllm_engine``."""
         prepare(config, self.settings)
         result = original(config, *args, **keywords)
         self.client = EngineClient(result[0], self.unrepeated)
         return result
 
     async def register(self, original: Any, *args: Any, **keywords: Any) -> Any:
-        """Around Dynamo's ``register_vllm_model``: peers can call this worker before clients can."""
+        """Wraps Dynamo's ``register_vllm_model``: peers can call this worker before clients can."""
         names = ("model_input", "model_type", "generate_endpoint", "config", "engine_client", "vllm_config")
         given = dict(zip(names, args, strict=False)) | keywords
         config, endpoint = given["config"], given["generate_endpoint"]
@@ -101,7 +101,7 @@ class Migration:
         return status
 
     async def _open(self, config: Any, endpoint: Any, status: WorkerStatus) -> None:
-        """Once Dynamo serves."""
+        """Runs once Dynamo serves."""
         try:
             await _known(endpoint)
             await status.give_way()
@@ -122,7 +122,7 @@ class Migration:
 
 
 async def _known(endpoint: Any) -> Any:
-    """Wait until the endpoint's instance in this process is in Dynamo's discovery; a client of it."""
+    """Wait until Dynamo's discovery has this process's instance of the endpoint. Returns a client."""
     client = await endpoint.client()
     while int(endpoint.connection_id()) not in client.instance_ids():
         await asyncio.sleep(0.05)
@@ -130,7 +130,7 @@ async def _known(endpoint: Any) -> Any:
 
 
 async def _load(endpoint: Any, adapters: Mapping[str, str]) -> None:
-    """Through the endpoint by which anybody else would, so that frontends list the adapters, too."""
+    """Load adapters through Dynamo's endpoint, so that frontends list them too."""
     client = await _known(endpoint)
     for name, folder in adapters.items():
         source = {"uri": Path(folder).expanduser().resolve().as_uri()}
@@ -150,14 +150,14 @@ def _fail(error: MigrateError) -> None:
 
 
 def install(settings: WorkerSettings) -> Migration:
-    """Put the migration into ``dynamo.vllm.main``. Returns it, for tests."""
+    """Put migration into ``dynamo.vllm.main``. Returns it, for tests."""
     from dynamo.common.utils.graceful_shutdown import install_signal_handlers
     from dynamo.vllm.worker_factory import WorkerFactory
 
     migration = Migration(settings)
 
     class Factory(WorkerFactory):
-        """Dynamo's factory, told where migration goes in."""
+        """Dynamo's factory with migration."""
 
         def __init__(self, *, setup_vllm_engine_fn: Any, register_vllm_model_fn: Any, **functions: Any) -> None:
             super().__init__(
@@ -171,7 +171,7 @@ def install(settings: WorkerSettings) -> Migration:
             await super().create(runtime, *args, **keywords)
 
     refusals.install()
-    # The names under which Dynamo's entry point looks them up.
+    # Names in Dynamo's entry point.
     factory = vars(importlib.import_module("dynamo.vllm.worker_factory"))
     factory["DecodeWorkerHandler"] = handler_class(factory["DecodeWorkerHandler"], migration.unrepeated)
     stock = importlib.import_module("dynamo.vllm.main")
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     from dynamo.vllm.main import main as stock_main
 
     if not any(arg.split("=")[0] == _CONNECTOR for arg in sys.argv):
-        # Dynamo wants a prefill worker to name its connector, which ``prepare`` replaces.
+        # Dynamo requires a prefill worker to name a connector, which ``prepare`` replaces.
         sys.argv += [_CONNECTOR, json.dumps({"kv_connector": STOCK_CONNECTOR, "kv_role": "kv_both"})]
     sys.argv[0] = "dynamo.vllm"
     try:
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
         stock_main()
     except MigrateError as error:
         _fail(error)
-    # Dynamo's native runtime may abort in the interpreter's finalisation; everything is closed by now.
+    # Everything is closed. Dynamo's native runtime may abort in the interpreter's finalisation.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

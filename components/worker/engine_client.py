@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts migration behind the calls by which Dynamo's handlers use an engine: ``generate`` and ``abort``.
+"""Puts migration behind the engine calls of Dynamo's handlers: ``generate`` and ``abort``.
 
-``attach`` wraps them on vLLM's ``AsyncLLM``; everything else of it stays what it is. An unmoved request takes the
-engine's own stream, item by item. Raises Dynamo's ``Disconnected`` where the frontend shall send a request again: it
-then does so with the same id and the tokens so far, and keeps this worker in rotation.
+``attach`` wraps them on vLLM's ``AsyncLLM`` and leaves everything else. An unmoved request uses the engine's own
+stream, item by item. Raises Dynamo's ``Disconnected`` to make the frontend repeat a request: it does so with the same
+id and the tokens so far, and keeps this worker in rotation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SHORT = "prefill: it ends with its first token"
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of ``generate`` by a handler of Dynamo's."""
+    """One call of ``generate`` by one of Dynamo's handlers."""
 
     requests: Requests
     handoffs: Handoffs
@@ -41,33 +41,33 @@ class _Call:
     request_id: RequestId
     keywords: dict[str, Any]
     engine_fixes: str = ""
-    """Why no request of this engine moves."""
+    """Why requests of this engine do not move; empty: they do."""
 
     @functools.cached_property
     def tokens(self) -> list[int] | None:
-        """The prompt, if it is nothing but token ids."""
+        """The prompt, if it has only token ids."""
         return native.prompt_tokens(self.prompt)
 
     @functools.cached_property
     def face(self) -> native.OutputFace:
-        """How outputs look that were made elsewhere."""
+        """Converts outputs of other engines."""
         return native.OutputFace(self.request_id, self.tokens)
 
     @property
     def adapter(self) -> str:
-        """Digest of its LoRA adapter; empty without one, and when it is not known."""
+        """Digest of its LoRA adapter; empty: none or unknown."""
         lora = self.keywords.get("lora_request")
         return "" if lora is None else self.loras.digest(lora)
 
     @property
     def fixed(self) -> str:
-        """Why it cannot move; empty when it can."""
+        """Why it cannot move; empty: it can."""
         if self.keywords.get("lora_request") is not None and not self.adapter:
             return "LoRA adapter: what it is made of is not known"
         return native.why_fixed(self.prompt, self.params, self.keywords) or self.engine_fixes
 
     def encoded(self) -> bytes:
-        """As another worker's engine takes it."""
+        """The request for another worker's engine."""
         keywords = self.keywords
         return native.encode(
             native.Native(
@@ -86,7 +86,7 @@ class _Call:
 
 
 class _Bare:
-    """The engine without the wrapping, for our own calls."""
+    """The unwrapped engine."""
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
@@ -98,7 +98,7 @@ class _Bare:
 
 
 class EngineClient:
-    """See the module docstring. ``serve`` comes once the worker has joined the others."""
+    """See the module docstring. ``serve`` is called when the worker has joined the others."""
 
     def __init__(self, llm: Any, unrepeated: Unrepeated | None = None) -> None:
         self.bare = _Bare(llm)
@@ -112,13 +112,13 @@ class EngineClient:
         self._config = llm.vllm_config
         self.loras = Loras()
         self.loras.watch(llm)
-        # Dynamo reads the signature of ``generate``.
+        # Dynamo inspects the signature of ``generate``.
         llm.generate = functools.wraps(llm.generate)(functools.partial(self.generate))
         llm.abort = functools.wraps(llm.abort)(functools.partial(self.abort))
         llm.check_health = self.check_health
 
     def serve(self, requests: Requests, handoffs: Handoffs) -> None:
-        """From here on requests move."""
+        """Enable moves."""
         self._requests, self._handoffs = requests, handoffs
 
     async def generate(
@@ -153,15 +153,15 @@ class EngineClient:
         except EngineKiller as error:
             from dynamo.llm.exceptions import InvalidArgument
 
-            # The one error that the frontend neither answers with a repeat nor hides from the client.
+            # The only error that the frontend shows to the client without a repeat.
             raise InvalidArgument(str(error)) from None
         except EngineDeadError:
-            # Dynamo's handler ends this process at once.
+            # Dynamo's handler ends this process on this error.
             await call.requests.suspects.engine_died()
             raise
 
     async def _prefill(self, call: _Call) -> AsyncGenerator[Any, None]:
-        """For Dynamo's prefill handler: one token, and who lends the blocks of its prompt."""
+        """For Dynamo's prefill handler: one token, and the loan of the prompt's blocks."""
         owner = call.requests.owners.get(call.request_id)
         if owner is not None and call.tokens:
             yield call.handoffs.known(call.request_id, call.tokens, owner)
@@ -184,7 +184,7 @@ class EngineClient:
             if repeated is not None:
                 if given is not None:
                     call.handoffs.give_back(given)
-                # Dynamo's handler counts the prompt for the client's bill from what outputs say of it.
+                # Dynamo's handler takes the usage of the prompt from the outputs.
                 face = native.OutputFace(request_id, call.tokens[: requests.prompt_tokens(request_id, call.tokens)])
                 async with aclosing(repeated):
                     async for output in repeated:
@@ -206,7 +206,7 @@ class EngineClient:
                 yield item
 
     def _entered(self, call: _Call, given: Handover | None) -> AsyncGenerator[Any, None]:
-        """The engine's stream of a request, which a prefill worker may have begun."""
+        """The engine's stream of a request, possibly after a prefill worker."""
         entry = Entry(call.prompt, call.params)
         if native.transfer_of(call.params):
             entry = call.handoffs.enter(call.request_id, call.prompt, call.params, call.tokens, given)
@@ -214,7 +214,7 @@ class EngineClient:
         return own if entry.handover is None else call.handoffs.stream(entry, own, call.face, call.tokens)
 
     async def abort(self, request_id: Any, *args: Any, **keywords: Any) -> None:
-        """``AsyncLLM.abort``; ends the request also where it has gone."""
+        """``AsyncLLM.abort``; also ends a request that has moved away."""
         if (
             isinstance(request_id, str)
             and self._requests is not None
@@ -224,7 +224,7 @@ class EngineClient:
         await self._abort(request_id, *args, **keywords)
 
     async def check_health(self) -> None:
-        """``AsyncLLM.check_health``, after which Dynamo's monitor ends the process of a dead engine."""
+        """``AsyncLLM.check_health``. On its error Dynamo's monitor ends the process."""
         try:
             await self._check_health()
         except EngineDeadError:

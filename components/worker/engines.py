@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a worker's configuration to its paged engine. Nothing is started here; raises ``ConfigError``."""
+"""Makes the paged engine of a worker's configuration, without starting it. Raises ``ConfigError``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from components.transfer.config import AgentConfig
 
 
 def build_engine(config: WorkerConfig, name: str) -> PagedEngine:
-    """The engine that the configuration asks for; ``name`` is that of its transfer agent."""
+    """The configured engine; ``name`` is that of its transfer agent."""
     agent: dict[str, Any] = {
         "name": name,
         **env.stores(),
@@ -29,7 +29,7 @@ def build_engine(config: WorkerConfig, name: str) -> PagedEngine:
             raise ConfigError(f"engine-args: the paged engine has no option {key!r}{nearest(key, known)}")
     options: dict[str, Any] = {
         "model": config.served_model_name or config.model,
-        # Its KV is small: enough for every seat at full length.
+        # KV of this engine is small: it has enough for every seat at full length.
         "num_blocks": -(-config.max_model_len // config.block_size) * config.max_num_seqs,
         "block_size": config.block_size,
         "max_model_len": config.max_model_len,
@@ -45,7 +45,7 @@ def build_engine(config: WorkerConfig, name: str) -> PagedEngine:
 
 
 def _vocab_size(model: str) -> int:
-    """Tokens of the model's tokenizer: the paged engine has no weights, but its clients read text."""
+    """Size of the tokenizer's vocabulary: the paged engine has no weights, but its clients read text."""
     path = Path(model) / "config.json"
     size = json.loads(path.read_bytes()).get("vocab_size") if path.is_file() else None
     if not isinstance(size, int):

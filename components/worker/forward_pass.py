@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Dynamo's planner reads of a mocker's load. Of vLLM workers Dynamo publishes it itself."""
+"""Publishes a mocker's load for Dynamo's planner. (Dynamo publishes that of vLLM workers.)"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _INTERVAL_S = 0.5
 
 
 async def publish(engine: Engine, endpoint: Any) -> None:
-    """Publish the engine's load twice a second until cancelled; a failing engine is somebody else's to notice."""
+    """Publish the engine's load twice a second until cancelled. Ignores a failing engine."""
     from dynamo.llm import FpmDirectPublisher
 
     publisher = FpmDirectPublisher(endpoint, str(endpoint.connection_id()), 1)

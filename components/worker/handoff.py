@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill and decode apart, as Dynamo's handlers do it: ``kv_transfer_params`` in, ``kv_transfer_params`` out.
+"""Disaggregated prefill in Dynamo's way: ``kv_transfer_params`` in, ``kv_transfer_params`` out.
 
 Prefill worker
-    ``do_remote_decode``: the request ends with its first token and its blocks are lent; what Dynamo passes on to a
-    decode worker says where they are, and which token it was. They are freed when the decode worker gives them back
-    (``release``, its call of this worker's ``migrate`` endpoint), or after ``lease_s``.
+    ``do_remote_decode``: the request ends with its first token and its blocks are lent. Dynamo passes their
+    description and the token to a decode worker. The blocks are freed when the decode worker releases them (a call of
+    this worker's ``migrate`` endpoint), or after ``lease_s``.
 
 Decode worker
-    ``do_remote_prefill``: the engine copies the blocks beside its steps and computes what does not arrive. The first
-    token is the prefill worker's, given out at once, where the one computed here could be no other (``why_not_first``);
-    elsewhere it is computed here, as in stock Dynamo. Blocks are given back with the first output of the engine, or
-    with the end of the stream. A hand-over that cannot be used is counted and computed here, never an error.
+    ``do_remote_prefill``: the engine copies the blocks beside its steps and computes missing ones. The prefill
+    worker's first token is given out at once where the decode worker would compute the same (``why_not_first``);
+    otherwise the decode worker computes it, as in stock Dynamo. Blocks are released with the first output of the
+    engine, or with the end of the stream. An unusable hand-off is counted and computed here, never an error.
 
 Threading: the worker's asyncio loop.
 """
@@ -43,20 +43,20 @@ _CACHED = "remote_prefill_cached_tokens"
 
 
 def is_prefill(params: SamplingParams) -> bool:
-    """Does Dynamo's prefill handler ask?"""
+    """True for a call of Dynamo's prefill handler."""
     return bool(native.transfer_of(params).get(_DECODE))
 
 
 @dataclass(frozen=True)
 class Entry:
-    """How a request enters the decode worker's engine."""
+    """A request for the decode worker's engine."""
 
     prompt: Any
     params: SamplingParams
     handover: Handover | None = None
-    """Blocks to give back."""
+    """Blocks to release."""
     first: GenerateOutput | None = None
-    """To be given out before anything of the engine's; the only output if it has a finish reason."""
+    """Output before the engine's; the only one if it has a finish reason."""
 
 
 class Handoffs:
@@ -78,15 +78,15 @@ class Handoffs:
     # Prefill worker
 
     def lending(self, params: SamplingParams, request_id: RequestId) -> SamplingParams:
-        """As Dynamo's handler gives them, but for one sample, which may be the answer's end."""
+        """Dynamo's parameters, limited to one sample and its first token."""
         params = native.with_transfer(params, {MARKER: encode(Marker(request_id, lend=True))})
-        # Dynamo asks for one token at least, whatever the client asked for. Who has to recompute it is decided later.
+        # Dynamo sets ``min_tokens`` to 1 whatever the client's value. ``why_not_first`` decides later.
         params.min_tokens = 0
         params.n = 1
         return params
 
     def lent(self, item: RequestOutput) -> None:
-        """Complete what the engine says of a request that has ended: Dynamo passes it on to a decode worker."""
+        """Complete the engine's description of an ended request, which Dynamo passes to a decode worker."""
         given = item.kv_transfer_params or {}
         if MARKER not in given:
             return
@@ -111,7 +111,7 @@ class Handoffs:
         self._requests.spawn(self.release(handoff_id))
 
     async def release(self, handoff_id: RequestId) -> None:
-        """Nobody needs these blocks any more. Idempotent."""
+        """Free lent blocks. Idempotent."""
         timer = self._lent.pop(handoff_id, None)
         if timer is not None:
             timer.cancel()
@@ -119,11 +119,11 @@ class Handoffs:
 
     @property
     def num_lent(self) -> int:
-        """Requests whose blocks a decode worker may still read."""
+        """Requests with blocks that a decode worker may still read."""
         return len(self._lent)
 
     def known(self, request_id: RequestId, tokens: list[int], owner: Owner) -> RequestOutput:
-        """The answer for a request that the frontend has sent again and that runs at a decode worker."""
+        """The answer for a repeat of a request that runs at a decode worker."""
         self._requests.handoffs["owned"] += 1
         sample = CompletionOutput(0, "", tokens[-1:], None, None, finish_reason="length")
         output = RequestOutput(request_id, None, tokens, None, [sample], finished=True)
@@ -133,7 +133,7 @@ class Handoffs:
     # Decode worker
 
     def read(self, params: SamplingParams) -> Handover | None:
-        """What a prefill worker says of this request; None when there was none, or nothing that can be read."""
+        """A prefill worker's ticket of this request; None without one or when it is unreadable."""
         given = native.transfer_of(params).get(MARKER)
         try:
             return None if given is None else unpack(given, Handover)
@@ -150,7 +150,7 @@ class Handoffs:
         tokens: list[int] | None,
         given: Handover | None,
     ) -> Entry:
-        """The request as the engine gets it."""
+        """The request for the engine."""
         plain = native.with_transfer(params, {})
         if given is None or given.frozen is None:
             if MARKER not in native.transfer_of(params):
@@ -178,7 +178,7 @@ class Handoffs:
         return native.with_transfer(params, {**told, MARKER: encode(marker)})
 
     def give_back(self, given: Handover) -> None:
-        """Tell the prefill worker that its blocks are not needed any more; its lease does the rest if it is gone."""
+        """Release the prefill worker's blocks; when the call fails, its lease frees them."""
         if given.frozen is not None:
             call = WorkerCall(WorkerOp.RELEASE, given.frozen.offer.request_id)
             self._requests.spawn(self._requests.peers.call(given.instance, call))
@@ -186,7 +186,7 @@ class Handoffs:
     async def stream(
         self, entry: Entry, own: AsyncGenerator[RequestOutput, None], face: native.OutputFace, tokens: list[int] | None
     ) -> AsyncGenerator[RequestOutput, None]:
-        """The engine's stream with the first token in front, and the client's prompt in its items."""
+        """The engine's stream after the first token, with the client's prompt in its items."""
         given, unseen = entry.handover, set(range(entry.params.n))
         try:
             if entry.first is not None:
@@ -194,7 +194,7 @@ class Handoffs:
                 yield made
                 if made.finished:
                     return
-                # Dynamo's thread needs the interpreter to send it; the engine's call below keeps that for milliseconds.
+                # Dynamo's thread needs the GIL to send it, which the engine's call below holds for milliseconds.
                 await asyncio.sleep(0)
             async for item in own:
                 if entry.first is not None:
@@ -212,9 +212,9 @@ class Handoffs:
 
 
 def why_not_first(params: SamplingParams, tokens: list[int] | None, given: Handover) -> str:
-    """Why the first token has to be computed again; empty when another one would be the same.
+    """Why the first token must be computed again; empty: the result would be equal.
 
-    The prefill worker samples with the client's parameters, but for ``min_tokens``, which it does not know.
+    The prefill worker samples with the client's parameters except ``min_tokens``, which it does not know.
     """
     if tokens is None:
         return "multimodal"
@@ -228,7 +228,7 @@ def why_not_first(params: SamplingParams, tokens: list[int] | None, given: Hando
         return "stop"
     if given.captured:
         return "captured"
-    # A greedy choice that is no stop token is the same whether these were allowed or not.
+    # A greedy token that is no stop token is equal with and without them.
     if params.min_tokens and params.sampling_type is not SamplingType.GREEDY:
         return "min_tokens"
     return ""

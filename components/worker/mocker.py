@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A worker whose engine has KV blocks and no model: ``python -m components.worker.mocker``.
 
-It serves the same endpoints as a ``dynamo.vllm`` worker with migration, behind the same frontend, and starts fast:
-for tests, for trying out policies, and as an example of another engine behind ``components.migration``.
+It serves the same endpoints as a ``dynamo.vllm`` worker with migration, behind the same frontend, and starts fast.
+Use: tests, trying out policies, and an example of another engine behind ``components.migration``.
 
 Configuration: ``DYN_MIGRATE_CONFIG`` (``components.config.WorkerConfig`` as JSON) and ``DYN_MIGRATE_MODE``, as
 ``dynamo serve`` sets them.
-Life cycle: as ``dynamo_vllm``; on SIGTERM it drains. A prefill mocker answers at once: decode mockers compute it all.
+Life cycle: as ``dynamo_vllm``; on SIGTERM it drains. Prefill mockers answer at once; decode mockers compute the prompt.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Mocker:
 
 
 async def prefill(payload: dict[str, Any], context: Any) -> AsyncGenerator[dict[str, Any], None]:
-    """Dynamo's handler of a prefill worker: nothing is handed over."""
+    """Dynamo's handler of a prefill worker, without hand-off."""
     yield {"token_ids": [0], "index": 0, "disaggregated_params": {"kv_transfer_params": {"do_remote_prefill": False}}}
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dynamo's token-level request and response dictionaries for the mocker, which has no handler of Dynamo's.
+"""Dynamo's token-level request and response dictionaries, for the mocker, which lacks Dynamo's handlers.
 
-Only what changes the mocker's tokens or ends its answers is read. What it cannot do is refused with ``InvalidRequest``.
+Reads the fields that change the mocker's tokens or end its answers. Raises ``InvalidRequest`` for what it cannot do.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def to_request(request_id: str, payload: dict[str, Any], max_len: int) -> Genera
         sampling = msgspec.convert(fields, Sampling, strict=False)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"sampling parameters: {error}") from error
-    # Dynamo counts a higher priority as more important, the engine's queue the lowest number first.
+    # For Dynamo a higher priority is more important; the engine's queue takes the lowest number first.
     priority = -(given.routing.priority or 0) if given.routing else 0
     return GenerateRequest(RequestId(request_id), given.token_ids, sampling, priority=priority)
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker's table of requests with versions, so that callers are told differences.
+"""A worker's table of requests with versions, so that callers get differences.
 
-The engine is asked once a second at most, whoever asks how often, and no answer waits longer than ``_PATIENCE_S`` for
-it once anything is known: it then tells the age of what it has. Each time that the engine has told its table is a
-version. A caller with an older one gets whole rows for what is new or different, counts for what has only gone on, and
-the numbers of rows that are gone; a caller whose version is too old, or of another process, gets everything.
+It asks the engine at most once a second, for any number of callers. After the first table no answer waits longer than
+``_PATIENCE_S`` for the engine: it then has older data, with their age. Each table of the engine is a version. A caller
+with an older version gets whole rows for new and changed requests, counts for requests that only made tokens, and the
+numbers of removed rows; a caller with a version that is too old, or of another process, gets everything.
 
-Errors: what the engine raises. Threading: one asyncio loop.
+Errors: those of the engine. Threading: one asyncio loop.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from components.migration.peers import short
 from components.migration.requests import Requests
 
 PAGE = 2048
-"""Rows of one answer."""
+"""Most rows of one answer."""
 _FRESH_S = 1.0
 _PATIENCE_S = 0.5
 _GONE = 8192
-"""Rows that are gone, and that callers with an old version can still be told of."""
+"""Removed rows that are remembered for callers with an older version."""
 
 
 @dataclass
 class _Kept:
     row: RequestRow
     changed: int
-    """Version in which anything but its counts was last different."""
+    """Version of the last change of anything but counts."""
     counted: int
-    """Version in which its counts were last different."""
+    """Version of the last change of its counts."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class Report:
         self._requests = requests
         self._clock = clock
         self._kept: dict[str, _Kept] = {}
-        """By the request's name in the engine."""
+        """Rows by the request's name in the engine."""
         self._gone: deque[tuple[int, int]] = deque()
         """(version, number of the row)"""
         self._floor = 0
-        """Nobody with a version below this can be told what is gone."""
+        """Oldest version for which removed rows are known."""
         self._last_number = 0
         self._asking: asyncio.Task[None] | None = None
         self._stats: EngineStats | None = None
@@ -73,7 +73,7 @@ class Report:
         self.version = 0
 
     async def refresh(self) -> EngineStats:
-        """The engine's load, with the table brought up to date; not older than a second if the engine can help it."""
+        """Update the table; the engine's load. Not older than a second, unless the engine is late."""
         if self._asking is None and (self._stats is None or self.age_s() >= _FRESH_S):
             self._asking = asyncio.ensure_future(self._ask())
         if (asking := self._asking) is not None:
@@ -86,16 +86,16 @@ class Report:
 
     @property
     def stats(self) -> EngineStats | None:
-        """The load that the engine told last."""
+        """The engine's last load."""
         return self._stats
 
     def blocks_of(self, engine_id: str) -> int:
-        """KV blocks that a request held in the last table, of all groups; 0 for one that was not there."""
+        """KV blocks of a request in the last table, of all groups; 0 when it is not there."""
         kept = self._kept.get(engine_id)
         return 0 if kept is None else kept.row.kv_blocks
 
     def age_s(self) -> float:
-        """Time since the engine has told its table."""
+        """Age of the engine's table."""
         return self._clock() - self._told_at
 
     async def _ask(self) -> None:
@@ -128,13 +128,13 @@ class Report:
             self._floor = self._gone.popleft()[0]
 
     def page(self, since: int, after: int = 0) -> Page:
-        """What has changed after version ``since``, from the row after ``after`` on."""
+        """Changes after version ``since``, from the row behind ``after`` on."""
         whole = not self._floor <= since <= self.version or since == 0
         since = 0 if whole else since
         rows: list[RequestRow] = []
         counts: list[RowCount] = []
         last = 0
-        # Rows are numbered in the order in which they came; a row whose place in the engine changes keeps its number.
+        # Rows are numbered in order of arrival; a row keeps its number when its order in the engine changes.
         for kept in sorted(self._kept.values(), key=lambda kept: kept.row.number):
             number = kept.row.number
             if number <= after or max(kept.changed, kept.counted) <= since:
@@ -197,7 +197,7 @@ class Report:
 
 
 def _without_samples(table: Iterable[RequestInfo], legs: Container[str]) -> Iterator[RequestInfo]:
-    """The engine's table, with the samples of a request (``n`` > 1) as one row: vLLM calls them ``0_ID``, ``1_ID``."""
+    """The engine's table, with the samples of a request (``n`` > 1; vLLM's ``0_ID``, ``1_ID``) as one row."""
     samples: dict[str, RequestInfo] = {}
     for info in table:
         parent = RequestId(info.request_id.partition("_")[2])
@@ -216,17 +216,17 @@ def _without_samples(table: Iterable[RequestInfo], legs: Container[str]) -> Iter
 
 
 def lives(requests: Requests) -> list[Leg]:
-    """All lives of requests that this worker has to do with."""
+    """All lives of requests on this worker."""
     return [*requests.legs.values(), *requests.arrivals.lives.values()]
 
 
 def relays(leg: Leg) -> bool:
-    """Does this worker pass on tokens that another one makes?"""
+    """True when this worker relays another worker's tokens."""
     return leg.away is not None and leg.served and not leg.over and not leg.left.is_set()
 
 
 def _facts(row: RequestRow) -> tuple[object, ...]:
-    """All of a row but what goes on with every step."""
+    """A row without the fields that change with every step."""
     return (
         *(row.phase, row.prompt_tokens, row.priority, row.max_tokens, row.preemptions, row.not_migratable),
         *(row.life, row.relayed_from, row.attached, row.moving, row.moves),

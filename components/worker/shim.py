@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stands in for torchvision where there is none.
+"""A stand-in for a missing torchvision.
 
-``dynamo.vllm`` imports one image function of transformers, for multimodal models, and that import needs torchvision, of
-which PyPI has no build for CPU torch. Text models never call it.
+``dynamo.vllm`` imports one image function of transformers, for multimodal models. That import needs torchvision, which
+has no build for CPU torch on PyPI. Text models never call the function.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _IMAGES = "transformers.models.qwen2_vl.image_processing_qwen2_vl"
 
 
 def install() -> None:
-    """Idempotent; does nothing where torchvision is installed."""
+    """Install the stand-in unless torchvision is there. Idempotent."""
     if importlib.util.find_spec("torchvision") is None and _IMAGES not in sys.modules:
         module = types.ModuleType(_IMAGES)
         module.__spec__ = importlib.machinery.ModuleSpec(_IMAGES, None)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is true of a worker: its load and requests, whether it is cordoned, the moves that leave it.
+"""A worker's state: load and requests, cordon and drain, moves to other workers.
 
-Cordoned: Dynamo's discovery no longer names it, so that frontends give it nothing new, and it refuses arrivals.
-Draining: cordoned, and its requests leave for workers of the same role that have room; what finds none goes on decoding
-here and is tried again with back-off. Both are the worker's own state; nobody else has to remember them.
+Cordoned: the worker is not in Dynamo's discovery, so that frontends give it nothing new, and it refuses arrivals.
+Draining: cordoned, and its requests move to workers of the same role with room; requests without room elsewhere go on
+decoding here and are tried again with back-off. Both are the worker's own state; no other process keeps them.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from components.worker.report import Report, lives, relays
 
 logger = logging.getLogger(__name__)
 _RECORDS = 64
-"""Moves that are kept for people and planners to see."""
+"""Number of past moves kept for people and planners."""
 _DISCOVERY_S = 5.0
-"""What leaves does not wait longer for etcd."""
+"""Longest wait of a leaving worker for etcd."""
 _BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.25, 5.0
 _AT_ONCE = 8
-"""Moves that leave one worker at the same time."""
+"""Concurrent moves from one worker."""
 
 
 @dataclass(frozen=True)
 class _Room:
-    """What another worker could still take."""
+    """Room at another worker."""
 
     blocks: int
     seats: int
@@ -63,7 +63,7 @@ class WorkerStatus:
         self._metrics = metrics
         shown = tuple(msgspec.structs.replace(agent, epoch=Epoch(agent.epoch[:8])) for agent in info.agents)
         self._shown = msgspec.structs.replace(info, agents=shown)
-        """A whole epoch is what an agent's sockets ask for where there is no secret."""
+        """With shortened epochs: without a secret the whole epoch opens an agent's sockets."""
         self._limits = Limits(lease_s=info.lease_s)
         self._report = Report(requests)
         self._moves: deque[tuple[float, MoveRecord]] = deque(maxlen=_RECORDS)
@@ -78,12 +78,12 @@ class WorkerStatus:
         self.draining = False
 
     def admit(self) -> None:
-        """Raise ``Refused`` unless a request may come in from elsewhere."""
+        """Raise ``Refused`` unless a request may arrive from another worker."""
         if self.cordoned:
             raise Refused(f"worker {self._name} is cordoned: it takes no requests in")
 
     async def report(self, call: WorkerCall) -> WorkerState:
-        """The worker's own view of itself, or what is new in it for the caller."""
+        """The worker's state, or its changes for a caller with a version."""
         report = self._report
         stats = await report.refresh()
         page = report.page(call.since, call.after) if call.requests else None
@@ -114,7 +114,7 @@ class WorkerStatus:
         )
 
     def running(self) -> list[Leg]:
-        """Lives that run in this worker's engine, or wait in it."""
+        """Lives in this worker's engine, running or waiting."""
         return [
             leg
             for leg in lives(self._requests)
@@ -122,7 +122,7 @@ class WorkerStatus:
         ]
 
     def metrics(self) -> CollectorRegistry:
-        """What Prometheus is shown. Called on the loop; read by another thread."""
+        """Update the gauges, on the loop; another thread reads them."""
         self._loop = asyncio.get_running_loop()
         return self._counted.registry
 
@@ -135,13 +135,13 @@ class WorkerStatus:
 
     @property
     def left(self) -> int:
-        """Requests that run or wait in this worker's engine."""
+        """Number of requests in this worker's engine, running or waiting."""
         return len(self.running())
 
     # Moves
 
     async def move(self, call: WorkerCall) -> MoveRecord:
-        """Move one request, to the worker that the call names or to the one with most room."""
+        """Move one request, to the call's worker or to the one with most room."""
         leg = next((leg for leg in self.running() if leg.request_id == call.request_id), None)
         if leg is None or call.life not in (0, leg.life):
             raise RequestNotFound(f"request {call.request_id} does not run on worker {self._name}")
@@ -161,13 +161,13 @@ class WorkerStatus:
         return record
 
     def note(self, record: MoveRecord, asked: Mode) -> None:
-        """A move has ended; ``asked`` is the mode that was wanted."""
+        """Note an ended move; ``asked`` is the requested mode."""
         self._counted.moved(record, asked)
         self._moves.append((time.monotonic(), record))
         self._moved += 1
 
     async def _peers(self) -> dict[int, _Room]:
-        """Room on the workers that could take a request over; one that does not answer in time is none."""
+        """Room at possible destinations; a worker that does not answer in time has none."""
         peers = self._requests.peers
         others = [i for i in peers.instances() if i != self._requests.instance]
         found: dict[int, _Room] = {}
@@ -186,7 +186,7 @@ class WorkerStatus:
     # Cordon and drain
 
     async def cordon(self) -> None:
-        """Take nothing new. Idempotent."""
+        """Stop taking new requests. Idempotent."""
         if not self.cordoned:
             self.cordoned = True
             try:
@@ -200,7 +200,7 @@ class WorkerStatus:
                 )
 
     async def uncordon(self) -> None:
-        """Take requests again; a drain under way ends."""
+        """Take requests again; ends a drain."""
         self.draining, self._drain_until = False, 0.0
         if self.cordoned:
             self.cordoned = False
@@ -208,20 +208,20 @@ class WorkerStatus:
 
     @property
     def kin(self) -> tuple[Peers, int, EngineInfo]:
-        """Who is asked for other weights, by whom; see ``weights``."""
+        """Arguments of ``weights``: peers and this worker."""
         return self._requests.peers, self._requests.instance, self._info
 
     async def give_way(self) -> None:
-        """Two that began at the same moment with different weights have not seen each other: one is cordoned."""
+        """Two workers with different weights that started together have not seen each other: cordon one."""
         if any(other < self._requests.instance for other in await weights.with_others(*self.kin)):
             await self.cordon()
             await weights.until_alone(*self.kin)
             await self.uncordon()
 
     async def drain(self, timeout_s: float) -> tuple[MoveRecord, ...]:
-        """Cordon, and move everything away until nothing is left, for ``timeout_s`` at most. The moves that ended.
+        """Cordon, and move everything away, for ``timeout_s`` at most. Returns the ended moves.
 
-        It goes on when the caller is gone. Who asks while it is under way waits for the same one, and can lengthen it.
+        The drain goes on when the caller disconnects. A second call waits for the same drain and can lengthen it.
         """
         await self.cordon()
         self.draining = True
@@ -251,13 +251,13 @@ class WorkerStatus:
             logger.warning("worker %s: %d requests are left after %g s", self._name, left, took)
 
     async def _plan(self, legs: list[Leg]) -> list[tuple[Leg, int]]:
-        """A worker with room for each request, as far as there is any: nothing is tried that cannot succeed."""
+        """A destination for each request that fits somewhere; moves without room are not tried."""
         if not legs:
             return []
         rooms, size = await self._peers(), self._info.block_size
         plan = []
         for leg in legs:
-            # Models with several groups of layers hold more than their tokens need in one.
+            # In models with several groups of layers a request has more blocks than its tokens need in one group.
             needed = max(-(-room_tokens(leg, size) // size), self._report.blocks_of(leg.engine_id)) + 1
             free = {instance: room for instance, room in rooms.items() if room.seats > 0 and room.blocks >= needed}
             if not free:
@@ -268,7 +268,7 @@ class WorkerStatus:
         return plan
 
     async def leave(self, grace_s: float) -> None:
-        """The process is about to end: drain, then wait for relays that the frontend does not repeat."""
+        """Before the process ends: drain, then wait for relays that the frontend does not repeat."""
         end = time.monotonic() + grace_s
         try:
             await self.drain(grace_s)

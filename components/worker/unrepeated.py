@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that Dynamo's frontend does not send again, or of which a repeat would not give all that was asked for.
+"""Requests that Dynamo's frontend does not repeat, or for which a repeat would lose part of the answer.
 
-They move like others; the worker that they came to relays them to their end. What a call of the engine does not tell is
-read from the frontend's request: ``handler_class`` makes Dynamo's handler note it.
+They move like others; their first worker relays them to their end. Facts that a call of the engine does not have come
+from the frontend's request: ``handler_class`` makes Dynamo's handler note them.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import weakref
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-# ``prefill_worker_id`` is no sign: with prefill and decode apart, the frontend itself sets it.
+# Not ``prefill_worker_id``, which the frontend itself sets with disaggregated prefill.
 _TIED = ("backend_instance_id", "decode_worker_id")
 _WHOLE = "engine_data"
 
 
 def why(request: Mapping[str, Any]) -> str:
-    """Why this request of the frontend is relayed to its end; empty when it can be repeated."""
+    """Why this request is relayed to its end; empty: it can be repeated."""
     routing = request.get("routing") or {}
     if any(routing.get(key) is not None for key in _TIED):
         return "the client has chosen the worker: the frontend does not repeat it"
@@ -29,25 +29,25 @@ def why(request: Mapping[str, Any]) -> str:
 
 
 class Unrepeated:
-    """Ids of such requests that are being served, with the reason."""
+    """Ids of such requests, with the reason."""
 
     def __init__(self) -> None:
         self._streams: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
         self._reasons: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
 
     def why(self, request_id: str) -> str:
-        """Why this one is relayed to its end; empty when it is none of them."""
+        """Why this one is relayed to its end; empty: it is not."""
         stream = self._streams.get(request_id)
         return self._reasons.get(stream, "") if stream is not None else ""
 
     def note(self, request_id: str, reason: str, while_alive: object) -> None:
-        """Keep an id for as long as the stream of its answer exists."""
+        """Context of the answer's stream, in which the id is kept."""
         self._streams[request_id] = while_alive
         self._reasons[while_alive] = reason
 
 
 def handler_class(base: type, unrepeated: Unrepeated) -> type:
-    """Dynamo's handler class, which notes such requests. Its streams are the base's own."""
+    """A subclass of Dynamo's handler that notes such requests; streams are unchanged."""
 
     class Handler(base):  # type: ignore[misc]
         """See ``handler_class``."""

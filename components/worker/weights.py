@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workers that frontends take for one another have the same weights.
+"""Keeps workers with different weights under one name from serving at once.
 
-Dynamo's frontends know a model by its name: they give a request, and the tokens of one whose worker was lost, to any
-worker of its component that serves the name. So a worker whose weights are others than those that are served already
-is not seen by frontends until the last worker with those is gone. Of two that begin at the same moment the one with the
-lower instance id serves. A worker that does not answer, or does not tell its weights, hinders nobody.
+Dynamo's frontends know a model by its name: they give a request, and the repeat of one that lost its worker, to any
+worker of its component with that name. So a worker with new weights stays hidden from frontends until the last worker
+with the old ones is gone. Of two that start together the one with the lower instance id serves. A worker that does
+not answer, or does not report its weights, is ignored.
 
 Threading: the worker's loop. Raises nothing.
 """
@@ -22,7 +22,7 @@ _LOOK_S = 1.0
 
 
 async def with_others(peers: Peers, instance: int, info: EngineInfo) -> list[int]:
-    """Workers in discovery beside ``instance`` that serve the model's name with other weights."""
+    """Other workers in discovery that serve the model's name with other weights."""
     others = [other for other in peers.siblings() if other != instance]
     return [
         other
@@ -36,7 +36,7 @@ async def with_others(peers: Peers, instance: int, info: EngineInfo) -> list[int
 
 
 async def until_alone(peers: Peers, instance: int, info: EngineInfo) -> None:
-    """Return once nobody serves the model's name with other weights; says whom it waits for."""
+    """Return once no worker serves the model's name with other weights; logs those that it waits for."""
     told: list[int] = []
     while found := await with_others(peers, instance, info):
         if found != told:
