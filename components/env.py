@@ -208,6 +208,9 @@ LOG = Variable(
     "Least level of this package's log lines",
 )
 NVTX = Variable("DYN_MIGRATE_NVTX", False, _switch, "NVTX ranges for Nsight Systems; see profiling.md")
+TIMELINE = Variable(
+    "DYN_MIGRATE_TIMELINE", "", str, "Folder in which processes of one host write when each does what for a move"
+)
 TRANSPORT = Variable(
     "DYN_MIGRATE_TRANSPORT",
     "auto",

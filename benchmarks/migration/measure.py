@@ -130,6 +130,9 @@ class _Seen:
     windows: list[tuple[float, float]] = field(default_factory=list)
     precopies: list[tuple[float, float]] = field(default_factory=list)
     quiet: list[tuple[float, float]] = field(default_factory=list)
+    """Without a move."""
+    before: list[tuple[float, float]] = field(default_factory=list)
+    """The last of those before each move, with the request at its source."""
     warm: bool = False
 
 
@@ -203,6 +206,7 @@ class Bench:
                 if watched.done:
                     continue
                 seen.ends.append((origin, target))
+                seen.before.append(seen.quiet[-1])
                 seen.windows.append((began, ended))
                 seen.precopies.append((began, ended - record.downtime_s if mode is Mode.LIVE else began))
                 if record.ok and record.mode == mode:
@@ -220,7 +224,7 @@ class Bench:
             moves = zip(seen.ends, times, strict=False)
             return tuple(gap for pair, window in moves for gap in beside[pair[end]].gaps([window]))
 
-        found = [gaps(end, times) for end in (0, 1) for times in (seen.quiet, seen.precopies, seen.windows)]
+        found = [gaps(end, times) for end in (0, 1) for times in (seen.before, seen.precopies, seen.windows)]
         await self._until_idle()
         return seen.samples, Neighbours(tokens, mode, *found), seen.failed
 

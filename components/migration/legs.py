@@ -16,6 +16,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -24,6 +25,7 @@ import msgspec
 from components.engine.protocol import GenerateOutput, RequestId
 from components.errors import MigrateError, RequestNotFound, SessionError
 from components.migration.messages import Life, Owner, Ticket
+from components.timeline import mark
 
 _GAPS = 16
 
@@ -89,6 +91,7 @@ class Leg:
     left: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when this worker has finished with it."""
     _times: deque[float] = field(default_factory=lambda: deque(maxlen=_GAPS + 1))
+    _token: asyncio.Event = field(default_factory=asyncio.Event)
 
     def expect_parting(self) -> None:
         """A move begins: the reader of the engine's stream watches for its end."""
@@ -103,7 +106,19 @@ class Leg:
     def note(self, tokens: Sequence[int]) -> None:
         """Note sent tokens."""
         self.tokens.extend(tokens)
+        self._note_time()
+        if self.parting is not None:
+            mark("source", "token", self.request_id)
+
+    def _note_time(self) -> None:
         self._times.append(time.monotonic())
+        self._token.set()
+
+    async def next_token(self, timeout_s: float) -> None:
+        """Return when the next token leaves, or after that time."""
+        self._token.clear()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._token.wait(), timeout_s)
 
     def known(self) -> list[int]:
         """All output tokens that this worker has seen."""
@@ -167,7 +182,9 @@ class Arrival(Leg):
     def add(self, output: GenerateOutput) -> None:
         """Add an output of the engine."""
         self.outputs.append(output)
-        self._times.append(time.monotonic())
+        self._note_time()
+        if len(self.outputs) == 1 or self.away is not None:
+            mark("target", "first token", self.request_id)
         self._changed.set()
 
     def known(self) -> list[int]:

@@ -29,6 +29,7 @@ from components.migration.legs import Arrival, Away, Leg, new_life
 from components.migration.messages import Mode, MoveRecord, Owner, WorkerCall, WorkerOp, WorkerReply
 from components.migration.peers import follow, short
 from components.migration.requests import Requests
+from components.timeline import mark
 
 logger = logging.getLogger(__name__)
 _LANDING_S = 1.0
@@ -39,6 +40,8 @@ _SPARE = 2 * _ALMOST
 """Blocks that are granted beyond the tokens of an offer, for those that come until the freeze."""
 _AHEAD = 0.75
 """Part of a step scheduled ahead that passes before the destination begins to wait."""
+_WAIT_STEPS = 2
+"""Gaps between tokens for which the freeze waits for the end of a step."""
 _HOLD_STEPS = 1.25
 """Gaps between tokens for which the destination waits for the commit: a step of the source and the way to it."""
 
@@ -111,6 +114,7 @@ class _Move:
         leg.expect_parting()
         gap = leg.median_gap()
         opened = asyncio.Event()
+        self._mark("begun")
         first: asyncio.Future[GenerateOutput] | None = None
         try:
             await self._reserve(blocks=record.mode is Mode.LIVE)
@@ -120,6 +124,9 @@ class _Move:
             first = asyncio.ensure_future(self._first(relay))
             await self._pre_copy(rounds=self._limits.rounds if record.mode is Mode.LIVE else 0)
             await self._until(opened, first)
+            # A step of the source has just ended: all that follows can be timed from here.
+            await leg.next_token(_WAIT_STEPS * gap)
+            self._mark("freeze asked")
             frozen, downtime = await self._cut_over(first, gap, record.mode)
         except BaseException:
             if first is not None:
@@ -130,6 +137,7 @@ class _Move:
             raise
         away = Away(self._owner, first.result(), relay, frozen.output_token_ids)
         leg.depart(away)
+        self._mark("handed over")
         if not leg.served or leg.left.is_set():
             await self._requests.let_go(leg, away)
         await self._engine.release(leg.engine_id)
@@ -160,6 +168,7 @@ class _Move:
         try:
             async with asyncio.timeout(limit):
                 frozen = await self._engine.freeze(self._leg.engine_id)
+                self._mark("frozen")
                 given = _without_blocks(frozen) if mode is Mode.REPLAY else frozen
                 given = msgspec.structs.replace(given, use_within_s=limit)
                 commit = asyncio.ensure_future(self._call(WorkerOp.COMMIT, frozen=given))
@@ -181,13 +190,18 @@ class _Move:
     async def _first(self, relay: AsyncGenerator[GenerateOutput, None]) -> GenerateOutput:
         output = await anext(relay)
         self._first_at = time.monotonic()
+        self._mark("first token")
         return output
+
+    def _mark(self, what: str) -> None:
+        mark("source", what, self._leg.request_id)
 
     async def _hold(self, gap: float) -> None:
         # The source finishes what it has scheduled ahead; meanwhile the destination's requests go on.
         await asyncio.sleep(_AHEAD * self._requests.options.steps_ahead * gap)
         with contextlib.suppress(MigrateError):
             if gap:
+                self._mark("commit announced")
                 await self._call(WorkerOp.EXPECT_COMMIT, hold_s=_HOLD_STEPS * gap)
 
     async def _back(self) -> None:

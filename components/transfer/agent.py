@@ -91,7 +91,7 @@ class TransferAgent:
                 credentials.VARIABLE,
             )
         self._assembly = assemble(self._config, self.epoch, pools, self.directory)
-        self._checksums = BlockChecksums(pools)
+        self._checksums = BlockChecksums(self._assembly.regions)
         self._block_bytes = self.record.block_bytes
         try:
             regions = self._assembly.regions

@@ -19,6 +19,7 @@ from components.migration.events import Event
 from components.migration.legs import Arrival
 from components.migration.messages import Attached, WorkerCall, WorkerOp, WorkerReply
 from components.migration.requests import Requests
+from components.timeline import mark
 from components.worker.state import WorkerStatus
 
 _POLL_S = 0.004
@@ -69,9 +70,11 @@ class Control:
             case WorkerOp.EXTEND if call.offer is not None:
                 await engine.extend(self._arrival(call).engine_id, call.offer, call.tokens)
             case WorkerOp.EXPECT_COMMIT:
+                mark("target", "commit expected", call.request_id)
                 await engine.expect_commit(self._arrival(call).engine_id, call.hold_s)
             case WorkerOp.COMMIT if call.frozen is not None:
                 leg = self._arrival(call)
+                mark("target", "commit", call.request_id)
                 leg.before, leg.committed = call.frozen.output_token_ids, True
                 try:
                     await engine.commit(leg.engine_id, call.frozen)

@@ -18,6 +18,7 @@ from components.errors import DeadlineExceeded, PeerUnknown, StaleEpoch, Transfe
 from components.transfer import AgentConfig, KVPool, TransferResult
 from components.transfer.checksum import BlockChecksums
 from components.transfer.ids import AgentName, AgentRef, Epoch
+from components.transfer.regions import regions_of
 
 
 class Wire:
@@ -78,7 +79,7 @@ class VirtualAgent:
     def start(self, pools: Sequence[KVPool]) -> None:
         """Publish."""
         self.tensors = [pool.tensor for pool in pools]
-        self._sums = BlockChecksums(pools)
+        self._sums = BlockChecksums(regions_of(pools))
         self._wire.agents[self._config.name] = self
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "wire", "output"},
     {"address", "folders", "versions", "yamltext", "lifeline"},
     {"env"},
-    {"credentials", "models", "config"},
+    {"credentials", "models", "config", "timeline"},
     {"frames", "messages"},
     {"handshake", "process"},
     {"acceptor"},

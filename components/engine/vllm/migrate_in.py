@@ -34,6 +34,7 @@ from components.engine.vllm.parts import Parts
 from components.engine.vllm.ranks import Ranks
 from components.engine.vllm.records import Incoming, Job, JobResult, Record, StepResults, use_until
 from components.errors import NoRoom, SessionError
+from components.timeline import mark
 
 MAX_WAIT_S = 0.25
 """Upper bound on the time for which a commit's copy holds up the other requests."""
@@ -198,6 +199,7 @@ class MigrateIn:
         incoming = _incoming(record)
         if incoming.commit is not None:
             return
+        mark("target-core", "commit", record.request_id)
         offer = frozen.offer
         self._require_usable(offer)
         self._append(record, frozen.output_token_ids)
@@ -259,6 +261,7 @@ class MigrateIn:
         if not may_wait or size > self._wait_bytes or not self._late.isdisjoint(job.agents):
             self._new.append(job)
             return
+        mark("target-core", "copy", record.request_id)
         results = self._ranks().copy(job, self._budget(size))
         if None in results:
             self._late.update(job.agents)
@@ -366,6 +369,7 @@ class MigrateIn:
     # Ends
 
     def _end(self, record: Record) -> None:
+        mark("target-core", "landed", record.request_id)
         record.landed = self._progress(_incoming(record))
         record.incoming = record.grammar = None
 

@@ -25,6 +25,7 @@ from components.engine.vllm.control import Reply
 from components.engine.vllm.ranks import Ranks
 from components.engine.vllm.records import Leaving, Record
 from components.errors import NotMigratable, RequestNotFound, SessionError
+from components.timeline import mark
 
 _FREEZABLE = (RequestStatus.RUNNING, RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
@@ -106,6 +107,7 @@ class MigrateOut:
         return waiter
 
     def _take_out(self, record: Record, by_itself: bool) -> Leaving:
+        mark("source-core", "taken out", record.request_id)
         record.leaving = Leaving(self._port.take_out(record.request), by_itself)
         self._freezing.append(record)
         self.num_taken_out += 1
@@ -125,6 +127,7 @@ class MigrateOut:
         return Checked(blocks, tuple(counts) if offer.groups else ())
 
     def _complete(self, record: Record, leaving: Leaving) -> Frozen:
+        mark("source-core", "last step ended", record.request_id)
         offer = self.offer(record, whole_blocks=False)
         checked = self.checked(offer)
         ranks = self._ranks().snapshot(record.request.request_id, checked.blocks)
@@ -136,6 +139,7 @@ class MigrateOut:
             checked=checked.counts,
             guide=self._port.guide_of(record.request),
         )
+        mark("source-core", "state made", record.request_id)
         self._freezing.remove(record)
         for waiter in leaving.waiters:
             waiter.set_result(Reply(frozen=leaving.frozen))

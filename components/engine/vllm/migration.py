@@ -27,6 +27,7 @@ from components.engine.vllm.ranks import Ranks
 from components.engine.vllm.records import Install, Record, StepMetadata, StepResults
 from components.engine.vllm.tables import request_table, stats_of, verify_blocks
 from components.errors import ConfigError, RequestNotFound, SessionError
+from components.timeline import mark
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -73,6 +74,8 @@ class Migration:
         self._step_began = 0.0
         self.last_step_s = 0.0
         self._past_preemptions = 0
+        self._first_steps: list[Record] = []
+        """Requests from elsewhere in their first step here."""
 
     @property
     def records(self) -> list[Record]:
@@ -224,9 +227,13 @@ class Migration:
         self._step_began = time.monotonic()
         jobs, cancelled = self.incoming.take_new_jobs()
         meta = StepMetadata(jobs=jobs, cancelled=cancelled, to_sum=self.handoff.to_sum(scheduler_output))
-        for vllm_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+        cached = scheduler_output.scheduled_cached_reqs.resumed_req_ids
+        for vllm_id in (*cached, *(new.req_id for new in scheduler_output.scheduled_new_reqs)):
             record = self._records.get(vllm_id)
-            if record is not None and record.needs_install:
+            if record is not None and record.landed is not None:
+                mark("target-core", "first step", record.request_id)
+                self._first_steps.append(record)
+            if record is not None and record.needs_install and vllm_id in cached:
                 record.needs_install = False
                 meta.installs.append(_install(record))
         return meta
@@ -238,6 +245,9 @@ class Migration:
     def after_step(self) -> list[tuple[Record, Frozen]]:
         """Freeze requests that waited for this step. Returns the states that leave with its outputs."""
         self.last_step_s = time.monotonic() - self._step_began
+        for record in [each for each in self._first_steps if not self.port.in_flight(each.request)]:
+            mark("target-core", "first step ended", record.request_id)
+            self._first_steps.remove(record)
         return self.outgoing.after_step()
 
     def has_only_taken_out(self) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gather, scatter and block-to-block copies of KV blocks: Triton kernels on CUDA, torch's index copies elsewhere.
+"""Gather, scatter, block-to-block copies and sums of KV blocks: Triton kernels on CUDA, torch's index copies elsewhere.
 
 ``copier(blocks, buffer, gather)`` moves the blocks of all segments between the pools and ``buffer``, where segment
 follows segment; it queues on the current stream. ``mover(sources, targets, index, stream)`` takes host arrays of
@@ -22,16 +22,18 @@ from components.transfer.layout import Ints, is_one_run
 
 Copier = Callable[[torch.Tensor, torch.Tensor, bool], None]
 Mover = Callable[[Ints, Ints, torch.Tensor, torch.cuda.Stream], None]
+Summer = Callable[[torch.Tensor], torch.Tensor]
 _WORD = 8
 _TILE_WORDS = 8192
 _WARPS = 8
+_SUM_TILE = 2048
 
 
 def copier(rows: Sequence[torch.Tensor]) -> Copier:
     """The fastest copier for these (blocks, bytes) views."""
     parts = [list(part) for _, part in groupby(rows, key=lambda row: row.shape[1])]
     made = [
-        (_triton_copier(part) if _kernels_take(part) else _torch_copier(part), len(part) * part[0].shape[1])
+        (_triton_copier(part) if kernels_take(part) else _torch_copier(part), len(part) * part[0].shape[1])
         for part in parts
     ]
     if len(made) == 1:
@@ -55,13 +57,46 @@ def mover(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> Mov
     for pair in zip(source, target, strict=True):
         alike.setdefault(pair[0].shape[1], []).append(pair)
     made = [
-        _triton_mover(pairs) if _kernels_take([row for pair in pairs for row in pair]) else _torch_mover(pairs)
+        _triton_mover(pairs) if kernels_take([row for pair in pairs for row in pair]) else _torch_mover(pairs)
         for _, pairs in sorted(alike.items())
     ]
     return made[0] if len(made) == 1 else _together(made)
 
 
-def _kernels_take(rows: Sequence[torch.Tensor]) -> bool:
+def summer(rows: Sequence[torch.Tensor], step: int) -> Summer:
+    """Called with the numbers of blocks in pinned memory, gives a sum for each: see ``checksum.py``.
+
+    A word has the weight ``step`` times its place in the row, from 1, made odd; a row that of its place, made odd.
+    The numbers must not change until the device has the sums.
+    """
+    alike: dict[int, list[tuple[int, torch.Tensor]]] = {}
+    for position, row in enumerate(rows):
+        alike.setdefault(row.shape[1] // _WORD, []).append((position, row))
+    device = rows[0].device
+    tables = [
+        (words, len(same), torch.tensor([[r.data_ptr(), r.stride(0), 2 * n + 1] for n, r in same], device=device))
+        for words, same in alike.items()
+    ]
+    kernel = _jit()[2]
+
+    def launch(count: int, index: torch.Tensor, sums: torch.Tensor) -> None:
+        for words, segments, table in tables:
+            grid = (segments * count, 1, 1)
+            kernel[grid](table, index, sums, count, words, STEP=step, TILE=_SUM_TILE, num_warps=_WARPS)
+
+    # Compiled now, by a launch of no block.
+    launch(0, tables[0][2], tables[0][2])
+
+    def run(index: torch.Tensor) -> torch.Tensor:
+        sums = torch.zeros(len(index), dtype=torch.int64, device=device)
+        launch(len(index), index, sums)
+        return sums
+
+    return run
+
+
+def kernels_take(rows: Sequence[torch.Tensor]) -> bool:
+    """Can Triton's kernels work on these (blocks, bytes) views?"""
     if find_spec("triton") is None:
         return False
     whole = all(row.data_ptr() % 16 == 0 and row.stride(0) % 16 == 0 and row.shape[1] % 16 == 0 for row in rows)
@@ -112,8 +147,8 @@ def _widen(row: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _jit() -> tuple[Any, Any]:
-    """Both kernels. Arguments that change with every call must not cause new compilations."""
+def _jit() -> tuple[Any, Any, Any]:
+    """All kernels. Arguments that change with every call must not cause new compilations."""
     import triton
     import triton.language as tl
 
@@ -153,7 +188,21 @@ def _jit() -> tuple[Any, Any]:
         written = tl.multiple_of(target, 16).to(tl.pointer_type(tl.int64))
         tl.store(written + at, tl.load(read + at, mask=mask), mask=mask)
 
-    return stage, move
+    @triton.jit(do_not_specialize=["index", "blocks"])  # type: ignore[untyped-decorator,unused-ignore]
+    def add_up(table, index, sums, blocks, words, STEP: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+        pair = tl.program_id(0).to(tl.int64)
+        segment = pair // blocks
+        number = pair % blocks
+        base = tl.load(table + 3 * segment) + tl.load(index + number) * tl.load(table + 3 * segment + 1)
+        words_of = tl.multiple_of(base, 16).to(tl.pointer_type(tl.int64))
+        total = tl.zeros([TILE], dtype=tl.int64)
+        for start in range(0, words, TILE):
+            at = start + tl.arange(0, TILE)
+            weight = ((at.to(tl.int64) + 1) * STEP) | 1
+            total += tl.load(words_of + at, mask=at < words, other=0) * weight
+        tl.atomic_add(sums + number, tl.sum(total) * tl.load(table + 3 * segment + 2))
+
+    return stage, move, add_up
 
 
 def _tile(words: int) -> int:
@@ -166,7 +215,7 @@ def _grid(segments: int, blocks: int, words: int) -> tuple[int, int]:
 
 
 def _triton_copier(rows: Sequence[torch.Tensor]) -> Copier:
-    kernel, _ = _jit()
+    kernel = _jit()[0]
     words = rows[0].shape[1] // _WORD
     table = _table(rows)
 
@@ -185,7 +234,7 @@ def _triton_copier(rows: Sequence[torch.Tensor]) -> Copier:
 
 
 def _triton_mover(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Mover:
-    _, kernel = _jit()
+    kernel = _jit()[1]
     words = pairs[0][0].shape[1] // _WORD
     sources, targets = (_table(rows) for rows in zip(*pairs, strict=True))
 

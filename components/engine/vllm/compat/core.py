@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from components.engine.vllm.control import Call, Op, Reply, decode_call, encode
 from components.errors import MigrateError
+from components.timeline import mark
 
 if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCoreProc
@@ -47,6 +48,7 @@ class Hold:
             return
         self._holding = True
         migration = _migration(core)
+        mark("target-core", "hold", call.request_id)
         try:
             while migration.expects_commit(call.request_id) and (left := now + limit - time.monotonic()) > 0:
                 try:
@@ -55,6 +57,7 @@ class Hold:
                     return
                 core._handle_client_request(*request)
         finally:
+            mark("target-core", "hold ended", call.request_id)
             self._holding = False
             self._ended = time.monotonic()
 
