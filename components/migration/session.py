@@ -38,12 +38,12 @@ _ALMOST = 2
 """Blocks that may be missing at the freeze."""
 _SPARE = 2 * _ALMOST
 """Blocks that are granted beyond the tokens of an offer, for those that come until the freeze."""
-_AHEAD = 0.75
-"""Part of a step scheduled ahead that passes before the destination begins to wait."""
+_AHEAD = 0.3
+"""Part of a step that passes, where steps are scheduled ahead, before the destination begins to wait."""
 _WAIT_STEPS = 2
 """Gaps between tokens for which the freeze waits for the end of a step."""
-_HOLD_STEPS = 1.25
-"""Gaps between tokens for which the destination waits for the commit: a step of the source and the way to it."""
+_HOLD_STEPS = 2.2
+"""Gaps between tokens for which the destination waits for the commit: the source's steps and the way to it."""
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,6 @@ class Migration:
         self._step_began = 0.0
         self.last_step_s = 0.0
         self._past_preemptions = 0
-        self._first_steps: list[Record] = []
-        """Requests from elsewhere in their first step here."""
 
     @property
     def records(self) -> list[Record]:
@@ -232,7 +230,6 @@ class Migration:
             record = self._records.get(vllm_id)
             if record is not None and record.landed is not None:
                 mark("target-core", "first step", record.request_id)
-                self._first_steps.append(record)
             if record is not None and record.needs_install and vllm_id in cached:
                 record.needs_install = False
                 meta.installs.append(_install(record))
@@ -245,9 +242,6 @@ class Migration:
     def after_step(self) -> list[tuple[Record, Frozen]]:
         """Freeze requests that waited for this step. Returns the states that leave with its outputs."""
         self.last_step_s = time.monotonic() - self._step_began
-        for record in [each for each in self._first_steps if not self.port.in_flight(each.request)]:
-            mark("target-core", "first step ended", record.request_id)
-            self._first_steps.remove(record)
         return self.outgoing.after_step()
 
     def has_only_taken_out(self) -> bool:
