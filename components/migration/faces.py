@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads an engine's output items for ``components.migration.requests``, without converting those of unmoved requests."""
+"""Reads an engine's output items for ``components.migration.requests``, without converting unmoved requests' ones."""
 
 from __future__ import annotations
 
