@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker, router, transfer and launcher components of Dynamo Migrate."""
+"""Worker, migration, transfer and launcher components of Dynamo Migrate."""

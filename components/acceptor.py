@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Listening sockets of this package: what connects proves itself first, and little is spent on it until then.
+"""Listening sockets of this package, with a handshake first and bounded cost before it.
 
-``Acceptor`` serves each connection on a thread, ``StreamAcceptor`` on an asyncio task. Both play the handshake
-(``components.handshake``) before ``serve`` sees the connection, so that no socket can forget it.
-Bounds: ``Limits.unproven`` connections at a time that have not proved themselves yet, each for ``Limits.proof_s`` at
-most; where strangers hold all of these places, the oldest gives way to a newcomer. They cost a descriptor, a small
-buffer and, in ``Acceptor``, a thread. ``Limits.served`` connections that have; further ones are closed.
-Life cycle: accepts from construction (``start``) to ``close``, which also ends the connections that are open.
-Errors: ``serve`` owns its time-outs; what it raises of ``OSError``, ``MigrateError`` and undecodable bytes ends its
-connection and is logged, anything else is logged as a fault of ours.
+``Acceptor`` serves each connection on a thread, ``StreamAcceptor`` on an asyncio task. Both do the handshake
+(``components.handshake``) before ``serve`` gets the connection, so that no socket can lack it.
+Bounds: ``Limits.unproven`` connections at a time before their proof, each for at most ``Limits.proof_s``; when
+strangers hold all of these places, the oldest is closed for a new one. Each costs a descriptor, a small buffer and, in
+``Acceptor``, a thread. After the proof: ``Limits.served`` connections; further ones are closed.
+Life cycle: accepts from construction (``start``) to ``close``, which also ends open connections.
+Errors: ``serve`` owns its time-outs; its ``OSError``, ``MigrateError`` and errors of undecodable bytes end the
+connection and are logged, any other error is logged as a fault of this package.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from components.wire import UNREADABLE
 logger = logging.getLogger(__name__)
 _BACKLOG = 128
 _KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
-"""A peer whose host has vanished is noticed within a minute."""
+"""TCP keep-alive that detects a vanished host within a minute."""
 _ENDS = (OSError, MigrateError, asyncio.IncompleteReadError, *UNREADABLE)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an acceptor spends on others."""
+    """Bounds of an acceptor."""
 
     unproven: int = 64
     proof_s: float = 10.0
     yield_s: float = 0.5
-    """How long a connection keeps its place when all are taken: more than a peer on a busy machine needs."""
+    """Time for which a connection keeps its place when all are taken; more than a peer on a busy machine needs."""
     served: int = 512
 
 
 def prepare(connection: socket.socket) -> None:
-    """Options of every connection."""
+    """Set the options of a connection."""
     if connection.family == socket.AF_UNIX:
         return
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -54,7 +54,7 @@ def prepare(connection: socket.socket) -> None:
 
 
 class Acceptor:
-    """See the module docstring. ``server`` is bound; this listens on it."""
+    """See the module docstring. ``server`` is a bound socket."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Acceptor:
             except OSError as error:
                 if self._closed:
                     return
-                # Out of descriptors, or a client that left at once: listen on, or the lane is dead.
+                # No free descriptor, or a client that left at once: go on accepting.
                 logger.warning("%s: a connection was not accepted: %s", self._name, error)
                 time.sleep(0.1)
                 continue
@@ -93,13 +93,13 @@ class Acceptor:
             threading.Thread(target=self._run, args=(connection,), name=f"{self._name}-in", daemon=True).start()
 
     def _admit(self, connection: socket.socket) -> bool:
-        """Wait for a place. False once we are closed."""
+        """Wait for a place. False after ``close``."""
         with self._free:
             while not self._closed and len(self._unproven) >= self._limits.unproven:
                 oldest, since = next(iter(self._unproven.items()))
                 waits = since + self._limits.yield_s - time.monotonic()
                 if waits <= 0:
-                    _shut(oldest)  # Its thread ends, and takes it out.
+                    _shut(oldest)  # Its thread ends and removes it.
                 self._free.wait(max(waits, 0.01))
             if not self._closed:
                 self._unproven[connection] = time.monotonic()
@@ -133,7 +133,7 @@ class Acceptor:
             return not self._closed
 
     def close(self) -> None:
-        """Accept no more, end what is open. Idempotent."""
+        """Accept no more, end open connections. Idempotent."""
         with self._free:
             self._closed = True
             still = [*self._unproven, *self._proven]
@@ -144,7 +144,7 @@ class Acceptor:
 
 
 def _shut(sock: socket.socket) -> None:
-    # Closing alone wakes no thread that waits for it.
+    # close() alone would not wake a waiting thread.
     try:
         sock.shutdown(socket.SHUT_RDWR)
     except OSError as error:
@@ -196,7 +196,7 @@ class StreamAcceptor:
             writer.close()
 
     def close(self) -> None:
-        """Accept no more, end what is open. Idempotent."""
+        """Accept no more, end open connections. Idempotent."""
         if self._server is not None:
             self._server.close()
         for writer in (*self._unproven, *self._proven):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Addresses of hosts and ports, of both families, as users write them and as processes tell them to each other.
+"""Addresses of hosts and ports, of both families, as users write them and as processes exchange them.
 
-A host is a name or an address without brackets; brackets belong to the text of an ``Address`` and of URLs alone, and
-are taken off wherever a host is read. Light: every process imports it. Raises ``ValueError`` with a reason that does
-not repeat the text, which may hold a password.
+A host is a name or an address without brackets; only the text of an ``Address`` and URLs have brackets, which are
+removed wherever a host is read. Cheap to import. Raises ``ValueError`` with a reason that does not repeat the text,
+which may contain a password.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Address(NamedTuple):
 
     @classmethod
     def of(cls, text: str, port: int | None = None) -> Address:
-        """From ``scheme://host:port``, ``host:port`` or, with a default for the port, ``host``; brackets or not."""
+        """From ``scheme://host:port``, ``host:port`` or, with a default for the port, ``host``."""
         text = text.strip()
         if _ip(text) is not None:
             url = URL.build(scheme="tcp", host=bare(text))
@@ -44,24 +44,24 @@ def bare(host: str) -> str:
 
 
 def in_url(host: str) -> str:
-    """A host as a URL has it; what is more than a host stays as it is."""
+    """A host as in a URL; other text stays."""
     return f"[{bare(host)}]" if ":" in host and _ip(host) is not None else host
 
 
 def is_loopback(host: str) -> bool:
-    """``localhost`` or an address of loopback; other names count as elsewhere."""
+    """True for ``localhost`` and addresses of loopback; False for other names."""
     found = _ip(host)
     return host == "localhost" if found is None else found.is_loopback
 
 
 def is_any(host: str) -> bool:
-    """An address to listen on that stands for every interface, and reaches nobody."""
+    """True for the address of all interfaces, which is only for listening."""
     found = _ip(host)
     return found is not None and found.is_unspecified
 
 
 def dialled(host: str) -> str:
-    """Where to reach on this machine what listens on ``host``."""
+    """The address at which a listener on ``host`` is reached on this machine."""
     if not is_any(host):
         return bare(host)
     return "::1" if ":" in host else "127.0.0.1"

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks the workers of a namespace: their state, and to migrate, drain and undrain. For command line and planner.
+"""Client of all workers of a namespace: state, migrate, drain, undrain. For command line and planner.
 
-All workers are asked at the same time, each with a deadline of its own, and each tells what has changed since it was
-asked last. Who does not answer is named, not left out. There is no server between: every call goes to the worker that
-it concerns, and a request is moved by the worker that has it.
+It asks all workers in parallel, each with its own deadline, for their changes since the last time. A worker that does
+not answer is shown as missing. There is no server between: every call goes to the worker that it concerns, and a
+request's own worker moves it.
 
-Life cycle: ``connect`` once; ``refresh`` as often as one likes; ``status`` gives what is known, without asking.
-``close`` ends what is under way. Errors: ``WorkerLost``, ``DeadlineExceeded`` and what the worker raised;
+Life cycle: ``connect`` once; ``refresh`` any number of times; ``status`` returns the known state without a call.
+``close`` ends running calls. Errors: ``WorkerLost``, ``DeadlineExceeded`` and the worker's errors;
 ``RequestNotFound`` and ``WorkerNotFound`` for names that fit none or several. Threading: one asyncio loop.
 """
 
@@ -37,33 +37,33 @@ from components.migration.peers import DynamoPeers, Peers, short
 from components.status import Status, Told, WorkerReport
 
 DECISIONS = "migration_planner.decisions"
-"""Endpoint at which a planner tells what it has decided."""
+"""Endpoint of a planner with its last decisions."""
 _STATUS_S = 2.0
 _MOVE_S = 120.0
 _MOVES = 1024
 _AT_ONCE = 128
-"""Workers that are asked at the same time; the others' deadlines begin later."""
+"""Workers asked at once; deadlines of further ones begin later."""
 _SETTLED_S = 0.2
 _TABLE_S = 1.0
-"""A worker's table is at most so old."""
+"""Greatest age of a worker's table."""
 
 
 class Planners(Protocol):
-    """Who tells what planners have decided."""
+    """Source of planners' decisions."""
 
     async def decisions(self, timeout_s: float) -> list[Decision]:
-        """Of all planners that answer in time."""
+        """Decisions of all planners that answer in time."""
         ...
 
 
 class Drained(msgspec.Struct, frozen=True):
-    """What has become of a drain."""
+    """Result of a drain."""
 
     worker: str
     left: int
     """Requests that still run there."""
     moves: tuple[MoveRecord, ...]
-    """Those that were tried."""
+    """All attempts."""
 
 
 class Workers:
@@ -89,7 +89,7 @@ class Workers:
         planners = await runtime.endpoint(f"{namespace}.{DECISIONS}").client()
         end = time.monotonic() + wait_s
         found: list[int] = []
-        # Discovery tells of one worker after the other.
+        # Discovery finds one worker after the other.
         while not found or found != peers.instances():
             if not found and time.monotonic() > end:
                 raise WorkerLost(
@@ -103,10 +103,10 @@ class Workers:
     # What is known
 
     async def refresh(self, patience_s: float = _STATUS_S, decisions: bool = False) -> None:
-        """Ask every worker what is new, and return when all have answered or failed, after ``patience_s`` at most.
+        """Ask every worker for its changes; return after all answers, after ``patience_s`` at most.
 
-        Who was late the last time is not waited for: a worker that hangs delays one call, and its answer counts when
-        it comes. Never raises.
+        Does not wait for workers that were late the last time: a hanging worker delays one call, and its answer counts
+        when it arrives. Never raises.
         """
         there = self._peers.instances()
         for instance in set(self._told) - set(there):
@@ -150,7 +150,7 @@ class Workers:
         self._decisions = tuple(await planners.decisions(_STATUS_S))
 
     def status(self, ages: bool = True) -> Status:
-        """What is known. Without ``ages``, those of requests are as their workers told them first."""
+        """The known state. Without ``ages``, requests have the ages of their first report."""
         now = self._clock()
         moves = sorted(self._moves, key=lambda pair: pair[0])
         return Status(
@@ -162,12 +162,12 @@ class Workers:
     # Names
 
     def worker(self, name: str) -> WorkerReport:
-        """The one worker whose id begins so. Raises ``WorkerNotFound``."""
+        """The only worker with this begin of its id. Raises ``WorkerNotFound``."""
         return self._named(name)[1]
 
     def _named(self, name: str) -> tuple[int, WorkerReport]:
         now = self._clock()
-        # A whole instance id, as Dynamo's logs have it, is good as well.
+        # Also accepts a whole instance id, as in Dynamo's logs.
         ids = {i: told.worker if len(name) <= len(told.worker) else f"{i:016x}" for i, told in self._told.items()}
         found = [instance for instance, text in ids.items() if name and text.startswith(name.lower())]
         if len(found) != 1:
@@ -176,7 +176,7 @@ class Workers:
         return found[0], self._told[found[0]].report(now, True)
 
     def request(self, name: str) -> tuple[WorkerReport, RequestRow]:
-        """The one running request whose id begins so, and the worker that has it. Raises ``RequestNotFound``."""
+        """The only running request with this begin of its id, and its worker. Raises ``RequestNotFound``."""
         running = list(self.status().requests())
         found = [pair for pair in running if pair[1].request_id.startswith(name)]
         found = [pair for pair in found if pair[1].request_id == name] or found
@@ -185,7 +185,7 @@ class Workers:
             raise RequestNotFound(
                 f"{len(found) or 'no'} running requests begin with {name!r}: dynamo status; running: {among}"
             )
-        # Of two workers that both have it, in tables of different age, the younger one is right.
+        # When two workers list it, the younger table is right.
         return min(found, key=lambda pair: pair[0].age_s)
 
     # What workers are asked to do
@@ -193,9 +193,9 @@ class Workers:
     async def migrate(
         self, request_id: str, source: str, target: str = "", mode: Mode = Mode.LIVE, life: int = 0
     ) -> MoveRecord:
-        """Move a request that is on ``source``; without ``target`` to the worker with most room.
+        """Move a request from ``source``; without ``target`` to the worker with most room.
 
-        Raises ``RequestNotFound`` when the request, or the life of it that is meant, is not there any more.
+        Raises ``RequestNotFound`` when the request, or this life of it, is no longer there.
         """
         instance, _ = self._named(source)
         there = self._named(target)[0] if target else 0
@@ -206,7 +206,7 @@ class Workers:
         return reply.moves[0]
 
     async def move(self, request: str, to: str = "", mode: Mode = Mode.LIVE) -> MoveRecord:
-        """``migrate``, for people: finds out where the request is, again if it has just been moved."""
+        """``migrate``, for people: finds the request's worker, once more if it has just moved."""
         source, row = self.request(request)
         try:
             return await self.migrate(row.request_id, source.worker, to, mode, row.life)
@@ -224,7 +224,7 @@ class Workers:
         return Drained(report.worker, reply.left, reply.moves)
 
     async def undrain(self, worker: str) -> None:
-        """Let a worker have requests again."""
+        """Give a worker requests again."""
         await self._peers.call(self._named(worker)[0], WorkerCall(WorkerOp.UNDRAIN))
 
     async def check(self, worker: str) -> None:
@@ -232,7 +232,7 @@ class Workers:
         await self._peers.call(self._named(worker)[0], WorkerCall(WorkerOp.CHECK))
 
     def close(self) -> None:
-        """Let go of what is under way."""
+        """End running calls."""
         for task in self._asking.values():
             task.cancel()
 
@@ -244,7 +244,7 @@ class DynamoPlanners:
         self._client = client
 
     async def decisions(self, timeout_s: float) -> list[Decision]:
-        """See ``Planners``. One that does not answer has none."""
+        """See ``Planners``. A planner that does not answer has no decisions."""
         asked = (self._of(instance, timeout_s) for instance in self._client.instance_ids())
         return [decision for found in await asyncio.gather(*asked) for decision in found]
 
@@ -254,6 +254,6 @@ class DynamoPlanners:
                 async for item in await self._client.direct(pack(PlannerReply(())), instance, annotated=False):
                     return unpack(item, PlannerReply).decisions
         except Exception:
-            # Dynamo raises plain exceptions; decisions are for people to read, and are not worth an error.
+            # Dynamo raises plain exceptions; missing decisions are not worth an error.
             return ()
         return ()

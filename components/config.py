@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of every component: one model each, every field typed, with a default and a description.
 
-Keys are written with dashes in YAML and on the command line. Unknown keys are an error that names the
-nearest known one. What is written in several places is taken from the first of: the component's own key on the command
-line, ``Common`` on the command line, the component's own key in the file, ``Common`` in the file, the default.
-``load_component_config`` is how a component's process gets its own part.
+Keys have dashes in YAML and on the command line. An unknown key is an error that names the nearest known one.
+Precedence: the component's key on the command line, ``Common`` on the command line, the component's key in the file,
+``Common`` in the file, the default. A component's process reads its part with ``load_component_config``.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from components.errors import ConfigError
 
 
 def dashed(name: str) -> str:
-    """A key as it is written."""
+    """A field's key in files and on the command line."""
     return name.replace("_", "-")
 
 
@@ -55,7 +54,7 @@ Weight = Literal[
 
 
 class ComponentConfig(BaseModel):
-    """Fields that every component has."""
+    """Fields of every component."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, alias_generator=dashed, populate_by_name=True, allow_inf_nan=False
@@ -165,7 +164,7 @@ class WorkerConfig(ComponentConfig):
 
     @property
     def engine_flags(self) -> dict[str, Any]:
-        """``engine_args`` by the names of flags, however the file writes them."""
+        """``engine_args`` by the names of flags."""
         return {dashed(key): value for key, value in self.engine_args.items()}
 
     @model_validator(mode="after")
@@ -186,10 +185,10 @@ T = TypeVar("T", bound=ComponentConfig)
 
 
 class Given(str):
-    """The value of a key as an argument has it: text for keys that hold text, YAML for all others."""
+    """A value from the command line: text for keys with text, YAML for others."""
 
     def read(self, field: FieldInfo, where: str) -> Any:
-        """What it stands for. Only quotes are YAML's in a text: ``::``, ``on`` and ``1:20`` mean themselves."""
+        """The parsed value. In a text YAML's quotes alone count: ``::``, ``on`` and ``1:20`` stand for themselves."""
         if not _holds_text(field):
             return yamltext.parse(self, where)
         quoted = len(self) > 1 and self[0] == self[-1] and self[0] in "'\""

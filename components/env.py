@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The variables that this package reads, each once: name, type, default, meaning. Nothing else reads the environment.
+"""All environment variables of this package: name, type, default, meaning. No other module reads the environment.
 
-A variable that is empty counts as not set. ``read`` raises ``ConfigError`` that names the variable, its value (unless
-that is a secret) and what to write. ``check`` reads all of them, so that a wrong one ends a start before it begins.
-Variables of Dynamo, vLLM and NIXL that are only passed on are not in here. docs/reference.md is written from ``ALL``.
+An empty variable counts as not set. ``read`` raises ``ConfigError`` with the variable, its value (unless secret) and
+the fix. ``check`` reads all of them, so that a wrong one ends a start at once. Variables of Dynamo, vLLM and NIXL that
+are only passed on are not here. docs/reference.md is generated from ``ALL``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SWITCH = {"1": True, "true": True, "on": True, "yes": True, "0": False, "false"
 
 @dataclass(frozen=True)
 class Variable(Generic[T]):
-    """One of them. ``convert`` raises ``ValueError`` that says what to write."""
+    """One variable. ``convert`` raises ``ValueError`` with the fix."""
 
     name: str
     default: T
@@ -35,7 +35,7 @@ class Variable(Generic[T]):
     meaning: str
     secret: bool = False
     internal: bool = False
-    """Set by ``dynamo serve`` for its processes, or by whoever starts them without it."""
+    """Set by ``dynamo serve`` for its processes, or by the user who starts them without it."""
 
     def read(self, environment: Mapping[str, str] | None = None) -> T:
         """Its value, or the default."""
@@ -271,13 +271,13 @@ ALL: tuple[Variable[Any], ...] = tuple(each for each in list(globals().values())
 
 
 def check(environment: Mapping[str, str] | None = None) -> None:
-    """Read all. Raises ``ConfigError`` for the first that is wrong."""
+    """Read all. Raises ``ConfigError`` for the first wrong one."""
     for variable in ALL:
         variable.read(environment)
 
 
 def stores() -> dict[str, Any]:
-    """Where agents publish their records, as keys of ``components.transfer.AgentConfig``."""
+    """Stores of agents' records, as fields of ``components.transfer.AgentConfig``."""
     return {
         "etcd_endpoints": ETCD_ENDPOINTS.read() or ("http://127.0.0.1:2379",),
         "etcd_user": ETCD_AUTH_USERNAME.read(),

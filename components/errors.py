@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The error tree of the package: one root, and every class tells its caller what to do.
+"""The error tree of the package: one root; every class implies the caller's reaction.
 
     MigrateError                    root; ``retryable`` says whether the same call may work later
     ├── ConfigError                 the user's input is wrong: print the message, exit with 2
     ├── InvalidRequest              the client's request is wrong: HTTP 400, never retried
-    ├── RequestNotFound             no such request here: it ended, or never was
-    ├── Refused                     the peer will not do it, for the stated reason: try another mode
+    ├── RequestNotFound             no such request here: it has ended, or never existed
+    ├── Refused                     the peer refuses, for the stated reason: try another mode
     │   ├── NoRoom                  not enough free KV blocks now; the request stays where it is
     │   └── NotMigratable           this request can never move exactly (n > 1, prompt_logprobs)
     ├── SessionError                a migration session is in another state than the call needs
     ├── EngineKiller                engines died with this request: end it, never repeat it
-    ├── WorkerLost                  the worker died or cannot be reached: replay elsewhere
+    ├── WorkerLost                  the worker died or is unreachable: replay elsewhere
     ├── DeadlineExceeded            the step took longer than allowed: treat as failed, release
     └── TransferError               KV blocks could not be moved; see ``components.transfer``
-        ├── TransferUnavailable     no lane or no library for what was asked; final
+        ├── TransferUnavailable     no lane or library for the request; final
         ├── PeerUnknown             no record of that agent (yet); retryable
-        ├── StaleEpoch              the peer restarted since the offer was made; final
+        ├── StaleEpoch              the peer has restarted since the offer; final
         ├── IncompatibleLayout      model, dtype or layout differ; final for this pair
-        ├── IntegrityError          bytes arrived but are not the right ones: recompute
-        └── TransferCancelled       somebody cancelled it
+        ├── IntegrityError          wrong bytes arrived: recompute
+        └── TransferCancelled       the transfer was cancelled
 
-Every class carries a stable ``code`` (used on the wire and as a metric label); ``from_code`` turns
-what a peer sent back into the class it raised.
+Every class has a stable ``code`` (on the wire and as a metric label); ``from_code`` restores a peer's
+error from it.
 """
 
 from __future__ import annotations
@@ -30,50 +30,50 @@ from typing import ClassVar
 
 
 class MigrateError(Exception):
-    """Root of all errors this package raises on purpose."""
+    """Root of all deliberate errors of this package."""
 
     code: ClassVar[str] = "internal"
     retryable: ClassVar[bool] = False
 
 
 class ConfigError(MigrateError):
-    """A configuration value cannot be used; the message names the value and the fix."""
+    """An unusable configuration value; the message has the value and the fix."""
 
     code = "config"
 
 
 class InvalidRequest(MigrateError):
-    """The client asked for something that no worker can do; answer with HTTP 400."""
+    """A request that no worker can serve; answer with HTTP 400."""
 
     code = "invalid_request"
 
 
 class Unauthorized(MigrateError):
-    """The caller does not have the secret that this system is configured with."""
+    """The caller lacks this system's secret."""
 
     code = "unauthorized"
 
 
 class RequestNotFound(MigrateError):
-    """No request of that id is known here: it finished, moved away or never existed."""
+    """No request with that id is here: it has ended, has moved away or never existed."""
 
     code = "request_not_found"
 
 
 class WorkerNotFound(MigrateError):
-    """No worker has this name, or several have; ask for the list of workers."""
+    """None or several workers have this name; list the workers."""
 
     code = "worker_not_found"
 
 
 class Refused(MigrateError):
-    """A peer refused for the reason given; nothing was changed on either side."""
+    """A peer refused for the given reason; nothing has changed on either side."""
 
     code = "refused"
 
 
 class NoRoom(Refused):
-    """The destination has too few free KV blocks; the source simply keeps the request."""
+    """The destination has too few free KV blocks; the source keeps the request."""
 
     code = "no_room"
     retryable = True
@@ -86,7 +86,7 @@ class NotMigratable(Refused):
 
 
 class SessionError(MigrateError):
-    """The call does not fit the state that the migration session is in."""
+    """The call does not fit the state of the migration session."""
 
     code = "session"
 
@@ -105,7 +105,7 @@ class WorkerLost(MigrateError):
 
 
 class DeadlineExceeded(MigrateError):
-    """A step overran its deadline; its resources have been given back."""
+    """A step exceeded its deadline; its resources are free."""
 
     code = "deadline"
     retryable = True
@@ -119,20 +119,20 @@ class TransferError(MigrateError):
 
 
 class TransferUnavailable(TransferError):
-    """The host or the installation cannot give the lane that was asked for."""
+    """The host or installation lacks the requested lane."""
 
     code = "transfer_unavailable"
     retryable = False
 
 
 class PeerUnknown(TransferError):
-    """No metadata record of that agent is known; it may still appear."""
+    """No record of that agent is known; it may still appear."""
 
     code = "peer_unknown"
 
 
 class StaleEpoch(TransferError):
-    """The peer has restarted since: block ids of its old epoch mean nothing now."""
+    """The peer has restarted: block ids of its old epoch are invalid."""
 
     code = "stale_epoch"
     retryable = False
@@ -146,7 +146,7 @@ class IncompatibleLayout(TransferError):
 
 
 class IntegrityError(TransferError):
-    """The bytes that arrived are not those that were promised; recompute them."""
+    """The bytes differ from the source's; recompute them."""
 
     code = "integrity"
     retryable = False
@@ -167,5 +167,5 @@ def _tree(cls: type[MigrateError]) -> dict[str, type[MigrateError]]:
 
 
 def from_code(code: str, message: str) -> MigrateError:
-    """Rebuild the error that a peer reported; unknown codes become ``MigrateError``."""
+    """Restore a peer's error; unknown codes become ``MigrateError``."""
     return _tree(MigrateError).get(code, MigrateError)(message)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that can be written: asked by writing, because users, mounts and quotas all have a say. Light."""
+"""Writable folders, tested by writing, because users, mounts and quotas all matter. Cheap to import."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from components.errors import ConfigError
 
 
 def usable(folder: Path) -> bool:
-    """Can a file be made there? The folder is made when it is missing."""
+    """True when a file can be made there. Makes a missing folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -22,7 +22,7 @@ def usable(folder: Path) -> bool:
 
 
 def temporary() -> Path:
-    """The folder for temporary files. Raises ``ConfigError`` when none can be written."""
+    """The folder for temporary files. Raises ``ConfigError`` when none is writable."""
     try:
         return Path(tempfile.gettempdir())
     except FileNotFoundError as error:
@@ -32,7 +32,7 @@ def temporary() -> Path:
 
 
 def own(name: str) -> Path:
-    """A folder of this user where everybody may make one, with nobody else to write in it. Raises ``ConfigError``."""
+    """A private folder of this user among the temporary files. Raises ``ConfigError``."""
     folder = temporary() / f"{name}-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)

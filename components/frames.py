@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages on a connection: a 4-byte length and a body, for sockets that threads read and for asyncio.
+"""Messages on a connection (a 4-byte length and a body), for threads and for asyncio.
 
 Threads: ``say`` and ``hear`` move a msgspec struct, ``read_into`` bulk bytes; ``end`` is a deadline on
-``time.monotonic``. asyncio: ``frame`` gives a sealed message (``components.credentials``) as bytes, ``Frames`` cuts
-what arrives into bodies, ``unframe`` reads one. Both bound a body before they allocate it. No state but that of
-``Frames``. Raises ``InvalidRequest`` for what is malformed or too large, ``Unauthorized`` for a wrong seal,
-``ConnectionResetError`` for a connection that ends within a message, ``OSError`` and ``TimeoutError`` as sockets do;
-the caller closes it then.
+``time.monotonic``. asyncio: ``frame`` makes the bytes of a sealed message (``components.credentials``), ``Frames``
+splits received bytes into bodies, ``unframe`` reads one. Both check the length of a body before they allocate it. Only
+``Frames`` has state. Raises ``InvalidRequest`` for a malformed or too large body, ``Unauthorized`` for a wrong seal,
+``ConnectionResetError`` for an end within a message, ``OSError`` and ``TimeoutError`` as sockets do; the caller then
+closes the connection.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _sealed = msgspec.msgpack.Decoder(_Sealed)
 
 
 def left(end: float) -> float:
-    """Seconds until then on ``time.monotonic``, never none: a socket takes 0 as a wish not to wait."""
+    """Seconds until ``end`` on ``time.monotonic``, more than 0 (which makes a socket non-blocking)."""
     return max(0.001, end - time.monotonic())
 
 
@@ -47,7 +47,7 @@ def say(sock: socket.socket, message: msgspec.Struct, end: float) -> None:
 
 
 def hear(sock: socket.socket, kind: type[T], limit: int, end: float | None) -> T:
-    """Receive one message of that kind, of ``limit`` bytes at most; without ``end``, whenever it begins."""
+    """Receive one message of that kind, of at most ``limit`` bytes; without ``end`` it may begin at any time."""
     body = read_frame(sock, limit, end)
     try:
         return msgspec.msgpack.decode(body, type=kind)
@@ -62,7 +62,7 @@ def write_frame(sock: socket.socket, data: bytes, end: float) -> None:
 
 
 def read_frame(sock: socket.socket, limit: int, end: float | None) -> bytes:
-    """Receive one body of ``limit`` bytes at most; without ``end``, whenever it begins."""
+    """Receive one body of at most ``limit`` bytes; without ``end`` it may begin at any time."""
     (length,) = _LENGTH.unpack(read_exactly(sock, _LENGTH.size, end))
     return read_exactly(sock, _bounded(length, limit), end)
 
@@ -74,7 +74,7 @@ def _bounded(length: int, limit: int) -> int:
 
 
 def read_exactly(sock: socket.socket, count: int, end: float | None) -> bytes:
-    """Receive so many bytes."""
+    """Receive ``size`` bytes."""
     data = bytearray(count)
     read_into(sock, memoryview(data), end)
     return bytes(data)
@@ -92,7 +92,7 @@ def read_into(sock: socket.socket, view: memoryview, end: float | None) -> None:
 
 
 def is_open(sock: socket.socket) -> bool:
-    """False once the peer has closed it or its process has ended."""
+    """False after the peer has closed it or ended."""
     sock.setblocking(False)
     try:
         return sock.recv(1, socket.MSG_PEEK) != b""
@@ -103,14 +103,14 @@ def is_open(sock: socket.socket) -> bool:
 
 
 def frame(message: msgspec.Struct) -> bytes:
-    """A sealed message as it goes over the connection."""
+    """A sealed message as bytes for the connection."""
     data = _encoder.encode(message)
     body = _encoder.encode(_Sealed(data, credentials.seal(type(message).__name__, data)))
     return _LENGTH.pack(len(body)) + body
 
 
 def unframe(body: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
-    """Read what ``Frames`` has cut out."""
+    """Read a body of ``Frames``."""
     kind = decoder.type.__name__
     try:
         sealed = _sealed.decode(body)
@@ -122,14 +122,14 @@ def unframe(body: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
 
 
 class Frames:
-    """Bytes in, whole bodies out. ``limit`` bounds a body, and so what is kept of one that is not whole."""
+    """Splits bytes into whole bodies. ``limit`` bounds a body and so the buffer."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._kept = b""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Bodies that are whole with these bytes."""
+        """Bodies completed by these bytes."""
         data, at = self._kept + data, 0
         try:
             while len(data) - at >= _LENGTH.size:

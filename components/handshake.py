@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How two processes of one system recognise each other on a socket, before anything else is read or written.
+"""The handshake of two processes of one system on a socket, before anything else is read or written.
 
     accepting side                            connecting side
     version, nonce ------------------------>
-    <---------------- nonce, HMAC(client) ---  proves first: a stranger gets nothing that the secret has touched
+    <---------------- nonce, HMAC(client) ---  proves first: a stranger gets no value made with the secret
     HMAC(server) -------------------------->
 
 Both HMACs are keyed with the secret (``components.credentials``) and cover both nonces, the side that makes them and
-the ``purpose``: the kind of socket and the life of the process that listens. A proof is of no use for another
-connection, socket, process or direction. Without a secret the purpose alone is proved, so that a peer of another life,
-which used its address before, is found out all the same.
+the ``purpose`` (the kind of socket and the epoch of the listening process). A proof is invalid for any other
+connection, socket, process or direction. Without a secret it proves the purpose alone, which still reveals a peer of
+another epoch that used the same address.
 
-The handshake hides nothing and guards nothing afterwards from somebody who can change packets on their way: for that,
-encrypt the network. 136 bytes in all; ``end`` bounds each side's wait. ``connect`` and ``greet`` are for threads, their
-``_stream`` forms for asyncio; servers use ``components.acceptor``, which bounds what comes before the proof.
-Raises ``Unauthorized`` for a peer that fails, ``OSError`` and ``TimeoutError`` as sockets do. No state, no threads.
+The handshake does not encrypt and does not protect later bytes from an attacker who can change packets: encrypt the
+network against that. It takes 136 bytes; ``end`` bounds each side's wait. ``connect`` and ``greet`` are for threads,
+their ``_stream`` forms for asyncio; servers use ``components.acceptor``, which bounds the cost before the proof.
+Raises ``Unauthorized`` for a failed proof, ``OSError`` and ``TimeoutError`` as sockets do. No state, no threads.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _NONCE = 32
 _PROOF = 32
 
 Steps = Generator[bytes | int, bytes, None]
-"""Yields bytes to send, or a number of bytes to be given."""
+"""Yields bytes to send, or a number of bytes to receive."""
 
 
 def _proof(side: bytes, purpose: str, server_nonce: bytes, client_nonce: bytes) -> bytes:
@@ -44,7 +44,7 @@ def _proof(side: bytes, purpose: str, server_nonce: bytes, client_nonce: bytes) 
 
 
 def accepting(purpose: str) -> Steps:
-    """The side that listens."""
+    """The listening side."""
     own = secrets.token_bytes(_NONCE)
     yield _VERSION + own
     answer = yield _NONCE + _PROOF
@@ -55,7 +55,7 @@ def accepting(purpose: str) -> Steps:
 
 
 def connecting(purpose: str) -> Steps:
-    """The side that connects."""
+    """The connecting side."""
     hello = yield len(_VERSION) + _NONCE
     if not hello.startswith(_VERSION):
         raise Unauthorized("what listens there is no process of this system, or one of another version")
@@ -72,7 +72,7 @@ def connecting(purpose: str) -> Steps:
 
 
 def greet(sock: socket.socket, steps: Steps, end: float) -> None:
-    """Play one side on a connected socket, until ``end`` on ``time.monotonic``."""
+    """Run one side on a connected socket, until ``end`` on ``time.monotonic``."""
     try:
         want = next(steps)
         while True:
@@ -113,7 +113,7 @@ async def greet_stream(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
 
 
 def connect(address: str, purpose: str, end: float) -> socket.socket:
-    """A connection to ``host:port`` whose other end has proved itself."""
+    """A connection to ``host:port`` after the proof of the other end."""
     sock = socket.create_connection(Address.of(address), timeout=left(end))
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

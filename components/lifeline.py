@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that multiprocessing has started ends when the one that started it does, even by SIGKILL.
+"""Ends a process of multiprocessing with its parent, also after SIGKILL.
 
-vLLM's engine core asks nobody whether its worker still lives: alone it would keep its memory for ever, and the worker's
-successor would find none. One daemon thread, which needs the interpreter for its last act only.
+vLLM's engine core does not check that its worker lives: without this it would keep its memory for ever, and the
+worker's successor would find none. One daemon thread, which needs the GIL only at the end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from multiprocessing.connection import wait
 
 @cache
 def end_with_parent() -> None:
-    """From now on. Does nothing in a process that was not started by multiprocessing."""
+    """Begin to watch the parent. Does nothing in a process without multiprocessing's parent."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_watch, args=(parent.sentinel,), name="parent", daemon=True).start()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How messages of this package travel over Dynamo's endpoints; see ``components.migration.messages``.
+"""Packs this package's messages for Dynamo's endpoints; see ``components.migration.messages``.
 
-Dynamo carries JSON-like values; each message is one msgspec struct, as base64 msgpack under ``m``, so that
-bytes, ids and unknown fields are checked in one place. Nothing larger than ``MAX_BYTES`` is decoded. With a shared
-secret (``components.credentials``) each also carries its seal under ``s``.
+Dynamo carries JSON-like values. Each message is one msgspec struct, as base64 msgpack under ``m``, so that one place
+checks bytes, ids and unknown fields. Messages larger than ``MAX_BYTES`` are not decoded. With a shared secret
+(``components.credentials``) each message also has its seal under ``s``.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 
 def pack(message: msgspec.Struct) -> dict[str, str]:
-    """A message as Dynamo carries it. Raises ``ConfigError`` when the configured secret cannot be read."""
+    """A message for Dynamo. Raises ``ConfigError`` when the secret is unreadable."""
     data = msgspec.msgpack.encode(message)
     sealed = credentials.seal(type(message).__name__, data)
     return {"m": base64.b64encode(data).decode()} | ({"s": sealed} if sealed else {})
 
 
 def unpack(payload: Any, kind: type[T]) -> T:
-    """Read a message. Raises ``InvalidRequest`` on anything malformed or too large, ``Unauthorized``."""
+    """Read a message. Raises ``InvalidRequest`` when it is malformed or too large, ``Unauthorized``."""
     text = payload.get("m") if isinstance(payload, dict) else None
     if not isinstance(text, str) or len(text) > MAX_BYTES:
         raise InvalidRequest(f"not a {kind.__name__} message")

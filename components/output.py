@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output that no text can break: what the terminal's or pipe's encoding lacks is written as an escape."""
+"""Output of any text: characters outside the terminal's or pipe's encoding are written as escapes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 
 def take_any_text() -> None:
-    """For standard output and error of this process, before anything is written."""
+    """Set up standard output and error of this process, before the first output."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

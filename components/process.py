@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every process of a graph does alike: Dynamo's runtime, readiness, an orderly end.
+"""Common parts of a graph's processes: Dynamo's runtime, readiness, an orderly end.
 
 The launcher stops a process with SIGTERM; the process drains, shuts Dynamo's runtime down (so that its keys
-leave etcd at once) and ends with 0. SIGUSR1 writes where each of its threads stands to its log.
+leave etcd at once) and ends with 0. SIGUSR1 writes a stack of each of its threads to its log.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ def connect() -> Any:
     """Dynamo's runtime on this loop: discovery in etcd, requests over TCP."""
     from dynamo.common.utils.runtime import create_runtime
 
-    credentials.secret()  # One that cannot be read is an error now, not at the first message.
+    credentials.secret()  # An unreadable secret fails here and not at the first message.
 
     runtime, _ = create_runtime(env.DISCOVERY.read(), env.REQUEST_PLANE.read(), event_plane="zmq")
     return runtime
 
 
 async def until_cut_off(runtime: Any, what: str) -> None:
-    """Return once Dynamo's runtime has ended itself: its lease in etcd is gone, for example because etcd was emptied.
+    """Return once Dynamo's runtime has ended itself because its lease in etcd is gone (for example an emptied etcd).
 
-    A runtime cannot be made again in the same process, so whoever only calls others has to be started again, like
-    workers, whose endpoints end at that moment. That is what an endpoint of our own tells.
+    A process cannot make a second runtime, so that a pure client must be restarted, like workers, whose endpoints end
+    then. The end of an endpoint of this process is the sign.
     """
 
     async def nothing(_: Any) -> AsyncIterator[str]:
@@ -61,7 +61,7 @@ def on_stop() -> asyncio.Event:
 
 
 def ready() -> None:
-    """Tell the launcher that this process serves now."""
+    """Notify the launcher that this process serves."""
     path = env.READY_FILE.read()
     if path:
         Path(path).touch()
@@ -73,9 +73,9 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
 
 
 def run_blocking(main: Callable[[], None]) -> None:
-    """The same for a main that brings its own loop."""
+    """The same for a main with its own loop."""
     output.take_any_text()
-    # Works even while one thread stands still with the interpreter's lock.
+    # Works also while a stuck thread holds the GIL.
     faulthandler.register(signal.SIGUSR1)
     try:
         env.check()
@@ -88,7 +88,7 @@ def run_blocking(main: Callable[[], None]) -> None:
         os._exit(2)
     except KeyboardInterrupt:
         pass
-    # Dynamo's native runtime may abort in the interpreter's finalisation; everything is closed by now.
+    # Everything is closed. Dynamo's native runtime may abort in the interpreter's finalisation.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

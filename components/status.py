@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All workers at one moment as somebody outside has been told of them, and how that is kept up by differences.
+"""The state of all workers as a client knows it, kept up to date by differences.
 
-``Told`` follows one worker. A worker that does not answer keeps what it told last, with its age and with why it is
-missing: it is not an empty one. Ages count on the clock of this process alone. Does no I/O.
+``Told`` follows one worker. A worker that does not answer keeps its last state, with the age and the reason: it does
+not count as empty. Ages use the clock of this process alone. Does no I/O.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class WorkerReport(msgspec.Struct, frozen=True):
     """Last eight digits of its instance id."""
     role: str = ""
     missing: str = ""
-    """Why it has not answered; empty: it has. Everything else here is then as old as ``age_s``."""
+    """Why it has not answered; empty: it has. If missing, all other fields are as old as ``age_s``."""
     age_s: float = 0.0
-    """Time since what is told here was true."""
+    """Age of this report."""
     info: EngineInfo | None = None
     stats: EngineStats | None = None
     requests: tuple[RequestRow, ...] = ()
@@ -34,10 +34,10 @@ class WorkerReport(msgspec.Struct, frozen=True):
     metrics: str = ""
     """host:port of its Prometheus metrics."""
     handoffs: dict[str, int] = {}
-    """How requests went from prefill to decode workers, by outcome."""
+    """Hand-offs from prefill to decode workers, by outcome."""
 
     def here(self) -> list[RequestRow]:
-        """Requests that run or wait in its engine: neither relayed nor still on their way to it."""
+        """Requests in its engine, running or waiting; without relayed and landing ones."""
         return [row for row in self.requests if not row.relayed_from and row.phase is not RequestPhase.LANDING]
 
 
@@ -46,17 +46,17 @@ class Status(msgspec.Struct, frozen=True):
 
     workers: tuple[WorkerReport, ...] = ()
     moves: tuple[MoveRecord, ...] = ()
-    """The last ones, in the order in which they ended."""
+    """The last moves, in the order of their ends."""
     decisions: tuple[Decision, ...] = ()
-    """What planners have decided last."""
+    """The last decisions of planners."""
 
     def requests(self) -> Iterable[tuple[WorkerReport, RequestRow]]:
-        """Every request with the worker that has it."""
+        """Every request with its worker."""
         return ((worker, row) for worker in self.workers for row in worker.here())
 
 
 class Told:
-    """What one worker has told. ``take`` gets its pages in their order; ``report`` gives what is known."""
+    """The state of one worker. ``take`` gets its pages in order; ``report`` returns the known state."""
 
     def __init__(self, worker: str) -> None:
         self.worker = worker
@@ -71,7 +71,7 @@ class Told:
         self._began: dict[int, float] = {}
 
     def take(self, state: WorkerState, now: float, first: bool) -> None:
-        """A page of an answer that came at ``now``."""
+        """Add a page of an answer received at ``now``."""
         if first:
             self._state, self._at, self.moves_total = state, now - state.age_s, state.moves_total
             self._info = state.info or self._info
@@ -92,7 +92,7 @@ class Told:
             self.version, self.missing = self._next_version, ""
 
     def report(self, now: float, ages: bool) -> WorkerReport:
-        """``ages``: bring those of the requests up to date, which takes time where there are very many."""
+        """The known state. ``ages``: update those of the requests, which takes time for very many."""
         state = self._state
         if state is None:
             return WorkerReport(self.worker, missing=self.missing)

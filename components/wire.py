@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a decoder may raise for bytes that are no message: caught wherever bytes of others come in. No state."""
+"""Errors of decoders for bytes that are no message; caught wherever foreign bytes are read. No state."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML that people write, in files and arguments. Bounded: the parser takes minutes for some kilobytes of brackets.
+"""YAML from people, in files and arguments. Bounded: the parser takes minutes for some kilobytes of brackets.
 
-No state. Raises ``ConfigError`` that names where the text is from.
+No state. Raises ``ConfigError`` with the origin of the text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_DEPTH = 64
 
 
 def read(path: Path) -> Any:
-    """The contents of a file; ``FileNotFoundError`` is the caller's to explain."""
+    """The contents of a file. The caller explains a ``FileNotFoundError``."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"{path} has more than {MAX_BYTES} bytes: is it the right file?")
@@ -28,7 +28,7 @@ def read(path: Path) -> Any:
 
 
 def parse(text: str, where: str) -> Any:
-    """The value that a text stands for."""
+    """The value of a text."""
     depth = 0
     for character in text:
         depth += (character in "[{") - (character in "]}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill and decode on workers of their own, behind Dynamo's frontend. Running requests move between the latter."""
+"""Separate prefill and decode workers, behind Dynamo's frontend. Running requests move between decode workers."""
 
 from components.config import FrontendConfig, WorkerConfig
 from components.serve.graph import Service

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The disaggregated graph with Dynamo's planner, whose plugin moves running requests between decode workers."""
+"""The disaggregated graph with Dynamo's planner. Its plugin moves running requests between decode workers."""
 
 from components.config import FrontendConfig, PlannerConfig, WorkerConfig
 from components.serve.graph import Service

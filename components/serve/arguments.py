@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a component's keys to the command line and variables of the program that it is: Dynamo's own. Pure.
+"""Turns a component's keys into the command line and variables of Dynamo's program. Pure.
 
-``PORT`` and ``SOCKET`` stand for what can only be known when a process starts: a free port, and the path of a socket in
-a folder of this user's. ``filled`` puts them in.
+``PORT`` and ``SOCKET`` stand for values that are known only when a process starts: a free port, and the path of a
+socket in a private folder. ``filled`` inserts them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from components.transfer.config import AgentConfig
 PORT = "@PORT@"
 SOCKET = "@SOCKET@"
 _WEIGHTS = {"overlap-score-credit": "router-kv-overlap-score-credit"}
-"""Flags of the frontend that are not named like their weight."""
+"""Flags of the frontend with other names than their weights."""
 
 
 def frontend(config: FrontendConfig, replica: int) -> list[str]:
@@ -44,7 +44,7 @@ def frontend(config: FrontendConfig, replica: int) -> list[str]:
 
 
 def worker(config: WorkerConfig, mode: str) -> list[str]:
-    """Arguments of ``components.worker``, which are those of ``dynamo.vllm``. ``mode``: agg, prefill or decode."""
+    """Arguments of ``components.worker``, as of ``dynamo.vllm``. ``mode``: agg, prefill or decode."""
     given: dict[str, Any] = {
         "model": config.model,
         "served-model-name": config.served_model_name or None,
@@ -66,12 +66,12 @@ def worker(config: WorkerConfig, mode: str) -> list[str]:
         given["kv-events-config"] = {
             "publisher": "zmq",
             "topic": "kv-events",
-            # Prompts are in these events: they stay on this machine, with this user.
+            # These events contain prompts: they stay on this machine, with this user.
             "endpoint": f"ipc://{SOCKET}",
             "enable_kv_cache_events": True,
         }
     if not config.devices:
-        # Without it, vLLM on CPU ignores the seeds of a batch in which not every request has one.
+        # Without it vLLM on CPUs ignores the seeds of a batch unless every request has one.
         given["use-fp64-gumbel"] = True
     if config.lora_modules:
         given |= {
@@ -83,13 +83,13 @@ def worker(config: WorkerConfig, mode: str) -> list[str]:
 
 
 def eager(config: WorkerConfig) -> bool:
-    """On GPUs launching each kernel by itself takes several times as long as a step of CUDA graphs."""
+    """Whether to run without CUDA graphs, by default only without GPUs: single launches take several times as long."""
     return not config.devices if config.enforce_eager is None else config.enforce_eager
 
 
 def worker_environment(config: WorkerConfig, repeats: bool, planned: bool) -> dict[str, str]:
-    """Settings of ``components.worker.arguments``. ``repeats``: frontends send requests again; ``planned``: the graph
-    has a planner, which reads the metrics of each forward pass."""
+    """Settings of ``components.worker.arguments``. ``repeats``: frontends repeat requests; ``planned``: the graph has a
+    planner, which reads the metrics of each forward pass."""
     given = {
         "DYN_MIGRATE_HOST": config.advertise_host,
         "DYN_MIGRATE_CALIBRATION": config.calibration,
@@ -105,13 +105,13 @@ def worker_environment(config: WorkerConfig, repeats: bool, planned: bool) -> di
     if planned:
         given["DYN_FORWARDPASS_METRIC_PORT"] = PORT
     if config.engine == "vllm" and eager(config):
-        # vLLM compiles a helper of its log-probabilities even then: 20 s at the first request that asks.
+        # Even then vLLM compiles a helper of its log-probabilities: 20 s at the first request with them.
         given[env.TORCH_COMPILE_OFF.name] = env.TORCH_COMPILE_OFF.read()
     return given
 
 
 def filled(command: Sequence[str], environment: Mapping[str, str], socket: str) -> tuple[list[str], dict[str, str]]:
-    """Both as the process gets them."""
+    """Command line and variables with all values inserted."""
     port = str(free_port())
 
     def fill(text: str) -> str:
@@ -132,7 +132,7 @@ def _flags(given: Mapping[str, Any]) -> Iterator[str]:
         elif isinstance(value, list):
             yield from (f"--{name}", *map(str, value))
         elif isinstance(value, (str, int, float)):
-            # Joined: a value may begin with a dash.
+            # Joined with "=": a value may begin with a dash.
             yield f"--{name}={value}"
         else:
             raise ConfigError(f"{key} = {value!r} cannot be written as an argument: give text, a number, on or off")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that end with the launcher, and the end of all that one of them has started.
+"""Ends processes with the launcher, and everything that one of them has started.
 
-Each process of a graph leads a session of its own. Whatever it starts stays in that session, also after it has been
-killed: a vLLM worker leaves its engine core, which holds the memory that a successor needs. ``end`` kills a session and
-returns when nothing of it is left. Python's resource trackers are killed last: they remove shared memory of those that
-were killed, and end by themselves. Linux only; no state.
+Each process of a graph leads its own session. Everything that it starts stays in that session, also after its death: a
+vLLM worker leaves its engine core, which holds the memory that a successor needs. ``end`` kills a session and returns
+when nothing of it is left. It kills Python's resource trackers last: they remove shared memory of killed processes, and
+end by themselves. Linux only; no state.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _TIED = str(Path(__file__).with_name("tied.py"))
 
 
 def tied(command: list[str]) -> list[str]:
-    """The command for a child of this process that the kernel kills when this process ends."""
+    """A command as a child of this process that the kernel kills with it."""
     return [sys.executable, "-I", "-S", _TIED, str(os.getpid()), *command]
 
 
 def alive(session: int) -> list[psutil.Process]:
-    """Processes of a session that run."""
+    """Running processes of a session."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError):
@@ -41,7 +41,7 @@ def alive(session: int) -> list[psutil.Process]:
 
 
 async def end(sessions: Iterable[int]) -> None:
-    """Kill all processes of the sessions. A process that its leader has put elsewhere is not found."""
+    """Kill all processes of the sessions. Processes that have left them are not found."""
     sessions = list(sessions)
 
     def left() -> list[psutil.Process]:
@@ -58,7 +58,7 @@ async def end(sessions: Iterable[int]) -> None:
 
 
 async def _kill(find: Callable[[], list[psutil.Process]]) -> None:
-    """Again and again: one that is being killed may have started another."""
+    """Repeated: a process may start another one while it is killed."""
     until = time.monotonic() + _GONE_S
     while (found := find()) and time.monotonic() < until:
         for process in found:

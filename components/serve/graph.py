@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a graph module declares its components: a ``Service`` for each, joined by ``link``.
+"""Declaration of a graph: one ``Service`` for each component, joined by ``link``.
 
     Frontend = Service("Frontend", "dynamo.frontend", FrontendConfig)
     Worker = Service("Worker", "components.worker", WorkerConfig, mode="agg")
     Frontend.link(Worker)
 
-Everything that can be reached from the entry is started, the far ends first. ``load`` raises ``ConfigError``.
+Everything reachable from the entry is started, dependencies first. ``load`` raises ``ConfigError``.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class Service:
     module: str
     config: type[ComponentConfig]
     mode: str = ""
-    """Of a worker: ``agg``, ``prefill`` or ``decode``."""
+    """Mode of a worker: ``agg``, ``prefill`` or ``decode``."""
     links: list[Service] = field(default_factory=list)
 
     @property
     def role(self) -> str:
-        """``prefill``, ``decode`` (workers that only do both count as these), or empty."""
+        """``prefill``, ``decode`` (also for ``agg``), or empty."""
         return "decode" if self.mode == "agg" else self.mode
 
     def link(self, *others: Service) -> Service:
-        """Depend on other components. Returns the last one, so that chains read left to right."""
+        """Depend on other components. Returns the last one, for chains."""
         self.links += others
         return others[-1]
 

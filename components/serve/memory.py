@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is there memory for the KV blocks that a plan asks for, and shared memory? Looked at before anything starts.
+"""Checks, before the start, that there is memory for a plan's KV blocks, and shared memory.
 
 One token of full attention takes ``2 * layers * KV heads * head size * bytes of the dtype`` (keys and values), split
-over the tensor-parallel ranks; that is how vLLM sizes its blocks. Models whose ``config.json`` says it otherwise (MLA,
-sliding windows, names that are not folders) are left to vLLM. Raises ``ConfigError``.
+over the tensor-parallel ranks, as in vLLM. Other models (MLA, sliding windows) and names without a folder are left to
+vLLM. Raises ``ConfigError``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _RANKS_GIB = 0.25
 
 
 def check(processes: list[tuple[str, ComponentConfig]]) -> None:
-    """``processes``: component name and configuration of each process that will or may run on this host."""
+    """Check all. ``processes``: component name and configuration of each possible process on this host."""
     workers = [(name, config) for name, config in processes if isinstance(config, WorkerConfig)]
     for name, config in workers:
         _check_one_request(name, config)
@@ -39,9 +39,9 @@ def check(processes: list[tuple[str, ComponentConfig]]) -> None:
 
 
 def shared(processes: list[tuple[str, ComponentConfig]], folder: Path = SHM) -> str:
-    """What to tell where shared memory is too small; empty where it is not.
+    """A warning when shared memory is too small, or empty.
 
-    Engines of several ranks exchange each step through it, and die when it is full. KV blocks take no room there.
+    Engines with several ranks exchange each step through it and die when it is full. KV blocks take no room there.
     """
     workers = [config for _, config in processes if isinstance(config, WorkerConfig) and config.engine == "vllm"]
     wanted = sum(_RANKS_GIB for config in workers if config.tensor_parallel_size > 1)
@@ -59,7 +59,7 @@ def shared(processes: list[tuple[str, ComponentConfig]], folder: Path = SHM) -> 
 
 
 def _check_one_request(name: str, config: WorkerConfig) -> None:
-    """The longest request that is allowed must fit."""
+    """The longest allowed request must fit."""
     size = bytes_per_token(config)
     if size is None or config.engine != "vllm":
         return
@@ -73,7 +73,7 @@ def _check_one_request(name: str, config: WorkerConfig) -> None:
 
 
 def bytes_per_token(config: WorkerConfig) -> float | None:
-    """KV bytes of one token on each rank; ``None`` where the model's folder does not say it."""
+    """KV bytes of one token on each rank; ``None``: unknown."""
     try:
         model: dict[str, Any] = json.loads((Path(config.model) / "config.json").read_bytes())
         heads = model["num_attention_heads"]
@@ -81,7 +81,7 @@ def bytes_per_token(config: WorkerConfig) -> float | None:
             return None
         kv_heads = model.get("num_key_value_heads") or heads
         size = model.get("head_dim") or model["hidden_size"] // heads
-        # vLLM serves in two bytes unless it is told otherwise.
+        # vLLM's default dtypes have two bytes.
         width = 4 if config.dtype in ("float32", "float") else 2
         share = max(1, kv_heads // config.tensor_parallel_size)
         return float(2 * model["num_hidden_layers"] * share * size * width)

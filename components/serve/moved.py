@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys of files for earlier versions, whose graphs had a router of their own: one error each, with the new place."""
+"""Keys of files for earlier versions, which had a router: an error for each, with the new key."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ROUTER = {
 
 
 def check(*given: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises ``ConfigError`` for the first key of a router."""
+    """Raise ``ConfigError`` for the first key of a router."""
     for values in given:
         for key in values.get("Router", {}):
             place = _ROUTER.get(key, "Frontend: Dynamo's own router chooses workers")

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that a graph's processes need, and better ones where those that they would take do not do.
+"""Folders that a graph's processes need, with replacements for unusable ones.
 
-    HOME     Dynamo keeps model cards in ``.cache/dynamo/mdc`` below it and nowhere else, and waits for ever when it
-             cannot write there. The processes get another one, for as long as the graph runs.
-    TMPDIR   vLLM puts sockets there, whose paths may have 107 characters. A longer one gets a short folder beside it.
-    USER     torch names a folder after the user, who may have none in a container: the number becomes one.
+    HOME     Dynamo keeps model cards only in ``.cache/dynamo/mdc`` below it, and waits without end when it cannot
+             write there. The processes get a temporary one.
+    TMPDIR   vLLM puts sockets there, with paths of at most 107 characters. A long one gets a short folder beside it.
+    USER     torch names a folder after the user, who may have no name in a container: the number becomes the name.
 
-``Places`` makes what it gives and removes it in ``close``. ``said`` is what the user should know of it. Raises
-``ConfigError`` when nothing can be written anywhere.
+``Places`` makes the replacements and removes them in ``close``. ``said`` has messages for the user. Raises
+``ConfigError`` when no folder is writable.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from components.serve.warden import Warden
 
 SOCKETS = env.SOCKETS.name
 LONGEST = 107 - len("/01234567-89ab-cdef-0123-456789abcdef")
-"""Characters of a folder for vLLM's sockets."""
+"""Most characters of a folder for vLLM's sockets."""
 CARDS = Path(".cache/dynamo/mdc")
 
 
 def home_is_usable(environment: Mapping[str, str]) -> bool:
-    """Can Dynamo keep model cards?"""
+    """True when Dynamo can keep model cards."""
     home = env.HOME.read(environment)
     return bool(home) and usable(Path(home) / CARDS)
 
 
 def sockets_fit(folder: Path) -> bool:
-    """Is its path short enough for vLLM's sockets?"""
+    """True when its path is short enough for vLLM's sockets."""
     return len(os.fsencode(folder)) <= LONGEST
 
 
 def nameless() -> bool:
-    """Has this process's user no name?"""
+    """True when this process's user has no name."""
     try:
         pwd.getpwuid(os.getuid())
     except KeyError:
@@ -71,7 +71,7 @@ class Places:
             return
         bases = [temporary(), *map(Path, filter(None, (env.RUNTIME_FOLDER.read(environment), "/tmp", "/dev/shm")))]
         for base in bases:
-            # What vLLM leaves when it is killed goes with the folder.
+            # Files of a killed vLLM go with the folder.
             if sockets_fit(base / "dynamo-migrate-12345678") and base.is_dir() and usable(base):
                 self.variables[SOCKETS] = str(self._make(base))
                 return
@@ -105,6 +105,6 @@ class Places:
         return folder
 
     def close(self) -> None:
-        """Remove what was made. Idempotent."""
+        """Remove the replacements. Idempotent."""
         for folder in self._made:
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a graph, a YAML file and overrides to the processes that will run: pure, nothing is started.
+"""Makes the plan of processes from a graph, a YAML file and overrides. Pure: starts nothing.
 
 Raises ``ConfigError`` for unknown components and keys, wrong values, missing models and absent devices.
 """
@@ -36,13 +36,13 @@ from components.transfer import lanes
 from components.transfer.config import Transport
 
 _END_S = 30.0
-"""For what a worker does to end beside its drain: the engine's own end, on a machine whose other workers end, too."""
+"""Time for a worker's end beside its drain, on a machine with other workers that end at the same time."""
 _STREAM_LEASE_S = "20"
-"""Lease in etcd of what holds clients' streams, in seconds. After a restart of etcd Dynamo's runtime reconnects its
-watches one after the other, with pauses, before the lease: on a busy machine its default of 10 s can end first, and
-with it the process."""
+"""Lease in etcd, in seconds, of processes with clients' streams. After a restart of etcd Dynamo's runtime first
+reconnects its watches, one after the other with pauses, then the lease: on a busy machine the default of 10 s can end
+before, and with it the process."""
 _SECRET = re.compile(r"(^|[-_])(password|passwd|secret|token|api[-_]?key|credentials?)$", re.IGNORECASE)
-"""Names whose values are not shown. ``engine-args`` may hold such."""
+"""Names with hidden values, also in ``engine-args``."""
 
 
 class Process(BaseModel):
@@ -54,13 +54,13 @@ class Process(BaseModel):
     command: list[str]
     environment: dict[str, str]
     port: int = 0
-    """Of a frontend: where it listens."""
+    """Port of a frontend."""
     stop_s: float = 10.0
-    """How long it may take to end after SIGTERM."""
+    """Longest time to end after SIGTERM."""
 
 
 class Plan(BaseModel):
-    """Everything that ``dynamo serve`` will start, in order."""
+    """Everything that ``dynamo serve`` starts, in order."""
 
     namespace: str
     transport: str
@@ -69,24 +69,24 @@ class Plan(BaseModel):
     port: int = 8000
     processes: list[Process]
     spare: list[Process] = []
-    """Workers that the planner may have started later."""
+    """Workers that the planner may add later."""
     bounds: dict[str, tuple[int, int]] = {}
-    """Fewest and most workers by role, where the planner decides their number."""
+    """Fewest and most workers by role, for roles that the planner scales."""
     said: list[str] = []
-    """What the user should know before the start."""
+    """Messages for the user before the start."""
 
     @property
     def url(self) -> str:
-        """Where the first frontend is reached on this machine."""
+        """URL of the first frontend on this machine."""
         return self.url_of(self.port)
 
     def url_of(self, port: int) -> str:
-        """Where the frontend on this port is reached."""
+        """URL of the frontend on this port."""
         return f"http://{Address(dialled(self.host), port)}"
 
     @property
     def ports(self) -> list[int]:
-        """Of all frontends."""
+        """Ports of all frontends."""
         return [process.port for process in self.processes if process.port]
 
     def shown(self) -> str:
@@ -109,7 +109,7 @@ def _without_secrets(value: Any, name: str = "") -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
-    """The configuration file. Raises ``ConfigError`` naming the line that is wrong."""
+    """The configuration file. Raises ``ConfigError`` naming the wrong line."""
     try:
         data = yamltext.read(path) or {}
     except FileNotFoundError as error:
@@ -118,13 +118,13 @@ def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"{path}: the top level must be component names, each with its keys below")
     for key in [*data, *(key for keys in data.values() for key in keys)]:
         if not isinstance(key, str):
-            # YAML's on, off, yes, no and numbers are no text.
+            # YAML reads on, off, yes, no and numbers as other types than text.
             raise ConfigError(f"{path}: YAML reads one of the keys as {key!r}, which is no text: correct or quote it")
     return {name: {dashed(key): value for key, value in block.items()} for name, block in data.items()}
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, dict[str, Any]]:
-    """``--Component.key=value`` arguments; a value is read when its key is known."""
+    """``--Component.key=value`` arguments; values are parsed later, by key."""
     found: dict[str, dict[str, Any]] = {}
     for argument in arguments:
         path, equals, value = argument.removeprefix("--").partition("=")
@@ -147,9 +147,9 @@ def make_plan(
     only: list[str] | None = None,
     names_of_models: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Resolve everything. ``Common`` applies to each component that has the key; ``config`` tells what wins.
+    """Resolve everything. ``Common`` applies to each component with the key; ``components.config`` has the precedence.
 
-    ``names_of_models``: what clients call a model, by its folder, where no key says it.
+    ``names_of_models``: clients' names of models by folder, used where no key sets one.
     """
     moved.check(values, overrides)
     services = entry.start_order()
@@ -201,7 +201,7 @@ def _settings(service: Service, values: Mapping[str, dict[str, Any]]) -> dict[st
 
 
 def _bounds(services: list[Service], configs: dict[str, ComponentConfig]) -> dict[str, tuple[int, int]]:
-    """What the planner may decide. Its own configuration gets the numbers that stay as well."""
+    """Bounds for the planner. Its configuration also gets the fixed numbers."""
     for service in services:
         planner = configs[service.name]
         if not isinstance(planner, PlannerConfig) or not (planner.decode_workers or planner.prefill_workers):

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carries out the numbers of workers that Dynamo's planner decides in its virtual environment.
+"""Carries out the numbers of workers that Dynamo's planner decides (``environment: virtual``).
 
-Life cycle: ``run`` until cancelled. Each round compares what was decided last with the processes that there are, and
-starts or stops one; a decision is acknowledged when both agree, and only then does the planner decide again. It holds
-until the next one: a worker that has ended for good is started again. What was decided before this graph began is
-acknowledged and not carried out.
+Life cycle: ``run`` until cancelled. Each round compares the last decision with the existing processes, and starts or
+stops one; it acknowledges a decision when both agree, and only then the planner decides again. A decision holds until
+the next one: a worker that has ended for good is started again. Decisions from before the start of the graph are
+acknowledged but not carried out.
 
-Stopping loses nothing: who stops a worker empties it. The one that is cheapest to empty is drained before its process
-gets SIGTERM, and what the others have no room for goes on decoding there meanwhile. None is stopped while another one
-of its role is not ready, or before any of them answers.
-Threading: one asyncio loop. Errors: a worker that cannot be started or drained is said and tried again later; nothing
-here ends the graph.
+Stopping loses nothing: the worker that is cheapest to empty is drained before SIGTERM, and requests without room
+elsewhere go on decoding there meanwhile. No worker is stopped while another one of its role is not ready, or before
+any of them answers.
+Threading: one asyncio loop. Errors: a worker that cannot be started or drained is reported and tried again later;
+nothing here ends the graph.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Decisions(Protocol):
     """Dynamo's ``VirtualConnectorClient``."""
 
     async def get(self) -> Any:
-        """The last decision; ``decision_id`` is negative before the first one is complete."""
+        """The last decision; ``decision_id`` is negative until the first one is complete."""
         ...
 
     async def complete(self, decision: Any) -> None:
@@ -51,14 +51,14 @@ class Decisions(Protocol):
 
 
 class Drains(Protocol):
-    """What is needed of ``components.client.Workers``."""
+    """The part of ``components.client.Workers`` in use."""
 
     async def refresh(self) -> None:
         """Ask all workers."""
         ...
 
     def status(self) -> Status:
-        """What they have told."""
+        """Their last answers."""
         ...
 
     async def drain(self, worker: str, timeout_s: float) -> Drained:
@@ -93,15 +93,15 @@ class Scaler:
                 logger.warning("number of workers: %s", error)
                 await asyncio.sleep(POLL_S)
             except Exception:
-                # Dynamo's client raises what it likes; the graph must go on.
+                # Dynamo's client raises exceptions of any class; the graph must go on.
                 logger.exception("number of workers")
                 await asyncio.sleep(_RETRY_S)
 
     async def follow(self) -> None:
         """One round."""
         decision = await self._decisions.get()
-        # The id is written after the numbers: a negative one means that they are not all there.
-        # A planner that was started again counts from 0 again: the id alone does not tell decisions apart.
+        # The id is written after the numbers: a negative one means that some are missing.
+        # A restarted planner counts from 0 again, so the id alone does not identify a decision.
         decided = _decided(decision)
         if decision.decision_id < 0 or decided == self._before:
             return
@@ -144,7 +144,7 @@ class Scaler:
     async def _stop_one(self, role: str, running: list[Child]) -> None:
         await self._workers.refresh()
         names = {worker_name(child.process): child for child in running}
-        # With tensor parallelism each rank has an agent, whose name goes on with the rank.
+        # With tensor parallelism each rank has an agent, with the rank at the end of its name.
         found = [
             (w, names[agent])
             for w in self._workers.status().workers
@@ -153,7 +153,7 @@ class Scaler:
             if agent in names
         ]
         if not found:
-            return  # They have just been started: they will answer in the next rounds.
+            return  # New workers will answer in the next rounds.
         worker, child = min(found, key=lambda pair: _emptying(pair[0]))
         if role == "decode":
             await self._workers.drain(worker.worker, _DRAIN_S)
@@ -170,12 +170,12 @@ def _all_ready(children: list[Child]) -> bool:
 
 
 def worker_name(worker: Process) -> str:
-    """Name of a worker's agent, as ``components.worker.arguments`` makes it."""
+    """Name of a worker's agent, as in ``components.worker.arguments``."""
     return f"{socket.gethostname()}-{worker.component}-{worker.replica}"
 
 
 def _emptying(worker: WorkerReport) -> tuple[bool, int, int]:
-    """Those that are leaving already first, then by requests that cannot move, then by what they hold."""
+    """Order of stopping: leaving workers first, then by requests that cannot move, then by KV blocks."""
     stats = worker.stats
     stuck = sum(bool(row.not_migratable) for row in worker.here())
     return not worker.draining, stuck, stats.total_blocks - stats.free_blocks if stats else 0
@@ -190,7 +190,7 @@ async def connected(plan: Plan, supervisor: Supervisor) -> Scaler:
 
 
 class LateWorkers:
-    """The workers' client, made at the first call: they start after the scaler."""
+    """The workers' client, made at the first call, because workers start after the scaler."""
 
     def __init__(self, runtime: Any, plan: Plan) -> None:
         self._runtime = runtime

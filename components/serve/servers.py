@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""etcd and NATS for a graph: those that the environment names, or our own on free loopback ports.
+"""etcd and NATS for a graph: those named in the environment, or new ones on free loopback ports.
 
-``ETCD_ENDPOINTS`` and ``NATS_SERVER`` win. Our own live in a temporary folder and end with the graph; one that dies is
-started again on its port with its data. Raises ``ConfigError`` when a named server does not answer or the programs
-are not installed, ``MigrateError`` when one of ours dies too often.
+``ETCD_ENDPOINTS`` and ``NATS_SERVER`` win. New servers have a temporary folder and end with the graph; one that dies
+is restarted on its port with its data. Raises ``ConfigError`` when a named server does not answer or the programs
+are not installed, ``MigrateError`` when a new server dies too often.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from components.serve.warden import Warden
 
 RESTARTS = 5
 _random = random.SystemRandom()
-"""Two processes never try the same ports, whatever a test has seeded."""
+"""Independent of seeds, so that two processes never try the same ports."""
 
 
 def free_port() -> int:
-    """A TCP port on which nobody listens.
+    """A free TCP port.
 
-    Below the ports that Linux gives to outgoing connections (32768 and up), so that none of these takes it before the
-    server does, and within the signed 16 bits as which Dynamo reads ``DYN_SYSTEM_PORT``.
+    Below Linux's ports of outgoing connections (32768 and up), so that none of these takes it first, and within 16
+    signed bits, as which Dynamo reads ``DYN_SYSTEM_PORT``.
     """
     for _ in range(200):
         port = _random.randint(20000, 32767)
@@ -46,7 +46,7 @@ def free_port() -> int:
 
 
 def answers(host: str, port: int, timeout_s: float = 2.0) -> bool:
-    """Does something accept connections there?"""
+    """True when the port accepts connections."""
     try:
         with socket.create_connection((host, port), timeout=timeout_s):
             return True
@@ -55,7 +55,7 @@ def answers(host: str, port: int, timeout_s: float = 2.0) -> bool:
 
 
 def etcd_command(data: Path, client: str, peer_port: int) -> list[str]:
-    """One etcd by itself, for clients at the URL ``client``."""
+    """A single etcd, for clients at the URL ``client``."""
     peer = f"http://127.0.0.1:{peer_port}"
     return [
         *("etcd", "--name", "graph", "--data-dir", str(data), "--log-level", "error"),
@@ -68,7 +68,7 @@ def etcd_command(data: Path, client: str, peer_port: int) -> list[str]:
 
 @functools.cache
 def _unsynced() -> tuple[str, ...]:
-    """What spares the disk: the data lives no longer than the graph, and leases must not expire while it is busy."""
+    """Options that spare the disk: the data ends with the graph, and a busy disk must not let leases expire."""
     option = "--unsafe-no-fsync"  # Since etcd 3.4.14 and 3.5.
     try:
         known = subprocess.run(["etcd", option, "--version"], capture_output=True, timeout=10).returncode == 0
@@ -83,9 +83,9 @@ def nats_command(data: Path, port: int, host: str = "127.0.0.1") -> list[str]:
 
 
 class Servers:
-    """The two servers of a graph. ``start`` gives the variables that its processes need.
+    """The two servers of a graph. ``start`` returns the variables for its processes.
 
-    They end with this process: call from its main thread, or from another one that lasts.
+    They end with the calling thread: call from the main thread, or from another one that lasts.
     """
 
     def __init__(self, warden: Warden | None = None) -> None:
@@ -99,7 +99,7 @@ class Servers:
         self._restarts = 0
 
     def start(self, environment: Mapping[str, str]) -> dict[str, str]:
-        """Check those that are named, then start the others. What fails leaves nothing running."""
+        """Check named servers, then start the others. A failure leaves nothing running."""
         self._check(environment)
         try:
             return {
@@ -151,7 +151,7 @@ class Servers:
             self._warden.release(process.pid)
 
     def revive(self) -> list[str]:
-        """Start those of our own that have died; returns their programs."""
+        """Restart dead servers; returns their programs."""
         revived = []
         for number, (command, process) in enumerate(zip(self._commands, self.processes, strict=True)):
             if process.poll() is None:
@@ -173,7 +173,7 @@ class Servers:
         raise ConfigError(f"{program} did not start within {timeout_s:g} s")
 
     def stop(self) -> None:
-        """End our own servers and remove their data. Idempotent."""
+        """End the started servers and remove their data. Idempotent."""
         for process in self.processes:
             process.terminate()
         for process in self.processes:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How commands find the running system: a small file per ``dynamo serve``, readable by its user only.
+"""Files by which commands find the running system: one per ``dynamo serve``, readable by its user only.
 
-``ETCD_ENDPOINTS`` and ``DYN_NAMESPACE`` win over the file. Nothing secret is in it. The launcher removes it, or its
-warden does; one that is there all the same is believed only while the process that wrote it lives, and else removed.
+``ETCD_ENDPOINTS`` and ``DYN_NAMESPACE`` win over the file. It has no secrets. The launcher or its warden removes it;
+a file without its living launcher is ignored and removed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from components.wire import UNREADABLE
 
 
 class State(msgspec.Struct, frozen=True):
-    """Where one running graph is."""
+    """Addresses of one running graph."""
 
     namespace: str
     etcd: str
     port: int
     pid: int
     started: int = 0
-    """When that process began, as the kernel counts it: another one may have its number now."""
+    """Start of that process on the kernel's clock: a new process may have its number."""
 
     @classmethod
     def of_this_process(cls, namespace: str, etcd: str, port: int) -> State:
@@ -43,9 +43,9 @@ class State(msgspec.Struct, frozen=True):
 
 
 def _started(pid: int) -> int:
-    """Clock ticks between the start of the machine and that of the process; 0 when there is none."""
+    """Clock ticks from the start of the machine to that of the process; 0: no such process."""
     try:
-        # The second field is the program's name in parentheses, with whatever is in it.
+        # The second field is the program's name in parentheses, with any characters.
         return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
     except (OSError, IndexError, ValueError):
         return 0
@@ -64,7 +64,7 @@ def remember(state: State) -> None:
 
 
 def forget(state: State) -> None:
-    """Called when it has ended."""
+    """Called when the graph has ended."""
     state.path.unlink(missing_ok=True)
 
 
@@ -80,13 +80,13 @@ def join() -> None:
 
 
 def _running() -> list[State]:
-    """Launchers that live, the newest last. Files of others are removed."""
+    """Living launchers, the newest last. Removes other files."""
     found = []
     for path in _folder().glob("*.json"):
         try:
             state = msgspec.json.decode(path.read_bytes(), type=State)
         except (OSError, *UNREADABLE):
-            continue  # Of a launcher that was killed while it wrote, or has just ended.
+            continue  # Its launcher was killed while writing, or has just ended.
         if state.started and _started(state.pid) == state.started:
             found.append(state)
         else:
@@ -97,7 +97,7 @@ def _running() -> list[State]:
 def reach() -> None:
     """``join``, for a command: also raises ``ConfigError`` when etcd does not answer, where Dynamo would wait."""
     join()
-    quiet(os.environ)  # How Dynamo connects is of no use to who asks for a table.
+    quiet(os.environ)  # Dynamo's log of its connection does not help the reader of a table.
     endpoints = [Address.of(url) for url in env.ETCD_ENDPOINTS.read()]
     if not any(answers(*where) for where in endpoints):
         where = " and ".join(map(str, endpoints))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the processes of a plan: start in order, watch, restart with back-off, stop in reverse.
+"""Runs the processes of a plan: starts them in order, watches, restarts with back-off, stops in reverse.
 
-Life cycle: ``run`` returns when ``stop`` is called or a process has failed too often. Every process leads a session of
-its own (``components.serve.family``): whatever ends it, all that it started (vLLM's engine core) is gone before its
-successor starts. Each process is watched by a task of its own, so that one that ends again and again delays no other.
-Threading: one asyncio loop, in the main thread. Time-outs: a process must be ready within ``READY_S``; a stopped one
-may drain for as long as the plan says.
+Life cycle: ``run`` returns after ``stop``, or when a process has failed too often. Every process leads its own session
+(``components.serve.family``): everything that it started (vLLM's engine core) is gone before its successor starts.
+One task watches each process, so that one that ends repeatedly delays no other.
+Threading: one asyncio loop, in the main thread. Time-outs: a process must be ready within ``READY_S``; the plan has the
+time for which a stopped one may drain.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from components.serve.warden import Warden
 
 READY_S = 300.0
 _STEADY_S = 60.0
-"""A process that ran for so long has recovered: a graph must not end at the sixth crash of its life."""
+"""Uptime after which the restart count is reset."""
 _POLL_S = 0.05
 _COLOURS = itertools.cycle(["cyan", "green", "magenta", "yellow", "blue", "bright_red"])
 
 
 class Child:
-    """One process of the plan, through all its restarts."""
+    """One process of the plan, across its restarts."""
 
     def __init__(self, process: Process, directory: Path, console: Console, warden: Warden | None = None) -> None:
         self.process = process
@@ -51,17 +51,17 @@ class Child:
         self.ready_file = directory / f"{self.label}.ready"
         self.handle: asyncio.subprocess.Process | None = None
         self.restarts = 0
-        """In a row: forgotten once it has run for a while."""
+        """Failures in a row; reset after ``_STEADY_S``."""
         self.started = 0.0
         self.optional = False
-        """Started later by the planner's wish: the graph goes on without it."""
+        """Started later for the planner; its failure does not end the graph."""
         self._console = console
         self._warden = warden
         self._starting: asyncio.Future[None] | None = None
         self._colour = next(_COLOURS)
 
     async def start(self, environment: Mapping[str, str]) -> None:
-        """Start it; its output is printed line by line behind its name. Whoever gives up waiting may ``stop`` it."""
+        """Start it; prints its output line by line after its name. ``stop`` may be called while this waits."""
         self._starting = asyncio.ensure_future(self._start(environment))
         await asyncio.shield(self._starting)
 
@@ -104,11 +104,11 @@ class Child:
 
     @property
     def alive(self) -> bool:
-        """Is the process running?"""
+        """True while the process runs."""
         return self.handle is not None and self.handle.returncode is None
 
     async def ended(self) -> int:
-        """Wait for its end and clear away what it leaves. Returns its exit code."""
+        """Wait for its end and remove what it leaves. Returns its exit code."""
         if self.handle is None:
             return 0
         await self._exit()
@@ -116,12 +116,12 @@ class Child:
         return self.handle.returncode or 0
 
     async def _exit(self) -> None:
-        # asyncio's own ``wait`` also waits for the end of the pipe, which the process's children hold.
+        # asyncio's ``wait`` also waits for the end of the pipe, which children of the process hold.
         while self.alive:
             await asyncio.sleep(_POLL_S)
 
     async def stop(self) -> None:
-        """SIGTERM, wait for as long as the plan says, then kill everything that it has started."""
+        """Send SIGTERM, wait for the plan's time, then kill everything that it has started."""
         if self._starting is not None:
             await asyncio.wait([self._starting])
         if self.handle is None:
@@ -155,7 +155,7 @@ class Child:
 
 
 class Supervisor:
-    """See the module docstring. ``environment`` is that of all processes, before what the plan says of each."""
+    """See the module docstring. ``environment`` is common to all processes; the plan adds variables to each."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class Supervisor:
         return Child(process, Path(self._directory.name), self._console, self._warden)
 
     async def add(self, process: Process) -> Child:
-        """Start another process; it is watched like the others, but the graph does not end with it."""
+        """Start another process and watch it; the graph does not end with it."""
         if self._stop.is_set():
             raise MigrateError(f"{process.component}.{process.replica} is not started: the graph is stopping")
         child = self._child(process)
@@ -206,7 +206,7 @@ class Supervisor:
         self._stop.set()
 
     async def run(self, on_ready: Callable[[], None] | None = None, restart_limit: int = 5) -> None:
-        """Start, watch, stop. Raises ``MigrateError`` when a component cannot be kept running."""
+        """Start, watch and stop. Raises ``MigrateError`` when a component cannot be kept running."""
         self._limit = restart_limit
         try:
             await self._start_all()
@@ -227,13 +227,13 @@ class Supervisor:
             self._directory.cleanup()
 
     async def _start_all(self) -> None:
-        """Workers load their models side by side; frontends wait for them by themselves."""
+        """Start all: workers load their models in parallel; frontends wait for them."""
         began = time.monotonic()
         for child in self.children:
             await child.start(self._environment)
             self._say(child, "starting")
         waiting = list(self.children)
-        # One client for all questions: making one takes longer than the pause between two.
+        # One client for all checks: making one takes longer than the pause between two.
         async with httpx.AsyncClient(timeout=2.0, trust_env=False) as client:
             while waiting and not self._stop.is_set():
                 for child in list(waiting):
@@ -279,7 +279,7 @@ class Supervisor:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _keep(self, child: Child) -> None:
-        """Restart it whenever it ends, until it has ended too often."""
+        """Restart it after each end, until it has ended too often."""
         while True:
             code = await child.ended()
             if time.monotonic() - child.started > _STEADY_S:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The environment of a graph's processes, before what the plan says of each. Pure.
+"""The common environment of a graph's processes. Pure.
 
-What the user has set wins, but for the way to this machine itself: that never leads over a proxy, and output is UTF-8,
-as the launcher reads it.
+The user's variables win, with two exceptions: this machine is never reached over a proxy, and output is UTF-8, which
+the launcher reads.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 
 _DEFAULTS = {
-    # A worker's drain begins with what Dynamo waits for here: that frontends have noticed.
+    # Dynamo's wait before a worker's drain, in which frontends notice its end.
     "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "1",
     "DYN_EVENT_PLANE": "zmq",
-    # The second part: a text model "is not supported" by the routing of images.
+    # The second part hides a warning that a text model "is not supported" by the routing of images.
     "DYN_LOG": "warn,mm_routing=off",
     "NIXL_LOG_LEVEL": "WARN",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 _QUIET = {"DYN_LOG": "error", "DYNAMO_SKIP_PYTHON_LOG_INIT": "1"}
-"""The second: Dynamo 1.6 logs a line for each call at any level."""
+"""The second variable: Dynamo 1.6 logs a line for each call at any level."""
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
 _HERE = ("localhost", "127.0.0.1", "::1")
 
 
 def surroundings(environment: Mapping[str, str], *more: Mapping[str, str]) -> dict[str, str]:
-    """``more``: servers and folders; the later wins."""
+    """The environment. ``more``: servers and folders; later ones win."""
     found = _DEFAULTS | dict(environment) | {"PYTHONHASHSEED": "0", "PYTHONIOENCODING": "utf-8"}
     for each in more:
         found |= each
@@ -33,19 +33,19 @@ def surroundings(environment: Mapping[str, str], *more: Mapping[str, str]) -> di
 
 
 def quiet(environment: MutableMapping[str, str]) -> None:
-    """For a process whose log nobody reads, before Dynamo is imported. ``DYN_LOG`` of the user shows it."""
+    """Silence Dynamo's log, before its import, unless the user has set ``DYN_LOG``."""
     if "DYN_LOG" not in environment:
         environment.update(_QUIET)
 
 
 def is_noise(line: bytes, environment: Mapping[str, str]) -> bool:
-    """A line of Dynamo's for one call, which ``DYN_LOG`` does not ask for."""
+    """True for Dynamo's log line of one call, which ``DYN_LOG`` does not request."""
     wanted = environment.get("DYN_LOG", "").partition(",")[0].lower()
     return b"request_span" in line and b" INFO" in line and wanted in ("off", "error", "warn")
 
 
 def past_proxies(environment: Mapping[str, str]) -> dict[str, str]:
-    """``no_proxy`` with this machine in it, where there is a proxy: libraries of others read it, too."""
+    """``no_proxy`` with this machine, where a proxy is set; other libraries read it too."""
     if not any(environment.get(name) or environment.get(name.upper()) for name in _PROXIES):
         return {}
     named = ",".join(filter(None, (environment.get("no_proxy"), environment.get("NO_PROXY")))).split(",")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Becomes another program, which the kernel ends with its parent: ``tied.py PARENT PROGRAM ARGUMENTS...``.
+"""Executes another program, which the kernel ends with its parent: ``tied.py PARENT PROGRAM ARGUMENTS...``.
 
-A script of its own, because it must run between fork and exec: code of the launcher there could meet a lock that one
-of its native threads held. The kernel counts the end of the thread that started it as that of the parent: start it
-from a thread that lasts. Ends with 1 when the parent has gone already.
+A separate script, because this must happen between fork and exec, where code of the launcher could meet a lock of one
+of its native threads. For the kernel the parent ends with the thread that started this: start it from a thread that
+lasts. Exits with 1 when the parent has gone.
 """
 
 import ctypes

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clears away after a launcher that was killed: ``python -m components.serve.warden`` reads its pipe.
+"""Cleans up after a killed launcher: ``python -m components.serve.warden`` reads its pipe.
 
-The launcher writes each session that it starts and each path that must not stay behind. The pipe ends when the
-launcher does, whatever ends it; then the sessions are killed and the paths removed. After an orderly end nothing of
-them is left. The process ignores signals that are meant for the launcher's whole group. ``Warden`` is the launcher's
-side; no threads. A warden that was killed itself is missed only if the launcher is killed as well, and then processes
-still end with it (``tied``): what can stay are files.
+The launcher writes each session that it starts and each path to remove. The pipe ends with the launcher, whatever
+ends it; then the warden kills the sessions and removes the paths. After an orderly end nothing is left to do. The
+process ignores signals to the launcher's whole group. ``Warden`` is the launcher's side; no threads. When warden and
+launcher are both killed, processes still end (``tied``), but files can stay.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from components.serve import family
 
 
 class Warden:
-    """The launcher's side of the pipe. ``close`` ends the process; it clears away what is still known then."""
+    """The launcher's side of the pipe. ``close`` ends the warden, which first removes all that it still knows."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "components.serve.warden"]
@@ -36,15 +35,15 @@ class Warden:
         )
 
     def cover(self, session: int) -> None:
-        """It is to end with the launcher."""
+        """Register a session that must end with the launcher."""
         self._write(f"+session {session}")
 
     def release(self, session: int) -> None:
-        """Nothing of it is left: its number may belong to somebody else soon."""
+        """Unregister an ended session, whose number may be reused."""
         self._write(f"-session {session}")
 
     def keep_clean(self, path: Path) -> None:
-        """A file or folder that is to end with the launcher."""
+        """Register a file or folder to remove."""
         self._write(f"+path {path}")
 
     def _write(self, line: str) -> None:
@@ -55,7 +54,7 @@ class Warden:
                 pipe.flush()
 
     def close(self) -> None:
-        """Idempotent."""
+        """End the warden. Idempotent."""
         with contextlib.suppress(OSError):
             if self._process.stdin is not None:
                 self._process.stdin.close()
@@ -64,7 +63,7 @@ class Warden:
 
 
 def follow(lines: Iterable[bytes]) -> tuple[set[int], set[Path]]:
-    """Sessions and paths that are known at the end of the pipe. A line that was cut off is dropped."""
+    """Sessions and paths that are registered at the end of the pipe. Drops a truncated line."""
     sessions: set[int] = set()
     paths: set[Path] = set()
     for line in lines:
@@ -81,7 +80,7 @@ def follow(lines: Iterable[bytes]) -> tuple[set[int], set[Path]]:
 
 
 async def clear(sessions: set[int], paths: set[Path]) -> None:
-    """Processes first: they write in the folders."""
+    """Kill processes first: they write in the folders."""
     await family.end(sessions)
     for path in paths:
         shutil.rmtree(path, ignore_errors=True)
