@@ -210,7 +210,7 @@ def _meant(field: FieldInfo, value: Any) -> Any:
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """ "; did you mean X?" or the list of what is known."""
+    """Ends an error message: a suggestion, or the list of known names."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policy file: which policies run, in which order, within which limits.
+"""The policy file: the policies that run, their order and limits.
 
     limits:      {max-moves-per-worker: 2}
     policies:
       defragment: {}
       balance:    {start-gap: 0.25}
 
-``load`` reads it; every mistake is a ``ConfigError`` that names the key, and the nearest one that exists.
+``load`` reads it; every mistake is a ``ConfigError`` with the key and the nearest existing one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from planner_hooks.rules import Rules, ScaleDownRules, dashed
 
 
 class ControllerConfig(Rules):
-    """The top level of the file, policies excepted."""
+    """The top level of the file, without policies."""
 
     dry_run: bool = Field(default=False, description="Log and count plans, carry none out")
     interval_s: float = Field(default=1.0, gt=0, description="Seconds between two decisions")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Observes, plans, and asks workers to carry plans out; keeps what became of each move.
+"""Observes, plans, and carries plans out through workers; keeps the outcome of each move.
 
-Life cycle: ``tick`` once for every decision; ``close`` waits for nothing and cancels what is under way (the workers
-end their part themselves). One asyncio loop, one tick at a time; a tick never waits for a migration, and for workers
-no longer than ``_PATIENCE_S``. Its arithmetic runs in a thread, so that a table of a hundred thousand requests does not
-hold the planner's loop.
-Errors: ``tick`` raises ``WorkerLost`` while no worker has told anything; a failed move is an outcome.
+Life cycle: ``tick`` once for every decision; ``close`` cancels running calls without waiting (workers finish their
+part). One asyncio loop, one tick at a time; a tick never waits for a migration, and at most ``_PATIENCE_S`` for
+workers. Its computation runs in a thread, so that a table of a hundred thousand requests does not block the planner's
+loop.
+Errors: ``tick`` raises ``WorkerLost`` until the first report of a worker; a failed move is an outcome.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ logger = logging.getLogger(__name__)
 MOVES = Metric("dynamo_migrate_planner_moves", "Moves that policies planned", ["policy", "outcome"])
 _PATIENCE_S = 0.5
 _NOTHING_DONE = (NoRoom.code, Refused.code, RequestNotFound.code, WorkerNotFound.code)
-"""The request or a worker was not as planned any more."""
+"""Codes for a request or worker that is no longer as planned."""
 HOLDS = Metric("dynamo_migrate_planner_holds", "What policies left alone", ["policy", "reason"])
 
 
 class Commands(Protocol):
-    """What the controller needs of ``components.client.Workers``."""
+    """The part of ``components.client.Workers`` in use."""
 
     async def refresh(self, patience_s: float) -> None:
         """Ask all workers."""
         ...
 
     def status(self, ages: bool = True) -> Status:
-        """What they have told."""
+        """Their last answers."""
         ...
 
     async def migrate(self, request_id: str, source: str, target: str, mode: Mode, life: int) -> MoveRecord:
@@ -53,28 +53,28 @@ class Commands(Protocol):
         ...
 
     async def drain(self, worker: str, timeout_s: float) -> Drained:
-        """Empty a worker; it gets no new requests."""
+        """Empty a worker, which gets no new requests."""
         ...
 
     async def undrain(self, worker: str) -> None:
-        """Give it requests again."""
+        """Give a worker requests again."""
         ...
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What became of a planned move."""
+    """Outcome of a planned move."""
 
     move: Move
     ok: bool
     reason: str = ""
     begun: bool = True
-    """False when the request or a worker was not as planned any more, and nothing was done."""
+    """False when request or worker were no longer as planned, and nothing was done."""
     downtime_s: float = 0.0
     total_s: float = 0.0
     gap_before: float = 0.0
-    """KV share in use at the source less that at the destination, when the move was planned."""
+    """KV share in use at the source minus that at the destination, at planning."""
     gap_after: float | None = None
-    """The same at the first decision after it: the gain that was really had."""
+    """The same at the first decision after the move: the real gain."""
 
 
 class Controller:
@@ -95,21 +95,21 @@ class Controller:
         self._clock = clock
         self._active: dict[str, ActiveMove] = {}
         self._ended: list[tuple[float, ActiveMove]] = []
-        """Moves that tables of workers, which are up to a second old, may still not show."""
+        """Moves that workers' tables (up to a second old) may not show yet."""
         self._backoff: dict[tuple[str, str], float] = {}
         self._drains = drains
         self._retired: set[str] = set()
-        """Workers that were drained by a policy's wish."""
+        """Workers drained for a policy."""
         self.unneeded = 0
-        """Workers that the last plan would do without, where they are not drained from here."""
+        """Workers that the last plan would retire, where this process does not drain them."""
         self.seen: Snapshot | None = None
-        """What the last decision was made on."""
+        """Input of the last decision."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self.outcomes: deque[Outcome] = deque(maxlen=self._config.history)
         self.ticks = 0
 
     async def tick(self) -> Plan:
-        """One decision; its moves go on after this returns."""
+        """One decision. Its moves continue after the return."""
         await self._commands.refresh(_PATIENCE_S)
         status = self._commands.status(ages=False)
         if all(worker.stats is None for worker in status.workers):
@@ -134,13 +134,13 @@ class Controller:
         return capture, seen, self._policy.plan(seen)
 
     def _forget_shown(self, status: Status) -> None:
-        """A move that has ended is over for policies once its source has told its table again."""
+        """An ended move is over for policies after the next table of its source."""
         now = self._clock()
         told = {worker.worker: now - worker.age_s for worker in status.workers}
         self._ended = [(at, move) for at, move in self._ended if told.get(move.src, now) <= at]
 
     def _retire(self, plan: Plan, there: set[str]) -> None:
-        """Drain what the plan would do without, and take back what it needs again; or count the former for others."""
+        """Drain workers that the plan retires, and take back those that it needs; or only note the former."""
         if self._config.dry_run:
             for worker in plan.retire:
                 logger.info("would do without worker %s", worker)
@@ -189,7 +189,7 @@ class Controller:
         failed = "failed" if outcome.begun else HoldReason.WORLD_CHANGED
         MOVES.labels(move.policy, "done" if outcome.ok else failed).inc()
         if not outcome.ok:
-            # The request may simply have ended: only its pair rests, and not for long.
+            # The request may have ended: only its pair rests, and not for long.
             self._backoff[move.src, move.dst] = self._clock() + self._config.failure_backoff_s
             logger.info("request %s stayed on %s: %s", move.request_id, move.src, outcome.reason)
 
@@ -223,12 +223,12 @@ class Controller:
         return f"{self.ticks} decisions, {counts['done']} moves done, {counts['failed']} failed"
 
     async def idle(self) -> None:
-        """Wait until nothing that was begun is under way."""
+        """Wait for all begun calls."""
         while self._tasks:
             await asyncio.wait(set(self._tasks))
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Cancel everything."""
         for task in self._tasks:
             task.cancel()
 
@@ -239,7 +239,7 @@ def _gap(capture: Capture, move: Move) -> float:
 
 
 def _lives(status: Status, moves: Iterable[Move]) -> dict[tuple[str, str], int]:
-    """The life of each request that was looked at: what has left and come back since is not meant."""
+    """The life of each observed request: a move must not hit one that has left and come back since."""
     planned = {(move.src, move.request_id) for move in moves}
     sources = {source for source, _ in planned}
     return {

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands behind the plugins: one controller and one scale-down for each policy file.
+"""Shared state of the plugins: one controller and one scale-down for each policy file.
 
-Life cycle: ``Decider.shared`` gives all plugins of a process the same one; it connects to the workers with the first
-tick. ``begin`` starts a decision beside the caller and never waits. ``bound`` answers with what was seen last; what
-is older than ``limits.stale-after-s`` counts as not seen. One asyncio loop. Raises ``ConfigError`` at its start when
-the policy file is wrong; later failures are logged and tried again at the next tick.
+Life cycle: ``Decider.shared`` returns the same one to all plugins of a process; it connects to the workers at the first
+tick. ``begin`` starts a decision in the background and never waits. ``bound`` uses the last snapshot; one that is older
+than ``limits.stale-after-s`` is ignored. One asyncio loop. Raises ``ConfigError`` at its start for a wrong policy file;
+later failures are logged and tried again at the next tick.
 
-A worker that is to go has one owner: where the planner decides the number of decode workers (``sets_number``), what a
-policy would do without is a wish for fewer, and who then stops a worker drains it; else the worker drains itself.
+A leaving worker has one owner. Where the planner decides the number of decode workers (``sets_number``), a policy's
+retirement is a request for fewer workers, and the process that stops a worker drains it; otherwise the worker drains
+itself.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ NAME = "scale-down"
 
 
 class Role(msgspec.Struct, frozen=True):
-    """Workers of one kind whose number the planner decides."""
+    """Workers of one role that the planner scales."""
 
     name: str
     bounds: tuple[int, int] | None = None
-    """Fewest and most; None keeps their number."""
+    """Fewest and most; None: a fixed number."""
     started: int = 0
-    """How many the graph starts with; 0 when that is not known."""
+    """Number at the start of the graph; 0: unknown."""
 
 
 class Decider:
@@ -57,7 +58,7 @@ class Decider:
     def __init__(self, policy_file: str) -> None:
         self.policy = load(Path(policy_file))
         self.sets_number = False
-        """Does the planner decide how many decode workers there are? Told before the first tick."""
+        """True when the planner decides the number of decode workers. Set before the first tick."""
         self._observer = Observer(self.policy.controller.cost)
         self._board = Board()
         self._runtime: Any = None
@@ -77,18 +78,18 @@ class Decider:
         return cls._shared[key]
 
     def begin(self, engines: Mapping[str, bytes] | None) -> None:
-        """Start a decision unless one is under way. ``engines`` are the planner's forward-pass metrics."""
+        """Start a decision unless one is running. ``engines`` are the planner's forward-pass metrics."""
         if engines is not None:
             self._observer.join(engines)
         if self._deciding is None or self._deciding.done():
             self._deciding = asyncio.ensure_future(self._decide())
 
     def unneeded(self) -> int:
-        """How many workers fewer policies would have the planner decide on."""
+        """Number of workers that policies would retire."""
         return self._controller.unneeded if self._controller is not None else 0
 
     def bound(self, role: Role, proposed: int, ready: int, scaling: bool) -> Bound:
-        """What a proposal is clamped to. Fewer prefill workers go through at once: nothing has to leave them."""
+        """Bounds of a proposal. A reduction of prefill workers passes at once: no request has to leave them."""
         if role.name != "decode":
             return self._prefill_bound(role, proposed, ready, scaling)
         if role.name not in self._scale_down:
@@ -117,7 +118,7 @@ class Decider:
     async def _decide(self) -> None:
         try:
             if self._controller is None:
-                # The planner's own runtime already serves this port; the plugin is not given that runtime.
+                # The planner's runtime already serves this port; the plugin has no access to that runtime.
                 os.environ.pop("DYN_SYSTEM_PORT", None)
                 if self._runtime is None:
                     self._runtime = process.connect()
@@ -132,13 +133,13 @@ class Decider:
         except MigrateError as error:
             logger.warning("no decision about migrations: %s", error)
         except Exception:
-            # The planner must go on whatever Dynamo's client raises here.
+            # The planner must go on after any exception of Dynamo's client.
             logger.exception("no decision about migrations")
 
     async def _serve(self, runtime: Any) -> None:
-        """Tell who asks what was decided, until the runtime has lost its place in etcd.
+        """Serve the decisions, until the runtime has lost its lease in etcd.
 
-        The planner would then go on for ever without seeing anybody.
+        The planner would then go on without seeing any worker.
         """
         await runtime.endpoint(f"{process.namespace()}.{DECISIONS}").serve_endpoint(self._board.serve)
         logger.error("this planner has lost its place in etcd; it ends, for its launcher to start it again")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much longer a request will run, from those that have ended.
+"""Estimates the remaining output of a request from ended ones.
 
-Output lengths are heavy-tailed: who has produced much will go on longer. The expectation is the mean of finished
-outputs at first and grows with what the request has produced already.
+Output lengths are heavy-tailed: a request with a long output will go on longer. The expectation begins at the mean of
+finished outputs and grows with the request's output.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from planner_hooks.snapshot import Floats
 
 
 class RemainingEstimate:
-    """Running mean with exponential forgetting; ``prior_tokens`` until something has ended."""
+    """Running mean with exponential forgetting; ``prior_tokens`` until the first end."""
 
     def __init__(self, prior_tokens: float = 256.0, memory: float = 500.0) -> None:
         self._mean = prior_tokens
@@ -21,11 +21,11 @@ class RemainingEstimate:
         self._seen = 0
 
     def finished(self, output_tokens: float) -> None:
-        """A request has ended with this many tokens."""
+        """Add an ended request with its output tokens."""
         self._seen += 1
         self._mean += (output_tokens - self._mean) / min(self._seen, self._memory)
 
     def of(self, generated: Floats) -> Floats:
-        """Expected further tokens of requests that have produced so many."""
+        """Expected further tokens of requests with these output tokens."""
         expected: Floats = np.maximum(self._mean - generated, 0.5 * np.maximum(generated, 0.5 * self._mean))
         return expected

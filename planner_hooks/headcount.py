@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many workers of a role there should be, which is more than the planner sees while some of them start.
+"""Expected replicas per role, which exceed the ready count while workers start.
 
-A worker that is starting, or is started again after a crash, is not seen. A number made of those that are seen would,
-once carried out, stop the others. So what is missing counts as there, until it has been missing for ``GONE_S``: then
-somebody else has taken it away. Not thread-safe, does no I/O, raises nothing.
+The planner does not see a worker that starts, also after a crash. A number from the visible workers would stop the
+others when carried out. So a missing worker counts as existing until it has been missing for ``GONE_S``: then it was
+taken away. Not thread-safe, does no I/O, raises nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ GONE_S = 600.0
 
 
 class Headcount:
-    """Begins with the workers that were started; 0 when that is not known."""
+    """Begins with the number of started workers; 0: unknown."""
 
     def __init__(self, started: int, clock: Callable[[], float]) -> None:
         self._count = started
@@ -22,7 +22,7 @@ class Headcount:
         self._missing_since: float | None = None
 
     def seen(self, ready: int, scaling: bool) -> int:
-        """Workers that there should be. ``scaling``: a number that was decided is still being carried out."""
+        """Expected replicas. ``scaling``: a decided number is being carried out."""
         now = self._clock()
         if ready >= self._count:
             self._missing_since = None
@@ -35,5 +35,5 @@ class Headcount:
         return self._count
 
     def let_through(self, count: int) -> None:
-        """The planner may have so few from now on."""
+        """Lower the expectation."""
         self._count = min(self._count, count)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bookkeeping of one plan: projected loads, limits used up, moves accepted so far.
+"""Bookkeeping of one plan: projected loads, used limits, accepted moves.
 
-Virtual usage folds everything that fills a worker into one number (Llumnix, OSDI'24): KV held, KV that queued
-requests will need, what is on its way in less what is on its way out, headroom beside important requests, and seats
-in the batch. A worker that leaves counts as infinitely loaded.
+Virtual usage is one number for everything that fills a worker (Llumnix, OSDI'24): KV in use, KV that queued requests
+will need, incoming minus outgoing KV, headroom beside important requests, and seats in the batch. A leaving worker
+counts as infinitely loaded.
 
-A destination is checked against what it really holds plus all that was promised to it: room that its own
-outgoing requests will free is not counted before it is free.
+A destination is checked against its KV in use plus everything promised to it: room that its outgoing requests will
+free counts only when it is free.
 
-A request that waits has no KV: sending its tokens is all there is to its move. Limits for each worker and pair are
-about copies and leave it out; what it may do to a destination, and the number for each tick, hold for it as well.
+A waiting request has no KV: its move only sends its tokens. Limits for each worker and pair are about copies and do
+not apply to it; the limits of a destination and of each tick do.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from planner_hooks.snapshot import Bools, Floats, Snapshot
 
 
 class Ledger:
-    """Begins with what the snapshot has under way; ``move`` adds to it."""
+    """Begins with the running moves of the snapshot; ``move`` adds more."""
 
     def __init__(self, snapshot: Snapshot, rules: Rules, policy: str) -> None:
         self.snapshot = snapshot
@@ -62,11 +62,11 @@ class Ledger:
 
     @property
     def full(self) -> bool:
-        """Has this tick's number of moves been reached?"""
+        """True when this tick's number of moves is reached."""
         return self.snapshot.planned + len(self.moves) >= self.rules.limits.max_moves_per_tick
 
     def busy(self, worker: int) -> bool:
-        """Does the worker take part in as many migrations as it may?"""
+        """True when the worker takes part in the allowed number of migrations."""
         return bool(self._w_moves[worker] >= self.rules.limits.max_moves_per_worker)
 
     def idle(self) -> Bools:
@@ -75,12 +75,12 @@ class Ledger:
         return idle
 
     def can_take(self) -> Bools:
-        """Workers that may still be given a running request."""
+        """Workers that may still get a running request."""
         free: Bools = self.snapshot.w_accepts & self.idle()
         return free
 
     def takers(self, row: int) -> Bools:
-        """Workers that have room and a seat for a request, and that no limit and no return closes to it."""
+        """Workers with room and a seat for a request that no limit forbids; not the one that it has just left."""
         s, limits = self.snapshot, self.rules.limits
         fits: Bools = s.w_accepts.copy() if s.r_waiting[row] else self.can_take()
         fits &= (self.room() >= s.r_need[row]) & (self.seats() >= 1)
@@ -90,17 +90,17 @@ class Ledger:
         return fits
 
     def room(self) -> Floats:
-        """Tokens that may still be promised to each worker."""
+        """Tokens that each worker may still be promised."""
         room: Floats = self.rules.limits.max_destination_usage * self.snapshot.w_capacity - self._promised
         return room
 
     def seats(self) -> Floats:
-        """Requests that still fit the batch of each worker."""
+        """Free seats in the batch of each worker."""
         seats: Floats = self.snapshot.w_max_seqs - self._seats
         return seats
 
     def candidates(self, worker: int) -> NDArray[np.int64]:
-        """Requests of a worker that may be moved now."""
+        """Requests of a worker that may move now."""
         rows = self.snapshot.rows_of(worker)
         return rows[self._free[rows] & self.rules.movable(self.snapshot, rows)]
 
@@ -111,7 +111,7 @@ class Ledger:
         return load
 
     def usage_without(self, worker: int, rows: NDArray[np.int64]) -> Floats:
-        """Usage of a worker after each single request has left."""
+        """Usage of a worker after each single request leaves."""
         s = self.snapshot
         alone = (self._important[worker] == 1) & (s.r_priority[rows] >= self.rules.headroom.priority)
         headroom = np.where(alone | (self._important[worker] == 0), 0.0, self._headroom[worker])
@@ -120,7 +120,7 @@ class Ledger:
         return usage
 
     def usage_with(self, worker: int, rows: NDArray[np.int64]) -> Floats:
-        """Usage of a worker after each single request has come."""
+        """Usage of a worker after each single request arrives."""
         s = self.snapshot
         important = (self._important[worker] > 0) | (s.r_priority[rows] >= self.rules.headroom.priority)
         headroom = np.where(important, self._headroom[worker], 0.0)
@@ -129,7 +129,7 @@ class Ledger:
         return usage
 
     def fits(self, worker: int, rows: NDArray[np.int64]) -> Bools:
-        """Which single requests the worker could take: room, and not a return."""
+        """Mask of single requests that the worker could take: there is room, and they have not just left it."""
         s, limits = self.snapshot, self.rules.limits
         room = limits.max_destination_usage * s.w_capacity[worker] - self._promised[worker]
         back = (s.r_came_from[rows] == worker) & (s.r_since_move[rows] < limits.no_return_s)
@@ -137,7 +137,7 @@ class Ledger:
         return ok & bool(self._seats[worker] + 1 <= s.w_max_seqs[worker])
 
     def pair_is_free(self, src: int, dst: int, copies: bool = True) -> bool:
-        """May another request go from one to the other, with its KV or without any?"""
+        """True when another request may go from one to the other, with or without KV."""
         few = not copies or self._pairs[src, dst] < self.rules.limits.max_moves_per_pair
         return few and (dst, src) not in self._pairs
 
@@ -175,7 +175,7 @@ class Ledger:
     # Commands
 
     def move(self, row: int, dst: int, reason: str, gain_s: float) -> bool:
-        """Accept a move when every rule allows it; otherwise note why not."""
+        """Accept a move when every rule allows it; otherwise note the reason."""
         s = self.snapshot
         src = int(s.r_worker[row])
         why = self.why_not(row, dst)
@@ -195,7 +195,7 @@ class Ledger:
         copies = int(not s.r_waiting[row])
         self._w_moves[src] += copies
         self._w_moves[dst] += copies
-        self._pairs[src, dst] += copies  # The key is there even when nothing is copied: see ``Snapshot.pairs``.
+        self._pairs[src, dst] += copies  # The key exists also when nothing is copied: see ``Snapshot.pairs``.
         self._free[row] = False
         self.usage[src], self.usage[dst] = self._usage_of(src), self._usage_of(dst)
         self.moves.append(
@@ -207,7 +207,7 @@ class Ledger:
                 reason=reason,
                 gain_s=gain_s,
                 cost_s=0.0 if s.r_waiting[row] else float(self.rules.cost_s(s, np.array([row]))[0]),
-                # A request that waits has no KV to copy: sending its tokens is all there is to it.
+                # A waiting request has no KV to copy: its move only sends its tokens.
                 mode=Mode.REPLAY if s.r_waiting[row] else Mode.LIVE,
                 tokens=int(need),
                 row=row,
@@ -216,7 +216,7 @@ class Ledger:
         return True
 
     def hold(self, reason: HoldReason, worker: int | None = None, row: int | None = None, detail: str = "") -> None:
-        """Note that something stays, and why."""
+        """Note the reason why something stays."""
         self.holds.append(
             Hold(
                 self.policy,

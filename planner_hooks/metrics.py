@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dynamo's forward-pass metrics as policies use them: when a worker was last heard of, and load by itself.
+"""Dynamo's forward-pass metrics for policies: the age of a worker's last metrics, and queued KV.
 
-Keys are ``<worker id>/<rank>``; the worker id is Dynamo's instance id in decimal, of which workers' names are the
-last eight hexadecimal digits. A payload that cannot be read counts as not received.
+Keys are ``<worker id>/<rank>``; the worker id is Dynamo's instance id in decimal. Workers' names are its last eight
+hexadecimal digits. An unreadable payload counts as not received.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def decoded(engines: Mapping[str, bytes]) -> dict[str, list[Any]]:
 
 
 class Heard:
-    """When each worker's metrics have last changed."""
+    """Time of the last change of each worker's metrics."""
 
     def __init__(self) -> None:
         self._last: dict[str, tuple[tuple[int, ...], float]] = {}
@@ -38,7 +38,7 @@ class Heard:
         """KV that each worker's preempted and waiting requests will need."""
 
     def update(self, engines: Mapping[str, bytes], now: float) -> None:
-        """Take one tick's metrics in."""
+        """Take one tick's metrics."""
         seen = decoded(engines)
         for worker, ranks in seen.items():
             counters = tuple(rank.counter_id for rank in ranks)
@@ -46,11 +46,11 @@ class Heard:
                 self._last[worker] = (counters, now)
             queues = [rank.queued_requests for rank in ranks]
             self.queued_tokens[worker] = int(sum(q.sum_prefill_tokens + q.sum_decode_kv_tokens for q in queues))
-        # Gone for good, unless they are only late: those are remembered until they are far beyond any limit.
+        # Late workers are remembered until they are far beyond any limit; then they count as gone.
         for worker in [w for w, (_, at) in self._last.items() if w not in seen and now - at > 600]:
             del self._last[worker]
             self.queued_tokens.pop(worker, None)
 
     def age_s(self, worker: str, now: float) -> float:
-        """Seconds since news; 0 for a worker of which nothing was ever heard, whose own report has to do."""
+        """Age of the last metrics; 0 for a worker without any, for which its report alone counts."""
         return now - self._last[worker][1] if worker in self._last else 0.0

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what workers tell to a ``Capture``: their loads, the table of requests, and what past moves have cost.
+"""Makes a ``Capture`` from the workers' state: loads, the table of requests, and the cost of past moves.
 
-Keeps what one status does not say: output lengths of requests that have ended. A worker that is missing keeps its rows
-and gets older, until it counts as stale; one that has told nothing yet does not appear. All times are ages, or of this
-process's clock. ``join`` may be called while ``capture`` runs in another thread; neither does any I/O or raises
-anything.
+It also keeps output lengths of ended requests, which one status does not have. A missing worker keeps its rows and
+ages until it counts as stale; one without any report does not appear. All times are ages, or of this process's clock.
+``join`` may be called while ``capture`` runs in another thread; neither does I/O or raises.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from planner_hooks.rules import Cost
 from planner_hooks.snapshot import NEVER_S, ActiveMove, Capture, RequestView, WorkerView
 
 _MEASURED = 50
-"""Migrations that the measured cost is taken from."""
+"""Number of migrations from which the cost is measured."""
 DECODE_ROLES = ("decode", "agg")
-"""Roles of workers whose requests move."""
+"""Roles of workers with movable requests."""
 
 
 class Observer:
@@ -38,15 +37,15 @@ class Observer:
         self._remaining = RemainingEstimate()
         self._outputs: dict[str, int] = {}
         self._workers: dict[str, str] = {}
-        """Where each of them was seen."""
+        """Last known worker of each request."""
         self._heard = Heard()
 
     def join(self, engines: Mapping[str, bytes]) -> None:
-        """Take the planner's forward-pass metrics in; a worker whose metrics stop counts as stale."""
+        """Take the planner's forward-pass metrics; a worker without new metrics becomes stale."""
         self._heard.update(engines, self._clock())
 
     def capture(self, status: Status, active: Iterable[ActiveMove] = ()) -> Capture:
-        """Everything that policies see."""
+        """The input of policies."""
         now = self._clock()
         there: dict[str, int] = {
             row.request_id: row.output_tokens for worker in status.workers for row in worker.requests
@@ -54,24 +53,24 @@ class Observer:
         answering = {worker.worker for worker in status.workers if not worker.missing}
         for gone in set(self._outputs) - set(there):
             made = self._outputs.pop(gone)
-            # A worker that is not there any more has not said that its requests have ended.
+            # A removed worker has not reported the end of its requests.
             if self._workers.pop(gone) in answering:
                 self._remaining.finished(made)
         self._outputs |= there
         self._workers |= {row.request_id: worker.worker for worker in status.workers for row in worker.requests}
         moved = {move.request_id: move for move in status.moves if move.ok}
         decode = [w for w in status.workers if w.role in DECODE_ROLES and w.stats is not None and w.info is not None]
-        # Lists beside each other, not one of tuples, which the garbage collector would look through again and again.
+        # Parallel lists instead of tuples, which the garbage collector would traverse again and again.
         rows: list[RequestRow] = []
         owners: list[WorkerReport] = []
         seen: set[str] = set()
-        # Of two workers that show a request, because it has just moved, the younger report is right.
+        # When two workers list a request that has just moved, the younger report is right.
         for worker in sorted(decode, key=lambda worker: worker.age_s):
             mine = [row for row in worker.here() if row.request_id not in seen]
             seen.update(row.request_id for row in mine)
             rows += mine
             owners += [worker] * len(mine)
-        # For all at once: one call for each request would be most of the time of a large table.
+        # For all at once: single calls would take most of the time of a large table.
         remaining = self._remaining.of(np.array([row.output_tokens for row in rows], dtype=float)).tolist()
         requests = [
             RequestView(
@@ -83,7 +82,7 @@ class Observer:
                 remaining_tokens=expected
                 if row.max_tokens is None
                 else min(expected, max(0.0, row.max_tokens - row.output_tokens)),
-                # vLLM counts the other way: its smaller numbers are more important.
+                # In vLLM smaller numbers are more important.
                 priority=-row.priority,
                 not_migratable=row.not_migratable or None,
                 moving=row.moving,
@@ -122,11 +121,11 @@ class Observer:
         )
 
     def _measured(self, moves: list[MoveRecord]) -> tuple[float, float, float]:
-        """Bytes per second, fixed seconds and downtime of the last migrations; the file's values before any."""
+        """Bytes per second, fixed seconds and downtime from the last migrations; before any, the file's values."""
         moves = moves[-_MEASURED:]
         if not moves:
             return self._cost.bytes_per_s, self._cost.overhead_s, self._cost.downtime_s
-        # The quickest one was hardly more than overhead; what others took longer, they spent on their bytes.
+        # The shortest one is nearly pure overhead; the extra time of others is for their bytes.
         overhead = min(move.total_s for move in moves)
         beyond = sum(move.total_s - overhead for move in moves)
         size = sum(move.bytes for move in moves)

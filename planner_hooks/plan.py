@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a policy answers: moves to make, workers to retire, and why everything else stays where it is."""
+"""Output of a policy: moves, workers to retire, and reasons why everything else stays."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ from planner_hooks.snapshot import Snapshot
 
 
 class HoldReason(StrEnum):
-    """Why something was not moved; also a metric label."""
+    """Why something does not move; also a metric label."""
 
     BALANCED = "balanced"
-    """Loads are close enough together, or nothing is hot."""
+    """Loads are close together, or no worker is hot."""
     NO_CANDIDATE = "no-candidate"
-    """No request there may be moved now."""
+    """No request there may move now."""
     NO_DESTINATION = "no-destination"
-    """No worker could take it without being overloaded itself."""
+    """Any destination would be overloaded."""
     NOT_WORTH = "not-worth"
     """The predicted gain does not exceed the cost of moving."""
     NOT_MIGRATABLE = "not-migratable"
     COOLDOWN = "cooldown"
     NO_RETURN = "no-return"
-    """It would go back to the worker that it came from a moment ago."""
+    """It would return to the worker that it has just left."""
     ALREADY_MOVING = "already-moving"
     TICK_LIMIT = "tick-limit"
     WORKER_LIMIT = "worker-limit"
     PAIR_LIMIT = "pair-limit"
     OPPOSITE = "opposite"
-    """Something moves between the two workers in the other direction."""
+    """A request moves between the two workers in the other direction."""
     STALE = "stale"
     """The worker has not reported lately."""
     MISSING = "missing"
-    """Workers that there should be are starting, so that there are fewer than there will be."""
+    """Expected replicas are still starting."""
     NO_METRICS = "no-metrics"
-    """Nothing is known at all."""
+    """There is no report at all."""
     TOO_LARGE = "too-large"
-    """The prompt is larger than any worker."""
+    """The prompt does not fit any worker."""
     MIN_WORKERS = "min-workers"
     WORLD_CHANGED = "world-changed"
-    """The request or a worker was not as planned when the move was to begin."""
+    """Request or worker were no longer as planned at the begin of the move."""
     DRY_RUN = "dry-run"
     DELAYED = "delayed"
-    """A reduction has not been proposed for long enough."""
+    """A reduction has not been proposed for ``delay-s``."""
     SCALING = "scaling"
-    """A reduction waits until the number before it has been carried out."""
+    """A reduction waits until the previous number has been carried out."""
 
 
 class Move(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One request to another worker. ``gain_s`` and ``cost_s`` are comparable: seconds of a whole worker's time."""
+    """Moves one request. ``gain_s`` and ``cost_s`` have the same unit: seconds of a whole worker's time."""
 
     request_id: str
     src: str
@@ -64,11 +64,11 @@ class Move(msgspec.Struct, frozen=True, omit_defaults=True):
     mode: Mode = Mode.LIVE
     tokens: int = 0
     row: int = 0
-    """Row of the request in the snapshot that was planned on."""
+    """Row of the request in the plan's snapshot."""
 
 
 class Hold(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Something that a policy looked at and left alone."""
+    """Something that a policy considered and left alone."""
 
     policy: str
     reason: HoldReason
@@ -83,10 +83,10 @@ class Plan(msgspec.Struct, frozen=True, omit_defaults=True):
     moves: tuple[Move, ...] = ()
     holds: tuple[Hold, ...] = ()
     retire: tuple[str, ...] = ()
-    """Workers that the others could do without. Where the planner decides their number, it is asked for fewer; where
-    it does not, they get no new requests and are drained."""
+    """Workers to retire. Where the planner decides their number, it is asked for fewer; otherwise they get no new
+    requests and are drained."""
     release: tuple[str, ...] = ()
-    """Workers that are leaving and are needed again; only those that a plan retired follow this."""
+    """Leaving workers that are needed again; applies only to those that a plan has retired."""
 
 
 class Policy(Protocol):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The planner's side: two plugins, configured in the planner's file; nothing of Dynamo is changed.
+"""Two plugins for Dynamo's planner, configured in the planner's file; nothing of Dynamo is changed.
 
     plugin_registration:
       in_process_plugins:
@@ -9,13 +9,13 @@
            priority: 5, needs: [observations.fpm, observations.workers],
            kwargs: {policy_file: configs/policy.yaml, decode_workers: [1, 4], started: {decode: 2}}}
 
-MigrationPlugin     each call is one decision about migrations, made beside the call. It accepts the proposal, but for
-                    workers that a policy would do without: so many fewer are proposed.
-ScaleDownPlugin     keeps the numbers within their bounds, and holds a reduction until it has been wanted for long
-                    enough and the rest has room. Workers that are starting count as there: as many as were
-                    ``started``, or as there were before. Without bounds the planner is advisory.
+MigrationPlugin     each call starts one decision about migrations in the background. It accepts the planner's
+                    proposal, or proposes fewer workers by those that policies would retire.
+ScaleDownPlugin     keeps the numbers within their bounds, and holds a reduction until it has been proposed for
+                    ``delay-s`` and the other workers have room. Starting workers count as existing (``started``, or
+                    the earlier number). Without bounds the planner is advisory.
 
-Neither makes the planner wait. Both raise ``ConfigError`` at their start when the policy file is wrong.
+Neither makes the planner wait. Both raise ``ConfigError`` at their start for a wrong policy file.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from planner_hooks.decider import Decider, Role
 
 
 class MigrationPlugin:
-    """Loaded by Dynamo's planner for the stage PROPOSE."""
+    """For the planner's stage PROPOSE."""
 
     def __init__(self, policy_file: str) -> None:
         self._decider = Decider.shared(policy_file)
 
     async def Propose(self, request: Any) -> Any:  # noqa: N802 (Dynamo looks the method up by this name)
-        """Decide about migrations; accept, or propose as many workers fewer as policies would do without."""
+        """Decide about migrations; accept, or propose fewer workers by those that policies would retire."""
         from dynamo.planner.plugins.types import (
             AcceptResult,
             ComponentTarget,
@@ -59,7 +59,7 @@ class MigrationPlugin:
 
 
 class ScaleDownPlugin:
-    """Loaded by Dynamo's planner for the stage CONSTRAIN. Bounds are (fewest, most); without them numbers stay."""
+    """For the planner's stage CONSTRAIN. Bounds are (fewest, most); without them numbers are fixed."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class ScaleDownPlugin:
         self._roles = [Role(name, _pair(bounds), (started or {}).get(name, 0)) for name, bounds in given.items()]
 
     async def Constrain(self, request: Any) -> Any:  # noqa: N802 (Dynamo looks the method up by this name)
-        """Bounds for each role whose count is known."""
+        """Bounds for each role with a known count."""
         from dynamo.planner.plugins.types import (
             AcceptResult,
             ComponentTarget,

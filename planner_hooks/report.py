@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan as people see it in ``dynamo top`` and on the web page, who ask for it at the planner's ``decisions``."""
+"""A planner's last decisions for ``dynamo top`` and the web page (endpoint ``decisions``)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_DECISIONS = 200
 
 
 def decisions(plan: Plan) -> tuple[Decision, ...]:
-    """Moves first, then what is left alone and why; not more than people can read."""
+    """Moves first, then holds with their reasons, as many as people can read."""
     moves = [Decision(m.policy, Verdict.MOVE, m.reason, m.request_id, m.src, m.dst) for m in plan.moves]
     retired = [Decision("", Verdict.RETIRE, "the others could do without it", "", w) for w in plan.retire]
     left = [
@@ -28,7 +28,7 @@ def decisions(plan: Plan) -> tuple[Decision, ...]:
 
 
 class Board:
-    """The last moves and retirements, and what the last plan left alone."""
+    """The last moves and retirements, and the holds of the last plan."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -36,7 +36,7 @@ class Board:
         self._left: tuple[tuple[float, Decision], ...] = ()
 
     def take(self, plan: Plan) -> None:
-        """The planner has decided this now."""
+        """Add a plan."""
         now = self._clock()
         found = [(now, decision) for decision in decisions(plan)]
         self._done.extend(pair for pair in found if pair[1].verdict is not Verdict.LEAVE)
@@ -44,7 +44,7 @@ class Board:
         self._left = tuple(left[: MAX_DECISIONS - len(self._done)])
 
     def shown(self) -> tuple[Decision, ...]:
-        """All of them, with their age."""
+        """All decisions with their ages."""
         now = self._clock()
         return tuple(msgspec.structs.replace(d, age_s=now - at) for at, d in (*self._done, *self._left))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Limits that no plan may exceed, and what a move costs. Shared by all policies of one policy file."""
+"""Limits of every plan, and the cost of a move, for all policies of one policy file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Section(BaseModel):
 
 
 class Limits(Section):
-    """What may go on at once."""
+    """Limits of concurrent moves."""
 
     max_moves_per_tick: int = Field(
         default=256, ge=1, description="Moves that one decision may begin, waiting requests included"
@@ -61,7 +61,7 @@ class Limits(Section):
 
 
 class Cost(Section):
-    """What a move costs. Bandwidth and fixed times are measured; these are what they begin with, and the weights."""
+    """Cost of a move. Bandwidth and fixed times are measured; these are their initial values, and weights."""
 
     bytes_per_s: float = Field(default=1e9, gt=0, description="Assumed speed of a migration before one was measured")
     overhead_s: float = Field(default=0.1, ge=0, description="Assumed time of a migration of zero bytes")
@@ -78,7 +78,7 @@ class Cost(Section):
 
 
 class Headroom(Section):
-    """Room kept free beside important requests, as part of their worker's virtual usage."""
+    """Room beside important requests, which counts as used."""
 
     priority: int = Field(default=1, description="Requests from this priority on get headroom")
     share: float = Field(
@@ -87,7 +87,7 @@ class Headroom(Section):
 
 
 class ScaleDownRules(Section):
-    """When the planner may have fewer decode workers."""
+    """Conditions for fewer decode workers."""
 
     delay_s: float = Field(
         default=30.0,
@@ -101,28 +101,28 @@ class ScaleDownRules(Section):
     reserve: float = Field(default=1.0, ge=0, description="KV that the remaining ones keep free together, in workers")
 
     def delay(self, workers: int, since_s: float) -> float:
-        """Seconds that a wish must last; one that continues what took a worker away ``since_s`` ago gets its share."""
+        """Time for which a reduction must be proposed; shorter within ``since_s`` after the last one."""
         return self.delay_s / (max(1.0, workers * self.share_per_delay) if since_s < 2 * self.delay_s else 1.0)
 
     def allowed(self, workers: int) -> float:
-        """Mean usage up to which so many workers may remain."""
+        """Highest mean usage of the remaining workers."""
         return min(self.max_usage, 1.0 - self.reserve / max(1, workers))
 
 
 class Rules(Section):
-    """Limits, cost and headroom together, with the arithmetic that all policies share."""
+    """Limits, cost and headroom, with the computations of all policies."""
 
     limits: Limits = Limits()
     cost: Cost = Cost()
     headroom: Headroom = Headroom()
 
     def movable(self, snapshot: Snapshot, rows: NDArray[np.int64]) -> Bools:
-        """Which of these requests may be moved now."""
+        """Mask of requests that may move now."""
         ready: Bools = snapshot.r_free[rows] & (snapshot.r_since_move[rows] >= self.limits.cooldown_s)
         return ready & (snapshot.r_running[rows] | snapshot.r_waiting[rows])
 
     def cost_s(self, snapshot: Snapshot, rows: NDArray[np.int64]) -> Floats:
-        """Seconds of a worker's time that each move takes away; nothing for a request that has no KV yet."""
+        """Seconds of a worker's time that each move costs; 0 for a request without KV."""
         per_token = snapshot.bytes_per_token or float(self.cost.kv_bytes_per_token)
         wire = snapshot.r_kv[rows] * (per_token / snapshot.bytes_per_s)
         copy = snapshot.downtime_s + 2.0 * self.cost.disturbance * (snapshot.overhead_s + wire)
@@ -130,7 +130,7 @@ class Rules(Section):
         return cost
 
     def lasts_s(self, snapshot: Snapshot, rows: NDArray[np.int64], worker: int) -> Floats:
-        """Seconds that each request will still run, within the horizon."""
+        """Remaining seconds of each request, within the horizon."""
         step = snapshot.w_step_s[worker] or self.cost.default_step_s
         lasts: Floats = np.minimum(snapshot.r_remaining[rows] * step, self.cost.horizon_s)
         return lasts

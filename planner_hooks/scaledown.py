@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decides whether and when there may be one decode worker fewer.
+"""Decides when there may be one decode worker fewer.
 
-The planner decides numbers only. ``ScaleDown.decide`` is asked once for each proposal and answers with the bounds that
-the proposal is clamped to. A wish for fewer workers goes through, one worker at a time, once it has lasted ``delay_s``
-(in large clusters a part of that after the first one) and the rest could hold everything within ``max_usage`` and keep
-its ``reserve``. Nothing goes through without a current state, while workers that there should be are not there
-(``headcount.py``), or while an earlier number is carried out.
+The planner decides numbers only. ``ScaleDown.decide`` is called once for each proposal and returns its bounds. A
+reduction passes, one worker at a time, after it has been proposed for ``delay_s`` (in large clusters a part of that
+after the first one), if the other workers can hold everything within ``max_usage`` and keep ``reserve``. Nothing passes
+without a current state, while expected replicas are missing (``headcount.py``), or while an earlier number is carried
+out.
 
-Which worker goes is not decided here: who stops a worker (``components.serve.scale``, or the worker's own SIGTERM)
-drains it first, and what the others have no room for goes on decoding there until they have.
+This module does not choose the worker: the process that stops one (``components.serve.scale``, or the worker on
+SIGTERM) drains it first, and requests without room elsewhere go on decoding there.
 Not thread-safe, does no I/O, raises nothing.
 """
 
@@ -32,11 +32,11 @@ class Bound(msgspec.Struct, frozen=True):
     at_least: int
     at_most: int
     reason: HoldReason | None = None
-    """Why a reduction does not go through yet."""
+    """Why a reduction does not pass yet."""
 
 
 class ScaleDown:
-    """State of one role's reduction. ``bounds`` None keeps the number of workers as it is."""
+    """State of one role's reduction. ``bounds`` None: a fixed number of workers."""
 
     def __init__(
         self,
@@ -51,10 +51,10 @@ class ScaleDown:
         self._count = Headcount(started, clock)
         self._wanted_since: float | None = None
         self._last = -math.inf
-        """When the last one went."""
+        """Time of the last reduction."""
 
     def decide(self, proposed: int, ready: int, snapshot: Snapshot | None, scaling: bool = False) -> Bound:
-        """Bounds for this proposal. ``scaling``: an earlier number is still being carried out."""
+        """Bounds for this proposal. ``scaling``: an earlier number is being carried out."""
         there = self._count.seen(ready, scaling)
         low, high = self._bounds or (there, there)
         stay = max(low, there, ready)
@@ -70,12 +70,12 @@ class ScaleDown:
         return Bound(stay, max(high, stay), reason)
 
     def _held(self, there: int, ready: int, s: Snapshot | None, scaling: bool) -> HoldReason | None:
-        """Why there may not be one worker fewer now."""
+        """Reasons against one worker fewer now."""
         if ready < there:
             return HoldReason.MISSING
         if scaling:
             return HoldReason.SCALING
-        # Workers that are leaving are not in Dynamo's discovery, and answer until they end.
+        # Leaving workers are not in Dynamo's discovery, but answer until they end.
         if s is None or not ready <= len(s.worker_ids) <= ready + int(s.w_leaving.sum()):
             return HoldReason.STALE
         now = self._clock()
@@ -91,10 +91,9 @@ class ScaleDown:
 
 
 def _without_one(s: Snapshot) -> tuple[float, int]:
-    """Usage of those that would remain without the largest one, and their number.
+    """Usage of the workers without the largest one, and their number.
 
-    What leaving workers hold has to be carried as well, and what others hold that have not reported lately: these are
-    not empty, but nothing can be put there.
+    They must also carry the load of leaving workers, and of stale ones, which are not empty but take nothing.
     """
     capacity, seats = s.w_capacity[s.w_accepts], s.w_max_seqs[s.w_accepts]
     left = len(capacity) - 1

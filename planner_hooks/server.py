@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same plugins in a process of their own, over gRPC: ``python -m planner_hooks.server --listen 127.0.0.1:7070``.
+"""The plugins in a separate process, over gRPC: ``python -m planner_hooks.server --listen 127.0.0.1:7070``.
 
-The planner is told where in its own file; one address serves both stages (docs/planner.md):
+The planner's file has the address; one address serves both stages (docs/planner.md):
 
     scheduling:
       external_plugins:
@@ -11,8 +11,8 @@ The planner is told where in its own file; one address serves both stages (docs/
            needs: [observations.fpm, observations.workers]}
     plugin_registration: {transport: {allow_insecure_grpc: true}}
 
-Dynamo speaks plain gRPC to plugins: listen on loopback or inside a pod. Prints ``listening on ADDRESS`` when it
-serves, ends on SIGTERM. Raises ``ConfigError`` for a wrong policy file or an address that cannot be had.
+Dynamo uses plain gRPC to plugins: listen on loopback or inside a pod. Prints ``listening on ADDRESS`` when it
+serves, ends on SIGTERM. Raises ``ConfigError`` for a wrong policy file or an unusable address.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dynamo.planner.plugins.proto.v1 import plugin_pb2_grpc as rpc  # noqa: E402
 
 
 class Service(rpc.ProposePluginServicer, rpc.ConstrainPluginServicer):  # type: ignore[misc]
-    """Both stages; messages become the classes that in-process plugins get."""
+    """Both stages. Turns messages into the classes of in-process plugins."""
 
     def __init__(self, migration: MigrationPlugin, scale_down: ScaleDownPlugin) -> None:
         self._migration = migration
@@ -50,7 +50,7 @@ class Service(rpc.ProposePluginServicer, rpc.ConstrainPluginServicer):  # type: 
 
 
 async def start(listen: str, service: Service) -> tuple[grpc.aio.Server, str]:
-    """A running server and the address that it really listens on."""
+    """A running server and its listening address."""
     server = grpc.aio.server()
     rpc.add_ProposePluginServicer_to_server(service, server)
     rpc.add_ConstrainPluginServicer_to_server(service, server)

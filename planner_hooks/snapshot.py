@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a policy sees: views as they are collected and saved, and the same as columns for fast decisions.
+"""Input of a policy: readable views, and the same as columns for fast decisions.
 
-``Capture`` is the readable form (JSON on disk, ``dynamo policy explain``). ``Snapshot`` holds the same facts as
-numpy columns; policies only read it. ``after`` gives the snapshot in which some moves are already under way: the
-request still sits at its source, its destination has reserved room, and nobody may plan it again.
+``Capture`` is the readable form (JSON on disk, ``dynamo policy explain``). ``Snapshot`` has the same facts as
+numpy columns; policies only read it. ``after`` returns the snapshot with some moves begun: the request is still at
+its source, its destination has reserved room, and no policy may plan it again.
 
-Token counts are KV tokens (blocks times block size). A worker that has not reported lately is not ``fresh``: it is
-neither source nor destination.
+Token counts are KV tokens (blocks times block size). A worker without a recent report is not ``fresh``: it is neither
+source nor destination.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
 Bools = NDArray[np.bool_]
 NEVER_S = 1e18
-"""Age of something that has not happened, in seconds: large, finite, and valid JSON."""
+"""Age, in seconds, of something that has never happened: large, finite, and valid JSON."""
 
 
 class WorkerView(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -49,23 +49,23 @@ class WorkerView(msgspec.Struct, frozen=True, omit_defaults=True):
     step_s: float = 0.0
     """Duration of a forward step; 0 when idle."""
     draining: bool = False
-    """Gets no new requests, and empties itself."""
+    """The worker gets no new requests and empties itself."""
     report_age_s: float = 0.0
     kv_bytes_per_token: int = 0
 
 
 class RequestView(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """One request on a decode worker. Holds no containers: a hundred thousand of them are no garbage to look for."""
+    """One request on a decode worker. Without containers, so that the garbage collector skips them."""
 
     request_id: str
     worker: str
     phase: RequestPhase
     need_tokens: int
-    """KV it needs to run: prompt and output so far."""
+    """KV that it needs to run: prompt and output so far."""
     kv_tokens: int = 0
-    """KV it holds now; 0 while it waits."""
+    """KV in use; 0 while it waits."""
     remaining_tokens: float = 0.0
-    """Output tokens still expected."""
+    """Expected further output tokens."""
     priority: int = 0
     """Larger is more important."""
     not_migratable: str | None = None
@@ -75,18 +75,18 @@ class RequestView(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
 
 class ActiveMove(msgspec.Struct, frozen=True):
-    """A migration under way; ``tokens`` that the destination has yet to show as held."""
+    """A running migration; ``tokens`` are those that the destination does not show yet."""
 
     request_id: str
     src: str
     dst: str
     tokens: int = 0
     copies: bool = True
-    """False for a request that waited when its move began: it has no KV."""
+    """False for a request that waited at the begin of its move and has no KV."""
 
 
 class Capture(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Everything at one moment. ``bytes_per_s`` is the measured speed of past migrations."""
+    """The whole state at one moment. ``bytes_per_s`` is the measured speed of past migrations."""
 
     time_s: float
     workers: tuple[WorkerView, ...]
@@ -94,7 +94,7 @@ class Capture(msgspec.Struct, frozen=True, omit_defaults=True):
     active: tuple[ActiveMove, ...] = ()
     bytes_per_s: float = 1e9
     overhead_s: float = 0.1
-    """Time of a migration that does not depend on its size."""
+    """Time of a migration that is independent of its size."""
     downtime_s: float = 0.05
 
 
@@ -114,11 +114,11 @@ class Snapshot:
     w_fresh: Bools
     w_leaving: Bools
     w_inbound: Floats
-    """Tokens on their way in, not yet part of ``w_held``."""
+    """Incoming tokens, not yet part of ``w_held``."""
     w_outbound: Floats
-    """Tokens on their way out, still part of ``w_held`` or ``w_queued``."""
+    """Outgoing tokens, still part of ``w_held`` or ``w_queued``."""
     w_moves: Ints
-    """Migrations of KV that the worker takes part in."""
+    """Number of KV migrations of the worker."""
     request_ids: Sequence[str]
     r_worker: Ints
     r_kv: Floats
@@ -128,24 +128,24 @@ class Snapshot:
     r_running: Bools
     r_waiting: Bools
     r_free: Bools
-    """Migratable, and not moving already."""
+    """Migratable and not moving."""
     r_since_move: Floats
     r_came_from: Ints
-    """Index of the worker it left last, or ``len(worker_ids)``."""
+    """Index of its previous worker, or ``len(worker_ids)``."""
     bytes_per_token: float
     bytes_per_s: float
     overhead_s: float
     downtime_s: float
     pairs: Mapping[tuple[int, int], int] = field(default_factory=dict)
-    """Migrations of KV under way by source and destination; 0 where only waiting requests go."""
+    """Running KV migrations by source and destination; 0 where only waiting requests move."""
     planned: int = 0
     """Moves planned in this tick so far."""
     by_worker: tuple[NDArray[np.int64], NDArray[np.int64]] = field(default=None, repr=False)  # type: ignore[assignment]
-    """Request rows sorted by worker, and where each worker's begin; computed when not given."""
+    """Request rows sorted by worker, and the first row of each worker; computed when not given."""
 
     def __post_init__(self) -> None:
         if self.by_worker is None:
-            # A radix sort on 16 bits is several times faster than any other.
+            # A radix sort on 16 bits is several times faster than others.
             small = self.r_worker.astype(np.int16) if len(self.worker_ids) < 2**15 else self.r_worker
             order = np.argsort(small, kind="stable")
             begins = np.zeros(len(self.worker_ids) + 1, dtype=np.int64)
@@ -159,7 +159,7 @@ class Snapshot:
 
     @cached_property
     def w_accepts(self) -> Bools:
-        """May be given requests."""
+        """Mask of workers that may get requests."""
         accepts: Bools = self.w_fresh & ~self.w_leaving
         return accepts
 
@@ -169,7 +169,7 @@ class Snapshot:
         return {worker: i for i, worker in enumerate(self.worker_ids)}
 
     def after(self, moves: Iterable[Move], leaving: Iterable[str] = ()) -> Snapshot:
-        """The snapshot in which these moves are under way and these workers are leaving."""
+        """The snapshot after the begin of these moves and retirements."""
         moves = tuple(moves)
         gone = [self.index[worker] for worker in leaving if worker in self.index]
         if not moves and not gone:

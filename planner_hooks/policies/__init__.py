@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policies, one per file. Each module has ``Config`` (a ``PolicyConfig``) and ``POLICY``, its class.
+"""Policies, one per file. Each module has ``Config`` (a ``PolicyConfig``) and ``POLICY``, its class.
 
-A policy of your own is one such module anywhere on the path, named in the policy file:
+Your own policy is one such module anywhere on the path, named in the policy file:
 
     policies:
       spread: {module: my_package.spread}
@@ -13,4 +13,4 @@ BUILT_IN = {
     "priority": "planner_hooks.policies.priority",
     "balance": "planner_hooks.policies.balance",
 }
-"""Name to module, in the order in which they are best composed: what must be before what would be nice."""
+"""Names and modules in the best order of composition: the necessary before the useful."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""balance: from the worker with the highest virtual usage to the one with the lowest, while that pays.
+"""balance: moves requests from the worker with the highest virtual usage to the one with the lowest, while it pays.
 
-What waits goes first: it has no KV to copy, and starts at once where there is room. Then running requests move.
-A worker is left alone below ``high`` or while the gap between the two is below ``start_gap``; once it has begun to
-give, it goes on down to ``stop_gap`` while it is the fullest. Every move lowers the larger of the two usages, so that
-a static load comes to rest.
+Waiting requests move first: they have no KV to copy, and start at once where there is room. Then running requests
+move. A worker keeps its requests below ``high`` or while the gap between the two is below ``start_gap``; once it moves
+some, it continues down to ``stop_gap`` while it is the fullest. Every move lowers the larger of the two usages, so
+that moves end under a constant load.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Balance(BasePolicy[Config]):
         s = ledger.snapshot
         queues = np.unique(s.r_worker[s.r_waiting & s.r_free])
         queues = queues[s.w_accepts[queues] & (ledger.usage[queues] >= self.config.high)]
-        # Queues can be long: the coldest worker is kept at hand instead of being looked for anew.
+        # Queues can be long: a heap has the coldest worker.
         cold = [(float(ledger.usage[dst]), int(dst)) for dst in np.flatnonzero(s.w_accepts)]
         heapify(cold)
         for src in queues[np.argsort(-ledger.usage[queues], kind="stable")].tolist():
@@ -87,12 +87,12 @@ class Balance(BasePolicy[Config]):
 
     @staticmethod
     def _coldest(ledger: Ledger, row: int, here: float, gap: float, cold: list[tuple[float, int]]) -> int | None:
-        """The coldest worker that may have a waiting request, taken off the heap; None leaves the heap as it was."""
+        """Take the coldest worker that may get a waiting request off the heap; None leaves the heap unchanged."""
         passed, found = [], None
         while found is None and cold and cold[0][0] <= here - gap and len(passed) < 8:
             usage, dst = heappop(cold)
             if usage != ledger.usage[dst]:
-                heappush(cold, (float(ledger.usage[dst]), dst))  # It was a source meanwhile.
+                heappush(cold, (float(ledger.usage[dst]), dst))  # It has become a source.
             elif ledger.why_not(row, dst) is None and ledger.usage_with(dst, np.array([row]))[0] < here:
                 found = dst
             else:

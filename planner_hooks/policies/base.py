@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all policies have: a configuration, the shared rules, and ways to look for a destination."""
+"""Base of all policies: a configuration, the shared rules, and the search for a destination."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from planner_hooks.snapshot import Snapshot
 
 
 class PolicyConfig(Section):
-    """Fields that every policy has."""
+    """Fields of every policy."""
 
     enabled: bool = Field(default=True, description="Switch the policy off without removing its settings")
 
@@ -25,7 +25,7 @@ C = TypeVar("C", bound=PolicyConfig)
 
 
 class BasePolicy(ABC, Generic[C]):
-    """Subclasses name their configuration and write ``decide``."""
+    """Subclasses set ``config_type`` and define ``decide``."""
 
     name: ClassVar[str]
     config_type: ClassVar[type[PolicyConfig]]
@@ -44,7 +44,7 @@ class BasePolicy(ABC, Generic[C]):
 
     @abstractmethod
     def decide(self, snapshot: Snapshot, ledger: Ledger) -> Plan:
-        """Moves through ``ledger.move``, reasons through ``ledger.hold``, then ``ledger.close``."""
+        """Add moves with ``ledger.move`` and reasons with ``ledger.hold``; return ``ledger.close()``."""
         ...
 
 
@@ -61,9 +61,9 @@ def coldest_that_fits(ledger: Ledger, row: int, allowed: np.ndarray | None = Non
 
 
 def empty(ledger: Ledger, worker: int, reason: str, let_finish_s: float) -> None:
-    """Move everything off a worker that a destination can be found for: what waits, then the largest first.
+    """Move everything with a destination off a worker: waiting requests, then the largest first.
 
-    Requests that will have ended within ``let_finish_s`` are left to do so.
+    Requests that will end within ``let_finish_s`` stay.
     """
     s = ledger.snapshot
     rows = ledger.candidates(worker)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs several policies as one: each sees the moves of those before it as already under way.
+"""Runs several policies as one: each sees the moves of earlier ones as running.
 
-Every move is checked again against the shared rules, whichever policy it comes from; what breaks one is dropped and
-noted. Workers that one policy retires count as leaving for all later ones.
+Every move is checked again against the shared rules; one that breaks a rule is dropped and noted. Workers that a
+policy retires count as leaving for later ones.
 """
 
 from __future__ import annotations

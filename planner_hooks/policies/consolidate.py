@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""consolidate: when one worker fewer would do, retire the one that is cheapest to empty.
+"""consolidate: retires the worker that is cheapest to empty when the others suffice.
 
-Where the planner decides the number of workers that is a wish for fewer; else the worker is drained, and moves its
-requests away by itself. It retires a worker only while the others stay below ``target_usage`` with its load on top and
-keep a reserve, and takes the retirement back above ``wake_usage``; the space between the two keeps it from changing its
-mind all the time. The reserve is what few workers need: one of two is filled by a single burst, one of twenty is not.
+Where the planner decides the number of workers, this asks for fewer; otherwise the worker drains itself. A worker is
+retired only while the others stay below ``target_usage`` with its load and keep a reserve; the retirement is taken back
+above ``wake_usage``, and the distance between the two prevents oscillation. Small clusters need the reserve: a single
+burst fills one worker of two, but not of twenty.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Config(PolicyConfig):
 
 
 class Consolidate(BasePolicy[Config]):
-    """Keeps as few workers as will do."""
+    """Keeps as few workers as suffice."""
 
     name = "consolidate"
     config_type = Config
@@ -56,7 +56,7 @@ class Consolidate(BasePolicy[Config]):
         s, config = snapshot, self.config
         stays = np.flatnonzero(s.w_accepts)
         leaving = np.flatnonzero(s.w_leaving)
-        # What leaving workers hold has to be carried as well, and what is on those that have not reported lately.
+        # The others must also carry the load of leaving and stale workers.
         load = float((s.w_held + s.w_queued + s.w_inbound - s.w_outbound).sum())
         seats = float((s.w_running + s.w_waiting).sum())
         wake = min(config.wake_usage, 1.0 - 0.5 * config.reserve / max(1, len(stays)))
@@ -82,7 +82,7 @@ class Consolidate(BasePolicy[Config]):
 
 
 def emptying_cost(snapshot: Snapshot, workers: np.ndarray) -> np.ndarray:
-    """What it takes to empty each worker: tokens to move, and above all requests that cannot move."""
+    """Cost of emptying each worker: tokens to move and, above all, requests that cannot move."""
     count = len(snapshot.worker_ids)
     stuck = np.bincount(snapshot.r_worker[~snapshot.r_free], minlength=count)
     tokens = snapshot.w_held + snapshot.w_queued + snapshot.w_inbound

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""defragment: a queued prompt for which no worker has room, although together they have.
+"""defragment: makes room for a queued prompt that fits no worker, although free KV suffices in total.
 
-A waiting request that fits elsewhere goes there (nothing is copied). One that fits nowhere gets room made on the
+A waiting request that fits elsewhere moves there (nothing is copied). For one that fits nowhere, room is made on the
 worker where that moves the fewest tokens, its own worker first.
 """
 
@@ -95,7 +95,7 @@ class Defragment(BasePolicy[Config]):
                 return
 
     def _choose(self, sizes: NDArray[np.float64], lacking: float) -> NDArray[np.int64] | None:
-        """The smallest single request that is large enough, or the largest ones together."""
+        """The smallest sufficient single request, or the largest ones together."""
         enough: Bools = sizes >= lacking
         if enough.any():
             found: NDArray[np.int64] = np.flatnonzero(enough)

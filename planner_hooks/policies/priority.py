@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""priority: move less important neighbours away from a request that must keep its time per token.
+"""priority: moves less important neighbours away from a request that must keep its time per token.
 
-Each class names the priority it begins at and the step time it is promised. A worker is relieved when its step is
-slower than the strictest class on it allows, until the predicted step is back below ``floor`` of the promise. The
-prediction is linear in batch size and KV (``step``), scaled to what the worker last measured.
+Each class has the priority at which it begins and its promised step time. A worker is relieved when its step is slower
+than the strictest class on it allows, until the predicted step is below ``floor`` of the promise. The prediction is
+linear in batch size and KV (``step``), scaled to the worker's last measurement.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Priority(BasePolicy[Config]):
         return ledger.close()
 
     def _promises(self, s: Snapshot) -> tuple[Floats, NDArray[np.int64]]:
-        """Strictest promise on each worker, and the priority from which it holds."""
+        """Strictest promise on each worker, and its lowest priority."""
         count = len(s.worker_ids)
         promise, level = np.full(count, np.inf), np.full(count, np.iinfo(np.int32).max, dtype=np.int64)
         for slo in sorted(self.config.classes.values(), key=lambda c: -c.tpot_ms):
@@ -109,7 +109,7 @@ class Priority(BasePolicy[Config]):
                 ledger.hold(HoldReason.TICK_LIMIT if ledger.full else HoldReason.WORKER_LIMIT, src)
                 return
             row = int(rows[at])
-            # A neighbour must not become somebody else's problem.
+            # The neighbour must not break a promise at its destination.
             there = scale * model.step_s(seqs + 1, tokens + s.r_need[row])
             dst = coldest_that_fits(ledger, row, there <= self.config.floor * promise)
             if dst is None:

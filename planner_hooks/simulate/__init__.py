@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode workers in simulated time, driven by the same policy objects as the live system.
+"""Decode workers in simulated time, with the live system's policy objects.
 
-model.py      step time, KV capacity, transfer time, SLO: the numbers that a calibration gives
+model.py      step time, KV capacity, transfer time, SLO: the results of a calibration
 traces.py     synthetic load; Azure, BurstGPT and Mooncake trace files
 worker.py     one worker: lock-step decoding, chunked prefill, admission, preemption
-columns.py    what policies see of the workers
-scaling.py    the simulated planner: how many workers
+columns.py    the workers as input of policies
+scaling.py    the simulated planner: number of workers
 cluster.py    events, dispatch, migrations, planner ticks, workers that come and go
-report.py     what came of it
+report.py     results
 """

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The event loop: arrivals are dispatched, workers run, the planner ticks, requests move, workers come and go.
 
-Dispatch is what a router does without migration: round robin, sessions pinned to workers, or Dynamo's KV router (fewest
-prompt tokens to compute plus fewest active tokens). The policies see columns as they would see live ones, and a plan is
-carried out as workers would: reserve at the destination, copy while the source decodes, cut over, release.
-A worker that leaves moves its requests away by itself, where requests can move.
+Dispatch is a router's work without migration: round robin, sessions pinned to workers, or Dynamo's KV router (fewest
+prompt tokens to compute plus fewest active tokens). Policies get the columns of the live system, and a plan is carried
+out as by workers: reserve at the destination, copy while the source decodes, cut over, release. A leaving worker moves
+its movable requests away by itself.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from planner_hooks.simulate.worker import Request, Worker
 from planner_hooks.snapshot import Snapshot
 
 _DRAINS_AT_ONCE = 8
-"""As ``components.worker.state``."""
+"""As in ``components.worker.state``."""
 
 
 class Dispatch(StrEnum):
-    """Which worker a new request goes to."""
+    """Choice of the worker for a new request."""
 
     ROUND_ROBIN = "round-robin"
     STICKY = "sticky"
@@ -44,7 +44,7 @@ class Dispatch(StrEnum):
 
 
 class Cluster:
-    """One run. ``policy`` None means that nothing ever moves; ``scale_down`` None that reductions wait for nobody."""
+    """One run. ``policy`` None: nothing moves; ``scale_down`` None: reductions pass at once."""
 
     def __init__(
         self,
@@ -68,14 +68,14 @@ class Cluster:
         self.by_policy: Counter[str] = Counter()
         self.decision_s: list[float] = []
         self.loads: list[tuple[float, float]] = []
-        """(time, KV held and queued in capacities of one worker), once a second of a run that ``watch``es."""
+        """(time, KV in use and queued in capacities of one worker), once a second after ``watch``."""
         self._dispatch = dispatch
         self._policy = policy
         self._scaling = scaling
         self._tick_s = tick_s
         self._plugin: ScaleDown | None = None
         self._unneeded = 0
-        """Workers that policies would have the planner decide against."""
+        """Workers that policies would retire."""
         if scaling is not None and scale_down is not None:
             bounds = (scaling.min_workers, scaling.max_workers)
             self._plugin = ScaleDown(scale_down, bounds, lambda: self.time_s, workers)
@@ -87,7 +87,7 @@ class Cluster:
         self._holders: defaultdict[int, set[int]] = defaultdict(set)
         self._unfinished = 0
         self._open: list[Worker] = []
-        """Workers that get new requests; ``_reopen`` after every change."""
+        """Workers that get new requests; updated by ``_reopen`` after every change."""
         self._closed = np.zeros(0, dtype=bool)
         for _ in range(workers):
             self._add_worker()
@@ -98,7 +98,7 @@ class Cluster:
         heapq.heappush(self._events, (time_s, next(self._count), call))
 
     def run(self, arrivals: Sequence[Arrival], drain_limit_s: float = 600.0) -> None:
-        """Simulate until everything has finished, or ``drain_limit_s`` after the last arrival."""
+        """Simulate until all requests have ended, or ``drain_limit_s`` after the last arrival."""
         feed = iter(arrivals)
         self._unfinished = len(arrivals)
         self._feed(feed)
@@ -117,7 +117,7 @@ class Cluster:
             worker.gone_s = min(worker.gone_s, self.time_s)
 
     def watch(self) -> None:
-        """Note the load of every second from now on."""
+        """Record the load of every second from now on."""
         self.loads.append((self.time_s, self._load()))
         self._at(self.time_s + 1.0, self.watch)
 
@@ -149,7 +149,7 @@ class Cluster:
         self._changed(worker)
 
     def _changed(self, worker: Worker) -> None:
-        """After a change from outside: what can happen at once does, the next event is scheduled."""
+        """After an external change: process everything due and schedule the next event."""
         if not worker.running and worker.prefill is None:
             worker.settle()
         self._schedule(worker)
@@ -195,7 +195,7 @@ class Cluster:
         return self._least_cost(arrival)
 
     def _least_cost(self, arrival: Arrival) -> Worker:
-        """As Dynamo's KV router: prompt tokens still to compute plus active prompt tokens that it has sent there."""
+        """Dynamo's KV router: prompt tokens still to compute plus active prompt tokens sent there."""
         cost = np.where(self._closed, np.inf, self._routed)
         best = int(np.argmin(cost))
         least = cost[best] + arrival.prompt_tokens
@@ -221,7 +221,7 @@ class Cluster:
         self._at(self.time_s + self._tick_s, self._tick)
 
     def snapshot(self) -> tuple[Snapshot, list[Request]]:
-        """Columns of this moment, and the request behind each row."""
+        """Present columns, and the request of each row."""
         return columns(self.workers, self.time_s, self.model, self._remaining)
 
     def _carry_out(self, plan: Plan, rows: list[Request]) -> None:
@@ -244,7 +244,7 @@ class Cluster:
             self._collect(worker)
 
     def _drain(self, worker: Worker, touched: set[Worker]) -> None:
-        """What waits leaves first; all goes to where most room is, as far as there is any."""
+        """Move waiting requests first; each goes to the worker with most room, if any."""
         stays = [request for request in (*worker.waiting, *worker.running) if not request.moving]
         others = [other for other in self._open if other is not worker]
         for request in stays[: max(0, _DRAINS_AT_ONCE - worker.moves)] if others else []:
@@ -343,7 +343,7 @@ class Cluster:
         self._at(self.time_s + scaler.rules.interval_s, lambda: self._scale(scaler))
 
     def _ask_plugin(self, plugin: ScaleDown, change: Change, scaling: bool) -> Change:
-        """What is let through, as live: while one worker leaves, the planner decides nothing else."""
+        """The number that passes, as in the live system: while one worker leaves, the planner decides nothing else."""
         ready = sum(not worker.leaving for worker in self.workers)
         proposed = ready + 1 if change.more else ready - max(change.fewer, self._unneeded)
         bound = plugin.decide(proposed, ready, self.snapshot()[0], scaling)
@@ -369,5 +369,5 @@ class Cluster:
         self._add_worker()
 
     def worker_hours(self) -> float:
-        """Time that workers existed."""
+        """Total lifetime of all workers."""
         return sum((min(w.gone_s, self.time_s) - w.born_s) / 3600 for w in self.all_workers)

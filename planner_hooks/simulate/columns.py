@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What policies see of simulated workers: the columns that they would see of live ones."""
+"""The columns of simulated workers, as policies get them of live ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from planner_hooks.snapshot import Snapshot
 def columns(
     workers: list[Worker], time_s: float, model: WorkerModel, remaining: RemainingEstimate
 ) -> tuple[Snapshot, list[Request]]:
-    """Columns of this moment, and the request behind each row. Brings the workers to this moment."""
+    """Present columns, and the request of each row. Advances the workers to this time."""
     rows: list[Request] = []
     owner: list[int] = []
     for i, worker in enumerate(workers):

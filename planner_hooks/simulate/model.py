@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers behind a simulation; ``calibrate`` fits the step time to measured steps.
+"""Parameters of a simulation; ``calibrate`` fits the step time to measured steps.
 
 A forward step takes ``base + per_seq * batch + per_kv_token * KV + per_prefill_token * chunk`` seconds. The
 defaults are in the range of an 8B model in BF16 on one H100 and are assumptions, not measurements.
@@ -29,23 +29,23 @@ class WorkerModel(msgspec.Struct, frozen=True):
     capacity_tokens: int = 160_000
     max_seqs: int = 256
     chunk_tokens: int = 2048
-    """Prompt tokens computed in one step."""
+    """Most prompt tokens in one step."""
     watermark: float = 0.01
     """Share of KV kept free when a request is admitted."""
     kv_bytes_per_token: int = 131_072
     bytes_per_s: float = 10e9
-    """Of one worker, shared by the migrations that it takes part in."""
+    """Bandwidth of one worker, shared by its migrations."""
     overhead_s: float = 0.08
     downtime_s: float = 0.03
     interference: float = 0.03
-    """Share by which each migration under way slows a worker's steps."""
+    """Share by which each running migration slows a worker's steps."""
     prefix_blocks: int = 256
-    """Prefix blocks that a worker remembers (least recently used)."""
+    """Prefix blocks in a worker's cache (least recently used)."""
     prefix_block_tokens: int = 512
 
 
 class Slo(msgspec.Struct, frozen=True):
-    """A request is good when it keeps both."""
+    """A request is good when it meets both."""
 
     ttft_s: float = 2.0
     tpot_s: float = 0.05
@@ -66,8 +66,8 @@ def calibrate(rows: Sequence[tuple[int, int, int, float]]) -> StepTime:
 def saturation_rate(prompts: Sequence[int], outputs: Sequence[int], model: WorkerModel) -> float:
     """Requests per second at which one worker is full: batch, KV or time, whichever comes first.
 
-    By Little's law: a rate ``r`` keeps ``r * outputs * step`` requests running, whose step time depends on how many
-    they are; prompts take their share of the time.
+    By Little's law a rate ``r`` keeps ``r * outputs * step`` requests running; the step time depends on their number,
+    and prompts take a share of the time.
     """
     prompt, output = np.asarray(prompts, dtype=float), np.asarray(outputs, dtype=float)
     kv_each = float((prompt * output + output**2 / 2).sum() / output.sum())

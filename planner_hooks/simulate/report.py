@@ -13,7 +13,7 @@ from planner_hooks.simulate.model import Slo
 
 
 class Report(msgspec.Struct, frozen=True):
-    """One run. Times in milliseconds; ``goodput`` is the share of requests that kept both promises."""
+    """One run. Times in milliseconds; ``goodput`` is the share of requests that met both SLOs."""
 
     requests: int
     unfinished: int
@@ -33,7 +33,7 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def report(cluster: Cluster, arrivals: int, slo: Slo, warmup_s: float = 0.0) -> Report:
-    """What came of a run; requests that arrived in the warm-up are left out."""
+    """Results of a run, without requests of the warm-up."""
     done = [r for r in cluster.finished if r.arrival.time_s >= warmup_s]
     missing = arrivals - cluster.rejected - len(cluster.finished)
     ttft = np.array([r.first_s - r.arrival.time_s for r in done] + [math.inf] * missing)

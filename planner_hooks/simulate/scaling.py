@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated planner: how many workers there should be. It decides; ``cluster.py`` starts and retires them.
+"""The simulated planner, which decides the number of workers; ``cluster.py`` starts and retires them.
 
-With policies its reductions pass the plugin's own ``ScaleDown``, as they do live; without any it retires a worker at
-once, as Dynamo's planner does.
+With policies its reductions pass the plugin's ``ScaleDown``, as in the live system; without any it retires a worker at
+once, like Dynamo's planner.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from planner_hooks.simulate.worker import Worker
 
 
 class Scaling(msgspec.Struct, frozen=True):
-    """A planner that keeps the mean KV usage between two values, as it will be when a new worker is there."""
+    """Keeps the expected mean KV usage, at the time when a new worker is ready, between two values."""
 
     low: float = 0.45
     high: float = 0.75
@@ -25,16 +25,16 @@ class Scaling(msgspec.Struct, frozen=True):
     min_workers: int = 1
     max_workers: int = 1024
     trend_s: float = 20.0
-    """The growth over so long is taken to go on."""
+    """Time over which growth is measured and extrapolated."""
 
 
 class Change(msgspec.Struct, frozen=True):
     """One decision."""
 
     more: int = 0
-    """Workers that are needed beside those that stay or are starting."""
+    """Workers to add to those that stay or are starting."""
     fewer: bool = False
-    """One of those that stay may go."""
+    """True when one of the staying workers may leave."""
 
 
 class Autoscaler:
@@ -43,7 +43,7 @@ class Autoscaler:
     def __init__(self, rules: Scaling) -> None:
         self.rules = rules
         self.starting = 0
-        """Workers that were started and are not there yet; the cluster counts them down."""
+        """Started workers that are not ready yet; the cluster counts them down."""
         self._loads: deque[tuple[float, float]] = deque()
 
     def decide(self, time_s: float, workers: list[Worker], load: float) -> Change:
@@ -57,7 +57,7 @@ class Autoscaler:
         return Change(fewer=few and not self.starting)
 
     def _growth(self, time_s: float, load: float) -> float:
-        """By how much the load has grown in each of the last seconds; never less than nothing."""
+        """Growth of the load in each of the last seconds, at least 0."""
         self._loads.append((time_s, load))
         while time_s - self._loads[0][0] > self.rules.trend_s:
             self._loads.popleft()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests to simulate: made up, or read from published trace files.
+"""Requests to simulate: synthetic, or from published trace files.
 
 Formats
     Azure      CSV: TIMESTAMP, ContextTokens, GeneratedTokens (AzurePublicDataset, LLM inference 2023 and 2024)
@@ -24,7 +24,7 @@ from components.errors import ConfigError
 
 
 class Arrival(msgspec.Struct, frozen=True):
-    """One request as a client sends it."""
+    """One request of a client."""
 
     time_s: float
     prompt_tokens: int
@@ -36,16 +36,16 @@ class Arrival(msgspec.Struct, frozen=True):
 
 
 class Shape(StrEnum):
-    """How synthetic load is distributed."""
+    """Distribution of synthetic load."""
 
     EVEN = "even"
     """Equal lengths, smooth arrivals."""
     HEAVY = "heavy"
     """Log-normal prompts and Pareto outputs, Poisson arrivals."""
     STICKY = "sticky"
-    """As heavy; sessions stay with their worker, and some sessions send far more than others."""
+    """Like ``HEAVY``; sessions stay with their worker, and some send far more than others."""
     WAVE = "wave"
-    """As heavy; the rate swings between a quarter and the whole."""
+    """Like ``HEAVY``; the rate swings between a quarter and the whole."""
 
 
 def synthetic(
@@ -53,7 +53,7 @@ def synthetic(
 ) -> list[Arrival]:
     """Requests at ``rate`` per second (peak rate for ``WAVE``).
 
-    Popularity of sessions is Zipf's with a flat top, so that one session stays a small part of a large cluster's load.
+    Popularity of sessions is Zipf's with a flat top: one session is a small part of a large cluster's load.
     """
     rng = np.random.default_rng(seed)
     count = max(1, int(rate * duration_s))
@@ -106,7 +106,7 @@ def read(path: Path, speedup: float = 1.0) -> list[Arrival]:
 
 
 def _azure(row: dict[str, str]) -> Arrival:
-    # Seven digits of a second; Python reads six.
+    # The file has seven digits of a second; Python reads six.
     stamp = (row["TIMESTAMP"] or "").strip()
     whole, _, fraction = stamp.partition(".")
     zone = fraction[len(fraction.rstrip("+-:0123456789")) :] if fraction else ""

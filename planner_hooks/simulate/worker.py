@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One simulated worker: all running requests advance in lock-step, one token each per forward step.
 
-Between two changes of the batch nothing but the KV grows, so that many steps are skipped in closed form: the state is
-a step counter, and a request's tokens follow from the step at which it joined. ``advance`` brings the worker to the
-last step boundary before a time; changes happen at boundaries only. ``next_event`` says when something happens by
-itself: a request ends, a prefill completes, KV runs out, or a waiting request can be looked at.
+Between two changes of the batch only the KV grows, so that many steps are skipped in closed form: the state is a step
+counter, and a request's tokens follow from the step at which it joined. ``advance`` brings the worker to the last step
+boundary before a time; changes happen only at boundaries. ``next_event`` is the time of the next internal event: a
+request ends, a prefill completes, KV runs out, or a waiting request may be admitted.
 
-As in vLLM: first come, first served; a prompt is computed in chunks beside the decoding; when KV runs out the youngest
-request is preempted, loses its KV and is computed again later.
+As in vLLM: first come, first served; a prompt is computed in chunks beside decoding; when KV runs out the youngest
+request is preempted and recomputed later.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Request:
         self.arrival = arrival
         self.worker: Worker | None = None
         self.generated = 0
-        """Tokens before it joined the batch it is in."""
+        """Tokens before it joined its present batch."""
         self.joined = 0
         """Step at which it joined."""
         self.epoch = 0
-        """Changes with every leaving of a batch; older heap entries mean nothing."""
+        """Changes each time it leaves a batch, which invalidates older heap entries."""
         self.first_s = NOT_YET
         self.done_s = NOT_YET
         self.stalled_since = NOT_YET
@@ -69,7 +69,7 @@ class Worker:
         self.kv = 0
         """Tokens of the running batch."""
         self.reserved = 0
-        """Tokens set aside: the prompt being computed, and landing requests."""
+        """Reserved tokens: the prompt in prefill, and landing requests."""
         self.running: dict[Request, None] = {}
         self.waiting: deque[Request] = deque()
         self.prefill: Request | None = None
@@ -97,7 +97,7 @@ class Worker:
         return (seconds + step.per_prefill_token_s * chunk) * (1.0 + self.model.interference * self.moves)
 
     def mean_step_s(self) -> float:
-        """Mean duration of the steps since the last call that found any; 0 when idle."""
+        """Mean duration of the steps since the last call; 0 when idle."""
         steps, time_s = self._seen_at
         if self.steps > steps:
             self._seen_at = (self.steps, self.time_s)
@@ -105,7 +105,7 @@ class Worker:
         return self._mean_step_s if self.running else 0.0
 
     def _growth_s(self) -> float:
-        """By how much each step is longer than the one before."""
+        """Increase of the step time from step to step."""
         slow = 1.0 + self.model.interference * self.moves
         return self.model.step.per_kv_token_s * len(self.running) * slow
 
@@ -118,7 +118,7 @@ class Worker:
         self.kv += count * len(self.running)
 
     def advance(self, time_s: float) -> None:
-        """Complete all steps that end by ``time_s``, but none beyond the next event."""
+        """Complete all steps that end by ``time_s``, up to the next event."""
         if not self.running and self.prefill is None:
             self.time_s = max(self.time_s, time_s)
             return
@@ -158,7 +158,7 @@ class Worker:
         return None if step is None else self.time_s + self._steps_take_s(max(0, step - self.steps))
 
     def run_to_event(self) -> None:
-        """Go to the next event and let it happen."""
+        """Advance to the next event and process it."""
         step = self._next_step()
         if step is not None:
             self._skip(max(0, step - self.steps))
@@ -167,7 +167,7 @@ class Worker:
     # Changes at a step boundary
 
     def settle(self) -> None:
-        """Everything that is due at this boundary: ends, prefill, lack of KV, admission."""
+        """Process everything due at this boundary: ends, prefill, lack of KV, admission."""
         self.version += 1
         if self.prefill is not None and self.prefill_end <= self.steps:
             request, self.prefill = self.prefill, None
@@ -185,7 +185,7 @@ class Worker:
         self._admit()
 
     def join(self, request: Request) -> None:
-        """A request whose KV is here continues with its next token."""
+        """Continue a request with complete KV."""
         request.worker = self
         if request.first_s == NOT_YET:
             request.first_s = self.time_s
@@ -206,7 +206,7 @@ class Worker:
         self.kv -= request.need
 
     def generated(self, request: Request) -> int:
-        """Output tokens so far, wherever the request is."""
+        """Output tokens so far, in any phase."""
         if request in self.running:
             return request.generated + self.steps - request.joined
         return request.generated
@@ -244,12 +244,12 @@ class Worker:
         self._remember(request.arrival)
 
     def enqueue(self, request: Request) -> None:
-        """A request arrives, or is sent here without KV."""
+        """Add a new request, or one that moves without KV."""
         request.worker = self
         self.waiting.append(request)
 
     def remove(self, request: Request) -> None:
-        """The request has left for another worker, with its KV or without."""
+        """Remove a request that has moved, with or without KV."""
         if request in self.running:
             self._leave(request)
         else:
@@ -258,7 +258,7 @@ class Worker:
     # Prefix cache
 
     def overlap(self, arrival: Arrival) -> int:
-        """Leading prefix blocks that are still here."""
+        """Cached leading prefix blocks."""
         count = 0
         for block in arrival.prefix:
             if block not in self._prefixes:
@@ -286,5 +286,5 @@ class Worker:
 
     @property
     def empty(self) -> bool:
-        """Has it nothing to do and nothing on its way in?"""
+        """True without requests, also incoming ones."""
         return not (self.running or self.waiting or self.prefill or self.reserved or self.moves)
