@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -61,7 +62,13 @@ def on_stop() -> asyncio.Event:
 
 
 def ready() -> None:
-    """Notify the launcher that this process serves."""
+    """Notify the launcher that this process serves.
+
+    Objects made so far live as long as the process, so full garbage collections skip them from now on: each one
+    stopped all streams of a worker for half a second. vLLM's own server does the same.
+    """
+    gc.collect()
+    gc.freeze()
     path = env.READY_FILE.read()
     if path:
         Path(path).touch()

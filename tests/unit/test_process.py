@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every process of a graph does alike."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+
+from components import process
+
+
+def test_garbage_collections_leave_out_what_was_there_when_a_process_became_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DYN_MIGRATE_READY_FILE", str(tmp_path / "ready"))
+    before = gc.get_freeze_count()
+    try:
+        process.ready()
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
+    assert (tmp_path / "ready").exists()
