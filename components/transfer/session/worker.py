@@ -56,7 +56,7 @@ class Pace:
     step_s: float
 
 
-EAGER = Pace(alert_s=100e-6, idle_s=1e-3, quiet_s=4e-3, busy_s=10e-6, step_s=60e-6)
+EAGER = Pace(alert_s=100e-6, idle_s=1e-3, quiet_s=20e-3, busy_s=10e-6, step_s=60e-6)
 """Spends a core to save time: a staged chunk on a GPU waits for five or six of the worker's steps."""
 SPARING = Pace(alert_s=1e-3, idle_s=4e-3, quiet_s=50e-3, busy_s=100e-6, step_s=1e-3)
 """For hosts whose cores compute the model. Their lanes, shared memory and NIXL's READ, send no messages."""
@@ -177,11 +177,9 @@ class Worker:
                 taken |= not job.at_once
 
     def _pause(self) -> float:
-        # Local copies from shared memory bring no message and need no faster polling.
-        quiet = self._clock() - max(self._last_message, self._last_at_once)
-        # Callers that start copies themselves need the GIL more than this thread does.
-        expecting = self._clock() - self._last_message < _ALERT_FOR_S
-        if expecting and self._last_message > self._last_at_once:
+        # Copies that callers start bring no message, and the callers need the GIL more than this thread does.
+        quiet = self._clock() - self._last_message
+        if quiet < _ALERT_FOR_S and self._last_message > self._last_at_once:
             return self._pace.alert_s
         return self._pace.idle_s if quiet < _QUIET_AFTER_S else self._pace.quiet_s
 
