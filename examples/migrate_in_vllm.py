@@ -17,7 +17,7 @@ from contextlib import aclosing
 
 from components.engine.protocol import Frozen, GenerateRequest, RequestId, Sampling
 from components.engine.vllm import VLLMEngine
-from components.engine.vllm.engine import VLLMOptions
+from components.engine.vllm.start import VLLMOptions
 from components.errors import RequestNotFound
 from components.models import resolve
 from components.serve.servers import Servers

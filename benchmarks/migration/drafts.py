@@ -27,7 +27,7 @@ from benchmarks.serving.tables import table
 from components import models, process
 from components.engine.protocol import GenerateOutput, GenerateRequest, RequestId, Sampling
 from components.engine.vllm import VLLMEngine
-from components.engine.vllm.engine import VLLMOptions
+from components.engine.vllm.start import VLLMOptions
 from components.errors import MigrateError, RequestNotFound
 from components.serve.servers import Servers
 

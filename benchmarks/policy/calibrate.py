@@ -24,7 +24,8 @@ from components.errors import ConfigError
 from components.migration.messages import MoveRecord
 from planner_hooks.config import load
 from planner_hooks.plan import Policy
-from planner_hooks.simulate.cluster import Cluster, Dispatch
+from planner_hooks.simulate.cluster import Cluster
+from planner_hooks.simulate.dispatch import Dispatch
 from planner_hooks.simulate.model import Slo, WorkerModel, calibrate
 from planner_hooks.simulate.report import report
 from planner_hooks.simulate.traces import Arrival

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from benchmarks.policy.runs import WARM_UP, Case, Result
-from planner_hooks.simulate.cluster import Cluster, Dispatch
+from planner_hooks.simulate.cluster import Cluster
+from planner_hooks.simulate.dispatch import Dispatch
 from planner_hooks.simulate.model import Slo, WorkerModel
 from planner_hooks.simulate.report import report
 from planner_hooks.simulate.scaling import Scaling

@@ -18,7 +18,8 @@ import msgspec
 import numpy as np
 
 from planner_hooks.config import PolicyFile, parse
-from planner_hooks.simulate.cluster import Cluster, Dispatch
+from planner_hooks.simulate.cluster import Cluster
+from planner_hooks.simulate.dispatch import Dispatch
 from planner_hooks.simulate.model import Slo, WorkerModel, saturation_rate
 from planner_hooks.simulate.report import Report, report
 from planner_hooks.simulate.scaling import Scaling

@@ -29,7 +29,8 @@ async def _engine(kind: str, model: str, more: dict[str, Any]) -> Any:
     arguments = {"model": model, "max_model_len": 4096, "block_size": 32, "max_num_seqs": 16, "seed": 0}
     arguments |= {"enable_prefix_caching": False, "kv_cache_memory_bytes": 1 << 30, **more}
     from components.engine.vllm.arguments import executor
-    from components.engine.vllm.engine import VLLMEngine, VLLMOptions
+    from components.engine.vllm.engine import VLLMEngine
+    from components.engine.vllm.start import VLLMOptions
 
     if kind == "without":
         where = executor(arguments.get("tensor_parallel_size", 1))

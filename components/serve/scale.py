@@ -24,8 +24,9 @@ from typing import Any, Protocol
 from components import process
 from components.client import Drained, Workers
 from components.errors import MigrateError
+from components.serve.child import Child
 from components.serve.plan import Plan, Process
-from components.serve.supervisor import READY_S, Child, Supervisor
+from components.serve.supervisor import READY_S, Supervisor
 from components.status import Status, WorkerReport
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ from components.transfer.data.hostcopy import HostCopier, copier_is_available, t
 from components.transfer.data.ipc import IpcBackend
 from components.transfer.data.local import LocalBackend
 from components.transfer.data.mapped import MappedBackend
-from components.transfer.data.nccl import NcclBackend, card_of
+from components.transfer.data.nccl import NcclBackend
+from components.transfer.data.nccl_line import card_of
 from components.transfer.data.nccl_wire import nccl_is_available
 from components.transfer.data.nixl import NixlLink, nixl_is_available
 from components.transfer.data.shared import shared_storages

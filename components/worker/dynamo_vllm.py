@@ -26,7 +26,8 @@ from typing import Any
 
 from components import process, versions
 from components.engine.vllm.arguments import STOCK_CONNECTOR
-from components.engine.vllm.engine import VLLMEngine, VLLMOptions
+from components.engine.vllm.engine import VLLMEngine
+from components.engine.vllm.start import VLLMOptions
 from components.errors import ConfigError, MigrateError
 from components.metrics.export import address, expose
 from components.migration.peers import DynamoPeers

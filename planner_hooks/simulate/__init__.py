@@ -6,6 +6,7 @@ traces.py     synthetic load; Azure, BurstGPT and Mooncake trace files
 worker.py     one worker: lock-step decoding, chunked prefill, admission, preemption
 columns.py    the workers as input of policies
 scaling.py    the simulated planner: number of workers
-cluster.py    events, dispatch, migrations, planner ticks, workers that come and go
+dispatch.py   the worker of a new request
+cluster.py    events, migrations, planner ticks, workers that come and go
 report.py     results
 """

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The event loop: arrivals are dispatched, workers run, the planner ticks, requests move, workers come and go.
 
-Dispatch is a router's work without migration: round robin, sessions pinned to workers, or Dynamo's KV router (fewest
-prompt tokens to compute plus fewest active tokens). Policies get the columns of the live system, and a plan is carried
-out as by workers: reserve at the destination, copy while the source decodes, cut over, release. A leaving worker moves
-its movable requests away by itself.
+Policies get the columns of the live system, and a plan is carried out as by workers: reserve at the destination, copy
+while the source decodes, cut over, release. A leaving worker moves its movable requests away by itself.
 """
 
 from __future__ import annotations
@@ -12,9 +10,8 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 
 import msgspec
 import numpy as np
@@ -25,6 +22,7 @@ from planner_hooks.policies.consolidate import emptying_cost
 from planner_hooks.rules import ScaleDownRules
 from planner_hooks.scaledown import ScaleDown
 from planner_hooks.simulate.columns import columns
+from planner_hooks.simulate.dispatch import Dispatch, Router
 from planner_hooks.simulate.model import WorkerModel
 from planner_hooks.simulate.scaling import Autoscaler, Change, Scaling
 from planner_hooks.simulate.traces import Arrival
@@ -33,14 +31,6 @@ from planner_hooks.snapshot import Snapshot
 
 _DRAINS_AT_ONCE = 8
 """As in ``components.worker.state``."""
-
-
-class Dispatch(StrEnum):
-    """Choice of the worker for a new request."""
-
-    ROUND_ROBIN = "round-robin"
-    STICKY = "sticky"
-    KV = "kv"
 
 
 class Cluster:
@@ -69,7 +59,7 @@ class Cluster:
         self.decision_s: list[float] = []
         self.loads: list[tuple[float, float]] = []
         """(time, KV in use and queued in capacities of one worker), once a second after ``watch``."""
-        self._dispatch = dispatch
+        self._router = Router(dispatch, model)
         self._policy = policy
         self._scaling = scaling
         self._tick_s = tick_s
@@ -81,14 +71,8 @@ class Cluster:
             self._plugin = ScaleDown(scale_down, bounds, lambda: self.time_s, workers)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
-        self._turn = itertools.count()
         self._remaining = RemainingEstimate()
-        self._routed = np.zeros(0)
-        self._holders: defaultdict[int, set[int]] = defaultdict(set)
         self._unfinished = 0
-        self._open: list[Worker] = []
-        """Workers that get new requests; updated by ``_reopen`` after every change."""
-        self._closed = np.zeros(0, dtype=bool)
         for _ in range(workers):
             self._add_worker()
 
@@ -142,10 +126,10 @@ class Cluster:
             self._unfinished -= 1
             return
         arrival = msgspec.structs.replace(arrival, output_tokens=min(arrival.output_tokens, room))
-        worker = self._place(arrival)
+        worker = self._router.place(arrival)
         worker.advance(self.time_s)
         worker.enqueue(Request(next(self._count), arrival))
-        self._routed[worker.key] += arrival.prompt_tokens
+        self._router.count(worker, arrival.prompt_tokens)
         self._changed(worker)
 
     def _changed(self, worker: Worker) -> None:
@@ -172,41 +156,12 @@ class Cluster:
     def _collect(self, worker: Worker) -> None:
         for request in worker.done:
             self._remaining.finished(request.arrival.output_tokens)
-            self._routed[worker.key] -= request.arrival.prompt_tokens
+            self._router.count(worker, -request.arrival.prompt_tokens)
             self._unfinished -= 1
         self.finished += worker.done
         worker.done.clear()
         if self._scaling is not None and worker.leaving and worker.empty and worker in self.workers:
             self._remove(worker)
-
-    # Dispatch
-
-    def _reopen(self) -> None:
-        self._open = [worker for worker in self.workers if not worker.leaving] or list(self.workers)
-        self._closed = np.ones(len(self.all_workers), dtype=bool)
-        self._closed[[worker.key for worker in self._open]] = False
-
-    def _place(self, arrival: Arrival) -> Worker:
-        fit = self._open
-        if self._dispatch is Dispatch.ROUND_ROBIN:
-            return fit[next(self._turn) % len(fit)]
-        if self._dispatch is Dispatch.STICKY:
-            return fit[(arrival.session * 2654435761 >> 7) % len(fit)]
-        return self._least_cost(arrival)
-
-    def _least_cost(self, arrival: Arrival) -> Worker:
-        """Dynamo's KV router: prompt tokens still to compute plus active prompt tokens sent there."""
-        cost = np.where(self._closed, np.inf, self._routed)
-        best = int(np.argmin(cost))
-        least = cost[best] + arrival.prompt_tokens
-        for key in self._holders.get(arrival.prefix[0], ()) if arrival.prefix else ():
-            cached = self.all_workers[key].overlap(arrival) * self.model.prefix_block_tokens
-            total = cost[key] + max(1, arrival.prompt_tokens - cached)
-            if total < least:
-                best, least = key, total
-        if arrival.prefix:
-            self._holders[arrival.prefix[0]].add(best)
-        return self.all_workers[best]
 
     # Planner
 
@@ -233,7 +188,7 @@ class Cluster:
                 names[name].leaving = True
             for name in plan.release:
                 names[name].leaving = False
-            self._reopen()
+            self._router.reopen(self.workers, self.all_workers)
         touched: set[Worker] = set()
         for move in plan.moves:
             self._begin(move.policy, rows[move.row], names[move.src], names[move.dst], touched)
@@ -246,7 +201,7 @@ class Cluster:
     def _drain(self, worker: Worker, touched: set[Worker]) -> None:
         """Move waiting requests first; each goes to the worker with most room, if any."""
         stays = [request for request in (*worker.waiting, *worker.running) if not request.moving]
-        others = [other for other in self._open if other is not worker]
+        others = [other for other in self._router.open if other is not worker]
         for request in stays[: max(0, _DRAINS_AT_ONCE - worker.moves)] if others else []:
             target = min(others, key=lambda other: other.held + other.queued_tokens())
             need = request.arrival.prompt_tokens + worker.generated(request)
@@ -308,8 +263,8 @@ class Cluster:
             self._collect(worker)
 
     def _arrived(self, request: Request, src: Worker, dst: Worker, policy: str) -> None:
-        self._routed[src.key] -= request.arrival.prompt_tokens
-        self._routed[dst.key] += request.arrival.prompt_tokens
+        self._router.count(src, -request.arrival.prompt_tokens)
+        self._router.count(dst, request.arrival.prompt_tokens)
         self.moves += 1
         self.by_policy[policy] += 1
         request.moved += 1
@@ -321,8 +276,7 @@ class Cluster:
         worker = Worker(len(self.all_workers), self.model, self.time_s)
         self.workers.append(worker)
         self.all_workers.append(worker)
-        self._routed = np.append(self._routed, 0.0)
-        self._reopen()
+        self._router.reopen(self.workers, self.all_workers)
 
     def _scale(self, scaler: Autoscaler) -> None:
         change = scaler.decide(self.time_s, self.workers, self._load())
@@ -339,7 +293,7 @@ class Cluster:
         for _ in range(start):
             scaler.starting += 1
             self._at(self.time_s + scaler.rules.startup_s, lambda: self._started(scaler))
-        self._reopen()
+        self._router.reopen(self.workers, self.all_workers)
         self._at(self.time_s + scaler.rules.interval_s, lambda: self._scale(scaler))
 
     def _ask_plugin(self, plugin: ScaleDown, change: Change, scaling: bool) -> Change:
@@ -354,7 +308,7 @@ class Cluster:
     def _remove(self, worker: Worker) -> None:
         self.workers.remove(worker)
         worker.gone_s = self.time_s
-        self._reopen()
+        self._router.reopen(self.workers, self.all_workers)
 
     def _retire_one(self) -> None:
         snapshot, _ = self.snapshot()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from components.engine.vllm import VLLMEngine
-from components.engine.vllm.engine import VLLMOptions
+from components.engine.vllm.start import VLLMOptions
 
 
 @dataclass

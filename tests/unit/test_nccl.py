@@ -23,7 +23,8 @@ from components.errors import ConfigError, DeadlineExceeded, TransferCancelled, 
 from components.transfer import AgentConfig, KVPool, TransferAgent, TransferHandle
 from components.transfer.control.record import AgentRecord
 from components.transfer.data import nccl_wire
-from components.transfer.data.nccl import Card, NcclBackend
+from components.transfer.data.nccl import NcclBackend
+from components.transfer.data.nccl_line import Card
 from components.transfer.data.nccl_wire import _IdStore, nccl_is_available
 from components.transfer.regions import regions_of
 from tests.fake_wire import Cable
@@ -198,7 +199,7 @@ def test_a_set_up_that_hangs_leaves_transfers_to_the_next_lane(two: Two, monkeyp
         never.wait(20)
         raise TransferError("it hung")
 
-    monkeypatch.setattr("components.transfer.data.nccl._MEANWHILE_S", 0.2)
+    monkeypatch.setattr("components.transfer.data.nccl_line._MEANWHILE_S", 0.2)
     two.nccl(two.dst)._connect = hang
     blocks = shuffled(20)
     assert two.fetch(blocks, blocks) == "tcp/sockets"

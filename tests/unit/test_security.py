@@ -38,7 +38,8 @@ from components.transfer.control.directory import Directory
 from components.transfer.control.endpoint import without_secrets
 from components.transfer.control.etcd import EtcdStore
 from components.transfer.data import handover
-from components.transfer.data.nccl import Card, NcclBackend
+from components.transfer.data.nccl import NcclBackend
+from components.transfer.data.nccl_line import Card
 from components.transfer.parking.ticket import Ticket, require_id
 from components.transfer.regions import regions_of
 from components.transfer.session import messages as session

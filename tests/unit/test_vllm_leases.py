@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from components.engine.protocol import LandingStatus, RequestId
-from components.engine.vllm.engine import VLLMEngine, VLLMOptions, _Live
+from components.engine.vllm.engine import VLLMEngine, _Live
+from components.engine.vllm.start import VLLMOptions
 
 ONE = RequestId("one")
 
@@ -28,13 +29,13 @@ async def test_asking_for_the_landing_renews_a_lease_and_begins_none(committed: 
     engine = VLLMEngine(VLLMOptions({}, {}, lease_s=1000.0))
     core: Any = Core()
     engine._client = core
-    live = engine._live[ONE] = _Live()
+    live = engine._live[ONE] = _Live(ONE)
     engine._renew_lease(ONE)
-    first = live.lease
+    first = engine._leases._timers[live]
     if committed:
         frozen: Any = type("Frozen", (), {"output_token_ids": ()})
         await engine.commit(ONE, frozen)
     await engine.landing_status(ONE)
-    assert first is not None and first.cancelled()
-    assert (live.lease is None) == committed
+    assert first.cancelled()
+    assert (live in engine._leases) != committed
     engine._drop(ONE)

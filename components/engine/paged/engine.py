@@ -15,15 +15,17 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 
+from components.engine.leases import Leases
+from components.engine.paged import tables
 from components.engine.paged.blocks import BlockPool
 from components.engine.paged.device import DeviceKV
 from components.engine.paged.landing import LandingZone
 from components.engine.paged.model import PagedKV, generator_of, salt_of
-from components.engine.paged.request import Active
+from components.engine.paged.options import PagedOptions
+from components.engine.paged.request import Active, read
 from components.engine.paged.scheduler import Scheduler
 from components.engine.protocol import (
     EngineInfo,
@@ -37,56 +39,11 @@ from components.engine.protocol import (
     RequestId,
     RequestInfo,
     RequestPhase,
-    Sampling,
 )
-from components.errors import ConfigError, DeadlineExceeded, InvalidRequest, SessionError, WorkerLost
+from components.errors import InvalidRequest, SessionError, WorkerLost
 from components.transfer import AgentConfig, TransferAgent
-from components.wire import UNREADABLE
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PagedOptions:
-    """Sizes and speeds of the engine."""
-
-    agent: dict[str, Any]
-    """Fields of ``components.transfer.AgentConfig``; layout fields are filled in here."""
-    model: str = "paged"
-    num_blocks: int = 256
-    block_size: int = 16
-    """Tokens per KV block."""
-    max_model_len: int = 1024
-    max_num_seqs: int = 16
-    max_num_batched_tokens: int = 512
-    layers: int = 2
-    words: int = 4
-    """64-bit words per token and layer."""
-    device: str = "cpu"
-    """Device of the KV tensors: cpu, or a GPU as cuda:0."""
-    vocab_size: int = 32000
-    step_s: float = 0.0
-    """Duration of a step; 0: as fast as possible."""
-    seed: int = 0
-    prefix_caching: bool = True
-    integrity: str = "tail"
-    """Checksums: ``tail`` (last two blocks), ``full`` or ``off``."""
-    copy_deadline_s: float = 30.0
-    lease_s: float = 60.0
-
-    def validate(self) -> None:
-        """Raise ``ConfigError`` naming the unusable value."""
-        sizes = ("num_blocks", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "layers")
-        for name in (*sizes, "words", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)}: 1 or more")
-        if self.integrity not in ("tail", "full", "off"):
-            raise ConfigError(f"integrity = {self.integrity!r}: tail, full or off")
-        if self.max_model_len > self.num_blocks * self.block_size:
-            raise ConfigError(
-                f"max_model_len = {self.max_model_len} does not fit into {self.num_blocks} KV blocks of "
-                f"{self.block_size} tokens: lower it or raise num_blocks"
-            )
 
 
 @dataclass
@@ -111,7 +68,7 @@ class PagedEngine:
         self._loop: asyncio.Task[None] | None = None
         self._arrivals = itertools.count()
         self._step_s = 0.0
-        self._leases_expired = 0
+        self._leases: Leases[Active] = Leases(options.lease_s, self._lost)
 
     async def start(self) -> EngineInfo:
         """Make the KV blocks and publish them. Raises ``ConfigError``, ``TransferError``."""
@@ -198,8 +155,8 @@ class PagedEngine:
     def _renew_frozen(self, parts: _Parts) -> None:
         """Begin the lease of requests that have frozen by themselves."""
         for active in parts.scheduler.requests.values():
-            if active.frozen is not None and active.lease is None:
-                self._renew_lease(active)
+            if active.frozen is not None and active not in self._leases:
+                self._leases.renew(active)
 
     def _wake(self) -> None:
         if self._parts is not None:
@@ -209,7 +166,7 @@ class PagedEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateOutput]:
         """See the protocol. Raises ``InvalidRequest``, ``NoRoom`` or ``IncompatibleLayout`` before anything starts."""
-        active = self._enter(_read(request))
+        active = self._enter(read(request))
         try:
             while True:
                 output = await active.out.get()
@@ -217,7 +174,7 @@ class PagedEngine:
                 if output.finish_reason is not None:
                     return
         finally:
-            self._stop_lease(active)
+            self._leases.stop(active)
             if not active.ended:
                 self._end(active, FinishReason.CANCELLED)
 
@@ -246,13 +203,13 @@ class PagedEngine:
             raise InvalidRequest(f"{active.num_outputs} tokens were generated, {active.max_outputs} are allowed")
         if request.landing is not None:
             parts.landings.reserve(active, request.landing)
-            self._renew_lease(active)
+            self._leases.renew(active)
         parts.scheduler.requests[request.request_id] = active
         self._wake()
         return active
 
     def _end(self, active: Active, reason: FinishReason, error: tuple[str, str] | None = None) -> None:
-        self._stop_lease(active)
+        self._leases.stop(active)
         if self._parts is not None:
             self._parts.scheduler.end_request(active, reason, error)
             self._wake()
@@ -281,13 +238,13 @@ class PagedEngine:
         active = self._live.scheduler.get(request_id)
         frozen = await self._live.scheduler.freeze(active)
         if not active.ended:
-            self._renew_lease(active)
+            self._leases.renew(active)
         return frozen
 
     async def resume(self, request_id: RequestId) -> None:
         """Continue generating."""
         active = self._live.scheduler.get(request_id)
-        self._stop_lease(active)
+        self._leases.stop(active)
         self._live.scheduler.resume(active)
         self._wake()
 
@@ -295,13 +252,13 @@ class PagedEngine:
         """Progress of a landing request."""
         active = self._live.scheduler.get(request_id)
         if active.landing is not None:
-            self._renew_lease(active)
+            self._leases.renew(active)
         return self._live.landings.status(active)
 
     async def extend(self, request_id: RequestId, offer: KVOffer, tokens: tuple[int, ...]) -> None:
         """Another pre-copy round."""
         active = self._live.scheduler.get(request_id)
-        self._renew_lease(active)
+        self._leases.renew(active)
         self._live.landings.extend(active, offer, tokens)
 
     async def expect_commit(self, request_id: RequestId, hold_s: float) -> None:
@@ -311,7 +268,7 @@ class PagedEngine:
         """Copy what is missing and run."""
         active = self._live.scheduler.get(request_id)
         self._live.landings.commit(active, frozen)
-        self._stop_lease(active)
+        self._leases.stop(active)
 
     async def requests(self) -> list[RequestInfo]:
         """The per-request table."""
@@ -320,9 +277,9 @@ class PagedEngine:
 
     async def stats(self) -> EngineStats:
         """Load at this moment."""
-        stats = self._live.scheduler.stats(self._step_s)
+        stats = tables.stats(self._live.scheduler, self._step_s)
         refused = dict(self._live.landings.refused)
-        return msgspec.structs.replace(stats, leases_expired_total=self._leases_expired, kv_refused=refused)
+        return msgspec.structs.replace(stats, leases_expired_total=self._leases.expired, kv_refused=refused)
 
     async def report(self) -> tuple[EngineStats, list[RequestInfo]]:
         """Load and table."""
@@ -330,33 +287,7 @@ class PagedEngine:
 
     async def check_integrity(self) -> None:
         """Raise ``SessionError`` when blocks and requests do not add up."""
-        self._live.scheduler.verify(self._live.landings.flying)
+        tables.verify(self._live.scheduler, self._live.landings.flying)
 
-    # Leases
-
-    def _renew_lease(self, active: Active) -> None:
-        self._stop_lease(active)
-        loop = asyncio.get_running_loop()
-        active.lease = loop.call_later(self._options.lease_s, self._lease_over, active)
-
-    def _stop_lease(self, active: Active) -> None:
-        if active.lease is not None:
-            active.lease.cancel()
-            active.lease = None
-
-    def _lease_over(self, active: Active) -> None:
-        message = f"its owner was silent for {self._options.lease_s:g} s while the request was on the move"
-        logger.warning("request %s ended: %s", active.request_id, message)
-        self._leases_expired += 1
-        self._end(active, FinishReason.ERROR, (DeadlineExceeded.code, message))
-
-
-def _read(request: GenerateRequest) -> GenerateRequest:
-    """``native`` is ``Sampling`` as msgpack. Raises ``InvalidRequest`` when it is malformed."""
-    if not request.native:
-        return request
-    try:
-        sampling = msgspec.msgpack.decode(request.native, type=Sampling)
-    except UNREADABLE as error:
-        raise InvalidRequest(f"a request that this engine cannot read: {error}") from error
-    return msgspec.structs.replace(request, sampling=sampling, native=b"")
+    def _lost(self, active: Active, error: tuple[str, str]) -> None:
+        self._end(active, FinishReason.ERROR, error)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+import msgspec
+
 from components.engine.paged.blocks import Hash
 from components.engine.protocol import (
     FinishReason,
@@ -21,9 +23,12 @@ from components.engine.protocol import (
     RequestId,
     RequestInfo,
     RequestPhase,
+    Sampling,
     TokenLogprob,
 )
+from components.errors import InvalidRequest
 from components.transfer import TransferHandle
+from components.wire import UNREADABLE
 
 
 @dataclass
@@ -92,7 +97,6 @@ class Active:
     landing: Landing | None = None
     landed: LandingStatus | None = None
     """Result of the landing."""
-    lease: asyncio.TimerHandle | None = None
     out: asyncio.Queue[GenerateOutput] = field(default_factory=asyncio.Queue)
     ended: bool = False
 
@@ -137,3 +141,14 @@ class Active:
             preemptions=self.preemptions,
             not_migratable=self.request.sampling.why_not_migratable(),
         )
+
+
+def read(request: GenerateRequest) -> GenerateRequest:
+    """``native`` is ``Sampling`` as msgpack. Raises ``InvalidRequest`` when it is malformed."""
+    if not request.native:
+        return request
+    try:
+        sampling = msgspec.msgpack.decode(request.native, type=Sampling)
+    except UNREADABLE as error:
+        raise InvalidRequest(f"a request that this engine cannot read: {error}") from error
+    return msgspec.structs.replace(request, sampling=sampling, native=b"")

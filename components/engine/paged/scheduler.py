@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import Counter
 from collections.abc import Callable
 
 from components.engine.paged.blocks import BlockPool, chain
@@ -21,7 +20,6 @@ from components.engine.paged.model import PagedKV
 from components.engine.paged.request import Active
 from components.engine.protocol import (
     AgentRef,
-    EngineStats,
     FinishReason,
     Frozen,
     KVOffer,
@@ -31,7 +29,7 @@ from components.engine.protocol import (
 )
 from components.errors import NoRoom, NotMigratable, RequestNotFound, SessionError
 
-_WAITING = (RequestPhase.WAITING, RequestPhase.PREEMPTED)
+WAITING = (RequestPhase.WAITING, RequestPhase.PREEMPTED)
 _RUNNING = (RequestPhase.PREFILL, RequestPhase.DECODE)
 
 
@@ -124,7 +122,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         seats = self.seats()
-        for active in sorted(self._in_phase(_WAITING), key=_rank):
+        for active in sorted(self._in_phase(WAITING), key=_rank):
             self.take_prefix(active, len(active.tokens))
             # One block more than the tokens need, or the first decode step would preempt it again.
             needed = -(-len(active.tokens) // self.block_size) - len(active.blocks)
@@ -272,35 +270,6 @@ class Scheduler:
             if not waiter.done():
                 waiter.set_exception(error)
         active.waiters.clear()
-
-    def stats(self, step_s: float) -> EngineStats:
-        """Load at this moment; ``step_s`` is the duration of the last step."""
-        phases = Counter(active.phase for active in self.requests.values())
-        queued = self._in_phase(_WAITING)
-        return EngineStats(
-            running=phases[RequestPhase.PREFILL] + phases[RequestPhase.DECODE],
-            waiting=len(queued),
-            frozen=phases[RequestPhase.FROZEN],
-            landing=phases[RequestPhase.LANDING],
-            free_blocks=self.pool.free,
-            total_blocks=self.pool.total,
-            decode_kv_tokens=sum(a.computed for a in self._in_phase((RequestPhase.DECODE,))),
-            queued_prefill_tokens=sum(len(a.tokens) for a in queued),
-            scheduled_prefill_tokens=self.scheduled_prefill_tokens,
-            preemptions_total=self.preemptions_total,
-            step_s=step_s,
-        )
-
-    def verify(self, flying: Counter[int]) -> None:
-        """Raise ``SessionError`` unless blocks and requests add up. ``flying``: blocks held by copies."""
-        expected = Counter(flying)
-        for active in self.requests.values():
-            expected.update(active.blocks)
-            if active.ended or active.computed > len(active.blocks) * self.block_size:
-                raise SessionError(f"request {active.request_id} has ended or claims more KV than it has blocks")
-            if active.blocks and active.phase in _WAITING:
-                raise SessionError(f"request {active.request_id} holds blocks while {active.phase}")
-        self.pool.verify(expected)
 
 
 def _keeps_seat(active: Active) -> bool:

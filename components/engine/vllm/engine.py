@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from components.engine.leases import Leases
 from components.engine.protocol import (
     EngineInfo,
     EngineStats,
@@ -30,52 +30,25 @@ from components.engine.protocol import (
     RequestId,
     RequestInfo,
 )
-from components.engine.vllm import arguments, native
+from components.engine.vllm import native
 from components.engine.vllm.client import CoreClient
 from components.engine.vllm.control import MARKER, decode_frozen
 from components.engine.vllm.loras import Loras
 from components.engine.vllm.sampling import finish_reason, logprobs_of, marked, to_vllm
-from components.errors import (
-    ConfigError,
-    DeadlineExceeded,
-    InvalidRequest,
-    MigrateError,
-    SessionError,
-    WorkerLost,
-)
-from components.models import adapters
-
-logger = logging.getLogger(__name__)
+from components.engine.vllm.start import VLLMOptions, info_of, start
+from components.errors import InvalidRequest, MigrateError, SessionError, WorkerLost
 
 
-@dataclass
+@dataclass(eq=False)
 class _Live:
     """This process's state of a request in the engine."""
 
-    lease: asyncio.TimerHandle | None = None
+    request_id: RequestId
     ended: GenerateOutput | None = None
     """Final output in place of vLLM's, for a request that was ended on purpose."""
     delivered: int = 0
     cached_tokens: int | None = None
     """Cached prompt tokens at the first engine of the request; None: it began in this one."""
-
-
-@dataclass(frozen=True)
-class VLLMOptions:
-    """Arguments of the engine: vLLM's, and those of migration."""
-
-    engine_args: dict[str, Any]
-    """Keyword arguments of vLLM's ``AsyncEngineArgs``."""
-    agent: dict[str, Any]
-    """Fields of ``components.transfer.AgentConfig``; layout fields are filled in by the worker."""
-    integrity: str = "tail"
-    """Checksums: ``tail`` (last two blocks), ``full`` or ``off``."""
-    wait_bytes: int = 16 << 20
-    """Size up to which a commit's copy is made between two steps; larger copies run beside the steps."""
-    copy_deadline_s: float = 30.0
-    lease_s: float = 60.0
-    lora_modules: Mapping[str, str] = field(default_factory=dict)
-    """LoRA adapters: name and PEFT folder."""
 
 
 class VLLMEngine:
@@ -88,7 +61,7 @@ class VLLMEngine:
         self._client: CoreClient | None = None
         self._info: EngineInfo | None = None
         self._live: dict[RequestId, _Live] = {}
-        self._leases_expired = 0
+        self._leases: Leases[_Live] = Leases(options.lease_s, self._lost)
 
     @property
     def info(self) -> EngineInfo:
@@ -99,30 +72,8 @@ class VLLMEngine:
 
     async def start(self) -> EngineInfo:
         """Start vLLM. Raises ``ConfigError`` with vLLM's reason when it refuses the arguments."""
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        options = self._options
-        if options.engine_args.get("enforce_eager"):
-            # Even then vLLM compiles a helper of its log-probabilities: 20 s at the first request with them.
-            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        try:
-            args = AsyncEngineArgs(**options.engine_args)
-            arguments.configure(
-                args,
-                options.agent,
-                {
-                    "integrity": options.integrity,
-                    "wait_bytes": options.wait_bytes,
-                    "copy_deadline_s": options.copy_deadline_s,
-                    "adapters": adapters.digest(options.lora_modules),
-                },
-            )
-            config = args.create_engine_config()
-            self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
-        except (ValueError, TypeError, OSError, RuntimeError) as error:
-            raise ConfigError(f"vLLM did not start: {error}") from error
-        return await self._describe(config)
+        self._llm = start(self._options)
+        return await self._describe(self._llm.vllm_config)
 
     async def serve(self, llm: Any, loras: Loras) -> EngineInfo:
         """In place of ``start``: use an existing ``AsyncLLM``, made with ``arguments.configure``."""
@@ -131,23 +82,7 @@ class VLLMEngine:
 
     async def _describe(self, config: Any) -> EngineInfo:
         self._client = CoreClient(self._llm)
-        reply = await self._client.info()
-        model = config.model_config
-        self._info = EngineInfo(
-            model=str(model.served_model_name or model.model),
-            fingerprint=reply.fingerprint,
-            block_size=config.cache_config.block_size,
-            num_blocks=reply.num_blocks,
-            max_model_len=model.max_model_len,
-            max_num_seqs=config.scheduler_config.max_num_seqs,
-            max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
-            agents=reply.agents,
-            lanes=reply.lanes,
-            kv_bytes_per_token=reply.kv_bytes_per_token,
-            lease_s=self._options.lease_s,
-            steps_ahead=int(bool(config.scheduler_config.async_scheduling)),
-            weights=reply.weights,
-        )
+        self._info = info_of(config, await self._client.info(), self._options.lease_s)
         return self._info
 
     async def stop(self) -> None:
@@ -176,7 +111,7 @@ class VLLMEngine:
             raise SessionError(f"request id {request.request_id} is in use in this engine")
         given = native.decode(request.native) if request.native else None
         prompt, params, keywords = self._arguments(request, given)
-        live = self._live[request.request_id] = _Live(delivered=len(request.output_token_ids))
+        live = self._live[request.request_id] = _Live(request.request_id, delivered=len(request.output_token_ids))
         live.cached_tokens = given.cached_tokens if given is not None else None
         if request.landing is not None:
             self._renew_lease(request.request_id)
@@ -289,8 +224,8 @@ class VLLMEngine:
     async def landing_status(self, request_id: RequestId) -> LandingStatus:
         """Progress of a landing request. After its commit no lease begins, because nobody would end it."""
         live = self._live.get(request_id)
-        if live is not None and live.lease is not None:
-            self._renew_lease(request_id)
+        if live is not None and live in self._leases:
+            self._leases.renew(live)
         return await self._core.landing_status(request_id)
 
     async def extend(self, request_id: RequestId, offer: KVOffer, tokens: tuple[int, ...]) -> None:
@@ -330,7 +265,7 @@ class VLLMEngine:
     async def report(self) -> tuple[EngineStats, list[RequestInfo]]:
         """Load and table, in one call."""
         stats, requests = await self._core.report()
-        return msgspec.structs.replace(stats, leases_expired_total=self._leases_expired), requests
+        return msgspec.structs.replace(stats, leases_expired_total=self._leases.expired), requests
 
     async def free_lent(self, vllm_id: RequestId) -> None:
         """Free blocks lent to a decode engine."""
@@ -346,28 +281,16 @@ class VLLMEngine:
             raise WorkerLost("the engine has been stopped")
         return self._client
 
-    # Leases
-
     def _renew_lease(self, request_id: RequestId) -> None:
-        live = self._live.get(request_id)
-        if live is None:
-            return
-        self._stop_lease(request_id)
-        loop = asyncio.get_running_loop()
-        live.lease = loop.call_later(self._options.lease_s, self._lease_over, request_id)
+        if (live := self._live.get(request_id)) is not None:
+            self._leases.renew(live)
 
     def _stop_lease(self, request_id: RequestId) -> None:
-        live = self._live.get(request_id)
-        if live is not None and live.lease is not None:
-            live.lease.cancel()
-            live.lease = None
+        if (live := self._live.get(request_id)) is not None:
+            self._leases.stop(live)
 
-    def _lease_over(self, request_id: RequestId) -> None:
-        message = f"its owner was silent for {self._options.lease_s:g} s while the request was on the move"
-        logger.warning("request %s ended: %s", request_id, message)
-        self._leases_expired += 1
-        error = (DeadlineExceeded.code, message)
-        task = asyncio.ensure_future(self._end(request_id, FinishReason.ERROR, error))
+    def _lost(self, live: _Live, error: tuple[str, str]) -> None:
+        task = asyncio.ensure_future(self._end(live.request_id, FinishReason.ERROR, error))
         task.add_done_callback(lambda done: done.exception())
 
     def _drop(self, request_id: RequestId) -> None:

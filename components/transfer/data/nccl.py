@@ -20,9 +20,6 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-
-import torch
 
 from components.acceptor import Acceptor
 from components.address import Address, bare, listen
@@ -33,8 +30,8 @@ from components.transfer.config import Strategy, TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data import nccl_wire
 from components.transfer.data.base import Copy, Steps
+from components.transfer.data.nccl_line import Card, Line, Slots, paused, wait_for
 from components.transfer.data.nccl_link import MAX_FRAME, Answer, Ask, Hello, Link, Patience, Stopped
-from components.transfer.data.staging import Staging
 from components.transfer.data.threads import on_thread
 from components.transfer.layout import Region
 from components.transfer.session.messages import pack, unpack
@@ -42,50 +39,10 @@ from components.wire import UNREADABLE
 
 logger = logging.getLogger(__name__)
 _SET_UP_S = 60.0
-_MEANWHILE_S = 5.0
-"""Set-up time of a link after which transfers use the next lane until the link exists."""
 _LOSSES = 2
 _LOOK_S = 1.0
 _AGAIN_S = 2e-3
 _SAY_S = 5.0
-
-
-@dataclass(frozen=True)
-class Card:
-    """What decides whether two agents can have a communicator: NCCL needs two GPUs and one version."""
-
-    gpu: str
-    version: str
-
-
-def card_of(device: torch.device) -> Card:
-    """The card of a GPU of this process."""
-    return Card(str(torch.cuda.get_device_properties(device).uuid), nccl_wire.nccl_version())
-
-
-@dataclass
-class _Line:
-    """The connection to one epoch of a peer. The transfer that uses it holds the lock."""
-
-    peer: AgentRecord
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    link: Link | None = None
-    opening: Future[Link] | None = None
-    began: float = 0.0
-    losses: int = 0
-
-    @property
-    def late(self) -> bool:
-        """True while set-up takes longer than ``_MEANWHILE_S``."""
-        opening = self.opening
-        return opening is not None and not opening.done() and time.monotonic() > self.began + _MEANWHILE_S
-
-    def take_links(self) -> list[Link]:
-        """The links to close when the line is given up."""
-        opening, self.opening = self.opening, None
-        made = opening is not None and opening.done() and opening.exception() is None
-        link, self.link = self.link, None
-        return [each for each in (link, opening.result() if opening is not None and made else None) if each is not None]
 
 
 class NcclBackend:
@@ -105,13 +62,11 @@ class NcclBackend:
         connect: nccl_wire.Connect = nccl_wire.connect,
     ) -> None:
         self._name = name
-        self._regions = list(regions)
-        self._staging_bytes = staging_bytes
+        self._blocks = regions[0].rows[0].shape[0]
+        self._slots = Slots(regions, staging_bytes)
         self._connect = connect
         self.card = card
-        self._lock = threading.Lock()
-        self._staging: Staging | None = None
-        self._lines: dict[str, _Line] = {}
+        self._lines: dict[str, Line] = {}
         self._told: set[str] = set()
         self._links: set[Link] = set()
         """All open links, in both directions."""
@@ -153,21 +108,22 @@ class NcclBackend:
 
         size = yield from on_thread(self._pool, copy, work)
         wire_s = time.perf_counter() - begun
-        count = len(self._staging.chunks(len(copy.local), self._staging.slot_bytes)) if self._staging else 0
-        return TransferResult(size, count, wire_s=wire_s, lane=self.lane, strategy=Strategy.STAGED)
+        return TransferResult(
+            size, self._slots.chunks(len(copy.local)), wire_s=wire_s, lane=self.lane, strategy=Strategy.STAGED
+        )
 
     def warm_up(self, copy: Copy) -> Steps:
         """Open the link."""
         return self.fetch(copy)
 
-    def _line(self, peer: AgentRecord) -> _Line:
+    def _line(self, peer: AgentRecord) -> Line:
         if peer.key not in self._lines:
             for key in [key for key, line in self._lines.items() if line.peer.name == peer.name]:
                 self._retire(self._lines.pop(key))
-            self._lines[peer.key] = _Line(peer)
+            self._lines[peer.key] = Line(peer)
         return self._lines[peer.key]
 
-    def _retire(self, line: _Line) -> None:
+    def _retire(self, line: Line) -> None:
         for link in line.take_links():
             threading.Thread(target=self._end, args=(link,), name="kv-nccl-end", daemon=True).start()
 
@@ -179,7 +135,7 @@ class NcclBackend:
             self._off.set()
         return ended
 
-    def _guarded(self, line: _Line, copy: Copy, stop: threading.Event) -> int:
+    def _guarded(self, line: Line, copy: Copy, stop: threading.Event) -> int:
         where = f"agent {copy.peer.name} at {copy.peer.nccl_address}"
         try:
             return self._run(line, copy, lambda: stop.is_set() or self._off.is_set())
@@ -190,8 +146,8 @@ class NcclBackend:
         except (OSError, RuntimeError, MigrateError, *UNREADABLE) as error:
             raise TransferError(f"{where}: {error}") from error
 
-    def _run(self, line: _Line, copy: Copy, stopped: Stopped) -> int:
-        _wait(lambda: line.lock.acquire(timeout=0.05), copy.end, stopped)
+    def _run(self, line: Line, copy: Copy, stopped: Stopped) -> int:
+        wait_for(lambda: line.lock.acquire(timeout=0.05), copy.end, stopped)
         try:
             link = self._linked(line, copy.end, stopped)
             if not len(copy.local):
@@ -199,7 +155,7 @@ class NcclBackend:
             patience = Patience(link.sock, copy.end, stopped)
             try:
                 while (moved := self._try(link, copy, patience, stopped)) is None:
-                    _wait(lambda: _paused(random.uniform(0, _AGAIN_S)), copy.end, stopped)
+                    wait_for(lambda: paused(random.uniform(0, _AGAIN_S)), copy.end, stopped)
             except Exception as error:
                 line.losses += link.broken and not isinstance(error, TransferCancelled)
                 raise
@@ -210,8 +166,8 @@ class NcclBackend:
 
     def _try(self, link: Link, copy: Copy, patience: Patience, stopped: Stopped) -> int | None:
         """Request once; None when the peer is busy."""
-        while not (slots := self._take("receive")):
-            _wait(lambda: _paused(_AGAIN_S), copy.end, stopped)
+        while not (slots := self._slots.take("receive")):
+            wait_for(lambda: paused(_AGAIN_S), copy.end, stopped)
         with self._holding(link, "receive", slots):
             budget = max(1, int((copy.end - time.monotonic()) * 1000))
             say(link.sock, Ask(pack(copy.remote), budget), copy.end)
@@ -222,7 +178,7 @@ class NcclBackend:
                 raise TransferError(f"it refused: {answer.error}")
             return link.receive(copy.local, slots, patience, copy.arrived)
 
-    def _linked(self, line: _Line, end: float, stopped: Stopped) -> Link:
+    def _linked(self, line: Line, end: float, stopped: Stopped) -> Link:
         """The line's link, made when missing. A transfer that gives up leaves the set-up to the next one."""
         if line.link is not None:
             if not line.link.broken and is_open(line.link.sock):
@@ -235,7 +191,7 @@ class NcclBackend:
                 target=self._open, args=(line.peer, line.opening), name="kv-nccl-open", daemon=True
             ).start()
         opening = line.opening
-        _wait(lambda: opening.done() or line.late or not _paused(1e-3), end, stopped)
+        wait_for(lambda: opening.done() or line.late or not paused(1e-3), end, stopped)
         if not opening.done():
             raise TransferError("its link is still being made")
         line.opening = None
@@ -251,7 +207,7 @@ class NcclBackend:
         end = time.monotonic() + _SET_UP_S
         try:
             sock = connect(peer.nccl_address, _purpose(peer.epoch), end)
-            staging = self._memory()
+            staging = self._slots.memory()
             say(sock, Hello(self._name, staging.blocks_per_slot), end)
             answer = hear(sock, Answer, MAX_FRAME, end)
             if answer.error:
@@ -265,19 +221,6 @@ class NcclBackend:
                 sock.close()
             opening.set_exception(error)
 
-    def _memory(self) -> Staging:
-        """Slots, allocated for the first link: most agents never need them."""
-        with self._lock:
-            if self._staging is None:
-                self._staging = Staging(self._regions, self._staging_bytes)
-            return self._staging
-
-    def _take(self, side: str) -> list[int]:
-        """All slots of a side, or none."""
-        staging = self._memory()
-        with self._lock:
-            return staging.acquire(side, staging.side)
-
     @contextmanager
     def _holding(self, link: Link, side: str, slots: Sequence[int]) -> Iterator[None]:
         """Release the slots at the end. An error closes the link first, which may still use them."""
@@ -285,14 +228,9 @@ class NcclBackend:
             yield
         except BaseException:
             if self._end(link):
-                self._give(side, slots)
+                self._slots.give(side, slots)
             raise
-        self._give(side, slots)
-
-    def _give(self, side: str, slots: Sequence[int]) -> None:
-        staging = self._memory()
-        with self._lock:
-            staging.release(side, slots)
+        self._slots.give(side, slots)
 
     def _serve(self, connection: socket.socket) -> None:
         end = time.monotonic() + _SET_UP_S
@@ -300,7 +238,7 @@ class NcclBackend:
         if self._off.is_set():
             say(connection, Answer("its NCCL is off"), end)
             return
-        staging = self._memory()
+        staging = self._slots.memory()
         chunk = min(hello.slot_blocks, staging.blocks_per_slot)
         say(connection, Answer(slot_blocks=chunk), end)
         link = Link(connection, self._connect(connection, 0, staging.device, end), staging, chunk)
@@ -314,12 +252,11 @@ class NcclBackend:
 
     def _answer(self, link: Link, ask: Ask) -> None:
         blocks = unpack(ask.blocks)
-        count = self._regions[0].rows[0].shape[0]
         said = time.monotonic() + _SAY_S
-        if not len(blocks) or int(blocks.max()) >= count:
-            say(link.sock, Answer(f"agent {self._name} has {count} blocks, and others were named"), said)
+        if not len(blocks) or int(blocks.max()) >= self._blocks:
+            say(link.sock, Answer(f"agent {self._name} has {self._blocks} blocks, and others were named"), said)
             return
-        slots = self._take("send")
+        slots = self._slots.take("send")
         if not slots:
             say(link.sock, Answer(busy=True), said)
             return
@@ -355,19 +292,3 @@ class NcclBackend:
 
 def _purpose(epoch: str) -> str:
     return f"kv-nccl {epoch}"
-
-
-def _wait(done: Stopped, end: float, stopped: Stopped) -> None:
-    """Call ``done``, which pauses each time, until it returns True."""
-    while True:
-        if stopped():
-            raise TransferCancelled("the transfer was stopped")
-        if time.monotonic() > end:
-            raise DeadlineExceeded("the link to the peer was not free within the deadline")
-        if done():
-            return
-
-
-def _paused(seconds: float) -> bool:
-    time.sleep(seconds)
-    return True
