@@ -11,7 +11,6 @@ copying.py   transfer_kv_cache: between devices of one process
 lanes.py     transports and what they need of the host
 control/     who may talk: records, and the stores they live in
 data/        how bytes move: NIXL, CUDA IPC, plain TCP, copies in one process
-parking/     KV put aside in host memory or files
 session/     how two agents agree on a transfer
 """
 
@@ -35,20 +34,15 @@ if TYPE_CHECKING:
     from components.transfer.data.nixl import nixl_is_available
     from components.transfer.data.shared import SharedZeros, move_to_shared_memory
     from components.transfer.handle import TransferHandle
-    from components.transfer.parking import Parking, ParkingStats, Place, Ticket
 
 __all__ = [
     "AgentConfig",
     "CacheCopy",
     "Integrity",
     "KVPool",
-    "Parking",
-    "ParkingStats",
-    "Place",
     "SharedZeros",
     "StoreKind",
     "Strategy",
-    "Ticket",
     "TransferAgent",
     "TransferHandle",
     "TransferResult",
@@ -65,10 +59,6 @@ _HOMES = {
     "SharedZeros": "data.shared",
     "move_to_shared_memory": "data.shared",
     "TransferHandle": "handle",
-    "Parking": "parking",
-    "ParkingStats": "parking",
-    "Place": "parking",
-    "Ticket": "parking",
 }
 """Modules of the names that are not in ``config``, imported on first use (importing torch takes seconds)."""
 

@@ -43,7 +43,6 @@ from components.transfer.data.base import Backend, Copy, Steps
 from components.transfer.handle import TransferHandle
 from components.transfer.ids import AgentName, AgentRef, Epoch
 from components.transfer.layout import Ints, Region
-from components.transfer.parking.parking import Parking, parking_of
 from components.transfer.session.poison import Poison
 from components.transfer.session.worker import EAGER, SPARING, Job, Worker
 
@@ -67,7 +66,6 @@ class TransferAgent:
         self._checksums = BlockChecksums([])
         self._block_bytes = 0
         self._worker = Worker(config.name, config.grace_s)
-        self._parking: Parking | None = None
         self._publisher = Publisher(config)
         self._poisoned = Poison()
         self._paired: dict[str, AgentRecord] = {}
@@ -94,9 +92,8 @@ class TransferAgent:
         self._checksums = BlockChecksums(self._assembly.regions)
         self._block_bytes = self.record.block_bytes
         try:
-            regions = self._assembly.regions
-            self._parking = parking_of(self._config, self.record, regions, self._checksums, self._submit_steps)
-            self._worker.start(self._assembly.backends, EAGER if _has_cores_to_spare(regions) else SPARING)
+            pace = EAGER if _has_cores_to_spare(self._assembly.regions) else SPARING
+            self._worker.start(self._assembly.backends, pace)
             self._publisher.start(self.record, self.directory)
         except MigrateError:
             self.close()
@@ -108,13 +105,6 @@ class TransferAgent:
         if self._assembly.record is None:
             raise TransferError("the agent has not been started")
         return self._assembly.record
-
-    @property
-    def parking(self) -> Parking:
-        """Parks the KV of requests. Raises ``TransferError`` before ``start``."""
-        if self._parking is None:
-            raise TransferError("the agent has not been started")
-        return self._parking
 
     def fetch(
         self,
@@ -146,7 +136,7 @@ class TransferAgent:
         """Connect to a peer ahead of the first transfer: first contact can take seconds."""
         handle = TransferHandle()
         end = time.monotonic() + deadline_s
-        self._submit_steps(self._warm_up(peer, end), handle, end)
+        self._worker.submit(Job(self._warm_up(peer, end), handle, end))
         return handle
 
     def checksums(self, blocks: Sequence[int]) -> tuple[int, ...]:
@@ -164,9 +154,6 @@ class TransferAgent:
     def poisoned_blocks(self) -> frozenset[int]:
         """Blocks that a hanging peer may still write to: unusable for now."""
         return self._poisoned.blocks()
-
-    def _submit_steps(self, steps: Steps, handle: TransferHandle, end: float) -> None:
-        self._worker.submit(Job(steps, handle, end))
 
     def _run(
         self,
@@ -286,8 +273,6 @@ class TransferAgent:
         """Withdraw the record, end what is under way, give the pools back. Idempotent."""
         self._publisher.stop()
         self._worker.stop()
-        if self._parking is not None:
-            self._parking.close()
         for backend in self._assembly.backends:
             backend.close()
         self._assembly = Assembly([], None)

@@ -22,8 +22,6 @@ _NAMESPACE = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 if TYPE_CHECKING:
     import torch
 
-    from components.transfer.parking.ticket import Ticket
-
 
 class Transport(StrEnum):
     """Values of ``--nixl-transport``; ``lanes.py`` has the variables of each."""
@@ -143,13 +141,6 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     grace_s: float = 1.0
     """Time beyond the deadline for a failed transfer's last piece to come to rest."""
 
-    park_host_bytes: int = 0
-    """Host memory for parked requests (pinned where the pools are on a GPU); 0: none."""
-    park_dir: str = ""
-    """Folder for parked requests, writable by this user alone; empty: none. Agents may share one."""
-    park_dir_bytes: int = 8 << 30
-    """Most bytes of all files in ``park_dir``."""
-
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> AgentConfig:
         """From settings with texts in place of enums, as processes pass them on. Raises ``ConfigError``."""
@@ -188,8 +179,6 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f"copy_threads {self.copy_threads} is not within 0 and 256")
         if 0 < self.piece_bytes < 1 << 16 or self.piece_bytes < 0 or self.lease_ttl_s < 1:
             raise ConfigError("piece_bytes must be 0, or 65536 and more; lease_ttl_s 1 or more")
-        if self.park_host_bytes < 0 or self.park_dir_bytes < 0:
-            raise ConfigError("park_host_bytes and park_dir_bytes must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -206,5 +195,3 @@ class TransferResult:
     """Backend and transport that moved the bytes."""
     strategy: Strategy = Strategy.READ
     verified_blocks: int = 0
-    ticket: Ticket | None = None
-    """Ticket of a parked or restored request; see ``parking``."""

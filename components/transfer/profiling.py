@@ -2,7 +2,7 @@
 """NVTX ranges of a transfer's phases, for Nsight Systems: with ``DYN_MIGRATE_NVTX=1`` alone.
 
 ``span`` marks work of the calling thread (gather, post, scatter, checksum); ``begin`` and ``end`` mark work elsewhere
-(wire, disk). Any thread. Uses the ``nvtx`` package, else torch's binding, else logs once that there is neither.
+(wire). Any thread. Uses the ``nvtx`` package, else torch's binding, else logs once that there is neither.
 """
 
 from __future__ import annotations

@@ -43,8 +43,6 @@ from components.transfer.calibration import Calibration, LaneCalibration, Point
 from components.transfer.control import record
 from components.transfer.control.record import AgentRecord
 from components.transfer.data.nccl_link import Answer, Ask, Hello
-from components.transfer.parking import Place
-from components.transfer.parking import ticket as tickets
 from components.transfer.session import messages as session
 
 ROOT = Path(__file__).parents[2]
@@ -140,11 +138,6 @@ def everything() -> dict[str, list[bytes]]:
     ]
     config = {"model": "tiny-llama", "max-model-len": 512, "devices": [], "engine-args": {"step_s": 0.1}}
     snapshot = {"time_s": 1.0, "workers": [], "requests": [], "active": [], "bytes_per_s": 1e9}
-    parked = tickets.Ticket(
-        *("a" * 32, Place.FILE, "agent", "e", "r", 11, "f", "int64", 2, 1, 1, 4, 0, 1, "layout", 64, 2),
-        hashes=(b"h",),
-        checksums=(1, 2, 3),
-    )
     return {
         "record": [record.encode(agent_record())],
         "session": [encode(m) for m in session_messages()],
@@ -154,7 +147,6 @@ def everything() -> dict[str, list[bytes]]:
         "handshake": [bytes(64), bytes(range(64)), b"dynmig1\n" + bytes(32)],
         "handshake-answer": [b"dynmig1\n" + bytes(64), b"dynmig2\n" + bytes(64)],
         "handover-answer": [encode({"storages": [(4096, 4096)]})],
-        "ticket": [encode(parked)],
         "messages": [encode(m) for m in (*calls(), *outcomes)],
         "worker": [encode(m) for m in calls("live")],
         "native": [native_request()],

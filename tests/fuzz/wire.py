@@ -32,7 +32,6 @@ from components.transfer.data.handover import Mapping, map_peer
 from components.transfer.data.nccl_link import MAX_FRAME, Answer, Ask, Hello
 from components.transfer.data.tcp import TcpBackend
 from components.transfer.layout import Segment, extents
-from components.transfer.parking import ticket as tickets
 from components.transfer.regions import regions_of
 from components.transfer.session import messages as session
 from components.wire import UNREADABLE
@@ -204,15 +203,6 @@ def handover_answers(data: bytes) -> None:
         server.close()
 
 
-def parked_tickets(data: bytes) -> None:
-    """The ticket of a parked file, its check value being right."""
-    import zlib
-
-    found = tickets.unpack(data, zlib.crc32(data))
-    tickets.require_id(found)
-    found.require_fit(_own_record(), ())
-
-
 TARGETS = [
     Target("record", agent_records),
     Target("session", session_messages),
@@ -224,5 +214,4 @@ TARGETS = [
     Target("handshake", strangers),
     Target("handshake-answer", impostors),
     Target("handover-answer", handover_answers),
-    Target("ticket", parked_tickets),
 ]

@@ -9,7 +9,6 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ import torch
 from components.transfer import (
     AgentConfig,
     KVPool,
-    Place,
     Strategy,
     TransferAgent,
     move_to_shared_memory,
@@ -100,16 +98,6 @@ def test_every_phase_of_a_transfer_is_a_range_and_every_range_ends(case: str, re
     assert recorder.phases() == phases
     assert recorder.open == []
     assert any("0.0123 MB" in name for name in recorder.names)
-
-
-def test_parking_has_its_own_ranges(recorder: Recorder, tmp_path: Path) -> None:
-    src, dst = agents(shared=False, backends=("tcp",), park_dir=str(tmp_path / "park"))
-    done = src.parking.park(Place.FILE, [1, 2], request_id="r", deadline_s=20).wait(30)
-    assert done.ticket is not None
-    src.parking.restore(done.ticket, [3, 4], deadline_s=20).wait(30)
-    src.close()
-    dst.close()
-    assert recorder.phases() == {"gather", "disk", "scatter"} and recorder.open == []
 
 
 def test_without_the_switch_there_are_none() -> None:

@@ -40,7 +40,6 @@ from components.transfer.control.etcd import EtcdStore
 from components.transfer.data import handover
 from components.transfer.data.nccl import NcclBackend
 from components.transfer.data.nccl_line import Card
-from components.transfer.parking.ticket import Ticket, require_id
 from components.transfer.regions import regions_of
 from components.transfer.session import messages as session
 from components.transfer.session.exchange import Exchange
@@ -347,13 +346,6 @@ def test_a_namespace_cannot_leave_its_place_in_etcd_and_nats(name: str) -> None:
 def test_an_agent_cannot_leave_its_key(name: str) -> None:
     with pytest.raises(ConfigError, match="agent name"):
         AgentConfig(name=name).validate()
-
-
-@pytest.mark.parametrize("name", [*NAMES, "A" * 32, "0" * 31])
-def test_a_parked_file_is_named_by_nothing_but_its_own_id(name: str) -> None:
-    ticket = msgspec.msgpack.decode((ROOT / "tests/fuzz/corpus/ticket/valid-00").read_bytes(), type=Ticket)
-    with pytest.raises(ConfigError, match="ticket id"):
-        require_id(msgspec.structs.replace(ticket, id=name))
 
 
 @pytest.mark.parametrize("name", NAMES)
