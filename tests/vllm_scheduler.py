@@ -143,6 +143,7 @@ class Played:
 
     def finish_step(self, output: Any, results: StepResults | None = None) -> Any:
         """The model has run: each request that is not within its prompt gets one token."""
+        from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiKVConnectorWorkerMetadata
         from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
         ids = list(output.num_scheduled_tokens)
@@ -150,7 +151,8 @@ class Played:
         sampled = [[self.token] if i in samples else [] for i in ids]
         result = ModelRunnerOutput(ids, {i: n for n, i in enumerate(ids)}, sampled)
         if results is not None:
-            result.kv_connector_output = KVConnectorOutput(kv_connector_worker_meta=results)
+            meta: Any = MultiKVConnectorWorkerMetadata((results, None)) if self._shared(output) else results
+            result.kv_connector_output = KVConnectorOutput(kv_connector_worker_meta=meta)
         return self.scheduler.update_from_output(output, result)
 
     def step(self, results: StepResults | None = None) -> Any:
@@ -161,8 +163,15 @@ class Played:
 
     def jobs(self, output: Any) -> list[Job]:
         meta = output.kv_connector_metadata
+        if self._shared(output):
+            meta = meta.metadata[0]
         assert isinstance(meta, StepMetadata)
         return meta.jobs
+
+    @staticmethod
+    def _shared(output: Any) -> bool:
+        """Is there another connector beside ours?"""
+        return hasattr(output.kv_connector_metadata, "metadata")
 
     def done(self, *jobs: Job) -> StepResults:
         return StepResults([JobResult(job.job_id, ok=True) for job in jobs])

@@ -51,11 +51,49 @@ def test_the_scheduler_is_ours_on_top_of_the_one_asked_for(given: dict[str, Any]
         ({"data_parallel_size": 2}, "data_parallel_size is 2: start one worker for each"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size is 2: .* use tensor_parallel_size"),
         (
-            {"kv_transfer_config": KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")},
-            "kv_transfer_config is .*leave it out",
+            {"kv_transfer_config": KVTransferConfig(kv_connector="MooncakeConnector", kv_role="kv_both")},
+            "names MooncakeConnector, which does the work of MigrationConnector: leave it out",
         ),
     ],
 )
 def test_what_cannot_be_combined_is_named(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         configured(**given)
+
+
+OFFLOADING = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+SIZED = OFFLOADING | {"kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 30}}
+NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+
+
+@pytest.mark.parametrize(
+    ("given", "beside"),
+    [
+        ({}, []),
+        ({"kv_transfer_config": KVTransferConfig(**NIXL)}, []),
+        ({"kv_transfer_config": KVTransferConfig(**SIZED, kv_load_failure_policy="recompute")}, [SIZED]),
+        ({"kv_offloading_size": 1.0}, [SIZED]),
+        ({"kv_offloading_size": 1.0, "kv_transfer_config": KVTransferConfig(**NIXL)}, [SIZED]),
+        (
+            {
+                "kv_transfer_config": KVTransferConfig(
+                    kv_connector="MultiConnector",
+                    kv_role="kv_both",
+                    kv_connector_extra_config={"connectors": [NIXL, SIZED, OFFLOADING]},
+                )
+            },
+            [SIZED, OFFLOADING],
+        ),
+    ],
+)
+def test_other_connectors_stay_behind_ours(given: dict[str, Any], beside: list[dict[str, Any]]) -> None:
+    args = configured(**given)
+    transfer = args.kv_transfer_config
+    assert transfer.kv_load_failure_policy == "recompute" and args.kv_offloading_size is None
+    if not beside:
+        assert transfer.kv_connector == "MigrationConnector"
+        return
+    first, *others = transfer.kv_connector_extra_config["connectors"]
+    assert transfer.kv_connector == "MultiConnector" and first["kv_connector"] == "MigrationConnector"
+    assert first["kv_connector_extra_config"]["agent"] == {"name": "here"}
+    assert others == beside

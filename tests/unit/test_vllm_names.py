@@ -69,7 +69,13 @@ NAMES = {
         _get_connector_metadata build_connector_worker_meta handle_preemptions has_pending_push_work on_new_request""",
     "vllm.distributed.kv_transfer.kv_connector.v1.base.SupportsHMA": "request_finished_all_groups",
     # Model runner V1
-    "vllm.v1.worker.gpu_model_runner.GPUModelRunner": "device input_batch requests sampler vllm_config",
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner": """
+        _init_mrope_positions device input_batch requests sampler uses_mrope vllm_config""",
+    "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector.MultiConnector": "sub_connectors",
+    "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector.MultiKVConnectorWorkerMetadata": "metadata",
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector.OffloadingConnector": "connector_scheduler",
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler.OffloadingConnectorScheduler": """
+        _current_batch_allocated_block_ids""",
     "vllm.v1.worker.gpu_input_batch.InputBatch": "vocab_size",
     "vllm.v1.worker.gpu_input_batch.CachedRequestState": "generator",
     "vllm.v1.sample.sampler.Sampler": "use_fp64_gumbel",

@@ -35,17 +35,13 @@ if TYPE_CHECKING:
     from components.engine.vllm.compat.runners import RunnerPort
 
 
-def settings_of(vllm_config: VllmConfig) -> Settings:
-    """This package's part of vLLM's connector configuration."""
-    transfer = vllm_config.kv_transfer_config
-    return Settings(**(transfer.kv_connector_extra_config["migration"] if transfer else {}))
-
-
 class MigrationConnector(KVConnectorBase_V1, SupportsHMA):
     """vLLM's ``KVConnectorBase_V1`` over the transfer component, for any number of KV cache groups."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        transfer = vllm_config.kv_transfer_config
+        self.settings = Settings(**(transfer.kv_connector_extra_config["migration"] if transfer else {}))
         self._migration: Migration | None = None
         self._loader = Loader(vllm_config, kv_cache_config) if role is KVConnectorRole.WORKER else None
         self._runner: RunnerPort | None = None
@@ -90,6 +86,10 @@ class MigrationConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         """Never delays freeing: blocks of a copy, and lent ones, no longer belong to the request."""
         return False, self.migration.request_finished(request)
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """The same, beside a connector that knows one group only."""
+        return self.request_finished_all_groups(request, (block_ids,))
 
     def has_pending_push_work(self) -> bool:
         """True while a worker owes a result: vLLM must go on stepping."""

@@ -83,11 +83,10 @@ class Handoff:
         """The blocks of its prompt."""
         return self._outgoing.offer_of(RequestId(request.request_id), request, request.num_prompt_tokens)
 
-    def summed(self, results: object) -> None:
+    def summed(self, results: StepResults | None) -> None:
         """Take the workers' sums, before vLLM processes the tokens of the step."""
-        if isinstance(results, StepResults):
-            for sums in results.sums:
-                self._sums.setdefault(sums.vllm_id, []).append(sums)
+        for sums in results.sums if results is not None else ():
+            self._sums.setdefault(sums.vllm_id, []).append(sums)
 
     def lend(self, record: Record) -> dict[str, Any] | None:
         """The request has ended: keep its blocks and describe them. None for a request that is not lent."""
@@ -139,4 +138,5 @@ class Handoff:
         """vLLM has allocated the request's blocks: begin to copy, or drop the offer."""
         frozen, record.handoff = record.handoff, None
         if frozen is not None and num_external_tokens > 0:
+            self._port.neighbours.given(block for ids in tables for block in ids)
             self._incoming.begin_whole(record, frozen, tables, frozen.offer.num_tokens - num_external_tokens)

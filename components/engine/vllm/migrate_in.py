@@ -258,7 +258,8 @@ class MigrateIn:
         self._adopt(record, incoming.commit.offer)
         job = self._job(record, incoming.offer.num_tokens)
         size = len(job.src_blocks) * self.bytes_per_block
-        if not may_wait or size > self._wait_bytes or not self._late.isdisjoint(job.agents):
+        late = size > self._wait_bytes or not self._late.isdisjoint(job.agents)
+        if not may_wait or late or self._port.neighbours.may_read(job.dst_blocks):
             self._new.append(job)
             return
         mark("target-core", "copy", record.request_id)

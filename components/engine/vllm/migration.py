@@ -16,6 +16,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from components.engine.protocol import Frozen, RequestId
 from components.engine.vllm.compat.requests import external_id
 from components.engine.vllm.compat.scheduler import SchedulerPort
@@ -161,6 +163,9 @@ class Migration:
         self._records[request.request_id] = self._newest[record.request_id] = record
         if marker.num_prompt_tokens is not None:
             record.needs_install = self.port.as_resumed(request, marker.num_prompt_tokens)
+            if request.num_prompt_tokens != marker.num_prompt_tokens:
+                # Images have become other tokens here: whoever asks for the landing is told that there is none.
+                record.marker = marker = msgspec.structs.replace(marker, landing=None)
         if request.use_structured_output and (record.needs_install or marker.landing is not None):
             record.grammar = self.port.replay_grammar(request)
         if marker.landing is not None:
@@ -202,7 +207,8 @@ class Migration:
         """Requests will end by a client's call."""
         for vllm_id in vllm_ids:
             record = self._records.get(vllm_id)
-            if record is not None:
+            # A load of another connector goes on into blocks that are free only afterwards.
+            if record is not None and record.incoming is not None:
                 self.port.let_finish(record.request)
 
     def request_finished(self, request: Request) -> dict[str, Any] | None:
@@ -224,6 +230,7 @@ class Migration:
         """Work of the workers for this step."""
         self._step_began = time.monotonic()
         jobs, cancelled = self.incoming.take_new_jobs()
+        self.port.neighbours.step()
         meta = StepMetadata(jobs=jobs, cancelled=cancelled, to_sum=self.handoff.to_sum(scheduler_output))
         cached = scheduler_output.scheduled_cached_reqs.resumed_req_ids
         for vllm_id in (*cached, *(new.req_id for new in scheduler_output.scheduled_new_reqs)):
@@ -258,4 +265,5 @@ def _install(record: Record) -> Install:
         request.sampling_params,
         request.lora_request,
         record.rng_state,
+        request.mm_features,
     )

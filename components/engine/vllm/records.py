@@ -137,6 +137,7 @@ class Install:
     sampling_params: Any
     lora_request: Any
     rng_state: bytes
+    mm_features: list[Any] = field(default_factory=list)
 
     def __repr__(self) -> str:
         """Without tokens, which are users' text."""

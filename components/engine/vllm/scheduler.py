@@ -19,10 +19,12 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from components import lifeline
 from components.engine.vllm.compat import core, require_tested_vllm
+from components.engine.vllm.compat.connectors import child_of, results_of
 from components.engine.vllm.compat.scheduler import SchedulerPort
-from components.engine.vllm.connector import MigrationConnector, settings_of
+from components.engine.vllm.connector import MigrationConnector
 from components.engine.vllm.control import MARKER, encode
 from components.engine.vllm.migration import Migration
+from components.engine.vllm.records import StepResults
 from components.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,10 +43,10 @@ class MigrationMixin(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         lifeline.end_with_parent()
         super().__init__(*args, **kwargs)
-        if not isinstance(self.connector, MigrationConnector):
+        connector = child_of(self.connector, MigrationConnector)
+        if connector is None:
             raise ConfigError("a scheduler that migrates needs kv_connector MigrationConnector in kv_transfer_config")
-        self.migration = Migration(SchedulerPort(self), settings_of(self.vllm_config))
-        self.connector.migration = self.migration
+        connector.migration = self.migration = Migration(SchedulerPort(self), connector.settings)
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
         """As vLLM's, without waiting for copies, which keep their blocks themselves."""
@@ -61,7 +63,7 @@ class MigrationMixin(Scheduler):
     ) -> dict[int, EngineCoreOutputs]:
         """As vLLM's; then freeze the requests that waited for this step."""
         if (transfers := model_runner_output.kv_connector_output) is not None:
-            self.migration.handoff.summed(transfers.kv_connector_worker_meta)
+            self.migration.handoff.summed(results_of(transfers.kv_connector_worker_meta, StepResults))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for record, frozen in self.migration.after_step():
             for output in outputs[record.request.client_index].outputs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from components.engine.vllm.compat.connectors import child_of
 from components.engine.vllm.compat.runners import runner_port
 from components.engine.vllm.ranks import RankInfo, Snapshot
 from components.engine.vllm.records import Job, JobResult
@@ -42,7 +43,8 @@ def _connector() -> MigrationConnector:
 
     from components.engine.vllm.connector import MigrationConnector
 
-    connector = get_kv_transfer_group()
-    if not isinstance(connector, MigrationConnector):
-        raise TypeError(f"this worker's KV connector is {type(connector).__name__}, not MigrationConnector")
+    group = get_kv_transfer_group()
+    connector = child_of(group, MigrationConnector)
+    if connector is None:
+        raise TypeError(f"this worker's KV connector is {type(group).__name__}, not MigrationConnector")
     return connector

@@ -4,6 +4,7 @@
     scheduler.py   SchedulerPort: queues, seats, blocks and request states of a vLLM scheduler
     runners.py     RunnerPort: a model runner's state of a request; one port for V1, one for V2
     core.py        the call that this package adds to vLLM's engine core
+    connectors.py  this package's connector among others of an engine
     requests.py    ids of requests, and reasons why a request cannot move
 
 The rest of ``components.engine.vllm`` uses documented interfaces: ``scheduler_cls``, the connector's interface,

@@ -90,14 +90,14 @@ class RunnerV1:
             generator = torch.Generator(device=self._runner.device)
             generator.manual_seed(params.seed)
             if install.rng_state:
-                state = np.frombuffer(install.rng_state, dtype=np.uint8)
-                generator.set_state(torch.from_numpy(state.copy()))
+                drawn = np.frombuffer(install.rng_state, dtype=np.uint8)
+                generator.set_state(torch.from_numpy(drawn.copy()))
             else:
                 self._skip_draws(generator, len(install.output_token_ids))
-        self._runner.requests[install.vllm_id] = CachedRequestState(
+        state = CachedRequestState(
             req_id=install.vllm_id,
             prompt_token_ids=install.prompt_token_ids,
-            mm_features=[],
+            mm_features=install.mm_features,
             sampling_params=params,
             generator=generator,
             block_ids=([],),
@@ -105,6 +105,10 @@ class RunnerV1:
             output_token_ids=list(install.output_token_ids),
             lora_request=install.lora_request,
         )
+        if self._runner.uses_mrope:
+            # Positions in several dimensions, as of Qwen's models that see: text has them too.
+            self._runner._init_mrope_positions(state)
+        self._runner.requests[install.vllm_id] = state
 
     def _skip_draws(self, generator: torch.Generator, count: int) -> None:
         """Advance the generator by ``count`` tokens, with the draws of vLLM's sampler."""

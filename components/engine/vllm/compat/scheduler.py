@@ -24,6 +24,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from components.engine.groups import Table
+from components.engine.vllm.compat.connectors import Neighbours
 from components.engine.vllm.compat.grammars import Replay, guide_of
 from components.engine.vllm.compat.groups import groups_of, leading_nulls, why_not_movable
 
@@ -47,6 +48,8 @@ class SchedulerPort:
         self._held: set[str] = set()
         self.groups = groups_of(scheduler.kv_cache_manager)
         """Groups of layers, each with its own blocks."""
+        self.neighbours = Neighbours(scheduler.connector)
+        """Other connectors that read blocks."""
         self._not_movable = why_not_movable(scheduler.kv_cache_manager, scheduler.use_v2_model_runner)
 
     # What there is
@@ -98,6 +101,9 @@ class SchedulerPort:
     def tables(self, request: Request) -> list[list[int]]:
         """Numbers of its KV blocks by position, for each group; 0 for freed ones."""
         return list(self._scheduler.kv_cache_manager.get_block_ids(request.request_id))
+
+    def _numbers(self, request: Request) -> set[int]:
+        return {block for ids in self.tables(request) for block in ids}
 
     def held(self, request: Request, num_tokens: int) -> list[Table]:
         """Its blocks, in each group, that are needed behind its first ``num_tokens``."""
@@ -246,6 +252,7 @@ class SchedulerPort:
         if not placed or apart and not self.grow(request, num_tokens, room):
             self.free_blocks_of(self.unreserve(request))
             return None
+        self.neighbours.given(self._numbers(request))
         return Reservation(self.tables(request), local)
 
     def unreserve(self, request: Request) -> list[KVCacheBlock]:
@@ -271,11 +278,13 @@ class SchedulerPort:
         new = max(num_tokens, min(room_tokens, self._scheduler.max_model_len)) - had
         if new <= 0:
             return True
+        before = self._numbers(request)
         if self._scheduler.kv_cache_manager.allocate_slots(request, new, delay_cache_blocks=True) is None:
             return False
         request.num_computed_tokens = max(had, num_tokens)
         placed = self._place_states(request)
         self._do_not_zero(request)
+        self.neighbours.given(self._numbers(request) - before)
         return placed
 
     def _place_states(self, request: Request) -> bool:
@@ -287,7 +296,7 @@ class SchedulerPort:
         """Take back vLLM's order to zero new blocks of some caches: the next step may come after the copy."""
         if not self._scheduler.needs_kv_cache_zeroing:
             return
-        ours = {block for ids in self.tables(request) for block in ids}
+        ours = self._numbers(request)
         for manager in self._scheduler.kv_cache_manager.coordinator.single_type_managers:
             manager.new_block_ids = [block for block in manager.new_block_ids if block not in ours]
 
