@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a move costs for each family of models: ``python -m benchmarks.migration.families --json out.json``.
+
+Two engines in one program, one greedy answer of each model that is moved to and fro live; models of a few layers with
+random weights (``components/models/tiny.py``), Llama among them for comparison. ``stall`` is the gap between the last
+token here and the first one there, less the median gap between two tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+from benchmarks.graph import end_on_sigterm, machine
+from benchmarks.migration.engines import Answer, engines, greedy, to_and_fro
+from benchmarks.serving.parts import ENGINE
+from benchmarks.serving.tables import table
+from components import models, process
+from components.errors import MigrateError
+
+_MODELS = ("tiny-llama", "tiny-gemma3", "tiny-gpt-oss", "tiny-deepseek-v3", "tiny-qwen3-next")
+_BLOCKS = {"tiny-gemma3": 900, "tiny-gpt-oss": 450, "tiny-deepseek-v3": 600, "tiny-qwen3-next": 100}
+
+
+class Moved(msgspec.Struct):
+    """One model's answer."""
+
+    model: str
+    bytes_per_token: int
+    """Of layers that keep every token."""
+    answer: Answer
+
+    def row(self) -> list[str]:
+        """Sizes, and times in milliseconds."""
+        times = [at for at, _ in self.answer.steps]
+        gap = float(np.median(np.diff(times)))
+        down = np.array(self.answer.downtimes_s)
+        stall = np.maximum(0.0, down - gap)
+        return [
+            self.model.removeprefix("tiny-"),
+            f"{self.bytes_per_token:,}",
+            f"{np.median(self.answer.bytes) / 1024:,.0f}",
+            f"{gap * 1e3:.1f}",
+            f"{np.median(down) * 1e3:.1f}",
+            f"{np.percentile(down, 90) * 1e3:.1f}",
+            f"{np.median(stall) * 1e3:.1f}",
+        ]
+
+
+async def _measure(model: str, prompt: int, moves: int) -> Moved:
+    tokens = 60 * (moves + 1)
+    blocks = _BLOCKS.get(model, 300)
+    size = 16 if model == "tiny-deepseek-v3" else 32
+    arguments = {"model": models.resolve(model), "dtype": "float32", "num_gpu_blocks_override": blocks}
+    async with engines(**arguments, block_size=size, max_model_len=2048) as (a, b):
+        text = tuple(1000 + number % 97 for number in range(prompt))
+        plain = [await Answer("plain").rest(engine.generate(greedy("plain", text, tokens))) for engine in (a, b)]
+        answer = await to_and_fro(a, b, greedy("moved", text, tokens), Answer("moved"), moves)
+        if any(each.tokens != answer.tokens for each in plain):
+            raise MigrateError(f"{model}: the moved request gave other tokens")
+        return Moved(model, a.info.kv_bytes_per_token, answer)
+
+
+def main(
+    chosen: Annotated[str, typer.Option("--models", help="names of small models")] = ",".join(_MODELS),
+    prompt: Annotated[int, typer.Option(min=1, help="tokens")] = 600,
+    moves: Annotated[int, typer.Option(min=1, help="of each answer")] = 20,
+    json: Annotated[Path | None, typer.Option("--json", help="file for the raw samples")] = None,
+) -> None:
+    """Bytes that a move copies and the gap that a client sees, for each family of models."""
+    os.environ.update({name: os.environ.get(name, value) for name, value in ENGINE.items()})
+    found = [asyncio.run(_measure(model, prompt, moves)) for model in chosen.split(",")]
+    head = ["model", "KV bytes/token", "KiB moved", "gap, ms", "downtime, ms", "p90, ms", "stall, ms"]
+    Console(width=120).print(Markdown("\n".join(table(head, [each.row() for each in found]))))
+    if json is not None:
+        report = {"machine": machine(), "prompt": prompt, "models": found}
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
+
+
+if __name__ == "__main__":
+    end_on_sigterm()
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    process.run_blocking(app)
