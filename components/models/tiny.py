@@ -19,14 +19,40 @@ def make(name: str, tokenizer: Any, target: Path) -> None:
     import transformers
 
     architecture, fields = FAMILIES[name]
-    config = getattr(transformers, f"{architecture[0]}Config")(**(_sizes(tokenizer) | fields))
+    config = getattr(transformers, f"{architecture[0]}Config")(**(sizes(tokenizer) | fields))
     torch.manual_seed(0)
-    model = getattr(transformers, architecture[1])(config)
-    model.to(torch.bfloat16).save_pretrained(target)
+    model = getattr(transformers, architecture[1])(config).to(torch.bfloat16)
+    state = _with_drafter(model, config) if getattr(config, "num_nextn_predict_layers", 0) else None
+    model.save_pretrained(target, state_dict=state)
     tokenizer.save_pretrained(target)
 
 
-def _sizes(tokenizer: Any) -> dict[str, Any]:
+def _with_drafter(model: Any, config: Any) -> dict[str, Any]:
+    """Weights in which the last layer is one that predicts a token more, as in DeepSeek-V3's checkpoints.
+
+    transformers does not know such layers. This one looks at the token alone; embeddings are so large that they often
+    decide the next token by themselves, so that some of the drafts are accepted.
+    """
+    import torch
+
+    state = dict(model.state_dict())
+    state["model.embed_tokens.weight"] *= _LOUD
+    config.num_hidden_layers -= config.num_nextn_predict_layers
+    layer, size = f"model.layers.{config.num_hidden_layers}", config.hidden_size
+    ones = torch.ones(size, dtype=torch.bfloat16)
+    state |= {
+        f"{layer}.enorm.weight": ones,
+        f"{layer}.hnorm.weight": ones.clone(),
+        f"{layer}.eh_proj.weight": torch.eye(size, 2 * size, dtype=torch.bfloat16) * _LOUD * config.initializer_range,
+        f"{layer}.embed_tokens.weight": state["model.embed_tokens.weight"].clone(),
+        f"{layer}.shared_head.norm.weight": ones.clone(),
+        f"{layer}.shared_head.head.weight": state["lm_head.weight"].clone(),
+    }
+    return state
+
+
+def sizes(tokenizer: Any) -> dict[str, Any]:
+    """What all of them have."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
@@ -41,6 +67,7 @@ def _sizes(tokenizer: Any) -> dict[str, Any]:
     }
 
 
+_LOUD = 250
 _LARGE = {"initializer_range": 0.2, "pad_token_id": 0}
 _MLA = {
     "kv_lora_rank": 512,
@@ -50,6 +77,17 @@ _MLA = {
     "v_head_dim": 32,
     "num_key_value_heads": 4,
     "head_dim": 64,
+}
+_DEEPSEEK = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 64,
+    "n_group": 2,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "first_k_dense_replace": 1,
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
@@ -81,19 +119,12 @@ FAMILIES: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
     # One compressed head (MLA).
     "tiny-deepseek-v3": (
         ("DeepseekV3", "DeepseekV3ForCausalLM"),
-        _LARGE
-        | _MLA
-        | {
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_shared_experts": 1,
-            "moe_intermediate_size": 64,
-            "n_group": 2,
-            "topk_group": 1,
-            "topk_method": "noaux_tc",
-            "scoring_func": "sigmoid",
-            "first_k_dense_replace": 1,
-        },
+        _LARGE | _MLA | _DEEPSEEK,
+    ),
+    # The same with a layer that drafts.
+    "tiny-deepseek-mtp": (
+        ("DeepseekV3", "DeepseekV3ForCausalLM"),
+        _LARGE | _MLA | _DEEPSEEK | {"num_hidden_layers": 5, "num_nextn_predict_layers": 1},
     ),
     # Gated delta nets and full attention.
     "tiny-qwen3-next": (

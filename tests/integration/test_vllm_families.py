@@ -6,10 +6,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
+from vllm.sampling_params import RequestOutputKind
 
 from components.engine.groups import tables_of
-from components.engine.protocol import GenerateRequest, RequestId, Sampling
+from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, RequestId, Sampling
+from components.engine.vllm import VLLMEngine
 from components.engine.vllm.control import MARKER, Marker, decode_lent, encode
 from tests.integration.test_vllm_handover import (
     Client,
@@ -30,8 +33,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt-oss": {"model": "tiny-gpt-oss", "num_gpu_blocks_override": 450},
     "deepseek-v3": {"model": "tiny-deepseek-v3", "num_gpu_blocks_override": 600, "block_size": 16},
     "qwen3-next": {"model": "tiny-qwen3-next", "num_gpu_blocks_override": 100},
+    "paddleocr-vl": {"model": "tiny-paddleocr-vl", "limit_mm_per_prompt": {"image": 0}},
 }
-HELD = {"gemma3": [{2, 3}] * 5, "gpt-oss": [{2, 3}], "deepseek-v3": [], "qwen3-next": [{1}] * 3}
+HELD = {"gemma3": [{2, 3}] * 5, "gpt-oss": [{2, 3}], "deepseek-v3": [], "qwen3-next": [{1}] * 3, "paddleocr-vl": []}
 """Blocks of the groups that do not keep everything: a window of 64 tokens is in two or three of 32, a state in one."""
 SAMPLINGS = [
     Sampling(temperature=0.0, max_tokens=180, ignore_eos=True),
@@ -39,6 +43,15 @@ SAMPLINGS = [
     Sampling(temperature=0.8, seed=11, presence_penalty=0.9, repetition_penalty=1.2, max_tokens=180, ignore_eos=True),
 ]
 PROMPTS = [5, 31, 64, 97, 300, 700, 990]
+MODES = ["stop-and-copy", "live", "live", "replay"]
+NO_REPLAY = {"deepseek-v3"}
+"""On CPUs vLLM's prefill of compressed heads does not agree with its decoding to the last bit."""
+
+
+def mode_of(family: str, number: int) -> dict[str, bool]:
+    """How a request is moved, as ``move`` takes it."""
+    mode = MODES[number % len(MODES)]
+    return {"live": mode == "live", "replay": mode == "replay" and family not in NO_REPLAY}
 
 
 def with_each(caching: bool = True) -> pytest.MarkDecorator:
@@ -46,7 +59,11 @@ def with_each(caching: bool = True) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("pair", parameters, indirect=True)
 
 
-async def moved_answers(pair: Pair, count: int) -> int:
+def family_of(request: pytest.FixtureRequest) -> str:
+    return str(request.node.callspec.id).split("-9")[0].split("-100")[0]
+
+
+async def moved_answers(pair: Pair, count: int, family: str) -> int:
     """Answers of ``count`` requests, each moved to and fro at other tokens; how many of them are as if unmoved."""
     equal = 0
     for number in range(count):
@@ -57,7 +74,7 @@ async def moved_answers(pair: Pair, count: int) -> int:
         stream: object = source.generate(request)
         for stop in (6 + number % 7, 30 + number % 13, 60 + number % 32):
             await take_until(stream, client, stop)  # type: ignore[arg-type]
-            stream = await move(source, target, request, client, stream, live=bool(number % 4))
+            stream = await move(source, target, request, client, stream, **mode_of(family, number))
             source, target = target, source
         async for output in stream:  # type: ignore[attr-defined]
             client.take(output)
@@ -70,16 +87,20 @@ async def moved_answers(pair: Pair, count: int) -> int:
 
 @with_each()
 @pytest.mark.parametrize("count", [9, pytest.param(100, marks=pytest.mark.slow)])
-def test_moved_answers_equal_unmoved_ones(runner: asyncio.Runner, pair: Pair, count: int) -> None:
-    assert runner.run(asyncio.wait_for(moved_answers(pair, count), 30 + 4 * count)) == count
+def test_moved_answers_equal_unmoved_ones(
+    runner: asyncio.Runner, pair: Pair, count: int, request: pytest.FixtureRequest
+) -> None:
+    assert runner.run(asyncio.wait_for(moved_answers(pair, count, family_of(request)), 30 + 6 * count)) == count
     for engine in (pair.a, pair.b):
         assert not runner.run(engine.stats()).kv_refused
 
 
 @pytest.mark.slow
 @with_each(caching=False)
-def test_moved_answers_equal_unmoved_ones_without_a_prefix_cache(runner: asyncio.Runner, pair: Pair) -> None:
-    assert runner.run(asyncio.wait_for(moved_answers(pair, 100), 430)) == 100
+def test_moved_answers_equal_unmoved_ones_without_a_prefix_cache(
+    runner: asyncio.Runner, pair: Pair, request: pytest.FixtureRequest
+) -> None:
+    assert runner.run(asyncio.wait_for(moved_answers(pair, 100, family_of(request)), 630)) == 100
 
 
 @with_each()
@@ -101,34 +122,60 @@ def test_vllm_keeps_its_hybrid_cache_manager_and_windows_move_what_they_hold(
     runner.run(asyncio.wait_for(scenario(), 60))
 
 
-async def last(stream: Any) -> Any:
-    return [output async for output in stream][-1]
+async def decoded(engine: VLLMEngine, prompt: list[int], params: Any, name: str, made: int) -> Any:
+    """What a decode engine gives, behind the tokens that were made elsewhere."""
+    async for item in engine._llm.generate({"prompt_token_ids": prompt}, params, name):
+        tokens, reason = tuple(item.outputs[0].token_ids), None
+        if item.finished:
+            aborted = item.outputs[0].finish_reason == "abort"
+            reason = FinishReason.FROZEN if aborted else FinishReason.LENGTH
+        yield GenerateOutput(made, () if reason is FinishReason.FROZEN else tokens, finish_reason=reason)
+        made += len(tokens)
+
+
+async def apart(pair: Pair, request: GenerateRequest) -> tuple[Client, Any]:
+    """A request that one engine prefills and the other one decodes: its first token, and the stream of the others."""
+    from vllm import SamplingParams
+
+    def params(marker: Marker, **more: Any) -> Any:
+        sampling = msgspec.structs.asdict(request.sampling)
+        chosen = ("temperature", "top_p", "seed", "presence_penalty", "repetition_penalty", "max_tokens")
+        given = {key: sampling[key] for key in chosen} | {"ignore_eos": True, "output_kind": RequestOutputKind.DELTA}
+        return SamplingParams(extra_args={"kv_transfer_params": {MARKER: encode(marker)}}, **(given | more))
+
+    name, tokens = request.request_id, list(request.prompt_token_ids)
+    prefill = pair.a._llm.generate({"prompt_token_ids": tokens}, params(Marker(name, lend=True), max_tokens=1), name)
+    [*_, item] = [output async for output in prefill]
+    lent = decode_lent(item.kv_transfer_params[MARKER])
+    first = list(lent.frozen.output_token_ids)
+    taking = params(Marker(name, num_prompt_tokens=len(tokens), handoff=lent.frozen))
+    stream = decoded(pair.b, tokens + first, taking, name, len(first))
+    client = Client(list(first))
+    client.take(await anext(stream))
+    await pair.a.free_lent(lent.frozen.offer.request_id)
+    return client, stream
 
 
 @with_each()
-@pytest.mark.parametrize("prompt", [40, 300])
+@pytest.mark.parametrize("kind", ["greedy", "seeded", "penalties"])
 def test_a_decode_engine_takes_the_prompt_from_a_prefill_engine(
-    runner: asyncio.Runner, pair: Pair, prompt: int
+    runner: asyncio.Runner, pair: Pair, kind: str, request: pytest.FixtureRequest
 ) -> None:
-    async def scenario() -> None:
-        from vllm import SamplingParams
+    """And its request moves from there, in each mode."""
+    family = next(name for name in FAMILIES if name in request.node.callspec.id)
+    sampling = dict(zip(("greedy", "seeded", "penalties"), SAMPLINGS, strict=True))[kind]
 
-        for number in range(3):
-            name = f"apart-{prompt}-{number}"
-            request = request_of(name, prompt + 17 * number, Sampling(temperature=0.0, max_tokens=60, ignore_eos=True))
-            plain = await run(pair.a, GenerateRequest(RequestId("p"), request.prompt_token_ids, request.sampling))
-            tokens = list(request.prompt_token_ids)
-            lending = {"kv_transfer_params": {MARKER: encode(Marker(RequestId(name), lend=True))}}
-            params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, extra_args=lending)
-            prefilled = await last(pair.a._llm.generate({"prompt_token_ids": tokens}, params, name))
-            lent = decode_lent(prefilled.kv_transfer_params[MARKER])
-            first = list(lent.frozen.output_token_ids)
-            taking = Marker(RequestId(name), num_prompt_tokens=len(tokens), handoff=lent.frozen)
-            extra = {"kv_transfer_params": {MARKER: encode(taking)}}
-            params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True, extra_args=extra)
-            decoded = await last(pair.b._llm.generate({"prompt_token_ids": tokens + first}, params, name))
-            await pair.a.free_lent(lent.frozen.offer.request_id)
-            assert first + list(decoded.outputs[0].token_ids) == plain.tokens
+    async def scenario() -> None:
+        for number in range(2 * len(MODES)):
+            asked = request_of(f"apart-{kind}-{number}", (40, 300)[number % 2] + 17 * number, sampling)
+            plain = await run(pair.a, msgspec.structs.replace(asked, request_id=RequestId(f"plain-{kind}-{number}")))
+            client, stream = await apart(pair, asked)
+            if number >= len(MODES):
+                await take_until(stream, client, 30)
+                stream = await move(pair.b, pair.a, asked, client, stream, **mode_of(family, number))
+            async for output in stream:
+                client.take(output)
+            assert client.tokens == plain.tokens, (kind, number)
             assert not (await pair.b.stats()).kv_refused
 
-    runner.run(asyncio.wait_for(scenario(), 90))
+    runner.run(asyncio.wait_for(scenario(), 120))
