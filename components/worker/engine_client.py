@@ -17,7 +17,7 @@ from typing import Any
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from components.engine.protocol import RequestId
-from components.engine.vllm import checks, native
+from components.engine.vllm import checks, images, native
 from components.engine.vllm.loras import Loras
 from components.errors import EngineKiller
 from components.migration.legs import Leg
@@ -54,6 +54,11 @@ class _Call:
         return native.OutputFace(self.request_id, self.tokens)
 
     @property
+    def images(self) -> str:
+        """Why the frontend cannot repeat a prompt with more than token ids; empty where there is nothing else."""
+        return "images: the frontend does not know the tokens that stand for them" if self.tokens is None else ""
+
+    @property
     def adapter(self) -> str:
         """Digest of its LoRA adapter; empty: none or unknown."""
         lora = self.keywords.get("lora_request")
@@ -81,8 +86,18 @@ class _Call:
                 trace_headers=dict(keywords["trace_headers"]) if keywords.get("trace_headers") else None,
                 reasoning_ended=keywords.get("reasoning_ended"),
                 reasoning_parser_kwargs=keywords.get("reasoning_parser_kwargs"),
+                images=images.of_prompt(self.prompt),
             )
         )
+
+
+async def _learned(leg: Leg, own: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    """Outputs of a request whose prompt vLLM has made longer: it can move when that is known."""
+    async with aclosing(own):
+        async for item in own:
+            if not leg.prompt_token_ids and item.prompt_token_ids:
+                leg.prompt_token_ids, leg.fixed = tuple(item.prompt_token_ids), ""
+            yield item
 
 
 class _Bare:
@@ -196,11 +211,13 @@ class EngineClient:
             call.tokens or (),
             call.encoded,
             fixed=call.fixed,
-            attached=native.why_attached(params) or self._unrepeated.why(request_id),
+            attached=native.why_attached(params) or call.images or self._unrepeated.why(request_id),
             max_tokens=params.max_tokens,
             trace=call.keywords.get("trace_headers") or {},
         )
         own = self._entered(call, given)
+        if call.images and not leg.fixed:
+            leg.fixed, own = "images: their tokens are not known before the first output", _learned(leg, own)
         async with aclosing(own), aclosing(requests.serve(leg, own, call.face)) as stream:
             async for item in stream:
                 yield item

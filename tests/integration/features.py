@@ -125,7 +125,7 @@ FEATURES: dict[str, Feature] = {
         }
     ),
     "speculative decoding": Feature(test="test_vllm_handover.py::test_no_token_changes_with_drafts"),
-    "images": Feature(test="test_handoff.py::test_requests_reach_the_engine_as_dynamos_handler_gave_them"),
+    "images": Feature(test="test_images.py::test_questions_about_images_move"),
     "prompt embeddings": Feature(test="test_cases.py::test_embeddings_are_refused_as_by_stock_dynamo"),
     "vLLM's own options": Feature(test="test_native.py::test_what_cannot_travel_says_so"),
     "between frontend and worker": Feature(test="test_feature_table.py::test_every_field_is_in_a_row"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from PIL import Image
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -32,6 +33,7 @@ from components.engine.protocol import (
     TokenLogprob,
 )
 from components.engine.vllm import native
+from components.engine.vllm.compat.connectors import Neighbours
 from components.engine.vllm.control import MARKER, Lent, Marker, decode_lent, decode_marker, encode
 from components.engine.vllm.handoff import Handoff
 from components.engine.vllm.migrate_in import MigrateIn
@@ -67,6 +69,7 @@ class Port:
     ids: list[int]
     told: list[tuple[Any, ...]] = field(default_factory=list)
     block_size: int = BLOCK
+    neighbours: Neighbours = field(default_factory=lambda: Neighbours(None))
 
     def movable_layout(self) -> str | None:
         return None
@@ -455,6 +458,19 @@ async def test_requests_reach_the_engine_as_dynamos_handler_gave_them(
     async for _ in llm.generate(prompt, params, "one"):
         assert why in requests.legs[RequestId("one")].fixed and bool(why) == bool(requests.legs[RequestId("one")].fixed)
     assert llm.prompts[0] is prompt and llm.asked[0] is params
+
+
+async def test_a_request_with_images_can_move_once_its_tokens_are_known() -> None:
+    handoffs, requests, _, _ = worker()
+    llm = Llm()
+    EngineClient(llm).serve(requests, handoffs)
+    prompt = {"prompt_token_ids": [1, 2], "multi_modal_data": {"image": [Image.new("RGB", (2, 2))]}}
+    stream = llm.generate(prompt, SamplingParams(max_tokens=5), "one")
+    item = await anext(stream)
+    leg = requests.legs[RequestId("one")]
+    assert (leg.fixed, tuple(leg.prompt_token_ids)) == ("", tuple(item.prompt_token_ids)) and "images" in leg.attached
+    assert native.decode(leg.native()).images is not None
+    await stream.aclose()
 
 
 async def test_an_unknown_token_never_reaches_the_engine() -> None:

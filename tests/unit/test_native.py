@@ -7,12 +7,13 @@ from typing import Any
 
 import msgspec
 import pytest
+from PIL import Image
 from vllm import SamplingParams
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
 
 from components.engine.protocol import FinishReason, GenerateOutput, TokenLogprob
-from components.engine.vllm import native
+from components.engine.vllm import images, native
 from components.engine.vllm.sampling import finish_reason, logprobs_of
 from components.errors import InvalidRequest
 
@@ -74,6 +75,47 @@ def test_prompts_that_are_more_than_tokens_and_hints_stay() -> None:
     assert native.why_fixed({**PROMPT, "multi_modal_data": None}, SamplingParams(), {}) == ""
     assert "kv_hints" in native.why_fixed(PROMPT, SamplingParams(), {"kv_hints": object()})
     assert "rank 1" in native.why_fixed(PROMPT, SamplingParams(), {"data_parallel_rank": 1})
+
+
+SQUARE = {**PROMPT, "multi_modal_data": {"image": [Image.new("RGB", (3, 2), (5, 6, 7))]}}
+
+
+def test_images_travel_as_they_are() -> None:
+    given = {**SQUARE, "multi_modal_uuids": {"image": ["a"]}, "mm_processor_kwargs": {"do_resize": False}}
+    assert native.why_fixed(given, SamplingParams(), {}) == ""
+    sent = native.decode(native.encode(native.Native(SamplingParams(), images=images.of_prompt(given))))
+    assert sent.images is not None
+    made = sent.images.prompt((8, 9))
+    [image] = made["multi_modal_data"]["image"]
+    assert (image.mode, image.size, image.tobytes()) == ("RGB", (3, 2), bytes((5, 6, 7)) * 6)
+    assert made["prompt_token_ids"] == [*PROMPT["prompt_token_ids"], 8, 9]
+    assert made["multi_modal_uuids"] == {"image": ["a"]} and made["mm_processor_kwargs"] == {"do_resize": False}
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        ({"image": ["http://x/y.png"]}, "embeddings"),
+        ({"image": Image.new("CMYK", (2, 2))}, "embeddings"),
+        ({"image": Image.new("RGB", (2, 2)), "audio": [1]}, "audio"),
+        ({"image": Image.new("RGB", (3000, 2000))}, "18000000 bytes"),
+    ],
+)
+def test_other_media_and_large_images_stay(data: dict[str, Any], word: str) -> None:
+    assert word in native.why_fixed({**PROMPT, "multi_modal_data": data}, SamplingParams(), {})
+
+
+def test_images_that_a_prefill_worker_has_seen_stay() -> None:
+    params = SamplingParams(extra_args={"kv_transfer_params": {"do_remote_prefill": True}})
+    assert "prefill" in native.why_fixed(SQUARE, params, {})
+
+
+@pytest.mark.parametrize(
+    "image", [("RGB", 3, 2, b"short"), ("XYZ", 1, 1, b"xyz"), ("L", -1, -1, b"x"), ("L", 0, 5, b"")]
+)
+def test_an_image_that_is_none_is_one_error(image: tuple[str, int, int, bytes]) -> None:
+    with pytest.raises(InvalidRequest, match="an image"):
+        images.Images((1,), (images.Image(*image),)).prompt(())
 
 
 def test_an_answer_that_repeats_itself_ends_for_the_same_reason() -> None:

@@ -147,6 +147,8 @@ class VLLMEngine:
             if given.lora is not None:
                 given = msgspec.structs.replace(given, lora=self._loras.here(given.lora, given.adapter))
             salt, params, keywords = given.cache_salt, marked(given.params, request), given.keywords()
+            if given.images is not None:
+                prompt = given.images.prompt(request.output_token_ids)
         else:
             salt, params = request.cache_salt, to_vllm(request, self.info.max_model_len)
             keywords = {"lora_request": self._adapter(request.lora_name), "priority": request.priority}

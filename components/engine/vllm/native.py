@@ -21,6 +21,8 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from components.engine.protocol import FinishReason, GenerateOutput
+from components.engine.vllm import images
+from components.engine.vllm.images import Images
 from components.errors import InvalidRequest, WorkerLost
 
 MAX_BYTES = 16 << 20
@@ -52,6 +54,7 @@ class Native(msgspec.Struct, frozen=True, omit_defaults=True):
     trace_headers: dict[str, str] | None = None
     reasoning_ended: bool | None = None
     reasoning_parser_kwargs: dict[str, Any] | None = None
+    images: Images | None = None
 
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments for ``AsyncLLM.generate``."""
@@ -98,12 +101,22 @@ def decode(data: bytes) -> Native:
 
 def prompt_tokens(prompt: Any) -> list[int] | None:
     """Token ids of a prompt of token ids alone; None for images, embeddings and raw text."""
-    if not isinstance(prompt, Mapping):
-        return None
-    if not {key for key, value in prompt.items() if value} <= _KNOWN_PROMPT_KEYS:
+    if not isinstance(prompt, Mapping) or _more(prompt):
         return None
     tokens = prompt.get("prompt_token_ids")
     return tokens if isinstance(tokens, list) else None
+
+
+def _more(prompt: Mapping[str, Any]) -> set[str]:
+    return {key for key, value in prompt.items() if value} - _KNOWN_PROMPT_KEYS
+
+
+def _why_prompt_stays(prompt: Any) -> str:
+    if prompt_tokens(prompt) is not None:
+        return ""
+    if isinstance(prompt, Mapping) and _more(prompt) <= images.KEYS:
+        return images.why_stay(prompt)
+    return images.MORE
 
 
 MOVED = frozenset(
@@ -162,8 +175,10 @@ FIXED = {
 
 def why_fixed(prompt: Any, params: SamplingParams, keywords: Mapping[str, Any]) -> str:
     """Why this request cannot move exactly; empty: it can. ``keywords`` are those of ``AsyncLLM.generate``."""
-    if prompt_tokens(prompt) is None:
-        return "the prompt is more than token ids (images, embeddings): only its KV has all of it"
+    if reason := _why_prompt_stays(prompt):
+        return reason
+    if prompt_tokens(prompt) is None and transfer_of(params):
+        return "images that a prefill worker has seen: the decode worker has none"
     if params.n > 1:
         return "n > 1: the samples share one request"
     for field, reason in FIXED.items():
@@ -201,13 +216,15 @@ class OutputFace:
 
     def __init__(self, request_id: str, prompt_token_ids: list[int] | None) -> None:
         self._request_id = request_id
-        self._prompt = prompt_token_ids
+        self.prompt = prompt_token_ids
+        """With images, as vLLM has made it of them: known from the first output on."""
         self.cached_tokens = 0
         """The engine's data about the prompt."""
 
     def tokens(self, item: RequestOutput) -> Sequence[int]:
         """New tokens of the first sample."""
         self.cached_tokens = item.num_cached_tokens or self.cached_tokens
+        self.prompt = self.prompt or item.prompt_token_ids
         return item.outputs[0].token_ids if item.outputs else ()
 
     def finished(self, item: RequestOutput) -> bool:
@@ -246,7 +263,7 @@ class OutputFace:
         return RequestOutput(
             request_id=self._request_id,
             prompt=None,
-            prompt_token_ids=self._prompt,
+            prompt_token_ids=self.prompt,
             prompt_logprobs=None,
             outputs=[
                 CompletionOutput(

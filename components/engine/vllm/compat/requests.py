@@ -31,8 +31,8 @@ def why_not_migratable(request: Request) -> str | None:
         return "prompt_logprobs: they are produced once, during prefill"
     if request.resumable:
         return "streaming input: the rest of the prompt is still to come"
-    if request.mm_features:
-        return "multimodal input: the encoder's output cannot travel"
+    if others := {feature.modality for feature in request.mm_features} - {"image"}:
+        return f"multimodal input: {', '.join(sorted(others))} cannot travel"
     if request.prompt_token_ids is None or request.prompt_embeds is not None:
         return "prompt_embeds: the prompt is no list of tokens"
     return None
