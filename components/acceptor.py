@@ -1,35 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Listening sockets of this package, with a handshake first and bounded cost before it.
 
-``Acceptor`` serves each connection on a thread, ``StreamAcceptor`` on an asyncio task. Both do the handshake
-(``components.handshake``) before ``serve`` gets the connection, so that no socket can lack it.
+``Acceptor`` serves each connection on a thread. It does the handshake (``components.handshake``) before ``serve`` gets
+the connection, so that no socket can lack it.
 Bounds: ``Limits.unproven`` connections at a time before their proof, each for at most ``Limits.proof_s``; when
-strangers hold all of these places, the oldest is closed for a new one. Each costs a descriptor, a small buffer and, in
-``Acceptor``, a thread. After the proof: ``Limits.served`` connections; further ones are closed.
-Life cycle: accepts from construction (``start``) to ``close``, which also ends open connections.
+strangers hold all of these places, the oldest is closed for a new one. Each costs a descriptor, a small buffer and a
+thread. After the proof: ``Limits.served`` connections; further ones are closed.
+Life cycle: accepts from construction to ``close``, which also ends open connections.
 Errors: ``serve`` owns its time-outs; its ``OSError``, ``MigrateError`` and errors of undecodable bytes end the
 connection and are logged, any other error is logged as a fault of this package.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from components.errors import MigrateError
-from components.handshake import accepting, greet, greet_stream
+from components.handshake import accepting, greet
 from components.wire import UNREADABLE
 
 logger = logging.getLogger(__name__)
 _BACKLOG = 128
 _KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 """TCP keep-alive that detects a vanished host within a minute."""
-_ENDS = (OSError, MigrateError, asyncio.IncompleteReadError, *UNREADABLE)
+_ENDS = (OSError, MigrateError, *UNREADABLE)
 
 
 @dataclass(frozen=True)
@@ -149,55 +148,3 @@ def _shut(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_RDWR)
     except OSError as error:
         logger.debug("closing a socket: %s", error)
-
-
-Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-class StreamAcceptor:
-    """See the module docstring. Belongs to the loop that calls ``start``."""
-
-    def __init__(self, purpose: str, serve: Serve, name: str, limits: Limits | None = None) -> None:
-        self._purpose = purpose
-        self._serve = serve
-        self._name = name
-        self._limits = limits or Limits()
-        self._unproven: dict[asyncio.StreamWriter, None] = {}
-        self._proven: set[asyncio.StreamWriter] = set()
-        self._server: asyncio.Server | None = None
-
-    async def start(self, host: str, port: int = 0) -> str:
-        """Listen; returns host:port. Raises ``OSError`` where that cannot be."""
-        self._server = await asyncio.start_server(self._run, host, port, backlog=_BACKLOG)
-        return f"{host}:{self._server.sockets[0].getsockname()[1]}"
-
-    async def _run(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._unproven) >= self._limits.unproven:
-            oldest = next(iter(self._unproven))
-            del self._unproven[oldest]
-            oldest.transport.abort()
-        self._unproven[writer] = None
-        try:
-            prepare(writer.get_extra_info("socket"))
-            await greet_stream(reader, writer, accepting(self._purpose), time.monotonic() + self._limits.proof_s)
-            self._unproven.pop(writer, None)
-            if len(self._proven) >= self._limits.served:
-                logger.warning("%s: %d peers are connected, no more are taken", self._name, len(self._proven))
-                return
-            self._proven.add(writer)
-            await self._serve(reader, writer)
-        except _ENDS as error:
-            logger.info("%s: a connection was ended: %s", self._name, error)
-        except Exception:
-            logger.exception("%s: a connection", self._name)
-        finally:
-            self._unproven.pop(writer, None)
-            self._proven.discard(writer)
-            writer.close()
-
-    def close(self) -> None:
-        """Accept no more, end open connections. Idempotent."""
-        if self._server is not None:
-            self._server.close()
-        for writer in (*self._unproven, *self._proven):
-            writer.transport.abort()

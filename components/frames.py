@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages on a connection (a 4-byte length and a body), for threads and for asyncio.
+"""Messages on a connection: a 4-byte length and a body.
 
-Threads: ``say`` and ``hear`` move a msgspec struct, ``read_into`` bulk bytes; ``end`` is a deadline on
-``time.monotonic``. asyncio: ``frame`` makes the bytes of a sealed message (``components.credentials``), ``Frames``
-splits received bytes into bodies, ``unframe`` reads one. Both check the length of a body before they allocate it. Only
-``Frames`` has state. Raises ``InvalidRequest`` for a malformed or too large body, ``Unauthorized`` for a wrong seal,
-``ConnectionResetError`` for an end within a message, ``OSError`` and ``TimeoutError`` as sockets do; the caller then
-closes the connection.
+``say`` and ``hear`` move a msgspec struct, ``read_into`` bulk bytes; ``end`` is a deadline on ``time.monotonic``. The
+length of a body is checked before it is allocated. No state. Raises ``InvalidRequest`` for a malformed or too large
+body, ``ConnectionResetError`` for an end within a message, ``OSError`` and ``TimeoutError`` as sockets do; the caller
+then closes the connection.
 """
 
 from __future__ import annotations
@@ -14,30 +12,22 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from collections.abc import Iterator
 from typing import TypeVar
 
 import msgspec
 
-from components import credentials
-from components.errors import InvalidRequest, Unauthorized
+from components.errors import InvalidRequest
 from components.wire import UNREADABLE
 
 _LENGTH = struct.Struct("!I")
 
 
-class _Sealed(msgspec.Struct, frozen=True, array_like=True):
-    data: bytes
-    seal: str = ""
-
-
 T = TypeVar("T", bound=msgspec.Struct)
 _encoder = msgspec.msgpack.Encoder()
-_sealed = msgspec.msgpack.Decoder(_Sealed)
 
 
 def left(end: float) -> float:
-    """Seconds until ``end`` on ``time.monotonic``, more than 0 (which makes a socket non-blocking)."""
+    """Seconds until ``end`` on ``time.monotonic``; never 0, which would make a socket non-blocking."""
     return max(0.001, end - time.monotonic())
 
 
@@ -64,17 +54,13 @@ def write_frame(sock: socket.socket, data: bytes, end: float) -> None:
 def read_frame(sock: socket.socket, limit: int, end: float | None) -> bytes:
     """Receive one body of at most ``limit`` bytes; without ``end`` it may begin at any time."""
     (length,) = _LENGTH.unpack(read_exactly(sock, _LENGTH.size, end))
-    return read_exactly(sock, _bounded(length, limit), end)
-
-
-def _bounded(length: int, limit: int) -> int:
     if length > limit:
         raise InvalidRequest(f"a message of {length} bytes; at most {limit}")
-    return length
+    return read_exactly(sock, length, end)
 
 
 def read_exactly(sock: socket.socket, count: int, end: float | None) -> bytes:
-    """Receive ``size`` bytes."""
+    """Receive ``count`` bytes."""
     data = bytearray(count)
     read_into(sock, memoryview(data), end)
     return bytes(data)
@@ -100,44 +86,3 @@ def is_open(sock: socket.socket) -> bool:
         return True
     except OSError:
         return False
-
-
-def frame(message: msgspec.Struct) -> bytes:
-    """A sealed message as bytes for the connection."""
-    data = _encoder.encode(message)
-    body = _encoder.encode(_Sealed(data, credentials.seal(type(message).__name__, data)))
-    return _LENGTH.pack(len(body)) + body
-
-
-def unframe(body: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
-    """Read a body of ``Frames``."""
-    kind = decoder.type.__name__
-    try:
-        sealed = _sealed.decode(body)
-        if not credentials.accepts(kind, sealed.data, sealed.seal):
-            raise Unauthorized(f"a {kind} message without the seal of the secret in {credentials.VARIABLE}")
-        return decoder.decode(sealed.data)
-    except UNREADABLE as error:
-        raise InvalidRequest(f"not a {kind} message: {error}") from error
-
-
-class Frames:
-    """Splits bytes into whole bodies. ``limit`` bounds a body and so the buffer."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._kept = b""
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """Bodies completed by these bytes."""
-        data, at = self._kept + data, 0
-        try:
-            while len(data) - at >= _LENGTH.size:
-                (length,) = _LENGTH.unpack_from(data, at)
-                start = at + _LENGTH.size
-                if len(data) - start < _bounded(length, self._limit):
-                    return
-                at = start + length
-                yield data[start:at]
-        finally:
-            self._kept = data[at:]

@@ -12,18 +12,16 @@ connection, socket, process or direction. Without a secret it proves the purpose
 another epoch that used the same address.
 
 The handshake does not encrypt and does not protect later bytes from an attacker who can change packets: encrypt the
-network against that. It takes 136 bytes; ``end`` bounds each side's wait. ``connect`` and ``greet`` are for threads,
-their ``_stream`` forms for asyncio; servers use ``components.acceptor``, which bounds the cost before the proof.
+network against that. It takes 136 bytes; ``end`` bounds each side's wait. Servers use ``components.acceptor``, which
+bounds the cost before the proof.
 Raises ``Unauthorized`` for a failed proof, ``OSError`` and ``TimeoutError`` as sockets do. No state, no threads.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import secrets
 import socket
-import time
 from collections.abc import Generator
 
 from components import credentials
@@ -91,27 +89,6 @@ def greet(sock: socket.socket, steps: Steps, end: float) -> None:
         return
 
 
-async def greet_stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, steps: Steps, end: float) -> None:
-    """As ``greet``, in asyncio."""
-    try:
-        async with asyncio.timeout(left(end)):
-            want = next(steps)
-            while True:
-                if isinstance(want, bytes):
-                    writer.write(want)
-                    await writer.drain()
-                    want = next(steps)
-                    continue
-                try:
-                    got = await reader.readexactly(want)
-                except (ConnectionError, asyncio.IncompleteReadError) as error:
-                    want = steps.throw(ConnectionResetError(str(error)))
-                else:
-                    want = steps.send(got)
-    except StopIteration:
-        return
-
-
 def connect(address: str, purpose: str, end: float) -> socket.socket:
     """A connection to ``host:port`` after the proof of the other end."""
     sock = socket.create_connection(Address.of(address), timeout=left(end))
@@ -122,18 +99,3 @@ def connect(address: str, purpose: str, end: float) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-async def connect_stream(
-    address: str, purpose: str, timeout_s: float
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """As ``connect``, in asyncio."""
-    end = time.monotonic() + timeout_s
-    async with asyncio.timeout(timeout_s):
-        reader, writer = await asyncio.open_connection(*Address.of(address))
-    try:
-        await greet_stream(reader, writer, connecting(purpose), end)
-    except BaseException:
-        writer.transport.abort()
-        raise
-    return reader, writer

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from components.address import Address
 from components.serve.servers import answers, etcd_command, free_port, nats_command
@@ -22,6 +23,9 @@ from planner_hooks import perf_model
 
 perf_model.stand_in()  # Tests import parts of Dynamo's planner.
 os.environ.update(past_proxies(os.environ))  # What tests start is on this machine.
+# How long an example takes says nothing on a busy machine.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 _status = pytest.StashKey[int]()
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import socket
@@ -15,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from components import credentials
-from components.acceptor import Acceptor, Limits, StreamAcceptor
+from components.acceptor import Acceptor, Limits
 from components.errors import Unauthorized
 from components.frames import read_exactly
-from components.handshake import Steps, accepting, connect, connect_stream, connecting, greet
+from components.handshake import Steps, accepting, connect, connecting, greet
 
 FIRST, SECOND = b"first secret " * 3, b"second secret " * 3
 PURPOSE = "kv-tcp life"
@@ -231,32 +230,3 @@ def test_an_impostor_is_told_nothing_but_a_proof(use: Use) -> None:
             greet(near, connecting(PURPOSE), time.monotonic() + 30)
         near.close()
         assert len(end_of(far)) == 64
-
-
-async def test_asyncio_servers_and_clients_do_the_same(use: Use) -> None:
-    use(FIRST)
-
-    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(await reader.readexactly(1))
-        await writer.drain()
-
-    server = StreamAcceptor(PURPOSE, echo, "test", Limits(unproven=4, served=2))
-    address = await server.start("127.0.0.1")
-    host, _, port = address.rpartition(":")
-    silent = [await asyncio.open_connection(host, int(port)) for _ in range(20)]
-    with pytest.raises(Unauthorized):
-        await connect_stream(address, "another", 30)
-    reader, writer = await connect_stream(address, PURPOSE, 30)
-    writer.write(b"?")
-    assert await reader.readexactly(1) == b"?"
-    assert len(server._unproven) <= 4
-    # What threads speak is the same.
-    with await asyncio.to_thread(connect, address, PURPOSE, time.monotonic() + 30) as sock:
-        assert await asyncio.to_thread(is_served, sock)
-    with pytest.raises(TimeoutError):
-        silent_server = await asyncio.start_server(lambda _r, _w: None, "127.0.0.1")
-        await connect_stream(f"127.0.0.1:{silent_server.sockets[0].getsockname()[1]}", PURPOSE, 0.1)
-    server.close()
-    for _, other in silent:
-        other.close()
-    silent_server.close()

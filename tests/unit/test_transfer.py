@@ -149,16 +149,16 @@ def test_neighbouring_blocks_become_one_run() -> None:
 def test_batches_name_the_memory_that_extents_name(
     lengths: list[int], pairs: tuple[list[int], list[int]], gap: int, limit: int
 ) -> None:
-    ours = [Segment(10_000 * n, length, length) for n, length in enumerate(lengths)]
-    theirs = [Segment(10_000 * n + 1, length + gap, length) for n, length in enumerate(lengths)]
-    near, far = np.array(pairs[1], np.int64), np.array(pairs[0][: len(pairs[1])], np.int64)
+    local = [Segment(10_000 * n, length, length) for n, length in enumerate(lengths)]
+    remote = [Segment(10_000 * n + 1, length + gap, length) for n, length in enumerate(lengths)]
+    blocks = np.array(pairs[1], np.int64), np.array(pairs[0][: len(pairs[1])], np.int64)
 
     def touched(memory: Ints) -> list[tuple[int, int]]:
         return [(a + i, b + i) for a, b, size in memory.tolist() for i in range(size)]
 
-    groups = list(batches(ours, theirs, near, far, limit))
+    groups = list(batches(local, remote, *blocks, limit))
     assert all(group[:, 2].sum() < 2 * limit for group in groups)
-    assert [pair for group in groups for pair in touched(group)] == touched(extents(ours, theirs, near, far))
+    assert [pair for group in groups for pair in touched(group)] == touched(extents(local, remote, *blocks))
 
 
 def test_settings_in_plain_text_mean_what_their_enums_mean() -> None:
