@@ -16,7 +16,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -34,6 +34,8 @@ from components.migration.suspects import Suspects
 
 logger = logging.getLogger(__name__)
 _SWEEP_S = 1.0
+_CUT_OVERS = 32
+"""Requests of this worker that are frozen at a time."""
 
 T = TypeVar("T")
 
@@ -71,6 +73,9 @@ class Requests:
         self.handoffs: Counter[str] = Counter()
         """Outcomes of hand-overs from prefill to decode workers."""
         self.events: Counter[Event] = Counter()
+        self.cutting_over = 0
+        """Requests between their last token here and their first one elsewhere."""
+        self._cut_overs = asyncio.Semaphore(_CUT_OVERS)
         self.owners = Owners(peers, instance)
         self.suspects = Suspects(peers, instance, self._in_flight)
         self.arrivals = Arrivals(engine, fingerprint, peers, self.suspects, self.events, self.spawn)
@@ -82,6 +87,17 @@ class Requests:
     def fingerprint(self) -> str:
         """See ``Arrivals``."""
         return self.arrivals.fingerprint
+
+    @asynccontextmanager
+    async def cut_over(self) -> AsyncIterator[bool]:
+        """Around a freeze, up to the first token elsewhere. Gives True if others had to end theirs first."""
+        waited = self._cut_overs.locked()
+        async with self._cut_overs:
+            self.cutting_over += 1
+            try:
+                yield waited
+            finally:
+                self.cutting_over -= 1
 
     @property
     def tokens_total(self) -> int:

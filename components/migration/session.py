@@ -124,10 +124,13 @@ class _Move:
             first = asyncio.ensure_future(self._first(relay))
             await self._pre_copy(rounds=self._limits.rounds if record.mode is Mode.LIVE else 0)
             await self._until(opened, first)
-            # A step of the source has just ended: all that follows can be timed from here.
-            await leg.next_token(_WAIT_STEPS * gap)
-            self._mark("freeze asked")
-            frozen, downtime = await self._cut_over(first, gap, record.mode)
+            async with self._requests.cut_over() as waited:
+                if waited and record.mode is Mode.LIVE:
+                    await self._pre_copy(rounds=2)
+                # A step of the source has just ended: all that follows can be timed from here.
+                await leg.next_token(_WAIT_STEPS * gap)
+                self._mark("freeze asked")
+                frozen, downtime = await self._cut_over(first, gap, record.mode)
         except BaseException:
             if first is not None:
                 first.cancel()
@@ -197,6 +200,9 @@ class _Move:
         mark("source", what, self._leg.request_id)
 
     async def _hold(self, gap: float) -> None:
+        if self._requests.cutting_over > 1:
+            # Commits of a crowd come all the time: the destination never waits for one of them.
+            return
         # The source finishes what it has scheduled ahead; meanwhile the destination's requests go on.
         await asyncio.sleep(_AHEAD * self._requests.options.steps_ahead * gap)
         with contextlib.suppress(MigrateError):
