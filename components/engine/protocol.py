@@ -323,8 +323,8 @@ class Engine(Protocol):
         """The destination owns the request now: end the stream (``FROZEN``) and free the blocks."""
         ...
 
-    async def landing_status(self, request_id: RequestId) -> LandingStatus:
-        """Progress of a landing request."""
+    async def landing_status(self, request_id: RequestId, wait_s: float = 0.0) -> LandingStatus:
+        """Progress of a landing request. The engine may keep the answer until its round has ended, for ``wait_s``."""
         ...
 
     async def extend(self, request_id: RequestId, offer: KVOffer, tokens: tuple[int, ...]) -> None:

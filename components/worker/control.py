@@ -119,7 +119,7 @@ class Control:
         while True:
             over = time.monotonic() >= end
             try:
-                status = await self._requests.engine.landing_status(leg.engine_id)
+                status = await self._requests.engine.landing_status(leg.engine_id, max(0.0, end - time.monotonic()))
                 if status.landed or over:
                     return status
             except RequestNotFound as error:

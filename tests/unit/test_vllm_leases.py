@@ -20,7 +20,7 @@ class Core:
     async def commit(self, request_id: RequestId, frozen: Any) -> None:
         pass
 
-    async def landing_status(self, request_id: RequestId) -> LandingStatus:
+    async def landing_status(self, request_id: RequestId, wait_s: float = 0.0) -> LandingStatus:
         return LandingStatus(reserved=True)
 
 

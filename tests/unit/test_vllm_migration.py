@@ -271,6 +271,28 @@ def test_all_ranks_must_have_copied(tiny_llama: str) -> None:
     assert played.call(Op.LANDING, request).landing.landed  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("end_with", ["copied", "failed", "aborted"])
+def test_who_waits_for_a_landing_is_answered_once_when_its_round_has_ended(tiny_llama: str, end_with: str) -> None:
+    played = Played(tiny_llama)
+    request = played.land("moved", 50)
+    (job,) = played.jobs(played.step())
+    waiting = played.call(Op.LANDING, request, hold_s=1.0)
+    assert isinstance(waiting, Future) and not waiting.done()
+    played.step()
+    assert not waiting.done()
+    if end_with == "aborted":
+        end(played, request)
+        assert isinstance(waiting.exception(0), RequestNotFound)
+        return
+    result = JobResult(job.job_id, ok=False, error=("timeout", "late"), bad_blocks=job.dst_blocks)
+    played.step(played.done(job) if end_with == "copied" else StepResults([result]))
+    landing = waiting.result(0).landing
+    assert landing is not None and landing.landed and (landing.error is None) == (end_with == "copied")
+    # There is nothing more to wait for.
+    assert played.call(Op.LANDING, request, hold_s=1.0).landing.landed  # type: ignore[union-attr]
+    end(played, request)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [

@@ -248,7 +248,7 @@ class PagedEngine:
         self._live.scheduler.resume(active)
         self._wake()
 
-    async def landing_status(self, request_id: RequestId) -> LandingStatus:
+    async def landing_status(self, request_id: RequestId, wait_s: float = 0.0) -> LandingStatus:
         """Progress of a landing request."""
         active = self._live.scheduler.get(request_id)
         if active.landing is not None:

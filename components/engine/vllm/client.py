@@ -48,9 +48,9 @@ class CoreClient:
         """Continue generating."""
         await self._call(Call(Op.RESUME, request_id))
 
-    async def landing_status(self, request_id: RequestId) -> LandingStatus:
-        """Progress of a landing request."""
-        return _given((await self._call(Call(Op.LANDING, request_id))).landing)
+    async def landing_status(self, request_id: RequestId, wait_s: float = 0.0) -> LandingStatus:
+        """Progress of a landing request; with ``wait_s`` when its round has ended, however long that takes."""
+        return _given((await self._call(Call(Op.LANDING, request_id, hold_s=wait_s))).landing)
 
     async def extend(self, request_id: RequestId, offer: KVOffer, tokens: tuple[int, ...]) -> None:
         """Another round of copying."""

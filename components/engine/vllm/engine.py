@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,11 +224,16 @@ class VLLMEngine:
         await self._core.resume(request_id)
         self._stop_lease(request_id)
 
-    async def landing_status(self, request_id: RequestId) -> LandingStatus:
+    async def landing_status(self, request_id: RequestId, wait_s: float = 0.0) -> LandingStatus:
         """Progress of a landing request. After its commit no lease begins, because nobody would end it."""
         live = self._live.get(request_id)
         if live is not None and live in self._leases:
             self._leases.renew(live)
+        if wait_s:
+            # Asking again and again would stop the engine's steps each time.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    return await self._core.landing_status(request_id, wait_s)
         return await self._core.landing_status(request_id)
 
     async def extend(self, request_id: RequestId, offer: KVOffer, tokens: tuple[int, ...]) -> None:

@@ -22,6 +22,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import msgspec
@@ -30,10 +31,11 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from components.engine.groups import tables_of
 from components.engine.protocol import AgentRef, Frozen, KVOffer, LandingStatus
 from components.engine.vllm.compat.scheduler import SchedulerPort
+from components.engine.vllm.control import Reply
 from components.engine.vllm.parts import Parts
 from components.engine.vllm.ranks import Ranks
 from components.engine.vllm.records import Incoming, Job, JobResult, Record, StepResults, use_until
-from components.errors import NoRoom, SessionError
+from components.errors import NoRoom, RequestNotFound, SessionError
 from components.timeline import mark
 
 MAX_WAIT_S = 0.25
@@ -160,6 +162,24 @@ class MigrateIn:
             # The source goes on meanwhile.
             return msgspec.structs.replace(progress, in_flight=True)
         return progress
+
+    def landing(self, record: Record, wait: bool) -> Reply | Future[Reply]:
+        """``status`` as a reply; with ``wait`` it comes when the round under way has ended."""
+        status = self.status(record)
+        if not wait or record.incoming is None or record.incoming.job is None:
+            return Reply(landing=status)
+        waiter: Future[Reply] = Future()
+        record.incoming.waiters.append(waiter)
+        return waiter
+
+    def _answer(self, record: Record, incoming: Incoming) -> None:
+        """Nothing is reserved here: who is not content asks again, between two steps."""
+        status = record.landed or LandingStatus(reserved=True)
+        if record.incoming is incoming:
+            status = msgspec.structs.replace(self._progress(incoming), reserved=bool(incoming.parts))
+        for waiter in incoming.waiters:
+            waiter.set_result(Reply(landing=status))
+        incoming.waiters.clear()
 
     def _no_room(self) -> NoRoom:
         return NoRoom(f"{self._port.free_blocks} free KV blocks and {self._port.seats_left()} free request slots")
@@ -319,6 +339,7 @@ class MigrateIn:
             incoming = flight.record.incoming
             if incoming is not None and incoming.job is flight.job:
                 self._settle(flight, incoming)
+                self._answer(flight.record, incoming)
         if result.quiet:
             self._quiet(flight)
 
@@ -371,8 +392,10 @@ class MigrateIn:
 
     def _end(self, record: Record) -> None:
         mark("target-core", "landed", record.request_id)
-        record.landed = self._progress(_incoming(record))
+        incoming = _incoming(record)
+        record.landed = self._progress(incoming)
         record.incoming = record.grammar = None
+        self._answer(record, incoming)
 
     def _start_over(self, record: Record) -> None:
         """Compute everything behind the last good block."""
@@ -398,6 +421,8 @@ class MigrateIn:
         incoming, record.incoming = record.incoming, None
         if incoming is None:
             return
+        for waiter in incoming.waiters:
+            waiter.set_exception(RequestNotFound(f"request {record.request_id} has just ended"))
         self._port.give_up_seat(record.request)
         if flight := self._stop_job(incoming):
             flight.blocks = self._port.take_blocks(record.request)

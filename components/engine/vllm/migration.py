@@ -116,7 +116,7 @@ class Migration:
             case Op.RESUME:
                 self.outgoing.resume(record)
             case Op.LANDING:
-                return Reply(landing=self.incoming.status(record))
+                return self.incoming.landing(record, wait=call.hold_s > 0)
             case Op.EXTEND if call.offer is not None:
                 self.incoming.extend(record, call.offer, call.tokens)
             case Op.COMMIT if call.frozen is not None:

@@ -52,6 +52,8 @@ class Incoming:
     wire_s: float = 0.0
     lane: str = ""
     error: tuple[str, str] | None = None
+    waiters: list[Future[Reply]] = field(default_factory=list)
+    """Calls that are answered when the round has ended."""
 
 
 @dataclass
