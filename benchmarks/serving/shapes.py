@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model folders of a well-known shape without weights: ``python -m benchmarks.serving.shapes llama-3.1-8b FOLDER``.
 
-For ``--load-format dummy``. The tokenizer is that of tiny-llama, and so is the size of the vocabulary: a
-token that the tokenizer does not know has no text.
+For ``--load-format dummy``. Tokenizer and vocabulary size are those of tiny-llama, so that every token has a text.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
     },
 }
-"""Keys of ``config.json`` as the models' publishers have them."""
+"""Keys of the publishers' ``config.json``."""
 
 
 def folder(model: str) -> Path:
-    """Of a model for a benchmark: a shape is made when it is missing, everything else is ``components.models``'s."""
+    """Folder of a model for a benchmark. Makes a missing shape; ``components.models`` has all other models."""
     if model not in SHAPES:
         return Path(models.resolve(model))
     made = models.cache_folder() / "models" / model
@@ -56,4 +55,8 @@ def make(shape: str, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    make(sys.argv[1], Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.shapes", description=__doc__)
+    parser.add_argument("shape", choices=list(SHAPES))
+    parser.add_argument("folder", type=Path, help="folder to write")
+    arguments = parser.parse_args()
+    make(arguments.shape, arguments.folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ import yaml
 
 from components.cli import app
 from scripts.reference import TARGET, text
+from tests.documents import PAGES, ROOT, commands, modules, options
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^[ ]*```(\w+)\n(.*?)^[ ]*```", re.M | re.S)
 IDS = [page.name for page in PAGES]
 
@@ -43,31 +41,50 @@ def test_python_and_yaml_blocks_are_right(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_commands_in_blocks_exist_with_their_options(page: Path) -> None:
-    for code in blocks(page, "sh"):
-        for line in code.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words[:1] == ["dynamo"]:
-                check_dynamo(words[1:])
-            elif words[:2] == ["python", "-m"]:
-                assert importlib.util.find_spec(words[2]), line
-            elif words[:1] == ["make"]:
-                assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), line
+def test_commands_exist_with_their_options(page: Path) -> None:
+    for words in commands(page):
+        {"dynamo": check_dynamo, "pytest": check_pytest, "make": check_make}.get(words[0], check_module)(words)
 
 
 def check_dynamo(words: list[str]) -> None:
     command: Any = typer.main.get_command(app)
-    while hasattr(command, "commands"):
-        name = words.pop(0)
-        assert name in command.commands, name
+    rest = words[1:]
+    while hasattr(command, "commands") and not rest[0].startswith("-"):
+        name = rest.pop(0)
+        assert name in command.commands, words
         command = command.commands[name]
     known = {option for given in command.params for option in given.opts}
-    for word in words:
+    for word in rest:
         option = word.partition("=")[0]
         if option.startswith("-") and "." not in option:
             assert option in known, f"{command.name} has no {option}"
         if word.startswith("configs/"):
             assert (ROOT / word).is_file(), word
+
+
+def check_pytest(words: list[str]) -> None:
+    for word in words[1:]:
+        assert not word.startswith("tests/") or (ROOT / word).exists(), words
+
+
+def check_make(words: list[str]) -> None:
+    assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), words
+
+
+def check_module(words: list[str]) -> None:
+    """Its options are in its source; ``--help`` itself, which takes seconds, is asked in the slow group."""
+    name = words[2]
+    assert importlib.util.find_spec(name), words
+    if name not in modules():
+        return  # Of Dynamo or vLLM.
+    path = ROOT / name.replace(".", "/")
+    source = (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+    assert "__main__" in source or path.is_dir(), words
+    if name == "components.worker":
+        return  # Its arguments are those of dynamo.vllm.
+    for option in options(words[3:]):
+        parameter = option.removeprefix("--").replace("-", "_")
+        assert f'"{option}"' in source or re.search(rf"\b{parameter}\b", source), f"{name} has no {option}"
 
 
 def test_the_policy_of_the_tutorial_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
