@@ -127,7 +127,9 @@ FEATURES: dict[str, Feature] = {
     "speculative decoding": Feature(test="test_vllm_handover.py::test_no_token_changes_with_drafts"),
     "images": Feature(test="test_images.py::test_questions_about_images_move"),
     "prompt embeddings": Feature(test="test_cases.py::test_embeddings_are_refused_as_by_stock_dynamo"),
-    "vLLM's own options": Feature(test="test_native.py::test_what_cannot_travel_says_so"),
+    "vLLM's own options": Feature(
+        test="test_vllm_handover.py::test_options_of_vllms_own_are_served_and_keep_a_request_where_it_is"
+    ),
     "between frontend and worker": Feature(test="test_feature_table.py::test_every_field_is_in_a_row"),
 }
 """By the name in the first column of docs/features.md."""

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 import msgspec
 import pytest
+from vllm import SamplingParams
 
 from components.engine.groups import whole_blocks
 from components.engine.protocol import FinishReason, Frozen, GenerateOutput, GenerateRequest, RequestId, Sampling
-from components.engine.vllm import VLLMEngine
+from components.engine.vllm import VLLMEngine, native
 from components.engine.vllm.client import CoreClient
 from components.errors import NotMigratable, RequestNotFound
 from components.models import resolve
@@ -455,6 +456,29 @@ def test_a_commit_that_never_comes_stops_nobody(runner: asyncio.Runner, pair: Pa
         assert (await waiting).finish_reason is FinishReason.CANCELLED
         assert (await beside).tokens == plain.tokens
         await pair.a.abort(request.request_id)
+
+    runner.run(asyncio.wait_for(scenario(), 60))
+
+
+OWN_OPTIONS: dict[str, dict[str, object]] = {
+    "flat_logprobs": {"flat_logprobs": True, "logprobs": 2},
+    "stop": {"stop": ["no such text"], "detokenize": True},
+    "routed_experts_prompt_start": {"routed_experts_prompt_start": 1},
+}
+
+
+@pytest.mark.parametrize("option", list(OWN_OPTIONS))
+def test_options_of_vllms_own_are_served_and_keep_a_request_where_it_is(
+    runner: asyncio.Runner, pair: Pair, option: str
+) -> None:
+    async def scenario() -> None:
+        request = request_of(f"own-{option}", 40, SAMPLINGS["greedy"])
+        plain = await run(pair.a, request)
+        prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
+        params = SamplingParams(temperature=0.0, max_tokens=150, ignore_eos=True, **OWN_OPTIONS[option])  # type: ignore[arg-type]
+        assert native.why_fixed(prompt, params, {})
+        [*_, last] = [item async for item in pair.a._llm.generate(prompt, params, f"served-{option}")]
+        assert list(last.outputs[0].token_ids) == plain.tokens
 
     runner.run(asyncio.wait_for(scenario(), 60))
 

@@ -105,7 +105,7 @@ def test_other_media_and_large_images_stay(data: dict[str, Any], word: str) -> N
     assert word in native.why_fixed({**PROMPT, "multi_modal_data": data}, SamplingParams(), {})
 
 
-def test_images_that_a_prefill_worker_has_seen_stay() -> None:
+def test_images_stay_with_disaggregated_prefill() -> None:
     params = SamplingParams(extra_args={"kv_transfer_params": {"do_remote_prefill": True}})
     assert "prefill" in native.why_fixed(SQUARE, params, {})
 

@@ -178,7 +178,7 @@ def why_fixed(prompt: Any, params: SamplingParams, keywords: Mapping[str, Any]) 
     if reason := _why_prompt_stays(prompt):
         return reason
     if prompt_tokens(prompt) is None and transfer_of(params):
-        return "images that a prefill worker has seen: the decode worker has none"
+        return "images: they stay with disaggregated prefill"
     if params.n > 1:
         return "n > 1: the samples share one request"
     for field, reason in FIXED.items():
