@@ -60,7 +60,7 @@ def with_each(caching: bool = True) -> pytest.MarkDecorator:
 
 
 def family_of(request: pytest.FixtureRequest) -> str:
-    return str(request.node.callspec.id).split("-9")[0].split("-100")[0]
+    return next(name for name in FAMILIES if name in request.node.callspec.id)
 
 
 async def moved_answers(pair: Pair, count: int, family: str) -> int:
@@ -116,7 +116,7 @@ def test_vllm_keeps_its_hybrid_cache_manager_and_windows_move_what_they_hold(
         assert not pair.a._llm.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
         *held, full = sorted(len(table.ids) for table in tables_of(frozen.offer))
         assert full == -(-frozen.offer.num_tokens // frozen.offer.block_size)
-        wanted = HELD[request.node.callspec.id]
+        wanted = HELD[family_of(request)]
         assert len(held) == len(wanted) and all(count in counts for count, counts in zip(held, wanted, strict=True))
 
     runner.run(asyncio.wait_for(scenario(), 60))
@@ -162,7 +162,7 @@ def test_a_decode_engine_takes_the_prompt_from_a_prefill_engine(
     runner: asyncio.Runner, pair: Pair, kind: str, request: pytest.FixtureRequest
 ) -> None:
     """And its request moves from there, in each mode."""
-    family = next(name for name in FAMILIES if name in request.node.callspec.id)
+    family = family_of(request)
     sampling = dict(zip(("greedy", "seeded", "penalties"), SAMPLINGS, strict=True))[kind]
 
     async def scenario() -> None:
