@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks; each prints its baseline beside it."""
+"""Benchmarks; each prints its baseline beside its result."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A served graph for the time of a benchmark, and what the reports say about the machine."""
+"""A served graph for a benchmark, and the reports' description of the machine."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ START_S = 600.0
 
 @contextmanager
 def served(target: str, config: str, *overrides: str, log: Path | None = None) -> Iterator[int]:
-    """Run ``dynamo serve``; gives its port, and lets ``components.serve.state.join`` find it.
+    """Run ``dynamo serve``; yields its port, and lets ``components.serve.state.join`` find it.
 
     Raises ``MigrateError`` with the end of its log when it does not start.
     """
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="dynamo-migrate-bench-") as folder:
         os.environ["XDG_RUNTIME_DIR"] = folder
-        # A benchmark that fills the machine must not lose its workers to a late keep-alive.
+        # On a full machine a late keep-alive must not end workers.
         environment = os.environ | {"ETCD_LEASE_TTL": "60"}
         path = log or Path(folder) / "serve.log"
         command = [sys.executable, "-m", "components.cli", "serve", target, "-f", config, "--port", str(port)]
@@ -69,7 +69,7 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path, folder: Path) 
 
 
 def end_on_sigterm() -> None:
-    """Let SIGTERM end this program like any error does, with everything that it has started."""
+    """Let SIGTERM end this program like an error, with everything that it has started."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
@@ -83,7 +83,7 @@ def arguments_of(text: str) -> dict[str, Any]:
 
 
 def machine() -> dict[str, str]:
-    """Processor, memory and versions; this package's own is a commit where git knows it."""
+    """Processor, memory and versions; for this package the commit, where git knows it."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -100,7 +100,7 @@ def machine() -> dict[str, str]:
 
 
 def place(facts: dict[str, str]) -> str:
-    """Where something was measured and with what, in a few words, from ``machine``."""
+    """A short form of ``machine``."""
     commit = f"commit {facts['commit']}" if "commit" in facts else ""
     gpus = Counter(filter(None, facts.get("gpus", "").split(", ")))
     cards = ", ".join(f"{count} {name}" if count > 1 else name for name, count in gpus.items())
@@ -113,7 +113,7 @@ def _commit() -> dict[str, str]:
 
     root = Path(__file__).parent.parent
     try:
-        # Results of an earlier run change nothing in what the next one measures.
+        # Result files do not change what the next run measures.
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.yaml", "*.toml")
         return {"commit": git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")}
     except (OSError, subprocess.CalledProcessError):

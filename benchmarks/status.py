@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What asking all workers costs: ``python -m benchmarks.status``. Workers are in this process, messages are real.
+"""Cost of asking all workers: ``python -m benchmarks.status``. Workers are in this process, messages are real.
 
-For each size: processor time and bytes of the first look at everything, of one second's differences, and of a look at
-which nothing has changed; and what one answer costs the worker that gives it. Without a network, so the time on the
-wire and Dynamo's request plane are not in it.
+For each size: processor time and bytes of the first complete state, of one second's differences, and of an unchanged
+state; and the cost of one answer at the worker. Without a network: times exclude the wire and Dynamo's request plane.
 """
 
 from __future__ import annotations

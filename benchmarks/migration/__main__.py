@@ -26,20 +26,20 @@ from components.serve.state import join
 from components.transfer import Transport
 
 _OUTPUT = 500
-"""Fewest tokens that a moved request may still produce; it is ended when its moves are done."""
+"""Fewest further tokens of a moved request; the benchmark ends it after its moves."""
 _TOKENS = 200
-"""More of them for each move: steps of 5 ms for a second."""
+"""Further tokens for each move: steps of 5 ms for 1 s."""
 _GRAPH = "graphs.disagg:Frontend"
 _CONFIG = Path("configs/disagg.yaml")
 _REPLAYS = 5
 """Samples of token replay for each length: with 7,680 tokens one takes 45 s here."""
 _PATIENCE_S = 120
-"""For a step of a migration and for a silent worker: a replay of 7,680 tokens takes longer than their defaults.
+"""Time-out of a migration's steps and of silent workers: a replay of 7,680 tokens exceeds the defaults.
 
 A step may take a third of the lease.
 """
 _STOCK_MOVES = 3
-"""Samples of Dynamo's own migration for each length: each costs a worker, which takes half a minute to start."""
+"""Samples of Dynamo's own migration for each length; each kills a worker, which takes 30 s to start."""
 
 
 def main(
@@ -85,7 +85,7 @@ def main(
         task = progress.add_task("migrations", total=len(chosen) * len(words))
 
         def row_done() -> None:
-            # The whole run takes an hour: what was measured outlives a run that is cut short.
+            # The whole run takes an hour: keep the results of a run that is ended early.
             progress.advance(task)
             if json is not None:
                 json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))

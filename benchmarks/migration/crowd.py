@@ -2,8 +2,8 @@
 """``python -m benchmarks.migration.crowd``: all requests of a worker move to another one at once, to and fro.
 
 One of two workers is drained while it decodes many requests; then it is undrained, and the other one is drained. Each
-drain is a sample: how long from the first to the last hand-over, the longest wait of each client for a token, how many
-requests the destination had to preempt. Nothing else runs. Prefix caching is off.
+drain is a sample: the time from the first to the last hand-over, the longest wait of each client for a token, the
+number of preemptions at the destination. Nothing else runs. Prefix caching is off.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Crowd(msgspec.Struct):
     prompt: int
     samples: list[Sample]
     ended: int = 0
-    """Clients whose stream ended with an error before the last drain was over."""
+    """Clients with an error before the end of the last drain."""
 
 
 async def _preemptions(client: Workers) -> int:
@@ -81,7 +81,7 @@ async def _preemptions(client: Workers) -> int:
 async def _fill(
     client: Workers, http: aiohttp.ClientSession, prompts: Prompts, count: int, size: tuple[int, int]
 ) -> list[Stream]:
-    """All requests on the first worker: the other one is cordoned meanwhile."""
+    """Start all requests on the first worker, with the other one cordoned."""
     other = client.status().workers[1].worker
     await client.drain(other)
     streams = []
@@ -117,7 +117,7 @@ async def _drain(client: Workers, source: str, streams: list[Stream], folder: Pa
         lanes=tuple({record.lane for record in drained.moves if record.ok}),
         gaps_s=tuple(max(s.gaps(window), default=0.0) for s in streams),
         before_s=float(np.median([gap for s in streams for gap in s.gaps([(began - _REST_S, began)])])),
-        # vLLM takes each arrival for a request that it has preempted once.
+        # vLLM counts each arrival as one preemption.
         preemptions=await _preemptions(client) - preempted - sum(record.ok for record in drained.moves),
     )
 
@@ -140,7 +140,7 @@ async def _run(crowd: Crowd, port: int, prompts: Prompts, count: int, drains: in
 
 
 def show(crowd: Crowd, console: Console) -> None:
-    """A line for each drain."""
+    """One line for each drain."""
     table = Table(title=f"{crowd.model}, prompts of {crowd.prompt} tokens, {place(crowd.machine)}")
     for column in ("moved", "commits s", "total s", "GB", "gap p50", "p99", "max", "before", "preempted"):
         table.add_column(column, justify="right")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speculative decoding before, during and after moves: ``python -m benchmarks.migration.drafts --json out.json``.
 
-Two engines in one program, one greedy request: on one engine to its end, then moved to and fro live, then again on one
-engine. Tokens of an output are those of a step, so (mean - 1) / drafts is the share of drafts that were accepted.
+Two engines in one program, one greedy request: unmoved on one engine, then moved to and fro live, then unmoved again.
+An output has the tokens of one step, so (mean - 1) / drafts is the share of accepted drafts.
 """
 
 from __future__ import annotations

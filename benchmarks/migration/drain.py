@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks.migration.drain``: a decode worker with 16 running requests is told to end (SIGTERM).
+"""``python -m benchmarks.migration.drain``: SIGTERM to a decode worker with 16 running requests.
 
-The same on this package and on stock Dynamo, with and without its token replay: 32 streams over two decode workers,
-new requests all the while, greedy in float32, prefix caching off. A request has failed when its stream ends without a
-finish reason, is cut off when it ends early as if it were whole, and has changed when its text is otherwise not what
-the remaining worker gives for it in peace afterwards (on GPUs, in bfloat16, a text also depends on the batch).
+The same with this package and with stock Dynamo, with and without its token replay: 32 streams over two decode workers,
+continuous new requests, greedy in float32, prefix caching off. A request has failed when its stream ends without a
+finish reason; it is cut off when it ends early with one; it has changed when its text otherwise differs from the
+remaining worker's answer on an idle system (on GPUs, in bfloat16, a text also depends on the batch).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from components.transfer import Transport
 
 _SYSTEMS = (Kind.OURS, Kind.STOCK, Kind.STOCK_RETRY)
 _BEFORE = 8
-"""Tokens that every request has when the worker is told to end."""
+"""Tokens of every request before SIGTERM."""
 _NEW_EVERY_S = 1.0
 
 
@@ -59,7 +59,7 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 class Stream(Watched):
-    """For hundreds of them at once: chunks are only counted while they come, and read when the stream has ended."""
+    """For hundreds of streams at once: counts chunks while they arrive, and parses them at the end."""
 
     async def run(self, http: aiohttp.ClientSession, body: dict[str, Any]) -> None:  # type: ignore[override]
         """See ``Watched``."""
@@ -83,7 +83,7 @@ class Stream(Watched):
 
 
 class Drains(msgspec.Struct):
-    """Raw samples and where they come from."""
+    """Raw samples, machine and model."""
 
     machine: dict[str, str]
     model: str

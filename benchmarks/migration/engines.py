@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two vLLM engines in one program, and one request that goes from one to the other."""
+"""Two vLLM engines in one program, and one request that moves between them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from components.serve.servers import Servers
 
 
 class Answer(msgspec.Struct):
-    """What a client sees. ``steps`` are (seconds since its begin, tokens) of each output."""
+    """A client's view. ``steps`` are (seconds since its begin, tokens) of each output."""
 
     name: str
     steps: list[tuple[float, int]] = []
     tokens: list[int] = []
     moved_at: list[int] = []
-    """Tokens that there were at each move."""
+    """Tokens at each move."""
     downtimes_s: list[float] = []
     """From the last token here to the first one there, for each move."""
     bytes: list[int] = []
-    """That each move copied."""
+    """Bytes copied by each move."""
     begun: float = msgspec.field(default_factory=time.perf_counter)
 
     def take(self, output: GenerateOutput) -> None:
-        """One output of the stream."""
+        """Add one output of the stream."""
         if output.token_ids:
             self.steps.append((time.perf_counter() - self.begun, len(output.token_ids)))
             self.tokens += output.token_ids
@@ -58,7 +58,7 @@ def greedy(name: str, prompt: tuple[int, ...], tokens: int) -> GenerateRequest:
 
 @asynccontextmanager
 async def engines(count: int = 2, **arguments: Any) -> AsyncIterator[list[VLLMEngine]]:
-    """Small engines, with stores of their own; they end with the block."""
+    """Context with small engines and their stores."""
     servers = Servers()
     agent = {"etcd_endpoints": [servers.start(os.environ)["ETCD_ENDPOINTS"]], "namespace": "benchmark"}
     args = {"max_model_len": 4096, "block_size": 32, "max_num_seqs": 8, "enforce_eager": True, "seed": 0} | arguments
@@ -76,7 +76,7 @@ async def engines(count: int = 2, **arguments: Any) -> AsyncIterator[list[VLLMEn
 async def move(
     here: VLLMEngine, there: VLLMEngine, request: GenerateRequest, answer: Answer, stream: AsyncIterator[GenerateOutput]
 ) -> AsyncIterator[GenerateOutput]:
-    """One live move; gives the stream there, whose first output has been taken. ``NoRoom`` leaves all as it was."""
+    """One live move; returns the new stream after its first output. ``NoRoom`` changes nothing."""
     answer.moved_at.append(len(answer.tokens))
     offer = await here.offer(request.request_id)
     after = there.generate(msgspec.structs.replace(request, output_token_ids=tuple(answer.tokens), landing=offer))
@@ -115,7 +115,7 @@ async def _landed(engine: VLLMEngine, name: RequestId) -> LandingStatus:
 async def to_and_fro(
     here: VLLMEngine, there: VLLMEngine, request: GenerateRequest, answer: Answer, moves: int
 ) -> Answer:
-    """An answer that moves so often, at equal distances."""
+    """An answer with ``moves`` moves at equal distances."""
     every = (request.sampling.max_tokens or 0) // (moves + 1)
     stream = here.generate(request)
     for number in range(1, moves + 1):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a move costs for each family of models: ``python -m benchmarks.migration.families --json out.json``.
+"""Cost of a move for each family of models: ``python -m benchmarks.migration.families --json out.json``.
 
 Two engines in one program, one greedy answer of each model that is moved to and fro live; models of a few layers with
 random weights (``components/models/tiny.py``), Llama among them for comparison. ``stall`` is the gap between the last
@@ -35,7 +35,7 @@ class Moved(msgspec.Struct):
 
     model: str
     bytes_per_token: int
-    """Of layers that keep every token."""
+    """Bytes of layers that keep every token."""
     answer: Answer
 
     def row(self) -> list[str]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's ``OffloadingConnector`` on CPUs: its own worker copies between GPUs and host memory only, this one any memory.
+"""vLLM's ``OffloadingConnector`` on CPUs: vLLM's worker copies only between GPUs and host memory, this one any memory.
 
-Named by ``spec_module_path`` and ``spec_name`` in the connector's configuration; scheduler, cache policy and protocol
-stay vLLM's. A store is copied as late as vLLM allows, as on a GPU whose copies are behind, and what it copies must be
-what was there when it was submitted: if somebody has written into a block before that, the engine ends.
+The connector's configuration names it (``spec_module_path``, ``spec_name``); scheduler, cache policy and protocol stay
+vLLM's. A store is copied as late as vLLM allows, as on a GPU with a backlog of copies, and must have the bytes of its
+submission: if a block was written to in between, the engine ends.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class HostSpec(CPUOffloadingSpec):
 
 
 class HostWorker(OffloadingWorker):
-    """Copies in the step's own thread."""
+    """Copies on the step's thread."""
 
     def __init__(self, kv_caches: CanonicalKVCaches, chunks: int) -> None:
         self._caches = [each.tensor for each in kv_caches.tensors]
@@ -50,7 +50,7 @@ class HostWorker(OffloadingWorker):
             del blocks[:size]
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
-        """Remember what has to be copied."""
+        """Queue a copy."""
         sums = [_sum(page) for page, _ in self._pairs(src_spec, dst_spec)]
         self._stores.append((job_id, self._steps, src_spec, dst_spec, sums))
         return True

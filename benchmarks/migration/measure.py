@@ -19,9 +19,9 @@ from components.errors import MigrateError
 from components.migration.messages import Mode, MoveRecord, RequestRow
 
 _PAUSE_S = 0.4
-"""Between two moves: long enough for a handful of tokens that no move touches."""
+"""Pause between two moves, for some undisturbed tokens."""
 _QUIET_S = 1.5
-"""A new request decodes undisturbed for so long."""
+"""Undisturbed decoding of a new request."""
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -39,12 +39,12 @@ class Sample(msgspec.Struct, frozen=True):
     descriptors: int
     lane: str
     step_s: float
-    """Median gap between the request's tokens away from moves."""
+    """Median gap between the request's undisturbed tokens."""
     client_gap_s: float = 0.0
     """Longest gap between tokens as the client sees it, from the call until ``_PAUSE_S`` after its answer: the
     commit, and the frontend's repeat where it follows."""
     workers: int = 2
-    """With two the source relays; with more the frontend sends the request again and the destination adopts it."""
+    """With two workers the source relays; with more the frontend repeats the request and the destination adopts it."""
 
 
 class Neighbours(msgspec.Struct, frozen=True):
@@ -53,11 +53,11 @@ class Neighbours(msgspec.Struct, frozen=True):
     tokens: int
     mode: str
     source_before: tuple[float, ...]
-    """On the worker that the request is about to leave, in the quiet time before each move."""
+    """At the source, in the quiet time before each move."""
     source_precopy: tuple[float, ...]
-    """Until the request is frozen. No gap in modes without pre-copy."""
+    """Until the freeze. No gaps in modes without pre-copy."""
     source_during: tuple[float, ...]
-    """The whole move; its last step or two are of workers that have changed places."""
+    """The whole move; its last step or two come after the cut-over."""
     target_before: tuple[float, ...]
     target_precopy: tuple[float, ...]
     target_during: tuple[float, ...]
@@ -70,11 +70,11 @@ class Watched:
     times: list[float] = field(default_factory=list)
     text: str = ""
     ended: bool = False
-    """Did it end as it should, with a finish reason?"""
+    """True after a regular end with a finish reason."""
     task: asyncio.Task[None] | None = None
 
     async def run(self, http: httpx.AsyncClient, body: dict[str, Any]) -> None:
-        """Read the stream until it ends or is cancelled. Raises ``MigrateError`` with the error that it gives."""
+        """Read the stream until it ends or is cancelled. Raises ``MigrateError`` with the stream's error."""
         async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as reply:
             if reply.is_error:
                 raise MigrateError(f"HTTP {reply.status_code}: {(await reply.aread())[:500]!r}")
@@ -89,7 +89,7 @@ class Watched:
 
     @property
     def done(self) -> bool:
-        """Has the stream ended, in whatever way?"""
+        """True after any end of the stream."""
         return self.task is not None and self.task.done()
 
     def gaps(self, windows: list[tuple[float, float]]) -> list[float]:
@@ -146,7 +146,7 @@ class Bench:
         self._http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600, trust_env=False)
 
     async def _running(self) -> dict[str, tuple[str, RequestRow]]:
-        """Requests with the worker that has each; up to a second old."""
+        """Requests with their workers; up to a second old."""
         await self._client.refresh()
         return {row.request_id: (worker.worker, row) for worker, row in self._client.status().requests()}
 
@@ -182,7 +182,7 @@ class Bench:
         """
         workers = await self._decode_workers()
         fresh = len(workers) > 2 or mode is Mode.REPLAY
-        # Long enough to outlast the slowest mode.
+        # Longer than the slowest mode.
         beside = {worker: await self._neighbour(worker) for worker in workers}
         seen = _Seen()
         watched, request, source = await self._begin(tokens, seen)
@@ -194,7 +194,7 @@ class Bench:
                     watched, request, source = await self._begin(tokens, seen)
                 target = next(worker for worker in workers if worker != source)
                 began = time.time()
-                # Tables of workers are up to a second old: where the request is, its last move has told.
+                # Workers' tables are up to a second old: the last move has the request's present worker.
                 record = await self._client.migrate(request, source, target, mode)
                 ended = time.time()
                 origin, source = source, target if record.ok else source

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m benchmarks.migration.picture``: draws a drain of one of two workers as eight clients see it.
 
-Each tick is a token at the time at which its client got it, in the colour of the worker that made it: until the
-request's move a token is the source's, after the longest gap that falls into the move it is the destination's.
+Each tick is a token at its client's time, in the colour of the worker that made it: before the longest gap in the
+request's move that is the source, after it the destination.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from components.serve.surroundings import quiet
 
 _STREAMS, _TOKENS = 8, 220
 _SHORTEST, _LONGER = 48, 16
-"""Tokens of the first prompt, and how many more each following one has: so a row of a table is known by its length."""
+"""Tokens of the first prompt, and the increase for each following one: prompt lengths identify the rows of tables."""
 _BEFORE_S, _AFTER_S = 1.5, 3.0
-"""What is drawn, around the command to drain."""
+"""Interval of the picture, around the command to drain."""
 _SLACK_S = 0.1
-"""Between a token at its worker and at its client."""
+"""Delay of a token between worker and client."""
 _COLOURS = ("#0072b2", "#d55e00")
 _LEFT, _TOP, _ROW, _PER_S = 72, 34, 20, 160.0
 
@@ -44,12 +44,12 @@ class Line(msgspec.Struct, frozen=True):
 
     times: tuple[float, ...]
     worker: int
-    """On which it began: 0 is drained."""
+    """First worker; 0 is drained."""
     moved_at: float | None = None
 
 
 class Drain(msgspec.Struct, frozen=True):
-    """What is drawn."""
+    """Data of the picture."""
 
     model: str
     machine: dict[str, str]
@@ -58,7 +58,7 @@ class Drain(msgspec.Struct, frozen=True):
 
 
 def line_of(watched: Watched, drained: bool, told: float, answered: float, record: MoveRecord | None) -> Line:
-    """A client's line, from wall-clock times: ``told`` to drain, ``answered`` with the moves that were made."""
+    """A client's line, from wall-clock times: ``told`` of the command, ``answered`` of its answer with the moves."""
     moved_at = None
     if record is not None and record.ok:
         ended = answered - record.age_s + _SLACK_S
@@ -75,7 +75,7 @@ async def _rows(workers: Workers) -> list[tuple[str, RequestRow]]:
 
 
 async def record(port: int, prompts: Prompts) -> list[Line]:
-    """Eight streams, and the drain of the worker of the first one."""
+    """Run eight streams and drain the first one's worker."""
     workers = await Workers.connect(process.connect(), process.namespace())
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600, trust_env=False) as http:
         streams = [Watched() for _ in range(_STREAMS)]
@@ -100,7 +100,7 @@ async def record(port: int, prompts: Prompts) -> list[Line]:
 
 
 def draw(drain: Drain) -> str:
-    """As SVG that needs no script and can be read on light and dark pages."""
+    """SVG without script, readable on light and dark pages."""
     lines = sorted(drain.lines, key=lambda line: line.worker)
     end = min(_AFTER_S, max(line.times[-1] for line in lines))
     width, bottom = _LEFT + (_BEFORE_S + end) * _PER_S + 24, _TOP + len(lines) * _ROW

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to do with requests whose KV does not fit any more: ``python -m benchmarks.migration.pressure --json out.json``.
+"""Ways to handle requests with KV that no longer fits: ``python -m benchmarks.migration.pressure --json out.json``.
 
-    room       a cache that is large enough, for comparison
+    room       a sufficient cache, for comparison
     recompute  vLLM preempts a request and computes its KV again
-    offload    the same, with vLLM's ``OffloadingConnector`` beside ours: its KV comes back from host memory
+    offload    the same, with vLLM's ``OffloadingConnector`` beside this package's: KV returns from host memory
     migrate    a request moves to another engine that has room, as soon as few blocks are left
 
 Answers grow at the same time, greedily, in a cache for about two thirds of them. Host memory is written and read by
@@ -96,7 +96,7 @@ class _Crowd:
         return answer
 
     async def _watch(self) -> None:
-        """The youngest request that decodes leaves when there are three blocks left for each."""
+        """The youngest decoding request moves when only three free blocks are left for each."""
         while self._others:
             await asyncio.sleep(0.05)
             stats, rows = await self._here.report()

@@ -38,7 +38,7 @@ def _p(values: list[float], q: float) -> float:
 
 
 def show(report: Report, console: Console) -> None:
-    """Ratio first: how many times shorter than token replay the downtime is. Then what it took."""
+    """Ratio first: how many times shorter the downtime is than with token replay. Then times and bytes."""
     times = _table(
         f"{report.model} ({report.dtype}), {report.transport}, {report.machine['cpu']}",
         (

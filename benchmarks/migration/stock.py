@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dynamo's own migration: a decode worker is lost, the frontend sends its tokens to another, which computes all again.
+"""Dynamo's own migration: after the loss of a decode worker the frontend sends the tokens to another, which recomputes.
 
-Stock Dynamo moves a request in no other case, so that each sample costs a worker: it gets SIGKILL in the middle of
-the stream, and is started again for the next. Two decode workers, ``dynamo.vllm`` with vLLM's NixlConnector and
-``--migration-limit 3``, engine arguments as for the other modes. Downtime is the gap in the client's stream.
+Stock Dynamo moves requests in no other case, so each sample kills a worker (SIGKILL in the middle of the stream) and
+restarts it. Two decode workers, ``dynamo.vllm`` with vLLM's NixlConnector and ``--migration-limit 3``, engine arguments
+as for the other modes. Downtime is the gap in the client's stream.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from components.transfer import Transport
 
 DYNAMO = "dynamo"
 _BEFORE = 24
-"""Tokens before the worker is killed, of which the last make the undisturbed gap."""
+"""Tokens before the kill; the last ones give the undisturbed gap."""
 _AFTER = 8
 _TIMEOUT_S = 120.0
 
@@ -33,7 +33,7 @@ _TIMEOUT_S = 120.0
 def measure(
     lengths: list[int], count: int, model: str, prompts: Prompts, engine: Mapping[str, Any]
 ) -> Iterator[tuple[list[Sample], list[str]]]:
-    """For each length ``count`` samples, and what went wrong."""
+    """``count`` samples for each length, and failures."""
     with running(Kind.STOCK_RETRY, model, Transport.AUTO, engine=engine) as system:
         for tokens in lengths:
             samples: list[Sample] = []
@@ -82,7 +82,7 @@ async def _lose_worker(system: System, body: dict[str, Any], tokens: int) -> Sam
 
 
 async def _until(watched: Watched, count: int) -> None:
-    """Raises ``MigrateError`` when the stream ends or stands still before it has ``count`` tokens."""
+    """Raise ``MigrateError`` when the stream ends or hangs before it has ``count`` tokens."""
     end = time.monotonic() + _TIMEOUT_S
     while len(watched.times) < count:
         if watched.task is not None and watched.task.done():

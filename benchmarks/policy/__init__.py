@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies on simulated clusters, and how long a decision takes."""
+"""Policies on simulated clusters, and the time of a decision."""

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks.policy.calibrate live.json --json model.json``: the simulator's numbers from a real run.
+"""``python -m benchmarks.policy.calibrate live.json --json model.json``: parameters of the simulator from a real run.
 
 Reads what ``benchmarks.policy.live --json`` has written. Step time is fitted to the run without migrations: each gap
 between two tokens of a request is one step of its worker, whose batch, KV and prompts follow from the tokens of all
 requests that were placed there (round robin: every other one). Transfer cost is fitted to the moves of the other run.
-Then both runs are simulated with the fitted numbers, and what came out is put beside what was measured: the error of
-the simulator. Raises ``ConfigError`` for a file that is no such run.
+Then both runs are simulated with the fitted numbers and compared with the measurements, which gives the simulator's
+error. Raises ``ConfigError`` for a file that is no such run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Compared(msgspec.Struct, frozen=True):
 
 
 class Fit(msgspec.Struct):
-    """What the fit gives. ``model`` is what ``benchmarks.policy --model`` reads."""
+    """Result of the fit. ``benchmarks.policy --model`` reads ``model``."""
 
     model: WorkerModel
     steps: int
@@ -60,13 +60,13 @@ def steps(answers: list[Answer]) -> list[tuple[int, int, int, float]]:
     rows = []
     for mine in times:
         for begin, end in zip(mine[:-1], mine[1:], strict=True):
-            # Who has got a token in this step, and how many it had by then.
+            # Requests with a token in this step, and their tokens so far.
             had = [int(np.searchsorted(t, end, side="right")) for t in times]
             took = [n - int(np.searchsorted(t, begin, side="right")) for n, t in zip(had, times, strict=True)]
             runs = [i for i, count in enumerate(took) if count > 0]
             kv = sum(answers[i].prompt_tokens + had[i] for i in runs)
             new = sum(answers[i].prompt_tokens for i in runs if had[i] == took[i])
-            if max(took[i] for i in runs) <= 2:  # More in one gap: it was preempted, or its stream stood still.
+            if max(took[i] for i in runs) <= 2:  # A longer gap: it was preempted, or its stream hung.
                 rows.append((len(runs), kv, new, float(end - begin)))
     return rows
 

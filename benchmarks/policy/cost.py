@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker-hours at equal P99 TTFT: what a cluster without migration needs to be as fast as one with it.
+"""Worker-hours at equal P99 TTFT: the need of a cluster without migration to be as fast as one with it.
 
 The comparison behind Llumnix's "36% cost saving" (OSDI'24, abstract): both sides serve the same requests; the one
 without migration may have more workers, or a planner that keeps them emptier, until its P99 is as low.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to a system while requests run: migrations, a rolling restart, a scale-down.
+"""Actions on a system under load: migrations, a rolling restart, a scale-down.
 
-Each action is called in a thread of its own with an event that says that the load is over; it returns what it did.
-A restarted worker starts with low priority and gets the normal one once it serves: here its start competes with its
-neighbours for two cores, where in a cluster it has a machine of its own. All systems are treated alike.
+Each action runs on its own thread with an event for the end of the load; it returns its steps. A restarted worker
+starts with low priority and gets normal priority when it serves: its start competes with its neighbours for two
+cores, while in a cluster it has its own machine. All systems are treated alike.
 """
 
 from __future__ import annotations

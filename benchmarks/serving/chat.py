@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Workload ``chat``: users with conversations of five turns, each turn longer by the last answer and a new question.
 
-What matters is whether a turn reaches a worker that still has the KV of the turns before it, and finds it there: the
-share of prompt tokens that were cached (as the answer's usage says), and TTFT, both of the later turns. Stock Dynamo
-and this package are up at once, each with its frontend in ``kv`` mode, and are talked to in turn; on
-CPUs the engines of the other stand still meanwhile.
+A turn should reach a worker that still has the KV of the earlier turns. Measured for later turns: the share of cached
+prompt tokens (from the answer's usage) and TTFT. Stock Dynamo and this package run at the same time, each with its
+frontend in ``kv`` mode, and get requests in turn; on CPUs the engines of the other system are stopped meanwhile.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workload ``crowd``: what this package costs where nothing moves, beside stock Dynamo and ``vllm serve``.
+"""Workload ``crowd``: the cost of this package without moves, beside stock Dynamo and ``vllm serve``.
 
-Each system has one worker, on the same device; all are up at once and are loaded in turn by the same streams (closed
-loop, fixed lengths, ``streams``), in another order with each repeat. On CPUs, of which there are few, the engines of
-the others stand still meanwhile. A system that does not start in time is left out. Every run is in the file as soon
-as it is over. Raises ``MigrateError`` when no two systems start.
+Each system has one worker, on the same device; all run at the same time and get the same load in turn (closed loop,
+fixed lengths, ``streams``), in another order with each repeat. On CPUs the engines of the others are stopped meanwhile.
+A system that does not start in time is left out. Every run is written to the file at its end. Raises ``MigrateError``
+when no two systems start.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Crowd(msgspec.Struct):
     load: Load
     engine: dict[str, Any]
     chosen: dict[str, list[str]] = {}
-    """What vLLM has chosen, from each engine's log."""
+    """vLLM's choices, from each engine's log."""
     runs: list[CrowdRun] = []
     errors: list[str] = []
 

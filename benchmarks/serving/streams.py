@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A load client that keeps streams running: one JSON ``Order`` per line in, one ``Seen`` out.
 
-Closed loop: each stream sends its next request when the last one has ended. The first answers are cut to lengths that
-are spread evenly, so that the streams do not begin and end together. Only what falls into the window of the order is
-counted; requests that run at its end are read to their end. Several of these processes share a load, so that none of
-them is what limits it: a chunk is looked at as bytes, and parsed only at the end of its answer.
+Closed loop: each stream sends its next request after the end of the last one. The first answers have evenly spread
+lengths, so that the streams do not begin and end together. Only the order's window counts; requests that run at its
+end are read to their end. Several of these processes share a load, so that no process limits it: a chunk is handled as
+bytes, and parsed at the end of its answer.
 """
 
 from __future__ import annotations

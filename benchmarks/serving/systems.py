@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The systems under test, each as plain processes: started, restarted and stopped in the same way.
 
-``start`` returns when the system answers on its port. Nothing supervises the processes but this module, so that a
-worker that is told to end stays away until the benchmark starts it again. Raises ``MigrateError``.
+``start`` returns when the system answers on its port. Only this module supervises the processes, so that an ended
+worker stays away until the benchmark starts it again. Raises ``MigrateError``.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What came of a soak, as it is kept in ``benchmarks/results`` and shown in ``benchmarks/report.md``."""
+"""Result of a soak, in ``benchmarks/results`` and in ``benchmarks/report.md``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests whose answers are known: each is answered once in peace, then again and again under load.
+"""Requests with known answers: each is answered once on an idle system, then repeatedly under load.
 
-Greedy and seeded requests, short and long ones, some of which the client drops in the middle. An answer that differs
-from the one in peace is a changed token; an HTTP error, a broken stream or a wrong length is an error.
+Greedy and seeded requests, short and long ones; the client drops some midway. An answer that differs from the first
+one is a changed token; an HTTP error, a broken stream or a wrong length is an error.
 """
 
 from __future__ import annotations

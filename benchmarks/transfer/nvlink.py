@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What went over NVLink, by the GPU's own counters: the lane that was really used, whatever was asked for.
+"""Bytes over NVLink from the GPU's counters, which prove the lane.
 
-``nvidia-smi`` reads them: asked for within the process that is measured, NVML's field values left its heap damaged.
+``nvidia-smi`` reads them: NVML's field values damaged the heap of the measured process.
 """
 
 from __future__ import annotations
