@@ -28,7 +28,7 @@ from components.transfer.data.base import Steps
 from components.transfer.data.nixl import Moved
 from components.transfer.layout import Segment
 from components.transfer.session.exchange import Exchange
-from components.transfer.session.worker import Job
+from components.transfer.session.thread import Job
 
 _DEADLINE_S = 20.0
 PLAIN = "plain copy"

@@ -4,7 +4,7 @@
 Life cycle: ``start`` registers and publishes (raises when it cannot), ``close`` withdraws. Each start has an epoch.
 Threading: every method may be called from any thread; ``fetch`` returns at once. One worker thread makes all copies
 and runs the callbacks; the store runs on a thread with an asyncio loop.
-Time-outs: each transfer has a deadline, owned by the worker (``session/worker.py``); none outlives it by more
+Time-outs: each transfer has a deadline, owned by the worker (``session/thread.py``); none outlives it by more
 than ``grace_s``. Errors: ``start`` raises ``ConfigError``, ``TransferUnavailable`` or ``TransferError``; a
 transfer's error comes through its handle. A transfer that names an old epoch or unequal layouts ends before a
 byte moves.
@@ -43,8 +43,8 @@ from components.transfer.data.base import Backend, Copy, Steps
 from components.transfer.handle import TransferHandle
 from components.transfer.ids import AgentName, AgentRef, Epoch
 from components.transfer.layout import Ints, Region
-from components.transfer.session.poison import Poison
-from components.transfer.session.worker import EAGER, SPARING, Job, Worker
+from components.transfer.session.thread import EAGER, SPARING, Job, TransferThread
+from components.transfer.session.unsafe import UnsafeBlocks
 
 logger = logging.getLogger(__name__)
 Callback = Callable[[TransferHandle], None]
@@ -65,11 +65,11 @@ class TransferAgent:
         self._assembly = Assembly([], None)
         self._checksums = BlockChecksums([])
         self._block_bytes = 0
-        self._worker = Worker(config.name, config.grace_s)
+        self._worker = TransferThread(config.name, config.grace_s)
         self._publisher = Publisher(config)
-        self._poisoned = Poison()
+        self._unsafe = UnsafeBlocks()
         self._paired: dict[str, AgentRecord] = {}
-        self._at_once: set[str] = set()
+        self._inline: set[str] = set()
 
     @property
     def lanes(self) -> tuple[str, ...]:
@@ -129,7 +129,7 @@ class TransferAgent:
             handle.add_done_callback(on_done)
         end = time.monotonic() + deadline_s
         steps = self._run(peer, dst_blocks, src_blocks, request_id, end, handle, checksums, strategy)
-        self._worker.submit(Job(steps, handle, end), at_once=peer.epoch in self._at_once)
+        self._worker.submit(Job(steps, handle, end), inline=peer.epoch in self._inline)
         return handle
 
     def warm_up(self, peer: AgentRef, deadline_s: float = 60.0) -> TransferHandle:
@@ -151,9 +151,9 @@ class TransferAgent:
         """Names of all agents that have published, ours included."""
         return self.directory.names()
 
-    def poisoned_blocks(self) -> frozenset[int]:
+    def unsafe_blocks(self) -> frozenset[int]:
         """Blocks that a hanging peer may still write to: unusable for now."""
-        return self._poisoned.blocks()
+        return self._unsafe.blocks()
 
     def _run(
         self,
@@ -180,10 +180,10 @@ class TransferAgent:
         def arrived(size: int) -> None:
             handle.progress += size
 
-        def poison() -> Callable[[], None]:
-            return self._poison(handle, local)
+        def mark_unsafe() -> Callable[[], None]:
+            return self._mark_unsafe(handle, local)
 
-        copy = Copy(peer, local, remote, request_id, end, arrived, poison, strategy)
+        copy = Copy(peer, local, remote, request_id, end, arrived, mark_unsafe, strategy)
         if not len(local):
             return TransferResult(lane=self._backend(peer).lane)
         result = yield from self._on_a_lane(copy, "fetch")
@@ -226,11 +226,11 @@ class TransferAgent:
             way = backend.fetch if what == "fetch" else backend.warm_up
             try:
                 result = yield from way(copy)
-                if backend.at_once:
-                    self._at_once.add(copy.peer.epoch)
+                if backend.inline:
+                    self._inline.add(copy.peer.epoch)
                 return result
             except TransferError as error:
-                self._at_once.discard(copy.peer.epoch)
+                self._inline.discard(copy.peer.epoch)
                 if isinstance(error, TransferCancelled) or backend.reaches(copy.peer):
                     raise
                 logger.warning("agent %s: %s; using another lane", copy.peer.name, error)
@@ -265,9 +265,9 @@ class TransferAgent:
             raise IntegrityError(f"blocks {wrong} are not what the source has")
         return dataclasses.replace(result, verified_blocks=count)
 
-    def _poison(self, handle: TransferHandle, blocks: Ints) -> Callable[[], None]:
-        handle.poisoned_blocks = tuple(int(block) for block in blocks)
-        return self._poisoned.add(handle.poisoned_blocks)
+    def _mark_unsafe(self, handle: TransferHandle, blocks: Ints) -> Callable[[], None]:
+        handle.unsafe_blocks = tuple(int(block) for block in blocks)
+        return self._unsafe.add(handle.unsafe_blocks)
 
     def close(self) -> None:
         """Withdraw the record, end what is under way, give the pools back. Idempotent."""

@@ -33,7 +33,7 @@ from components.transfer.data.staging import Staging
 from components.transfer.data.tcp import TcpBackend
 from components.transfer.layout import Region
 from components.transfer.regions import regions_of, storages_of
-from components.transfer.session.exchange import Exchange
+from components.transfer.session.backend import NixlBackend
 from components.transfer.session.side import Side
 
 logger = logging.getLogger(__name__)
@@ -81,9 +81,9 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
         if name == "mapped" and (mapped := _mapped(config, epoch, host, regions, pools)) is not None:
             backends.append(mapped)
             scope = mapped.scope
-        elif name == "nixl" and (exchange := _nixl(config, epoch, host, regions, pools, directory)) is not None:
-            backends.append(exchange)
-            blob, stages = exchange.side.link.blob(), exchange.side.staging is not None
+        elif name == "nixl" and (nixl := _nixl(config, epoch, host, regions, pools, directory)) is not None:
+            backends.append(nixl)
+            blob, stages = nixl.side.link.blob(), nixl.side.staging is not None
         elif name == "local":
             backends.append(LocalBackend(epoch, regions))
         elif name == "cuda_ipc" and (own := _ipc(config, host, regions, pools)) is not None:
@@ -155,7 +155,7 @@ def _nixl(
     regions: list[Region],
     pools: Sequence[KVPool],
     directory: Directory,
-) -> Exchange | None:
+) -> NixlBackend | None:
     available, why = nixl_is_available()
     if not available:
         logger.warning("NIXL is not used: %s; falling back to other lanes", why)
@@ -172,7 +172,7 @@ def _nixl(
     own_thread = config.transport in _PASSIVE_WORK
     piece = config.piece_bytes or _PIECE_BYTES.get(device, 32 << 20)
     link = NixlLink(f"{config.name}/{epoch}", memory, where, piece, own_thread)
-    return Exchange(config, Side(config.name, epoch, link, regions, staging, host), directory, calibration)
+    return NixlBackend(config, Side(config.name, epoch, link, regions, staging, host), directory, calibration)
 
 
 def _may_stage(config: AgentConfig, device: str, calibration: Calibration) -> bool:

@@ -28,16 +28,16 @@ class TransferHandle:
         self._error: MigrateError | None = None
         self._callbacks: list[Callable[[TransferHandle], None]] = []
         self._lock = threading.Lock()
-        self.help_out: Callable[[float], None] | None = None
+        self.step_inline: Callable[[float], None] | None = None
         """Set by the worker: steps the transfer on a waiting thread, where there is no callback."""
         self.cancelled = False
         self.progress = 0
         """Bytes that have arrived so far."""
         self.total = 0
         """Bytes to move; 0 until the peer is known."""
-        self.poisoned_blocks: tuple[int, ...] = ()
+        self.unsafe_blocks: tuple[int, ...] = ()
         """After a failure: destination blocks that a hanging peer may still write to.
-        Empty almost always; ``TransferAgent.poisoned_blocks`` says when they are safe again."""
+        Empty almost always; ``TransferAgent.unsafe_blocks`` says when they are safe again."""
 
     def done(self) -> bool:
         """True once there is a result or an error."""
@@ -49,9 +49,9 @@ class TransferHandle:
 
     def wait(self, timeout_s: float | None = None) -> TransferResult:
         """The result. Raises the transfer's error, or ``TimeoutError`` after ``timeout_s``."""
-        help_out = self.help_out
-        if help_out is not None and not self._callbacks and not self.done():
-            help_out(timeout_s if timeout_s is not None else threading.TIMEOUT_MAX)
+        step_inline = self.step_inline
+        if step_inline is not None and not self._callbacks and not self.done():
+            step_inline(timeout_s if timeout_s is not None else threading.TIMEOUT_MAX)
         if not self._done.wait(timeout_s):
             raise TimeoutError(f"the transfer is still under way after {timeout_s} s")
         if self._error is not None:
@@ -92,7 +92,7 @@ class TransferHandle:
                 return
             self._result, self._error = result, error
             self._done.set()
-            self.help_out = None
+            self.step_inline = None
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             try:

@@ -81,7 +81,7 @@ def test_nothing_lands_after_a_transfer_was_cancelled() -> None:
             pool.tensor.view(torch.int16).fill_(7)
         torch.cuda.synchronize()
         assert all(bool((pool.tensor.view(torch.int16) == 7).all()) for pool in case.parts)
-        assert not handle.poisoned_blocks
+        assert not handle.unsafe_blocks
 
 
 def test_many_transfers_in_flight_keep_their_block_lists_apart(two: Pair) -> None:

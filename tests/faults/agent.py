@@ -46,7 +46,7 @@ class Handle:
 
     def __init__(self, task: asyncio.Task[TransferResult]) -> None:
         self._task = task
-        self.poisoned_blocks: tuple[int, ...] = ()
+        self.unsafe_blocks: tuple[int, ...] = ()
 
     def __await__(self) -> Generator[Any, None, TransferResult]:
         return self._outcome().__await__()
@@ -91,7 +91,7 @@ class VirtualAgent:
         """As the real one."""
         return self._sums.of(list(blocks))
 
-    def poisoned_blocks(self) -> frozenset[int]:
+    def unsafe_blocks(self) -> frozenset[int]:
         """Copies here never write after their end."""
         return frozenset()
 

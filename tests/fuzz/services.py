@@ -24,7 +24,7 @@ from components.transfer.calibration import Calibration
 from components.transfer.config import AgentConfig, KVPool
 from components.transfer.control.directory import Directory
 from components.transfer.regions import regions_of
-from components.transfer.session.exchange import Exchange
+from components.transfer.session.backend import NixlBackend
 from components.transfer.session.side import Side
 from components.worker.control import Control
 from components.worker.state import WorkerStatus
@@ -157,7 +157,7 @@ def exchange(data: bytes) -> None:
     link, directory = _Link(peer.key, sealed(data, peer.key, "mine/mine"), pools), Directory()
     directory.put(peer)
     config = AgentConfig(name="mine", block_size=4)
-    served = Exchange(config, Side("mine", "mine", link, regions, None, "host"), directory, Calibration())  # type: ignore[arg-type]
+    served = NixlBackend(config, Side("mine", "mine", link, regions, None, "host"), directory, Calibration())  # type: ignore[arg-type]
     for service in served.progress():
         for _ in range(5):
             if next(service, None) is None:

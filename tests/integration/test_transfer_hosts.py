@@ -65,7 +65,7 @@ def test_a_cut_cable_is_one_error_in_time_and_a_mended_one_works(lane: str) -> N
                 break
             except MigrateError:
                 assert time.monotonic() < end, "the mended cable is not used again"
-        assert dst.ask("poisoned") == []
+        assert dst.ask("unsafe") == []
 
 
 @pytest.mark.parametrize(("delay_s", "loss", "times"), [(0.02, 0.01, 20), (0.2, 0.0, 5), (0.2, 0.05, 5)])

@@ -156,8 +156,8 @@ def _answer(agent: TransferAgent, parts: list[KVPool], command: str, arguments: 
     elif command == "refill":
         for part, fresh in zip(parts, pools(agent.record.block_size, arguments[0]), strict=True):
             part.tensor.copy_(fresh.tensor)
-    elif command == "poisoned":
-        return sorted(agent.poisoned_blocks())
+    elif command == "unsafe":
+        return sorted(agent.unsafe_blocks())
     elif command == "data":
         return [part.tensor.contiguous().view(torch.uint8).numpy() for part in parts]
     return None

@@ -200,7 +200,7 @@ def test_a_cancelled_transfer_stands_still(two: tuple, monkeypatch: pytest.Monke
     go.set()
     with pytest.raises(TransferCancelled):
         handle.wait(20)
-    assert dst.poisoned_blocks() == frozenset()
+    assert dst.unsafe_blocks() == frozenset()
 
 
 def test_without_numba_other_lanes_serve(monkeypatch: pytest.MonkeyPatch) -> None:

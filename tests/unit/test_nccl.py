@@ -174,7 +174,7 @@ def test_a_transfer_that_was_cancelled_ends_its_link_and_the_next_one_makes_anot
     handle.cancel()
     with pytest.raises(TransferCancelled):
         handle.wait(5)
-    assert not handle.poisoned_blocks
+    assert not handle.unsafe_blocks
     cable.stuck = False
     made = len(cable.wires)
     blocks = shuffled(20)

@@ -186,7 +186,7 @@ def test_late_news_of_an_older_life_are_ignored_and_a_clock_that_was_set_back_is
 
     directory = Directory()
     directory.put(life("second", 2.0))
-    directory.put(life("first", 1.0), hearsay=True)
+    directory.put(life("first", 1.0), from_notice=True)
     assert directory.get("agent") == life("second", 2.0)
     # The store has the order: this life began on a machine whose clock is behind.
     directory.put(life("third", 0.5))

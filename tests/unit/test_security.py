@@ -42,7 +42,7 @@ from components.transfer.data.nccl import NcclBackend
 from components.transfer.data.nccl_line import Card
 from components.transfer.regions import regions_of
 from components.transfer.session import messages as session
-from components.transfer.session.exchange import Exchange
+from components.transfer.session.backend import NixlBackend
 from components.transfer.session.side import Inbox, Side
 from tests.fake_wire import Cable
 from tests.fuzz.samples import agent_record
@@ -292,7 +292,7 @@ def test_only_the_peer_of_a_transfer_that_we_opened_says_what_has_landed(secret:
     peer, other, link, directory = agent_record(), "other/e", Link(), Directory()
     directory.put(peer)
     config, regions = AgentConfig(name="mine"), regions_of([KVPool("layer.0", torch.zeros((8, 4)), 8, 0)])
-    exchange = Exchange(config, Side("mine", "mine", link, regions, None, "host"), directory, Calibration())  # type: ignore[arg-type]
+    exchange = NixlBackend(config, Side("mine", "mine", link, regions, None, "host"), directory, Calibration())  # type: ignore[arg-type]
     number, inbox = exchange._open(peer)
     said = (session.Landed, session.Freed)
 
@@ -321,7 +321,7 @@ def moved_for(
     tensors = [torch.zeros((8, 4, 2)) for _ in range(2)]
     regions = regions_of([KVPool(f"layer.{n}", t, 8, 0) for n, t in enumerate(tensors)])
     config = AgentConfig(name="mine", block_size=4)
-    exchange = Exchange(config, Side("mine", "mine", link, regions, None, "host"), directory, Calibration())  # type: ignore[arg-type]
+    exchange = NixlBackend(config, Side("mine", "mine", link, regions, None, "host"), directory, Calibration())  # type: ignore[arg-type]
     data = session.encode(message, peer.key, "mine/mine")
     link.inbox = {peer.key: [data if sealed is None else sealed(data[32:], peer.key)]}
     for service in exchange.progress():

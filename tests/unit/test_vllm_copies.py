@@ -24,7 +24,7 @@ class Agent:
 
     def __init__(self) -> None:
         self.handles: list[TransferHandle] = []
-        self.poisoned: frozenset[int] = frozenset()
+        self.unsafe: frozenset[int] = frozenset()
         self.refuses = False
         self.arrives = False
         self.sums: dict[int, int] = {}
@@ -38,8 +38,8 @@ class Agent:
             handle.settle(TransferResult(bytes=7), None)
         return handle
 
-    def poisoned_blocks(self) -> frozenset[int]:
-        return self.poisoned
+    def unsafe_blocks(self) -> frozenset[int]:
+        return self.unsafe
 
     def checksums(self, blocks: list[int]) -> tuple[int, ...]:
         return tuple(self.sums.get(block, 0) for block in blocks)
@@ -114,18 +114,18 @@ def test_a_copy_that_nobody_needs_is_cancelled(loader: Loader, agent: Agent) -> 
 def test_blocks_of_a_hanging_peer_are_named_when_they_are_quiet(loader: Loader, agent: Agent) -> None:
     assert loader.copy_now(job(), 0.0) is None
     (handle,) = agent.handles
-    agent.poisoned = handle_blocks = frozenset({1, 2})
-    handle.poisoned_blocks = tuple(handle_blocks)
+    agent.unsafe = handle_blocks = frozenset({1, 2})
+    handle.unsafe_blocks = tuple(handle_blocks)
     handle.settle(None, DeadlineExceeded("late"))
     loader.step([])
     results = loader.take_results()
     assert results is not None and not results.results[0].quiet and not results.quiet
     loader.step([])
     assert loader.take_results() is None
-    agent.poisoned = frozenset({2, 3})
+    agent.unsafe = frozenset({2, 3})
     loader.step([])
     assert loader.take_results() is None
-    agent.poisoned = frozenset({3})
+    agent.unsafe = frozenset({3})
     loader.step([])
     results = loader.take_results()
     assert results is not None and (results.results, results.quiet) == ([], [1])

@@ -193,7 +193,7 @@ class LandingZone:
 
     async def _until_quiet(self, handle: TransferHandle) -> bool:
         end = time.monotonic() + _QUIET_S
-        while set(handle.poisoned_blocks) & self._agent.poisoned_blocks():
+        while set(handle.unsafe_blocks) & self._agent.unsafe_blocks():
             if time.monotonic() > end:
                 return False
             await asyncio.sleep(0.001)

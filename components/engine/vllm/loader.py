@@ -100,8 +100,8 @@ class Loader:
                 handle.cancel()
         for job_id in [i for i, (_, handle) in self._flying.items() if handle is None or handle.done()]:
             self._results.append(self._settle(job_id))
-        poisoned = self.agent.poisoned_blocks() if self._unquiet else frozenset()
-        for job_id in [i for i, blocks in self._unquiet.items() if not blocks & poisoned]:
+        unsafe = self.agent.unsafe_blocks() if self._unquiet else frozenset()
+        for job_id in [i for i, blocks in self._unquiet.items() if not blocks & unsafe]:
             del self._unquiet[job_id]
             self._quiet.append(job_id)
 
@@ -145,7 +145,7 @@ class Loader:
                 moved = handle.wait(0)
             except MigrateError as error:
                 failed = error
-                if unquiet := frozenset(handle.poisoned_blocks) & self.agent.poisoned_blocks():
+                if unquiet := frozenset(handle.unsafe_blocks) & self.agent.unsafe_blocks():
                     self._unquiet[job_id] = unquiet
         bad = set(job.dst_blocks) if failed else set()
         wrong = self._wrong_blocks(job, bad)

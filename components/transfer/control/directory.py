@@ -22,11 +22,11 @@ class Directory:
         self._changed = threading.Condition()
         self._on_new = on_new
 
-    def put(self, record: AgentRecord, hearsay: bool = False) -> None:
-        """Add or replace a record. ``hearsay``: it comes from a notice, not from the store, which knows the order."""
+    def put(self, record: AgentRecord, from_notice: bool = False) -> None:
+        """Add or replace a record. ``from_notice``: not from the store, which knows the order of lives."""
         with self._changed:
             known = self._records.get(record.name)
-            if hearsay and known is not None and known.epoch != record.epoch and known.started > record.started:
+            if from_notice and known is not None and known.epoch != record.epoch and known.started > record.started:
                 return
             self._records[record.name] = record
             self._changed.notify_all()

@@ -86,7 +86,7 @@ def _learn(directory: Directory, value: bytes, name: str | None = None) -> Agent
     except MigrateError as error:
         logger.warning("ignoring a record from NATS: %s", error)
         return None
-    directory.put(record, hearsay=name is None)
+    directory.put(record, from_notice=name is None)
     return record
 
 

@@ -4,8 +4,8 @@
 Contract: ``fetch`` returns a generator that the agent's worker thread steps. It yields ``True`` after
 progress and ``False`` while it waits, returns the result, or raises a ``TransferError``.
 The worker owns deadline and cancel and throws them into the generator, once. However the generator
-ends, nothing writes to the destination blocks afterwards, unless ``Copy.poison`` has marked them.
-All calls come from the worker thread, except the steps of backends with ``at_once``: those may come from the
+ends, nothing writes to the destination blocks afterwards, unless ``Copy.mark_unsafe`` has marked them.
+All calls come from the worker thread, except the steps of backends with ``inline``: those may come from the
 thread that requests the transfer, one thread at a time. A backend that must block does so on threads of its own.
 """
 
@@ -42,7 +42,7 @@ class Copy:
     """Deadline on ``time.monotonic``."""
     arrived: Callable[[int], None] = field(default=_ignore)
     """Called with the bytes of every piece."""
-    poison: Callable[[], Callable[[], None]] = field(default=_harmless)
+    mark_unsafe: Callable[[], Callable[[], None]] = field(default=_harmless)
     """Marks the local blocks as still writable by a hanging peer; returns a callback that clears the mark."""
     strategy: Strategy = Strategy.AUTO
     """The caller's choice; only NIXL's lane has several."""
@@ -57,7 +57,7 @@ class Backend(Protocol):
         ...
 
     @property
-    def at_once(self) -> bool:
+    def inline(self) -> bool:
         """True when the first step of a transfer with a connected peer may run on the requesting thread."""
         ...
 

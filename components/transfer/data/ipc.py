@@ -5,7 +5,7 @@ Life cycle: the first ``reaches`` for a peer maps each of its storages once. Whe
 peer access between the GPUs) the reason is logged and the pair uses its next lane, until a later attempt succeeds.
 Memory is mapped on the local device, so the peer's device need not be visible to this process.
 Threading: worker thread; the kernel is queued on a separate stream and polled. A transfer that fails while its
-kernel runs waits for it; after its grace it marks its blocks as poisoned until the kernel has ended.
+kernel runs waits for it; after its grace it marks its blocks as unsafe until the kernel has ended.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class IpcBackend:
     """See the module docstring."""
 
     lane = "cuda_ipc/kernel"
-    at_once = True
+    inline = True
 
     def __init__(self, host: str, regions: Sequence[Region], pools: Sequence[KVPool]) -> None:
         """Raise ``RuntimeError`` where memory cannot be shared."""
@@ -234,7 +234,7 @@ class IpcBackend:
             yield from self._ended(flight, copy, mapped)
             raise
         except GeneratorExit:
-            self._lingering.append((flight, copy.poison(), mapped))
+            self._lingering.append((flight, copy.mark_unsafe(), mapped))
             raise
 
     def warm_up(self, copy: Copy) -> Steps:

@@ -51,7 +51,7 @@ def _nothing() -> Generator[bool, None, TransferResult]:
 class LocalBackend:
     """Copies between agents of this process."""
 
-    at_once = False
+    inline = False
 
     _agents: ClassVar[dict[str, list[torch.Tensor]]] = {}
     """Views of each agent's memory, by epoch."""

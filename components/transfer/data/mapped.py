@@ -45,7 +45,7 @@ class MappedBackend:
     """See the module docstring."""
 
     lane = "shm/mapped"
-    at_once = False
+    inline = False
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class MappedBackend:
             mapping.users -= 1
             return
         # Only when the worker's grace ends before a piece does: mark the blocks until the last piece has ended.
-        settled = copy.poison()
+        settled = copy.mark_unsafe()
 
         def quiet() -> None:
             mapping.users -= 1

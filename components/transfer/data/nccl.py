@@ -49,7 +49,7 @@ class NcclBackend:
     """See the module docstring."""
 
     lane = "nccl/send-recv"
-    at_once = False
+    inline = False
 
     def __init__(
         self,

@@ -58,7 +58,7 @@ class TcpBackend:
     """Serves local blocks and fetches remote ones."""
 
     lane = "tcp/sockets"
-    at_once = False
+    inline = False
 
     def __init__(self, epoch: str, regions: Sequence[Region], host: str) -> None:
         self._rows = rows_of(regions)

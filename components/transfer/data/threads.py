@@ -14,7 +14,7 @@ from components.transfer.data.base import Copy
 def on_thread(
     pool: ThreadPoolExecutor, copy: Copy, work: Callable[[Copy, threading.Event], int]
 ) -> Generator[bool, None, int]:
-    """Run ``work`` and return its bytes. The event stops it. Blocks are poisoned while it outlives the transfer."""
+    """Run ``work`` and return its bytes. The event stops it. Blocks are unsafe while it outlives the transfer."""
     stop = threading.Event()
     future = pool.submit(work, copy, stop)
     try:
@@ -27,6 +27,6 @@ def on_thread(
         raise
     finally:
         if not future.done():
-            settled = copy.poison()
+            settled = copy.mark_unsafe()
             future.add_done_callback(lambda _: settled())
     return future.result()

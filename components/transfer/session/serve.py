@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 Flow = Generator[bool, None, None]
 
 
-def serve_ask(side: Side, peer: AgentRecord, ask: wire.Ask, inbox: Inbox) -> Flow:
+def serve_write(side: Side, peer: AgentRecord, ask: wire.Ask, inbox: Inbox) -> Flow:
     """Write the requested blocks to the peer."""
     moved = Moved()
     answer = wire.Ended(ask.id)
@@ -74,7 +74,7 @@ def _write(side: Side, peer: AgentRecord, ask: wire.Ask, inbox: Inbox, moved: Mo
     if len(dst) != len(src) or (len(dst) and int(dst.max()) >= peer.num_blocks):
         raise TransferError("the block lists of the request do not fit")
     copy = Copy(peer, src, dst, ask.request_id, 0.0)
-    yield from side.link.move("WRITE", peer, side.memory(copy), moved, copy.arrived, copy.poison)
+    yield from side.link.move("WRITE", peer, side.memory(copy), moved, copy.arrived, copy.mark_unsafe)
 
 
 def _write_staged(

@@ -13,7 +13,7 @@ from components.transfer.data.base import Copy
 from components.transfer.data.staging import Gate, Staging
 
 
-class Emptying:
+class StagedReceive:
     """The chunks of one transfer, from slots to blocks."""
 
     def __init__(self, staging: Staging, copy: Copy, slots: Sequence[int], freed: Callable[[int], None]) -> None:

@@ -3,7 +3,7 @@
 
 Life cycle: ``start``, ``submit`` from any thread, ``stop`` (cancels everything in flight). The worker owns every
 deadline: it throws ``DeadlineExceeded`` or ``TransferCancelled`` into a transfer and allows it ``grace_s`` to come
-to rest; then it drops the transfer and reports its blocks as poisoned. Every handle is settled.
+to rest; then it drops the transfer and reports its blocks as unsafe. Every handle is settled.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _QUIET_AFTER_S = 2.0
 
 
 @dataclass(frozen=True)
-class Pace:
+class PollIntervals:
     """Pauses between polls of peers, and the first and longest ones while a transfer runs, in seconds.
 
     Each poll takes the GIL from the engine's steps; where all cores are busy, the step waits until this thread has run.
@@ -56,9 +56,9 @@ class Pace:
     step_s: float
 
 
-EAGER = Pace(alert_s=100e-6, idle_s=1e-3, quiet_s=20e-3, busy_s=10e-6, step_s=60e-6)
+EAGER = PollIntervals(alert_s=100e-6, idle_s=1e-3, quiet_s=20e-3, busy_s=10e-6, step_s=60e-6)
 """Spends a core to save time: a staged chunk on a GPU waits for five or six of the worker's steps."""
-SPARING = Pace(alert_s=1e-3, idle_s=4e-3, quiet_s=50e-3, busy_s=100e-6, step_s=1e-3)
+SPARING = PollIntervals(alert_s=1e-3, idle_s=4e-3, quiet_s=50e-3, busy_s=100e-6, step_s=1e-3)
 """For hosts whose cores compute the model. Their lanes, shared memory and NIXL's READ, send no messages."""
 
 
@@ -72,7 +72,7 @@ class Job:
     failed: MigrateError | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held by the thread that steps it."""
-    at_once: bool = False
+    inline: bool = False
     """The requesting thread makes the first step, and a waiting thread, if any, the last ones."""
     helped: bool = False
     """A waiting thread steps it now: the worker leaves the transfer and the GIL to that thread."""
@@ -80,7 +80,7 @@ class Job:
     """Settles the handle; set after the last step."""
 
 
-class Worker:
+class TransferThread:
     """See the module docstring."""
 
     def __init__(self, name: str, grace_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -91,29 +91,29 @@ class Worker:
         self._services: list[Generator[bool, None, None]] = []
         self._backends: list[Backend] = []
         self._pace = SPARING
-        self._last_work = self._last_message = self._last_at_once = 0.0
+        self._last_work = self._last_message = self._last_inline = 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"kv-{name}"[:15], daemon=True)
 
-    def start(self, backends: list[Backend], pace: Pace = SPARING) -> None:
+    def start(self, backends: list[Backend], pace: PollIntervals = SPARING) -> None:
         """Begin to step transfers and to answer peers."""
         self._backends = backends
         self._pace = pace
         self._thread.start()
 
-    def submit(self, job: Job, at_once: bool = False) -> None:
+    def submit(self, job: Job, inline: bool = False) -> None:
         """Add a transfer. After ``stop`` it fails at once.
 
-        ``at_once``: the calling thread makes the first step, and a thread that waits for the end the last ones.
+        ``inline``: the calling thread makes the first step, and a thread that waits for the end the last ones.
         """
         if self._stopping.is_set():
             job.handle.settle(None, TransferError("the agent is closed"))
             return
-        if at_once:
-            job.at_once, self._last_at_once = True, self._clock()
+        if inline:
+            job.inline, self._last_inline = True, self._clock()
             with job.lock:
                 self._advance(job)
-            job.handle.help_out = lambda timeout_s: self._help(job, timeout_s)
+            job.handle.step_inline = lambda timeout_s: self._help(job, timeout_s)
         self._queue.put(job)
 
     def _help(self, job: Job, timeout_s: float) -> None:
@@ -161,7 +161,7 @@ class Worker:
         """True while peers' messages decide the speed; a copy that runs by itself needs no polling."""
         if self._pace is not EAGER or self._clock() - self._last_work > _SPIN_S:
             return False
-        return bool(self._services) or not all(job.at_once for job in self._jobs)
+        return bool(self._services) or not all(job.inline for job in self._jobs)
 
     def _take(self, block: bool) -> bool:
         taken = False
@@ -174,12 +174,12 @@ class Worker:
             wait = 0.0
             if job is not None:
                 self._jobs.append(job)
-                taken |= not job.at_once
+                taken |= not job.inline
 
     def _pause(self) -> float:
         # Copies that callers start bring no message, and the callers need the GIL more than this thread does.
         quiet = self._clock() - self._last_message
-        if quiet < _ALERT_FOR_S and self._last_message > self._last_at_once:
+        if quiet < _ALERT_FOR_S and self._last_message > self._last_inline:
             return self._pace.alert_s
         return self._pace.idle_s if quiet < _QUIET_AFTER_S else self._pace.quiet_s
 
@@ -216,7 +216,7 @@ class Worker:
                 continue  # A waiting thread steps it.
             try:
                 if job.ended is None:
-                    worked |= self._advance(job) and not job.at_once
+                    worked |= self._advance(job) and not job.inline
                 if job.ended is not None:
                     self._jobs.remove(job)
                     job.ended()

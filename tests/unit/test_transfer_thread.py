@@ -14,22 +14,22 @@ from components.errors import DeadlineExceeded, TransferError
 from components.transfer.config import TransferResult
 from components.transfer.data.base import Steps
 from components.transfer.handle import TransferHandle
-from components.transfer.session.worker import Job, Worker
+from components.transfer.session.thread import Job, TransferThread
 
 
 class Idle:
     """A lane on which nothing happens by itself."""
 
     lane = "idle"
-    at_once = True
+    inline = True
 
     def progress(self) -> list[Generator[bool, None, None]]:
         return []
 
 
 @pytest.fixture
-def worker() -> Iterator[Worker]:
-    made = Worker("test", grace_s=0.2)
+def worker() -> Iterator[TransferThread]:
+    made = TransferThread("test", grace_s=0.2)
     made.start([Idle()])  # type: ignore[list-item]
     yield made
     made.stop()
@@ -49,21 +49,21 @@ def traced(threads: list[str], finished: threading.Event) -> Steps:
     return TransferResult(7)
 
 
-def test_a_caller_that_waits_makes_the_first_and_the_last_step(worker: Worker) -> None:
+def test_a_caller_that_waits_makes_the_first_and_the_last_step(worker: TransferThread) -> None:
     threads: list[str] = []
     finished = threading.Event()
     finished.set()
     one = job(traced(threads, finished))
-    worker.submit(one, at_once=True)
+    worker.submit(one, inline=True)
     assert threads == ["MainThread"] and not one.handle.done()
     assert one.handle.wait(5).bytes == 7
 
 
-def test_a_caller_that_waits_too_long_hands_back_to_the_worker(worker: Worker) -> None:
+def test_a_caller_that_waits_too_long_hands_back_to_the_worker(worker: TransferThread) -> None:
     threads: list[str] = []
     finished = threading.Event()
     one = job(traced(threads, finished))
-    worker.submit(one, at_once=True)
+    worker.submit(one, inline=True)
     with pytest.raises(TimeoutError):
         one.handle.wait(0.05)
     finished.set()
@@ -71,7 +71,7 @@ def test_a_caller_that_waits_too_long_hands_back_to_the_worker(worker: Worker) -
     assert threads[0] == "MainThread"
 
 
-def test_callbacks_run_on_the_worker_also_when_the_first_step_fails(worker: Worker) -> None:
+def test_callbacks_run_on_the_worker_also_when_the_first_step_fails(worker: TransferThread) -> None:
     def broken() -> Steps:
         raise TransferError("at once")
         yield True
@@ -79,30 +79,30 @@ def test_callbacks_run_on_the_worker_also_when_the_first_step_fails(worker: Work
     called: list[str] = []
     one = job(broken())
     one.handle.add_done_callback(lambda _: called.append(threading.current_thread().name))
-    worker.submit(one, at_once=True)
+    worker.submit(one, inline=True)
     with pytest.raises(TransferError, match="at once"):
         one.handle.wait(5)
     assert called == ["kv-test"]
 
 
-async def test_one_that_is_awaited_ends_by_itself(worker: Worker) -> None:
+async def test_one_that_is_awaited_ends_by_itself(worker: TransferThread) -> None:
     threads: list[str] = []
     finished = threading.Event()
     one = job(traced(threads, finished))
-    worker.submit(one, at_once=True)
+    worker.submit(one, inline=True)
     asyncio.get_running_loop().call_later(0.05, finished.set)
     assert (await one.handle).bytes == 7
     assert threads == ["MainThread", "kv-test"]
 
 
-def test_a_deadline_holds_for_steps_on_any_thread(worker: Worker) -> None:
+def test_a_deadline_holds_for_steps_on_any_thread(worker: TransferThread) -> None:
     one = job(traced([], threading.Event()), deadline_s=0.02)
-    worker.submit(one, at_once=True)
+    worker.submit(one, inline=True)
     with pytest.raises(DeadlineExceeded):
         one.handle.wait(5)
 
 
-def test_many_callers_at_once_each_get_their_own(worker: Worker) -> None:
+def test_many_callers_at_once_each_get_their_own(worker: TransferThread) -> None:
     results: list[int] = []
 
     def run() -> None:
@@ -110,7 +110,7 @@ def test_many_callers_at_once_each_get_their_own(worker: Worker) -> None:
             finished = threading.Event()
             finished.set()
             one = job(traced([], finished))
-            worker.submit(one, at_once=True)
+            worker.submit(one, inline=True)
             results.append(one.handle.wait(5).bytes)
 
     threads = [threading.Thread(target=run) for _ in range(4)]
@@ -121,9 +121,9 @@ def test_many_callers_at_once_each_get_their_own(worker: Worker) -> None:
     assert results == [7] * 200
 
 
-def test_a_closed_worker_takes_nothing(worker: Worker) -> None:
+def test_a_closed_worker_takes_nothing(worker: TransferThread) -> None:
     worker.stop()
     one = job(traced([], threading.Event()))
-    worker.submit(one, at_once=True)
+    worker.submit(one, inline=True)
     with pytest.raises(TransferError, match="closed"):
         one.handle.wait(5)

@@ -5,8 +5,8 @@ Implements ``Backend``; the messages and their order are in ``messages.py``. Run
 READ serves host memory, WRITE device memory in long runs (a remote GET of device memory without NVLink
 falls back to TCP), staging device memory in short runs and wires with a cost for each descriptor.
 A source writes for an ``Ask`` only within its budget and always sends ``Ended``: the destination fails a
-transfer only after that message, or after the worker's grace, and then marks the blocks as poisoned. Staged
-transfers cannot poison: the peer writes into slots, never into blocks.
+transfer only after that message, or after the worker's grace, and then marks the blocks as unsafe. Staged
+transfers leave no unsafe blocks: the peer writes into slots, never into blocks.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from components.transfer.data.nixl import Moved
 from components.transfer.data.staging import Staging
 from components.transfer.layout import runs
 from components.transfer.session import messages as wire
-from components.transfer.session.emptying import Emptying
-from components.transfer.session.serve import serve_ask
+from components.transfer.session.receive import StagedReceive
+from components.transfer.session.serve import serve_write
 from components.transfer.session.side import LANE, Inbox, Side
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ _DIRECT_BYTES = {"cuda": 2 << 20, "cpu": 0}
 """Mean run from which direct descriptors beat staging, without calibration (docs/design-notes.md)."""
 
 
-class Exchange:
+class NixlBackend:
     """See the module docstring."""
 
     def __init__(self, config: AgentConfig, side: Side, directory: Directory, calibration: Calibration) -> None:
@@ -51,7 +51,7 @@ class Exchange:
         self._quarantine: dict[tuple[str, int], Callable[[], None]] = {}
 
     lane = LANE
-    at_once = False
+    inline = False
 
     def reaches(self, peer: AgentRecord) -> bool:
         """True when the peer has NIXL as well."""
@@ -98,7 +98,7 @@ class Exchange:
         start = time.perf_counter()
         memory = self.side.memory(copy)
         moved = Moved(prep_s=time.perf_counter() - start)
-        yield from self.side.link.move(operation, copy.peer, memory, moved, copy.arrived, copy.poison)
+        yield from self.side.link.move(operation, copy.peer, memory, moved, copy.arrived, copy.mark_unsafe)
         return self.result(moved, strategy, self.side.lane_of(operation, copy.peer))
 
     def result(self, moved: Moved | wire.Ended, strategy: Strategy, lane: str) -> TransferResult:
@@ -130,7 +130,7 @@ class Exchange:
             return self.result(ended, Strategy.WRITE, ended.lane or self.lane)
         finally:
             if asked and inbox.ended is None:
-                self._quarantine[copy.peer.key, number] = copy.poison()
+                self._quarantine[copy.peer.key, number] = copy.mark_unsafe()
             del self.inboxes[copy.peer.key, number]
 
     def _until(self, copy: Copy, number: int, inbox: Inbox, done: Callable[[], bool]) -> Generator[bool, None, None]:
@@ -157,20 +157,22 @@ class Exchange:
         while not (slots := staging.acquire("receive", staging.side)):
             yield False
         number, inbox = self._open(copy.peer)
-        emptying = Emptying(staging, copy, slots, lambda chunk: self.side.send(copy.peer, wire.Freed(number, chunk)))
+        receive = StagedReceive(
+            staging, copy, slots, lambda chunk: self.side.send(copy.peer, wire.Freed(number, chunk))
+        )
         asked = False
         try:
             addresses = tuple(staging.address(slot) for slot in slots)
             self.side.send(copy.peer, self._ask(copy, number, addresses, staging.slot_bytes))
             asked = True
             yield True
-            yield from self._until(copy, number, inbox, lambda: _emptied(inbox, emptying))
+            yield from self._until(copy, number, inbox, lambda: _received(inbox, receive))
             ended = _require(inbox)
-            if not emptying.done:
+            if not receive.done:
                 raise TransferError(f"agent {copy.peer.name} ended a transfer too early")
             return self.result(ended, Strategy.STAGED, ended.lane or self.lane)
         finally:
-            emptying.settle()
+            receive.settle()
             if asked and inbox.ended is None:
                 # A hanging peer may still write into these slots: its ``Ended`` releases them.
                 self._quarantine[copy.peer.key, number] = lambda: staging.release("receive", slots)
@@ -241,7 +243,7 @@ class Exchange:
             if isinstance(message, wire.Hello):
                 self.side.send(peer, wire.Hello(message.id, reply=False))
             else:
-                yield from serve_ask(self.side, peer, message, inbox)
+                yield from serve_write(self.side, peer, message, inbox)
         except TransferError as error:
             logger.warning("serving agent %s: %s", name, error)
         except Exception as error:
@@ -267,10 +269,10 @@ def _over(inbox: Inbox) -> bool:
     return inbox.ended is not None
 
 
-def _emptied(inbox: Inbox, emptying: Emptying) -> bool:
-    emptying.step(inbox.landed)
+def _received(inbox: Inbox, receive: StagedReceive) -> bool:
+    receive.step(inbox.landed)
     ended = inbox.ended
-    return ended is not None and (bool(ended.code) or emptying.idle)
+    return ended is not None and (bool(ended.code) or receive.idle)
 
 
 def _require(inbox: Inbox) -> wire.Ended:

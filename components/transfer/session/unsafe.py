@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 
-class Poison:
+class UnsafeBlocks:
     """See the module docstring."""
 
     def __init__(self) -> None:
