@@ -48,7 +48,12 @@ def hear(sock: socket.socket, kind: type[T], limit: int, end: float | None) -> T
 def write_frame(sock: socket.socket, data: bytes, end: float) -> None:
     """Send one body."""
     sock.settimeout(left(end))
-    sock.sendall(_LENGTH.pack(len(data)) + data)
+    sock.sendall(framed(data))
+
+
+def framed(data: bytes) -> bytes:
+    """One body as it goes over the connection."""
+    return _LENGTH.pack(len(data)) + data
 
 
 def read_frame(sock: socket.socket, limit: int, end: float | None) -> bytes:

@@ -153,11 +153,11 @@ class Node:
         self.engine.release = self._passing(self.engine.release, None, State.RELEASED)  # type: ignore[method-assign]
         self.engine.resume = self._passing(self.engine.resume, None, State.RESUMED)  # type: ignore[method-assign]
 
-    def _passing(self, method: Callable[[RequestId], Any], before: State | None, after: State) -> Any:
-        async def passing(engine_id: RequestId) -> Any:
+    def _passing(self, method: Callable[..., Any], before: State | None, after: State) -> Any:
+        async def passing(engine_id: RequestId, *more: Any) -> Any:
             if before is not None:
                 await self.cluster.pass_by(before, self.instance, self.cluster.heading.get(engine_id.split("~")[0], 0))
-            result = await method(engine_id)
+            result = await method(engine_id, *more)
             await self.cluster.pass_by(after, self.instance, self.cluster.heading.get(engine_id.split("~")[0], 0))
             return result
 

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from enum import StrEnum
-from typing import NewType, Protocol
+from typing import Annotated, NewType, Protocol
 
 import msgspec
 
@@ -199,6 +199,19 @@ class GenerateOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     """Prompt tokens found in the prefix cache (first output only)."""
 
 
+_Text = Annotated[str, msgspec.Meta(max_length=1024)]
+
+
+class CommitTo(msgspec.Struct, frozen=True):
+    """Where an engine takes the commit of a landing request from the source's engine: see ``Engine.freeze``."""
+
+    address: _Text
+    epoch: _Text
+    """Names the life of that engine, which proves it."""
+    request_id: Annotated[RequestId, msgspec.Meta(max_length=1024)]
+    """The engine's own id of this life of the request."""
+
+
 class LandingStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     """Progress of a landing request. ``landed_tokens`` counts only verified, whole transfers."""
 
@@ -213,6 +226,10 @@ class LandingStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     lane: str = ""
     error: tuple[str, str] | None = None
     """(code, message) of the last failed round; the blocks it covered count as not landed."""
+    commit_to: CommitTo | None = None
+    """Of an engine that takes commits from engines."""
+    direct: bool = False
+    """The commit came from the source's engine, before the call ``commit``."""
 
     @property
     def landed(self) -> bool:
@@ -308,10 +325,14 @@ class Engine(Protocol):
         """The full, computed blocks of a running or frozen request."""
         ...
 
-    async def freeze(self, request_id: RequestId) -> Frozen:
+    async def freeze(
+        self, request_id: RequestId, commit_to: CommitTo | None = None, use_within_s: float = 0.0
+    ) -> Frozen:
         """Stop generating after the step in flight and return the state. Idempotent.
 
-        All tokens up to the frozen state have left through the ``generate`` stream, which stays open.
+        All tokens up to the frozen state have left through the ``generate`` stream, which stays open. With
+        ``commit_to`` this engine may send the state, with ``use_within_s``, to the destination's at once. The caller
+        commits it all the same: until then nothing of the request leaves the destination's ``generate``.
         """
         ...
 
@@ -342,7 +363,8 @@ class Engine(Protocol):
     async def commit(self, request_id: RequestId, frozen: Frozen) -> None:
         """Copy what is still missing and run. Blocks that cannot be copied or verified are recomputed.
 
-        Raises ``NoRoom`` when the tail does not fit; nothing has changed then and the source can resume.
+        Does nothing more where the source's engine has committed the request. Raises ``NoRoom`` when the tail does
+        not fit; nothing has changed then and the source can resume.
         """
         ...
 

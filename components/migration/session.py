@@ -79,6 +79,8 @@ async def migrate(requests: Requests, leg: Leg, target: int, mode: Mode, limits:
         async with leg.lock:
             if leg.away is not None or leg.over:
                 raise RequestNotFound("the request has left this worker or has ended")
+            if isinstance(leg, Arrival) and not leg.committed:
+                raise SessionError("the request is still landing there")
             if isinstance(leg, Arrival) and leg.unread_since is not None:
                 # Its repeat is on the way, or it is left from a move whose source went on: then it is no owner.
                 raise SessionError("nobody reads the tokens of the request here at the moment")
@@ -170,12 +172,14 @@ class _Move:
         commit: asyncio.Future[WorkerReply] | None = None
         try:
             async with asyncio.timeout(limit):
-                frozen = await self._engine.freeze(self._leg.engine_id)
+                # A replay commits less than the state.
+                to = self._status.commit_to if mode is not Mode.REPLAY else None
+                frozen = await self._engine.freeze(self._leg.engine_id, to, limit)
                 self._mark("frozen")
                 given = _without_blocks(frozen) if mode is Mode.REPLAY else frozen
                 given = msgspec.structs.replace(given, use_within_s=limit)
                 commit = asyncio.ensure_future(self._call(WorkerOp.COMMIT, frozen=given))
-                await asyncio.wait((first, commit), return_when=asyncio.FIRST_EXCEPTION)
+                await asyncio.wait((first, commit), return_when=asyncio.FIRST_COMPLETED)
                 if commit.done():
                     commit.result()
                 output = await asyncio.shield(first)

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -13,7 +14,16 @@ import pytest
 from vllm import SamplingParams
 
 from components.engine.groups import whole_blocks
-from components.engine.protocol import FinishReason, Frozen, GenerateOutput, GenerateRequest, RequestId, Sampling
+from components.engine.protocol import (
+    CommitTo,
+    FinishReason,
+    Frozen,
+    GenerateOutput,
+    GenerateRequest,
+    LandingStatus,
+    RequestId,
+    Sampling,
+)
 from components.engine.vllm import VLLMEngine, native
 from components.engine.vllm.client import CoreClient
 from components.errors import NotMigratable, RequestNotFound
@@ -95,8 +105,12 @@ async def move(
     stream: object,
     live: bool,
     replay: bool = False,
+    lead: Callable[[CommitTo], CommitTo] = lambda to: to,
+    late_s: float = 0.0,
 ) -> object:
-    """One migration as a source drives it; returns the stream at the target. ``replay``: no block is copied."""
+    """One migration as a source drives it; returns the stream at the target. ``replay``: no block is copied. ``lead``:
+    where a live move's direct commit goes. ``late_s``: from the state to the source's own commit.
+    """
     offer = await source.offer(request.request_id)
     if replay:
         offer = whole_blocks(offer, 0)
@@ -112,25 +126,24 @@ async def move(
                 await queue.put(output)
         await queue.put(None)
 
-    pumping = asyncio.create_task(pump())
+    pumping, status = asyncio.create_task(pump()), LandingStatus(reserved=False)
     await landed.wait()
     if live:
         for _ in range(400):
             await asyncio.sleep(0.01)
-            try:
-                status = await target.landing_status(request.request_id)
-            except RequestNotFound:
-                continue
-            if status.landed:
+            if (status := await _status(target, request.request_id)).landed:
                 break
         else:
             raise AssertionError("blocks never landed")
     else:
         await asyncio.sleep(0.05)
     expecting = asyncio.create_task(target.expect_commit(request.request_id, 0.2)) if live else None
-    frozen = given = await source.freeze(request.request_id)
+    to = lead(status.commit_to) if live and not replay and status.commit_to is not None else None
+    frozen = given = await source.freeze(request.request_id, to, 30.0)
     if replay:
         given = msgspec.structs.replace(frozen, offer=whole_blocks(frozen.offer, 0), checksums=(), checked=())
+    await asyncio.sleep(late_s)
+    assert queue.empty()
     await target.commit(request.request_id, given)
     if expecting is not None:
         await expecting
@@ -191,6 +204,77 @@ def test_moved_to_and_fro_gives_the_same_tokens(
         assert client.logprobs == pytest.approx(plain.logprobs, abs=0.02)
 
     runner.run(asyncio.wait_for(scenario(), 60))
+
+
+@pytest.mark.parametrize("way", ["open", "cut", "silent"])
+def test_engines_commit_directly_where_they_can_and_no_token_changes(
+    runner: asyncio.Runner, pair: Pair, way: str
+) -> None:
+    """Of the two other ways one refuses connections and one accepts them without a word."""
+    silent = socket.create_server(("127.0.0.1", 0))
+    port = {"open": 0, "cut": 1, "silent": silent.getsockname()[1]}[way]
+
+    def lead(to: CommitTo) -> CommitTo:
+        return msgspec.structs.replace(to, address=f"127.0.0.1:{port}") if port else to
+
+    async def scenario() -> None:
+        sampling = SAMPLINGS["seeded"]
+        moved = request_of(f"directly-{way}", 300, sampling)
+        plain = await run(pair.a, GenerateRequest(RequestId("plain"), moved.prompt_token_ids, sampling))
+        client, source, target = Client(), pair.a, pair.b
+        stream: object = source.generate(moved)
+        for stop in (6, 15, 27):
+            await take_until(stream, client, stop)  # type: ignore[arg-type]
+            stream = await move(source, target, moved, client, stream, True, lead=lead, late_s=0.1)
+            assert (await target.landing_status(moved.request_id)).direct == (way == "open")
+            source, target = target, source
+        async for output in stream:  # type: ignore[attr-defined]
+            client.take(output)
+        assert client.tokens == plain.tokens
+
+    with silent:
+        runner.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_request_that_its_engines_have_moved_alone_gives_nothing_and_can_be_taken_back(
+    runner: asyncio.Runner, pair: Pair
+) -> None:
+    async def scenario() -> None:
+        request = request_of("taken back", 200, SAMPLINGS["seeded"])
+        plain = await run(pair.b, request)
+        client = Client()
+        stream = pair.a.generate(request)
+        await take_until(stream, client, 5)
+        offer = await pair.a.offer(request.request_id)
+        made = tuple(client.tokens)
+        landing = pair.b.generate(
+            GenerateRequest(request.request_id, request.prompt_token_ids, request.sampling, made, landing=offer)
+        )
+        waiting = asyncio.ensure_future(anext(landing))
+        while not (status := await _status(pair.b, request.request_id)).landed:
+            await asyncio.sleep(0.01)
+        await pair.a.freeze(request.request_id, status.commit_to, 30.0)
+        while not (await _status(pair.b, request.request_id)).direct:
+            await asyncio.sleep(0.01)
+        while not any(row.output_tokens > len(made) + 20 for row in await pair.b.requests()):
+            await asyncio.sleep(0.01)
+        assert not waiting.done()
+        await pair.a.resume(request.request_id)
+        await pair.b.abort(request.request_id)
+        output = await waiting
+        assert output.finish_reason is FinishReason.CANCELLED and not output.token_ids
+        async for output in stream:
+            client.take(output)
+        assert client.tokens == plain.tokens
+
+    runner.run(asyncio.wait_for(scenario(), 60))
+
+
+async def _status(engine: VLLMEngine, request_id: RequestId) -> LandingStatus:
+    try:
+        return await engine.landing_status(request_id)
+    except RequestNotFound:
+        return LandingStatus(reserved=False)
 
 
 @pytest.mark.slow

@@ -13,12 +13,21 @@ import msgspec
 import pytest
 
 from components.client import Workers
-from components.engine.protocol import GenerateOutput, GenerateRequest, RequestId, Sampling
+from components.engine.protocol import (
+    CommitTo,
+    Frozen,
+    GenerateOutput,
+    GenerateRequest,
+    LandingStatus,
+    RequestId,
+    Sampling,
+)
 from components.errors import EngineKiller, NoRoom
 from components.migration.events import Event
-from components.migration.messages import Attached, Mode, Owner, WorkerCall, WorkerOp
+from components.migration.messages import Attached, Mode, Owner, Ticket, WorkerCall, WorkerOp
 from components.migration.owners import Owners
 from components.migration.peers import short
+from components.migration.session import Limits, migrate
 from components.worker import weights
 from components.worker.unrepeated import Unrepeated, handler_class
 from tests.streams import Cluster, Node, Wire, virtual, virtual_agents
@@ -73,6 +82,53 @@ async def test_moved_requests_keep_their_tokens(count: int, mode: Mode) -> None:
             moves += record is not None and record.ok
         assert await answers == await expected(prompts, sampling)
         assert moves > 5
+        await workers.quiet()
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@virtual
+async def test_engines_are_told_whom_to_commit_to_unless_the_state_is_not_what_is_committed(mode: Mode) -> None:
+    there, given = CommitTo("there:1", "epoch", RequestId("inside")), []
+    async with cluster(2) as workers:
+        answer = asyncio.ensure_future(workers.complete(PROMPT, Sampling(temperature=0.0, max_tokens=200)))
+        for node in workers.nodes:
+            node.engine.landing_status = _naming(node.engine.landing_status, there)  # type: ignore[method-assign]
+            node.engine.freeze = _noting(node.engine.freeze, given)  # type: ignore[method-assign]
+        await asyncio.sleep(0.02)
+        record = await workers.move(mode)
+        assert record is not None and record.ok
+        assert given == [(None if mode is Mode.REPLAY else there, Limits().frozen_s)]
+        await answer
+        await workers.quiet()
+
+
+def _naming(landing_status: Callable[[RequestId], Awaitable[LandingStatus]], there: CommitTo) -> Any:
+    async def naming(engine_id: RequestId) -> LandingStatus:
+        return msgspec.structs.replace(await landing_status(engine_id), commit_to=there)
+
+    return naming
+
+
+def _noting(freeze: Callable[..., Awaitable[Frozen]], given: list[Any]) -> Any:
+    async def noting(engine_id: RequestId, *more: Any) -> Frozen:
+        given.append(more)
+        return await freeze(engine_id, *more)
+
+    return noting
+
+
+@virtual
+async def test_a_request_that_its_worker_has_not_committed_moves_nowhere() -> None:
+    """Its engine may run it already."""
+    async with cluster(3) as workers:
+        node = workers.nodes[0]
+        ticket = Ticket(RequestId("r"), 1, PROMPT, b"", node.requests.fingerprint)
+        node.requests.arrivals.reserve(ticket, None)
+        leg = node.requests.arrivals.get(RequestId("r"), 1)
+        leg.unread_since = None
+        record = await migrate(node.requests, leg, workers.nodes[1].instance, Mode.LIVE, Limits())
+        assert not record.ok and "still landing" in record.reason
+        await node.requests.arrivals.give_up(leg)
         await workers.quiet()
 
 

@@ -27,7 +27,8 @@ class Core:
         self.expected = {"a", "b"}
         self.sent: list[Callable[[], object]] = []
         self.input_queue = self
-        self.scheduler = SimpleNamespace(migration=SimpleNamespace(expects_commit=self.expected.__contains__))
+        migration = SimpleNamespace(expects_commit=self.expected.__contains__, take_commits=lambda: None)
+        self.scheduler = SimpleNamespace(migration=migration)
 
     def get(self, timeout: float) -> tuple[Any, Any]:
         if self.sent:

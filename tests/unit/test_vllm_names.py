@@ -26,7 +26,7 @@ NAMES = {
         scheduler_reserve_full_isl use_v2_model_runner vllm_config waiting _enqueue_waiting_request _holds_kv_blocks
         _inflight_prefill_reserved_blocks _inflight_prefills _is_blocked_waiting_status finish_requests
         grammar_compile_error_reqs structured_output_manager get_request_counts has_finished_requests
-        update_from_output""",
+        schedule shutdown update_from_output""",
     "vllm.v1.core.kv_cache_manager.KVCacheManager": """
         allocate_slots block_pool coordinator get_block_ids get_blocks get_computed_blocks pop_blocks_for_free
         remove_skipped_blocks truncate_computed_blocks""",
@@ -48,7 +48,7 @@ NAMES = {
         max_tokens mm_features num_computed_tokens num_in_flight_tokens num_output_tokens num_preemptions
         num_prompt_tokens num_tokens output_token_ids prefill_stats priority prompt_embeds prompt_token_ids request_id
         resumable sampling_params status structured_output_request use_structured_output""",
-    "vllm.v1.request.RequestStatus": "PREEMPTED RUNNING WAITING WAITING_FOR_REMOTE_KVS",
+    "vllm.v1.request.RequestStatus": "FINISHED_ABORTED PREEMPTED RUNNING WAITING WAITING_FOR_REMOTE_KVS",
     "vllm.v1.structured_output.StructuredOutputManager": "executor vllm_config",
     "vllm.v1.structured_output.request.StructuredOutputRequest": "_grammar grammar reasoner reasoning_ended",
     "vllm.v1.structured_output.backend_types": "StructuredOutputGrammar",
@@ -58,6 +58,7 @@ NAMES = {
     "vllm.v1.core.sched.output.CachedRequestData": "resumed_req_ids",
     "vllm.v1.core.sched.output.NewRequestData": "prefill_token_ids prompt_token_ids num_computed_tokens",
     "vllm.v1.engine.EngineCoreOutput": "kv_transfer_params new_token_ids request_id",
+    "vllm.v1.engine.EngineCoreRequestType": "WAKEUP",
     "vllm.v1.engine.core.EngineCoreProc": "_handle_client_request input_queue model_executor scheduler",
     "vllm.v1.engine.async_llm.AsyncLLM": "abort engine_core generate output_processor",
     "vllm.v1.engine.output_processor.OutputProcessor": "external_req_ids",
@@ -93,6 +94,7 @@ PARAMETERS = {
         request_id processed_computed_tokens num_prompt_tokens""",
     "vllm.v1.core.kv_cache_manager.KVCacheManager.truncate_computed_blocks": "blocks num_computed_tokens",
     "vllm.v1.core.sched.scheduler.Scheduler.finish_requests": "request_ids finished_status",
+    "vllm.v1.core.sched.scheduler.Scheduler.schedule": "throttle_prefills",
     "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": "scheduler_output model_runner_output",
     "vllm.v1.structured_output.StructuredOutputManager.accept_tokens": "request new_token_ids",
     "vllm.v1.executor.Executor.collective_rpc": "method args",

@@ -28,6 +28,7 @@ from components.engine.paged.options import PagedOptions
 from components.engine.paged.request import Active, read
 from components.engine.paged.scheduler import Scheduler
 from components.engine.protocol import (
+    CommitTo,
     EngineInfo,
     EngineStats,
     FinishReason,
@@ -233,8 +234,10 @@ class PagedEngine:
         """The full, computed blocks of a request."""
         return self._live.scheduler.offer(self._live.scheduler.get(request_id), whole_blocks=True)
 
-    async def freeze(self, request_id: RequestId) -> Frozen:
-        """Stop generating and return the state."""
+    async def freeze(
+        self, request_id: RequestId, commit_to: CommitTo | None = None, use_within_s: float = 0.0
+    ) -> Frozen:
+        """Stop generating and return the state; it is sent to nobody."""
         active = self._live.scheduler.get(request_id)
         frozen = await self._live.scheduler.freeze(active)
         if not active.ended:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from components.engine.protocol import EngineStats, Frozen, KVOffer, LandingStatus, RequestId, RequestInfo
+from components.engine.protocol import CommitTo, EngineStats, Frozen, KVOffer, LandingStatus, RequestId, RequestInfo
 from components.engine.vllm.control import Call, Op, Reply, decode_reply, encode
 from components.errors import MigrateError, RequestNotFound, WorkerLost
 
@@ -40,9 +40,12 @@ class CoreClient:
         """The full, computed blocks of a request."""
         return _given((await self._call(Call(Op.OFFER, request_id))).offer)
 
-    async def freeze(self, request_id: RequestId) -> Frozen:
+    async def freeze(
+        self, request_id: RequestId, commit_to: CommitTo | None = None, use_within_s: float = 0.0
+    ) -> Frozen:
         """Stop generating and return the state."""
-        return _given((await self._call(Call(Op.FREEZE, request_id))).frozen)
+        call = Call(Op.FREEZE, request_id, commit_to=commit_to, use_within_s=use_within_s)
+        return _given((await self._call(call)).frozen)
 
     async def resume(self, request_id: RequestId) -> None:
         """Continue generating."""

@@ -22,6 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from components.engine.vllm.loader import Loader
 from components.engine.vllm.migration import Migration, Settings
 from components.engine.vllm.records import StepMetadata, StepResults
+from components.transfer import AgentConfig
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,9 @@ class MigrationConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
-        self.settings = Settings(**(transfer.kv_connector_extra_config["migration"] if transfer else {}))
+        extra = transfer.kv_connector_extra_config if transfer else {}
+        agent = AgentConfig.of({"name": "any"} | extra.get("agent", {}))
+        self.settings = Settings(**extra.get("migration", {}), host=agent.advertise_host)
         self._migration: Migration | None = None
         self._loader = Loader(vllm_config, kv_cache_config) if role is KVConnectorRole.WORKER else None
         self._runner: RunnerPort | None = None

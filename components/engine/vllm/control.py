@@ -12,6 +12,7 @@ import msgspec
 
 from components.engine.protocol import (
     AgentRef,
+    CommitTo,
     EngineStats,
     Frozen,
     KVOffer,
@@ -75,6 +76,8 @@ class Call(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens: tuple[int, ...] = ()
     frozen: Frozen | None = None
     hold_s: float = 0.0
+    commit_to: CommitTo | None = None
+    use_within_s: float = 0.0
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -20,6 +20,7 @@ import msgspec
 
 from components.engine.leases import Leases
 from components.engine.protocol import (
+    CommitTo,
     EngineInfo,
     EngineStats,
     FinishReason,
@@ -50,6 +51,8 @@ class _Live:
     delivered: int = 0
     cached_tokens: int | None = None
     """Cached prompt tokens at the first engine of the request; None: it began in this one."""
+    landing: asyncio.Event | None = None
+    """None from the commit on. Set by the commit or the end of the request."""
 
 
 class VLLMEngine:
@@ -115,10 +118,13 @@ class VLLMEngine:
         live = self._live[request.request_id] = _Live(request.request_id, delivered=len(request.output_token_ids))
         live.cached_tokens = given.cached_tokens if given is not None else None
         if request.landing is not None:
+            live.landing = asyncio.Event()
             self._renew_lease(request.request_id)
         stream = self._llm.generate(prompt, params, request.request_id, **keywords)
         try:
             async for item in stream:
+                if item.outputs[0].token_ids and not await self._committed(live):
+                    continue
                 if item.finished and live.ended is not None:
                     # vLLM may have joined the last tokens with the requested end.
                     for output in self._outputs(request.request_id, live, item):
@@ -139,6 +145,12 @@ class VLLMEngine:
         finally:
             self._drop(request.request_id)
             await stream.aclose()
+
+    async def _committed(self, live: _Live) -> bool:
+        """Wait for the commit of a landing that the source's engine has committed before. False: it has ended."""
+        while live.landing is not None and live.ended is None:
+            await live.landing.wait()
+        return live.landing is None
 
     def _arguments(
         self, request: GenerateRequest, given: native.Native | None
@@ -207,15 +219,19 @@ class VLLMEngine:
             await self._llm.abort(request_id)
             return
         live.ended = GenerateOutput(live.delivered, finish_reason=reason, error=error)
+        if live.landing is not None:
+            live.landing.set()
         await self._llm.abort(request_id)
 
     async def offer(self, request_id: RequestId) -> KVOffer:
         """The full, computed blocks of a request."""
         return await self._core.offer(request_id)
 
-    async def freeze(self, request_id: RequestId) -> Frozen:
+    async def freeze(
+        self, request_id: RequestId, commit_to: CommitTo | None = None, use_within_s: float = 0.0
+    ) -> Frozen:
         """Stop generating and return the state."""
-        frozen = await self._core.freeze(request_id)
+        frozen = await self._core.freeze(request_id, commit_to, use_within_s)
         self._renew_lease(request_id)
         return frozen
 
@@ -249,11 +265,18 @@ class VLLMEngine:
     async def commit(self, request_id: RequestId, frozen: Frozen) -> None:
         """Copy what is missing and run."""
         self._stop_lease(request_id)
-        # Set before the call: the first token may overtake its answer.
+        # Before the call: the first token may overtake its answer, or wait here already.
         self._count_from(request_id, frozen.output_token_ids)
+        live = self._live.get(request_id)
+        landing = live.landing if live is not None else None
+        if live is not None and landing is not None:
+            live.landing = None
+            landing.set()
         try:
             await self._core.commit(request_id, frozen)
         except MigrateError:
+            if live is not None and landing is not None:
+                live.landing = asyncio.Event()
             self._renew_lease(request_id)
             raise
 

@@ -32,6 +32,7 @@ from components.engine.groups import tables_of
 from components.engine.protocol import AgentRef, Frozen, KVOffer, LandingStatus
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.control import Reply
+from components.engine.vllm.direct import Inbox
 from components.engine.vllm.parts import Parts
 from components.engine.vllm.ranks import Ranks
 from components.engine.vllm.records import Incoming, Job, JobResult, Record, StepResults, use_until
@@ -61,11 +62,14 @@ class _Flight:
 class MigrateIn:
     """See the module docstring."""
 
-    def __init__(self, port: SchedulerPort, wait_bytes: int, deadline_s: float, ranks: Callable[[], Ranks]) -> None:
+    def __init__(
+        self, port: SchedulerPort, wait_bytes: int, deadline_s: float, ranks: Callable[[], Ranks], inbox: Inbox
+    ) -> None:
         self._port = port
         self._wait_bytes = wait_bytes
         self._deadline_s = deadline_s
         self._ranks = ranks
+        self.inbox = inbox
         self.bytes_per_block = 0
         self.num_ranks = 0
         """Known once the workers have been asked, as the size of a block."""
@@ -157,7 +161,7 @@ class MigrateIn:
             return record.landed or LandingStatus(reserved=True)
         if not incoming.parts and not self._begin_round(record, incoming.offer):
             raise self._no_room()
-        progress = self._progress(incoming)
+        progress = self._progress(record, incoming)
         if record.grammar is not None and not record.grammar.ready:
             # The source goes on meanwhile.
             return msgspec.structs.replace(progress, in_flight=True)
@@ -176,7 +180,7 @@ class MigrateIn:
         """Nothing is reserved here: who is not content asks again, between two steps."""
         status = record.landed or LandingStatus(reserved=True)
         if record.incoming is incoming:
-            status = msgspec.structs.replace(self._progress(incoming), reserved=bool(incoming.parts))
+            status = msgspec.structs.replace(self._progress(record, incoming), reserved=bool(incoming.parts))
         for waiter in incoming.waiters:
             waiter.set_result(Reply(landing=status))
         incoming.waiters.clear()
@@ -184,7 +188,7 @@ class MigrateIn:
     def _no_room(self) -> NoRoom:
         return NoRoom(f"{self._port.free_blocks} free KV blocks and {self._port.seats_left()} free request slots")
 
-    def _progress(self, incoming: Incoming) -> LandingStatus:
+    def _progress(self, record: Record, incoming: Incoming) -> LandingStatus:
         return LandingStatus(
             reserved=True,
             landed_tokens=incoming.parts.landed_tokens,
@@ -196,6 +200,8 @@ class MigrateIn:
             wire_s=incoming.wire_s,
             lane=incoming.lane,
             error=incoming.error,
+            commit_to=self.inbox.at(record.request.request_id) if incoming.commit is None else None,
+            direct=record.direct is not None,
         )
 
     def extend(self, record: Record, offer: KVOffer, tokens: tuple[int, ...]) -> None:
@@ -214,8 +220,14 @@ class MigrateIn:
         self._adopt(record, offer)
         self._next_round(record)
 
-    def commit(self, record: Record, frozen: Frozen) -> None:
-        """Copy what is missing and run. Raises ``NoRoom`` when the tail does not fit; the source can resume then."""
+    def commit(self, record: Record, frozen: Frozen, direct: bool = False) -> None:
+        """Copy what is missing and run. Raises ``NoRoom`` when the tail does not fit; the source can resume then.
+
+        Only the first commit does anything: the worker's, or the ``direct`` one of the source's engine.
+        """
+        if record.direct is not None:
+            require_same(record.direct, frozen)
+            return
         incoming = _incoming(record)
         if incoming.commit is not None:
             return
@@ -231,6 +243,7 @@ class MigrateIn:
             raise self._no_room()
         record.rng_state = frozen.rng_state
         incoming.commit, incoming.use_until = frozen, use_until(frozen, time.monotonic())
+        record.direct = frozen.output_token_ids if direct else None
         if not incoming.parts:
             # Nothing to copy: the prefix cache has it, or the source had computed nothing.
             self._end(record)
@@ -393,7 +406,7 @@ class MigrateIn:
     def _end(self, record: Record) -> None:
         mark("target-core", "landed", record.request_id)
         incoming = _incoming(record)
-        record.landed = self._progress(incoming)
+        record.landed = self._progress(record, incoming)
         record.incoming = record.grammar = None
         self._answer(record, incoming)
 
@@ -444,6 +457,12 @@ class MigrateIn:
     def kept_blocks(self) -> Iterable[KVCacheBlock]:
         """Blocks that belong to jobs, not to requests."""
         return itertools.chain.from_iterable(flight.blocks for flight in self._flights.values())
+
+
+def require_same(tokens: tuple[int, ...], frozen: Frozen) -> None:
+    """The worker commits what the source's engine has committed, or gets ``SessionError``."""
+    if tokens != frozen.output_token_ids:
+        raise SessionError("the source's engine has committed other tokens than its worker")
 
 
 def _incoming(record: Record) -> Incoming:

@@ -15,13 +15,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import NamedTuple
 
+import msgspec
 from vllm.v1.request import Request, RequestStatus
 
 from components.engine.groups import fields_of, tables_of
-from components.engine.protocol import AgentRef, Frozen, KVOffer, RequestId
+from components.engine.protocol import AgentRef, CommitTo, Frozen, KVOffer, RequestId
 from components.engine.vllm.compat.requests import why_not_migratable
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.control import Reply
+from components.engine.vllm.direct import Outbox
 from components.engine.vllm.ranks import Ranks
 from components.engine.vllm.records import Leaving, Record
 from components.errors import NotMigratable, RequestNotFound, SessionError
@@ -46,6 +48,7 @@ class MigrateOut:
         self._checked_blocks = checked_blocks
         """How many blocks at the end get a checksum; None: all."""
         self._ranks = ranks
+        self.outbox = Outbox()
         self.agents: tuple[AgentRef, ...] = ()
         self._freezing: list[Record] = []
         self._by_itself: list[Record] = []
@@ -89,8 +92,10 @@ class MigrateOut:
         layout = self._port.movable_layout() or self._port.why_drafts_hinder(request)
         return record.marker.not_migratable or layout or why_not_migratable(request)
 
-    def freeze(self, record: Record) -> Reply | Future[Reply]:
-        """Freeze a request; the reply carries its state. Idempotent."""
+    def freeze(
+        self, record: Record, commit_to: CommitTo | None = None, use_within_s: float = 0.0
+    ) -> Reply | Future[Reply]:
+        """Freeze a request; its state is in the reply and, before that, on its way to ``commit_to``. Idempotent."""
         if record.leaving is not None and record.leaving.frozen is not None:
             return Reply(frozen=record.leaving.frozen)
         if reason := self.why_not(record):
@@ -100,6 +105,9 @@ class MigrateOut:
         if record.request.status not in _FREEZABLE:
             raise SessionError(f"request {record.request_id} cannot be frozen while {record.request.status}")
         leaving = record.leaving or self._take_out(record, by_itself=False)
+        leaving.commit_to, leaving.use_within_s = commit_to, use_within_s
+        if commit_to is not None:
+            self.outbox.open(commit_to)
         if not self._port.in_flight(record.request):
             return Reply(frozen=self._complete(record, leaving))
         waiter: Future[Reply] = Future()
@@ -140,6 +148,10 @@ class MigrateOut:
             guide=self._port.guide_of(record.request),
         )
         mark("source-core", "state made", record.request_id)
+        if leaving.commit_to is not None:
+            given = msgspec.structs.replace(leaving.frozen, use_within_s=leaving.use_within_s)
+            self.outbox.send(leaving.commit_to, given)
+            mark("source-core", "commit sent", record.request_id)
         self._freezing.remove(record)
         for waiter in leaving.waiters:
             waiter.set_result(Reply(frozen=leaving.frozen))

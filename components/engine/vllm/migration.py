@@ -17,18 +17,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from vllm.v1.request import RequestStatus
 
 from components.engine.protocol import Frozen, RequestId
 from components.engine.vllm.compat.requests import external_id
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.control import MARKER, Call, Marker, Op, Reply, decode_marker
+from components.engine.vllm.direct import Inbox
 from components.engine.vllm.handoff import Handoff
-from components.engine.vllm.migrate_in import MigrateIn
+from components.engine.vllm.migrate_in import MigrateIn, require_same
 from components.engine.vllm.migrate_out import MigrateOut
 from components.engine.vllm.ranks import Ranks
 from components.engine.vllm.records import Install, Record, StepMetadata, StepResults
 from components.engine.vllm.tables import request_table, stats_of, verify_blocks
-from components.errors import ConfigError, RequestNotFound, SessionError
+from components.errors import ConfigError, MigrateError, RequestNotFound, SessionError
 from components.timeline import mark
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
+_ENDED_EARLY = 16
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Settings:
     copy_deadline_s: float = 30.0
     adapters: str = ""
     """Digest of the LoRA adapters; part of the fingerprint."""
+    host: str = "127.0.0.1"
+    """Address at which other engines reach this one."""
 
     @property
     def checked_blocks(self) -> int | None:
@@ -67,12 +72,15 @@ class Migration:
     def __init__(self, port: SchedulerPort, settings: Settings) -> None:
         self.port = port
         self.outgoing = MigrateOut(port, settings.checked_blocks, self._attached)
-        self.incoming = MigrateIn(port, settings.wait_bytes, settings.copy_deadline_s, self._attached)
+        inbox = Inbox(settings.host)
+        self.incoming = MigrateIn(port, settings.wait_bytes, settings.copy_deadline_s, self._attached, inbox)
         self.handoff = Handoff(port, self.incoming, self.outgoing)
         self._ranks: Ranks | None = None
         self._records: dict[str, Record] = {}
         self._newest: dict[RequestId, Record] = {}
         """Records by the caller's id, which two requests can share briefly."""
+        self._ended_early: dict[RequestId, tuple[int, ...]] = {}
+        """The last requests that ended by themselves after a direct commit, perhaps before their worker's."""
         self._step_began = 0.0
         self.last_step_s = 0.0
         self._past_preemptions = 0
@@ -107,12 +115,15 @@ class Migration:
             case Op.RELEASE:
                 self.handoff.release(call.request_id)
                 return Reply()
+            case Op.COMMIT if call.frozen is not None and call.request_id in self._ended_early:
+                require_same(self._ended_early[call.request_id], call.frozen)
+                return Reply()
         record = self._record(call.request_id)
         match call.op:
             case Op.OFFER:
                 return Reply(offer=self.outgoing.offer(record))
             case Op.FREEZE:
-                return self.outgoing.freeze(record)
+                return self.outgoing.freeze(record, call.commit_to, call.use_within_s)
             case Op.RESUME:
                 self.outgoing.resume(record)
             case Op.LANDING:
@@ -125,11 +136,26 @@ class Migration:
                 raise SessionError(f"call {call.op} lacks its arguments")
         return Reply()
 
+    def _find(self, request_id: RequestId) -> Record | None:
+        return self._records.get(request_id) or self._newest.get(request_id)
+
     def _record(self, request_id: RequestId) -> Record:
-        record = self._records.get(request_id) or self._newest.get(request_id)
+        record = self._find(request_id)
         if record is None:
             raise RequestNotFound(f"request {request_id} is not in this engine")
         return record
+
+    def take_commits(self) -> None:
+        """Direct commits since the last step. A refused one is only logged: the worker's commit gets the error."""
+        for call in self.incoming.inbox.take():
+            record = self._records.get(call.request_id)
+            try:
+                if record is not None and call.frozen is not None:
+                    self.incoming.commit(record, call.frozen, direct=True)
+            except MigrateError as error:
+                logger.debug("request %s: direct commit refused: %s", call.request_id, error)
+            except Exception:
+                logger.exception("request %s: direct commit", call.request_id)
 
     def _info(self, ranks: Ranks) -> Reply:
         infos = ranks.attach()
@@ -148,7 +174,7 @@ class Migration:
 
     def expects_commit(self, request_id: RequestId) -> bool:
         """True while a landed request waits for its commit."""
-        record = self._records.get(request_id) or self._newest.get(request_id)
+        record = self._find(request_id)
         return record is not None and self.incoming.holds(record)
 
     # vLLM's hooks
@@ -161,6 +187,7 @@ class Migration:
         marker = Marker(external_id(request)) if data is None else decode_marker(data)
         record = Record(request, marker, born=time.monotonic())
         self._records[request.request_id] = self._newest[record.request_id] = record
+        self._ended_early.pop(record.request_id, None)
         if marker.num_prompt_tokens is not None:
             record.needs_install = self.port.as_resumed(request, marker.num_prompt_tokens)
             if request.num_prompt_tokens != marker.num_prompt_tokens:
@@ -222,6 +249,10 @@ class Migration:
         if self._newest.get(record.request_id) is record:
             del self._newest[record.request_id]
         self._past_preemptions += request.num_preemptions
+        if record.direct is not None and request.status is not RequestStatus.FINISHED_ABORTED:
+            self._ended_early[record.request_id] = record.direct
+            if len(self._ended_early) > _ENDED_EARLY:
+                del self._ended_early[next(iter(self._ended_early))]
         self.outgoing.finished(record)
         self.incoming.finished(record)
         return self.handoff.lend(record)
@@ -250,6 +281,11 @@ class Migration:
         """Freeze requests that waited for this step. Returns the states that leave with its outputs."""
         self.last_step_s = time.monotonic() - self._step_began
         return self.outgoing.after_step()
+
+    def close(self) -> None:
+        """At the end of the engine. Idempotent."""
+        self.incoming.inbox.close()
+        self.outgoing.outbox.close()
 
     def has_only_taken_out(self) -> bool:
         """True when the engine only keeps frozen requests."""

@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from components.engine.protocol import AgentRef, Frozen, KVOffer, LandingStatus, RequestId
+from components.engine.protocol import AgentRef, CommitTo, Frozen, KVOffer, LandingStatus, RequestId
 from components.engine.vllm.compat.grammars import Replay
 from components.engine.vllm.control import Marker, Reply
 from components.engine.vllm.parts import Parts
@@ -67,6 +67,9 @@ class Leaving:
     """Set after the step in flight."""
     waiters: list[Future[Reply]] = field(default_factory=list)
     """Freeze calls that wait for it."""
+    commit_to: CommitTo | None = None
+    """Gets the state as soon as it is made."""
+    use_within_s: float = 0.0
 
 
 @dataclass
@@ -79,6 +82,8 @@ class Record:
     incoming: Incoming | None = None
     landed: LandingStatus | None = None
     """Result of the landing."""
+    direct: tuple[int, ...] | None = None
+    """Output tokens of a commit by the source's engine."""
     leaving: Leaving | None = None
     needs_install: bool = False
     """True until the model runner has the tokens of the other engine."""

@@ -48,6 +48,11 @@ class MigrationMixin(Scheduler):
             raise ConfigError("a scheduler that migrates needs kv_connector MigrationConnector in kv_transfer_config")
         connector.migration = self.migration = Migration(SchedulerPort(self), connector.settings)
 
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """As vLLM's, after the direct commits that have come since the last step."""
+        self.migration.take_commits()
+        return super().schedule(throttle_prefills)
+
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
         """As vLLM's, without waiting for copies, which keep their blocks themselves."""
         ids = (
@@ -74,6 +79,11 @@ class MigrationMixin(Scheduler):
     def has_finished_requests(self) -> bool:
         """As vLLM's, which would take requests outside its queues for finished ones and step for ever."""
         return super().has_finished_requests() and not self.migration.has_only_taken_out()
+
+    def shutdown(self) -> None:
+        """As vLLM's."""
+        self.migration.close()
+        super().shutdown()
 
 
 class MigrationScheduler(MigrationMixin):

@@ -50,7 +50,11 @@ class Hold:
         migration = _migration(core)
         mark("target-core", "hold", call.request_id)
         try:
-            while migration.expects_commit(call.request_id) and (left := now + limit - time.monotonic()) > 0:
+            while True:
+                # One whose wake-up is out of the queue already may be among them.
+                migration.take_commits()
+                if not migration.expects_commit(call.request_id) or (left := now + limit - time.monotonic()) <= 0:
+                    return
                 try:
                     request = core.input_queue.get(timeout=left)
                 except queue.Empty:
@@ -66,12 +70,21 @@ def _migration(core: EngineCoreProc) -> Migration:
     return core.scheduler.migration  # type: ignore[attr-defined, no-any-return]
 
 
+def _take_commits(core: EngineCoreProc) -> None:
+    """A direct commit is no utility call, whose answer would go to a client that has not asked: it wakes the core."""
+    from vllm.v1.engine import EngineCoreRequestType
+
+    _migration(core).incoming.inbox.listen(lambda: core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None)))
+
+
 _hold = Hold()
 
 
 def kv_control(core: EngineCoreProc, data: bytes) -> bytes | Future[bytes]:
     """Added to ``EngineCore``: one call into ``Migration``, between two steps."""
     call = decode_call(data)
+    if call.op is Op.INFO:
+        _take_commits(core)
     if call.op is Op.EXPECT_COMMIT:
         _hold.until_commit(core, call)
         return encode(Reply())

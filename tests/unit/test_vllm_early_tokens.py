@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A landing that the source's engine has committed: no token of it leaves ``generate`` before its worker's commit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from components.engine.protocol import FinishReason, Frozen, GenerateOutput, GenerateRequest, RequestId
+from components.errors import NoRoom
+from tests.vllm_scheduler import offer_of
+
+pytest.importorskip("vllm")
+from components.engine.vllm.engine import VLLMEngine, VLLMOptions  # noqa: E402
+
+ONE = RequestId("one")
+STATE = Frozen(offer_of("one", 4), (5, 6))
+
+
+class Engine(VLLMEngine):
+    """Its core is played: ``give`` says what it has made."""
+
+    def __init__(self, lease_s: float = 1000.0) -> None:
+        super().__init__(VLLMOptions({}, {}, lease_s=lease_s))
+        core: Any = SimpleNamespace(commit=self._core_commit)
+        info: Any = SimpleNamespace(max_model_len=64)
+        self._llm, self._client, self._info = LLM(self), core, info
+        self.items: asyncio.Queue[Any] = asyncio.Queue()
+        self.refuses = False
+
+    async def _core_commit(self, request_id: RequestId, frozen: Frozen) -> None:
+        if self.refuses:
+            raise NoRoom("full")
+
+    def give(self, *tokens: int, finish: str | None = None) -> None:
+        sample = SimpleNamespace(token_ids=list(tokens), finish_reason=finish, stop_reason=None, logprobs=None)
+        self.items.put_nowait(
+            SimpleNamespace(outputs=[sample], finished=finish is not None, kv_transfer_params=None, num_cached_tokens=0)
+        )
+
+
+class LLM:
+    """The engine's client of its core."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def generate(self, *args: Any, **keywords: Any) -> AsyncGenerator[Any, None]:
+        while True:
+            item = await self._engine.items.get()
+            yield item
+            if item.finished:
+                return
+
+    async def abort(self, request_id: RequestId) -> None:
+        self._engine.give(finish="abort")
+
+
+async def landing(engine: Engine) -> tuple[AsyncIterator[GenerateOutput], asyncio.Future[GenerateOutput]]:
+    """Its stream, and the first output, which is not there yet."""
+    stream = engine.generate(GenerateRequest(ONE, (1, 2, 3), output_token_ids=(5,), landing=STATE.offer))
+    first: asyncio.Future[GenerateOutput] = asyncio.ensure_future(anext(stream))  # type: ignore[arg-type]
+    await asyncio.sleep(0.01)
+    return stream, first
+
+
+async def test_tokens_wait_for_the_commit_and_are_counted_from_it() -> None:
+    engine = Engine()
+    stream, first = await landing(engine)
+    engine.give(7)
+    engine.give(8, finish="length")
+    await asyncio.sleep(0.05)
+    assert not first.done()
+    await engine.commit(ONE, STATE)
+    rest = [await first, *[output async for output in stream]]
+    assert [(output.index, output.token_ids) for output in rest] == [(2, (7,)), (3, (8,))]
+    assert rest[-1].finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["still running", "finished"])
+async def test_a_landing_that_is_ended_before_its_commit_has_given_nothing(finished: bool) -> None:
+    engine = Engine()
+    stream, first = await landing(engine)
+    engine.give(7, finish="length" if finished else None)
+    await asyncio.sleep(0.05)
+    await engine.abort(ONE)
+    output = await first
+    assert output.finish_reason is FinishReason.CANCELLED and not output.token_ids
+    assert [output async for output in stream] == []
+
+
+async def test_a_landing_whose_commit_never_comes_ends_by_its_lease() -> None:
+    engine = Engine(lease_s=0.05)
+    stream, first = await landing(engine)
+    engine.give(7)
+    output = await first
+    assert output.finish_reason is FinishReason.ERROR and not output.token_ids
+    assert [output async for output in stream] == []
+
+
+async def test_a_commit_that_is_refused_lets_nothing_out() -> None:
+    engine = Engine()
+    _, first = await landing(engine)
+    engine.refuses = True
+    with pytest.raises(NoRoom):
+        await engine.commit(ONE, STATE)
+    engine.give(7)
+    await asyncio.sleep(0.05)
+    assert not first.done()
+    await engine.abort(ONE)
+    assert not (await first).token_ids
+
+
+async def test_an_end_without_tokens_needs_no_commit() -> None:
+    engine = Engine()
+    _, first = await landing(engine)
+    engine.give(finish="error")
+    assert (await first).finish_reason is FinishReason.ERROR
