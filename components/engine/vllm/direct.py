@@ -153,7 +153,7 @@ class _Line:
     def send(self, data: bytes) -> None:
         """As much as goes at once; the thread sends the rest."""
         with self._changed:
-            if self._sock is not None and not self._rest:
+            if self._sock is not None and not self._rest and not self._over:
                 try:
                     data = data[self._sock.send(data) :]
                 except BlockingIOError:
