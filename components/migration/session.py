@@ -80,7 +80,7 @@ async def migrate(requests: Requests, leg: Leg, target: int, mode: Mode, limits:
             if leg.away is not None or leg.over:
                 raise RequestNotFound("the request has left this worker or has ended")
             if isinstance(leg, Arrival) and not leg.committed:
-                raise SessionError("the request is still landing there")
+                raise SessionError("the request is still landing here")
             if isinstance(leg, Arrival) and leg.unread_since is not None:
                 # Its repeat is on the way, or it is left from a move whose source went on: then it is no owner.
                 raise SessionError("nobody reads the tokens of the request here at the moment")
