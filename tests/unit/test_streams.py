@@ -102,9 +102,9 @@ async def test_engines_are_told_whom_to_commit_to_unless_the_state_is_not_what_i
         await workers.quiet()
 
 
-def _naming(landing_status: Callable[[RequestId], Awaitable[LandingStatus]], there: CommitTo) -> Any:
-    async def naming(engine_id: RequestId) -> LandingStatus:
-        return msgspec.structs.replace(await landing_status(engine_id), commit_to=there)
+def _naming(landing_status: Callable[..., Awaitable[LandingStatus]], there: CommitTo) -> Any:
+    async def naming(engine_id: RequestId, *more: Any) -> LandingStatus:
+        return msgspec.structs.replace(await landing_status(engine_id, *more), commit_to=there)
 
     return naming
 
