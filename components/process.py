@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import functools
 import gc
 import logging
 import os
@@ -61,8 +62,9 @@ def on_stop() -> asyncio.Event:
     return stop
 
 
+@functools.cache
 def ready() -> None:
-    """Notify the launcher that this process serves.
+    """Notify the launcher that this process serves. Does nothing a second time.
 
     Objects made so far live as long as the process, so full garbage collections skip them from now on: each one
     stopped all streams of a worker for half a second. vLLM's own server does the same.

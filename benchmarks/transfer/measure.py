@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from components.transfer.session.exchange import Exchange
 
 from benchmarks.transfer.collective import task, times
 from benchmarks.transfer.nvlink import nvlink_bytes
@@ -27,7 +28,6 @@ from components.transfer.control.record import AgentRecord, decode, encode
 from components.transfer.data.base import Steps
 from components.transfer.data.nixl import Moved
 from components.transfer.layout import Segment
-from components.transfer.session.exchange import Exchange
 from components.transfer.session.thread import Job
 
 _DEADLINE_S = 20.0

@@ -8,9 +8,13 @@ migrations are carried out. ``planner-args`` overrides any key of the planner's 
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import json
+import logging
 import os
 import sys
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ from components.config import PlannerConfig, load_component_config
 from components.errors import ConfigError
 from planner_hooks import perf_model
 from planner_hooks.config import load
+
+logger = logging.getLogger(__name__)
 
 
 def planner_file(config: PlannerConfig, namespace: str) -> dict[str, Any]:
@@ -85,12 +91,24 @@ def main() -> None:
     # Read by Dynamo at its import.
     os.environ["DYN_LOG"] = os.environ.get("DYN_LOG", "warn") + ",dynamo_runtime::storage::kv=off"
     try:
-        from dynamo.planner.__main__ import main as run
+        from dynamo.planner import __main__ as planner
     except ImportError as error:
         raise ConfigError(f"Dynamo's planner cannot be imported ({error}): install the extra 'planner'") from error
     load(Path(config.policy_file))  # A wrong file ends here with one line, before the planner's start.
     sys.argv = ["planner", "--config", json.dumps(file)]
-    run()  # type: ignore[no-untyped-call]
+    vars(planner)["init_planner"] = functools.partial(_while_in_etcd, planner.init_planner)
+    planner.main()  # type: ignore[no-untyped-call]
+
+
+async def _while_in_etcd(init_planner: Callable[..., Coroutine[Any, Any, None]], runtime: Any, *args: Any) -> None:
+    """Dynamo's ``init_planner``, until the runtime has lost its lease: the planner would go on and see no worker."""
+    cut_off = asyncio.ensure_future(process.until_cut_off(runtime, "planner"))
+    running = asyncio.ensure_future(init_planner(runtime, *args))
+    await asyncio.wait((cut_off, running), return_when=asyncio.FIRST_COMPLETED)
+    if running.done():
+        return running.result()
+    logger.error("this planner has lost its place in etcd; it ends, for its launcher to start it again")
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,3 +36,41 @@ def test_two_planners_of_one_host_share_no_port() -> None:
     from components.planner.__main__ import planner_file
 
     assert planner_file(PlannerConfig(), "dynamo")["control_api_port"] == 0
+
+
+class Exited(Exception):
+    """Instead of the process's end."""
+
+
+@pytest.mark.parametrize("cut_off", [False, True])
+async def test_a_planner_that_has_lost_its_lease_ends_whatever_it_waits_for(
+    cut_off: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from components.planner import __main__ as planner
+
+    never: asyncio.Future[None] = asyncio.Future()
+
+    class Endpoint:
+        async def serve_endpoint(self, _: object) -> None:
+            if not cut_off:
+                await never
+
+    def end(code: int) -> None:
+        assert code == 1
+        raise Exited
+
+    async def init_planner(runtime: object, config: str) -> None:
+        assert config == "config"
+        if cut_off:
+            await never
+
+    monkeypatch.setattr(planner.os, "_exit", end)
+    runtime = SimpleNamespace(endpoint=lambda _: Endpoint())
+    with pytest.raises(Exited) if cut_off else nullcontext():
+        await planner._while_in_etcd(init_planner, runtime, "config")
+
+
+def test_dynamos_planner_has_the_function_that_is_wrapped() -> None:
+    from dynamo.planner import __main__ as stock
+
+    assert list(inspect.signature(stock.init_planner).parameters) == ["runtime", "config"]
