@@ -3,6 +3,6 @@
 
 import os
 
-# openai completes the classes of its answers when they are first used, which two threads may do at once: one of them
-# then fails. This makes it do so at import.
+# openai builds the classes of its answers on first use; when two threads do that at once, one of them fails. This
+# builds them at import.
 os.environ.setdefault("DEFER_PYDANTIC_BUILD", "false")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 
 def make_adapter(folder: Path, model: str, seed: int, rank: int = 4) -> str:
-    """An adapter of queries and values that is strong enough to change what the model says."""
+    """An adapter of queries and values, strong enough to change the model's answers."""
     shape = json.loads((Path(model) / "config.json").read_text())
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
     size = shape.get("head_dim") or hidden // heads

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures that several test modules share: real etcd and NATS on free loopback ports, small models."""
+"""Shared fixtures: real etcd and NATS on free loopback ports, small models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from planner_hooks import perf_model
 
 perf_model.stand_in()  # Tests import parts of Dynamo's planner.
 os.environ.update(past_proxies(os.environ))  # What tests start is on this machine.
-# How long an example takes says nothing on a busy machine.
+# The time of an example means nothing on a busy machine.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 _status = pytest.StashKey[int]()
@@ -36,7 +36,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Leave with the tests' own result once everything is torn down and told.
+    """Exit with the tests' result after teardown and report.
 
     Native threads of Dynamo's runtime, gRPC and NIXL in this process can end an orderly exit of the interpreter with
     "terminate called without an active exception", after every test has passed.
@@ -59,7 +59,7 @@ def wait_for_port(port: int, timeout_s: float = 15.0, host: str = "127.0.0.1") -
 
 @contextmanager
 def running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A server process that ends with the block."""
+    """Context with a server process."""
     if shutil.which(command[0]) is None:
         pytest.fail(f"{command[0]} is not installed: apt-get install etcd-server nats-server")
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stands in for NCCL within one process: bytes pass through queues, or stay where they are."""
+"""A double of NCCL within one process: bytes pass through queues, or get stuck."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Bytes = queue.SimpleQueue[torch.Tensor]
 
 @dataclass
 class Cable:
-    """What all wires of a test share."""
+    """Shared state of a test's wires."""
 
     queues: dict[str, tuple[Bytes, Bytes]] = field(default_factory=dict)
     wires: list[FakeWire] = field(default_factory=list)

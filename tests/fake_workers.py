@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workers without engines, in one process, that answer calls over the real messages: for what asks workers.
+"""Workers without engines, in one process, that answer real messages: for tests of their clients.
 
-Each has the real state and control endpoint of a worker, over an engine whose load and table a test writes down.
+Each has a worker's real state and control endpoint, over an engine with the load and table that a test sets.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Endpoint:
 
 @dataclass
 class ToldEngine:
-    """``report`` gives what the test has written down."""
+    """``report`` returns the test's values."""
 
     table: list[RequestInfo] = field(default_factory=list)
     reports: int = 0
@@ -103,9 +103,9 @@ class Workers:
         self.endpoints: dict[int, Endpoint] = {}
         self._controls: dict[int, Control] = {}
         self.silent: set[int] = set()
-        """Who answers nothing."""
+        """Workers that do not answer."""
         self.lost: set[int] = set()
-        """Who is in discovery, but gone."""
+        """Dead workers that are still in discovery."""
         self.calls: list[tuple[int, WorkerCall]] = []
         self.bytes = 0
         for instance in range(1, count + 1):

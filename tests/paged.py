@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paged engines for tests: small, in one process, with their accounts checked when they stop."""
+"""Small paged engines for tests, in one process, with a check of their blocks at the end."""
 
 from __future__ import annotations
 

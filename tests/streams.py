@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workers and a frontend without a network: real engines, real migration code, and doubles of what is Dynamo's.
+"""Workers and a frontend without a network: real engines and migration code, doubles of Dynamo's parts.
 
-``Cluster.complete`` repeats requests as Dynamo 1.6.1's frontend was seen to: with the same id, the tokens so far
-behind the prompt and fewer ``max_tokens``, to a worker that has not had the request yet; without one the request fails.
-With prefill workers, each attempt passes one of them first. A dead worker stays in discovery for ``LEASE_S``.
+``Cluster.complete`` repeats requests like Dynamo 1.6.1's frontend (from observation): with the same id, the tokens so
+far behind the prompt and fewer ``max_tokens``, to a worker that has not had the request; without one the request
+fails. With prefill workers, each attempt passes one of them first. A dead worker stays in discovery for ``LEASE_S``.
 
-``Cluster.at`` is called whenever a session passes one of the ``State``s: there a test kills somebody.
+``Cluster.at`` is called whenever a session passes one of the ``State``s; tests kill processes there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LEASE_S = 0.3
 
 
 def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """A test in virtual time: it takes as long as its work does, and the same order each time."""
+    """A test in virtual time, without waiting and in deterministic order."""
 
     @functools.wraps(test)
     def run(*args: Any, **keywords: Any) -> None:
@@ -57,7 +57,7 @@ def virtual_agents(seed: int = 0) -> Callable[[Any], Any]:
 
 
 class Fate(StrEnum):
-    """What becomes of a call. A stream of an ``attach`` breaks with any but the first."""
+    """Fate of a call. A stream of an ``attach`` breaks with any but the first."""
 
     NORMAL = "normal"
     TWICE = "double"
@@ -65,7 +65,7 @@ class Fate(StrEnum):
     LOST = "lost"
     LOST_ANSWER = "lost answer"
     GIVEN_UP = "given up"
-    """It is handled long after its caller has been told that it took too long."""
+    """It arrives long after its caller's time-out."""
     KILL_BEFORE = "kill host before"
     KILL_AFTER = "kill host after"
     KILL_CALLER = "kill caller"
@@ -76,7 +76,7 @@ _FATAL_ITEM = 4
 
 
 class State(StrEnum):
-    """Where a session is: what has just happened. ``ASKED``: the callee does not know yet."""
+    """Last event of a session. ``ASKED``: the callee does not know yet."""
 
     RESERVE_ASKED = "reserve asked"
     RESERVED = "reserved"
@@ -169,7 +169,7 @@ class Node:
         return self.alive or time.monotonic() - self.died_at < LEASE_S
 
     async def kill(self) -> None:
-        """As kill -9: nothing is said to anybody."""
+        """As kill -9: without any message."""
         if not self.alive:
             return
         self.alive = False
@@ -179,7 +179,7 @@ class Node:
         await self.engine.stop()
 
     async def prefill(self, request_id: RequestId) -> Owner | None:
-        """Dynamo's handler of a prefill worker, which hands nothing over but whom it knows to have the request."""
+        """Dynamo's handler of a prefill worker, which hands over nothing except a known owner."""
         await self.cluster.moment()
         if not self.alive:
             raise WorkerLost(f"node {self.instance} has died")
@@ -211,7 +211,7 @@ class Node:
 
 
 class Wire:
-    """``components.migration.peers.Peers`` of one node. Every call takes a moment; some answers get lost."""
+    """``components.migration.peers.Peers`` of one node. Every call takes time; some answers get lost."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
@@ -339,7 +339,7 @@ class Cluster:
         self._faults = faults or {}
         self._ids = itertools.count()
         self.repeats = 0
-        """How often the frontend was asked to send a request again."""
+        """Number of repeats that the frontend was told to make."""
         self.at: Callable[[State, int, int], None] = lambda state, source, destination: None
         self.heading: dict[str, int] = {}
         """Where a request moves to."""
@@ -359,7 +359,7 @@ class Cluster:
             await node.kill()
 
     async def pass_by(self, state: State | None, source: int, destination: int) -> None:
-        """A session passes a state. Whoever dies there is dead when this returns."""
+        """A session passes a state. Victims are dead when this returns."""
         if state is not None:
             self.at(state, source, destination)
             await asyncio.sleep(0)
@@ -374,7 +374,7 @@ class Cluster:
         return self.rng.random() < self._faults.get(fault, 0.0)
 
     def fate(self, op: WorkerOp) -> Fate:
-        """What becomes of the next call: chance decides. Explorations put their own in place of this."""
+        """Random fate of the next call. Explorations replace this."""
         calls = (Fate.TWICE, Fate.LOST_ANSWER) if op is not WorkerOp.ATTACH else ()
         return next((fate for fate in calls if self.chance(fate)), Fate.NORMAL)
 
@@ -395,9 +395,9 @@ class Cluster:
     async def complete(
         self, prompt: tuple[int, ...], sampling: Sampling, attached: str = "", tokens: list[int] | None = None
     ) -> list[int]:
-        """One request of a client, as the frontend sees to it. Raises ``WorkerLost`` when it has nobody left.
+        """One request of a client through the frontend. Raises ``WorkerLost`` when no worker is left.
 
-        ``tokens`` gets what the client has, also when this raises.
+        ``tokens`` gets the client's tokens, also when this raises.
         """
         request_id = RequestId(f"request-{next(self._ids)}")
         tokens = [] if tokens is None else tokens
@@ -459,7 +459,7 @@ class Cluster:
         return None
 
     async def quiet(self) -> None:
-        """Wait until no engine has anything; raise ``SessionError`` when its blocks do not add up."""
+        """Wait until all engines are idle; raise ``SessionError`` when blocks do not add up."""
         for _ in range(1500):
             alive = [node for node in self.everybody if node.alive]
             if not any([await node.engine.requests() for node in alive]):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real vLLM scheduler of ours without an engine: steps are played, copies are answered by the test."""
+"""A real vLLM scheduler with migration, without an engine: the test plays steps and answers copies."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checksums of blocks that the GPU is still computing: begun behind that work, without waiting for it."""
+"""Checksums of blocks that the GPU still computes: queued behind that work, without waiting."""
 
 from __future__ import annotations
 

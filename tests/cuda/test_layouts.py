@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every layout of KV pools between two processes on one GPU: the lane that is chosen, and all bytes.
+"""Every layout of KV pools between two processes on one GPU: the chosen lane, and all bytes.
 
 Also a peer that appears while this process captures a CUDA graph, as vLLM does at its start.
 """

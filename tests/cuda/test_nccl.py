@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NCCL lane between two GPUs: which pairs take it, and what happens when the other end dies or hangs.
+"""The NCCL lane between two GPUs: its selection, and peers that die or hang.
 
 Blocks and their bytes are compared for this lane, as for all others, in ``test_two_processes.py``.
 """
@@ -66,7 +66,7 @@ def test_both_directions_at_once() -> None:
 
 
 class _Over(Exception):
-    """Leaves a pair whose source cannot be told to end any more."""
+    """Closes a pair with a dead source."""
 
 
 def test_a_peer_that_is_killed_in_the_middle_ends_the_transfer_in_an_error_at_once() -> None:

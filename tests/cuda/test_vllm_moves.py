@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM as a user of GPUs starts it: default attention backend, default model runner, CUDA graphs, bfloat16.
+"""vLLM with the defaults of GPUs: attention backend, model runner, CUDA graphs, bfloat16.
 
-Two engines on two GPUs, or both on one. Four requests of different lengths move twenty times each, and the tokens are
-those of a request that stayed. One request at a time: a batch of another size may round differently without any move.
+Two engines on two GPUs, or both on one. Four requests of different lengths move twenty times each, and their tokens
+equal those of unmoved ones. One request at a time: a batch of another size may round differently without any move.
 The model has layers of Llama 3.1 8B's shape with random weights (8 of them, 4.5 GB, or ``DYN_MIGRATE_TEST_LAYERS``).
 vLLM's own dummy weights are so small that a next token hardly depends on the KV cache.
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transfer agent's double: one event loop, pieces of one block, faults where the scenario wants them.
+"""The transfer agent's double: one event loop, pieces of one block, faults of the scenario.
 
-A block is read when its piece is due and not when the copy began, as remote reads are: one that its owner gave to
-somebody else meanwhile arrives with the other's bytes.
+A block is read when its piece is due, not at the begin of the copy, like a remote read: a block that has been
+allocated to another request meanwhile arrives with the other's bytes.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from components.transfer.regions import regions_of
 
 
 class Wire:
-    """All agents of a cluster, and what happens to bytes between them."""
+    """All agents of a cluster, and the faults of copies between them."""
 
     def __init__(self) -> None:
         self.agents: dict[str, VirtualAgent] = {}
         self.piece_s = 0.0005
         self.fail = 0.0
-        """Chance that a copy fails in the middle."""
+        """Probability that a copy fails midway."""
         self.hang = 0.0
-        """Chance that a copy stands still until its deadline."""
+        """Probability that a copy hangs until its deadline."""
         self.flip = 0.0
-        """Chance that one bit of a copy is wrong."""
+        """Probability of a flipped bit in a copy."""
         self.chance: Any = None
         self.flipped = 0
         self.held: dict[str, Callable[[int], bool]] = {}
-        """Whether an agent's engine holds a block, where somebody wants to know."""
+        """Optional check that an agent's engine holds a block."""
         self.read_of_nobody = 0
-        """Blocks that were read although their engine did not hold them."""
+        """Blocks read although their engine did not hold them."""
 
 
 class Handle:
-    """What ``fetch`` gives."""
+    """Result of ``fetch``."""
 
     def __init__(self, task: asyncio.Task[TransferResult]) -> None:
         self._task = task
@@ -65,7 +65,7 @@ class Handle:
 
 
 class VirtualAgent:
-    """What the paged engine uses of ``components.transfer.TransferAgent``."""
+    """The part of ``components.transfer.TransferAgent`` that the paged engine uses."""
 
     lanes = ("virtual",)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An event loop in virtual time: nothing waits, everything happens in one order, a hang is an error.
+"""An event loop in virtual time: nothing waits, the order is deterministic, a hang is an error.
 
 ``time.monotonic`` follows the loop while ``run`` runs; work for executors is done at once.
 """
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Hang(AssertionError):
-    """Somebody waits and nothing can happen any more."""
+    """A task waits, and no event is left."""
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -62,7 +62,7 @@ def _set_aside_what_is_loaded() -> None:
 
 
 def run(main: Coroutine[Any, Any, T], unhandled: Callable[[str], None] = lambda text: None) -> T:
-    """Run to the end in virtual time. ``unhandled`` is told of errors in tasks and callbacks that nobody has seen."""
+    """Run to the end in virtual time. ``unhandled`` gets errors of tasks and callbacks that no code has seen."""
     _set_aside_what_is_loaded()
     loop = VirtualLoop()
     loop.set_exception_handler(

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deaths in every state of a session, in virtual time: ``python -m tests.faults.deaths --runs 1000``.
 
-A seed is a run: real engines and migration code on three decode and one or two prefill workers, clients of two
-frontends, moves in all modes, calls that are late, doubled or lose their answer, copies that fail. When a session
-passes the run's state, one process dies. Seeds go through all pairs of state and victim in turn. What must hold:
+Each seed is a run: real engines and migration code on three decode and one or two prefill workers, clients of two
+frontends, moves in all modes, late and doubled calls, lost answers, failing copies. When a session passes the run's
+state, one process dies. Seeds go through all pairs of state and victim in turn. Invariants:
 
-1. A client has the tokens of an undisturbed run, all of them, while its frontend lives. Without any prefill worker
-   Dynamo's frontend refuses new requests, and fails one that it was asked to repeat before anybody could know.
-2. All that lives is at rest afterwards: no block, request or life is left, and no task has failed.
+1. A client gets all tokens of an undisturbed run while its frontend lives. Without any prefill worker Dynamo's
+   frontend refuses new requests, and fails a repeat that was requested just before.
+2. All living processes are idle afterwards: no block, request or life is left, and no task has failed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _ON_THE_WAY_S = 0.06
 
 
 class Victim(StrEnum):
-    """Who dies. ``THIRD`` is the decode worker that has no part in the session."""
+    """The victim. ``THIRD`` is the decode worker outside the session."""
 
     SOURCE = "source"
     DESTINATION = "destination"
@@ -72,9 +72,9 @@ class Outcome:
     repeats: int = 0
     whole: int = 0
     cut: int = 0
-    """Clients of the frontend that died."""
+    """Clients of the dead frontend."""
     refused: int = 0
-    """Requests for which no prefill worker was left."""
+    """Requests without any prefill worker left."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -258,7 +258,7 @@ def play(seed: int) -> Outcome:
 
 
 def main() -> int:
-    """1 when something did not hold."""
+    """1 when an invariant is broken."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.deaths")
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="first seed")

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every way in which moves of one request can go wrong, up to a number of faults; and many more at random.
+"""All runs of moves of one request with up to a number of faults, and many random ones.
 
-A request goes to and fro between the same two of three workers, whose engines answer differently, while its client
-reads it through the frontend's double. Its *steps* are the calls between workers and the streams that they open, in
-the order in which they happen. At each step at most one thing goes wrong (``tests.streams.Fate``); a *plan* names the
-steps at which something does. With ``--deviations 2`` every pair is played. A plan gives the same run again.
+A request moves to and fro between two of three workers, with engines of different answers, while its client reads it
+through the frontend's double. Its *steps* are the calls between workers and their streams, in order. Each step has at
+most one fault (``tests.streams.Fate``); a *plan* lists the steps with faults and reproduces a run. With ``--deviations
+2`` every pair of faults runs.
 
 Invariants
-    one engine      each token of the answer is one that an engine makes from the tokens before it, so none comes from
-                    an engine that went on with other ones; and the answer changes its engine no more often than the
-                    request did
-    progress        the answer is whole, or, where workers were killed until the frontend had nobody left, an error
-    reservations    once all leases are over, every block and seat of every living worker is free
+    one engine      each token of the answer follows from the tokens before it by one engine, so none comes from an
+                    engine that has continued with other tokens; the answer changes its engine at most as often as
+                    the request
+    progress        the answer is complete, or an error when the frontend has no worker left
+    reservations    after all leases every block and seat of every living worker is free
 
 ``python -m tests.faults.explore --deviations 2 --mode live``, ``python -m tests.faults.explore --random 10000``
 """
@@ -78,7 +78,7 @@ class Session:
         cluster, found = self._cluster, self.found
         await cluster.start(WORKERS, agents=virtual_agents(), **SIZES)
         for number, node in enumerate(cluster.nodes):
-            # Otherwise equal engines that choose other tokens: a mixture of two of them shows.
+            # Equal engines that choose different tokens, so that a mixture shows.
             node.engine._options = dataclasses.replace(node.engine._options, seed=number)
         cluster.fate = self._fate  # type: ignore[method-assign]
         answer = asyncio.ensure_future(cluster.complete(PROMPT, SAMPLING))
@@ -104,7 +104,7 @@ class Session:
         return fate
 
     async def _move(self, answer: asyncio.Future[Any]) -> None:
-        """To the second worker, back to the first, and so on, wherever the request is."""
+        """Move to the second worker, back to the first, and so on."""
         first, second = self._cluster.nodes[:2]
         seen = 0
         while not answer.done() and self.found.moves < MOVES:
@@ -138,7 +138,7 @@ class Session:
         if not all(makers):
             problems.append(f"one engine: token {makers.index(set())} is of none: {tokens}")
             return
-        # Where engines agree on a token by chance, it counts for whichever changes least.
+        # A token on which engines agree by chance counts for the one with the fewest changes.
         events = sum((node.requests.events for node in self._cluster.nodes), start=Counter[Event]())
         lives = 1 + self._cluster.repeats + len([f for f in self.found.plan.values() if f in _KILLS])
         lives += events[Event.LANDED] + events[Event.RECOMPUTED]
@@ -164,7 +164,7 @@ class Session:
 
 
 def _changes(makers: list[set[int]]) -> int:
-    """How often the engine has changed, at least."""
+    """Least number of changes of the engine."""
     changes, now = 0, makers[0] if makers else set[int]()
     for made in makers:
         if now & made:
@@ -175,7 +175,7 @@ def _changes(makers: list[set[int]]) -> int:
 
 
 def run(mode: Mode, fate: Callable[[int, WorkerOp], Fate], seed: int = 1) -> Found:
-    """One run in virtual time; a problem is part of what was found, whatever it is."""
+    """One run in virtual time. Any exception is a finding."""
     with quiet():
         session: Session | None = None
 
@@ -207,7 +207,7 @@ def following(found: Found) -> list[Plan]:
 
 
 def exhaustively(mode: Mode, deviations: int) -> Iterator[Found]:
-    """All runs with so many faults at most, by their number; among the last ones in a mixed order."""
+    """All runs with at most this number of faults, by number; the last ones in mixed order."""
     plans: list[Plan] = [{}]
     for number in range(deviations + 1):
         Random(number).shuffle(plans)
@@ -234,7 +234,7 @@ def randomly(seed: int) -> Found:
 
 
 def main() -> int:
-    """Print what does not hold, with its plan; exit 1 when there is any."""
+    """Print broken invariants with their plans; exit 1 when there are any."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.explore")
     parser.add_argument("--deviations", type=int, default=1, help="faults in one run, at most")
     parser.add_argument("--mode", choices=list(Mode), default=None, help="only this one")

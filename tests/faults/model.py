@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the paged engine answers when nobody disturbs it, by the definition of its model."""
+"""The undisturbed answer of the paged engine, from the definition of its model."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 inputs.py    bytes from a corpus: changed bytewise, changed in their structure, or noise
 samples.py   valid inputs, made by the code itself
 wire.py      decoders of bytes from other processes
-services.py  whole endpoints: a worker, a router and a transfer session that get anything
+services.py  whole endpoints with arbitrary input: a worker and a transfer session
 files.py     configurations, policy files, snapshots, traces
 corpus/      valid inputs and former failures, by target
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.fuzz --minutes N [target ...]``: each target for N minutes; failures are shrunk and kept.
+"""``python -m tests.fuzz --minutes N [target ...]``: each target for N minutes; shrinks and keeps failures.
 
-Minutes are those of the processor, so that a busy machine or a stopped process gives no target less. SIGTERM ends the
-target that runs, and all others, with what they have done so far.
+Minutes are processor time, so that a busy machine gives each target as much. SIGTERM ends all targets with their
+results so far.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _stopped = threading.Event()
 
 
 def play(target: Target, minutes: float, first: int) -> tuple[Counter[bool], bytes | None]:
-    """Inputs taken and refused, and the smallest input that broke it, if any."""
+    """Accepted and refused inputs, and the smallest breaking one, if any."""
     end, counts = time.process_time() + 60 * minutes, Counter[bool]()
     last = b""
     number = first
@@ -63,7 +63,7 @@ def play(target: Target, minutes: float, first: int) -> tuple[Counter[bool], byt
 
 
 def main() -> int:
-    """1 when a target broke; its input is in the corpus then."""
+    """1 when a target broke; the corpus then has its input."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
     parser.add_argument("targets", nargs="*", help=", ".join(target.name for target in ALL))
     parser.add_argument("--minutes", type=float, default=10.0, help="for each target")

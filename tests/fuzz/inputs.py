@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a target is fed with. A ``Target`` names its corpus; ``inputs`` is a hypothesis strategy over it."""
+"""Inputs of a target. A ``Target`` names its corpus; ``inputs`` is a hypothesis strategy over it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _files(name: str) -> list[bytes]:
 
 @dataclass(frozen=True)
 class Target:
-    """``run`` takes one input; ``form`` is how the corpus is read when its structure is changed."""
+    """``run`` processes one input; ``form`` is the corpus's format for structural changes."""
 
     name: str
     run: Callable[[bytes], object]
@@ -38,7 +38,7 @@ class Target:
         return _files(self.name)
 
     def feed(self, data: bytes) -> bool:
-        """True when the input was taken, False when it was refused as it should be."""
+        """True when the input was accepted, False when it was refused correctly."""
         try:
             self.run(data)
         except MigrateError:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole endpoints that get anything: they answer, lose no block and touch no memory but their pools.
+"""Whole endpoints with arbitrary input: they answer, lose no block and touch only their pools' memory.
 
-The worker runs in virtual time; the transfer session has a link that only notes what it is asked to move.
+The worker runs in virtual time; the transfer session has a link that only records requested moves.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoders of bytes that other processes send. What they accept must also be safe to use."""
+"""Decoders of bytes from other processes. Accepted values must also be safe to use."""
 
 from __future__ import annotations
 
@@ -154,21 +154,21 @@ def nccl_messages(data: bytes) -> None:
 
 
 def strangers(data: bytes) -> None:
-    """Whoever connects to a socket of ours, and has not the secret."""
+    """A client without the secret."""
     with _client(data) as connection, suppress(OSError):
         greet(connection, accepting("kv-tcp mine"), time.monotonic() + 5)
         raise AssertionError("a stranger was let in")
 
 
 def impostors(data: bytes) -> None:
-    """What listens where we connect to, and has not the secret."""
+    """A server without the secret."""
     with _client(data) as connection, suppress(OSError):
         greet(connection, connecting("kv-tcp mine"), time.monotonic() + 5)
         raise AssertionError("an impostor was believed")
 
 
 def handover_answers(data: bytes) -> None:
-    """What a peer answers that should give us its pools."""
+    """A peer's answer to the request for its pools."""
     epoch = uuid.uuid4().hex
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     server.bind(handover._name(epoch))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one plain vLLM engine answers, as the truth to compare a graph with.
+"""Answers of one plain vLLM engine, the reference for a graph.
 
 Reads {"model", "dtype", "prompts": [...], "chats": [...], "max_tokens"} as JSON; writes the texts, prompts
 first, to the file that is its argument. All of it is one process: another would outlive the end of this one, and keep

@@ -15,7 +15,7 @@ from selenium import webdriver
 
 @contextmanager
 def chromium(width: int = 1280, height: int = 1150) -> Iterator[webdriver.Chrome]:
-    """A browser that ends with the block; the test is skipped, saying why, when there is none."""
+    """Context with a browser; skips the test, with the reason, when there is none."""
     program, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if program is None or driver is None:
         pytest.skip("no Chromium here: apt-get install chromium chromium-driver")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One served graph for all tests of a session that need one."""
+"""One served graph for all tests of a session."""
 
 from __future__ import annotations
 

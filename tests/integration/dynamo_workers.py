@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dynamo's frontend and ``components.worker`` processes as a user starts them, and a client that collects answers."""
+"""Dynamo's frontend and ``components.worker`` processes, started like by a user, and a client."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _START_S = 240.0
 
 @dataclass
 class Answer:
-    """What a client has read."""
+    """A client's answer."""
 
     text: str = ""
     tokens: int = 0
@@ -37,7 +37,7 @@ class Answer:
     errors: list[str] = field(default_factory=list)
 
     def same(self) -> tuple[Any, ...]:
-        """What must not depend on where it was computed."""
+        """The part that must not depend on the worker."""
         logprobs = [round(value, 3) for value in self.logprobs]
         return self.text, self.finish, self.usage.get("completion_tokens"), self.usage.get("prompt_tokens"), logprobs
 

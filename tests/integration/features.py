@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What clients can ask for, row by row of docs/features.md: how each is asked, and whether its request moves.
+"""The rows of docs/features.md: requests of each feature, and whether they move.
 
-Answers are long enough for a move in the middle. ``{...}`` in a body is filled in by the test.
+Answers are long enough for a move in the middle. The test fills in ``{...}`` in a body.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Asked:
     body: dict[str, Any]
     chat: bool = False
     stays: str = ""
-    """Words of the reason for which it is not moved; empty: it moves."""
+    """Part of the reason why it does not move; empty: it moves."""
     fits: str = ""
-    """Regular expression that the answer must match, also if it has been cut off by its length."""
+    """Regular expression for the answer, also for one that ends at its length."""
     holds: str = ""
     """Text that must be in the answer."""
     alone: bool = False
-    """It is not asked beside others: see docs/features.md."""
+    """It must not run beside others: see docs/features.md."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Feature:
 
     asked: dict[str, Asked] = field(default_factory=dict)
     test: str = ""
-    """The test that shows it, where it is none of the requests of ``test_features``."""
+    """Its test, when it is not in ``test_features``."""
 
 
 def _one(body: dict[str, Any], **more: Any) -> Feature:

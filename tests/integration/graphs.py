@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A running ``dynamo serve`` for tests, and what they do with it.
+"""A running ``dynamo serve`` for tests.
 
 ``DYNAMO_MIGRATE_TEST_MODEL`` chooses the model (default ``tiny-llama``; ``smollm2`` is a real one, and slower).
 ``DYNAMO_MIGRATE_TEST_DTYPE`` is float32: in bfloat16 a real model's best two tokens are often one rounding apart, and
@@ -78,7 +78,7 @@ class Graph:
             if self.process.poll() is not None or time.monotonic() > end:
                 pytest.fail(f"the graph did not start:\n{self.log.read_text(errors='replace')[-4000:]}")
             time.sleep(0.5)
-        # The process that asks takes seconds to start: not while requests run.
+        # The asking process takes seconds to start: start it before requests run.
         self.status()
 
     def command(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
@@ -110,7 +110,7 @@ class Graph:
         self, prompts: list[str], length: int, act: Callable[[dict[str, str]], None], **more: Any
     ) -> list[str]:
         """Texts of requests during which ``act`` was called with {request id: worker}, once all of them decode."""
-        # The connection stands before the first token comes. Tables are up to a second old: these may have ended.
+        # Tables are up to a second old: these requests may have ended.
         before = self.running()
         with ThreadPoolExecutor(len(prompts)) as pool:
             texts = [pool.submit(self.complete, prompt, length, **more) for prompt in prompts]
@@ -126,7 +126,7 @@ class Graph:
     def disturbed(self, prompts: list[str], length: int, act: Callable[[dict[str, str]], None], **more: Any) -> None:
         """``under_way``, whose texts must be those of undisturbed requests.
 
-        These come after: before, they would leave all blocks in the workers' prefix caches, and nothing would move.
+        These run afterwards: earlier ones would leave all blocks in the workers' prefix caches, and nothing would move.
         """
         assert self.under_way(prompts, length, act, **more) == self.complete_all(prompts, length, **more)
 
@@ -164,7 +164,7 @@ class Graph:
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(120)
         self._output.close()
-        # An engine that was killed takes a moment to give its memory back.
+        # A killed engine takes a moment to free its memory.
         _, left = psutil.wait_procs(family, timeout=10)
         return [member for member in left if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
 
@@ -192,7 +192,7 @@ class Graph:
 
     @property
     def page(self) -> str:
-        """Where the launcher's web page is. It comes shortly after the graph."""
+        """URL of the launcher's web page, which starts shortly after the graph."""
         end = time.monotonic() + 30
         while not (found := re.search(r"watch it on (http://\S+)", self.log.read_text(errors="replace"))):
             assert time.monotonic() < end, self.log.read_text(errors="replace")[-2000:]
@@ -200,7 +200,7 @@ class Graph:
         return found[1]
 
     def on_page(self, path: str) -> Any:
-        """What the web page answers to programs."""
+        """The web page's answer to a program."""
         page = httpx.URL(self.page)
         bearer = {"Authorization": f"Bearer {page.params.get('token')}"}
         return httpx.get(page.copy_with(path=path, query=None), headers=bearer, trust_env=False).json()
@@ -235,7 +235,7 @@ class Graph:
         return int(agents[0]["name"].split("-tp")[0].rpartition("-")[2])
 
     def tell_threads(self) -> None:
-        """Let the workers write to the log where their threads stand, and print the log's end."""
+        """Let the workers log the stacks of their threads, and print the end of the log."""
         for component in ("AggWorker", "DecodeWorker", "PrefillWorker"):
             for process in self.processes(component):
                 process.send_signal(signal.SIGUSR1)
@@ -243,7 +243,7 @@ class Graph:
         print(self.log.read_text(errors="replace")[-30_000:])
 
     def wait_until_idle(self, workers: int = 3, timeout_s: float = 90) -> None:
-        """Until all workers are there and hold no block. Fails with what is left."""
+        """Wait until all workers are there and hold no block. Fails with what is left."""
         end = time.monotonic() + timeout_s
         while True:
             status = self.status()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two network namespaces as two hosts, and the cable between them: a veth pair, or one that delays and loses packets.
+"""Two network namespaces as two hosts, and a cable between them: a veth pair, or one with delay and loss.
 
-Linux's own way to delay and lose, netem, is a kernel module that not every machine has. ``slow_cable`` therefore joins
-two TUN devices in this process and handles each packet itself.
+Linux's module for delay and loss, netem, is not on every machine. ``slow_cable`` therefore joins two TUN devices in
+this process and handles each packet itself.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Those who watch a graph from outside, for tests: a Prometheus server, and a collector of OpenTelemetry traces."""
+"""A Prometheus server and a collector of OpenTelemetry traces, for tests."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks a running graph's workers on behalf of a test: one JSON array per line in, one JSON value per line out.
+"""Calls a running graph's workers for a test: one JSON array per line in, one JSON value per line out.
 
-A process of its own, because Dynamo's runtime does not come and go within one; kept open, because a test that
-acts in the middle of a stream cannot wait for an interpreter to start.
+A separate process, because a process cannot make Dynamo's runtime twice; kept open, because a test in the middle of a
+stream cannot wait for the start of an interpreter.
 """
 
 from __future__ import annotations

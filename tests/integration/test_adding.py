@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/adding.md on stock Dynamo: its commands, two frontends, three workers, events and overload as before."""
+"""docs/adding.md on stock Dynamo: its commands, two frontends, three workers, unchanged events and overload."""
 
 from __future__ import annotations
 

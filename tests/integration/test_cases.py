@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Public bug reports again (docs/cases.md): requests of their kinds to a served graph, prefill and decode apart.
 
-Each test is named after its number there. Those that only show what Dynamo's own frontend does are there to notice when
-it does something else.
+Each test has its number there in its name. Some only show the behaviour of Dynamo's own frontend, to notice a change.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def chat(graph: Graph, **more: Any) -> httpx.Response:
 
 
 def refused(reply: httpx.Response, words: str) -> None:
-    """It is the client's fault, and the client can read why."""
+    """A client's error with a readable reason."""
     assert reply.status_code == 400 and re.search(words, reply.text), f"{reply.status_code} {reply.text}"
 
 

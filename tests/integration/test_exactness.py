@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many requests of all kinds, moved to and fro between three vLLM workers: what clients get is what unmoved ones give.
+"""Many requests of all kinds, moved to and fro between three vLLM workers: answers equal those of unmoved ones.
 
 30 requests by default; 100 for each model in the slow group. float32, so that batches do not change roundings.
 """

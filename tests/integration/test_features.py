@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every row of docs/features.md on one served graph: three vLLM workers, Dynamo's own frontend.
 
-All requests run at once, and each is asked to move in the middle of its answer. What moves must give the answer of an
-unmoved request; what cannot move says why and goes on.
+All requests run at once, and each gets a command to move in the middle of its answer. A moved request must give the
+answer of an unmoved one; a request that cannot move has a reason and continues.
 """
 
 from __future__ import annotations

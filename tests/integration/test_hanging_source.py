@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A source that stands still in the middle of its moves: the destination's other requests go on."""
+"""A source that hangs during its moves: the destination's other requests continue."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's contract and exactness on the release after the tested one, in an environment of its own.
+"""The engine's contract and exactness on the release after the tested one, in a separate environment.
 
 Served graphs are left out: the vLLM worker of Dynamo 1.6.1 cannot be imported with vLLM 0.32.
 """

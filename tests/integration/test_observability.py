@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people see of a served graph under load: metrics, dashboards, alerts, ``dynamo top`` and the web page."""
+"""Views of a served graph under load: metrics, dashboards, alerts, ``dynamo top`` and the web page."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The OpenAI endpoint under clients of every kind, on the served graph with the paged engine.
 
-Malformed and generated requests, slow and vanished clients, 500 streams at once: no 5xx that is ours, nothing left.
+Malformed and generated requests, slow and vanished clients, 500 streams at once: no 5xx of this package, nothing left.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker with other weights under the same name: its answers are never mixed with those of the others."""
+"""A worker with other weights under the same name: answers are never mixed."""
 
 from __future__ import annotations
 

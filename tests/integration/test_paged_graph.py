@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole served graph in seconds: Dynamo's frontend, workers, etcd, NATS and NIXL; no model.
 
-The engine is the paged one, whose tokens follow from its KV bytes: text that is equal came from the right bytes.
+The paged engine computes tokens from its KV bytes: equal text proves the right bytes.
 """
 
 from __future__ import annotations

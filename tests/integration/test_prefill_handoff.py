@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill and decode apart: stock frontend, real vLLM, two prefill and three decode workers, and one that does both."""
+"""Disaggregated prefill: stock frontend, real vLLM, two prefill and three decode workers, and one aggregated one."""
 
 from __future__ import annotations
 

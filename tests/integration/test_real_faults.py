@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seeded faults on a served graph, see ``tests/faults/real``: kill and stop of every process, etcd and NATS included.
+"""Seeded faults on a served graph (``tests/faults/real``): kill and stop of every process, also etcd and NATS.
 
 ``DYNAMO_MIGRATE_TEST_FAULTS`` is the number of runs on the paged engine (100) and, divided by ten, on vLLM.
 """

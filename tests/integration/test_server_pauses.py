@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""etcd or NATS stands still for a minute (SIGSTOP) while clients come and requests are moved; then it goes on.
+"""etcd or NATS is stopped for a minute (SIGSTOP) under clients and moves, then continued.
 
-Processes whose lease in etcd outlasts the pause notice nothing. With a shorter lease Dynamo's runtime ends them when
-etcd goes on: clients may be cut off then, but get nothing wrong, and all comes back.
+Processes with a lease in etcd longer than the pause are not affected. With a shorter lease Dynamo's runtime ends them
+when etcd continues: clients may get an error then, but no wrong token, and everything recovers.
 """
 
 from __future__ import annotations

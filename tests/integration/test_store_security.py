@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Credentials and TLS of real etcd and NATS servers: who may publish, what others are told, what is never logged."""
+"""Credentials and TLS of real etcd and NATS servers: access, error messages, and secrets outside the logs."""
 
 from __future__ import annotations
 

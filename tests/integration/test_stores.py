@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Agent records in a real etcd and a real NATS server, which come and go."""
+"""Agent records in a real etcd and a real NATS server, which stop and restart."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A graph serves whatever surrounds it: IPv6 alone, proxies, a home that cannot be written, an ASCII pipe."""
+"""A graph serves in any environment: IPv6 alone, proxies, an unwritable home, an ASCII pipe."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families of models that keep their KV in other ways than Llama: moved answers are those of unmoved requests."""
+"""Families of models with other KV caches than Llama: moved answers equal those of unmoved requests."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA adapters: what is refused before anything starts, and which of them may share KV."""
+"""LoRA adapters: refusals before the start, and equality for shared KV."""
 
 from __future__ import annotations
 

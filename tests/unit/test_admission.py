@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seats and blocks are granted once and counted, landings and frozen requests included: one test for both engines.
+"""Seats and blocks are granted once and counted, also for landings and frozen requests: one test for both engines.
 
-Each engine is played step by step: vLLM's real scheduler without workers, and the paged engine in virtual time.
+Each engine runs step by step: vLLM's real scheduler without workers, and the paged engine in virtual time.
 """
 
 from __future__ import annotations

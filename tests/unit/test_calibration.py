@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From samples to a limit, and files that cannot be used."""
+"""The limit from samples, and unusable files."""
 
 from __future__ import annotations
 

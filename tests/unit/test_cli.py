@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands say to wrong uses: the cause, the value and the fix, and never a traceback."""
+"""Errors of commands: the cause, the value and the fix, never a traceback. Imports of commands."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_command_finds_the_graph_that_was_started_last(monkeypatch: pytest.Mon
 
 
 HEAVY = ("numpy", "torch", "vllm", "nixl", "httpx", "aiohttp", "grpc", "prometheus_client", "planner_hooks")
-"""Each takes as long to import as a whole command should take."""
+"""Modules with imports as slow as a whole command should be."""
 UNTIL_NEEDED = (*HEAVY, "dynamo", "pydantic", "yaml", "uvloop", "psutil")
 SHOWN = "import sys, components.cli; print(*[name for name in {names} if name in sys.modules])"
 ASKED = """

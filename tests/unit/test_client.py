@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who asks workers: differences instead of tables, who is missing, names, and what becomes of moves and drains."""
+"""The workers' client: differences instead of tables, missing workers, names, moves and drains."""
 
 from __future__ import annotations
 

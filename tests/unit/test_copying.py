@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``transfer_kv_cache``: blocks of one process on another device, whole and in their order; the end is told once."""
+"""``transfer_kv_cache``: blocks of one process on another device, complete and in order, with one callback."""
 
 from __future__ import annotations
 

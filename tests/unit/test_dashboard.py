@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the page and ``dynamo top`` make of one status after the other: rates, who is missing, lives of requests."""
+"""Web page and ``dynamo top`` from successive states: rates, missing workers, lives of requests."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No call to another process is without a deadline, and no time of another host is compared with one of ours."""
+"""Every call to another process has a deadline, and no time of another host is compared with a local one."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whoever dies in a session: no wrong token, no lost request, nothing left; see ``tests.faults.deaths``.
+"""Any death in a session: no wrong token, no lost request, nothing left; see ``tests.faults.deaths``.
 
 ``DYNAMO_MIGRATE_TEST_SEEDS`` is the number of runs (one for each pair of state and victim).
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files under ``deploy/``: what can be checked without building an image or having a cluster."""
+"""Files under ``deploy/``, as far as tests can check them without an image or a cluster."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is put into Dynamo's vLLM worker goes where Dynamo looks for it; what is asked of it at the start."""
+"""Migration in Dynamo's vLLM worker: the replaced names, and checks at the start."""
 
 from __future__ import annotations
 

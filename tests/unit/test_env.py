@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One module reads the environment; a wrong value is one sentence with the variable's name."""
+"""One module reads the environment; a wrong value gives one sentence with the variable's name."""
 
 from __future__ import annotations
 

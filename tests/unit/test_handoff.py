@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill and decode apart: what a prefill engine lends, how a decode engine takes it, which first token is used."""
+"""Disaggregated prefill: loans of a prefill engine, their way into a decode engine, the choice of the first token."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Group:
 
 @dataclass
 class Port:
-    """``SchedulerPort`` as far as a hand-over goes: what it was told, in order."""
+    """A double of ``SchedulerPort`` for hand-offs, with its calls in order."""
 
     ids: list[int]
     told: list[tuple[Any, ...]] = field(default_factory=list)

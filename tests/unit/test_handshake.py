@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who gets past the handshake of a socket, and what those who do not can cost."""
+"""The handshake of sockets, and the cost of strangers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies between host addresses: every byte asked for and no other, through the caches and around them."""
+"""Copies between host addresses: all requested bytes and no other, through the caches and bypassing them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What would end an engine, token ids above all: refused before it sees them, by vLLM or by this package."""
+"""Requests that would end an engine, mostly by token ids: vLLM or this package refuses them first."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order of the rooms: nothing imports what is above it, and no modules need each other."""
+"""The layers: no module imports from a higher layer, and the import graph has no circle."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every deadline that rests on a state which somebody keeps for a while ends before that while does.
+"""Every deadline for a state with a lease ends before the lease.
 
-The half of a lease that is not used is for the way: no host knows how long a message has taken.
+Half of a lease stays unused, for messages on their way: no host knows the time of a message.
 """
 
 from __future__ import annotations

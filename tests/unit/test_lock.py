@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lock files: they hold what pyproject.toml asks for, in the tested versions, and nothing of the machine."""
+"""The lock files: requirements of pyproject.toml in the tested versions, and nothing of the machine."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lane of mapped memory: what is moved, who may map it, and what happens when a side goes away."""
+"""The lane of mapped memory: bytes, access, and the end of a side."""
 
 from __future__ import annotations
 

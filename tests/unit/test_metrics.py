@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is counted for which end of a migration, and its part of a request's trace."""
+"""Counts for each end of a migration, and its part of a request's trace."""
 
 from __future__ import annotations
 

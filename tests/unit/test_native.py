@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request in vLLM's own form: every field is moved, or keeps the request where it is and says so."""
+"""A request in vLLM's form: every field moves, or keeps the request in place with a reason."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NCCL lane without NCCL: selection, refusal, the order of its messages, and what ends a link.
+"""The NCCL lane without NCCL: selection, refusal, order of messages, ends of links.
 
 Communicators are those of ``tests/fake_wire.py``; everything else is the product's. On GPUs: ``tests/cuda``.
 """

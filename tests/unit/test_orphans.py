@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever ends a process, what it started ends too: the engine of a worker, and everything of a launcher."""
+"""Any end of a process also ends its children: the engine of a worker, and everything of a launcher."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who sees the web page, and what it shows of what opens other doors."""
+"""Access to the web page, and the secrets that it hides."""
 
 from __future__ import annotations
 

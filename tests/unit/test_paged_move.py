@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request moves between two paged engines and its tokens are those of one that stayed."""
+"""A request moves between two paged engines; its tokens equal those of an unmoved one."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that a graph's processes can use, wherever the user's own cannot be written or have long paths."""
+"""Folders for a graph's processes when the user's are unwritable or have long paths."""
 
 from __future__ import annotations
 

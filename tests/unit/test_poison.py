@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Poisoned KV data: refused, counted, computed again. Without the check that refuses it, the tokens would be wrong.
+"""Poisoned KV data are refused, counted and computed again. Without the check the tokens would be wrong.
 
-Each case is played twice: as the product is, and with the check taken away.
+Each case runs twice: with and without the check.
 """
 
 from __future__ import annotations

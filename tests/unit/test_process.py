@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every process of a graph does alike."""
+"""Common parts of a graph's processes."""
 
 from __future__ import annotations
 

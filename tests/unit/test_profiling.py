@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NVTX ranges of every phase, and none when nobody asked for them."""
+"""NVTX ranges of every phase, and none while profiling is off."""
 
 from __future__ import annotations
 

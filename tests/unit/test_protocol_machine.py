@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine protocol as a state machine: calls in any order, also in wrong ones, on three engines.
+"""The engine protocol as a state machine: calls in any order, also invalid ones, on three engines.
 
 Invariants, after every call: blocks and requests of each engine add up; every token that any engine gives is that of
 the undisturbed request at its index. At the end, once all leases are over: no engine holds a block.

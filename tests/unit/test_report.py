@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker's table of requests: what an engine calls by several names is one request to people and planners."""
+"""A worker's table: a request with several names in the engine is one row."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of workers that the planner decides become processes: nothing is stopped that is still needed."""
+"""The planner's numbers of workers become processes; no needed worker is stopped."""
 
 from __future__ import annotations
 

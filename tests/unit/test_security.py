@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may do what: credentials of the control surface, memory that peers can name, names that become paths and keys."""
+"""Security: credentials of the control surface, memory that peers can name, names that become paths and keys."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``dynamo serve`` makes of graphs, files and arguments, without starting anything."""
+"""Plans of ``dynamo serve`` from graphs, files and arguments, without a start."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The serving benchmark's arrivals and figures: what is sent is the same for all, what is lost is counted."""
+"""The serving benchmark's arrivals and figures: equal load for all systems, all losses counted."""
 
 from __future__ import annotations
 

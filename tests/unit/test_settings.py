@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings: which of several wins, values as they are meant, and values without sense."""
+"""Settings: precedence, interpretation of values, and invalid values."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests keep their tokens whatever happens between workers; see ``tests.streams`` for the doubles."""
+"""Requests keep their tokens across all faults between workers; ``tests.streams`` has the doubles."""
 
 from __future__ import annotations
 

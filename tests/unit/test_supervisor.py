@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that end are started again; only those that end again and again end the graph."""
+"""Processes are restarted; one that ends repeatedly ends the graph."""
 
 from __future__ import annotations
 

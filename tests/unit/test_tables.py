@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people are shown fits a terminal of 80 columns, and ids are never cut so that they mean another one."""
+"""Tables fit 80 columns, and shortened ids stay unique."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the transfer benchmark reads off the GPU's counters."""
+"""The transfer benchmark's reading of the GPU's counters."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who steps a transfer: the worker, the thread that asks for it, the one that waits; and where callbacks run."""
+"""The threads that step a transfer (worker, requesting and waiting thread), and the thread of callbacks."""
 
 from __future__ import annotations
 

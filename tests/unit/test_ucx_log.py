@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E501 (lines as UCX prints them)
-"""The lane that is reported is the one in UCX's tables, of the right operation and place."""
+"""The reported lane is the one in UCX's tables for the right operation and place."""
 
 from __future__ import annotations
 

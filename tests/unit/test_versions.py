@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tested set: what counts as tested, what an engine refuses."""
+"""Tested versions, and versions that an engine refuses."""
 
 from __future__ import annotations
 

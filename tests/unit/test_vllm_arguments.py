@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine is prepared for migration by vLLM's own arguments; what cannot be combined is one clear error."""
+"""vLLM's arguments prepare an engine for migration; a conflict gives one clear error."""
 
 from __future__ import annotations
 

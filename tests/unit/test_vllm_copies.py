@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker side of the connector: copies that end, that take long, that fail, and that a hanging peer may still write."""
+"""Worker side of the connector: copies that end, take long, fail, or may still be written to by a hanging peer."""
 
 from __future__ import annotations
 

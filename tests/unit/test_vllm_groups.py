@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models with several groups of KV blocks: two real vLLM schedulers, a memory that knows what each slot holds.
+"""Models with several groups of KV blocks: two real vLLM schedulers and a memory that checks every slot.
 
-A step checks everything that its tokens look at: KV of another request, of another position, or of nobody is seen at
-once, also when it came out of the prefix cache long after the move.
+A step checks everything that its tokens read: KV of another request, another position or no request is detected at
+once, also from the prefix cache long after the move.
 """
 
 from __future__ import annotations

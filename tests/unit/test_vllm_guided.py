@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guided requests that come with tokens: what the grammar allows next is what it would allow without a move.
+"""Guided requests that come with tokens: the grammar allows the same next tokens as without a move.
 
 Real vLLM schedulers and real grammars of all backends; steps are played.
 """

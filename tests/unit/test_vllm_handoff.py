@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real vLLM schedulers, played step by step: one lends the blocks of prompts, another takes them."""
+"""Real vLLM schedulers, step by step: one lends the blocks of prompts, another takes them."""
 
 from __future__ import annotations
 

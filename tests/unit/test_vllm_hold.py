@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine core that waits for commits: not for ever, not nested, and half of the time at most. Played time."""
+"""An engine core's pauses for commits: bounded, not nested, at most half of the time. Virtual time."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leases of requests on the move: a request that has been committed is nobody's to end."""
+"""Leases of requests on the move: no lease ends a committed request."""
 
 from __future__ import annotations
 

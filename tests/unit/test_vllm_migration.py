@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real vLLM schedulers, played step by step: requests are frozen, reserved for and committed in every order."""
+"""Real vLLM schedulers, step by step: requests are frozen, reserved and committed in every order."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every private name of vLLM that ``components.engine.vllm`` uses exists in the installed vLLM and means what it did.
+"""Every private name of vLLM that ``components.engine.vllm`` uses exists in the installed vLLM, with its meaning.
 
-A release that moves one fails here, in seconds and by name, not in a step of an engine. mypy checks the same names
-against vLLM's annotations; ``test_vllm_migration`` plays them.
+A release that moves a name fails here, in seconds and by name, not in a step of an engine. mypy checks the same names
+against vLLM's annotations; ``test_vllm_migration`` uses them.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's own plan and allocation of KV caches, read as pools: every layout that it has, and what is refused."""
+"""vLLM's plan and allocation of KV caches as pools: every layout, and refusals."""
 
 from __future__ import annotations
 

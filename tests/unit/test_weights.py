@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of a model: whole or not, and a fingerprint of an engine that knows them."""
+"""Weights of a model: completeness, and their part in an engine's fingerprint."""
 
 from __future__ import annotations
 

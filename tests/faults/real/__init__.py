@@ -5,5 +5,5 @@ servers.py  etcd and NATS that can be killed, emptied and stopped
 system.py   the graph, its processes, its clients
 run.py      a run from a seed, and what must hold at its end
 
-``python -m tests.faults.real --runs N`` plays N runs on the paged engine, ``--engine vllm`` on vLLM.
+``python -m tests.faults.real --runs N`` does N runs on the paged engine, with ``--engine vllm`` on vLLM.
 """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.faults.real --runs N``: N runs, a fresh system after every few; problems with their seeds.
+"""``python -m tests.faults.real --runs N``: N runs, with a new system after some; prints problems with seeds.
 
-``--seconds`` bounds the whole: no run begins later, and the next call may go on with ``--first``. ``--json`` adds the
+``--seconds`` is the time after which no run begins; the next call may continue with ``--first``. ``--json`` adds the
 outcomes to a file.
 """
 

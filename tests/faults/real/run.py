@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run from a seed: streams, migrations and one fault on a real system; then what must hold.
+"""A run from a seed: streams, migrations and one fault on a real system; then the invariants.
 
-1. Every client has the text of an undisturbed run. A client whose frontend was killed, or stood still for
-   longer than its lease, may have a prefix of it and an error. One that has nothing yet when the only prefill worker is
-   lost may be refused with 503, as by stock Dynamo.
-2. Within ``REST_S`` all workers are there again, no block is held, no stream is left, and new requests are served.
+1. Every client has the text of an undisturbed run. The client of a frontend that is killed, or stopped for longer than
+   its lease, may have a prefix of it and an error. A client without any token at the loss of the only prefill worker
+   may get 503, as from stock Dynamo.
+2. Within ``REST_S`` all workers are back, no block is held, no stream is left, and new requests are served.
 """
 
 from __future__ import annotations

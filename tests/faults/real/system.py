@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A served graph with its own etcd and NATS, and clients whose answers are compared with undisturbed ones.
+"""A served graph with its own etcd and NATS, and clients that compare answers with undisturbed ones.
 
 Life cycle: any number of runs, then ``close``. Threading: one thread drives, another may ``ask`` beside it; each client
 has a thread.
@@ -33,7 +33,7 @@ _DECODES = {"paged": 3, "vllm": 2}
 
 @dataclass
 class Answer:
-    """What a client got; ``error`` when its stream broke or ended with one."""
+    """A client's result; ``error`` for a broken stream or one that ended with an error."""
 
     text: str = ""
     finish: str = ""
@@ -58,7 +58,7 @@ class System(Graph):
         self._asking = threading.Lock()
         self._owed = 0
         self.cut_off: list[psutil.Process] = []
-        """Processes whose leases are gone: they must have ended before a run is over."""
+        """Processes without their leases, which must end before the end of the run."""
         self.length = 600 if engine == "paged" else 150
 
     def close(self) -> list[psutil.Process]:
@@ -70,7 +70,7 @@ class System(Graph):
             self.nats.kill(empty=True)
 
     def ask(self, *call: str) -> Any:
-        """As ``Graph.ask``, but nobody is waited for without end: an answer that does not come in time is an error."""
+        """``Graph.ask`` with a time-out, after which it raises."""
         with self._asking:
             return self._answer_to(call)
 
@@ -130,7 +130,7 @@ class System(Graph):
             client.close()
 
     def rest(self, timeout_s: float) -> str:
-        """Wait until every worker is there and holds no block. What is left, or nothing."""
+        """Wait until every worker is there and holds no block. Returns what is left, or nothing."""
         end = time.monotonic() + timeout_s
         while True:
             status = self.ask("status")
@@ -174,7 +174,7 @@ class System(Graph):
 
 
 def kill(process: psutil.Process) -> None:
-    """With its children, as the kernel's out-of-memory killer or a lost node does."""
+    """Kill a process and its children, like the OOM killer or a lost node."""
     for member in [*process.children(recursive=True), process]:
         try:
             os.kill(member.pid, 9)

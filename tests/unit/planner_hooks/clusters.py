@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clusters for policy tests: built by hand or by hypothesis, and moved on as if every migration took no time."""
+"""Clusters for policy tests: built by hand or by hypothesis, with instant migrations."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people see of a planner's decisions: moves, retirements and reasons in ``dynamo top``."""
+"""A planner's decisions in ``dynamo top``: moves, retirements and reasons."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulator's numbers from a run: what the tokens of all requests say about each step."""
+"""The simulator's parameters from a run: steps reconstructed from the tokens of all requests."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policy file: what is wrong with it is said, with the nearest name."""
+"""The policy file: errors name the key and the nearest existing one."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The controller on scripted workers: what it asks for, what it never asks for, and what it makes of failures."""
+"""The controller on scripted workers: its commands, forbidden commands, and its reaction to failures."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every plan on every cluster, and that a static load comes to rest."""
+"""Invariants of every plan on every cluster; moves end under a constant load."""
 
 from __future__ import annotations
 

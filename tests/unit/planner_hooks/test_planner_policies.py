@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each policy does on small clusters that can be checked by hand."""
+"""Each policy on small clusters that can be checked by hand."""
 
 from __future__ import annotations
 

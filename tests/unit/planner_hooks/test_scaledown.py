@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether and when there may be one worker fewer, on snapshots of scripted clusters."""
+"""Conditions for one worker fewer, on snapshots of scripted clusters."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def scale_down(clock: Clock) -> ScaleDown:
 
 
 def waited(scale_down: ScaleDown, clock: Clock, snapshot: Snapshot, ready: int = 0) -> Bound:
-    """The answer to a wish for one worker fewer that has lasted for long enough."""
+    """The answer to a reduction by one worker after its delay."""
     count = ready or len(snapshot.worker_ids)
     assert scale_down.decide(count - 1, count, snapshot).reason is HoldReason.DELAYED
     clock.now += 11
