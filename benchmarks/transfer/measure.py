@@ -17,7 +17,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from components.transfer.session.exchange import Exchange
 
 from benchmarks.transfer.collective import task, times
 from benchmarks.transfer.nvlink import nvlink_bytes
@@ -28,6 +27,7 @@ from components.transfer.control.record import AgentRecord, decode, encode
 from components.transfer.data.base import Steps
 from components.transfer.data.nixl import Moved
 from components.transfer.layout import Segment
+from components.transfer.session.backend import NixlBackend
 from components.transfer.session.thread import Job
 
 _DEADLINE_S = 20.0
@@ -117,20 +117,22 @@ def fetch(case: Pair, src: list[int], dst: list[int]) -> TransferResult:
 
 def stock(case: Pair, src: list[int], dst: list[int]) -> TransferResult:
     """One READ descriptor for every block of every layer, posted at once: what vLLM's NIXL connector does."""
-    exchange = next(b for b in case.agent._assembly.backends if isinstance(b, Exchange))
+    backend = next(b for b in case.agent._assembly.backends if isinstance(b, NixlBackend))
     theirs = [Segment(*s) for region in case.peer.regions for s in region.segments]
-    near, far = np.array(dst, np.int64), np.array(src, np.int64)
+    local, remote = np.array(dst, np.int64), np.array(src, np.int64)
     memory = np.concatenate(
         [
-            np.stack([m.address + near * m.stride, o.address + far * o.stride, np.full(len(near), m.length)], axis=1)
-            for m, o in zip(exchange.side.segments, theirs, strict=True)
+            np.stack(
+                [m.address + local * m.stride, o.address + remote * o.stride, np.full(len(local), m.length)], axis=1
+            )
+            for m, o in zip(backend.side.segments, theirs, strict=True)
         ]
     )
 
     def steps() -> Steps:
         moved = Moved()
-        yield from exchange.side.link.move("READ", case.peer, memory, moved, lambda _: None, lambda: lambda: None)
-        return exchange.result(moved, Strategy.READ, exchange.lane_of("READ", case.peer))
+        yield from backend.side.link.move("READ", case.peer, memory, moved, lambda _: None, lambda: lambda: None)
+        return backend.result(moved, Strategy.READ, backend.side.lane_of("READ", case.peer))
 
     handle = TransferHandle()
     case.agent._worker.submit(Job(steps(), handle, time.monotonic() + _DEADLINE_S))

@@ -87,7 +87,7 @@ def calls(epoch: str = "e") -> list[WorkerCall]:
 
 
 def session_messages() -> list[session.Message]:
-    """One of each kind, as an ``Exchange`` with eight blocks gets them."""
+    """One of each kind, as a ``NixlBackend`` with eight blocks gets them."""
     blocks = session.pack(np.array([1, 2], np.int64))
     return [
         session.Ask(1, "r", blocks, blocks, (), 0, 1000),
