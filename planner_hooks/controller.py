@@ -117,7 +117,8 @@ class Controller:
         self._forget_shown(status)
         self._backoff = {pair: until for pair, until in self._backoff.items() if until > self._clock()}
         active = (*self._active.values(), *(move for _, move in self._ended))
-        capture, self.seen, plan = await asyncio.to_thread(self._decide, status, active)
+        capture, seen, plan = await asyncio.to_thread(self._decide, status, active)
+        self.seen = seen
         self._settle_gaps(capture)
         self.ticks += 1
         for hold in plan.holds:
@@ -125,7 +126,7 @@ class Controller:
         lives = _lives(status, plan.moves)
         for move in plan.moves:
             self._begin(move, _gap(capture, move), lives.get((move.src, move.request_id), 0))
-        self._retire(plan, set(self.seen.worker_ids))
+        self._retire(plan, set(seen.worker_ids))
         return plan
 
     def _decide(self, status: Status, active: tuple[ActiveMove, ...]) -> tuple[Capture, Snapshot, Plan]:

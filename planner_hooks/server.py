@@ -33,7 +33,7 @@ from dynamo.planner.plugins._proto_bridge import proto_to_pydantic, pydantic_to_
 from dynamo.planner.plugins.proto.v1 import plugin_pb2_grpc as rpc  # noqa: E402
 
 
-class Service(rpc.ProposePluginServicer, rpc.ConstrainPluginServicer):  # type: ignore[misc]
+class Service(rpc.ProposePluginServicer, rpc.ConstrainPluginServicer):
     """Both stages. Turns messages into the classes of in-process plugins."""
 
     def __init__(self, migration: MigrationPlugin, scale_down: ScaleDownPlugin) -> None:
@@ -52,8 +52,8 @@ class Service(rpc.ProposePluginServicer, rpc.ConstrainPluginServicer):  # type: 
 async def start(listen: str, service: Service) -> tuple[grpc.aio.Server, str]:
     """A running server and its listening address."""
     server = grpc.aio.server()
-    rpc.add_ProposePluginServicer_to_server(service, server)
-    rpc.add_ConstrainPluginServicer_to_server(service, server)
+    rpc.add_ProposePluginServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    rpc.add_ConstrainPluginServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError as error:

@@ -88,7 +88,8 @@ class Balance(BasePolicy[Config]):
     @staticmethod
     def _coldest(ledger: Ledger, row: int, here: float, gap: float, cold: list[tuple[float, int]]) -> int | None:
         """Take the coldest worker that may get a waiting request off the heap; None leaves the heap unchanged."""
-        passed, found = [], None
+        passed: list[tuple[float, int]] = []
+        found = None
         while found is None and cold and cold[0][0] <= here - gap and len(passed) < 8:
             usage, dst = heappop(cold)
             if usage != ledger.usage[dst]:
