@@ -7,6 +7,8 @@ worker.py     one worker: lock-step decoding, chunked prefill, admission, preemp
 columns.py    the workers as input of policies
 scaling.py    the simulated planner: number of workers
 dispatch.py   the worker of a new request
-cluster.py    events, migrations, planner ticks, workers that come and go
+events.py     simulated time
+moves.py      migrations
+cluster.py    arrivals, planner ticks, workers that come and go
 report.py     results
 """

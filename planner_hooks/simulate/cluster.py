@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The event loop: arrivals are dispatched, workers run, the planner ticks, requests move, workers come and go.
+"""One cluster: arrivals are dispatched, workers run, the planner ticks, workers come and go.
 
-Policies get the columns of the live system, and a plan is carried out as by workers: reserve at the destination, copy
-while the source decodes, cut over, release. A leaving worker moves its movable requests away by itself.
+Policies get the columns of the live system, and a plan is carried out as by workers. A leaving worker moves its movable
+requests away by itself.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import numpy as np
@@ -23,14 +21,13 @@ from planner_hooks.rules import ScaleDownRules
 from planner_hooks.scaledown import ScaleDown
 from planner_hooks.simulate.columns import columns
 from planner_hooks.simulate.dispatch import Dispatch, Router
+from planner_hooks.simulate.events import Events
 from planner_hooks.simulate.model import WorkerModel
+from planner_hooks.simulate.moves import Moves
 from planner_hooks.simulate.scaling import Autoscaler, Change, Scaling
 from planner_hooks.simulate.traces import Arrival
 from planner_hooks.simulate.worker import Request, Worker
 from planner_hooks.snapshot import Snapshot
-
-_DRAINS_AT_ONCE = 8
-"""As in ``components.worker.state``."""
 
 
 class Cluster:
@@ -47,19 +44,16 @@ class Cluster:
         scale_down: ScaleDownRules | None = None,
     ) -> None:
         self.model = model
-        self.time_s = 0.0
         self.workers: list[Worker] = []
         self.all_workers: list[Worker] = []
         self.finished: list[Request] = []
         self.rejected = 0
-        self.moves = 0
-        self.failed_moves = 0
-        self.bytes_moved = 0
-        self.by_policy: Counter[str] = Counter()
         self.decision_s: list[float] = []
         self.loads: list[tuple[float, float]] = []
         """(time, KV in use and queued in capacities of one worker), once a second after ``watch``."""
+        self._events = Events()
         self._router = Router(dispatch, model)
+        self.moves = Moves(model, self._router, self._events, self._settle)
         self._policy = policy
         self._scaling = scaling
         self._tick_s = tick_s
@@ -69,17 +63,18 @@ class Cluster:
         if scaling is not None and scale_down is not None:
             bounds = (scaling.min_workers, scaling.max_workers)
             self._plugin = ScaleDown(scale_down, bounds, lambda: self.time_s, workers)
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._count = itertools.count()
+        self._numbers = itertools.count()
         self._remaining = RemainingEstimate()
         self._unfinished = 0
         for _ in range(workers):
             self._add_worker()
 
-    # Events
+    @property
+    def time_s(self) -> float:
+        """Now."""
+        return self._events.time_s
 
-    def _at(self, time_s: float, call: Callable[[], None]) -> None:
-        heapq.heappush(self._events, (time_s, next(self._count), call))
+    # Requests
 
     def run(self, arrivals: Sequence[Arrival], drain_limit_s: float = 600.0) -> None:
         """Simulate until all requests have ended, or ``drain_limit_s`` after the last arrival."""
@@ -88,28 +83,24 @@ class Cluster:
         self._feed(feed)
         end = arrivals[-1].time_s + drain_limit_s
         if self._policy is not None:
-            self._at(self._tick_s, self._tick)
+            self._events.at(self._tick_s, self._tick)
         if self._scaling is not None:
             scaler = Autoscaler(self._scaling)
-            self._at(self._scaling.interval_s, lambda: self._scale(scaler))
-        while self._events and self._unfinished > 0:
-            self.time_s, _, call = heapq.heappop(self._events)
-            if self.time_s > end:
-                break
-            call()
+            self._events.at(self._scaling.interval_s, lambda: self._scale(scaler))
+        self._events.run(end, lambda: self._unfinished > 0)
         for worker in self.workers:
             worker.gone_s = min(worker.gone_s, self.time_s)
 
     def watch(self) -> None:
         """Record the load of every second from now on."""
         self.loads.append((self.time_s, self._load()))
-        self._at(self.time_s + 1.0, self.watch)
+        self._events.after(1.0, self.watch)
 
     def _load(self) -> float:
         return sum(worker.held + worker.queued_tokens() for worker in self.workers) / self.model.capacity_tokens
 
-    def _feed(self, feed: object) -> None:
-        arrival: Arrival | None = next(feed, None)  # type: ignore[call-overload]
+    def _feed(self, feed: Iterator[Arrival]) -> None:
+        arrival = next(feed, None)
         if arrival is None:
             return
 
@@ -117,7 +108,7 @@ class Cluster:
             self._arrive(arrival)
             self._feed(feed)
 
-        self._at(arrival.time_s, arrive)
+        self._events.at(arrival.time_s, arrive)
 
     def _arrive(self, arrival: Arrival) -> None:
         room = int(0.9 * self.model.capacity_tokens) - arrival.prompt_tokens
@@ -128,7 +119,7 @@ class Cluster:
         arrival = msgspec.structs.replace(arrival, output_tokens=min(arrival.output_tokens, room))
         worker = self._router.place(arrival)
         worker.advance(self.time_s)
-        worker.enqueue(Request(next(self._count), arrival))
+        worker.enqueue(Request(next(self._numbers), arrival))
         self._router.count(worker, arrival.prompt_tokens)
         self._changed(worker)
 
@@ -151,7 +142,7 @@ class Cluster:
             self._collect(worker)
             self._schedule(worker)
 
-        self._at(max(due, self.time_s), happen)
+        self._events.at(max(due, self.time_s), happen)
 
     def _collect(self, worker: Worker) -> None:
         for request in worker.done:
@@ -173,7 +164,7 @@ class Cluster:
         plan = self._policy.plan(snapshot)
         self.decision_s.append(time.perf_counter() - began)
         self._carry_out(plan, rows)
-        self._at(self.time_s + self._tick_s, self._tick)
+        self._events.after(self._tick_s, self._tick)
 
     def snapshot(self) -> tuple[Snapshot, list[Request]]:
         """Present columns, and the request of each row."""
@@ -191,84 +182,15 @@ class Cluster:
             self._router.reopen(self.workers, self.all_workers)
         touched: set[Worker] = set()
         for move in plan.moves:
-            self._begin(move.policy, rows[move.row], names[move.src], names[move.dst], touched)
+            self.moves.begin(move.policy, rows[move.row], names[move.src], names[move.dst], touched)
         for worker in [worker for worker in self.workers if worker.leaving]:
-            self._drain(worker, touched)
+            self.moves.drain(worker, touched)
         for worker in touched:
-            self._changed(worker)
-            self._collect(worker)
+            self._settle(worker)
 
-    def _drain(self, worker: Worker, touched: set[Worker]) -> None:
-        """Move waiting requests first; each goes to the worker with most room, if any."""
-        stays = [request for request in (*worker.waiting, *worker.running) if not request.moving]
-        others = [other for other in self._router.open if other is not worker]
-        for request in stays[: max(0, _DRAINS_AT_ONCE - worker.moves)] if others else []:
-            target = min(others, key=lambda other: other.held + other.queued_tokens())
-            need = request.arrival.prompt_tokens + worker.generated(request)
-            if target.held + target.queued_tokens() + need <= (1.0 - self.model.watermark) * self.model.capacity_tokens:
-                self._begin("drain", request, worker, target, touched)
-
-    def _begin(self, policy: str, request: Request, src: Worker, dst: Worker, touched: set[Worker]) -> None:
-        if request in src.waiting:
-            src.remove(request)
-            self._arrived(request, src, dst, policy)
-            dst.enqueue(request)
-            touched |= {src, dst}
-            return
-        need = request.arrival.prompt_tokens + src.generated(request)
-        if dst.held + need > (1.0 - self.model.watermark) * self.model.capacity_tokens:
-            self.failed_moves += 1
-            return
-        dst.reserved += need
-        request.moving, request.target = True, dst
-        for worker in (src, dst):
-            worker.moves += 1
-        touched |= {src, dst}
-        sharing = max(src.moves, dst.moves)
-        bytes_moved = need * self.model.kv_bytes_per_token
-        takes = self.model.overhead_s + bytes_moved * sharing / self.model.bytes_per_s
-        epoch = request.epoch
-        self._at(self.time_s + takes, lambda: self._cut_over(policy, request, src, dst, need, epoch))
-
-    def _cut_over(self, policy: str, request: Request, src: Worker, dst: Worker, reserved: int, epoch: int) -> None:
-        src.advance(self.time_s)
-        dst.advance(self.time_s)
-        request.moving = False
-        need = request.arrival.prompt_tokens + src.generated(request)
-        lost = request.epoch != epoch or request.worker is not src or request not in src.running
-        if lost or dst.held - reserved + need > self.model.capacity_tokens or dst not in self.workers:
-            dst.reserved -= reserved
-            self.failed_moves += 1
-            self._end_of_move(src, dst)
-            return
-        src.remove(request)
-        dst.reserved += need - reserved
-        request.stalled_since = self.time_s
-        self.bytes_moved += need * self.model.kv_bytes_per_token
-        self._arrived(request, src, dst, policy)
-        request.worker = dst
-
-        def join() -> None:
-            dst.advance(self.time_s)
-            dst.reserved -= need
-            dst.join(request)
-            self._end_of_move(src, dst)
-
-        self._at(self.time_s + self.model.downtime_s, join)
-
-    def _end_of_move(self, src: Worker, dst: Worker) -> None:
-        for worker in (src, dst):
-            worker.moves -= 1
-            self._changed(worker)
-            self._collect(worker)
-
-    def _arrived(self, request: Request, src: Worker, dst: Worker, policy: str) -> None:
-        self._router.count(src, -request.arrival.prompt_tokens)
-        self._router.count(dst, request.arrival.prompt_tokens)
-        self.moves += 1
-        self.by_policy[policy] += 1
-        request.moved += 1
-        request.came_from, request.last_move_s = src, self.time_s
+    def _settle(self, worker: Worker) -> None:
+        self._changed(worker)
+        self._collect(worker)
 
     # Scaling
 
@@ -292,9 +214,9 @@ class Cluster:
         start = max(0, min(change.more - back, scaler.rules.max_workers - len(self.workers) - scaler.starting))
         for _ in range(start):
             scaler.starting += 1
-            self._at(self.time_s + scaler.rules.startup_s, lambda: self._started(scaler))
+            self._events.after(scaler.rules.startup_s, lambda: self._started(scaler))
         self._router.reopen(self.workers, self.all_workers)
-        self._at(self.time_s + scaler.rules.interval_s, lambda: self._scale(scaler))
+        self._events.after(scaler.rules.interval_s, lambda: self._scale(scaler))
 
     def _ask_plugin(self, plugin: ScaleDown, change: Change, scaling: bool) -> Change:
         """The number that passes, as in the live system: while one worker leaves, the planner decides nothing else."""

@@ -60,9 +60,9 @@ def report(cluster: Cluster, arrivals: int, slo: Slo, warmup_s: float = 0.0) -> 
         stall_p99_ms=at(stall, 99),
         goodput=good / max(1, len(done) + missing),
         preemptions=sum(w.preemptions for w in cluster.all_workers),
-        migrations=cluster.moves,
-        failed_migrations=cluster.failed_moves,
-        gb_moved=cluster.bytes_moved / 1e9,
+        migrations=cluster.moves.by_policy.total(),
+        failed_migrations=cluster.moves.failed,
+        gb_moved=cluster.moves.bytes_moved / 1e9,
         worker_hours=cluster.worker_hours(),
         decision_ms=1e3 * float(np.median(cluster.decision_s)) if cluster.decision_s else 0.0,
     )

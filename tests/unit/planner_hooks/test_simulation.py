@@ -53,7 +53,7 @@ def test_a_worker_that_leaves_moves_its_requests_away_by_itself() -> None:
     leaving = cluster.workers[0]
     leaving.leaving = True
     cluster.run(arrivals)
-    assert cluster.by_policy == {"drain": 4}
+    assert cluster.moves.by_policy == {"drain": 4}
     assert leaving.gone_s < min(request.done_s for request in cluster.finished)
     assert len(cluster.finished) == 12
 

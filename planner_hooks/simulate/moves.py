@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Migrations in simulated time: reserve at the destination, copy while the source decodes, cut over, release."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from planner_hooks.simulate.dispatch import Router
+from planner_hooks.simulate.events import Events
+from planner_hooks.simulate.model import WorkerModel
+from planner_hooks.simulate.worker import Request, Worker
+
+_DRAINS_AT_ONCE = 8
+"""As in ``components.worker.state``."""
+
+
+class Moves:
+    """Moves of one run. ``settle`` is called with each worker that a cut-over has changed."""
+
+    def __init__(self, model: WorkerModel, router: Router, events: Events, settle: Callable[[Worker], None]) -> None:
+        self.failed = 0
+        self.bytes_moved = 0
+        self.by_policy: Counter[str] = Counter()
+        self._model = model
+        self._router = router
+        self._events = events
+        self._settle = settle
+
+    def drain(self, worker: Worker, touched: set[Worker]) -> None:
+        """Move waiting requests first; each goes to the worker with most room, if any."""
+        stays = [request for request in (*worker.waiting, *worker.running) if not request.moving]
+        others = [other for other in self._router.open if other is not worker]
+        for request in stays[: max(0, _DRAINS_AT_ONCE - worker.moves)] if others else []:
+            target = min(others, key=lambda other: other.held + other.queued_tokens())
+            if self._fits(target, target.queued_tokens() + _need(request, worker)):
+                self.begin("drain", request, worker, target, touched)
+
+    def begin(self, policy: str, request: Request, src: Worker, dst: Worker, touched: set[Worker]) -> None:
+        """A waiting request moves at once, a running one after its copy. ``touched`` gets the workers that changed."""
+        if request in src.waiting:
+            src.remove(request)
+            self._arrived(request, src, dst, policy)
+            dst.enqueue(request)
+            touched |= {src, dst}
+            return
+        need = _need(request, src)
+        if not self._fits(dst, need):
+            self.failed += 1
+            return
+        dst.reserved += need
+        request.moving, request.target = True, dst
+        for worker in (src, dst):
+            worker.moves += 1
+        touched |= {src, dst}
+        sharing = max(src.moves, dst.moves)
+        takes = self._model.overhead_s + need * self._model.kv_bytes_per_token * sharing / self._model.bytes_per_s
+        epoch = request.epoch
+        self._events.after(takes, lambda: self._cut_over(policy, request, src, dst, need, epoch))
+
+    def _fits(self, worker: Worker, tokens: int) -> bool:
+        return worker.held + tokens <= (1.0 - self._model.watermark) * self._model.capacity_tokens
+
+    def _cut_over(self, policy: str, request: Request, src: Worker, dst: Worker, reserved: int, epoch: int) -> None:
+        src.advance(self._events.time_s)
+        dst.advance(self._events.time_s)
+        request.moving = False
+        need = _need(request, src)
+        lost = request.epoch != epoch or request.worker is not src or request not in src.running
+        if lost or dst.held - reserved + need > self._model.capacity_tokens or dst.gone_s <= self._events.time_s:
+            dst.reserved -= reserved
+            self.failed += 1
+            self._end(src, dst)
+            return
+        src.remove(request)
+        dst.reserved += need - reserved
+        request.stalled_since = self._events.time_s
+        self.bytes_moved += need * self._model.kv_bytes_per_token
+        self._arrived(request, src, dst, policy)
+        request.worker = dst
+
+        def join() -> None:
+            dst.advance(self._events.time_s)
+            dst.reserved -= need
+            dst.join(request)
+            self._end(src, dst)
+
+        self._events.after(self._model.downtime_s, join)
+
+    def _end(self, src: Worker, dst: Worker) -> None:
+        for worker in (src, dst):
+            worker.moves -= 1
+            self._settle(worker)
+
+    def _arrived(self, request: Request, src: Worker, dst: Worker, policy: str) -> None:
+        self._router.count(src, -request.arrival.prompt_tokens)
+        self._router.count(dst, request.arrival.prompt_tokens)
+        self.by_policy[policy] += 1
+        request.moved += 1
+        request.came_from, request.last_move_s = src, self._events.time_s
+
+
+def _need(request: Request, worker: Worker) -> int:
+    return request.arrival.prompt_tokens + worker.generated(request)
