@@ -29,3 +29,12 @@ def use_secret(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path | Non
 
     yield use
     credentials.secret.cache_clear()
+
+
+@pytest.fixture
+def secret(tmp_path: Path, use_secret: Callable[[Path | None], None]) -> Path:
+    """A configured secret."""
+    path = tmp_path / "secret"
+    path.write_text("c0ffee" * 8 + "\n")
+    use_secret(path)
+    return path
