@@ -12,7 +12,7 @@ from planner_hooks.simulate.model import WorkerModel
 from planner_hooks.simulate.worker import Request, Worker
 
 _DRAINS_AT_ONCE = 8
-"""Concurrent moves from a leaving worker. A real one begins more (``components.worker.state``), over the same bandwidth."""
+"""Concurrent moves from a leaving worker. A real one begins more (``components.worker.state``) over the same lane."""
 
 
 class Moves:
