@@ -207,7 +207,7 @@ class CommitTo(msgspec.Struct, frozen=True):
 
     address: _Text
     epoch: _Text
-    """Names the life of that engine, which proves it."""
+    """The life of that engine; the handshake proves that the peer is it."""
     request_id: Annotated[RequestId, msgspec.Meta(max_length=1024)]
     """The engine's own id of this life of the request."""
 
@@ -227,7 +227,7 @@ class LandingStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     error: tuple[str, str] | None = None
     """(code, message) of the last failed round; the blocks it covered count as not landed."""
     commit_to: CommitTo | None = None
-    """Of an engine that takes commits from engines."""
+    """Where the source's engine may send the commit; None where an engine takes commits only from its worker."""
     direct: bool = False
     """The commit came from the source's engine, before the call ``commit``."""
 

@@ -8,9 +8,9 @@
     <--------------------- Call(COMMIT) ------------------  once the state is made
     taken in between two steps                              the worker's own commit follows, and finds this one done
 
-Nothing rests on it. It gets no answer: what is lost, late or refused leaves the worker's commit to do the work, or to
-get the error. And no token of a landing leaves its engine before that commit has come (``VLLMEngine.generate``), so a
-source that has changed its mind meanwhile has given nobody anything.
+It only saves time. It gets no answer: when it is lost, late or refused, the worker's own commit does the work or gets
+the error. No token of a landing leaves its engine before the worker's commit has come (``VLLMEngine.generate``), so a
+source that resumes the request meanwhile has given nobody anything.
 
 Threading: ``Outbox`` belongs to the engine core's thread and never makes it wait: a thread for each peer connects, and
 sends what the socket does not take at once. ``Inbox`` has a thread for each connection; ``take`` is the core's.
@@ -39,7 +39,7 @@ from components.timeline import mark
 
 logger = logging.getLogger(__name__)
 _MAX_BYTES = 16 << 20
-"""Of a commit: the tokens and blocks of the longest contexts that models have."""
+"""Largest commit: the tokens and blocks of the longest contexts that models have."""
 _KEPT = 256
 _PEERS = 64
 _CONNECT_S = 5.0
@@ -62,7 +62,7 @@ class Inbox:
         self._acceptor: Acceptor | None = None
 
     def listen(self, wake: Callable[[], None]) -> None:
-        """From here on commits come; ``wake`` is called for each, on any thread. Idempotent."""
+        """Accept commits; ``wake`` is called for each, on any thread. Idempotent."""
         if self._acceptor is not None:
             return
         try:
@@ -75,7 +75,7 @@ class Inbox:
         self._acceptor = Acceptor(server, _purpose(self._epoch), self._serve, "kv-commit")
 
     def at(self, vllm_id: str) -> CommitTo | None:
-        """Where a source sends the commit of that life; None: nowhere."""
+        """Where a source sends the commit of that life; None while commits are not accepted."""
         return CommitTo(self._address, self._epoch, RequestId(vllm_id)) if self._acceptor is not None else None
 
     def _serve(self, connection: socket.socket) -> None:
@@ -92,7 +92,7 @@ class Inbox:
             self._wake()
 
     def take(self) -> Iterator[Call]:
-        """What has come since the last time."""
+        """The commits that have come since the last call."""
         while self._calls:
             yield self._calls.popleft()
 
@@ -109,7 +109,7 @@ class Outbox:
         self._lines: dict[tuple[str, str], _Line] = {}
 
     def open(self, to: CommitTo) -> None:
-        """A commit may follow: begin to connect, unless that has been done."""
+        """Begin to connect, because a commit may follow; an open connection is kept."""
         key = (to.address, to.epoch)
         line = self._lines.pop(key, None)
         try:
@@ -120,7 +120,7 @@ class Outbox:
             self._lines.pop(next(iter(self._lines))).close()
 
     def send(self, to: CommitTo, frozen: Frozen) -> None:
-        """The state is made: send it at once, or as soon as the connection is there."""
+        """Send the state at once, or as soon as the connection is there."""
         data = encode(Call(Op.COMMIT, to.request_id, frozen=frozen))
         line = self._lines.get((to.address, to.epoch))
         if line is not None and len(data) <= _MAX_BYTES:
@@ -133,7 +133,7 @@ class Outbox:
 
 
 class _Line:
-    """A connection to one engine core. Its socket does not block but while its thread sends."""
+    """A connection to one engine core. Its socket blocks only while its thread sends."""
 
     def __init__(self, address: str, epoch: str) -> None:
         self._address = address
@@ -141,17 +141,17 @@ class _Line:
         self._changed = threading.Condition()
         self._sock: socket.socket | None = None
         self._rest: deque[bytes] = deque()
-        """What the thread has to send, or is sending."""
+        """What the thread is sending, or has still to send."""
         self._over = False
         threading.Thread(target=self._run, name="kv-commit-out", daemon=True).start()
 
     def usable(self) -> bool:
-        """Is it open, or about to be?"""
+        """Whether it is open, or about to be."""
         with self._changed:
             return not self._over and (self._sock is None or bool(self._rest) or is_open(self._sock))
 
     def send(self, data: bytes) -> None:
-        """As much as goes at once; the thread sends the rest."""
+        """Send what the socket takes at once; the thread sends the rest."""
         with self._changed:
             if self._sock is not None and not self._rest and not self._over:
                 try:
@@ -165,7 +165,7 @@ class _Line:
                 self._changed.notify()
 
     def close(self) -> None:
-        """No more is sent."""
+        """Send no more."""
         with self._changed:
             self._over = True
             self._changed.notify()

@@ -52,7 +52,7 @@ class _Live:
     cached_tokens: int | None = None
     """Cached prompt tokens at the first engine of the request; None: it began in this one."""
     landing: asyncio.Event | None = None
-    """None from the commit on. Set by the commit or the end of the request."""
+    """Set by the commit or by the end of the request; None after the commit."""
 
 
 class VLLMEngine:
@@ -265,7 +265,7 @@ class VLLMEngine:
     async def commit(self, request_id: RequestId, frozen: Frozen) -> None:
         """Copy what is missing and run."""
         self._stop_lease(request_id)
-        # Before the call: the first token may overtake its answer, or wait here already.
+        # This precedes the call: the first token may overtake the call's answer, or wait here already.
         self._count_from(request_id, frozen.output_token_ids)
         live = self._live.get(request_id)
         landing = live.landing if live is not None else None

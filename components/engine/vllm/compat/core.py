@@ -51,7 +51,7 @@ class Hold:
         mark("target-core", "hold", call.request_id)
         try:
             while True:
-                # One whose wake-up is out of the queue already may be among them.
+                # A commit may be among them whose wake-up has already left the queue.
                 migration.take_commits()
                 if not migration.expects_commit(call.request_id) or (left := now + limit - time.monotonic()) <= 0:
                     return
@@ -71,7 +71,7 @@ def _migration(core: EngineCoreProc) -> Migration:
 
 
 def _take_commits(core: EngineCoreProc) -> None:
-    """A direct commit is no utility call, whose answer would go to a client that has not asked: it wakes the core."""
+    """Accept direct commits. Each wakes the core; a utility call would answer a client that has not asked."""
     from vllm.v1.engine import EngineCoreRequestType
 
     _migration(core).incoming.inbox.listen(lambda: core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None)))
