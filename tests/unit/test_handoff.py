@@ -35,6 +35,7 @@ from components.engine.protocol import (
 from components.engine.vllm import native
 from components.engine.vllm.compat.connectors import Neighbours
 from components.engine.vllm.control import MARKER, Lent, Marker, decode_lent, decode_marker, encode
+from components.engine.vllm.direct import Inbox
 from components.engine.vllm.handoff import Handoff
 from components.engine.vllm.migrate_in import MigrateIn
 from components.engine.vllm.migrate_out import MigrateOut
@@ -114,7 +115,7 @@ def engine(ids: list[int], checked: int | None = 2) -> tuple[Handoff, MigrateIn,
     port = Port(ids)
     outgoing = MigrateOut(port, checked, lambda: None)  # type: ignore[arg-type, return-value]
     outgoing.agents = (AGENT,)
-    incoming = MigrateIn(port, 1 << 20, 30.0, lambda: None)  # type: ignore[arg-type, return-value]
+    incoming = MigrateIn(port, 1 << 20, 30.0, lambda: None, Inbox("127.0.0.1"))  # type: ignore[arg-type, return-value]
     incoming.num_ranks = 1
     return Handoff(port, incoming, outgoing), incoming, port  # type: ignore[arg-type]
 
