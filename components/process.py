@@ -24,7 +24,6 @@ import uvloop
 from components import credentials, env, output
 from components.errors import MigrateError
 
-
 _COLLECT_AFTER = 50_000, 20, 20
 """New objects after which Python looks for garbage, and how often older generations follow (its default: 700, 10, 10).
 
