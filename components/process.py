@@ -24,12 +24,6 @@ import uvloop
 from components import credentials, env, output
 from components.errors import MigrateError
 
-_COLLECT_AFTER = 50_000, 20, 20
-"""New objects after which Python looks for garbage, and how often older generations follow (its default: 700, 10, 10).
-
-A busy worker has tens of thousands of objects in its outputs at a time, and hardly a cycle.
-"""
-
 
 def namespace() -> str:
     """Dynamo namespace of the workers."""
@@ -73,12 +67,10 @@ def ready() -> None:
     """Notify the launcher that this process serves. Does nothing a second time.
 
     Objects made so far live as long as the process, so full garbage collections skip them from now on: each one
-    stopped all streams of a worker for half a second. vLLM's own server does the same. Young objects are collected
-    less often than by default, which took a tenth of a busy worker's processor time.
+    stopped all streams of a worker for half a second. vLLM's own server does the same.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(*_COLLECT_AFTER)
     path = env.READY_FILE.read()
     if path:
         Path(path).touch()
