@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 _WINDOW = 64
+DRAFTER = "tiny-llama-eagle"
+"""Drafts for ``tiny-llama``."""
 
 
 def make(name: str, tokenizer: Any, target: Path) -> None:
@@ -18,37 +20,38 @@ def make(name: str, tokenizer: Any, target: Path) -> None:
     import torch
     import transformers
 
+    if name == DRAFTER:
+        _make_drafter(tokenizer, target)
+        return
     architecture, fields = FAMILIES[name]
     config = getattr(transformers, f"{architecture[0]}Config")(**(sizes(tokenizer) | fields))
     torch.manual_seed(0)
     model = getattr(transformers, architecture[1])(config).to(torch.bfloat16)
-    state = _with_drafter(model, config) if getattr(config, "num_nextn_predict_layers", 0) else None
-    model.save_pretrained(target, state_dict=state)
+    model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
-def _with_drafter(model: Any, config: Any) -> dict[str, Any]:
-    """Weights in which the last layer is one that predicts a token more, as in DeepSeek-V3's checkpoints.
+def _make_drafter(tokenizer: Any, target: Path) -> None:
+    """An EAGLE drafter of ``tiny-llama``: one layer on the token's embedding, with the weights of the model's first.
 
-    transformers does not know such layers. This one looks at the token alone; embeddings are so large that they often
-    decide the next token by themselves, so that some of the drafts are accepted.
+    The hidden state of the token before, which EAGLE adds, is left out. Some of the drafts are accepted.
     """
     import torch
+    import transformers
+    from safetensors.torch import save_file
 
-    state = dict(model.state_dict())
-    state["model.embed_tokens.weight"] *= _LOUD
-    config.num_hidden_layers -= config.num_nextn_predict_layers
-    layer, size = f"model.layers.{config.num_hidden_layers}", config.hidden_size
-    ones = torch.ones(size, dtype=torch.bfloat16)
-    state |= {
-        f"{layer}.enorm.weight": ones,
-        f"{layer}.hnorm.weight": ones.clone(),
-        f"{layer}.eh_proj.weight": torch.eye(size, 2 * size, dtype=torch.bfloat16) * _LOUD * config.initializer_range,
-        f"{layer}.embed_tokens.weight": state["model.embed_tokens.weight"].clone(),
-        f"{layer}.shared_head.norm.weight": ones.clone(),
-        f"{layer}.shared_head.head.weight": state["lm_head.weight"].clone(),
-    }
-    return state
+    config = transformers.LlamaConfig(**sizes(tokenizer))
+    torch.manual_seed(0)
+    made: Any = transformers.LlamaForCausalLM
+    model = made(config).to(torch.bfloat16)
+    layer = {name: value for name, value in model.model.state_dict().items() if name.startswith("layers.0.")}
+    del layer["layers.0.input_layernorm.weight"]
+    size = config.hidden_size
+    state = layer | {"fc.weight": torch.eye(size, 2 * size, dtype=torch.bfloat16)}
+    config.num_hidden_layers, config.architectures = 1, ["LlamaForCausalLM"]
+    config.save_pretrained(target)
+    save_file({name: value.contiguous() for name, value in state.items()}, target / "model.safetensors")
+    tokenizer.save_pretrained(target)
 
 
 def sizes(tokenizer: Any) -> dict[str, Any]:
@@ -67,7 +70,6 @@ def sizes(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-_LOUD = 250
 _LARGE = {"initializer_range": 0.2, "pad_token_id": 0}
 _MLA = {
     "kv_lora_rank": 512,
@@ -120,11 +122,6 @@ FAMILIES: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
     "tiny-deepseek-v3": (
         ("DeepseekV3", "DeepseekV3ForCausalLM"),
         _LARGE | _MLA | _DEEPSEEK,
-    ),
-    # The same with a layer that drafts.
-    "tiny-deepseek-mtp": (
-        ("DeepseekV3", "DeepseekV3ForCausalLM"),
-        _LARGE | _MLA | _DEEPSEEK | {"num_hidden_layers": 5, "num_nextn_predict_layers": 1},
     ),
     # Gated delta nets and full attention.
     "tiny-qwen3-next": (

@@ -39,7 +39,8 @@ def pair(runner: asyncio.Runner, tiny_llama: str, etcd_url: str, request: pytest
     model = resolve(parameters.pop("model")) if "model" in parameters else tiny_llama
     if "drafts" in parameters:
         drafts = parameters.pop("drafts")
-        parameters["speculative_config"] = drafts | ({"model": model} if drafts["method"] == "draft_model" else {})
+        drafter = DRAFTERS.get(drafts["method"])
+        parameters["speculative_config"] = drafts | ({"model": resolve(drafter)} if drafter else {})
     pair = runner.run(start_pair(model, etcd_url, **parameters))
     yield pair
     runner.run(pair.stop())
@@ -299,23 +300,16 @@ def test_no_token_changes_with_the_scheduler_that_does_not_run_ahead(
 DRAFTS = {
     "ngram": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2, "prompt_lookup_max": 4},
     "draft model": {"method": "draft_model", "num_speculative_tokens": 3},
-    "layer of the model": {"method": "mtp", "num_speculative_tokens": 2},
+    "eagle": {"method": "eagle", "num_speculative_tokens": 3},
 }
-OF_MODEL: dict[str, dict[str, object]] = {
-    # Steps that verify drafts round otherwise than others, on CPUs, where heads are compressed.
-    "layer of the model": {
-        "model": "tiny-deepseek-mtp",
-        "dtype": "float32",
-        "block_size": 16,
-        "num_gpu_blocks_override": 600,
-    }
-}
+DRAFTERS = {"draft_model": "tiny-llama", "eagle": "tiny-llama-eagle"}
+"""Models that draft for ``tiny-llama``."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "pair",
-    [pytest.param({"drafts": drafts} | OF_MODEL.get(name, {}), id=name) for name, drafts in DRAFTS.items()],
+    [pytest.param({"drafts": drafts, "dtype": "float32"}, id=name) for name, drafts in DRAFTS.items()],
     indirect=True,
 )
 @pytest.mark.parametrize("live", [True, False], ids=["live", "stop-and-copy"])
