@@ -89,8 +89,9 @@ class MigrateOut:
     def why_not(self, record: Record) -> str | None:
         """Why a request cannot move, or None."""
         request = record.request
-        layout = self._port.movable_layout() or self._port.why_drafts_hinder(request)
-        return record.marker.not_migratable or layout or why_not_migratable(request)
+        port = self._port
+        here = port.movable_layout() or port.why_drafts_hinder(request) or port.why_images_hinder(request)
+        return record.marker.not_migratable or here or why_not_migratable(request)
 
     def freeze(
         self, record: Record, commit_to: CommitTo | None = None, use_within_s: float = 0.0

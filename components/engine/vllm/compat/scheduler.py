@@ -98,6 +98,12 @@ class SchedulerPort:
             return "speculative decoding with a seed: what it gives depends on where drafts begin"
         return None
 
+    def why_images_hinder(self, request: Request) -> str | None:
+        """Why a request cannot move because of its images, or None."""
+        if request.mm_features and self._scheduler.use_v2_model_runner:
+            return "images: with vLLM's model runner V2 nobody has tried to move them"
+        return None
+
     def tables(self, request: Request) -> list[list[int]]:
         """Numbers of its KV blocks by position, for each group; 0 for freed ones."""
         return list(self._scheduler.kv_cache_manager.get_block_ids(request.request_id))
