@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from importlib.util import find_spec
 from typing import Any
 
 import msgspec
@@ -35,6 +36,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3-next": {"model": "tiny-qwen3-next", "num_gpu_blocks_override": 100},
     "paddleocr-vl": {"model": "tiny-paddleocr-vl", "limit_mm_per_prompt": {"image": 0}},
 }
+NEEDS = {
+    "paddleocr-vl": pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM starts it with torchvision alone")
+}
 HELD = {"gemma3": [{2, 3}] * 5, "gpt-oss": [{2, 3}], "deepseek-v3": [], "qwen3-next": [{1}] * 3, "paddleocr-vl": []}
 """Blocks of the groups that do not keep everything: a window of 64 tokens is in two or three of 32, a state in one."""
 SAMPLINGS = [
@@ -45,7 +49,7 @@ SAMPLINGS = [
 PROMPTS = [5, 31, 64, 97, 300, 700, 990]
 MODES = ["stop-and-copy", "live", "live", "replay"]
 NO_REPLAY = {"deepseek-v3", "qwen3-next"}
-"""On CPUs vLLM\'s prefill of compressed heads and of states does not agree with its decoding to the last bit."""
+"""On CPUs vLLM's prefill of compressed heads and of states does not agree with its decoding to the last bit."""
 
 
 def mode_of(family: str, number: int) -> dict[str, bool]:
@@ -55,7 +59,10 @@ def mode_of(family: str, number: int) -> dict[str, bool]:
 
 
 def with_each(caching: bool = True) -> pytest.MarkDecorator:
-    parameters = [pytest.param(more | {"enable_prefix_caching": caching}, id=name) for name, more in FAMILIES.items()]
+    parameters = [
+        pytest.param(more | {"enable_prefix_caching": caching}, id=name, marks=NEEDS.get(name, ()))
+        for name, more in FAMILIES.items()
+    ]
     return pytest.mark.parametrize("pair", parameters, indirect=True)
 
 
