@@ -164,7 +164,9 @@ async def apart(pair: Pair, request: GenerateRequest) -> tuple[Client, Any]:
 
 
 @with_each()
-@pytest.mark.parametrize("kind", ["greedy", "seeded", "penalties"])
+@pytest.mark.parametrize(
+    "kind", ["greedy", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("seeded", "penalties"))]
+)
 def test_a_decode_engine_takes_the_prompt_from_a_prefill_engine(
     runner: asyncio.Runner, pair: Pair, kind: str, request: pytest.FixtureRequest
 ) -> None:
