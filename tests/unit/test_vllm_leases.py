@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -18,6 +19,9 @@ class Core:
     """A core that says yes."""
 
     async def commit(self, request_id: RequestId, frozen: Any) -> None:
+        pass
+
+    async def resume(self, request_id: RequestId) -> None:
         pass
 
     async def landing_status(self, request_id: RequestId, wait_s: float = 0.0) -> LandingStatus:
@@ -38,4 +42,16 @@ async def test_asking_for_the_landing_renews_a_lease_and_begins_none(committed: 
     await engine.landing_status(ONE)
     assert first.cancelled()
     assert (live in engine._leases) != committed
+    engine._drop(ONE)
+
+
+@pytest.mark.parametrize("landing", [False, True])
+async def test_resuming_ends_the_lease_of_a_frozen_request_and_not_of_one_that_still_lands(landing: bool) -> None:
+    engine = VLLMEngine(VLLMOptions({}, {}, lease_s=1000.0))
+    core: Any = Core()
+    engine._client = core
+    live = engine._live[ONE] = _Live(ONE, landing=asyncio.Event() if landing else None)
+    engine._renew_lease(ONE)
+    await engine.resume(ONE)
+    assert (live in engine._leases) == landing
     engine._drop(ONE)

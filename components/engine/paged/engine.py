@@ -247,7 +247,9 @@ class PagedEngine:
     async def resume(self, request_id: RequestId) -> None:
         """Continue generating."""
         active = self._live.scheduler.get(request_id)
-        self._leases.stop(active)
+        if active.landing is None:
+            # One that still lands runs elsewhere: only its owner's commit ends its lease.
+            self._leases.stop(active)
         self._live.scheduler.resume(active)
         self._wake()
 

@@ -238,7 +238,10 @@ class VLLMEngine:
     async def resume(self, request_id: RequestId) -> None:
         """Continue generating."""
         await self._core.resume(request_id)
-        self._stop_lease(request_id)
+        live = self._live.get(request_id)
+        if live is None or live.landing is None:
+            # One that still lands runs elsewhere: only its owner's commit ends its lease.
+            self._stop_lease(request_id)
 
     async def landing_status(self, request_id: RequestId, wait_s: float = 0.0) -> LandingStatus:
         """Progress of a landing request. After its commit no lease begins, because nobody would end it."""
