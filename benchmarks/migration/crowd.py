@@ -25,7 +25,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from benchmarks.graph import end_on_sigterm, machine, place, served
-from benchmarks.migration.drain import Stream
+from benchmarks.migration.drain import Stream, start
 from benchmarks.migration.measure import Prompts
 from benchmarks.migration.timeline import read
 from components import models, process
@@ -84,11 +84,7 @@ async def _fill(
     """Start all requests on the first worker, with the other one cordoned."""
     other = client.status().workers[1].worker
     await client.drain(other)
-    streams = []
-    for _ in range(count):
-        stream = Stream()
-        stream.task = asyncio.ensure_future(stream.run(http, prompts.body(*size)))
-        streams.append(stream)
+    streams = await start(http, [prompts.body(*size) for _ in range(count)])
     while not all(len(s.times) >= _FEW for s in streams):
         if any(s.task is not None and s.task.done() for s in streams):
             raise MigrateError("a request ended before the first drain")

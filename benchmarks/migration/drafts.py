@@ -9,21 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import json as jsonlib
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 import numpy as np
 import typer
-from rich.console import Console
-from rich.markdown import Markdown
 
-from benchmarks.graph import end_on_sigterm, machine
-from benchmarks.migration.engines import Answer, engines, greedy, to_and_fro
-from benchmarks.serving.parts import ENGINE
-from benchmarks.serving.tables import table
-from components import models, process
+from benchmarks.migration.engines import Answer, engines, greedy, program, tell, to_and_fro
+from components import models
 from components.errors import MigrateError
 
 _PROMPT = 300
@@ -61,19 +54,12 @@ def main(
     json: Annotated[Path | None, typer.Option("--json", help="file for the raw samples")] = None,
 ) -> None:
     """Share of drafts accepted and tokens per second of one request before, during and after moves."""
-    os.environ.update({name: os.environ.get(name, value) for name, value in ENGINE.items()})
     config = jsonlib.loads(drafts)
     phases = asyncio.run(_measure(models.resolve(model), dtype, config, tokens, moves))
     head = ["answer", "moves", "drafts accepted", "tokens/step", "tokens/s"]
-    lines = table(head, [_row(phase, config["num_speculative_tokens"]) for phase in phases])
-    Console().print(Markdown("\n".join(lines)))
-    if json is not None:
-        report = {"machine": machine(), "model": model, "drafts": config, "phases": phases}
-        json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
+    rows = [_row(phase, config["num_speculative_tokens"]) for phase in phases]
+    tell(head, rows, {"model": model, "drafts": config, "phases": phases}, json)
 
 
 if __name__ == "__main__":
-    end_on_sigterm()
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
-    process.run_blocking(app)
+    program(main)

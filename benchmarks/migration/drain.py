@@ -95,7 +95,7 @@ async def _drain(system: System, prompts: Prompts, count: int, prompt: int, outp
     part = [part for part in system.parts if part.role == "decode"][-1]
     timeout, connector = aiohttp.ClientTimeout(total=300), aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(system.url, timeout=timeout, connector=connector) as http:
-        streams = await _start(http, bodies)
+        streams = await start(http, bodies)
         while not all(len(s.times) >= _BEFORE or (s.task is not None and s.task.done()) for s in streams):
             await asyncio.sleep(0.05)
         told = max(s.times[-1] for s in streams if s.times)
@@ -103,10 +103,10 @@ async def _drain(system: System, prompts: Prompts, count: int, prompt: int, outp
         later: list[Stream] = []
         while not ending.done() or not all(s.task is not None and s.task.done() for s in streams):
             if not ending.done():
-                later += await _start(http, [prompts.body(48, 8)])
+                later += await start(http, [prompts.body(48, 8)])
             await asyncio.sleep(_NEW_EVERY_S)
         errors = await _finish([*streams, *later])
-        peace = await _start(http, bodies)
+        peace = await start(http, bodies)
         await _finish(peace)
     ended = [(one, other) for one, other in zip(streams, peace, strict=True) if one.ended]
     whole = [(one, other) for one, other in ended if one.text == other.text or not other.text.startswith(one.text)]
@@ -125,7 +125,7 @@ async def _drain(system: System, prompts: Prompts, count: int, prompt: int, outp
     )
 
 
-async def _start(http: aiohttp.ClientSession, bodies: list[dict[str, Any]]) -> list[Stream]:
+async def start(http: aiohttp.ClientSession, bodies: list[dict[str, Any]]) -> list[Stream]:
     streams = [Stream() for _ in bodies]
     for watched, body in zip(streams, bodies, strict=True):
         watched.task = asyncio.ensure_future(watched.run(http, body))

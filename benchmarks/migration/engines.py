@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two vLLM engines in one program, and one request that moves between them."""
+"""Two vLLM engines in one program, and one request that moves between them; what such programs have in common."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
 
+from benchmarks.graph import end_on_sigterm, machine
+from benchmarks.serving.parts import ENGINE
+from benchmarks.serving.tables import table
+from components import process
 from components.engine.protocol import GenerateOutput, GenerateRequest, LandingStatus, RequestId, Sampling
 from components.engine.vllm import VLLMEngine
 from components.engine.vllm.start import VLLMOptions
@@ -126,3 +134,21 @@ async def to_and_fro(
         stream = await move(here, there, request, answer, stream)
         here, there = there, here
     return await answer.rest(stream)
+
+
+def tell(
+    head: list[str], rows: list[list[str]], facts: dict[str, Any], json: Path | None, width: int | None = None
+) -> None:
+    """Print a table, and write what was measured, if asked for."""
+    Console(width=width).print(Markdown("\n".join(table(head, rows))))
+    if json is not None:
+        json.write_bytes(msgspec.json.format(msgspec.json.encode({"machine": machine()} | facts)))
+
+
+def program(main: Callable[..., None]) -> None:
+    """Run a benchmark's command."""
+    end_on_sigterm()
+    os.environ.update({name: os.environ.get(name, value) for name, value in ENGINE.items()})
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    process.run_blocking(app)

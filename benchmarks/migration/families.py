@@ -9,21 +9,15 @@ token here and the first one there, less the median gap between two tokens.
 from __future__ import annotations
 
 import asyncio
-import os
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import numpy as np
 import typer
-from rich.console import Console
-from rich.markdown import Markdown
 
-from benchmarks.graph import end_on_sigterm, machine
-from benchmarks.migration.engines import Answer, engines, greedy, to_and_fro
-from benchmarks.serving.parts import ENGINE
-from benchmarks.serving.tables import table
-from components import models, process
+from benchmarks.migration.engines import Answer, engines, greedy, program, tell, to_and_fro
+from components import models
 from components.errors import MigrateError
 
 _MODELS = ("tiny-llama", "tiny-gemma3", "tiny-gpt-oss", "tiny-deepseek-v3", "tiny-qwen3-next")
@@ -77,17 +71,10 @@ def main(
     json: Annotated[Path | None, typer.Option("--json", help="file for the raw samples")] = None,
 ) -> None:
     """Bytes that a move copies and the gap that a client sees, for each family of models."""
-    os.environ.update({name: os.environ.get(name, value) for name, value in ENGINE.items()})
     found = [asyncio.run(_measure(model, prompt, moves)) for model in chosen.split(",")]
     head = ["model", "KV bytes/token", "KiB moved", "gap, ms", "downtime, ms", "p90, ms", "stall, ms"]
-    Console(width=120).print(Markdown("\n".join(table(head, [each.row() for each in found]))))
-    if json is not None:
-        report = {"machine": machine(), "prompt": prompt, "models": found}
-        json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
+    tell(head, [each.row() for each in found], {"prompt": prompt, "models": found}, json, width=120)
 
 
 if __name__ == "__main__":
-    end_on_sigterm()
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
-    process.run_blocking(app)
+    program(main)

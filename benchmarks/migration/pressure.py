@@ -13,7 +13,6 @@ Answers grow at the same time, greedily, in a cache for about two thirds of them
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -22,14 +21,9 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 import typer
-from rich.console import Console
-from rich.markdown import Markdown
 
-from benchmarks.graph import end_on_sigterm, machine
-from benchmarks.migration.engines import Answer, engines, greedy, move
-from benchmarks.serving.parts import ENGINE
-from benchmarks.serving.tables import table
-from components import models, process
+from benchmarks.migration.engines import Answer, engines, greedy, move, program, tell
+from components import models
 from components.engine.protocol import RequestPhase
 from components.engine.vllm import VLLMEngine
 from components.errors import NoRoom
@@ -149,21 +143,14 @@ def main(
     json: Annotated[Path | None, typer.Option("--json", help="file for the raw samples")] = None,
 ) -> None:
     """Time and gaps of answers that do not fit into the cache together."""
-    os.environ.update({name: os.environ.get(name, value) for name, value in ENGINE.items()})
     folder = models.resolve(model)
     found = {
         way: asyncio.run(_measure(way, folder, rounds, requests, prompt, tokens)) for way in map(Way, ways.split(","))
     }
     head = ["way", "seconds", "tokens/s", "preemptions", "moves", "longest gap, median, s", "max, s", "as with room"]
     rows = [_row(way, each, found.get(Way.ROOM, [])) for way, each in found.items()]
-    Console(width=160).print(Markdown("\n".join(table(head, rows))))
-    if json is not None:
-        report = {"machine": machine(), "model": model, "rounds": found}
-        json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
+    tell(head, rows, {"model": model, "rounds": found}, json, width=160)
 
 
 if __name__ == "__main__":
-    end_on_sigterm()
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
-    process.run_blocking(app)
+    program(main)
