@@ -17,12 +17,14 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import uvloop
 
 from components import credentials, env, output
 from components.errors import MigrateError
+
+logger = logging.getLogger(__name__)
 
 
 def namespace() -> str:
@@ -51,6 +53,12 @@ async def until_cut_off(runtime: Any, what: str) -> None:
         yield ""
 
     await runtime.endpoint(f"{namespace()}-watch.{what}.alive").serve_endpoint(nothing)
+
+
+def end_cut_off(what: str) -> NoReturn:
+    """End the process after ``until_cut_off``: its launcher starts it again."""
+    logger.error("this %s has lost its place in etcd; it ends, for its launcher to start it again", what)
+    os._exit(1)
 
 
 def on_stop() -> asyncio.Event:

@@ -142,5 +142,4 @@ class Decider:
         The planner would then go on without seeing any worker.
         """
         await runtime.endpoint(f"{process.namespace()}.{DECISIONS}").serve_endpoint(self._board.serve)
-        logger.error("this planner has lost its place in etcd; it ends, for its launcher to start it again")
-        os._exit(1)
+        process.end_cut_off("planner")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable, Coroutine
@@ -23,8 +22,6 @@ from components.config import PlannerConfig, load_component_config
 from components.errors import ConfigError
 from planner_hooks import perf_model
 from planner_hooks.config import load
-
-logger = logging.getLogger(__name__)
 
 
 def planner_file(config: PlannerConfig, namespace: str) -> dict[str, Any]:
@@ -107,8 +104,7 @@ async def _while_in_etcd(init_planner: Callable[..., Coroutine[Any, Any, None]],
     await asyncio.wait((cut_off, running), return_when=asyncio.FIRST_COMPLETED)
     if running.done():
         return running.result()
-    logger.error("this planner has lost its place in etcd; it ends, for its launcher to start it again")
-    os._exit(1)
+    process.end_cut_off("planner")
 
 
 if __name__ == "__main__":

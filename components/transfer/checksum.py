@@ -47,11 +47,9 @@ class BlockChecksums:
         if not blocks or not self._rows:
             zeros = (0,) * len(blocks)
             return lambda: zeros
-        step = max(1, _AT_ONCE_BYTES // self._block_bytes)
-        parts = [list(blocks[at : at + step]) for at in range(0, len(blocks), step)]
-        if self._add_up is not None:
-            parts = [list(blocks)]
-        found = [_to_host(self._sum(part)) for part in parts]
+        # A kernel needs no temporary words.
+        step = len(blocks) if self._add_up is not None else max(1, _AT_ONCE_BYTES // self._block_bytes)
+        found = [_to_host(self._sum(list(blocks[at : at + step]))) for at in range(0, len(blocks), step)]
         done = torch.cuda.current_stream(self._device).record_event() if self._stream is not None else None
 
         def result() -> tuple[int, ...]:
