@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from components.engine.protocol import KVGroup, KVOffer
+from components.engine.protocol import Frozen, KVGroup, KVOffer
 
 
 class Table(NamedTuple):
@@ -61,3 +61,18 @@ def whole_blocks(offer: KVOffer, num_tokens: int) -> KVOffer:
         for table in tables_of(offer)
     ]
     return msgspec.structs.replace(offer, num_tokens=tokens, **fields_of(tables))
+
+
+def why_unproven(frozen: Frozen) -> str | None:
+    """What is wrong with the checksums of a state, which come in ``Parts.checks`` one for each block and worker; or
+    None."""
+    tables, ranks, sums = tables_of(frozen.offer), len(frozen.offer.agents), len(frozen.checksums)
+    if not sums:
+        return None
+    counts = frozen.checked or (sums // ranks,)
+    blocks = [len(table.ids) for table in tables]
+    if len(counts) != len(blocks) or not all(0 <= count <= has for count, has in zip(counts, blocks, strict=True)):
+        return f"it has checksums for {list(counts)} of its {blocks} blocks"
+    if sums != ranks * sum(counts):
+        return f"it has {sums} checksums for {sum(counts)} blocks and {ranks} workers"
+    return None

@@ -47,6 +47,8 @@ from components.transfer.session import messages as session
 
 ROOT = Path(__file__).parents[2]
 R = RequestId("r")
+LANDED = list(range(1, 41))
+"""Tokens of a prompt whose blocks are here, while the request waits for its commit."""
 
 
 def agent_record() -> AgentRecord:
@@ -122,6 +124,20 @@ def native_request() -> bytes:
     return encode(Native(params, 1, LoRARequest("a", 1, "/nowhere"), "salt", trace_headers={"traceparent": "x"}))
 
 
+def commits() -> list[bytes]:
+    """Commits of a landed request, and calls that are none."""
+    from components.engine.vllm.control import Call, Op
+
+    offer = KVOffer(R, (AgentRef(AgentName("peer"), Epoch("1")),), 16, (100, 101, 102), len(LANDED) + 1, 0)
+    states = [
+        Frozen(offer, (7, 7)),
+        Frozen(offer, (7, 7), b"\x01" * 8, (1,), use_within_s=5.0),
+        Frozen(offer, (7, 7), checksums=(1, 2, 3), checked=(3,), guide="xgrammar"),
+    ]
+    calls = [Call(Op.COMMIT, RequestId("life"), frozen=state) for state in states]
+    return [msgspec.msgpack.encode(call) for call in (*calls, Call(Op.RELEASE, RequestId("life")))]
+
+
 def everything() -> dict[str, list[bytes]]:
     """Valid inputs by target."""
     encode = msgspec.msgpack.encode
@@ -149,6 +165,7 @@ def everything() -> dict[str, list[bytes]]:
         "handover-answer": [encode({"storages": [(4096, 4096)]})],
         "messages": [encode(m) for m in (*calls(), *outcomes)],
         "worker": [encode(m) for m in calls("live")],
+        "commit": commits(),
         "native": [native_request()],
         "openai": [json.dumps(payload()).encode()],
         "component-config": [json.dumps(config).encode()],

@@ -107,7 +107,7 @@ def openai_payloads(data: bytes) -> None:
 
 
 @contextmanager
-def _client(data: bytes) -> Iterator[socket.socket]:
+def client(data: bytes) -> Iterator[socket.socket]:
     """The server's end of a connection whose client sends this and no more."""
     near, far = socket.socketpair()
 
@@ -138,7 +138,7 @@ def tcp_requests(data: bytes) -> None:
     """What a peer that has proved itself sends to the plain TCP lane: a length, a request, and more."""
     backend, whole = _tcp()
     # What ``Acceptor`` ends a connection for.
-    with _client(struct.pack("!I", len(data)) + data + b"\x55" * 20_000) as connection, suppress(OSError, *UNREADABLE):
+    with client(struct.pack("!I", len(data)) + data + b"\x55" * 20_000) as connection, suppress(OSError, *UNREADABLE):
         backend._serve(connection)
     if whole.any():
         raise AssertionError("bytes were written")
@@ -147,7 +147,7 @@ def tcp_requests(data: bytes) -> None:
 def nccl_messages(data: bytes) -> None:
     """What a peer that has proved itself sends to the NCCL lane."""
     for kind in (Hello, Ask, Answer):
-        with _client(struct.pack("!I", len(data)) + data) as connection, suppress(InvalidRequest):
+        with client(struct.pack("!I", len(data)) + data) as connection, suppress(InvalidRequest):
             hear(connection, kind, MAX_FRAME, time.monotonic() + 5)
             return
     raise InvalidRequest("none of the messages")
@@ -155,14 +155,14 @@ def nccl_messages(data: bytes) -> None:
 
 def strangers(data: bytes) -> None:
     """A client without the secret."""
-    with _client(data) as connection, suppress(OSError):
+    with client(data) as connection, suppress(OSError):
         greet(connection, accepting("kv-tcp mine"), time.monotonic() + 5)
         raise AssertionError("a stranger was let in")
 
 
 def impostors(data: bytes) -> None:
     """A server without the secret."""
-    with _client(data) as connection, suppress(OSError):
+    with client(data) as connection, suppress(OSError):
         greet(connection, connecting("kv-tcp mine"), time.monotonic() + 5)
         raise AssertionError("an impostor was believed")
 

@@ -153,6 +153,16 @@ def test_blocks_that_did_not_arrive_are_computed(tiny_llama: str) -> None:
     assert everything_is_free(played)
 
 
+def test_a_loan_with_other_checksums_than_blocks_is_computed_here(tiny_llama: str) -> None:
+    played = Played(tiny_llama)
+    frozen = Frozen(offer_of("odd", 50), (7,), checksums=(1, 2), checked=(3,))
+    request = played.add([*range(1, 51), 7], Marker(RequestId("odd"), num_prompt_tokens=50, handoff=frozen), "odd")
+    assert played.step().num_scheduled_tokens == {request.request_id: 51}
+    end(played, request)
+    played.step()
+    assert everything_is_free(played)
+
+
 def test_blocks_that_a_silent_peer_may_still_write_are_nobodys(tiny_llama: str) -> None:
     played = Played(tiny_llama)
     request = take(played, 50)

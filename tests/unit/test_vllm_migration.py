@@ -331,6 +331,52 @@ def test_an_offer_that_cannot_be_used_harms_nobody(tiny_llama: str, field: str, 
     assert everything_is_free(played)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "state", "reason"),
+    [
+        ((50, 10**6), {}, "not in the model's vocabulary"),
+        ((50, -1), {}, "not in the model's vocabulary"),
+        ((50, 51), {"checksums": (1,), "checked": (5,)}, "checksums"),
+        ((50, 51), {"checksums": (1, 2), "checked": (3,)}, "checksums"),
+        ((50, 51), {"checksums": (1, 2), "checked": (1, 1)}, "checksums"),
+    ],
+)
+def test_a_state_that_would_end_the_step_is_refused_and_changes_nothing(
+    tiny_llama: str, tokens: tuple[int, ...], state: dict[str, Any], reason: str
+) -> None:
+    played = Played(tiny_llama)
+    request = played.land("moved", 50)
+    played.step(played.done(*played.jobs(played.step())))
+    offer = offer_of("moved", 50)
+    with pytest.raises(SessionError, match=reason):
+        played.call(Op.COMMIT, request, frozen=Frozen(offer, tokens, **state))
+    played.call(Op.COMMIT, request, frozen=Frozen(offer, (50, 52), checksums=(1, 2), checked=(2,)))
+    assert played.step().num_scheduled_tokens == {request.request_id: 1}
+    assert list(request.output_token_ids)[:2] == [50, 52]
+    end(played, request)
+    played.step()
+    assert everything_is_free(played)
+
+
+@pytest.mark.parametrize("state", [b"\x01" * 8, b"\xff" * 5056], ids=["too short", "no such state"])
+def test_a_generator_whose_state_cannot_be_used_is_that_of_the_seed(state: bytes) -> None:
+    import torch
+    from vllm import SamplingParams
+
+    from components.engine.vllm.compat.runners import RunnerV1
+    from components.engine.vllm.records import Install
+
+    def entered(rng_state: bytes) -> torch.Generator:
+        sizes = {"sampler": SimpleNamespace(use_fp64_gumbel=True), "input_batch": SimpleNamespace(vocab_size=100)}
+        runner = SimpleNamespace(requests={}, device=torch.device("cpu"), uses_mrope=False, **sizes)
+        params = SamplingParams(seed=5, temperature=1.0)
+        RunnerV1(runner).import_state(Install("r", [1, 2], [3, 4], params, None, rng_state))
+        generator: torch.Generator = runner.requests["r"].generator
+        return generator
+
+    assert torch.equal(entered(state).get_state(), entered(b"").get_state())
+
+
 @pytest.mark.parametrize("wait_bytes", [0, 1 << 24], ids=["beside the steps", "between them"])
 def test_an_abort_after_the_commit_leaves_no_copy_behind(tiny_llama: str, wait_bytes: int) -> None:
     played = Played(tiny_llama, wait_bytes=wait_bytes)

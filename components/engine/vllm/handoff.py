@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import RequestStatus
 
+from components.engine.groups import why_unproven
 from components.engine.protocol import Frozen, KVOffer, RequestId
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.control import MARKER, Lent, encode
@@ -56,12 +57,14 @@ class Handoff:
         if record.marker.lend:
             self._lending[record.request.request_id] = record
         frozen = record.marker.handoff
-        if frozen is not None and self._fits(record.request, frozen.offer):
+        if frozen is not None and self._fits(record.request, frozen):
             record.handoff = frozen
 
-    def _fits(self, request: Request, offer: KVOffer) -> bool:
+    def _fits(self, request: Request, frozen: Frozen) -> bool:
+        offer = frozen.offer
         return (
             self._incoming.why_unusable(offer) is None
+            and why_unproven(frozen) is None
             and offer.num_tokens == request.num_prompt_tokens
             and self._port.movable_layout() is None
         )

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 import msgspec
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
-from components.engine.groups import tables_of
+from components.engine.groups import tables_of, why_unproven
 from components.engine.protocol import AgentRef, Frozen, KVOffer, LandingStatus
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.control import Reply
@@ -107,8 +107,9 @@ class MigrateIn:
                 return f"it names {table.past} blocks for {offer.num_tokens} tokens"
         return None
 
-    def _require_usable(self, offer: KVOffer) -> None:
-        if reason := self.why_unusable(offer):
+    def _require_usable(self, offer: KVOffer, frozen: Frozen | None = None) -> None:
+        reason = self.why_unusable(offer) or (why_unproven(frozen) if frozen is not None else None)
+        if reason:
             raise SessionError(f"the source's offer cannot be used: {reason}")
 
     def begin_whole(self, record: Record, frozen: Frozen, tables: Sequence[list[int]], local_tokens: int) -> None:
@@ -233,7 +234,7 @@ class MigrateIn:
             return
         mark("target-core", "commit", record.request_id)
         offer = frozen.offer
-        self._require_usable(offer)
+        self._require_usable(offer, frozen)
         self._append(record, frozen.output_token_ids)
         self._continue_grammar(record, frozen)
         if not incoming.parts:
@@ -262,6 +263,9 @@ class MigrateIn:
             raise SessionError("the source's tokens differ from those this request started with")
         if request.num_prompt_tokens + len(tokens) > self._port.max_tokens:
             raise SessionError(f"{len(tokens)} output tokens are more than max_model_len allows")
+        # vLLM itself checks those that a request enters with.
+        if unknown := [token for token in tokens[have:] if not 0 <= token < self._port.vocab_size]:
+            raise SessionError(f"tokens {unknown[:8]} are not in the model's vocabulary of {self._port.vocab_size}")
         if len(tokens) > have:
             self._port.append_tokens(request, tokens[have:])
             record.needs_install = True

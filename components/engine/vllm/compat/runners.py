@@ -19,6 +19,7 @@ Threading: the worker's step thread.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -31,6 +32,8 @@ from components.engine.vllm.records import Install
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
 
 
 class RunnerPort(Protocol):
@@ -89,10 +92,7 @@ class RunnerV1:
         if params.sampling_type == SamplingType.RANDOM_SEED:
             generator = torch.Generator(device=self._runner.device)
             generator.manual_seed(params.seed)
-            if install.rng_state:
-                drawn = np.frombuffer(install.rng_state, dtype=np.uint8)
-                generator.set_state(torch.from_numpy(drawn.copy()))
-            else:
+            if not _set_state(generator, install.rng_state):
                 self._skip_draws(generator, len(install.output_token_ids))
         state = CachedRequestState(
             req_id=install.vllm_id,
@@ -122,3 +122,15 @@ class RunnerV1:
         row = torch.empty(self._runner.input_batch.vocab_size, dtype=dtype, device=device)
         for _ in range(count):
             row.exponential_(generator=generator)
+
+
+def _set_state(generator: torch.Generator, state: bytes) -> bool:
+    """Continue with the state from another engine; False without one, or when it is none of such a generator."""
+    if not state:
+        return False
+    try:
+        generator.set_state(torch.from_numpy(np.frombuffer(state, dtype=np.uint8).copy()))
+    except RuntimeError as error:
+        logger.warning("the state of a random generator is not used: %s", error)
+        return False
+    return True

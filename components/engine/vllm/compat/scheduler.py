@@ -50,6 +50,8 @@ class SchedulerPort:
         """Groups of layers, each with its own blocks."""
         self.neighbours = Neighbours(scheduler.connector)
         """Other connectors that read blocks."""
+        self.vocab_size = int(scheduler.vllm_config.model_config.get_vocab_size())
+        """Number of the model's tokens."""
         self._not_movable = why_not_movable(scheduler.kv_cache_manager, scheduler.use_v2_model_runner)
 
     # What there is
