@@ -15,7 +15,6 @@ from unittest import mock
 
 import msgspec
 
-from components.engine.protocol import RequestId
 from components.errors import MigrateError
 from components.models import resolve
 from tests.fuzz.inputs import Target
