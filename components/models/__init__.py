@@ -21,7 +21,7 @@ from rich.console import Console
 from components import env, folders
 from components.errors import ConfigError
 from components.models.seeing import SEEING
-from components.models.tiny import DRAFTER, FAMILIES
+from components.models.tiny import DRAFTER, FAMILIES, QUANTISED
 
 
 def cache_folder() -> Path:
@@ -123,5 +123,5 @@ def _tiny(name: str) -> Callable[[Path], None]:
 
 
 _MAKERS: dict[str, Callable[[Path], None]] = {"smollm2": _smollm2} | {
-    name: _tiny(name) for name in (*FAMILIES, *SEEING, DRAFTER)
+    name: _tiny(name) for name in (*FAMILIES, *SEEING, DRAFTER, QUANTISED)
 }

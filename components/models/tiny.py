@@ -13,6 +13,8 @@ from typing import Any
 _WINDOW = 64
 DRAFTER = "tiny-llama-eagle"
 """Drafts for ``tiny-llama``."""
+QUANTISED = "tiny-llama-int8"
+"""Weights of 8 bits, and a calibrated scale of each layer for an FP8 KV cache."""
 
 
 def make(name: str, tokenizer: Any, target: Path) -> None:
@@ -20,8 +22,8 @@ def make(name: str, tokenizer: Any, target: Path) -> None:
     import torch
     import transformers
 
-    if name == DRAFTER:
-        _make_drafter(tokenizer, target)
+    if name in _OTHERS:
+        _OTHERS[name](tokenizer, target)
         return
     architecture, fields = FAMILIES[name]
     config = getattr(transformers, f"{architecture[0]}Config")(**(sizes(tokenizer) | fields))
@@ -52,6 +54,46 @@ def _make_drafter(tokenizer: Any, target: Path) -> None:
     config.save_pretrained(target)
     save_file({name: value.contiguous() for name, value in state.items()}, target / "model.safetensors")
     tokenizer.save_pretrained(target)
+
+
+def _make_quantised(tokenizer: Any, target: Path) -> None:
+    """As llm-compressor writes it (compressed-tensors, W8A8): int8 weights with a scale for each channel."""
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    config = transformers.LlamaConfig(**(sizes(tokenizer) | _LARGE | {"tie_word_embeddings": False}))
+    torch.manual_seed(0)
+    made: Any = transformers.LlamaForCausalLM
+    state = dict(made(config).to(torch.bfloat16).state_dict())
+    for name in [name for name in state if name.endswith("_proj.weight")]:
+        scale = state[name].float().abs().amax(dim=1, keepdim=True) / 127
+        state[name + "_scale"] = scale.to(torch.bfloat16)
+        state[name] = (state[name].float() / state[name + "_scale"].float()).round().clamp(-127, 127).to(torch.int8)
+    for layer in range(config.num_hidden_layers):
+        for number, kind in enumerate(("k_scale", "v_scale")):
+            state[f"model.layers.{layer}.self_attn.{kind}"] = torch.tensor([0.01 * (1 + layer + number / 2)])
+    each = {"num_bits": 8, "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": each | {"type": "int", "strategy": "channel", "dynamic": False},
+        "input_activations": each | {"type": "int", "strategy": "token", "dynamic": True},
+    }
+    quantised = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+        "kv_cache_scheme": each | {"type": "float", "strategy": "tensor", "dynamic": False},
+    }
+    config.update({"architectures": ["LlamaForCausalLM"], "quantization_config": quantised, "dtype": "bfloat16"})
+    config.save_pretrained(target)
+    save_file({name: value.contiguous() for name, value in state.items()}, target / "model.safetensors")
+    tokenizer.save_pretrained(target)
+
+
+_OTHERS = {DRAFTER: _make_drafter, QUANTISED: _make_quantised}
 
 
 def sizes(tokenizer: Any) -> dict[str, Any]:

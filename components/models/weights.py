@@ -35,6 +35,8 @@ _PAGE = 4096
 _PAGES = 256
 """Pages read of all files together; at least two of each file."""
 _LONGEST_HEADER = 64 << 20
+_SCALES = ("k_scale", "v_scale", "q_scale", "prob_scale", "_proj.output_scale")
+"""Ends of the names of scales of a quantised KV cache, which a calibration changes alone: two or so of each layer."""
 
 
 def check(model: str, load_format: str) -> None:
@@ -124,7 +126,7 @@ def _folder(model: str, revision: str | None, download_dir: str | None) -> Path 
 
 
 def _samples(descriptor: int, file: Path, size: int, count: int) -> Iterator[tuple[int, int]]:
-    """Places to read: the header and the middles of some tensors, or pages at equal distances."""
+    """Places to read: the header, the middles of some tensors and all KV scales, or pages at equal distances."""
     header = _header(descriptor, size) if file.suffix == ".safetensors" else None
     if header is None:
         yield from ((size * n // count, _PAGE) for n in range(count))
@@ -133,7 +135,7 @@ def _samples(descriptor: int, file: Path, size: int, count: int) -> Iterator[tup
     yield 0, length
     # Chosen by the hash of their names: a fine-tune may change one kind of tensor, which has equal distances.
     names = sorted(tensors, key=lambda name: hashlib.sha256(name.encode()).digest())
-    for name in names[:count]:
+    for name in dict.fromkeys([*names[:count], *(name for name in names if name.endswith(_SCALES))]):
         begin, end = tensors[name]
         yield length + begin + max(0, end - begin - _PAGE) // 2, min(_PAGE, end - begin)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
 import msgspec
@@ -137,7 +137,7 @@ async def move(
         else:
             raise AssertionError("blocks never landed")
     else:
-        await asyncio.sleep(0.05)
+        await _arrived(target, request.request_id)
     expecting = asyncio.create_task(target.expect_commit(request.request_id, 0.2)) if live else None
     to = lead(status.commit_to) if live and not replay and status.commit_to is not None else None
     frozen = given = await source.freeze(request.request_id, to, 30.0)
@@ -269,6 +269,15 @@ def test_a_request_that_its_engines_have_moved_alone_gives_nothing_and_can_be_ta
         assert client.tokens == plain.tokens
 
     runner.run(asyncio.wait_for(scenario(), 60))
+
+
+async def _arrived(engine: VLLMEngine, request_id: RequestId) -> None:
+    """Until the engine has the request: it gets it some time after the first pull of the stream."""
+    while True:
+        with suppress(RequestNotFound):
+            await engine.landing_status(request_id)
+            return
+        await asyncio.sleep(0.01)
 
 
 async def _status(engine: VLLMEngine, request_id: RequestId) -> LandingStatus:

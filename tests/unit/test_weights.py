@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm.model_executor.layers.attention.attention import set_default_quant_scales
 
 from components.engine.vllm.fingerprint import fingerprint, weights_of
 from components.errors import ConfigError
@@ -46,20 +47,27 @@ def engine(model: Path | str, load_format: str = "auto", runner: str = "v1", ada
         "revision": None,
         "dtype": torch.bfloat16,
         "quantization": None,
+        "quantization_config": None,
         "cache_dtype": "auto",
         "logits_processors": None,
         "drafts": None,
     } | more
+    layer = torch.nn.Module()
+    set_default_quant_scales(layer, register_buffer=True)
+    for name, scale in values.get("scales", {}).items():
+        assert hasattr(layer, name)
+        setattr(layer, name, scale)
     vllm_config: Any = SimpleNamespace(
         model_config=SimpleNamespace(**values),
         load_config=SimpleNamespace(load_format=load_format, download_dir=None),
         cache_config=SimpleNamespace(cache_dtype=values["cache_dtype"], block_size=16),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
         speculative_config=values["drafts"],
+        compilation_config=SimpleNamespace(static_forward_context={"layer.0": layer}),
     )
     order = values.get("order", (0, 1, 2))
     pools = [KVPool("layer.0", torch.zeros(4, 8, 16).permute(order), 4, 0)]
-    plan: Any = SimpleNamespace(kv_cache_groups=[])
+    plan: Any = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec="full", layer_names=["layer.0"])])
     return fingerprint(vllm_config, plan, pools, runner, adapters, weights_of(vllm_config))
 
 
@@ -76,20 +84,49 @@ def test_a_fine_tune_with_the_same_configuration_has_another_fingerprint(model: 
     assert engine(model) != before
 
 
-def test_whatever_changes_a_token_changes_the_fingerprint(model: Path) -> None:
+def drafts(method: str = "ngram", drafter: Any = None) -> Any:
+    return SimpleNamespace(
+        method=method,
+        num_speculative_tokens=3,
+        rejection_sample_method="standard",
+        draft_model_config=drafter,
+        draft_load_config=None,
+    )
+
+
+def test_whatever_changes_a_token_changes_the_fingerprint(model: Path, tmp_path: Path) -> None:
+    eagle = SimpleNamespace(model=str(tmp_path / "drafter"), model_weights="", revision=None)
     same = engine(model)
     changes: list[dict[str, Any]] = [
         {"runner": "v2"},
         {"dtype": torch.float16},
         {"cache_dtype": "fp8"},
         {"quantization": "awq"},
+        {"quantization": "fp8"},
+        {"quantization": "online", "quantization_config": {"linear": "fp8_per_block"}},
+        {"quantization": "online", "quantization_config": {"linear": "fp8_per_tensor"}},
+        {"scales": {"_k_scale": torch.tensor(0.5)}},
+        {"scales": {"_v_scale": torch.tensor(0.5)}},
+        {"scales": {"_v_scale": torch.tensor([1.0, 0.5])}},
         {"adapters": "another"},
         {"load_format": "dummy"},
         {"order": (0, 2, 1)},
         {"logits_processors": ["package.module.Processor"]},
-        {"drafts": SimpleNamespace(method="ngram", num_speculative_tokens=3)},
+        {"drafts": drafts()},
+        {"drafts": drafts("eagle")},
+        {"drafts": drafts("eagle", eagle)},
     ]
     assert len({same, *(engine(model, **change) for change in changes)}) == 1 + len(changes)
+
+
+def test_each_scale_of_a_quantised_kv_cache_is_part_of_a_models_identity(tmp_path: Path) -> None:
+    """A calibration changes nothing else, and of a large model only some tensors are read."""
+    layers = {f"layers.{n}.mlp.{k}.weight": torch.zeros(1) for n in range(400) for k in ("up", "down")}
+    scales = {f"layers.{n}.self_attn.{kind}": torch.ones(1) for n in range(40) for kind in ("k_scale", "v_scale")}
+    save_file(layers | scales, tmp_path / "model.safetensors")
+    before = digest(str(tmp_path), "auto")
+    save_file(layers | scales | {"layers.7.self_attn.v_scale": torch.tensor([0.5])}, tmp_path / "model.safetensors")
+    assert digest(str(tmp_path), "auto") != before
 
 
 def test_random_weights_are_those_of_every_folder(model: Path, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 """One hash of everything that must be equal in two engines that exchange KV blocks.
 
 That is everything that changes a value in a block or a token computed from it: the model and its weights, dtypes,
-quantization, adapters, block layout and model runner. The place of the weights is not part of it.
+quantization, scales of a quantised KV cache, adapters, block layout and model runner. The place of the weights is not
+part of it.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from components.models.weights import digest
 from components.transfer import KVPool
 from components.transfer.regions import regions_of
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import LoadConfig, ModelConfig, VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 
@@ -29,7 +30,7 @@ def fingerprint(
     ``runner`` names the model runner; ``adapters`` is a digest, empty without adapters.
     """
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    config, drafts = model.hf_config.to_dict(), vllm_config.speculative_config
+    config = model.hf_config.to_dict()
     config.pop("_name_or_path", None)
     facts = {
         "model": config,
@@ -38,13 +39,14 @@ def fingerprint(
         "device": pools[0].tensor.device.type if vllm_config.load_config.load_format == "dummy" else "",
         "runner": runner,
         "dtype": str(model.dtype),
-        "quantization": str(model.quantization),
+        # The second: of weights that are quantised while they are loaded.
+        "quantization": [str(model.quantization), str(model.quantization_config)],
         "cache_dtype": str(cache.cache_dtype),
+        "scales": _scales(vllm_config, plan),
         "block_size": cache.block_size,
         "tp": vllm_config.parallel_config.tensor_parallel_size,
         "adapters": adapters,
-        # The tokens of a seed depend on drafts.
-        "drafts": [drafts.method, drafts.num_speculative_tokens] if drafts is not None else [],
+        "drafts": _drafts(vllm_config),
         "logits_processors": str(model.logits_processors),
         "groups": [(repr(group.kv_cache_spec), group.layer_names) for group in plan.kv_cache_groups],
         "pools": [(pool.name, str(pool.tensor.dtype), list(pool.tensor.shape[1:])) for pool in pools],
@@ -53,9 +55,36 @@ def fingerprint(
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
+_SCALES = ("_k_scale", "_v_scale", "_q_scale", "_prob_scale")
+
+
+def _scales(vllm_config: VllmConfig, plan: KVCacheConfig) -> list[object]:
+    """What each layer multiplies a quantised KV cache with: scales of the checkpoint, or 1.
+
+    Those that vLLM computes for each token and head are in the blocks.
+    """
+    layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
+    names = [name for group in plan.kv_cache_groups for name in group.layer_names if name in layers]
+    found = ([getattr(layers[name], scale, None) for scale in _SCALES] for name in names)
+    return [[scale if scale is None else scale.tolist() for scale in scales] for scales in found]
+
+
+def _drafts(vllm_config: VllmConfig) -> list[object]:
+    """The tokens of a seed depend on drafts, and a drafter has KV of its own."""
+    drafts = vllm_config.speculative_config
+    if drafts is None:
+        return []
+    drafter = drafts.draft_model_config
+    weights = "" if drafter is None else _digest(drafter, drafts.draft_load_config or vllm_config.load_config)
+    return [drafts.method, drafts.num_speculative_tokens, drafts.rejection_sample_method, weights]
+
+
 def weights_of(vllm_config: VllmConfig) -> str:
     """Digest of the weights that an engine loads."""
-    model, load = vllm_config.model_config, vllm_config.load_config
+    return _digest(vllm_config.model_config, vllm_config.load_config)
+
+
+def _digest(model: ModelConfig, load: LoadConfig) -> str:
     # vLLM keeps the address of weights in an object store apart from the configuration's.
     source = model.model_weights or model.model
     return digest(source, str(load.load_format), model.revision, load.download_dir)
