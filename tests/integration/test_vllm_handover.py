@@ -306,19 +306,36 @@ def test_no_token_changes_with_the_scheduler_that_does_not_run_ahead(
     test_moved_to_and_fro_gives_the_same_tokens(runner, pair, kind, 64, live=True)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "pair", [{"logits_processors": ["tests.integration.processors:Rotating"]}], indirect=True, ids=["logits processor"]
+)
+@pytest.mark.parametrize("live", [True, False], ids=["live", "stop-and-copy"])
+@pytest.mark.parametrize("kind", ["greedy", "penalties"])
+def test_a_logits_processor_goes_on_from_the_tokens(runner: asyncio.Runner, pair: Pair, kind: str, live: bool) -> None:
+    """vLLM gives it those so far, as after a preemption."""
+    test_moved_to_and_fro_gives_the_same_tokens(runner, pair, kind, 64, live)
+
+
 DRAFTS = {
     "ngram": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2, "prompt_lookup_max": 4},
     "draft model": {"method": "draft_model", "num_speculative_tokens": 3},
     "eagle": {"method": "eagle", "num_speculative_tokens": 3},
+    "mtp": {"method": "mtp", "num_speculative_tokens": 1},
 }
 DRAFTERS = {"draft_model": "tiny-llama", "eagle": "tiny-llama-eagle"}
 """Models that draft for ``tiny-llama``."""
+OF_MODEL = {"mtp": {"model": "tiny-mimo"}}
+"""Models that draft themselves."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "pair",
-    [pytest.param({"drafts": drafts, "dtype": "float32"}, id=name) for name, drafts in DRAFTS.items()],
+    [
+        pytest.param({"drafts": drafts, "dtype": "float32"} | OF_MODEL.get(name, {}), id=name)
+        for name, drafts in DRAFTS.items()
+    ],
     indirect=True,
 )
 @pytest.mark.parametrize("live", [True, False], ids=["live", "stop-and-copy"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from components.models.weights import digest
@@ -47,7 +48,7 @@ def fingerprint(
         "tp": vllm_config.parallel_config.tensor_parallel_size,
         "adapters": adapters,
         "drafts": _drafts(vllm_config),
-        "logits_processors": str(model.logits_processors),
+        "logits_processors": [str(model.logits_processors), [each.value for each in entry_points(group=_PROCESSORS)]],
         "groups": [(repr(group.kv_cache_spec), group.layer_names) for group in plan.kv_cache_groups],
         "pools": [(pool.name, str(pool.tensor.dtype), list(pool.tensor.shape[1:])) for pool in pools],
         "regions": [(r.order, [segment.length for segment in r.segments]) for r in regions_of(pools)],
@@ -55,6 +56,8 @@ def fingerprint(
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
+_PROCESSORS = "vllm.logits_processors"
+"""Installed packages that vLLM takes logits processors from."""
 _SCALES = ("_k_scale", "_v_scale", "_q_scale", "_prob_scale")
 
 
