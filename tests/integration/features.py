@@ -95,6 +95,7 @@ FEATURES: dict[str, Feature] = {
     "logprob_token_ids": _one(
         {"temperature": 0, "logprobs": 2, "logprob_token_ids": [5, 6]}, stays="ranks", alone=True
     ),
+    "logits processors": Feature(test="test_vllm_handover.py::test_a_logits_processor_goes_on_from_the_tokens"),
     "guided decoding": Feature(
         {
             "regex": Asked({"temperature": 0, "guided_regex": LETTERS}, chat=True, fits=LETTERS),
