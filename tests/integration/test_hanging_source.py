@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,8 +29,11 @@ _STEPS = 40
 """Far fewer than the destination makes within the deadline, far more than it makes if a step waits for the source."""
 
 
-async def test_a_source_that_stands_still_stops_nobody_at_the_destination(tiny_llama: str, etcd_url: str) -> None:
-    pair = await start_pair(tiny_llama, etcd_url, transport="tcp", copy_deadline_s=_DEADLINE_S)
+@pytest.mark.parametrize("lane", [{"transport": "tcp"}, {"backends": ("tcp",)}], ids=["NIXL", "plain TCP"])
+async def test_a_source_that_stands_still_stops_nobody_at_the_destination(
+    tiny_llama: str, etcd_url: str, lane: dict[str, Any]
+) -> None:
+    pair = await start_pair(tiny_llama, etcd_url, copy_deadline_s=_DEADLINE_S, **lane)
     try:
         await _hang(pair)
     finally:

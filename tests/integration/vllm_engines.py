@@ -31,6 +31,7 @@ def options(
     namespace: str,
     wait_bytes: int = 1 << 24,
     transport: str = "auto",
+    backends: tuple[str, ...] = (),
     copy_deadline_s: float = 30.0,
     **engine_args: object,
 ) -> VLLMOptions:
@@ -44,9 +45,10 @@ def options(
         "max_num_seqs": 8,
         "seed": 0,
     }
+    agent: dict[str, object] = {"name": name, "etcd_endpoints": [etcd_url], "namespace": namespace}
     return VLLMOptions(
         engine_args=args | engine_args,
-        agent={"name": name, "etcd_endpoints": [etcd_url], "namespace": namespace, "transport": transport},
+        agent=agent | {"transport": transport} | ({"backends": backends} if backends else {}),
         wait_bytes=wait_bytes,
         copy_deadline_s=copy_deadline_s,
     )

@@ -265,7 +265,7 @@ class MigrateIn:
             raise SessionError(f"{len(tokens)} output tokens are more than max_model_len allows")
         # vLLM itself checks those that a request enters with.
         if unknown := [token for token in tokens[have:] if not 0 <= token < self._port.vocab_size]:
-            raise SessionError(f"tokens {unknown[:8]} are not in the model's vocabulary of {self._port.vocab_size}")
+            raise SessionError(f"{len(unknown)} tokens are not in the model's vocabulary of {self._port.vocab_size}")
         if len(tokens) > have:
             self._port.append_tokens(request, tokens[have:])
             record.needs_install = True
