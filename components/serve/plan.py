@@ -41,6 +41,11 @@ _STREAM_LEASE_S = "20"
 """Lease in etcd, in seconds, of processes with clients' streams. After a restart of etcd Dynamo's runtime first
 reconnects its watches, one after the other with pauses, then the lease: on a busy machine the default of 10 s can end
 before, and with it the process."""
+_LEASE_S = 10
+"""Dynamo's default lease in etcd, in seconds."""
+_ACKNOWLEDGED_S = "DYN_TCP_REQUEST_TIMEOUT"
+"""Seconds for which a frontend waits for a worker to acknowledge a request: as long as the worker's lease. With Dynamo's
+default of 5 s requests fail when all workers of a kind stand still for so long, as on a busy host, though all live."""
 _SECRET = re.compile(r"(^|[-_])(password|passwd|secret|token|api[-_]?key|credentials?)$", re.IGNORECASE)
 """Names with hidden values, also in ``engine-args``."""
 
@@ -245,6 +250,8 @@ def _process(
     if isinstance(config, FrontendConfig):
         command += arguments.frontend(config, replica)
         port = config.port + replica
+        if _ACKNOWLEDGED_S not in environment:
+            added[_ACKNOWLEDGED_S] = str(env.ETCD_LEASE_TTL.read(environment) or _LEASE_S)
     elif isinstance(config, WorkerConfig):
         others = list(configs.values())
         repeats = any(c.migration_limit for c in others if isinstance(c, FrontendConfig))

@@ -110,7 +110,7 @@ def test_requests_move_between_hosts_and_survive_the_stop_of_one(engine: str, ho
 
             def move(where: dict[str, str]) -> None:
                 moves = to_and_fro(graph, away, where)
-                assert all(m["ok"] and m["mode"] == "live" for m in moves), moves
+                assert all(m.get("ok") and m["mode"] == "live" for m in moves), moves
                 assert all(m["lane"] == "nixl/ucx/tcp" and m["bytes"] > 0 for m in moves), moves
 
             graph.disturbed(prompts, length, move, temperature=0.8, seed=3)

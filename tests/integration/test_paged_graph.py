@@ -11,6 +11,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import psutil
@@ -28,7 +29,7 @@ def paged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
         tmp_path_factory.mktemp("paged"), overrides=(*PAGED, "--DecodeWorker.max-num-seqs=32"), ETCD_LEASE_TTL="20"
     )
     try:
-        graph.wait(60)
+        graph.wait()
         yield graph
         assert graph.stop() == []
         assert graph.process.returncode == 0
@@ -80,6 +81,22 @@ def test_drain_of_16_running_requests_and_undrain(paged: Graph) -> None:
 def test_a_client_that_goes_away_frees_its_blocks(paged: Graph) -> None:
     paged.leave_early(PROMPT, 20)
     paged.wait_until_idle(timeout_s=20)
+
+
+@pytest.mark.parametrize("component", ["PrefillWorker", "DecodeWorker"])
+def test_workers_that_stand_still_within_their_lease_cost_no_request(paged: Graph, component: str) -> None:
+    """With all of a kind: nobody else could take a request that is given up."""
+    stopped = paged.processes(component)
+    prompts = [f"{component} stands still {i} {PROMPT}" for i in range(3)]
+    for process in stopped:
+        process.send_signal(signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        texts = pool.submit(paged.complete_all, prompts, 50, temperature=0)
+        time.sleep(8)
+        for process in stopped:
+            process.send_signal(signal.SIGCONT)
+        assert texts.result(60) == paged.complete_all(prompts, 50, temperature=0)
+    paged.wait_until_idle()
 
 
 def test_a_killed_worker_costs_no_token(paged: Graph) -> None:

@@ -34,10 +34,10 @@ from tests.flags import flag
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def plan(name: str, *arguments: str, transport: Transport = Transport.AUTO) -> Plan:
+def plan(name: str, *arguments: str, transport: Transport = Transport.AUTO, **environment: str) -> Plan:
     graph = "graphs.agg:Frontend" if name == "agg" else "graphs.disagg:Frontend"
     values = read_yaml(CONFIGS / f"{name}.yaml")
-    return make_plan(load(graph), values, parse_overrides(list(arguments)), transport, {})
+    return make_plan(load(graph), values, parse_overrides(list(arguments)), transport, environment)
 
 
 @pytest.mark.parametrize("name", ["agg", "disagg", "disagg_gpu", "disagg_gpu_mixtral"])
@@ -277,6 +277,16 @@ def test_further_frontends_take_the_next_ports() -> None:
     found = plan("agg", "--Frontend.replicas=3", "--Frontend.port=9000")
     assert found.ports == [9000, 9001, 9002]
     assert found.url == "http://127.0.0.1:9000"
+
+
+@pytest.mark.parametrize(
+    ("environment", "seconds"),
+    [({}, "10"), ({"ETCD_LEASE_TTL": "30"}, "30"), ({"ETCD_LEASE_TTL": "30", "DYN_TCP_REQUEST_TIMEOUT": "3"}, None)],
+)
+def test_frontends_wait_for_a_worker_as_long_as_its_lease(environment: dict[str, str], seconds: str | None) -> None:
+    worker, frontend = plan("agg", "--AggWorker.replicas=1", **environment).processes
+    assert frontend.environment.get("DYN_TCP_REQUEST_TIMEOUT") == seconds
+    assert "DYN_TCP_REQUEST_TIMEOUT" not in worker.environment
 
 
 def test_settings_of_workers_reach_them() -> None:
