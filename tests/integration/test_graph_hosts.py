@@ -6,6 +6,7 @@ Also with the clock of the second one an hour off: ``clock.c``, built here, is p
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from tests.integration.graphs import PAGED, PROMPT, Graph
 from tests.integration.networks import ADDRESSES, Cable, on_host, run, slow_cable, veth
 
 pytestmark = pytest.mark.integration
-ENGINES = {"paged": (PAGED, 2000), "vllm": ((), 600)}
+ENGINES = {"paged": ((*PAGED, "--DecodeWorker.engine-args={step_s: 0.01}"), 2000), "vllm": ((), 600)}
 
 
 def clock_off(hours: int, folder: Path) -> dict[str, str]:
@@ -85,13 +86,12 @@ def joined(folder: Path, second: str, overrides: tuple[str, ...], hours: int = 0
 
 
 def to_and_fro(graph: Graph, away: str, where: dict[str, str]) -> list[dict[str, Any]]:
-    """Move every request to the other host and back, live; what became of that."""
+    """Move all requests to the other host, then all of them back, live; what became of that."""
     home = graph.another(away)
-    moves = []
-    for request, source in where.items():
-        for target in (away, home) if source == home else (home, away):
-            moves.append(graph.ask("migrate", request, target, "live"))
-    return moves
+    other = {home: away, away: home}
+    there = [(request, source, other[source], "live") for request, source in where.items()]
+    back = [(request, target, source, mode) for request, source, target, mode in there]
+    return [move for moves in (there, back) for move in graph.ask("migrate all", *map(json.dumps, moves))]
 
 
 @pytest.mark.parametrize(
