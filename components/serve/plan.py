@@ -44,7 +44,7 @@ before, and with it the process."""
 _LEASE_S = 10
 """Dynamo's default lease in etcd, in seconds."""
 _ACKNOWLEDGED_S = "DYN_TCP_REQUEST_TIMEOUT"
-"""Seconds for which a frontend waits until a worker acknowledges a request: as long as the worker's lease. With Dynamo's
+"""Seconds for which a frontend waits for a request to be acknowledged: a worker's lease. With Dynamo's
 default of 5 s requests fail when all workers of a kind stand still for that time, as on a busy host."""
 _SECRET = re.compile(r"(^|[-_])(password|passwd|secret|token|api[-_]?key|credentials?)$", re.IGNORECASE)
 """Names with hidden values, also in ``engine-args``."""
