@@ -33,9 +33,9 @@ def _played() -> Any:
 
 
 def commits(data: bytes) -> None:
-    """What a peer that has proved itself sends to an engine core; then its worker sends the same."""
-    from vllm.v1.request import RequestStatus
-
+    """What a peer that has proved itself sends to an engine core; then its worker sends the same, and its prefill
+    worker lends it.
+    """
     from components.engine.vllm import migration as module
     from components.engine.vllm.control import Call, Marker
     from tests.vllm_scheduler import offer_of
@@ -52,16 +52,30 @@ def commits(data: bytes) -> None:
         with mock.patch.object(module.logger, "exception", _raise):
             migration.take_commits()
         _play(played, request)
+        call = msgspec.msgpack.decode(data, type=Call)
         with suppress(MigrateError):
-            played.scheduler.migration.control(msgspec.msgpack.decode(data, type=Call), played.executor)
+            migration.control(call, played.executor)
         _play(played, request)
+        if call.frozen is not None:
+            _end(played, request)
+            request = played.add([*LANDED, 7], Marker(R, len(LANDED), landing=call.frozen.offer), R)
+            _play(played, request)
+            _end(played, request)
+            request = played.add([*LANDED, 7], Marker(R, len(LANDED), handoff=call.frozen), R)
+            _play(played, request)
     finally:
         migration.take_commits()
-        played.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
-        _steps(played)
+        _end(played, request)
         played.check()
         if played.free != free:
             raise AssertionError(f"{free - played.free} blocks are left")
+
+
+def _end(played: Any, request: Any) -> None:
+    from vllm.v1.request import RequestStatus
+
+    played.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+    _steps(played)
 
 
 def _raise(*_: Any) -> None:
