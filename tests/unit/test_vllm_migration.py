@@ -332,24 +332,27 @@ def test_an_offer_that_cannot_be_used_harms_nobody(tiny_llama: str, field: str, 
 
 
 @pytest.mark.parametrize(
-    ("tokens", "state", "reason"),
+    ("tokens", "computed", "state", "reason"),
     [
-        ((50, 10**6), {}, "not in the model's vocabulary"),
-        ((50, -1), {}, "not in the model's vocabulary"),
-        ((50, 51), {"checksums": (1,), "checked": (5,)}, "checksums"),
-        ((50, 51), {"checksums": (1, 2), "checked": (3,)}, "checksums"),
-        ((50, 51), {"checksums": (1, 2), "checked": (1, 1)}, "checksums"),
+        ((50, 10**6), 50, {}, "not in the model's vocabulary"),
+        ((50, -1), 50, {}, "not in the model's vocabulary"),
+        ((50, 51), 52, {}, "offer has 52 tokens, the request 51"),
+        ((50, 51), -1, {}, "has -1 tokens"),
+        ((50, 51), 50, {"checksums": (1,), "checked": (5,)}, "checksums"),
+        ((50, 51), 50, {"checksums": (1, 2), "checked": (3,)}, "checksums"),
+        ((50, 51), 50, {"checksums": (1, 2), "checked": (1, 1)}, "checksums"),
     ],
 )
 def test_a_state_that_would_end_the_step_is_refused_and_changes_nothing(
-    tiny_llama: str, tokens: tuple[int, ...], state: dict[str, Any], reason: str
+    tiny_llama: str, tokens: tuple[int, ...], computed: int, state: dict[str, Any], reason: str
 ) -> None:
     played = Played(tiny_llama)
     request = played.land("moved", 50)
     played.step(played.done(*played.jobs(played.step())))
     offer = offer_of("moved", 50)
     with pytest.raises(SessionError, match=reason):
-        played.call(Op.COMMIT, request, frozen=Frozen(offer, tokens, **state))
+        wrong = msgspec.structs.replace(offer, num_tokens=computed)
+        played.call(Op.COMMIT, request, frozen=Frozen(wrong, tokens, **state))
     played.call(Op.COMMIT, request, frozen=Frozen(offer, (50, 52), checksums=(1, 2), checked=(2,)))
     assert played.step().num_scheduled_tokens == {request.request_id: 1}
     assert list(request.output_token_ids)[:2] == [50, 52]

@@ -95,6 +95,8 @@ class MigrateIn:
     def why_unusable(self, offer: KVOffer) -> str | None:
         """What is wrong with an offer, or None."""
         size, tables = self._port.block_size, tables_of(offer)
+        if min(offer.num_tokens, offer.room_tokens) < 0:
+            return f"it has {offer.num_tokens} tokens and needs room for {offer.room_tokens}"
         if offer.block_size != size:
             return f"its blocks have {offer.block_size} tokens, ours {size}"
         ours = [group.block_size for group in self._port.groups]
@@ -235,6 +237,9 @@ class MigrateIn:
         mark("target-core", "commit", record.request_id)
         offer = frozen.offer
         self._require_usable(offer, frozen)
+        has = record.request.num_prompt_tokens + len(frozen.output_token_ids)
+        if offer.num_tokens > has:
+            raise SessionError(f"the source's offer has {offer.num_tokens} tokens, the request {has}")
         self._append(record, frozen.output_token_ids)
         self._continue_grammar(record, frozen)
         if not incoming.parts:
