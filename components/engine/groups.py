@@ -64,15 +64,13 @@ def whole_blocks(offer: KVOffer, num_tokens: int) -> KVOffer:
 
 
 def why_unproven(frozen: Frozen) -> str | None:
-    """What is wrong with the checksums of a state, which come in ``Parts.checks`` one for each block and worker; or
-    None."""
+    """What is wrong with the checksums of a state, which are equally many for each block and worker; or None."""
     tables, ranks, sums = tables_of(frozen.offer), len(frozen.offer.agents), len(frozen.checksums)
     if not sums:
         return None
-    counts = frozen.checked or (sums // ranks,)
-    blocks = [len(table.ids) for table in tables]
+    counts, blocks = frozen.checked, [len(table.ids) for table in tables]
     if len(counts) != len(blocks) or not all(0 <= count <= has for count, has in zip(counts, blocks, strict=True)):
         return f"it has checksums for {list(counts)} of its {blocks} blocks"
-    if sums != ranks * sum(counts):
+    if not sum(counts) or sums % (ranks * sum(counts)):
         return f"it has {sums} checksums for {sum(counts)} blocks and {ranks} workers"
     return None

@@ -140,9 +140,10 @@ class Frozen(msgspec.Struct, frozen=True, omit_defaults=True):
     rng_state: bytes = b""
     """State of the request's random generator (torch); empty without one."""
     checksums: tuple[int, ...] = ()
-    """Checksum of each block of the offer, or only of the last ones of each group; empty: off."""
+    """Checksums of each block of the offer, or only of the last ones of each group, rank after rank; empty: off. A
+    rank has one of each block, or one for each of its KV heads."""
     checked: tuple[int, ...] = ()
-    """Number of blocks at the end of each group with a checksum; empty: there is one group."""
+    """Number of blocks at the end of each group with checksums."""
     guide: str = ""
     """Name of what guides the request in this engine, or empty. An engine with another guide refuses it."""
     use_within_s: float = 0.0

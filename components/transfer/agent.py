@@ -41,10 +41,12 @@ from components.transfer.control.publisher import Publisher
 from components.transfer.control.record import AgentRecord
 from components.transfer.data.base import Backend, Copy, Steps
 from components.transfer.handle import TransferHandle
+from components.transfer.heads import divides, places
 from components.transfer.ids import AgentName, AgentRef, Epoch
 from components.transfer.layout import Ints, Region
 from components.transfer.session.thread import EAGER, SPARING, Job, TransferThread
 from components.transfer.session.unsafe import UnsafeBlocks
+from components.transfer.shares import Share, Shares
 
 logger = logging.getLogger(__name__)
 Callback = Callable[[TransferHandle], None]
@@ -63,8 +65,7 @@ class TransferAgent:
         self.ref = AgentRef(AgentName(config.name), self.epoch)
         self.directory = Directory(self._meet)
         self._assembly = Assembly([], None)
-        self._checksums = BlockChecksums([])
-        self._block_bytes = 0
+        self._checksums = BlockChecksums(Shares([]))
         self._worker = TransferThread(config.name, config.grace_s)
         self._publisher = Publisher(config)
         self._unsafe = UnsafeBlocks()
@@ -89,10 +90,10 @@ class TransferAgent:
                 credentials.VARIABLE,
             )
         self._assembly = assemble(self._config, self.epoch, pools, self.directory)
-        self._checksums = BlockChecksums(self._assembly.regions)
-        self._block_bytes = self.record.block_bytes
+        shares = self._assembly.shares
+        self._checksums = BlockChecksums(shares)
         try:
-            pace = EAGER if _has_cores_to_spare(self._assembly.regions) else SPARING
+            pace = EAGER if _has_cores_to_spare(shares.regions) else SPARING
             self._worker.start(self._assembly.backends, pace)
             self._publisher.start(self.record, self.directory)
         except MigrateError:
@@ -120,8 +121,10 @@ class TransferAgent:
     ) -> TransferHandle:
         """Copy the peer's ``src_blocks`` into the local ``dst_blocks``, pairwise.
 
-        ``checksums`` are the peer's, of the last blocks or of all. As far as ``integrity`` requires they are compared
-        after arrival (``IntegrityError`` names the blocks that differ). ``strategy`` applies to NIXL and this transfer.
+        From a peer of another tensor-parallel size come the heads for which this agent is to ask it (``sources``).
+        ``checksums`` are those of a peer of equal size, of the last blocks or of all. As far as ``integrity`` requires
+        they are compared after arrival (``IntegrityError`` names the blocks that differ). ``strategy`` applies to NIXL
+        and this transfer.
         """
         logger.debug("request %s: fetching %d blocks from %s", request_id, len(src_blocks), peer.name)
         handle = TransferHandle()
@@ -140,12 +143,43 @@ class TransferAgent:
         return handle
 
     def checksums(self, blocks: Sequence[int]) -> tuple[int, ...]:
-        """One checksum for each of our blocks, over all pools."""
+        """Checksums of our blocks: ``checksum_units`` for each, block after block."""
         return self._checksums.of(np.asarray(blocks, np.int64).tolist())
 
     def begin_checksums(self, blocks: Sequence[int]) -> Callable[[], tuple[int, ...]]:
         """``checksums`` of blocks that the device may still compute: queued behind that work, without waiting."""
         return self._checksums.begin(np.asarray(blocks, np.int64).tolist())
+
+    @property
+    def checksum_units(self) -> int:
+        """Checksums of a block: one for each KV head here, or one for all of it where blocks do not divide."""
+        return self._checksums.units
+
+    def sources(self, size: int) -> tuple[int, ...]:
+        """The ranks, of an engine with so many, from which this agent fetches a block.
+
+        Raises ``IncompatibleLayout`` where blocks do not divide into heads.
+        """
+        return tuple(sorted({rank for rank, _ in self._places(size)}))
+
+    def expected(self, sums: Sequence[Sequence[int]]) -> tuple[int, ...]:
+        """The checksums that this agent's copy of a block must have, from those of each rank of its source."""
+        try:
+            return tuple(sums[rank][place] for rank, place in self._places(len(sums)))
+        except IndexError:
+            raise IntegrityError("the source has sent fewer checksums than it has KV heads") from None
+
+    def _places(self, size: int) -> list[tuple[int, int]]:
+        own = self._assembly.shares
+        if size == own.rank.size:
+            return [(own.rank.number, place) for place in range(self.checksum_units)]
+        heads = [pool.heads for pool in own.pools]
+        if not heads or not size or not all(divides(count, size) for count in heads):
+            raise IncompatibleLayout(
+                f"agent {self._config.name} is one of {own.rank.size} ranks and the source has {size}; KV caches of "
+                "this model do not divide into as many ranks"
+            )
+        return places(heads, own.rank, size)
 
     def known_peers(self) -> list[str]:
         """Names of all agents that have published, ours included."""
@@ -171,11 +205,11 @@ class TransferAgent:
         if ref == self.ref:
             raise TransferError(f"agent {ref.name} cannot transfer to itself")
         peer = yield from self._peer(ref, end)
-        self._require_pairable(peer)
+        share = self._share(peer)
         peer.require_blocks(remote, unique=False)
         if len(local) != len(remote):
             raise TransferError(f"{len(local)} local blocks for {len(remote)} of the peer")
-        handle.total = len(local) * self._block_bytes
+        handle.total = len(local) * share.block_bytes
 
         def arrived(size: int) -> None:
             handle.progress += size
@@ -183,7 +217,7 @@ class TransferAgent:
         def mark_unsafe() -> Callable[[], None]:
             return self._mark_unsafe(handle, local)
 
-        copy = Copy(peer, local, remote, request_id, end, arrived, mark_unsafe, strategy)
+        copy = Copy(peer, share, local, remote, request_id, end, arrived, mark_unsafe, strategy)
         if not len(local):
             return TransferResult(lane=self._backend(peer).lane)
         result = yield from self._on_a_lane(copy, "fetch")
@@ -195,7 +229,7 @@ class TransferAgent:
         if own is None or record.name == own.name:
             return
         try:
-            self._require_pairable(record)
+            self._share(record)
         except IncompatibleLayout:
             return  # ``fetch`` raises it again, with the reason.
 
@@ -207,17 +241,17 @@ class TransferAgent:
 
         self.warm_up(record.ref).add_done_callback(met)
 
-    def _require_pairable(self, peer: AgentRecord) -> None:
-        """Compare the layouts, once for each record (0.2 ms with 80 layers)."""
+    def _share(self, peer: AgentRecord) -> Share:
+        """What this agent takes of a peer's blocks. Layouts are compared once for each record (0.2 ms, 80 layers)."""
         if self._paired.get(peer.name) is not peer:
             self.record.require_pairable(peer)
             self._paired[peer.name] = peer
+        return self._assembly.shares.taken(peer)
 
     def _warm_up(self, ref: AgentRef, end: float) -> Steps:
         peer = yield from self._peer(ref, end)
-        self._require_pairable(peer)
         empty = np.empty(0, np.int64)
-        return (yield from self._on_a_lane(Copy(peer, empty, empty, "", end), "warm_up"))
+        return (yield from self._on_a_lane(Copy(peer, self._share(peer), empty, empty, "", end), "warm_up"))
 
     def _on_a_lane(self, copy: Copy, what: Literal["fetch", "warm_up"]) -> Steps:
         """Use the best lane; when it turns out not to reach the peer, the next one."""
@@ -255,12 +289,14 @@ class TransferAgent:
     def _verified(self, result: TransferResult, blocks: Ints, checksums: Sequence[int]) -> TransferResult:
         if not checksums or self._config.integrity is Integrity.OFF:
             return result
-        if len(checksums) > len(blocks):
-            raise TransferError(f"{len(checksums)} checksums for {len(blocks)} blocks")
-        count = len(checksums) if self._config.integrity is Integrity.FULL else min(len(checksums), 2)
+        units = self.checksum_units
+        given = len(checksums) // units
+        if given > len(blocks) or len(checksums) % units:
+            raise TransferError(f"{len(checksums)} checksums, {units} for each block, for {len(blocks)} blocks")
+        count = given if self._config.integrity is Integrity.FULL else min(given, 2)
         tail = [int(block) for block in blocks[-count:]]
-        found = self._checksums.of(tail)
-        wrong = [b for b, local, remote in zip(tail, found, checksums[-count:], strict=True) if local != remote]
+        pairs = zip(self._checksums.of(tail), checksums[-count * units :], strict=True)
+        wrong = sorted({tail[place // units] for place, (local, remote) in enumerate(pairs) if local != remote})
         if wrong:
             raise IntegrityError(f"blocks {wrong} are not what the source has")
         return dataclasses.replace(result, verified_blocks=count)

@@ -31,10 +31,12 @@ from components.transfer.data.nixl import NixlLink, nixl_is_available
 from components.transfer.data.shared import shared_storages
 from components.transfer.data.staging import Staging
 from components.transfer.data.tcp import TcpBackend
+from components.transfer.heads import Rank
 from components.transfer.layout import Region
 from components.transfer.regions import regions_of, storages_of
 from components.transfer.session.backend import NixlBackend
 from components.transfer.session.side import Side
+from components.transfer.shares import Shares, divided
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class Assembly:
 
     backends: list[Backend]
     record: AgentRecord | None
-    regions: Sequence[Region] = ()
+    shares: Shares = Shares([])
 
 
 def _order(config: AgentConfig) -> list[str]:
@@ -72,27 +74,29 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
     if not pools:
         raise TransferUnavailable("an agent needs at least one KV pool")
     regions = regions_of(pools)
+    rank = Rank(config.tp_rank, config.tp_size)
+    shares = Shares(regions, rank, divided(pools, regions, rank), config.name)
     host = host_id()
     backends: list[Backend] = []
     blob, address, scope, stages = b"", "", "", False
     ipc: tuple[bytes, ...] = ()
     nccl: NcclBackend | None = None
     for name in _order(config):
-        if name == "mapped" and (mapped := _mapped(config, epoch, host, regions, pools)) is not None:
+        if name == "mapped" and (mapped := _mapped(config, epoch, host, pools)) is not None:
             backends.append(mapped)
             scope = mapped.scope
-        elif name == "nixl" and (nixl := _nixl(config, epoch, host, regions, pools, directory)) is not None:
+        elif name == "nixl" and (nixl := _nixl(config, epoch, host, shares, pools, directory)) is not None:
             backends.append(nixl)
             blob, stages = nixl.side.link.blob(), nixl.side.staging is not None
         elif name == "local":
-            backends.append(LocalBackend(epoch, regions))
-        elif name == "cuda_ipc" and (own := _ipc(config, host, regions, pools)) is not None:
+            backends.append(LocalBackend(epoch, shares))
+        elif name == "cuda_ipc" and (own := _ipc(config, host, shares, pools)) is not None:
             backends.append(own)
             ipc = own.handles
         elif name == "nccl" and (nccl := _nccl(config, epoch, regions)) is not None:
             backends.append(nccl)
         elif name == "tcp":
-            tcp = TcpBackend(epoch, regions, config.advertise_host)
+            tcp = TcpBackend(config.name, epoch, shares, config.advertise_host, directory)
             backends.append(tcp)
             address = tcp.address
     if not backends:
@@ -109,8 +113,6 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
         block_size=config.block_size,
         dtype=config.dtype,
         layers=config.layers,
-        kv_heads=config.kv_heads,
-        head_size=config.head_size,
         num_blocks=regions[0].rows[0].shape[0],
         tp_rank=config.tp_rank,
         tp_size=config.tp_size,
@@ -121,8 +123,9 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
         nccl_address="" if nccl is None else nccl.address,
         nccl_version="" if nccl is None else nccl.card.version,
         gpu="" if nccl is None else nccl.card.gpu,
+        pools=shares.pools,
     )
-    return Assembly(backends, record, regions)
+    return Assembly(backends, record, shares)
 
 
 def _published(region: Region) -> RegionRecord:
@@ -131,9 +134,7 @@ def _published(region: Region) -> RegionRecord:
     return RegionRecord(region.name, device.type, device.index or 0, region.order, segments)
 
 
-def _mapped(
-    config: AgentConfig, epoch: str, host: str, regions: list[Region], pools: Sequence[KVPool]
-) -> MappedBackend | None:
+def _mapped(config: AgentConfig, epoch: str, host: str, pools: Sequence[KVPool]) -> MappedBackend | None:
     # A transport or strategy chosen by name is one of NIXL's.
     if config.transport not in (Transport.AUTO, Transport.SHM) or config.strategy is not Strategy.AUTO:
         return None
@@ -145,14 +146,14 @@ def _mapped(
         logger.info("the pools are in shared memory, but %s; using other lanes", why)
         return None
     copier = HostCopier(threads_for(config.copy_threads))
-    return MappedBackend(host, epoch, regions, storages, copier)
+    return MappedBackend(host, epoch, storages, copier)
 
 
 def _nixl(
     config: AgentConfig,
     epoch: str,
     host: str,
-    regions: list[Region],
+    shares: Shares,
     pools: Sequence[KVPool],
     directory: Directory,
 ) -> NixlBackend | None:
@@ -161,18 +162,18 @@ def _nixl(
         logger.warning("NIXL is not used: %s; falling back to other lanes", why)
         return None
     lanes.apply(config.transport)
-    where = regions[0].device
+    where = shares.regions[0].device
     device = where.type
     staging = None
     calibration = load(config.calibration)
     if _may_stage(config, device, calibration):
         limit = config.staging_bytes or _STAGING_BYTES.get(device, 64 << 20)
-        staging = Staging(regions, limit)
+        staging = Staging(shares.regions, limit)
     memory = [*storages_of(pools), *([staging.memory] if staging else [])]
     own_thread = config.transport in _PASSIVE_WORK
     piece = config.piece_bytes or _PIECE_BYTES.get(device, 32 << 20)
     link = NixlLink(f"{config.name}/{epoch}", memory, where, piece, own_thread)
-    return NixlBackend(config, Side(config.name, epoch, link, regions, staging, host), directory, calibration)
+    return NixlBackend(config, Side(config.name, epoch, link, shares, staging, host), directory, calibration)
 
 
 def _may_stage(config: AgentConfig, device: str, calibration: Calibration) -> bool:
@@ -181,11 +182,11 @@ def _may_stage(config: AgentConfig, device: str, calibration: Calibration) -> bo
     return config.strategy is Strategy.STAGED
 
 
-def _ipc(config: AgentConfig, host: str, regions: list[Region], pools: Sequence[KVPool]) -> IpcBackend | None:
-    if regions[0].device.type != "cuda":
+def _ipc(config: AgentConfig, host: str, shares: Shares, pools: Sequence[KVPool]) -> IpcBackend | None:
+    if shares.regions[0].device.type != "cuda":
         return None
     try:
-        return IpcBackend(host, regions, pools)
+        return IpcBackend(host, shares, pools)
     except RuntimeError as error:
         logger.warning("device memory cannot be shared between processes, other lanes move its blocks: %s", error)
         return None
@@ -200,4 +201,5 @@ def _nccl(config: AgentConfig, epoch: str, regions: list[Region]) -> NcclBackend
         logger.info("NCCL is not used: %s", why)
         return None
     limit = config.staging_bytes or _NCCL_STAGING_BYTES
-    return NcclBackend(config.name, epoch, regions, config.advertise_host, limit, card_of(device))
+    host, size = config.advertise_host, config.tp_size
+    return NcclBackend(config.name, epoch, regions, host, limit, card_of(device), tp_size=size)

@@ -3,40 +3,60 @@
 
 The sum is a linear hash: words of the block times odd position weights, summed with 64-bit wrap-around. It
 finds every changed word and every swap of unequal words. It does not protect against an adversary on the transport.
-Callable from any thread.
+
+Where blocks divide into KV heads there is a sum for each head (``heads.Unit``), whose weights are those of the words'
+places in the head: engines of other tensor-parallel sizes get the same sums. Callable from any thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from components.transfer.data.kernels import kernels_take, summer
-from components.transfer.layout import Region, rows_of
+from components.transfer.data.kernels import SumPart, kernels_take, summer
+from components.transfer.heads import Unit, held, units_of
+from components.transfer.layout import rows_of
+from components.transfer.shares import Shares, depth_of, pieces_of
 
 _AT_ONCE_BYTES = 64 << 20
 """Most temporary words of one step."""
 _STEP = 0x9E_3779_B97F_4A7_C1
 
 
-class BlockChecksums:
-    """Per-block checksums of registered memory."""
+@dataclass(frozen=True)
+class _Summed:
+    """Bytes of each block that are summed with weights from their begin on."""
 
-    def __init__(self, regions: Sequence[Region]) -> None:
-        self._rows = rows_of(regions)
-        self._block_bytes = max(1, sum(row.shape[1] for row in self._rows))
+    view: torch.Tensor
+    """Bytes, blocks first; the other axes are in the order of the weights."""
+    place: int
+    unit: int
+    parts: tuple[SumPart, ...]
+    """The same as dense pieces."""
+
+
+class BlockChecksums:
+    """Checksums of blocks of registered memory."""
+
+    def __init__(self, shares: Shares) -> None:
+        self._summed = _heads(shares) if shares.pools else _whole(shares)
+        self._block_bytes = max(1, sum(each.view[0].numel() for each in self._summed))
+        self.units = len(units_of((pool.heads for pool in shares.pools), shares.rank)) or 1
+        """Checksums of each block."""
         self._weights: dict[int, torch.Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
         self._add_up = None
-        if self._rows and self._rows[0].is_cuda:
+        if self._summed and self._summed[0].view.is_cuda:
             # Of high priority, and never behind the engine's steps in the stream of those.
-            self._stream = torch.cuda.Stream(self._rows[0].device, priority=-1)  # type: ignore[no-untyped-call]
-            if kernels_take(self._rows):
-                self._add_up = summer(self._rows, _STEP)
+            self._stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
+            parts = [part for each in self._summed for part in each.parts]
+            if kernels_take([part.row for part in parts]):
+                self._add_up = summer(parts, self.units, _STEP)
 
     def of(self, blocks: Sequence[int]) -> tuple[int, ...]:
-        """One checksum (63 bits, unsigned) for each block. Waits for no work of the device's but its own."""
+        """``units`` checksums (63 bits, unsigned) for each block. Waits for no work of the device's but its own."""
         if self._stream is None:
             return self.begin(blocks)()
         with torch.cuda.stream(self._stream):
@@ -44,8 +64,8 @@ class BlockChecksums:
 
     def begin(self, blocks: Sequence[int]) -> Callable[[], tuple[int, ...]]:
         """Queue the work on the current stream and return at once. Calling the result waits for it."""
-        if not blocks or not self._rows:
-            zeros = (0,) * len(blocks)
+        if not blocks or not self._summed:
+            zeros = (0,) * len(blocks) * self.units
             return lambda: zeros
         # A kernel needs no temporary words.
         step = len(blocks) if self._add_up is not None else max(1, _AT_ONCE_BYTES // self._block_bytes)
@@ -55,13 +75,13 @@ class BlockChecksums:
         def result() -> tuple[int, ...]:
             if done is not None:
                 done.synchronize()
-            return tuple(value & 0x7FFF_FFFF_FFFF_FFFF for sums, _ in found for value in sums.tolist())
+            return tuple(value & 0x7FFF_FFFF_FFFF_FFFF for sums, _ in found for value in sums.flatten().tolist())
 
         return result
 
     @property
     def _device(self) -> torch.device:
-        return self._rows[0].device
+        return self._summed[0].view.device
 
     def _sum(self, blocks: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The sums, and what must live until the device has them."""
@@ -72,25 +92,46 @@ class BlockChecksums:
         return self._sum_of(index.to(self._device, non_blocking=True)), index
 
     def _sum_of(self, index: torch.Tensor) -> torch.Tensor:
-        # Equal rows are summed together: for single ones the calls cost more than the bytes.
-        alike: dict[int, list[tuple[int, torch.Tensor]]] = {}
-        for position, row in enumerate(self._rows):
-            alike.setdefault(row.shape[1], []).append((position, row.index_select(0, index)))
-        total = torch.zeros(len(index), dtype=torch.int64, device=self._device)
-        for rows in alike.values():
-            data = torch.stack([row for _, row in rows])
+        # Equal pieces are summed together: for single ones the calls cost more than the bytes.
+        alike: dict[int, list[_Summed]] = {}
+        for each in self._summed:
+            alike.setdefault(each.view[0].numel(), []).append(each)
+        total = torch.zeros((self.units, len(index)), dtype=torch.int64, device=self._device)
+        for same in alike.values():
+            data = torch.stack([each.view.index_select(0, index).flatten(1) for each in same])
             word = next(t for t in (torch.int64, torch.int32, torch.int16, torch.uint8) if _fits(data, t))
             words = data.view(word).to(torch.int64)
             sums = _weighted(words, self._weight(words.shape[2]))
-            odd = torch.tensor([2 * position + 1 for position, _ in rows], dtype=torch.int64)
-            total += (sums * odd.to(self._device)[:, None]).sum(dim=0)
-        return total
+            odd, unit = torch.tensor([[2 * each.place + 1, each.unit] for each in same]).to(self._device).unbind(1)
+            total.index_add_(0, unit, sums * odd[:, None])
+        return total.T
 
     def _weight(self, length: int) -> torch.Tensor:
         if length not in self._weights:
             steps = torch.arange(1, length + 1, dtype=torch.int64, device=self._device)
             self._weights[length] = (steps * _STEP) | 1
         return self._weights[length]
+
+
+def _whole(shares: Shares) -> list[_Summed]:
+    rows = enumerate(rows_of(shares.regions))
+    return [_Summed(row, place, 0, (SumPart(row, place, 0, 0),)) for place, row in rows]
+
+
+def _heads(shares: Shares) -> list[_Summed]:
+    units = units_of((pool.heads for pool in shares.pools), shares.rank)
+    found = []
+    for place, pool in enumerate(shares.pools):
+        depth = depth_of(pool)
+        for number, head in enumerate(held(pool.heads, shares.rank)):
+            unit = units.index(Unit(pool.heads, head))
+            rows = shares.views(list(pieces_of(pool, number, depth)))
+            parts = tuple(SumPart(row, place, n * row.shape[1], unit) for n, row in enumerate(rows))
+            counts, strides = zip(*pool.axes, strict=True)
+            address, shape = pool.address + number * pool.head_stride, (rows[0].shape[0], *counts)
+            view = shares.view(address, shape, (pool.stride, *strides))
+            found.append(_Summed(view, place, unit, parts))
+    return found
 
 
 def _to_host(found: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -71,6 +71,11 @@ class KVPool:
     tensor: torch.Tensor
     num_blocks: int
     block_dim: int
+    heads: int = 0
+    """KV heads of the model, over all ranks; 1: every rank holds the same. 0: its blocks move between engines of equal
+    tensor-parallel size only."""
+    head_dim: int | None = None
+    """The axis that counts this rank's heads; None: it has one."""
 
 
 _TUNED = (
@@ -127,9 +132,6 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Tokens per KV block."""
     dtype: str = ""
     layers: int = 0
-    kv_heads: int = 0
-    """KV heads on this rank; 0: unknown."""
-    head_size: int = 0
     tp_rank: int = 0
     tp_size: int = 1
     integrity: Integrity = Integrity.TAIL

@@ -9,6 +9,7 @@ import torch
 from components.transfer.checksum import BlockChecksums
 from components.transfer.config import KVPool
 from components.transfer.regions import regions_of
+from components.transfer.shares import Shares
 
 pytestmark = [
     pytest.mark.integration,
@@ -19,7 +20,7 @@ pytestmark = [
 
 def test_beginning_a_checksum_does_not_wait_for_the_device() -> None:
     pools = [KVPool(f"layer{n}", torch.zeros(64, 2, 16, 8, 64, device="cuda"), 64, 0) for n in range(4)]
-    sums = BlockChecksums(regions_of(pools))
+    sums = BlockChecksums(Shares(regions_of(pools)))
     sums.of([1, 2])  # Weights and pinned memory are there from now on.
     torch.cuda._sleep(2_000_000_000)
     for pool in pools:

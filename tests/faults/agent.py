@@ -19,6 +19,7 @@ from components.transfer import AgentConfig, KVPool, TransferResult
 from components.transfer.checksum import BlockChecksums
 from components.transfer.ids import AgentName, AgentRef, Epoch
 from components.transfer.regions import regions_of
+from components.transfer.shares import Shares
 
 
 class Wire:
@@ -74,12 +75,12 @@ class VirtualAgent:
         self._config = config
         self.ref = AgentRef(AgentName(config.name), Epoch(uuid.uuid4().hex))
         self.tensors: list[Any] = []
-        self._sums = BlockChecksums([])
+        self._sums = BlockChecksums(Shares([]))
 
     def start(self, pools: Sequence[KVPool]) -> None:
         """Publish."""
         self.tensors = [pool.tensor for pool in pools]
-        self._sums = BlockChecksums(regions_of(pools))
+        self._sums = BlockChecksums(Shares(regions_of(pools)))
         self._wire.agents[self._config.name] = self
 
     def close(self) -> None:

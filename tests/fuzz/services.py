@@ -26,6 +26,7 @@ from components.transfer.control.directory import Directory
 from components.transfer.regions import regions_of
 from components.transfer.session.backend import NixlBackend
 from components.transfer.session.side import Side
+from components.transfer.shares import Shares
 from components.worker.control import Control
 from components.worker.state import WorkerStatus
 from tests.faults import clock
@@ -157,7 +158,7 @@ def exchange(data: bytes) -> None:
     link, directory = _Link(peer.key, sealed(data, peer.key, "mine/mine"), pools), Directory()
     directory.put(peer)
     config = AgentConfig(name="mine", block_size=4)
-    served = NixlBackend(config, Side("mine", "mine", link, regions, None, "host"), directory, Calibration())  # type: ignore[arg-type]
+    served = NixlBackend(config, Side("mine", "mine", link, Shares(regions), None, "host"), directory, Calibration())  # type: ignore[arg-type]
     for service in served.progress():
         for _ in range(5):
             if next(service, None) is None:

@@ -26,6 +26,7 @@ from components.messages import pack, unpack
 from components.migration.messages import Attached, Handover, PlannerReply, WorkerCall, WorkerReply
 from components.transfer.config import KVPool
 from components.transfer.control import record
+from components.transfer.control.directory import Directory
 from components.transfer.control.record import AgentRecord
 from components.transfer.data import handover
 from components.transfer.data.handover import Mapping, map_peer
@@ -34,6 +35,7 @@ from components.transfer.data.tcp import TcpBackend
 from components.transfer.layout import Segment, extents
 from components.transfer.regions import regions_of
 from components.transfer.session import messages as session
+from components.transfer.shares import Shares
 from components.wire import UNREADABLE
 from components.worker import mocker_payload
 from tests.fuzz.inputs import Target
@@ -131,7 +133,7 @@ def _tcp() -> tuple[TcpBackend, torch.Tensor]:
     """A server whose pool has a guard of 64 blocks on either side."""
     whole = torch.zeros((BLOCKS + 128, 4, 2))
     pool = KVPool("layer.0", whole[64 : 64 + BLOCKS], BLOCKS, 0)
-    return TcpBackend("mine", regions_of([pool]), "127.0.0.1"), whole
+    return TcpBackend("mine", "mine", Shares(regions_of([pool])), "127.0.0.1", Directory()), whole
 
 
 def tcp_requests(data: bytes) -> None:

@@ -171,7 +171,8 @@ def test_an_ordinary_request_is_not_lent() -> None:
 
 def frozen_of(prompt: int = 10, first: tuple[int, ...] = (7,)) -> Frozen:
     blocks = tuple(range(50, 50 - (-prompt // BLOCK)))
-    return Frozen(KVOffer(RequestId("p-1"), (AGENT,), BLOCK, blocks, prompt, 0), first, checksums=(11, 12))
+    offer = KVOffer(RequestId("p-1"), (AGENT,), BLOCK, blocks, prompt, 0)
+    return Frozen(offer, first, checksums=(11, 12), checked=(2,))
 
 
 def taken(local: int, ids: list[int]) -> tuple[MigrateIn, Port, Record]:
@@ -188,9 +189,38 @@ def test_a_decode_engine_copies_what_its_own_cache_has_not_and_runs_once_it_is_p
     incoming, port, record = taken(4, [1, 2, 3])
     ((job,), _) = incoming.take_new_jobs()
     assert (job.src_blocks, job.dst_blocks) == ((51, 52), (2, 3))
-    assert job.checks == ((2, (11,)), (3, (12,)))
+    assert job.checks == ((2, ((11,),)), (3, ((12,),)))
     incoming.take_results(StepResults([JobResult(job.job_id, ok=True, bytes=2)]))
     assert port.told == [("arrived", 10)] and not incoming.busy and record.incoming is None
+
+
+def test_each_rank_of_a_source_has_a_checksum_of_each_of_its_heads() -> None:
+    handoff, incoming, _ = engine([1, 2, 3])
+    frozen = frozen_of()
+    frozen = msgspec.structs.replace(
+        frozen,
+        offer=msgspec.structs.replace(frozen.offer, agents=(AGENT, AGENT)),
+        checksums=(11, 12, 21, 22, 31, 32, 41, 42),
+    )
+    for divides in (False, True):
+        incoming.divides = divides
+        record = Record(request_of(), Marker(RequestId("r"), handoff=frozen), born=0.0)
+        handoff.begin(record)
+        assert handoff.external_tokens(record, 4) == ((6, True) if divides else (0, False))
+    handoff.allocated(record, [[1, 2, 3]], 6)
+    ((job,), _) = incoming.take_new_jobs()
+    assert job.checks == ((2, ((11, 12), (31, 32))), (3, ((21, 22), (41, 42))))
+    # The results of this engine's one rank end the job, however many the source has.
+    incoming.take_results(StepResults([JobResult(job.job_id, ok=True, bytes=2)]))
+    assert not incoming.busy
+
+
+@pytest.mark.parametrize("wrong", [{"checked": ()}, {"checked": (1, 1)}, {"checked": (0,)}, {"checksums": (1, 2, 3)}])
+def test_checksums_that_do_not_fit_the_blocks_are_not_taken(wrong: dict[str, tuple[int, ...]]) -> None:
+    handoff, _, _ = engine([1, 2, 3])
+    record = Record(request_of(), Marker(RequestId("r"), handoff=msgspec.structs.replace(frozen_of(), **wrong)), 0.0)
+    handoff.begin(record)
+    assert record.handoff is None
 
 
 def test_blocks_that_are_not_proven_are_computed_again() -> None:

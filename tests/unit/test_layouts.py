@@ -56,7 +56,7 @@ class Two:
 
     def fetch(self, src: list[int], dst: list[int], lane: str, strategy: Strategy = Strategy.AUTO) -> TransferResult:
         chosen = [each for each in self.assembly.backends if each.lane == lane]
-        self.dst._assembly = Assembly(chosen, self.assembly.record, self.assembly.regions)
+        self.dst._assembly = Assembly(chosen, self.assembly.record, self.assembly.shares)
         ref = self.agents["src"].ref
         return self.dst.fetch(ref, src, dst, request_id="r", deadline_s=20, strategy=strategy).wait(30)
 

@@ -29,6 +29,7 @@ from components.transfer.regions import regions_of
 from components.transfer.session import messages as session
 from components.transfer.session.backend import NixlBackend
 from components.transfer.session.side import Inbox, Side
+from components.transfer.shares import Shares
 from tests.fake_wire import Cable
 from tests.fuzz.samples import agent_record
 
@@ -203,7 +204,7 @@ def test_only_the_peer_of_a_transfer_that_we_opened_says_what_has_landed(secret:
     peer, other, link, directory = agent_record(), "other/e", Link(), Directory()
     directory.put(peer)
     config, regions = AgentConfig(name="mine"), regions_of([KVPool("layer.0", torch.zeros((8, 4)), 8, 0)])
-    backend = NixlBackend(config, Side("mine", "mine", link, regions, None, "host"), directory, Calibration())  # type: ignore[arg-type]
+    backend = NixlBackend(config, Side("mine", "mine", link, Shares(regions), None, "host"), directory, Calibration())  # type: ignore[arg-type]
     number, inbox = backend._open(peer)
     said = (session.Landed, session.Freed)
 
@@ -232,7 +233,7 @@ def moved_for(
     tensors = [torch.zeros((8, 4, 2)) for _ in range(2)]
     regions = regions_of([KVPool(f"layer.{n}", t, 8, 0) for n, t in enumerate(tensors)])
     config = AgentConfig(name="mine", block_size=4)
-    backend = NixlBackend(config, Side("mine", "mine", link, regions, None, "host"), directory, Calibration())  # type: ignore[arg-type]
+    backend = NixlBackend(config, Side("mine", "mine", link, Shares(regions), None, "host"), directory, Calibration())  # type: ignore[arg-type]
     data = session.encode(message, peer.key, "mine/mine")
     link.inbox = {peer.key: [data if sealed is None else sealed(data[32:], peer.key)]}
     for service in backend.progress():

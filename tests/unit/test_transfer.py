@@ -64,7 +64,9 @@ def two(request: pytest.FixtureRequest) -> Iterator[Two]:
     assert (pair.dst.lanes[0] == "shm/mapped") == (lane == "mapped")
     if lane == "tcp":
         whole = pair.dst._assembly
-        pair.dst._assembly = Assembly([b for b in whole.backends if isinstance(b, TcpBackend)], whole.record)
+        pair.dst._assembly = Assembly(
+            [b for b in whole.backends if isinstance(b, TcpBackend)], whole.record, whole.shares
+        )
     yield pair
     pair.close()
 

@@ -41,6 +41,14 @@ class Agent:
     def unsafe_blocks(self) -> frozenset[int]:
         return self.unsafe
 
+    checksum_units = 1
+
+    def sources(self, size: int) -> tuple[int, ...]:
+        return tuple(range(size))
+
+    def expected(self, sums: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+        return sums[0]
+
     def checksums(self, blocks: list[int]) -> tuple[int, ...]:
         return tuple(self.sums.get(block, 0) for block in blocks)
 
@@ -67,7 +75,7 @@ def job(number: int = 1, **more: Any) -> Job:
         "vouched": (),
         "deadline_s": 9.0,
     }
-    return Job(number, RequestId("r"), "r-1", (PEER,), **fields | more)
+    return Job(number, RequestId("r"), "r-1", **{"agents": (PEER,)} | fields | more)
 
 
 def test_a_copy_within_its_budget_is_answered_at_once(loader: Loader, agent: Agent) -> None:
@@ -89,8 +97,8 @@ def test_a_copy_that_takes_longer_is_answered_with_a_step(loader: Loader, agent:
 
 def test_nothing_to_copy_is_only_compared(loader: Loader, agent: Agent) -> None:
     agent.sums = {5: 77}
-    right = loader.copy_now(job(src_blocks=(), dst_blocks=(), checks=((5, (77,)),)), 0.0)
-    wrong = loader.copy_now(job(src_blocks=(), dst_blocks=(), checks=((5, (78,)),), vouched=(4,)), 0.0)
+    right = loader.copy_now(job(src_blocks=(), dst_blocks=(), checks=((5, ((77,),)),)), 0.0)
+    wrong = loader.copy_now(job(src_blocks=(), dst_blocks=(), checks=((5, ((78,),)),), vouched=(4,)), 0.0)
     assert right is not None and right.ok and not agent.handles
     assert wrong is not None and wrong.error is not None and wrong.error[0] == "integrity"
     assert set(wrong.bad_blocks) == {4, 5}
@@ -103,6 +111,27 @@ def test_a_copy_that_cannot_begin_is_a_result(loader: Loader, agent: Agent) -> N
     loader.step([job(2)])
     results = loader.take_results()
     assert results is not None and [r.job_id for r in results.results] == [2]
+
+
+def test_a_copy_from_two_ranks_ends_with_both(loader: Loader, agent: Agent) -> None:
+    assert loader.copy_now(job(agents=(PEER, PEER)), 0.0) is None
+    agent.handles[0].settle(TransferResult(bytes=7, wire_s=1.0), None)
+    loader.step([])
+    assert loader.take_results() is None
+    agent.handles[1].settle(TransferResult(bytes=5, wire_s=2.0), None)
+    loader.step([])
+    results = loader.take_results()
+    assert results is not None and [(r.ok, r.bytes, r.wire_s) for r in results.results] == [(True, 12, 2.0)]
+
+
+def test_a_copy_from_two_ranks_fails_with_one(loader: Loader, agent: Agent) -> None:
+    assert loader.copy_now(job(agents=(PEER, PEER)), 0.0) is None
+    agent.handles[0].settle(None, DeadlineExceeded("late"))
+    agent.handles[1].settle(TransferResult(bytes=5), None)
+    loader.step([])
+    results = loader.take_results()
+    assert results is not None and results.results[0].error == ("deadline", "late")
+    assert results.results[0].bad_blocks == (1, 2)
 
 
 def test_a_copy_that_nobody_needs_is_cancelled(loader: Loader, agent: Agent) -> None:

@@ -342,5 +342,5 @@ def test_a_model_with_one_group_says_nothing_of_groups(tiny_llama: str) -> None:
     request = a.played.add(list(range(100)), max_tokens=50)
     a.step()
     frozen = a.played.call(Op.FREEZE, request).frozen  # type: ignore[union-attr]
-    assert frozen.offer.groups == () and frozen.checked == ()
+    assert frozen.offer.groups == () and frozen.checked == (2,)
     assert b"groups" not in msgspec.json.encode(frozen)

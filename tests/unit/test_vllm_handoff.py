@@ -92,7 +92,8 @@ def test_an_aborted_prefill_lends_nothing(tiny_llama: str) -> None:
 
 def take(played: Played, prompt: int, first: bool = True, name: str = "taken") -> Any:
     """A request whose prompt is with a prefill engine; ``first``: its first token comes from there."""
-    frozen = Frozen(offer_of(name, prompt), (7,), checksums=(0,) * min(2, -(-prompt // BLOCK)))
+    count = min(2, -(-prompt // BLOCK))
+    frozen = Frozen(offer_of(name, prompt), (7,), checksums=(0,) * count, checked=(count,))
     marker = Marker(RequestId(name), num_prompt_tokens=prompt if first else None, handoff=frozen)
     return played.add([*range(1, prompt + 1), *([7] if first else [])], marker, name)
 

@@ -310,7 +310,7 @@ def test_who_waits_for_a_landing_is_answered_once_when_its_round_has_ended(tiny_
     ("field", "value", "reason"),
     [
         ("block_size", 2 * BLOCK, "blocks have 32 tokens"),
-        ("agents", (), "of 0 workers, we have 1"),
+        ("agents", (), "of 0 tensor-parallel ranks, ours are 1"),
         ("block_ids", (100,), "1 blocks for 49 tokens"),
     ],
 )

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from components.engine.vllm.pools import pools_of, pools_to_register
+from components.engine.vllm.pools import heads_of, pools_of, pools_to_register
 from components.errors import ConfigError
 from components.transfer import SharedZeros, move_to_shared_memory
 from components.transfer.data.shared import shared_storages
+from components.transfer.heads import Rank
 from components.transfer.layout import block_bytes
 from components.transfer.regions import regions_of, storages_of
+from components.transfer.shares import divided
 
 vllm = pytest.importorskip("vllm.v1.kv_cache_interface")
 LAYOUTS = [layout.name for layout in vllm.KVCacheLayout]
@@ -40,6 +43,11 @@ def plan(layout: str, *specs: Any) -> Any:
         tensors.append(vllm.KVCacheTensor(LAYERS * BLOCKS * page, names, strides[0], strides[1]))
         groups.append(vllm.KVCacheGroupSpec(names, spec))
     return vllm.KVCacheConfig(BLOCKS, tensors, groups)
+
+
+def whole(spec: Any) -> int:
+    """Nothing divides."""
+    return 0
 
 
 def caches(config: Any, layout: str, kernel_block: int = TOKENS) -> dict[str, torch.Tensor]:
@@ -116,10 +124,12 @@ def test_a_model_whose_requests_stay_is_served_whatever_its_caches_are() -> None
     config = plan("LBHNC", attention(), attention("CrossAttentionSpec"))
     made = caches(config, "LBHNC")
     strange = made | {config.kv_cache_groups[1].layer_names[0]: torch.zeros(2, 6, 4, 8, 32)}
-    (pool,) = pools_to_register(strange, config)
+    (pool,) = pools_to_register(strange, config, whole)
     assert (pool.name, pool.num_blocks) == ("none", 1)
     with pytest.raises(ConfigError):
-        pools_to_register(made | {"model.layers.0.attn": torch.zeros(2, 6, 4, 8, 32)}, plan("LBHNC", attention()))
+        pools_to_register(
+            made | {"model.layers.0.attn": torch.zeros(2, 6, 4, 8, 32)}, plan("LBHNC", attention()), whole
+        )
 
 
 def test_layers_with_states_are_taken_as_the_bytes_of_their_blocks() -> None:
@@ -138,3 +148,39 @@ def test_layers_with_states_are_taken_as_the_bytes_of_their_blocks() -> None:
     pools = pools_of(made, config)
     assert block_bytes(regions_of(pools)) == LAYERS * PAGE
     assert [pool.tensor.shape for pool in pools[LAYERS:]] == [(BLOCKS, PAGE)] * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("spec", "ranks", "total", "heads"),
+    [
+        (attention(), 1, 2, 2),
+        (attention(), 4, 8, 8),
+        (attention(num_kv_heads=1), 1, 1, 1),
+        (attention(num_kv_heads=1), 4, 4, 4),
+        (attention(num_kv_heads=1), 8, 2, 2),
+        (attention(num_kv_heads=1), 2, 8, 0),
+        (attention("SlidingWindowSpec", sliding_window=64), 2, 4, 4),
+        (attention("MLAAttentionSpec", num_kv_heads=1, max_tp_shards=1), 4, 16, 1),
+        (attention("MLAAttentionSpec", num_kv_heads=1), 4, 16, 0),
+        (attention(num_head_slots=2 * HEADS), 2, 4, 0),
+        (vllm.MambaSpec(block_size=TOKENS, shapes=((3, 5),), dtypes=(torch.float32,)), 2, 4, 0),
+    ],
+)
+def test_the_heads_of_all_ranks_follow_from_those_of_one(spec: Any, ranks: int, total: int, heads: int) -> None:
+    """A layer with fewer heads than the model, of which each rank has one, could have any number."""
+    config: Any = SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks, decode_context_parallel_size=1),
+        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: total),
+    )
+    assert heads_of(config)(spec) == heads
+
+
+@pytest.mark.parametrize("kernel_block", [TOKENS, 8])
+@pytest.mark.parametrize("layout", ["LBHNC", "LBNHC"])
+def test_blocks_divide_into_the_heads_of_vllm_s_views(layout: str, kernel_block: int) -> None:
+    config = plan(layout, attention(), attention("SlidingWindowSpec", sliding_window=64))
+    pools = pools_of(caches(config, layout, kernel_block), config, lambda spec: 2 * HEADS)
+    assert {pool.tensor.shape[pool.head_dim] for pool in pools if pool.head_dim is not None} == {HEADS}
+    (one, *_) = found = divided(pools, regions_of(pools), Rank(1, 2))
+    # Both groups are over the same bytes.
+    assert len(found) == LAYERS and one.count == HEADS

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,13 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
+@dataclass
+class _Spec:
+    """A kind of cache."""
+
+    num_kv_heads: int
+
+
 def engine(model: Path | str, load_format: str = "auto", runner: str = "v1", adapters: str = "", **more: Any) -> str:
     """The fingerprint of an engine, as far as it reads vLLM's configuration."""
     config = SimpleNamespace(to_dict=lambda: {"_name_or_path": str(model), "hidden_size": 64})
@@ -51,6 +59,8 @@ def engine(model: Path | str, load_format: str = "auto", runner: str = "v1", ada
         "cache_dtype": "auto",
         "logits_processors": None,
         "drafts": None,
+        "ranks": 1,
+        "heads": 0,
     } | more
     layer = torch.nn.Module()
     set_default_quant_scales(layer, register_buffer=True)
@@ -61,13 +71,17 @@ def engine(model: Path | str, load_format: str = "auto", runner: str = "v1", ada
         model_config=SimpleNamespace(**values),
         load_config=SimpleNamespace(load_format=load_format, download_dir=None),
         cache_config=SimpleNamespace(cache_dtype=values["cache_dtype"], block_size=16),
-        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        parallel_config=SimpleNamespace(tensor_parallel_size=values["ranks"]),
         speculative_config=values["drafts"],
         compilation_config=SimpleNamespace(static_forward_context={"layer.0": layer}),
     )
     order = values.get("order", (0, 1, 2))
     pools = [KVPool("layer.0", torch.zeros(4, 8, 16).permute(order), 4, 0)]
-    plan: Any = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec="full", layer_names=["layer.0"])])
+    if heads := values["heads"]:
+        pools = [KVPool("layer.0", torch.zeros(4, max(1, heads // values["ranks"]), 8, 16), 4, 0, heads, 1)]
+    spec = _Spec(max(1, values["heads"] // values["ranks"]))
+    groups = [SimpleNamespace(kv_cache_spec=spec, layer_names=["layer.0"])]
+    plan: Any = SimpleNamespace(kv_cache_groups=groups, kv_cache_layout="LBNHC")
     return fingerprint(vllm_config, plan, pools, runner, adapters, weights_of(vllm_config))
 
 
@@ -127,6 +141,16 @@ def test_each_scale_of_a_quantised_kv_cache_is_part_of_a_models_identity(tmp_pat
     before = digest(str(tmp_path), "auto")
     save_file(layers | scales | {"layers.7.self_attn.v_scale": torch.tensor([0.5])}, tmp_path / "model.safetensors")
     assert digest(str(tmp_path), "auto") != before
+
+
+def test_engines_of_all_tensor_parallel_sizes_have_one_fingerprint_where_blocks_divide(model: Path) -> None:
+    def of(ranks: int, heads: int = 4, load: str = "auto") -> str:
+        return engine(model, load, ranks=ranks, heads=heads)
+
+    assert of(1) == of(2) == of(8) != of(1, heads=8)
+    # A state does not divide; random weights of two ranks are not those of one.
+    assert of(1, heads=0) != of(2, heads=0)
+    assert of(1, load="dummy") != of(2, load="dummy")
 
 
 def test_random_weights_are_those_of_every_folder(model: Path, tmp_path: Path) -> None:

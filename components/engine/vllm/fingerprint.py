@@ -3,7 +3,8 @@
 
 That is everything that changes a value in a block or a token computed from it: the model and its weights, dtypes,
 quantization, scales of a quantised KV cache, adapters, block layout and model runner. The place of the weights is not
-part of it.
+part of it, and neither is the tensor-parallel size (blocks divide into heads), unless the model has caches that do not
+divide, or random weights.
 """
 
 from __future__ import annotations
@@ -11,16 +12,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
+from components.engine.vllm.pools import specs_of
 from components.models.weights import digest
 from components.transfer import KVPool
 from components.transfer.regions import regions_of
 
 if TYPE_CHECKING:
     from vllm.config import LoadConfig, ModelConfig, VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+
+_OF_A_RANK = ("num_kv_heads", "page_size_padded")
+"""Fields of a cache's kind that depend on the tensor-parallel size."""
 
 
 def fingerprint(
@@ -33,11 +40,14 @@ def fingerprint(
     model, cache = vllm_config.model_config, vllm_config.cache_config
     config = model.hf_config.to_dict()
     config.pop("_name_or_path", None)
+    dummy = vllm_config.load_config.load_format == "dummy"
+    of_all_sizes = all(pool.heads for pool in pools)
+    regions = [] if of_all_sizes else [(r.order, [s.length for s in r.segments]) for r in regions_of(pools)]
     facts = {
         "model": config,
         "weights": weights,
         # Random weights come from the device's generator.
-        "device": pools[0].tensor.device.type if vllm_config.load_config.load_format == "dummy" else "",
+        "device": pools[0].tensor.device.type if dummy else "",
         "runner": runner,
         "dtype": str(model.dtype),
         # The second: of weights that are quantised while they are loaded.
@@ -45,13 +55,16 @@ def fingerprint(
         "cache_dtype": str(cache.cache_dtype),
         "scales": _scales(vllm_config, plan),
         "block_size": cache.block_size,
-        "tp": vllm_config.parallel_config.tensor_parallel_size,
+        # Random weights of a rank are no part of those of a smaller size.
+        "tp": 0 if of_all_sizes and not dummy else vllm_config.parallel_config.tensor_parallel_size,
         "adapters": adapters,
         "drafts": _drafts(vllm_config),
         "logits_processors": [str(model.logits_processors), [each.value for each in entry_points(group=_PROCESSORS)]],
-        "groups": [(repr(group.kv_cache_spec), group.layer_names) for group in plan.kv_cache_groups],
-        "pools": [(pool.name, str(pool.tensor.dtype), list(pool.tensor.shape[1:])) for pool in pools],
-        "regions": [(r.order, [segment.length for segment in r.segments]) for r in regions_of(pools)],
+        "groups": [group.layer_names for group in plan.kv_cache_groups],
+        "kinds": {layer: _kind(spec, of_all_sizes) for layer, spec in specs_of(plan).items()},
+        "layout": plan.kv_cache_layout,
+        "pools": [(pool.name, str(pool.tensor.dtype), pool.heads, _shape(pool)) for pool in pools],
+        "regions": regions,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
@@ -80,6 +93,20 @@ def _drafts(vllm_config: VllmConfig) -> list[object]:
     drafter = drafts.draft_model_config
     weights = "" if drafter is None else _digest(drafter, drafts.draft_load_config or vllm_config.load_config)
     return [drafts.method, drafts.num_speculative_tokens, drafts.rejection_sample_method, weights]
+
+
+def _kind(spec: KVCacheSpec, of_all_sizes: bool) -> str:
+    """All facts about a layer's cache, or those that are the same for all tensor-parallel sizes."""
+    if not of_all_sizes:
+        return repr(spec)
+    facts = {field.name: getattr(spec, field.name) for field in fields(spec) if field.name not in _OF_A_RANK}
+    return f"{type(spec).__name__} {facts}"
+
+
+def _shape(pool: KVPool) -> list[int]:
+    """The axes of a head, or of a block that does not divide."""
+    without = (pool.block_dim, pool.head_dim if pool.heads else None)
+    return [length for axis, length in enumerate(pool.tensor.shape) if axis not in without]
 
 
 def weights_of(vllm_config: VllmConfig) -> str:

@@ -9,6 +9,7 @@ Errors: a failed job is a result, never an exception; the scheduler decides what
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from components.engine.protocol import AgentRef
 from components.engine.vllm.compat.runners import runner_version
 from components.engine.vllm.fingerprint import fingerprint, weights_of
-from components.engine.vllm.pools import pools_to_register
+from components.engine.vllm.pools import heads_of, pools_to_register
 from components.engine.vllm.records import Job, JobResult, StepResults, Sums
 from components.errors import IntegrityError, MigrateError
 from components.transfer import (
@@ -41,7 +42,8 @@ class Loader:
         self._plan = kv_cache_config
         self._extra: dict[str, Any] = vllm_config.kv_transfer_config.kv_connector_extra_config
         self._agent: TransferAgent | None = None
-        self._flying: dict[int, tuple[Job, TransferHandle | None]] = {}
+        self._flying: dict[int, tuple[Job, list[TransferHandle]]] = {}
+        """Jobs, with a copy from each of the source's ranks that this one needs; none when all is here."""
         self._results: list[JobResult] = []
         self._unquiet: dict[int, frozenset[int]] = {}
         """Blocks of failed jobs that a hanging peer may still write to."""
@@ -66,7 +68,7 @@ class Loader:
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Describe vLLM's cache tensors to the agent and publish it."""
-        pools = pools_to_register(kv_caches, self._plan)
+        pools = pools_to_register(kv_caches, self._plan, heads_of(self._config))
         adapters = self._extra["migration"].get("adapters", "")
         self.weights = weights_of(self._config)
         runner = runner_version(self._config)
@@ -95,10 +97,9 @@ class Loader:
         for job in jobs:
             self._begin(job)
         for job_id in cancelled:
-            _, handle = self._flying.get(job_id, (None, None))
-            if handle is not None:
+            for handle in self._flying[job_id][1] if job_id in self._flying else ():
                 handle.cancel()
-        for job_id in [i for i, (_, handle) in self._flying.items() if handle is None or handle.done()]:
+        for job_id in [i for i, (_, handles) in self._flying.items() if all(handle.done() for handle in handles)]:
             self._results.append(self._settle(job_id))
         unsafe = self.agent.unsafe_blocks() if self._unquiet else frozenset()
         for job_id in [i for i, blocks in self._unquiet.items() if not blocks & unsafe]:
@@ -107,13 +108,11 @@ class Loader:
 
     def copy_now(self, job: Job, budget_s: float) -> JobResult | None:
         """Begin a job and wait for it; None if it does not end within the budget."""
+        until = time.monotonic() + budget_s
         self._begin(job)
-        if (flying := self._flying.get(job.job_id)) is None:
-            return self._results.pop()
-        handle = flying[1]
-        if handle is not None:
+        for handle in self._flying[job.job_id][1]:
             try:
-                handle.wait(budget_s)
+                handle.wait(max(0.0, until - time.monotonic()))
             except TimeoutError:
                 return None
             except MigrateError:
@@ -121,34 +120,45 @@ class Loader:
         return self._settle(job.job_id)
 
     def _begin(self, job: Job) -> None:
-        handle = None
-        if job.src_blocks:
-            agent = job.agents[self.rank]
-            try:
-                handle = self.agent.fetch(
-                    AgentRef(agent.name, agent.epoch),
-                    job.src_blocks,
-                    job.dst_blocks,
-                    request_id=job.request_id,
-                    deadline_s=job.deadline_s,
-                )
-            except MigrateError as error:
-                self._results.append(self._failed(job, error, job.dst_blocks))
-                return
-        self._flying[job.job_id] = (job, handle)
+        handles: list[TransferHandle] = []
+        try:
+            for rank in self.agent.sources(len(job.agents)) if job.src_blocks else ():
+                handles.append(self._fetch(job, job.agents[rank]))
+        except MigrateError as error:
+            refused = TransferHandle()
+            refused.settle(None, error)
+            for handle in handles:
+                handle.cancel()
+            handles.append(refused)
+        self._flying[job.job_id] = (job, handles)
+
+    def _fetch(self, job: Job, agent: AgentRef) -> TransferHandle:
+        return self.agent.fetch(
+            AgentRef(agent.name, agent.epoch),
+            job.src_blocks,
+            job.dst_blocks,
+            request_id=job.request_id,
+            deadline_s=job.deadline_s,
+        )
 
     def _settle(self, job_id: int) -> JobResult:
-        job, handle = self._flying.pop(job_id)
-        moved, failed = TransferResult(), None
-        if handle is not None:
+        job, handles = self._flying.pop(job_id)
+        moved: list[TransferResult] = []
+        failed: MigrateError | None = None
+        unquiet: frozenset[int] = frozenset()
+        for handle in handles:
             try:
-                moved = handle.wait(0)
+                moved.append(handle.wait(0))
             except MigrateError as error:
-                failed = error
-                if unquiet := frozenset(handle.unsafe_blocks) & self.agent.unsafe_blocks():
-                    self._unquiet[job_id] = unquiet
+                failed = failed or error
+                unquiet |= frozenset(handle.unsafe_blocks) & self.agent.unsafe_blocks()
+        if unquiet:
+            self._unquiet[job_id] = unquiet
         bad = set(job.dst_blocks) if failed else set()
-        wrong = self._wrong_blocks(job, bad)
+        try:
+            wrong = self._wrong_blocks(job, bad)
+        except MigrateError as error:
+            failed, wrong = failed or error, tuple(block for block, _ in job.checks)
         if wrong:
             failed = failed or IntegrityError(f"blocks {list(wrong)} differ from what the source has")
             # When a source has lost its blocks, all are wrong, also those without checksum.
@@ -158,19 +168,23 @@ class Loader:
         return JobResult(
             job_id,
             ok=True,
-            bytes=moved.bytes,
-            descriptors=moved.descriptors,
-            post_s=moved.post_s,
-            wire_s=moved.wire_s,
-            lane=moved.lane,
+            bytes=sum(each.bytes for each in moved),
+            descriptors=sum(each.descriptors for each in moved),
+            post_s=sum(each.post_s for each in moved),
+            wire_s=max((each.wire_s for each in moved), default=0.0),
+            lane=moved[0].lane if moved else "",
         )
 
     def _wrong_blocks(self, job: Job, missing: set[int]) -> tuple[int, ...]:
         checks = [check for check in job.checks if check[0] not in missing]
         if not checks:
             return ()
-        found = self.agent.checksums([block for block, _ in checks])
-        return tuple(block for (block, sums), here in zip(checks, found, strict=True) if sums[self.rank] != here)
+        units, found = self.agent.checksum_units, self.agent.checksums([block for block, _ in checks])
+        return tuple(
+            block
+            for number, (block, sums) in enumerate(checks)
+            if self.agent.expected(sums) != found[number * units : (number + 1) * units]
+        )
 
     def _failed(self, job: Job, error: MigrateError, bad_blocks: tuple[int, ...]) -> JobResult:
         logger.warning("KV blocks of request %s did not arrive: %s", job.request_id, error)
@@ -193,8 +207,8 @@ class Loader:
 
     def close(self) -> None:
         """Cancel jobs in flight and withdraw the agent."""
-        for _, handle in self._flying.values():
-            if handle is not None:
+        for _, handles in self._flying.values():
+            for handle in handles:
                 handle.cancel()
         self._flying.clear()
         if self._agent is not None:

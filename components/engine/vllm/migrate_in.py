@@ -72,7 +72,9 @@ class MigrateIn:
         self.inbox = inbox
         self.bytes_per_block = 0
         self.num_ranks = 0
-        """Known once the workers have been asked, as the size of a block."""
+        self.divides = False
+        """Whether blocks of an engine of another tensor-parallel size can be taken. Known once the workers have been
+        asked, as the size of a block and the number of ranks."""
         self.refused: Counter[str] = Counter()
         """Copies whose blocks were not used, by error code."""
         self._job_ids = itertools.count(1)
@@ -102,8 +104,11 @@ class MigrateIn:
         ours = [group.block_size for group in self._port.groups]
         if [table.block_size for table in tables] != ours:
             return f"its groups have blocks of {[table.block_size for table in tables]} tokens, ours {ours}"
-        if len(offer.agents) != self.num_ranks:
-            return f"it is of {len(offer.agents)} workers, we have {self.num_ranks}"
+        if not offer.agents or (len(offer.agents) != self.num_ranks and not self.divides):
+            return (
+                f"it is of {len(offer.agents)} tensor-parallel ranks, ours are {self.num_ranks}, and KV caches of this "
+                "model do not divide into heads"
+            )
         for table in tables:
             if table.first < 0 or table.past < -(-offer.num_tokens // table.block_size):
                 return f"it names {table.past} blocks for {offer.num_tokens} tokens"
@@ -357,7 +362,7 @@ class MigrateIn:
     def _take(self, result: JobResult) -> None:
         flight = self._flights[result.job_id]
         flight.results.append(result)
-        if len(flight.results) == len(flight.job.agents):
+        if len(flight.results) == self.num_ranks:
             incoming = flight.record.incoming
             if incoming is not None and incoming.job is flight.job:
                 self._settle(flight, incoming)
@@ -367,7 +372,7 @@ class MigrateIn:
 
     def _quiet(self, flight: _Flight) -> None:
         flight.quiet += 1
-        if flight.quiet == len(flight.job.agents):
+        if flight.quiet == self.num_ranks:
             del self._flights[flight.job.job_id]
             if flight.blocks:
                 self._port.free_blocks_of(flight.blocks)

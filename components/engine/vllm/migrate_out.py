@@ -37,7 +37,7 @@ class Checked(NamedTuple):
 
     blocks: tuple[int, ...]
     counts: tuple[int, ...]
-    """How many of each group; empty where there is one."""
+    """How many of each group."""
 
 
 class MigrateOut:
@@ -133,7 +133,7 @@ class MigrateOut:
                 wanted = has
             blocks += table.ids[has - wanted :]
             counts.append(wanted)
-        return Checked(blocks, tuple(counts) if offer.groups else ())
+        return Checked(blocks, tuple(counts))
 
     def _complete(self, record: Record, leaving: Leaving) -> Frozen:
         mark("source-core", "last step ended", record.request_id)

@@ -163,6 +163,7 @@ class Migration:
         self.outgoing.agents = tuple(info.agent for info in infos)
         per_block = sum(info.block_bytes for info in infos)
         self.incoming.bytes_per_block, self.incoming.num_ranks = per_block, len(infos)
+        self.incoming.divides = all(info.divides for info in infos)
         return Reply(
             agents=self.outgoing.agents,
             lanes=infos[0].lanes,

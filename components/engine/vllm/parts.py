@@ -140,16 +140,18 @@ class Parts:
             pairs.dst += dst
         return pairs
 
-    def checks(self, frozen: Frozen) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """(local block, its checksums at the source, one for each rank) of all blocks that were not computed here."""
+    def checks(self, frozen: Frozen) -> tuple[tuple[int, tuple[tuple[int, ...], ...]], ...]:
+        """(local block, its checksums at each rank of the source) of all blocks that were not computed here."""
         sums, ranks = frozen.checksums, len(frozen.offer.agents)
+        # A rank has equally many sums of each block, and each rank as many as the others.
+        of_rank, units = len(sums) // ranks, len(sums) // (ranks * sum(frozen.checked))
         found, at = [], 0
         for part, there, count in self._with_counts(frozen):
             for position in part.checked(there, count):
                 # Blocks of the local prefix cache were computed here, perhaps with other rounding.
                 if position >= part.local and part.ours[position]:
-                    stride = len(sums) // ranks
-                    found.append((part.ours[position], tuple(sums[rank * stride + at] for rank in range(ranks))))
+                    begins = [rank * of_rank + at * units for rank in range(ranks)]
+                    found.append((part.ours[position], tuple(sums[begin : begin + units] for begin in begins)))
                 at += 1
         return tuple(found)
 
@@ -159,8 +161,7 @@ class Parts:
         return sum(parts[1:], parts[0])
 
     def _with_counts(self, frozen: Frozen) -> list[tuple[Part, Table, int]]:
-        counts = frozen.checked or (len(frozen.checksums) // len(frozen.offer.agents),)
-        return list(zip(self._parts, tables_of(frozen.offer), counts, strict=True))
+        return list(zip(self._parts, tables_of(frozen.offer), frozen.checked, strict=True))
 
     def landed(self) -> None:
         """Mark the requested blocks as copied."""

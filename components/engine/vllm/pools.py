@@ -3,35 +3,38 @@
 
 Since vLLM 0.29 every layer's cache is a view (blocks, heads, tokens, content) of one storage, without heads where all
 share one (MLA); ``KVCacheTensor`` has the place of its blocks. A view that is not at that place raises
-``ConfigError`` with its shape. Layers with state have several views of a block, which counts as plain bytes. Called
-once, after vLLM has made the caches.
+``ConfigError`` with its shape. Layers with state have several views of a block, which counts as plain bytes, and does
+not divide into heads. Called once, after vLLM has made the caches.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, MLAAttentionSpec
 
 from components.engine.vllm.compat.groups import only_movable
 from components.errors import ConfigError
 from components.transfer import KVPool
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
 
 
 logger = logging.getLogger(__name__)
 
 Caches = Mapping[str, torch.Tensor | list[torch.Tensor]]
+HeadsOf = Callable[[KVCacheSpec], int]
 
 
-def pools_to_register(kv_caches: Caches, kv_cache_config: KVCacheConfig) -> list[KVPool]:
+def pools_to_register(kv_caches: Caches, kv_cache_config: KVCacheConfig, heads: HeadsOf) -> list[KVPool]:
     """``pools_of``; for a model whose requests cannot move and whose caches are unreadable, one empty pool."""
     try:
-        return pools_of(kv_caches, kv_cache_config)
+        return pools_of(kv_caches, kv_cache_config, heads)
     except ConfigError as error:
         if only_movable(kv_cache_config):
             raise
@@ -39,14 +42,34 @@ def pools_to_register(kv_caches: Caches, kv_cache_config: KVCacheConfig) -> list
         return [KVPool(name="none", tensor=torch.zeros(1, 1), num_blocks=1, block_dim=0)]
 
 
-def pools_of(kv_caches: Caches, kv_cache_config: KVCacheConfig) -> list[KVPool]:
+def heads_of(vllm_config: VllmConfig) -> HeadsOf:
+    """Tells the number of KV heads over all ranks by a layer's cache; 0: its blocks do not divide into heads."""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    ranks, total = parallel.tensor_parallel_size, model.get_total_num_kv_heads()
+
+    def heads(spec: KVCacheSpec) -> int:
+        if not isinstance(spec, AttentionSpec) or parallel.decode_context_parallel_size > 1:
+            return 0
+        if spec.max_tp_shards == 1:
+            return 1
+        if isinstance(spec, MLAAttentionSpec) or spec.num_heads != spec.num_kv_heads:
+            return 0
+        if spec.num_kv_heads > 1 or ranks == 1:
+            return spec.num_kv_heads * ranks
+        # Each rank has one head; neighbours may have the same.
+        return total if total <= ranks else 0
+
+    return heads
+
+
+def pools_of(kv_caches: Caches, kv_cache_config: KVCacheConfig, heads: HeadsOf = lambda spec: 0) -> list[KVPool]:
     """One pool for each layer with its own cache.
 
     Layers that use another layer's cache are left out. Cache groups may overlap: a block number belongs to one group
     at a time and names the same bytes of the storage in every group.
     """
     pools: list[KVPool] = []
-    sizes = _page_sizes(kv_cache_config)
+    specs = specs_of(kv_cache_config)
     for placed in kv_cache_config.kv_cache_tensors:
         for number, layer in enumerate(placed.layers):
             if layer not in kv_caches:
@@ -54,9 +77,9 @@ def pools_of(kv_caches: Caches, kv_cache_config: KVCacheConfig) -> list[KVPool]:
             start = placed.offset + number * placed.layer_stride
             blocks, cache = kv_cache_config.num_blocks_of(placed), kv_caches[layer]
             if isinstance(cache, torch.Tensor):
-                pools.append(_pool(layer, cache, blocks, placed, start))
+                pools.append(_pool(layer, cache, blocks, placed, start, heads(specs[layer])))
             else:
-                pools.append(_pages(layer, cache[0], blocks, placed, start, sizes[layer]))
+                pools.append(_pages(layer, cache[0], blocks, placed, start, specs[layer].page_size_bytes))
     known = {_place(kv_caches[layer]) for placed in kv_cache_config.kv_cache_tensors for layer in placed.layers}
     for layer, cache in kv_caches.items():
         if _place(cache) not in known:
@@ -73,14 +96,14 @@ def _place(cache: torch.Tensor | list[torch.Tensor]) -> tuple[tuple[int, int], .
     return tuple((tensor.data_ptr(), tensor.nbytes) for tensor in _views(cache))
 
 
-def _page_sizes(kv_cache_config: KVCacheConfig) -> dict[str, int]:
-    """Bytes of a block of each layer."""
-    sizes = {}
+def specs_of(kv_cache_config: KVCacheConfig) -> dict[str, KVCacheSpec]:
+    """The kind of cache of each layer."""
+    specs = {}
     for group in kv_cache_config.kv_cache_groups:
         each = getattr(group.kv_cache_spec, "kv_cache_specs", {})
         for layer in group.layer_names:
-            sizes[layer] = each.get(layer, group.kv_cache_spec).page_size_bytes
-    return sizes
+            specs[layer] = each.get(layer, group.kv_cache_spec)
+    return specs
 
 
 def _pages(
@@ -95,7 +118,7 @@ def _pages(
     return KVPool(name=layer, tensor=pages, num_blocks=num_blocks, block_dim=0)
 
 
-def _pool(layer: str, tensor: torch.Tensor, num_blocks: int, placed: KVCacheTensor, start: int) -> KVPool:
+def _pool(layer: str, tensor: torch.Tensor, num_blocks: int, placed: KVCacheTensor, start: int, heads: int) -> KVPool:
     found = f"the KV cache of layer {layer} has shape {tuple(tensor.shape)} and strides {tensor.stride()}"
     if tensor.dim() not in (3, 4) or tensor.shape[0] % num_blocks:
         raise ConfigError(f"{found}: it is no view (blocks, heads, tokens, content) of {num_blocks} blocks")
@@ -109,4 +132,6 @@ def _pool(layer: str, tensor: torch.Tensor, num_blocks: int, placed: KVCacheTens
         )
     if split > 1:  # A block of the manager consists of several blocks of the attention kernel.
         tensor = tensor.view(num_blocks, split, *tensor.shape[1:])
-    return KVPool(name=layer, tensor=tensor, num_blocks=num_blocks, block_dim=0)
+    # MLA's views have no axis for their one head.
+    axis = tensor.dim() - 3 if tensor.dim() - (split > 1) == 4 else None
+    return KVPool(name=layer, tensor=tensor, num_blocks=num_blocks, block_dim=0, heads=heads, head_dim=axis)

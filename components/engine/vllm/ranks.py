@@ -27,6 +27,8 @@ class RankInfo:
     """Bytes of one KV block."""
     weights: str
     """Digest of the model's weights."""
+    divides: bool = False
+    """Whether blocks divide into KV heads."""
 
 
 @dataclass(frozen=True)

@@ -109,8 +109,8 @@ class Job:
     agents: tuple[AgentRef, ...]
     src_blocks: tuple[int, ...]
     dst_blocks: tuple[int, ...]
-    checks: tuple[tuple[int, tuple[int, ...]], ...]
-    """(local block, its checksums at the source, one for each rank), compared after the copy."""
+    checks: tuple[tuple[int, tuple[tuple[int, ...], ...]], ...]
+    """(local block, its checksums at each rank of the source), compared after the copy."""
     vouched: tuple[int, ...]
     """Other copied local blocks; correct only if all checked ones are."""
     deadline_s: float

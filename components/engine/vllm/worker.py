@@ -25,7 +25,9 @@ class WorkerExtension:
         connector.runner = runner_port(self.model_runner)
         loader = connector.loader
         agent = loader.agent
-        return RankInfo(agent.ref, agent.lanes, loader.fingerprint, agent.record.block_bytes, loader.weights)
+        record = agent.record
+        divides = bool(record.pools)
+        return RankInfo(agent.ref, agent.lanes, loader.fingerprint, record.block_bytes, loader.weights, divides)
 
     def dm_snapshot(self, vllm_id: str, blocks: tuple[int, ...]) -> Snapshot:
         """Generator state of a request and checksums of some of its blocks."""

@@ -33,8 +33,24 @@ class RegionRecord(msgspec.Struct, frozen=True):
     segments: Annotated[tuple[tuple[int, int, int], ...], msgspec.Meta(max_length=4096)]
 
 
+class PoolRecord(msgspec.Struct, frozen=True, array_like=True):
+    """How a pool's part of a block divides into KV heads; see ``shares.py``. Strides and addresses in bytes."""
+
+    address: int
+    """Of the first head of block 0."""
+    stride: int
+    """From a block to the next."""
+    axes: Annotated[tuple[tuple[_Positive, int], ...], msgspec.Meta(min_length=2, max_length=16)]
+    """(count, stride) of a head's axes; the last one counts the bytes of an element."""
+    heads: _Positive
+    """Of the model, over all ranks."""
+    head_stride: int
+    count: _Positive
+    """Heads of this rank."""
+
+
 class AgentRecord(msgspec.Struct, frozen=True, tag="agent/5"):
-    """An agent as its peers know it. Layout fields must be equal on both sides."""
+    """An agent as its peers know it. Layout fields must be equal on both sides; tensor-parallel sizes may differ."""
 
     name: _Short
     epoch: _Short
@@ -53,8 +69,6 @@ class AgentRecord(msgspec.Struct, frozen=True, tag="agent/5"):
     """Tokens of a block; 0 where blocks hold no tokens."""
     dtype: _Short
     layers: _Whole
-    kv_heads: _Whole
-    head_size: _Whole
     num_blocks: _Whole
     tp_rank: _Whole
     tp_size: _Positive
@@ -70,6 +84,8 @@ class AgentRecord(msgspec.Struct, frozen=True, tag="agent/5"):
     nccl_version: _Short = ""
     gpu: _Short = ""
     """Identifies the GPU of an agent that has NCCL."""
+    pools: Annotated[tuple[PoolRecord, ...], msgspec.Meta(max_length=4096)] = ()
+    """Empty when blocks do not divide into heads."""
 
     @property
     def ref(self) -> AgentRef:
@@ -82,14 +98,15 @@ class AgentRecord(msgspec.Struct, frozen=True, tag="agent/5"):
         return f"{self.name}/{self.epoch}"
 
     def require_pairable(self, peer: AgentRecord) -> None:
-        """Raise ``IncompatibleLayout`` naming the first field that differs."""
-        for field in ("fingerprint", "dtype", "block_size", "layers", "kv_heads", "head_size", "tp_size", "tp_rank"):
+        """Raise ``IncompatibleLayout`` naming the first field that differs. ``shares.py`` compares unequal ranks."""
+        alike = self.tp_size == peer.tp_size
+        for field in ("fingerprint", "dtype", "block_size", "layers", *(["tp_rank"] if alike else [])):
             local, remote = getattr(self, field), getattr(peer, field)
             if local != remote:
                 raise IncompatibleLayout(
                     f"agents {self.name} and {peer.name} differ in {field}: {local!r} here, {remote!r} there"
                 )
-        if _shape(self) != _shape(peer):
+        if alike and _shape(self) != _shape(peer):
             raise IncompatibleLayout(f"agents {self.name} and {peer.name} lay their KV blocks out differently")
 
     def require_blocks(self, blocks: Ints, unique: bool) -> None:

@@ -18,6 +18,7 @@ from typing import Protocol
 from components.transfer.config import Strategy, TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.layout import Ints
+from components.transfer.shares import Share
 
 Steps = Generator[bool, None, TransferResult]
 
@@ -35,6 +36,8 @@ class Copy:
     """Pairs of blocks: each remote one, the peer's, is copied into the local one beside it."""
 
     peer: AgentRecord
+    share: Share
+    """The pieces of each block that are copied."""
     local: Ints
     remote: Ints
     request_id: str

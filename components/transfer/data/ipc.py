@@ -27,7 +27,8 @@ from components.transfer.config import KVPool, TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data import kernels
 from components.transfer.data.base import Copy, Steps
-from components.transfer.layout import Region, Span, locate
+from components.transfer.layout import Span, locate
+from components.transfer.shares import Share, Shares
 from components.wire import UNREADABLE
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class _Mapped:
     fetch: kernels.Mover
     rows: Sequence[torch.Tensor]
     """Keeps the memory mapped while a kernel runs."""
+    block_bytes: int
 
 
 class _Flight:
@@ -103,12 +105,12 @@ class IpcBackend:
     lane = "cuda_ipc/kernel"
     inline = True
 
-    def __init__(self, host: str, regions: Sequence[Region], pools: Sequence[KVPool]) -> None:
+    def __init__(self, host: str, shares: Shares, pools: Sequence[KVPool]) -> None:
         """Raise ``RuntimeError`` where memory cannot be shared."""
         self._host = host
-        self._rows = [row for region in regions for row in region.rows]
-        self._block_bytes = sum(row.shape[1] for row in self._rows)
-        self._device = self._rows[0].device
+        self._shares = shares
+        self._blocks = pools[0].num_blocks
+        self._device = pools[0].tensor.device
         storages = {storage.data_ptr(): storage for storage in (pool.tensor.untyped_storage() for pool in pools)}
         self.handles = tuple(_shared(storage) for storage in storages.values())
         """Handles with which peers map the local storages."""
@@ -152,11 +154,12 @@ class IpcBackend:
         return mapped
 
     def _new_mapping(self, peer: AgentRecord) -> _Mapped:
-        rows = self._rows_of(peer)
+        share = self._shares.taken(peer)
+        rows = self._rows_of(peer, share)
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            return _Mapped(kernels.mover(rows, self._rows), rows)
+            return _Mapped(kernels.mover(rows, share.rows), rows, share.block_bytes)
 
-    def _rows_of(self, peer: AgentRecord) -> list[torch.Tensor]:
+    def _rows_of(self, peer: AgentRecord, share: Share) -> list[torch.Tensor]:
         try:
             handles = sorted((_handle.decode(each) for each in peer.ipc), key=lambda handle: handle.address)
         except UNREADABLE as error:
@@ -166,7 +169,7 @@ class IpcBackend:
         whole = [self._open(handle) for handle in handles]
         spans = [Span(handle.address, flat.numel()) for handle, flat in zip(handles, whole, strict=True)]
         rows = []
-        for segment in peer.segments():
+        for segment in share.remote:
             found = locate(segment, peer.num_blocks, spans)
             if found is None:
                 raise TransferError("it names memory outside of what it shares")
@@ -191,7 +194,7 @@ class IpcBackend:
         if mapped is None:
             raise TransferError(f"device memory of agent {copy.peer.name} is not mapped")
         begun = time.perf_counter()
-        size = len(copy.local) * self._block_bytes
+        size = len(copy.local) * mapped.block_bytes
         mark = profiling.begin("wire", size)
         with profiling.span("post", size):
             flight = self._launch(mapped, copy)
@@ -204,7 +207,7 @@ class IpcBackend:
         copy.arrived(size)
         return TransferResult(
             size,
-            len(self._rows) * len(copy.local),
+            len(mapped.rows) * len(copy.local),
             post_s=queued - begun,
             wire_s=time.perf_counter() - queued,
             lane=self.lane,
@@ -223,7 +226,7 @@ class IpcBackend:
             flight = self._idle.pop()
             if flight.pairs >= pairs:
                 return flight
-        return _Flight(max(pairs, self._rows[0].shape[0]))
+        return _Flight(max(pairs, self._blocks))
 
     def _ended(self, flight: _Flight, copy: Copy, mapped: _Mapped) -> Generator[bool, None, None]:
         try:

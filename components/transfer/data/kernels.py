@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -63,32 +63,50 @@ def mover(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> Mov
     return made[0] if len(made) == 1 else _together(made)
 
 
-def summer(rows: Sequence[torch.Tensor], step: int) -> Summer:
-    """Called with the numbers of blocks in pinned memory, gives a sum for each: see ``checksum.py``.
+class SumPart(NamedTuple):
+    """Memory that is summed: a (blocks, bytes) view, its place among others, the bytes before it that have weights too,
+    and the unit that it counts for."""
 
-    A word has the weight ``step`` times its place in the row, from 1, made odd; a row that of its place, made odd.
+    row: torch.Tensor
+    place: int
+    before: int
+    unit: int
+
+
+def summer(parts: Sequence[SumPart], units: int, step: int) -> Summer:
+    """Called with the numbers of blocks in pinned memory, gives the sums of each one's units: see ``checksum.py``.
+
+    A word has the weight ``step`` times its place, from 1, made odd; a part that of its place, made odd.
     The numbers must not change until the device has the sums.
     """
-    alike: dict[int, list[tuple[int, torch.Tensor]]] = {}
-    for position, row in enumerate(rows):
-        alike.setdefault(row.shape[1] // _WORD, []).append((position, row))
-    device = rows[0].device
+    alike: dict[int, list[SumPart]] = {}
+    for part in parts:
+        alike.setdefault(part.row.shape[1] // _WORD, []).append(part)
+    device = parts[0].row.device
     tables = [
-        (words, len(same), torch.tensor([[r.data_ptr(), r.stride(0), 2 * n + 1] for n, r in same], device=device))
+        (
+            words,
+            len(same),
+            torch.tensor(
+                [[p.row.data_ptr(), p.row.stride(0), 2 * p.place + 1, p.before // _WORD, p.unit] for p in same],
+                device=device,
+            ),
+        )
         for words, same in alike.items()
     ]
     kernel = _jit()[2]
 
     def launch(count: int, index: torch.Tensor, sums: torch.Tensor) -> None:
         for words, segments, table in tables:
-            grid = (segments * count, 1, 1)
-            kernel[grid](table, index, sums, count, words, STEP=step, TILE=_SUM_TILE, num_warps=_WARPS)
+            grid, tile = (segments * count, 1, 1), min(_SUM_TILE, _tile(words))
+            warps = max(1, _WARPS * tile // _SUM_TILE)
+            kernel[grid](table, index, sums, count, units, words, STEP=step, TILE=tile, num_warps=warps)
 
     # Compiled now, by a launch of no block.
     launch(0, tables[0][2], tables[0][2])
 
     def run(index: torch.Tensor) -> torch.Tensor:
-        sums = torch.zeros(len(index), dtype=torch.int64, device=device)
+        sums = torch.zeros((len(index), units), dtype=torch.int64, device=device)
         launch(len(index), index, sums)
         return sums
 
@@ -188,19 +206,21 @@ def _jit() -> tuple[Any, Any, Any]:
         written = tl.multiple_of(target, 16).to(tl.pointer_type(tl.int64))
         tl.store(written + at, tl.load(read + at, mask=mask), mask=mask)
 
-    @triton.jit(do_not_specialize=["index", "blocks"])  # type: ignore[untyped-decorator,unused-ignore]
-    def add_up(table, index, sums, blocks, words, STEP: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    @triton.jit(do_not_specialize=["index", "blocks", "units"])  # type: ignore[untyped-decorator,unused-ignore]
+    def add_up(table, index, sums, blocks, units, words, STEP: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
         pair = tl.program_id(0).to(tl.int64)
         segment = pair // blocks
         number = pair % blocks
-        base = tl.load(table + 3 * segment) + tl.load(index + number) * tl.load(table + 3 * segment + 1)
+        entry = table + 5 * segment
+        base = tl.load(entry) + tl.load(index + number) * tl.load(entry + 1)
+        before = tl.load(entry + 3)
         words_of = tl.multiple_of(base, 16).to(tl.pointer_type(tl.int64))
         total = tl.zeros([TILE], dtype=tl.int64)
         for start in range(0, words, TILE):
             at = start + tl.arange(0, TILE)
-            weight = ((at.to(tl.int64) + 1) * STEP) | 1
+            weight = ((at.to(tl.int64) + before + 1) * STEP) | 1
             total += tl.load(words_of + at, mask=at < words, other=0) * weight
-        tl.atomic_add(sums + number, tl.sum(total) * tl.load(table + 3 * segment + 2))
+        tl.atomic_add(sums + number * units + tl.load(entry + 4), tl.sum(total) * tl.load(entry + 2))
 
     return stage, move, add_up
 

@@ -16,7 +16,7 @@ from components.errors import TransferError
 from components.transfer.config import TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data.base import Copy, Steps
-from components.transfer.layout import Region, rows_of
+from components.transfer.shares import Shares
 
 _STEP_BLOCKS = 64
 
@@ -53,13 +53,12 @@ class LocalBackend:
 
     inline = False
 
-    _agents: ClassVar[dict[str, list[torch.Tensor]]] = {}
-    """Views of each agent's memory, by epoch."""
+    _agents: ClassVar[dict[str, Shares]] = {}
+    """What each agent has, by epoch."""
 
-    def __init__(self, epoch: str, regions: Sequence[Region]) -> None:
+    def __init__(self, epoch: str, shares: Shares) -> None:
         self._epoch = epoch
-        self._rows = rows_of(regions)
-        self._agents[epoch] = self._rows
+        self._agents[epoch] = shares
 
     @property
     def lane(self) -> str:
@@ -72,7 +71,7 @@ class LocalBackend:
 
     def fetch(self, copy: Copy) -> Steps:
         """See ``Backend``."""
-        return _copy_rows(copy, self._agents[copy.peer.epoch], self._rows, self.lane)
+        return _copy_rows(copy, self._agents[copy.peer.epoch].views(copy.share.remote), copy.share.rows, self.lane)
 
     def warm_up(self, copy: Copy) -> Steps:
         """Nothing to connect."""

@@ -27,7 +27,7 @@ from components.transfer.data.base import Copy, Steps
 from components.transfer.data.handover import Giver, Mapping, map_peer
 from components.transfer.data.hostcopy import HostCopier
 from components.transfer.data.shared import SharedStorage, scope
-from components.transfer.layout import Region, batches
+from components.transfer.layout import batches
 
 logger = logging.getLogger(__name__)
 _Flying = deque[tuple[Future[None], int]]
@@ -51,12 +51,10 @@ class MappedBackend:
         self,
         host: str,
         epoch: str,
-        regions: Sequence[Region],
         storages: Sequence[SharedStorage],
         copier: HostCopier,
     ) -> None:
         self._host = host
-        self._segments = [segment for region in regions for segment in region.segments]
         self._copier = copier
         self._giver = Giver(epoch, storages)
         self.scope = scope()
@@ -108,9 +106,9 @@ class MappedBackend:
         try:
             # Writing in ascending order is up to a quarter faster, whatever the order of reading.
             order = np.argsort(copy.local)
-            local = self._segments
-            remote = [mapping.seen(segment, copy.peer.num_blocks) for segment in copy.peer.segments()]
-            total = len(order) * sum(segment.length for segment in local)
+            local = copy.share.local
+            remote = [mapping.seen(segment, copy.peer.num_blocks) for segment in copy.share.remote]
+            total = len(order) * copy.share.block_bytes
             descriptors, prepared = 0, time.perf_counter()
             for group in batches(local, remote, copy.local[order], copy.remote[order], _PIECE_BYTES):
                 yield from _landed(flying, _AHEAD * self._copier.threads, copy.arrived)

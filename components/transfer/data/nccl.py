@@ -60,8 +60,10 @@ class NcclBackend:
         staging_bytes: int,
         card: Card,
         connect: nccl_wire.Connect = nccl_wire.connect,
+        tp_size: int = 1,
     ) -> None:
         self._name = name
+        self._tp_size = tp_size
         self._blocks = regions[0].rows[0].shape[0]
         self._slots = Slots(regions, staging_bytes)
         self._connect = connect
@@ -89,6 +91,8 @@ class NcclBackend:
         return not why
 
     def _why_not(self, peer: AgentRecord) -> str:
+        if peer.tp_size != self._tp_size:
+            return f"it is one of {peer.tp_size} ranks, this agent of {self._tp_size}, and NCCL moves whole blocks"
         if peer.gpu == self.card.gpu:
             return f"both are on GPU {peer.gpu}, and NCCL takes no GPU twice"
         if peer.nccl_version != self.card.version:

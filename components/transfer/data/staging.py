@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bounded, registered buffers in which scattered blocks become one piece of memory.
 
-A slot holds a chunk of blocks: segment after segment, each with all its blocks. Half of the slots send and half
+A slot holds a chunk of blocks: segment after segment, each with all its blocks. With a peer of another tensor-parallel
+size it holds the heads that both have (``Packing``). Half of the slots send and half
 receive, so that two agents that fetch from each other cannot starve. Few large slots beat many small ones: each
 chunk costs some 0.3 ms of launches and messages (docs/design-notes.md).
 Threading: worker thread only. On CUDA all work is queued on a separate stream; ``Gate.ready`` is True when it is
@@ -14,12 +15,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from components.transfer import profiling
 from components.transfer.data import kernels
-from components.transfer.layout import Ints, Region, Span, block_bytes, groups_of
+from components.transfer.layout import Ints, Region, Span, block_bytes, groups_of, rows_of
+from components.transfer.shares import Share
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,20 @@ class Gate:
             self.event.synchronize()
 
 
+@dataclass(frozen=True)
+class Packing:
+    """The pieces of a block that are in a slot."""
+
+    copier: kernels.Copier
+    block_bytes: int
+
+
 class Staging:
     """Slots of equal size and the copies between them and the pools."""
 
     def __init__(self, regions: Sequence[Region], limit_bytes: int, slots: int = 4) -> None:
-        self._rows = [rows for region in regions for rows in region.rows]
-        self.device = self._rows[0].device
+        rows = rows_of(regions)
+        self.device = rows[0].device
         self.block_bytes = block_bytes(regions)
         # A slot has room for at least one block, whatever the limit.
         self.blocks_per_slot = max(1, limit_bytes // slots // self.block_bytes)
@@ -53,7 +64,8 @@ class Staging:
         """Slots for each direction; a transfer takes all free ones."""
         self._free = {"send": list(range(self.side)), "receive": list(range(self.side, slots))}
         self._stream = _stream(self.device)
-        self._copier = kernels.copier(self._rows)
+        self._whole = Packing(kernels.copier(rows), self.block_bytes)
+        self._packings: WeakKeyDictionary[Share, Packing] = WeakKeyDictionary()
 
     @property
     def memory(self) -> Span:
@@ -83,10 +95,19 @@ class Staging:
         """Release slots."""
         self._free[side].extend(slots)
 
-    def chunks(self, count: int, slot_bytes: int) -> list[tuple[int, int]]:
+    def packing(self, share: Share) -> Packing:
+        """For the blocks that are exchanged with a peer; compiled at the first call."""
+        if share.whole:
+            return self._whole
+        if share not in self._packings:
+            with self.ordered():
+                self._packings[share] = Packing(kernels.copier(share.rows), share.block_bytes)
+        return self._packings[share]
+
+    def chunks(self, count: int, slot_bytes: int, packing: Packing | None = None) -> list[tuple[int, int]]:
         """Block ranges that fit a local slot and one of ``slot_bytes`` at the peer."""
-        size = max(1, min(self.blocks_per_slot, slot_bytes // self.block_bytes))
-        return groups_of(count, size)
+        size = min(self.slot_bytes, slot_bytes) // (packing or self._whole).block_bytes
+        return groups_of(count, max(1, size))
 
     def index(self, blocks: Ints) -> torch.Tensor:
         """Block ids on the device that copies; made once for each transfer."""
@@ -95,26 +116,26 @@ class Staging:
         with torch.cuda.stream(self._stream):
             return torch.from_numpy(blocks).to(self.device, non_blocking=True)
 
-    def gather(self, blocks: torch.Tensor, slot: int) -> Gate:
+    def gather(self, blocks: torch.Tensor, slot: int, packing: Packing | None = None) -> Gate:
         """Copy blocks into a slot."""
-        return self._run(blocks, slot, gather=True)
+        return self._run(blocks, slot, packing or self._whole, gather=True)
 
-    def scatter(self, blocks: torch.Tensor, slot: int) -> Gate:
+    def scatter(self, blocks: torch.Tensor, slot: int, packing: Packing | None = None) -> Gate:
         """Copy a slot into blocks."""
-        return self._run(blocks, slot, gather=False)
+        return self._run(blocks, slot, packing or self._whole, gather=False)
 
-    def _run(self, blocks: torch.Tensor, slot: int, gather: bool) -> Gate:
-        with profiling.span("gather" if gather else "scatter", len(blocks) * self.block_bytes):
-            return self._copy(blocks, slot, gather)
+    def _run(self, blocks: torch.Tensor, slot: int, packing: Packing, gather: bool) -> Gate:
+        with profiling.span("gather" if gather else "scatter", len(blocks) * packing.block_bytes):
+            return self._copy(blocks, slot, packing.copier, gather)
 
-    def _copy(self, blocks: torch.Tensor, slot: int, gather: bool) -> Gate:
+    def _copy(self, blocks: torch.Tensor, slot: int, copier: kernels.Copier, gather: bool) -> Gate:
         start = slot * self.slot_bytes
         buffer = self.buffer[start : start + self.slot_bytes]
         if self._stream is None:
-            self._copier(blocks, buffer, gather)
+            copier(blocks, buffer, gather)
             return Gate(None)
         with torch.cuda.stream(self._stream):
-            self._copier(blocks, buffer, gather)
+            copier(blocks, buffer, gather)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
         return Gate(event)

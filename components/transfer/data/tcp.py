@@ -2,8 +2,9 @@
 """Blocks over plain TCP, for hosts without NIXL.
 
 Wire format: the handshake (``components.handshake``), an ``_Ask``, an ``_Answer``, then rows of the requested blocks,
-segment by segment. Nobody can write to a server: each side fills only its own blocks, for its own transfers. The
-server touches only registered pools: it checks block numbers, and no address comes from the wire.
+segment by segment. An agent that takes only some heads names itself: its record tells which. Nobody can write to a
+server: each side fills only its own blocks, for its own transfers. The server touches only registered pools: it checks
+block numbers, and no address comes from the wire.
 Threading: one thread serves each connection, one runs each transfer; the socket has the transfer's deadline. Rows are
 received into a buffer and copied to blocks when they are complete.
 """
@@ -27,20 +28,27 @@ from components.errors import DeadlineExceeded, MigrateError, TransferCancelled,
 from components.frames import hear, left, read_into, say
 from components.handshake import connect
 from components.transfer.config import TransferResult
+from components.transfer.control.directory import Directory
 from components.transfer.control.record import AgentRecord
 from components.transfer.data.base import Copy, Steps
 from components.transfer.data.threads import on_thread
-from components.transfer.layout import Ints, Region, rows_of
+from components.transfer.layout import Ints, rows_of
 from components.transfer.session.messages import MAX_BLOCKS, pack, unpack
+from components.transfer.shares import Shares
 
 logger = logging.getLogger(__name__)
 _MAX_ASK = 4 * MAX_BLOCKS + 1024
 _SERVE_S = 60.0
+_KNOWN_S = 5.0
+"""Wait for the record of a peer that has asked."""
+_LOOK_S = 0.01
 _CHUNK_BYTES = 8 << 20
 
 
-class _Ask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _Ask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     blocks: Annotated[bytes, msgspec.Meta(max_length=4 * MAX_BLOCKS)]
+    taker: Annotated[str, msgspec.Meta(max_length=512)] = ""
+    """Name and epoch of an agent that does not take whole blocks."""
 
 
 class _Answer(msgspec.Struct, frozen=True):
@@ -60,8 +68,11 @@ class TcpBackend:
     lane = "tcp/sockets"
     inline = False
 
-    def __init__(self, epoch: str, regions: Sequence[Region], host: str) -> None:
-        self._rows = rows_of(regions)
+    def __init__(self, name: str, epoch: str, shares: Shares, host: str, directory: Directory) -> None:
+        self._key = f"{name}/{epoch}"
+        self._shares = shares
+        self._rows = rows_of(shares.regions)
+        self._directory = directory
         server = listen(host)
         self.address = str(Address(bare(host), server.getsockname()[1]))
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="kv-tcp-out")
@@ -76,7 +87,7 @@ class TcpBackend:
         begun = time.perf_counter()
         total = yield from on_thread(self._pool, copy, self._guarded)
         wire = time.perf_counter() - begun
-        return TransferResult(total, len(self._rows), wire_s=wire, lane=self.lane)
+        return TransferResult(total, len(copy.share.rows), wire_s=wire, lane=self.lane)
 
     def warm_up(self, copy: Copy) -> Steps:
         """Try a connection."""
@@ -97,7 +108,7 @@ class TcpBackend:
     def _connect(self, copy: Copy) -> socket.socket:
         sock = connect(copy.peer.tcp_address, _purpose(copy.peer.epoch), copy.end)
         try:
-            say(sock, _Ask(pack(copy.remote)), copy.end)
+            say(sock, _Ask(pack(copy.remote), "" if copy.share.whole else self._key), copy.end)
             if not hear(sock, _Answer, _MAX_ANSWER, copy.end).granted:
                 raise TransferError("it refused: it has not all of these blocks")
         except BaseException:
@@ -107,7 +118,7 @@ class TcpBackend:
 
     def _receive_rows(self, sock: socket.socket, copy: Copy, stop: threading.Event) -> int:
         total = 0
-        for row in self._rows:
+        for row in copy.share.rows:
             for part in _parts(copy.local, row):
                 buffer = torch.empty((len(part), row.shape[-1]), dtype=torch.uint8)
                 read_into(sock, _bytes_of(buffer), copy.end)
@@ -118,8 +129,8 @@ class TcpBackend:
                 copy.arrived(buffer.numel())
         return total
 
-    def _send_rows(self, sock: socket.socket, blocks: Ints, end: float) -> None:
-        for row in self._rows:
+    def _send_rows(self, sock: socket.socket, rows: Sequence[torch.Tensor], blocks: Ints, end: float) -> None:
+        for row in rows:
             for part in _parts(blocks, row):
                 data = row.index_select(0, part.to(row.device)).cpu()
                 sock.settimeout(left(end))
@@ -130,9 +141,22 @@ class TcpBackend:
         ask = hear(connection, _Ask, _MAX_ASK, end)
         blocks = unpack(ask.blocks)
         granted = self._have(blocks)
+        rows = self._rows_for(ask.taker) if granted else ()
         say(connection, _Answer(granted), end)
         if granted:
-            self._send_rows(connection, blocks, end)
+            self._send_rows(connection, rows, blocks, end)
+
+    def _rows_for(self, taker: str) -> Sequence[torch.Tensor]:
+        """What an agent takes. Its record may arrive after its request."""
+        if not taker:
+            return self._rows
+        name, _, epoch = taker.rpartition("/")
+        end = time.monotonic() + _KNOWN_S
+        while (peer := self._directory.get(name)) is None or peer.epoch != epoch:
+            if time.monotonic() > end:
+                raise TransferError(f"agent {name} has asked for some heads and has published no record")
+            time.sleep(_LOOK_S)
+        return self._shares.given(peer).rows
 
     def _have(self, blocks: Ints) -> bool:
         return not len(blocks) or int(blocks.max()) < self._rows[0].shape[0]

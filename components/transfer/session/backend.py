@@ -91,7 +91,7 @@ class NixlBackend:
         return "cuda" if self.side.link.memory == "VRAM" else "cpu"
 
     def _mean_run(self, copy: Copy) -> float:
-        per_block = sum(s.length for s in self.side.segments) / len(self.side.segments)
+        per_block = copy.share.block_bytes / len(copy.share.local)
         return per_block * len(copy.local) / max(1, len(runs(copy.remote, copy.local)[0]))
 
     def _direct(self, copy: Copy, operation: str, strategy: Strategy) -> Steps:

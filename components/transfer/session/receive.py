@@ -21,7 +21,8 @@ class StagedReceive:
         self._copy = copy
         self._slots = slots
         self._freed = freed
-        self._chunks = staging.chunks(len(copy.local), staging.slot_bytes)
+        self._packing = staging.packing(copy.share)
+        self._chunks = staging.chunks(len(copy.local), staging.slot_bytes, self._packing)
         self._index = staging.index(copy.local)
         self._next = 0
         self._flying: list[tuple[int, Gate]] = []
@@ -41,14 +42,14 @@ class StagedReceive:
         while self._next < len(self._chunks) and self._next in landed:
             first, last = self._chunks[self._next]
             slot = self._slots[self._next % len(self._slots)]
-            self._flying.append((self._next, self._staging.scatter(self._index[first:last], slot)))
+            self._flying.append((self._next, self._staging.scatter(self._index[first:last], slot, self._packing)))
             self._next += 1
         while self._flying and self._flying[0][1].ready():
             chunk, _ = self._flying.pop(0)
             first, last = self._chunks[chunk]
             if chunk + len(self._slots) < len(self._chunks):
                 self._freed(chunk)
-            self._copy.arrived((last - first) * self._staging.block_bytes)
+            self._copy.arrived((last - first) * self._packing.block_bytes)
 
     def settle(self) -> None:
         """Wait for queued copies."""

@@ -73,7 +73,7 @@ def _write(side: Side, peer: AgentRecord, ask: wire.Ask, inbox: Inbox, moved: Mo
     dst = wire.unpack(ask.dst)
     if len(dst) != len(src) or (len(dst) and int(dst.max()) >= peer.num_blocks):
         raise TransferError("the block lists of the request do not fit")
-    copy = Copy(peer, src, dst, ask.request_id, 0.0)
+    copy = Copy(peer, side.shares.given(peer), src, dst, ask.request_id, 0.0)
     yield from side.link.move("WRITE", peer, side.memory(copy), moved, copy.arrived, copy.mark_unsafe)
 
 
@@ -88,7 +88,8 @@ def _write_staged(
 ) -> Flow:
     while not (slots := staging.acquire("send", staging.side)):
         yield False
-    chunks = staging.chunks(len(src), ask.slot_bytes)
+    packing = staging.packing(side.shares.given(peer))
+    chunks = staging.chunks(len(src), ask.slot_bytes, packing)
     index = staging.index(src)
     free, number, posted = list(slots), 0, 0
     gathered: deque[tuple[int, Gate]] = deque()
@@ -100,13 +101,13 @@ def _write_staged(
             # One at a time: the first chunk is sent while the next one is gathered.
             if free and number < len(chunks) and len(gathered) < 2:
                 slot = free.pop(0)
-                gathered.append((slot, staging.gather(index[slice(*chunks[number])], slot)))
+                gathered.append((slot, staging.gather(index[slice(*chunks[number])], slot, packing)))
                 number, worked = number + 1, True
             # The peer must have emptied its slot before the next write to it.
             emptied = posted < len(ask.slots) or posted - len(ask.slots) in inbox.freed
             if gathered and emptied and gathered[0][1].ready():
                 slot, _ = gathered.popleft()
-                size = (chunks[posted][1] - chunks[posted][0]) * staging.block_bytes
+                size = (chunks[posted][1] - chunks[posted][0]) * packing.block_bytes
                 extent = np.array([[staging.address(slot), ask.slots[posted % len(ask.slots)], size]], np.int64)
                 notice = side.sealed(peer, wire.Landed(ask.id, posted))
                 writes.append((slot, side.link.move("WRITE", peer, extent, moved, _drop, _harmless, notice)))

@@ -6,7 +6,6 @@ Runs on the worker thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,8 +16,9 @@ from components.transfer.data import ucx
 from components.transfer.data.base import Copy
 from components.transfer.data.nixl import NixlLink
 from components.transfer.data.staging import Staging
-from components.transfer.layout import Ints, Region, extents
+from components.transfer.layout import Ints, extents
 from components.transfer.session import messages as wire
+from components.transfer.shares import Shares
 
 LANE = "nixl/ucx"
 
@@ -42,17 +42,17 @@ class Side:
         name: str,
         epoch: str,
         link: NixlLink,
-        regions: Sequence[Region],
+        shares: Shares,
         staging: Staging | None,
         host: str,
     ) -> None:
         self.key = f"{name}/{epoch}"
         self.link = link
-        self.segments = [segment for region in regions for segment in region.segments]
+        self.shares = shares
         self.staging = staging
         self.host = host
         self._name = name
-        self._num_blocks = regions[0].rows[0].shape[0]
+        self._num_blocks = shares.regions[0].rows[0].shape[0]
 
     def lane_of(self, operation: str, peer: AgentRecord) -> str:
         """Backend and, where known, the transports that UCX chose."""
@@ -61,7 +61,7 @@ class Side:
 
     def memory(self, copy: Copy) -> Ints:
         """Extents of the copy's blocks on both sides."""
-        return extents(self.segments, copy.peer.segments(), copy.local, copy.remote)
+        return extents(copy.share.local, copy.share.remote, copy.local, copy.remote)
 
     def send(self, peer: AgentRecord, message: wire.Message) -> None:
         """Send a message to a peer."""
