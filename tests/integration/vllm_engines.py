@@ -33,6 +33,7 @@ def options(
     transport: str = "auto",
     backends: tuple[str, ...] = (),
     copy_deadline_s: float = 30.0,
+    integrity: str = "tail",
     **engine_args: object,
 ) -> VLLMOptions:
     """A small engine: 300 blocks of 32 tokens."""
@@ -51,10 +52,11 @@ def options(
         agent=agent | {"transport": transport} | ({"backends": backends} if backends else {}),
         wait_bytes=wait_bytes,
         copy_deadline_s=copy_deadline_s,
+        integrity=integrity,
     )
 
 
-async def start_pair(model: str, etcd_url: str, **more: Any) -> Pair:
+async def start_pair(model: str, etcd_url: str, ranks: tuple[int, int] = (1, 1), **more: Any) -> Pair:
     """Start both engines, one after the other (two at once need twice the memory)."""
     os.environ.update(
         VLLM_CPU_KVCACHE_SPACE="1",
@@ -64,8 +66,8 @@ async def start_pair(model: str, etcd_url: str, **more: Any) -> Pair:
     )
     namespace = f"test-{uuid.uuid4().hex[:8]}"
     engines = []
-    for name in ("a", "b"):
-        engine = VLLMEngine(options(model, name, etcd_url, namespace, **more))
+    for name, size in zip(("a", "b"), ranks, strict=True):
+        engine = VLLMEngine(options(model, name, etcd_url, namespace, tensor_parallel_size=size, **more))
         await engine.start()
         engines.append(engine)
     return Pair(*engines)
