@@ -136,7 +136,9 @@ class WorkerConfig(ComponentConfig):
         "auto",
         description="bfloat16, float16, float32, or auto: the model's, but float32 on x86 without AVX-512",
     )
-    tensor_parallel_size: int = Field(1, ge=1, description="GPUs per worker")
+    tensor_parallel_size: int | tuple[int, ...] = Field(
+        1, description="GPUs per worker, or a list with those of each replica; the last one is for all further ones"
+    )
     devices: tuple[tuple[int, ...], ...] = Field((), description="GPU indices for each replica; empty for CPU")
     max_num_seqs: int = Field(16, ge=1, description="Requests that run at once")
     max_num_batched_tokens: int | None = Field(None, ge=1, description="Tokens per step; empty takes vLLM's choice")
@@ -166,6 +168,22 @@ class WorkerConfig(ComponentConfig):
     def engine_flags(self) -> dict[str, Any]:
         """``engine_args`` by the names of flags."""
         return {dashed(key): value for key, value in self.engine_args.items()}
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Tensor-parallel sizes of the replicas; the last one is for all further ones."""
+        size = self.tensor_parallel_size
+        return (size,) if isinstance(size, int) else size
+
+    def ranks_of(self, replica: int) -> int:
+        """Tensor-parallel size of one replica."""
+        return self.ranks[min(replica, len(self.ranks) - 1)]
+
+    @model_validator(mode="after")
+    def _has_ranks(self) -> Self:
+        if not self.ranks or min(self.ranks) < 1:
+            raise ValueError(f"tensor-parallel-size {self.tensor_parallel_size}: 1 or more, or a list of such numbers")
+        return self
 
     @model_validator(mode="after")
     def _has_a_model(self) -> Self:

@@ -43,7 +43,7 @@ def frontend(config: FrontendConfig, replica: int) -> list[str]:
     return list(_flags(given | weights | config.frontend_args))
 
 
-def worker(config: WorkerConfig, mode: str) -> list[str]:
+def worker(config: WorkerConfig, mode: str, replica: int = 0) -> list[str]:
     """Arguments of ``components.worker``, as of ``dynamo.vllm``. ``mode``: agg, prefill or decode."""
     given: dict[str, Any] = {
         "model": config.model,
@@ -52,7 +52,7 @@ def worker(config: WorkerConfig, mode: str) -> list[str]:
         "max-model-len": config.max_model_len,
         "block-size": config.block_size,
         "dtype": config.dtype,
-        "tensor-parallel-size": config.tensor_parallel_size,
+        "tensor-parallel-size": config.ranks_of(replica),
         "max-num-seqs": config.max_num_seqs,
         "max-num-batched-tokens": config.max_num_batched_tokens,
         "enable-prefix-caching": config.enable_prefix_caching,

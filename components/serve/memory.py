@@ -44,7 +44,7 @@ def shared(processes: list[tuple[str, ComponentConfig]], folder: Path = SHM) -> 
     Engines with several ranks exchange each step through it and die when it is full. KV blocks take no room there.
     """
     workers = [config for _, config in processes if isinstance(config, WorkerConfig) and config.engine == "vllm"]
-    wanted = sum(_RANKS_GIB for config in workers if config.tensor_parallel_size > 1)
+    wanted = sum(_RANKS_GIB for config in workers if max(config.ranks) > 1)
     try:
         space = os.statvfs(folder)
         free = space.f_bavail * space.f_frsize / GIB
@@ -83,7 +83,7 @@ def bytes_per_token(config: WorkerConfig) -> float | None:
         size = model.get("head_dim") or model["hidden_size"] // heads
         # vLLM's default dtypes have two bytes.
         width = 4 if config.dtype in ("float32", "float") else 2
-        share = max(1, kv_heads // config.tensor_parallel_size)
+        share = max(1, kv_heads // min(config.ranks))
         return float(2 * model["num_hidden_layers"] * share * size * width)
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -265,7 +265,7 @@ def _process(
             added["DYN_MIGRATE_MODE"] = service.mode
             added["DYN_MIGRATE_CONFIG"] = json.dumps(config.model_dump(by_alias=True))
         else:
-            command += arguments.worker(config, service.mode)
+            command += arguments.worker(config, service.mode, replica)
     else:
         added["DYN_MIGRATE_CONFIG"] = json.dumps(config.model_dump(by_alias=True))
     if not isinstance(config, WorkerConfig) and not env.ETCD_LEASE_TTL.read(environment):
@@ -288,9 +288,9 @@ def _device_environment(name: str, config: WorkerConfig, replica: int) -> dict[s
         if replica >= len(config.devices):
             raise ConfigError(f"{name}.devices names {len(config.devices)} replicas, {config.replicas} are asked for")
         mine = config.devices[replica]
-        if len(mine) != config.tensor_parallel_size:
+        if len(mine) != config.ranks_of(replica):
             raise ConfigError(
-                f"{name}.devices[{replica}] has {len(mine)} GPUs, tensor-parallel-size is {config.tensor_parallel_size}"
+                f"{name}.devices[{replica}] has {len(mine)} GPUs, tensor-parallel-size is {config.ranks_of(replica)}"
             )
         return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, mine))}
     threads = {env.THREADS.name: env.THREADS.read()}

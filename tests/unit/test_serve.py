@@ -64,6 +64,15 @@ def test_overrides_reach_the_component_and_replicas_multiply() -> None:
     assert flag(decode[0].command, "max-model-len") == "512"
 
 
+def test_replicas_may_have_tensor_parallel_sizes_of_their_own() -> None:
+    sizes = "--DecodeWorker.tensor-parallel-size=[1, 2]"
+    found = plan("disagg", "--DecodeWorker.replicas=3", sizes, "--DecodeWorker.devices=[[1], [2, 3], [4, 5]]")
+    decode = [p for p in found.processes if p.component == "DecodeWorker"]
+    assert [flag(p.command, "tensor-parallel-size") for p in decode] == ["1", "2", "2"]
+    assert [p.environment["CUDA_VISIBLE_DEVICES"] for p in decode] == ["1", "2,3", "4,5"]
+    assert {flag(p.command, "tensor-parallel-size") for p in found.processes if p.component == "PrefillWorker"} == {"1"}
+
+
 @pytest.mark.parametrize(
     ("flags", "name", "dtypes"),
     [
@@ -103,6 +112,8 @@ def test_transport_sets_ucx_before_the_engine_starts() -> None:
         (["--DecodeWorker.max-model-length=2"], "did you mean 'max-model-len'"),
         (["--DecodeWorker.replicas=many"], "DecodeWorker.replicas = 'many'"),
         (["--DecodeWorker.kv-memory-gib=5000"], "lower kv-memory-gib"),
+        (["--DecodeWorker.tensor-parallel-size=[2, 0]"], "1 or more, or a list"),
+        (["--DecodeWorker.devices=[[0, 1], [2]]"], "has 2 GPUs, tensor-parallel-size is 1"),
         (["--Common.modl=x"], "did you mean 'model'"),
         (["replicas=2"], "for example --DecodeWorker.replicas=3"),
         (["--DecodeWorker.replicas"], "write --DecodeWorker.replicas=VALUE"),
