@@ -53,7 +53,10 @@ class Arrivals:
     def reserve(self, ticket: Ticket, offer: KVOffer | None) -> None:
         """Begin a life here: reserves and fills blocks; no token comes before ``commit``."""
         if ticket.fingerprint != self.fingerprint:
-            raise InvalidRequest("model, weights, runner or KV layout of the two workers differ")
+            raise InvalidRequest(
+                "model, weights, runner or KV layout of the two workers differ, or the tensor-parallel size of a model "
+                "whose KV caches do not divide into heads"
+            )
         if ticket.life in self.lives:
             raise SessionError(f"life {ticket.life:x} of request {ticket.request_id} is here already")
         self._suspects.require_few(ticket.request_id)

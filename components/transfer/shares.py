@@ -124,7 +124,7 @@ class Shares:
 
     def _share(self, peer: AgentRecord, takes: bool) -> Share:
         known = self._known.get((peer.name, takes))
-        if known is None or known[0] is not peer:
+        if known is None or (known[0] is not peer and known[0] != peer):
             known = self._known[peer.name, takes] = peer, self._made(peer, takes)
         return known[1]
 

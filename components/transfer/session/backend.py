@@ -185,6 +185,7 @@ class NixlBackend:
         number, inbox = self._open(copy.peer)
         start = time.perf_counter()
         try:
+            self.side.prepare(copy.share)
             self.side.send(copy.peer, wire.Hello(number, reply=True))
             while not inbox.greeted:
                 yield False
@@ -241,6 +242,7 @@ class NixlBackend:
                     return
                 yield False
             if isinstance(message, wire.Hello):
+                self.side.prepare(self.side.shares.given(peer))
                 self.side.send(peer, wire.Hello(message.id, reply=False))
             else:
                 yield from serve_write(self.side, peer, message, inbox)

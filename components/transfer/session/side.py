@@ -18,7 +18,7 @@ from components.transfer.data.nixl import NixlLink
 from components.transfer.data.staging import Staging
 from components.transfer.layout import Ints, extents
 from components.transfer.session import messages as wire
-from components.transfer.shares import Shares
+from components.transfer.shares import Share, Shares
 
 LANE = "nixl/ucx"
 
@@ -58,6 +58,11 @@ class Side:
         """Backend and, where known, the transports that UCX chose."""
         chosen = ucx.log.lane(operation, same_host=peer.host == self.host)
         return f"{LANE}/{chosen}" if chosen else LANE
+
+    def prepare(self, share: Share) -> None:
+        """Compile what a staged transfer of these pieces needs, ahead of the first one."""
+        if self.staging is not None:
+            self.staging.packing(share)
 
     def memory(self, copy: Copy) -> Ints:
         """Extents of the copy's blocks on both sides."""
