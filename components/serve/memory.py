@@ -2,8 +2,8 @@
 """Checks, before the start, that there is memory for a plan's KV blocks, and shared memory.
 
 One token of full attention takes ``2 * layers * KV heads * head size * bytes of the dtype`` (keys and values), split
-over the tensor-parallel ranks, as in vLLM. Other models (MLA, sliding windows) and names without a folder are left to
-vLLM. Raises ``ConfigError``.
+over the tensor-parallel ranks, as in vLLM. Other models (MLA, sliding windows, states, a quantised KV cache) and names
+without a folder are left to vLLM. Raises ``ConfigError``.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def bytes_per_token(config: WorkerConfig) -> float | None:
     try:
         model: dict[str, Any] = json.loads((Path(config.model) / "config.json").read_bytes())
         heads = model["num_attention_heads"]
-        if "kv_lora_rank" in model or "kv-cache-dtype" in config.engine_flags:
+        if _keeps_something_else(model) or "kv-cache-dtype" in config.engine_flags:
             return None
         kv_heads = model.get("num_key_value_heads") or heads
         size = model.get("head_dim") or model["hidden_size"] // heads
@@ -87,3 +87,11 @@ def bytes_per_token(config: WorkerConfig) -> float | None:
         return float(2 * model["num_hidden_layers"] * share * size * width)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _keeps_something_else(model: dict[str, Any]) -> bool:
+    """True when a layer of the model does not keep keys and values of all tokens in the model's dtype."""
+    windows = model.get("sliding_window") and model.get("use_sliding_window") is not False
+    others = set(model.get("layer_types") or ()) - {"full_attention"}
+    states = any(mark in key for key in model for mark in ("mamba", "ssm_", "kv_lora_rank"))
+    return bool(windows or others or states or (model.get("quantization_config") or {}).get("kv_cache_scheme"))

@@ -111,6 +111,28 @@ def test_moved_answers_equal_unmoved_ones_without_a_prefix_cache(
     assert runner.run(asyncio.wait_for(moved_answers(pair, 100, family_of(request)), 630)) == 100
 
 
+@pytest.mark.slow
+@with_each(caching=False)
+def test_a_replay_gives_what_vllm_makes_of_the_same_tokens(runner: asyncio.Runner, pair: Pair) -> None:
+    """Also where vLLM's prefill and decoding round differently, so that it is not what an unmoved request gives."""
+
+    async def scenario() -> None:
+        for number, prompt in enumerate(PROMPTS):
+            request = request_of(f"replayed-{number}", prompt, SAMPLINGS[0])
+            client, stream = Client(), pair.a.generate(request)
+            await take_until(stream, client, 30 + number)
+            moved = await move(pair.a, pair.b, request, client, stream, live=False, replay=True)
+            made = len(client.tokens)
+            async for output in moved:  # type: ignore[attr-defined]
+                client.take(output)
+            tokens = (*request.prompt_token_ids, *client.tokens[:made])
+            rest = msgspec.structs.replace(SAMPLINGS[0], max_tokens=len(client.tokens) - made)
+            stock = await run(pair.b, GenerateRequest(RequestId(f"stock-{number}"), tokens, rest))
+            assert client.tokens[made:] == stock.tokens, number
+
+    runner.run(asyncio.wait_for(scenario(), 120))
+
+
 @with_each()
 def test_vllm_keeps_its_hybrid_cache_manager_and_windows_move_what_they_hold(
     runner: asyncio.Runner, pair: Pair, request: pytest.FixtureRequest
