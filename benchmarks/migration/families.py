@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -20,8 +20,15 @@ from benchmarks.migration.engines import Answer, engines, greedy, program, tell,
 from components import models
 from components.errors import MigrateError
 
-_MODELS = ("tiny-llama", "tiny-gemma3", "tiny-gpt-oss", "tiny-deepseek-v3", "tiny-qwen3-next")
-_BLOCKS = {"tiny-gemma3": 900, "tiny-gpt-oss": 450, "tiny-deepseek-v3": 600, "tiny-qwen3-next": 100}
+_MODELS: dict[str, dict[str, Any]] = {
+    "tiny-llama": {},
+    "tiny-llama-int8": {"kv_cache_dtype": "fp8"},
+    "tiny-gemma3": {"num_gpu_blocks_override": 900},
+    "tiny-gpt-oss": {"num_gpu_blocks_override": 450},
+    "tiny-deepseek-v3": {"num_gpu_blocks_override": 600, "block_size": 16},
+    "tiny-qwen3-next": {"num_gpu_blocks_override": 100},
+}
+"""With arguments of vLLM's engine."""
 
 
 class Moved(msgspec.Struct):
@@ -51,11 +58,9 @@ class Moved(msgspec.Struct):
 
 async def _measure(model: str, prompt: int, moves: int) -> Moved:
     tokens = 60 * (moves + 1)
-    blocks = _BLOCKS.get(model, 300)
-    size = 16 if model == "tiny-deepseek-v3" else 32
     # No engine has a part of the answer from before.
-    arguments = {"model": models.resolve(model), "num_gpu_blocks_override": blocks, "enable_prefix_caching": False}
-    async with engines(**arguments, block_size=size, max_model_len=2048) as (a, b):
+    arguments = {"num_gpu_blocks_override": 300, "enable_prefix_caching": False, "max_model_len": 2048}
+    async with engines(model=models.resolve(model), **(arguments | _MODELS.get(model, {}))) as (a, b):
         text = tuple(1000 + number % 97 for number in range(prompt))
         plain = await Answer("plain").rest(a.generate(greedy("plain", text, tokens)))
         answer = await to_and_fro(a, b, greedy("moved", text, tokens), Answer("moved"), moves)

@@ -98,6 +98,10 @@ def test_a_fine_tune_with_the_same_configuration_has_another_fingerprint(model: 
     assert engine(model) != before
 
 
+def quantised(how: dict[str, Any]) -> Any:
+    return SimpleNamespace(to_dict=lambda: {"hidden_size": 64, "quantization_config": how})
+
+
 def drafts(method: str = "ngram", drafter: Any = None) -> Any:
     return SimpleNamespace(
         method=method,
@@ -116,6 +120,8 @@ def test_whatever_changes_a_token_changes_the_fingerprint(model: Path, tmp_path:
         {"dtype": torch.float16},
         {"cache_dtype": "fp8"},
         {"quantization": "awq"},
+        {"quantization": "gptq", "hf_config": quantised({"quant_method": "gptq", "bits": 4})},
+        {"quantization": "gptq", "hf_config": quantised({"quant_method": "gptq", "bits": 8})},
         {"quantization": "fp8"},
         {"quantization": "online", "quantization_config": {"linear": "fp8_per_block"}},
         {"quantization": "online", "quantization_config": {"linear": "fp8_per_tensor"}},
