@@ -80,7 +80,7 @@ async def moved_answers(pair: Pair, count: int, family: str) -> int:
         plain = await run(pair.a, request)
         client, source, target = Client(), pair.a, pair.b
         stream: object = source.generate(request)
-        for stop in (6 + number % 7, 30 + number % 13, 60 + number % 32):
+        for stop in (6 + number % 7, 20 + number % 13, 40 + number % 32):
             await take_until(stream, client, stop)  # type: ignore[arg-type]
             stream = await move(source, target, request, client, stream, **mode_of(family, number))
             source, target = target, source
