@@ -109,4 +109,21 @@ FAMILIES: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
             "layer_types": ["linear_attention"] * 3 + ["full_attention"],
         },
     ),
+    # Selective states (Mamba), one layer of full attention, and experts. On GPUs alone: vLLM has no kernels for CPUs.
+    "tiny-jamba": (
+        ("Jamba", "JambaForCausalLM"),
+        LARGE
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "attn_layer_period": 4,
+            "attn_layer_offset": 2,
+            "mamba_d_state": 16,
+            "mamba_dt_rank": 8,
+            "num_attention_heads": 2,
+            "use_mamba_kernels": False,
+        },
+    ),
 }

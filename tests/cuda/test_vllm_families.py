@@ -44,6 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt-oss": {"model": "tiny-gpt-oss"},
     "deepseek-v3": {"model": "tiny-deepseek-v3"},
     "qwen3-next": {"model": "tiny-qwen3-next"},
+    "jamba": {"model": "tiny-jamba"},
     "fp8-kv": {"model": "tiny-llama-int8", "kv_cache_dtype": "fp8"},
     "eagle": {"model": "tiny-llama", "drafter": "tiny-llama-eagle", "drafts": {"method": "eagle"}},
     "mtp": {"model": "tiny-mimo", "drafts": {"method": "mtp"}},
