@@ -95,7 +95,8 @@ def decode(data: bytes) -> Native:
         raise InvalidRequest(f"a request of {len(data)} bytes; {MAX_BYTES} are allowed")
     try:
         return msgspec.msgpack.decode(data, type=Native)
-    except (msgspec.DecodeError, RecursionError, *REFUSALS) as error:
+    except (msgspec.DecodeError, RecursionError, AssertionError, *REFUSALS) as error:
+        # vLLM asserts that an adapter has a path.
         raise InvalidRequest(f"a request that this vLLM cannot read: {error}") from error
 
 
