@@ -104,7 +104,7 @@ class BlockChecksums:
             sums = _weighted(words, self._weight(words.shape[2]))
             odd, unit = torch.tensor([[2 * each.place + 1, each.unit] for each in same]).to(self._device).unbind(1)
             total.index_add_(0, unit, sums * odd[:, None])
-        return total.T
+        return total.T.contiguous()
 
     def _weight(self, length: int) -> torch.Tensor:
         if length not in self._weights:

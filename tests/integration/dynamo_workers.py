@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,15 @@ class Answer:
 
 
 class Served:
-    """One frontend and a worker for each role of ``roles``: ``prefill``, ``decode`` or ``agg``."""
+    """One frontend and a worker for each role of ``roles``: ``prefill``, ``decode`` or ``agg``.
 
-    def __init__(self, folder: Path, model: str, etcd_url: str, roles: list[str]) -> None:
+    ``ranks``: tensor-parallel sizes by role, where they are not 1.
+    """
+
+    def __init__(
+        self, folder: Path, model: str, etcd_url: str, roles: list[str], ranks: Mapping[str, int] | None = None
+    ) -> None:
+        self._ranks = ranks or {}
         self.namespace = f"apart-{uuid.uuid4().hex[:8]}"
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/v1"
@@ -77,6 +84,7 @@ class Served:
         events = {"publisher": "zmq", "topic": "kv-events", "endpoint": f"tcp://*:{free_port()}"}
         command += ["--kv-events-config", json.dumps(events | {"enable_kv_cache_events": True})]
         command += ["--disaggregation-mode", role] if role != "agg" else []
+        command += ["--tensor-parallel-size", str(self._ranks.get(role, 1))]
         self.workers.append((role, self._start(f"worker{len(self.workers)}", command)))
 
     def _start(self, name: str, module: list[str], **more: str) -> subprocess.Popen[bytes]:
