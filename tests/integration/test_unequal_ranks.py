@@ -24,10 +24,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 COMMON: dict[str, Any] = {"dtype": "float32", "integrity": "full", "enable_prefix_caching": False}
 PAIRS: dict[str, dict[str, Any]] = {
     "llama 1 2": {"ranks": (1, 2)},
-    # It has two heads: each is on two of the four ranks.
-    "llama 2 4": {"ranks": (2, 4)},
     "gemma3 1 2": {"ranks": (1, 2), "model": "tiny-gemma3", "num_gpu_blocks_override": 900},
-    "deepseek-v3 1 2": {"ranks": (1, 2), "model": "tiny-deepseek-v3", "num_gpu_blocks_override": 600, "block_size": 16},
 }
 with_each = pytest.mark.parametrize(
     "pair", [pytest.param(more | COMMON, id=name) for name, more in PAIRS.items()], indirect=True
