@@ -198,6 +198,9 @@ class GenerateOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     """(code, message) with ``FinishReason.ERROR``."""
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache (first output only)."""
+    committed: tuple[int, ...] | None = None
+    """With the first output of a landing that the source's engine has committed and nobody else yet: its
+    ``Frozen.output_token_ids``."""
 
 
 _Text = Annotated[str, msgspec.Meta(max_length=1024)]
@@ -333,7 +336,7 @@ class Engine(Protocol):
 
         All tokens up to the frozen state have left through the ``generate`` stream, which stays open. With
         ``commit_to`` this engine may send the state, with ``use_within_s``, to the destination's at once. The caller
-        commits it all the same: until then nothing of the request leaves the destination's ``generate``.
+        commits it all the same, and ends that life if it resumes this one.
         """
         ...
 

@@ -16,6 +16,8 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 
+import msgspec
+
 from components.engine.protocol import Engine, FinishReason, GenerateOutput, GenerateRequest, KVOffer, RequestId
 from components.errors import InvalidRequest, MigrateError, RequestNotFound, SessionError
 from components.migration.events import Event
@@ -89,6 +91,9 @@ class Arrivals:
             async for output in self._suspects.watched(self._engine.generate(request)):
                 if output.finish_reason is not FinishReason.FROZEN:
                     self.tokens_total += len(output.token_ids)
+                if output.committed is not None:
+                    leg.before, leg.committed = output.committed, True
+                    output = msgspec.structs.replace(output, committed=None)
                 leg.add(output)
         except MigrateError as error:
             self._fail(leg, error)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Messages between workers, and from planners and the command line to workers.
 
-One endpoint, ``<namespace>.<component>.migrate``, answers every ``WorkerCall`` with one ``WorkerReply`` or, for
-``attach``, with a stream of ``Attached``. ``components.messages`` packs, bounds and seals them.
+One endpoint, ``<namespace>.<component>.migrate``, answers every ``WorkerCall`` with one ``WorkerReply``, ``many`` with
+a stream of ``Replies`` and ``pipe`` with one of ``Piped`` (``components.migration.bundles``). ``components.messages``
+packs, bounds and seals them.
 
 A call names a *life* of a request: each stay of a request in an engine has a random number, and a call with another
 number is refused. A late, doubled or crossed call therefore never reaches the next life.
@@ -102,6 +103,11 @@ class WorkerOp(StrEnum):
     COMMIT = "commit"
     ABORT = "abort"
     ATTACH = "attach"
+    """Read a life through a pipe."""
+    DETACH = "detach"
+    PIPE = "pipe"
+    MANY = "many"
+    """Several calls in one."""
     OWNERS = "owners"
     SUSPECTS = "suspects"
     """Requests that were in flight when the caller's engine died."""
@@ -123,9 +129,15 @@ class WorkerCall(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens: tuple[int, ...] = ()
     frozen: Frozen | None = None
     hold_s: float = 0.0
-    """``expect-commit``: time in which to begin no step. ``landing``: longest wait for the blocks."""
+    """``expect-commit``: time in which to begin no step. ``landing``, ``extend``: longest wait for the blocks."""
     index: int = 0
     """``attach``: output token to begin with; -1: the first one made there."""
+    pipe: int = 0
+    """``pipe``: its number, which the reader has made up; ``attach``, ``detach``: where the items go."""
+    reader: int = 0
+    """``attach``, ``detach``: number of the reader in that pipe."""
+    calls: Annotated[tuple[msgspec.Raw, ...], msgspec.Meta(max_length=65536)] = ()
+    """``many``: other calls, packed."""
     owners: Annotated[tuple[tuple[RequestId, Owner], ...], msgspec.Meta(max_length=65536)] = ()
     suspects: Annotated[tuple[RequestId, ...], msgspec.Meta(max_length=65536)] = ()
     target: int = 0
@@ -250,10 +262,26 @@ class WorkerReply(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Attached(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One item of an ``attach`` stream: tokens, the request's next owner, or an error. The first one is empty."""
+    """One item for a reader: tokens, the request's next owner, or an error. The first one is empty."""
 
     outputs: tuple[GenerateOutput, ...] = ()
     moved: Owner | None = None
+    error: tuple[str, str] | None = None
+    end: bool = False
+    """Nothing follows."""
+
+
+class Piped(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Items for the readers of a pipe, by their numbers. The first one of a pipe is empty."""
+
+    items: Annotated[tuple[tuple[int, Attached], ...], msgspec.Meta(max_length=65536)] = ()
+    error: tuple[str, str] | None = None
+
+
+class Replies(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Answers to calls of a bundle, by their places in it."""
+
+    replies: Annotated[tuple[tuple[int, WorkerReply], ...], msgspec.Meta(max_length=65536)] = ()
     error: tuple[str, str] | None = None
 
 

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 from components.engine.protocol import GenerateOutput, RequestId
 from components.errors import DeadlineExceeded, MigrateError, WorkerLost, from_code
-from components.messages import pack, unpack
+from components.messages import pack
+from components.migration.bundles import Calls, Pipes
 from components.migration.messages import Attached, Owner, WorkerCall, WorkerOp, WorkerReply, WorkerState
 
 OPEN_S = 20.0
@@ -60,6 +61,8 @@ class DynamoPeers:
         self._clients = clients
         self._own: Any = None
         self._first: list[Any] | None = None
+        self._calls = Calls(self._stream)
+        self._pipes = Pipes(self._stream, self.call)
 
     @classmethod
     async def connect(cls, runtime: Any, namespace: str, components: Sequence[str]) -> DynamoPeers:
@@ -103,29 +106,21 @@ class DynamoPeers:
         """See ``Peers``."""
         try:
             async with asyncio.timeout(timeout_s):
-                reply: WorkerReply | None = None
-                # To the end of the stream: both sides would log an early end as a cancelled call.
-                async with aclosing(self._stream(instance, call)) as stream:
-                    async for item in stream:
-                        reply = unpack(item, WorkerReply)
+                reply = await self._calls.ask(instance, call)
         except TimeoutError as error:
             raise DeadlineExceeded(
                 f"worker {short(instance)} did not answer {call.op} within {timeout_s:g} s"
             ) from error
-        if reply is None:
-            raise WorkerLost(f"worker {short(instance)} closed the call {call.op} without an answer")
         if reply.error is not None:
             raise from_code(*reply.error)
         return reply
 
-    async def attach(
+    def attach(
         self, owner: Owner, request_id: RequestId, index: int, token_ids: tuple[int, ...] = ()
     ) -> AsyncGenerator[Attached, None]:
         """See ``Peers``."""
         call = WorkerCall(WorkerOp.ATTACH, request_id, owner.life, index=index, tokens=token_ids)
-        async with aclosing(self._stream(owner.instance, call)) as stream:
-            async for item in stream:
-                yield unpack(item, Attached)
+        return self._pipes.attach(owner.instance, call)
 
     async def _stream(self, instance: int, call: WorkerCall) -> AsyncGenerator[Any, None]:
         from dynamo._core import Context

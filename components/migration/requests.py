@@ -35,7 +35,7 @@ from components.migration.suspects import Suspects
 logger = logging.getLogger(__name__)
 _SWEEP_S = 1.0
 _CUT_OVERS = 32
-"""Requests of this worker that are frozen at a time."""
+"""Requests of this worker whose freeze is under way at a time."""
 
 T = TypeVar("T")
 
@@ -56,6 +56,19 @@ class Options:
     """A request with fewer tokens to come is relayed to its end: a repeat would cost more."""
     steps_ahead: int = 0
     """Of this worker's engine; see ``EngineInfo``."""
+
+
+class Turn:
+    """One request's turn to be frozen."""
+
+    def __init__(self, turns: asyncio.Semaphore) -> None:
+        self._turns: asyncio.Semaphore | None = turns
+
+    def end(self) -> None:
+        """Let the next request have its turn. Idempotent."""
+        turns, self._turns = self._turns, None
+        if turns is not None:
+            turns.release()
 
 
 class Requests:
@@ -89,15 +102,16 @@ class Requests:
         return self.arrivals.fingerprint
 
     @asynccontextmanager
-    async def cut_over(self) -> AsyncIterator[bool]:
-        """Around a freeze, up to the first token elsewhere. Gives True if others had to end theirs first."""
-        waited = self._cut_overs.locked()
-        async with self._cut_overs:
-            self.cutting_over += 1
-            try:
-                yield waited
-            finally:
-                self.cutting_over -= 1
+    async def cut_over(self) -> AsyncIterator[Turn]:
+        """Around a freeze, up to the first token elsewhere."""
+        await self._cut_overs.acquire()
+        turn = Turn(self._cut_overs)
+        self.cutting_over += 1
+        try:
+            yield turn
+        finally:
+            self.cutting_over -= 1
+            turn.end()
 
     @property
     def tokens_total(self) -> int:

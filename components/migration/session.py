@@ -28,7 +28,7 @@ from components.errors import DeadlineExceeded, MigrateError, NotMigratable, Req
 from components.migration.legs import Arrival, Away, Leg, new_life
 from components.migration.messages import Mode, MoveRecord, Owner, WorkerCall, WorkerOp, WorkerReply
 from components.migration.peers import follow, short
-from components.migration.requests import Requests
+from components.migration.requests import Requests, Turn
 from components.timeline import mark
 
 logger = logging.getLogger(__name__)
@@ -126,13 +126,11 @@ class _Move:
             first = asyncio.ensure_future(self._first(relay))
             await self._pre_copy(rounds=self._limits.rounds if record.mode is Mode.LIVE else 0)
             await self._until(opened, first)
-            async with self._requests.cut_over() as waited:
-                if waited and record.mode is Mode.LIVE:
-                    await self._pre_copy(rounds=2)
+            async with self._requests.cut_over() as turn:
                 # A step of the source has just ended: all that follows can be timed from here.
                 await leg.next_token(_WAIT_STEPS * gap)
                 self._mark("freeze asked")
-                frozen, downtime = await self._cut_over(first, gap, record.mode)
+                frozen, downtime = await self._cut_over(first, gap, record.mode, turn)
         except BaseException:
             if first is not None:
                 first.cancel()
@@ -166,7 +164,9 @@ class _Move:
             added_stall_s=max(0.0, downtime - gap),
         )
 
-    async def _cut_over(self, first: asyncio.Future[GenerateOutput], gap: float, mode: Mode) -> tuple[Frozen, float]:
+    async def _cut_over(
+        self, first: asyncio.Future[GenerateOutput], gap: float, mode: Mode, turn: Turn
+    ) -> tuple[Frozen, float]:
         limit = self._limits.frozen_s
         announce = asyncio.ensure_future(self._hold(gap))
         commit: asyncio.Future[WorkerReply] | None = None
@@ -176,11 +176,14 @@ class _Move:
                 to = self._status.commit_to if mode is not Mode.REPLAY else None
                 frozen = await self._engine.freeze(self._leg.engine_id, to, limit)
                 self._mark("frozen")
+                if to is not None:
+                    # The destination has the commit already.
+                    turn.end()
                 given = _without_blocks(frozen) if mode is Mode.REPLAY else frozen
                 given = msgspec.structs.replace(given, use_within_s=limit)
                 commit = asyncio.ensure_future(self._call(WorkerOp.COMMIT, frozen=given))
                 await asyncio.wait((first, commit), return_when=asyncio.FIRST_COMPLETED)
-                if commit.done():
+                if not first.done():
                     commit.result()
                 output = await asyncio.shield(first)
                 if output.error is not None:
@@ -189,7 +192,7 @@ class _Move:
             raise DeadlineExceeded(f"no token from {short(self._owner.instance)} within {limit:g} s") from error
         finally:
             announce.cancel()
-            if commit is not None and not commit.done():
+            if commit is not None:
                 # With a token from there the answer is known, and nobody waits for it.
                 self._requests.spawn(_ended(commit))
         return frozen, max(0.0, self._first_at - self._leg.last_token_at)
@@ -259,8 +262,8 @@ class _Move:
             offer = await self._offer(True)
             if offer.num_tokens - status.landed_tokens <= _ALMOST * offer.block_size:
                 break
-            await self._call(WorkerOp.EXTEND, offer=offer, tokens=tuple(leg.known()))
-            status = await self._landed()
+            call = await self._call(WorkerOp.EXTEND, offer=offer, tokens=tuple(leg.known()), hold_s=_LANDING_S)
+            status = call.landing if call.landing is not None and call.landing.landed else await self._landed()
         self._status = status
 
     async def _offer(self, blocks: bool) -> KVOffer:

@@ -15,14 +15,15 @@ from typing import Any
 from components.engine.protocol import LandingStatus, RequestId
 from components.errors import InvalidRequest, MigrateError, RequestNotFound
 from components.messages import pack, unpack
+from components.migration.bundles import Outlets, answered
 from components.migration.events import Event
 from components.migration.legs import Arrival
-from components.migration.messages import Attached, WorkerCall, WorkerOp, WorkerReply
+from components.migration.messages import Piped, Replies, WorkerCall, WorkerOp, WorkerReply
 from components.migration.requests import Requests
 from components.timeline import mark
 from components.worker.state import WorkerStatus
 
-_POLL_S = 0.004
+_POLL_S, _LONGEST_POLL_S = 0.004, 0.064
 _MAX_HOLD_S = 5.0
 """Longest delay of an answer."""
 
@@ -37,27 +38,33 @@ class Control:
         self._requests = requests
         self._status = status
         self._release = release
+        self._outlets = Outlets()
 
     async def serve(self, payload: Any) -> AsyncGenerator[dict[str, str], None]:
-        """Answer one call with one item or, for ``attach``, with a stream."""
+        """Answer one call with one item or, for ``many`` and ``pipe``, with a stream."""
+        kind: type[WorkerReply] | type[Replies] | type[Piped] = WorkerReply
         try:
             call = unpack(payload, WorkerCall)
-        except MigrateError as error:
-            yield pack(WorkerReply(error=(error.code, str(error))))
-            return
-        if call.op is WorkerOp.ATTACH:
-            try:
-                attached = self._requests.arrivals.attach(call.request_id, call.life, call.index, call.tokens)
-                async with aclosing(attached):
-                    async for item in attached:
+            if call.op is WorkerOp.MANY:
+                kind = Replies
+                async with aclosing(answered(call, self._reply)) as replies:
+                    async for some in replies:
+                        yield pack(some)
+            elif call.op is WorkerOp.PIPE:
+                kind = Piped
+                async with aclosing(self._outlets.items(call)) as items:
+                    async for item in items:
                         yield pack(item)
-            except MigrateError as error:
-                yield pack(Attached(error=(error.code, str(error))))
-            return
-        try:
-            yield pack(await self._answer(call))
+            else:
+                yield pack(await self._reply(call))
         except MigrateError as error:
-            yield pack(WorkerReply(error=(error.code, str(error))))
+            yield pack(kind(error=(error.code, str(error))))
+
+    async def _reply(self, call: WorkerCall) -> WorkerReply:
+        try:
+            return await self._answer(call)
+        except MigrateError as error:
+            return WorkerReply(error=(error.code, str(error)))
 
     async def _answer(self, call: WorkerCall) -> WorkerReply:
         requests, engine = self._requests, self._requests.engine
@@ -68,18 +75,28 @@ class Control:
             case WorkerOp.LANDING:
                 return WorkerReply(landing=await self._landing(self._arrival(call), call.hold_s))
             case WorkerOp.EXTEND if call.offer is not None:
-                await engine.extend(self._arrival(call).engine_id, call.offer, call.tokens)
+                leg = self._arrival(call)
+                await engine.extend(leg.engine_id, call.offer, call.tokens)
+                return WorkerReply(landing=await self._landing(leg, call.hold_s))
+            case WorkerOp.ATTACH:
+                arrivals = requests.arrivals
+                await self._outlets.attach(call, arrivals.attach(call.request_id, call.life, call.index, call.tokens))
+            case WorkerOp.DETACH:
+                self._outlets.detach(call)
             case WorkerOp.EXPECT_COMMIT:
                 mark("target", "commit expected", call.request_id)
                 await engine.expect_commit(self._arrival(call).engine_id, call.hold_s)
             case WorkerOp.COMMIT if call.frozen is not None:
                 leg = self._arrival(call)
                 mark("target", "commit", call.request_id)
-                leg.before, leg.committed = call.frozen.output_token_ids, True
+                # The source's engine may have committed it before.
+                early = leg.committed
+                if not early:
+                    leg.before, leg.committed = call.frozen.output_token_ids, True
                 try:
                     await engine.commit(leg.engine_id, call.frozen)
                 except BaseException:
-                    leg.committed = False
+                    leg.committed = early
                     raise
                 requests.events[Event.LANDED] += 1
             case WorkerOp.ABORT:
@@ -115,7 +132,7 @@ class Control:
 
     async def _landing(self, leg: Arrival, hold_s: float) -> LandingStatus:
         """Progress, when the blocks are there or after ``hold_s``. The engine may not have the request yet."""
-        end = time.monotonic() + min(hold_s, _MAX_HOLD_S)
+        end, poll = time.monotonic() + min(hold_s, _MAX_HOLD_S), _POLL_S
         while True:
             over = time.monotonic() >= end
             try:
@@ -127,4 +144,5 @@ class Control:
                     raise leg.refused or error from None
                 if over:
                     return LandingStatus(reserved=False, in_flight=True)
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(poll)
+            poll = min(2 * poll, _LONGEST_POLL_S)

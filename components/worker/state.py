@@ -37,7 +37,7 @@ _RECORDS = 64
 _DISCOVERY_S = 5.0
 """Longest wait of a leaving worker for etcd."""
 _BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.25, 5.0
-_AT_ONCE = 64
+_AT_ONCE = 256
 """Concurrent moves from one worker; fewer are frozen (``Requests.cut_over``)."""
 
 

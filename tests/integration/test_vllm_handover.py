@@ -237,7 +237,7 @@ def test_engines_commit_directly_where_they_can_and_no_token_changes(
         runner.run(asyncio.wait_for(scenario(), 60))
 
 
-def test_a_request_that_its_engines_have_moved_alone_gives_nothing_and_can_be_taken_back(
+def test_a_request_that_its_engines_have_moved_alone_goes_on_there_and_can_be_taken_back(
     runner: asyncio.Runner, pair: Pair
 ) -> None:
     async def scenario() -> None:
@@ -259,7 +259,9 @@ def test_a_request_that_its_engines_have_moved_alone_gives_nothing_and_can_be_ta
             await asyncio.sleep(0.01)
         while not any(row.output_tokens > len(made) + 20 for row in await pair.b.requests()):
             await asyncio.sleep(0.01)
-        assert not waiting.done()
+        first = await waiting
+        assert first.committed is not None and first.index == len(first.committed) >= len(made)
+        assert [*first.committed, *first.token_ids] == plain.tokens[: first.index + len(first.token_ids)]
         await pair.a.resume(request.request_id)
         await pair.b.abort(request.request_id)
         output = await waiting

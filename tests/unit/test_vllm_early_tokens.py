@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A landing that the source's engine has committed: no token of it leaves ``generate`` before its worker's commit."""
+"""A landing whose first tokens come before its worker's commit.
+
+They leave ``generate`` when the engine says that the source's engine has committed it; otherwise they wait.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from components.errors import NoRoom
 from tests.vllm_scheduler import offer_of
 
 pytest.importorskip("vllm")
+from components.engine.vllm.control import COMMITTED  # noqa: E402
 from components.engine.vllm.engine import VLLMEngine, VLLMOptions  # noqa: E402
 
 ONE = RequestId("one")
@@ -36,11 +40,11 @@ class Engine(VLLMEngine):
         if self.refuses:
             raise NoRoom("full")
 
-    def give(self, *tokens: int, finish: str | None = None) -> None:
+    def give(self, *tokens: int, finish: str | None = None, committed: tuple[int, ...] | None = None) -> None:
         sample = SimpleNamespace(token_ids=list(tokens), finish_reason=finish, stop_reason=None, logprobs=None)
-        self.items.put_nowait(
-            SimpleNamespace(outputs=[sample], finished=finish is not None, kv_transfer_params=None, num_cached_tokens=0)
-        )
+        more = {"outputs": [sample], "finished": finish is not None, "num_cached_tokens": 0}
+        told = None if committed is None else {COMMITTED: list(committed)}
+        self.items.put_nowait(SimpleNamespace(kv_transfer_params=told, **more))
 
 
 class LLM:
@@ -79,6 +83,34 @@ async def test_tokens_wait_for_the_commit_and_are_counted_from_it() -> None:
     rest = [await first, *[output async for output in stream]]
     assert [(output.index, output.token_ids) for output in rest] == [(2, (7,)), (3, (8,))]
     assert rest[-1].finish_reason is FinishReason.LENGTH
+
+
+async def test_tokens_leave_with_the_commit_of_the_sources_engine() -> None:
+    engine = Engine(lease_s=0.05)
+    stream, first = await landing(engine)
+    engine.give(7, committed=(5, 6))
+    output = await first
+    assert (output.index, output.token_ids, output.committed) == (2, (7,), (5, 6))
+    # Its worker's commit may come later, or never.
+    await asyncio.sleep(0.1)
+    engine.give(8, committed=(5, 6))
+    second = await anext(stream)
+    assert (second.index, second.token_ids, second.committed) == (3, (8,), None)
+    await engine.commit(ONE, STATE)
+    engine.give(9, finish="length")
+    assert [(o.index, o.token_ids) async for o in stream] == [(4, (9,))]
+
+
+async def test_a_workers_commit_that_is_refused_after_the_engines_stops_nothing() -> None:
+    engine = Engine()
+    stream, first = await landing(engine)
+    engine.give(7, committed=(5, 6))
+    await first
+    engine.refuses = True
+    with pytest.raises(NoRoom):
+        await engine.commit(ONE, STATE)
+    engine.give(8, finish="length")
+    assert [(o.index, o.token_ids) async for o in stream] == [(3, (8,))]
 
 
 @pytest.mark.parametrize("finished", [False, True], ids=["still running", "finished"])

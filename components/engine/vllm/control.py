@@ -26,6 +26,11 @@ MARKER = "dynamo_migrate"
 """Key under ``kv_transfer_params`` that carries a ``Marker`` into and a ``Frozen`` out of the core."""
 
 
+COMMITTED = "dynamo_migrate_committed"
+"""Key under ``kv_transfer_params`` of the first outputs of a landing that the source's engine has committed; its tokens
+until then."""
+
+
 class Marker(msgspec.Struct, frozen=True, omit_defaults=True):
     """Facts about a request that vLLM does not pass to the scheduler. A request without marker is new."""
 

@@ -34,7 +34,7 @@ from components.engine.protocol import (
 )
 from components.engine.vllm import native
 from components.engine.vllm.client import CoreClient
-from components.engine.vllm.control import MARKER, decode_frozen
+from components.engine.vllm.control import COMMITTED, MARKER, decode_frozen
 from components.engine.vllm.loras import Loras
 from components.engine.vllm.sampling import finish_reason, logprobs_of, marked, to_vllm
 from components.engine.vllm.start import VLLMOptions, info_of, start
@@ -121,8 +121,11 @@ class VLLMEngine:
             live.landing = asyncio.Event()
             self._renew_lease(request.request_id)
         stream = self._llm.generate(prompt, params, request.request_id, **keywords)
+        committed: tuple[int, ...] | None = None
         try:
             async for item in stream:
+                if (tokens := self._committed_directly(live, item)) is not None:
+                    committed = tokens
                 if item.outputs[0].token_ids and not await self._committed(live):
                     continue
                 if item.finished and live.ended is not None:
@@ -132,7 +135,8 @@ class VLLMEngine:
                             yield msgspec.structs.replace(output, finish_reason=None, stop_reason=None)
                     break
                 for output in self._outputs(request.request_id, live, item):
-                    yield output
+                    yield msgspec.structs.replace(output, committed=committed) if committed is not None else output
+                    committed = None
             if live.ended is not None:
                 yield msgspec.structs.replace(live.ended, index=live.delivered)
         except native.REFUSALS as error:
@@ -146,8 +150,18 @@ class VLLMEngine:
             self._drop(request.request_id)
             await stream.aclose()
 
+    def _committed_directly(self, live: _Live, item: Any) -> tuple[int, ...] | None:
+        """The tokens of a landing's commit by the source's engine, if that has come first. It runs from here on."""
+        tokens = (item.kv_transfer_params or {}).get(COMMITTED)
+        if tokens is None or live.landing is None or live.ended is not None:
+            return None
+        live.landing = None
+        self._stop_lease(live.request_id)
+        self._count_from(live.request_id, tuple(tokens))
+        return tuple(tokens)
+
     async def _committed(self, live: _Live) -> bool:
-        """Wait for the commit of a landing that the source's engine has committed before. False: it has ended."""
+        """Wait for the worker's commit of a landing, whose first output can overtake it. False: it has ended."""
         while live.landing is not None and live.ended is None:
             await live.landing.wait()
         return live.landing is None

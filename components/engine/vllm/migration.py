@@ -81,6 +81,9 @@ class Migration:
         """Records by the caller's id, which two requests can share briefly."""
         self._ended_early: dict[RequestId, tuple[int, ...]] = {}
         """The last requests that ended by themselves after a direct commit, perhaps before their worker's."""
+        self.untold: dict[str, tuple[int, ...]] = {}
+        """Tokens of direct commits whose worker's commit has not come, by vLLM's id. Each output of such a request
+        has them, because vLLM's client joins outputs and keeps only the last one's parameters."""
         self._step_began = 0.0
         self.last_step_s = 0.0
         self._past_preemptions = 0
@@ -132,6 +135,7 @@ class Migration:
                 self.incoming.extend(record, call.offer, call.tokens)
             case Op.COMMIT if call.frozen is not None:
                 self.incoming.commit(record, call.frozen)
+                self.untold.pop(record.request.request_id, None)
             case _:
                 raise SessionError(f"call {call.op} lacks its arguments")
         return Reply()
@@ -152,6 +156,8 @@ class Migration:
             try:
                 if record is not None and call.frozen is not None:
                     self.incoming.commit(record, call.frozen, direct=True)
+                    if record.direct is not None:
+                        self.untold[call.request_id] = record.direct
             except MigrateError as error:
                 logger.debug("request %s: direct commit refused: %s", call.request_id, error)
             except Exception:
@@ -282,6 +288,11 @@ class Migration:
         """Freeze requests that waited for this step. Returns the states that leave with its outputs."""
         self.last_step_s = time.monotonic() - self._step_began
         return self.outgoing.after_step()
+
+    def forget_ended(self) -> None:
+        """Forget direct commits of requests that have ended."""
+        for vllm_id in self.untold.keys() - self._records.keys():
+            del self.untold[vllm_id]
 
     def close(self) -> None:
         """At the end of the engine. Idempotent."""

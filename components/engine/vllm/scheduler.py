@@ -22,7 +22,7 @@ from components.engine.vllm.compat import core, require_tested_vllm
 from components.engine.vllm.compat.connectors import child_of, results_of
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.connector import MigrationConnector
-from components.engine.vllm.control import MARKER, encode
+from components.engine.vllm.control import COMMITTED, MARKER, encode
 from components.engine.vllm.migration import Migration
 from components.engine.vllm.records import StepResults
 from components.errors import ConfigError
@@ -74,6 +74,11 @@ class MigrationMixin(Scheduler):
             for output in outputs[record.request.client_index].outputs:
                 if output.request_id == record.request.request_id:
                     output.kv_transfer_params = {MARKER: encode(frozen)}
+        if self.migration.untold:
+            for output in (output for some in outputs.values() for output in some.outputs):
+                if (tokens := self.migration.untold.get(output.request_id)) is not None:
+                    output.kv_transfer_params = {COMMITTED: tokens, **(output.kv_transfer_params or {})}
+            self.migration.forget_ended()
         return outputs
 
     def has_finished_requests(self) -> bool:
