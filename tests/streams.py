@@ -27,7 +27,7 @@ from components.errors import DeadlineExceeded, MigrateError, WorkerLost, from_c
 from components.messages import pack, unpack
 from components.migration.faces import PROTOCOL_FACE
 from components.migration.legs import Leg
-from components.migration.messages import Attached, Mode, MoveRecord, Owner, Piped, WorkerCall, WorkerOp, WorkerReply
+from components.migration.messages import Attached, Mode, MoveRecord, Owner, WorkerCall, WorkerOp, WorkerReply
 from components.migration.requests import Options, Repeat, Requests
 from components.worker.control import Control
 from components.worker.state import WorkerStatus
@@ -73,7 +73,6 @@ class Fate(StrEnum):
 
 _GIVEN_UP_S, _HANDLED_S = 0.3, 1.1
 _FATAL_ITEM = 4
-_PIPES = itertools.count(1)
 
 
 class State(StrEnum):
@@ -287,15 +286,16 @@ class Wire:
     ) -> AsyncGenerator[Attached, None]:
         node = self._cluster.reach(owner.instance)
         call = WorkerCall(WorkerOp.ATTACH, request_id, owner.life, index=index, tokens=token_ids)
+        call = unpack(pack(call), WorkerCall)
         passes = [State.ATTACHED, State.FIRST_TOKEN, State.RELAYED] if index == -1 else []
         fate, count = self._cluster.fate(WorkerOp.ATTACH), 0
-        async with aclosing(self._piped(node, call)) as items:
+        async with aclosing(node.control.attach(call)) as items:
             async for item in until(items, node.died, self._node.died):
                 if passes:
                     await self._cluster.pass_by(passes.pop(0), self._node.instance, owner.instance)
                     if not (node.alive and self._node.alive):
                         break
-                yield item
+                yield unpack(pack(item), Attached)
                 count += 1
                 if fate is not Fate.NORMAL and count == _FATAL_ITEM:
                     if fate is Fate.KILL_AFTER:
@@ -304,19 +304,6 @@ class Wire:
         self._alive()
         if not node.alive:
             raise WorkerLost(f"node {owner.instance} has died")
-
-    async def _piped(self, node: Node, call: WorkerCall) -> AsyncGenerator[Attached, None]:
-        """A pipe for each reader."""
-        number = next(_PIPES)
-        async with aclosing(node.control.serve(pack(WorkerCall(WorkerOp.PIPE, pipe=number)))) as stream:
-            async for piped in stream:
-                if not (items := unpack(piped, Piped).items):
-                    reply = await self._handled(node, msgspec.structs.replace(call, pipe=number, reader=1))
-                    items = ((1, Attached(error=reply.error if reply is not None else None)),)
-                for _, item in items:
-                    if item.end:
-                        return
-                    yield item
 
 
 async def until(items: AsyncGenerator[Any, None], *ends: asyncio.Event) -> AsyncGenerator[Any, None]:

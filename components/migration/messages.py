@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Messages between workers, and from planners and the command line to workers.
 
-One endpoint, ``<namespace>.<component>.migrate``, answers every ``WorkerCall`` with one ``WorkerReply``, ``many`` with
-a stream of ``Replies`` and ``pipe`` with one of ``Piped`` (``components.migration.bundles``). ``components.messages``
-packs, bounds and seals them.
+One endpoint, ``<namespace>.<component>.migrate``, answers every ``WorkerCall`` with one ``WorkerReply``.
+``components.messages`` packs, bounds and seals them. Workers send each other the same calls over links of their own
+(``components.migration.links``), which also have ``attach`` and ``detach``.
 
 A call names a *life* of a request: each stay of a request in an engine has a random number, and a call with another
 number is refused. A late, doubled or crossed call therefore never reaches the next life.
@@ -102,12 +102,11 @@ class WorkerOp(StrEnum):
     EXPECT_COMMIT = "expect-commit"
     COMMIT = "commit"
     ABORT = "abort"
+    LINK = "link"
+    """Where the worker takes links."""
     ATTACH = "attach"
-    """Read a life through a pipe."""
+    """Read a life."""
     DETACH = "detach"
-    PIPE = "pipe"
-    MANY = "many"
-    """Several calls in one."""
     OWNERS = "owners"
     SUSPECTS = "suspects"
     """Requests that were in flight when the caller's engine died."""
@@ -132,12 +131,6 @@ class WorkerCall(msgspec.Struct, frozen=True, omit_defaults=True):
     """``expect-commit``: time in which to begin no step. ``landing``, ``extend``: longest wait for the blocks."""
     index: int = 0
     """``attach``: output token to begin with; -1: the first one made there."""
-    pipe: int = 0
-    """``pipe``: its number, which the reader has made up; ``attach``, ``detach``: where the items go."""
-    reader: int = 0
-    """``attach``, ``detach``: number of the reader in that pipe."""
-    calls: Annotated[tuple[msgspec.Raw, ...], msgspec.Meta(max_length=65536)] = ()
-    """``many``: other calls, packed."""
     owners: Annotated[tuple[tuple[RequestId, Owner], ...], msgspec.Meta(max_length=65536)] = ()
     suspects: Annotated[tuple[RequestId, ...], msgspec.Meta(max_length=65536)] = ()
     target: int = 0
@@ -250,6 +243,14 @@ class WorkerState(msgspec.Struct, frozen=True, omit_defaults=True):
     """host:port of the worker's Prometheus metrics."""
 
 
+class LinkTo(msgspec.Struct, frozen=True):
+    """Where a worker takes links of other workers."""
+
+    address: Annotated[str, msgspec.Meta(max_length=1024)]
+    epoch: Annotated[str, msgspec.Meta(max_length=1024)]
+    """The life of that worker; the handshake proves that the peer is it."""
+
+
 class WorkerReply(msgspec.Struct, frozen=True, omit_defaults=True):
     """Answer to a call; ``error`` is (code, message)."""
 
@@ -259,6 +260,7 @@ class WorkerReply(msgspec.Struct, frozen=True, omit_defaults=True):
     moves: tuple[MoveRecord, ...] = ()
     left: int = 0
     """``drain``: requests that still run here."""
+    link: LinkTo | None = None
 
 
 class Attached(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -269,20 +271,6 @@ class Attached(msgspec.Struct, frozen=True, omit_defaults=True):
     error: tuple[str, str] | None = None
     end: bool = False
     """Nothing follows."""
-
-
-class Piped(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Items for the readers of a pipe, by their numbers. The first one of a pipe is empty."""
-
-    items: Annotated[tuple[tuple[int, Attached], ...], msgspec.Meta(max_length=65536)] = ()
-    error: tuple[str, str] | None = None
-
-
-class Replies(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Answers to calls of a bundle, by their places in it."""
-
-    replies: Annotated[tuple[tuple[int, WorkerReply], ...], msgspec.Meta(max_length=65536)] = ()
-    error: tuple[str, str] | None = None
 
 
 class Verdict(StrEnum):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls to the ``migrate`` endpoints of other workers, over Dynamo's request plane.
+"""Calls to other workers: to their ``migrate`` endpoints over Dynamo's request plane, or over a worker's links.
 
 Errors: the peer's; ``WorkerLost`` when it is unreachable or closes a call without an answer;
 ``DeadlineExceeded`` after the caller's time-out.
@@ -8,15 +8,14 @@ Errors: the peer's; ``WorkerLost`` when it is unreachable or closes a call witho
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
 from components.engine.protocol import GenerateOutput, RequestId
 from components.errors import DeadlineExceeded, MigrateError, WorkerLost, from_code
-from components.messages import pack
-from components.migration.bundles import Calls, Pipes
+from components.messages import pack, unpack
+from components.migration.links import Links
 from components.migration.messages import Attached, Owner, WorkerCall, WorkerOp, WorkerReply, WorkerState
 
 OPEN_S = 20.0
@@ -61,8 +60,7 @@ class DynamoPeers:
         self._clients = clients
         self._own: Any = None
         self._first: list[Any] | None = None
-        self._calls = Calls(self._stream)
-        self._pipes = Pipes(self._stream, self.call)
+        self._links: Links | None = None
 
     @classmethod
     async def connect(cls, runtime: Any, namespace: str, components: Sequence[str]) -> DynamoPeers:
@@ -77,6 +75,7 @@ class DynamoPeers:
         """For a worker that serves ``own``, the endpoint to which frontends send its requests."""
         peers = await cls.connect(runtime, namespace, [component, *others])
         peers._own = await own.client()
+        peers._links = Links(peers._ask)
         if role == "decode":
             stages = [name for name in dict.fromkeys(others) if name != component]
             peers._first = [await runtime.endpoint(f"{namespace}.{name}.generate").client() for name in stages]
@@ -106,7 +105,11 @@ class DynamoPeers:
         """See ``Peers``."""
         try:
             async with asyncio.timeout(timeout_s):
-                reply = await self._calls.ask(instance, call)
+                if self._links is None:
+                    reply = await self._ask(instance, call)
+                else:
+                    self._client(instance)
+                    reply = await self._links.ask(instance, call)
         except TimeoutError as error:
             raise DeadlineExceeded(
                 f"worker {short(instance)} did not answer {call.op} within {timeout_s:g} s"
@@ -118,29 +121,26 @@ class DynamoPeers:
     def attach(
         self, owner: Owner, request_id: RequestId, index: int, token_ids: tuple[int, ...] = ()
     ) -> AsyncGenerator[Attached, None]:
-        """See ``Peers``."""
+        """See ``Peers``. Only for the peers of a worker."""
+        if self._links is None:
+            raise WorkerLost("only workers read requests of others")
         call = WorkerCall(WorkerOp.ATTACH, request_id, owner.life, index=index, tokens=token_ids)
-        return self._pipes.attach(owner.instance, call)
+        return self._links.attach(owner.instance, call)
 
-    async def _stream(self, instance: int, call: WorkerCall) -> AsyncGenerator[Any, None]:
-        from dynamo._core import Context
-
-        context = Context(secrets.token_hex(8))
-        whole = False
+    async def _ask(self, instance: int, call: WorkerCall) -> WorkerReply:
+        """One call over Dynamo."""
+        reply: WorkerReply | None = None
         try:
-            async for item in await self._client(instance).direct(
-                pack(call), instance, annotated=False, context=context
-            ):
-                yield item
-            whole = True
+            # To the end of the stream: both sides would log an early end as a cancelled call.
+            async for item in await self._client(instance).direct(pack(call), instance, annotated=False):
+                reply = unpack(item, WorkerReply)
         except MigrateError:
             raise
         except Exception as error:
             raise WorkerLost(f"worker {short(instance)}: {error}") from error
-        finally:
-            if not whole:
-                # Ends the peer's side when the reader leaves.
-                context.stop_generating()
+        if reply is None:
+            raise WorkerLost(f"worker {short(instance)} closed the call {call.op} without an answer")
+        return reply
 
 
 async def states_of(peers: Peers, instances: Sequence[int]) -> dict[int, WorkerState]:

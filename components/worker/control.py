@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``migrate`` endpoint of a worker, for peers, planners and the command line.
+"""The calls that a worker answers: on its ``migrate`` endpoint, for planners, the command line and peers, and on links.
 
 Errors reach the caller as (code, message). Every call about a request names its life; see ``components.migration``.
 """
@@ -9,16 +9,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
 from typing import Any
 
 from components.engine.protocol import LandingStatus, RequestId
 from components.errors import InvalidRequest, MigrateError, RequestNotFound
 from components.messages import pack, unpack
-from components.migration.bundles import Outlets, answered
 from components.migration.events import Event
 from components.migration.legs import Arrival
-from components.migration.messages import Piped, Replies, WorkerCall, WorkerOp, WorkerReply
+from components.migration.links import Owner
+from components.migration.messages import Attached, WorkerCall, WorkerOp, WorkerReply
 from components.migration.requests import Requests
 from components.timeline import mark
 from components.worker.state import WorkerStatus
@@ -34,33 +33,29 @@ Release = Callable[[RequestId], Awaitable[None]]
 class Control:
     """See the module docstring."""
 
-    def __init__(self, requests: Requests, status: WorkerStatus, release: Release | None = None) -> None:
+    def __init__(
+        self, requests: Requests, status: WorkerStatus, release: Release | None = None, host: str | None = None
+    ) -> None:
         self._requests = requests
         self._status = status
         self._release = release
-        self._outlets = Outlets()
+        self._links = Owner(host, self.answer, self.attach) if host is not None else None
 
     async def serve(self, payload: Any) -> AsyncGenerator[dict[str, str], None]:
-        """Answer one call with one item or, for ``many`` and ``pipe``, with a stream."""
-        kind: type[WorkerReply] | type[Replies] | type[Piped] = WorkerReply
+        """Answer one call, which came over Dynamo, with one item."""
         try:
             call = unpack(payload, WorkerCall)
-            if call.op is WorkerOp.MANY:
-                kind = Replies
-                async with aclosing(answered(call, self._reply)) as replies:
-                    async for some in replies:
-                        yield pack(some)
-            elif call.op is WorkerOp.PIPE:
-                kind = Piped
-                async with aclosing(self._outlets.items(call)) as items:
-                    async for item in items:
-                        yield pack(item)
-            else:
-                yield pack(await self._reply(call))
         except MigrateError as error:
-            yield pack(kind(error=(error.code, str(error))))
+            yield pack(WorkerReply(error=(error.code, str(error))))
+            return
+        yield pack(await self.answer(call))
 
-    async def _reply(self, call: WorkerCall) -> WorkerReply:
+    def attach(self, call: WorkerCall) -> AsyncGenerator[Attached, None]:
+        """The items of an ``ATTACH`` call, which comes over a link."""
+        return self._requests.arrivals.attach(call.request_id, call.life, call.index, call.tokens)
+
+    async def answer(self, call: WorkerCall) -> WorkerReply:
+        """The reply to one call."""
         try:
             return await self._answer(call)
         except MigrateError as error:
@@ -78,11 +73,8 @@ class Control:
                 leg = self._arrival(call)
                 await engine.extend(leg.engine_id, call.offer, call.tokens)
                 return WorkerReply(landing=await self._landing(leg, call.hold_s))
-            case WorkerOp.ATTACH:
-                arrivals = requests.arrivals
-                await self._outlets.attach(call, arrivals.attach(call.request_id, call.life, call.index, call.tokens))
-            case WorkerOp.DETACH:
-                self._outlets.detach(call)
+            case WorkerOp.LINK if self._links is not None:
+                return WorkerReply(link=self._links.where)
             case WorkerOp.EXPECT_COMMIT:
                 mark("target", "commit expected", call.request_id)
                 await engine.expect_commit(self._arrival(call).engine_id, call.hold_s)

@@ -91,7 +91,7 @@ class Migration:
         status = WorkerStatus(requests, name, role, info, endpoint, address(self.settings.agent["advertise_host"]))
         expose(status.metrics(), endpoint, config.namespace, config.component)
         self.handoffs = Handoffs(requests, engine.free_lent, self.settings.lease_s, info.max_model_len)
-        control = Control(requests, status, self.handoffs.release)
+        control = Control(requests, status, self.handoffs.release, self.settings.agent["advertise_host"])
         path = f"{config.namespace}.{config.component}.migrate"
         self._tasks += [
             asyncio.ensure_future(self.runtime.endpoint(path).serve_endpoint(control.serve)),

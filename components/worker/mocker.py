@@ -107,9 +107,10 @@ async def serve() -> None:
     requests = Requests(engine, peers, instance, info.fingerprint, Options(repeats=settings.repeats))
     status = WorkerStatus(requests, short(instance), mode, info, endpoint, address(config.advertise_host))
     expose(status.metrics(), endpoint, process.namespace(), component)
+    control = Control(requests, status, host=config.advertise_host)
     handler = prefill if mode == "prefill" else Mocker(requests, info).generate
     serving = [
-        asyncio.ensure_future(runtime.endpoint(f"{prefix}.migrate").serve_endpoint(Control(requests, status).serve)),
+        asyncio.ensure_future(runtime.endpoint(f"{prefix}.migrate").serve_endpoint(control.serve)),
         asyncio.ensure_future(endpoint.serve_endpoint(handler)),
     ]
     beside = [asyncio.ensure_future(requests.sweep()), asyncio.ensure_future(forward_pass.publish(engine, endpoint))]

@@ -27,7 +27,7 @@ OUT = {
 }
 """Names under which calls leave this process; those that are methods of dictionaries are told apart by ``_leaves``."""
 BY_THEIR_CALLER = {
-    ("components/migration/peers.py", "_stream"): "``call`` bounds it, ``follow`` the first item of an ``attach``",
+    ("components/migration/peers.py", "_ask"): "``call`` and ``Links`` bound it",
 }
 WALL_CLOCK = {
     "components/metrics/spans.py": "times of a trace",
