@@ -25,6 +25,8 @@ class FakeExecutor:
     def __init__(self, ranks: int = 1) -> None:
         self.ranks = ranks
         self.jobs: list[Job] = []
+        self.calls: list[int] = []
+        """Number of jobs of each call that copies."""
         self.copied: Callable[[Job, float], JobResult | None] = lambda job, _: JobResult(job.job_id, ok=True)
 
     def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
@@ -33,8 +35,10 @@ class FakeExecutor:
             return [info] * self.ranks
         if method == "dm_snapshot":
             return [Snapshot(b"", [0] * len(args[1]))] * self.ranks
-        self.jobs.append(args[0])
-        return [self.copied(*args) for _ in range(self.ranks)]
+        jobs, budget_s = args
+        self.jobs += jobs
+        self.calls.append(len(jobs))
+        return [[self.copied(job, budget_s) for job in jobs] for _ in range(self.ranks)]
 
 
 class Played:

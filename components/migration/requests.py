@@ -34,7 +34,7 @@ from components.migration.suspects import Suspects
 
 logger = logging.getLogger(__name__)
 _SWEEP_S = 1.0
-_CUT_OVERS = 32
+_CUT_OVERS = 16
 """Requests of this worker whose freeze is under way at a time."""
 
 T = TypeVar("T")

@@ -80,13 +80,13 @@ def job(number: int = 1, **more: Any) -> Job:
 
 def test_a_copy_within_its_budget_is_answered_at_once(loader: Loader, agent: Agent) -> None:
     agent.arrives = True
-    result = loader.copy_now(job(), 0.0)
+    result = loader.copy_now([job()], 0.0)[0]
     assert result is not None and result.ok and result.bytes == 7
     assert loader.take_results() is None
 
 
 def test_a_copy_that_takes_longer_is_answered_with_a_step(loader: Loader, agent: Agent) -> None:
-    assert loader.copy_now(job(), 0.0) is None
+    assert loader.copy_now([job()], 0.0)[0] is None
     loader.step([])
     assert loader.take_results() is None
     agent.handles[0].settle(TransferResult(bytes=7), None)
@@ -97,8 +97,8 @@ def test_a_copy_that_takes_longer_is_answered_with_a_step(loader: Loader, agent:
 
 def test_nothing_to_copy_is_only_compared(loader: Loader, agent: Agent) -> None:
     agent.sums = {5: 77}
-    right = loader.copy_now(job(src_blocks=(), dst_blocks=(), checks=((5, ((77,),)),)), 0.0)
-    wrong = loader.copy_now(job(src_blocks=(), dst_blocks=(), checks=((5, ((78,),)),), vouched=(4,)), 0.0)
+    right = loader.copy_now([job(src_blocks=(), dst_blocks=(), checks=((5, ((77,),)),))], 0.0)[0]
+    wrong = loader.copy_now([job(src_blocks=(), dst_blocks=(), checks=((5, ((78,),)),), vouched=(4,))], 0.0)[0]
     assert right is not None and right.ok and not agent.handles
     assert wrong is not None and wrong.error is not None and wrong.error[0] == "integrity"
     assert set(wrong.bad_blocks) == {4, 5}
@@ -106,7 +106,7 @@ def test_nothing_to_copy_is_only_compared(loader: Loader, agent: Agent) -> None:
 
 def test_a_copy_that_cannot_begin_is_a_result(loader: Loader, agent: Agent) -> None:
     agent.refuses = True
-    result = loader.copy_now(job(), 0.0)
+    result = loader.copy_now([job()], 0.0)[0]
     assert result is not None and result.error == ("transfer_unavailable", "no lane") and result.bad_blocks == (1, 2)
     loader.step([job(2)])
     results = loader.take_results()
@@ -114,7 +114,7 @@ def test_a_copy_that_cannot_begin_is_a_result(loader: Loader, agent: Agent) -> N
 
 
 def test_a_copy_from_two_ranks_ends_with_both(loader: Loader, agent: Agent) -> None:
-    assert loader.copy_now(job(agents=(PEER, PEER)), 0.0) is None
+    assert loader.copy_now([job(agents=(PEER, PEER))], 0.0)[0] is None
     agent.handles[0].settle(TransferResult(bytes=7, wire_s=1.0), None)
     loader.step([])
     assert loader.take_results() is None
@@ -125,13 +125,24 @@ def test_a_copy_from_two_ranks_ends_with_both(loader: Loader, agent: Agent) -> N
 
 
 def test_a_copy_from_two_ranks_fails_with_one(loader: Loader, agent: Agent) -> None:
-    assert loader.copy_now(job(agents=(PEER, PEER)), 0.0) is None
+    assert loader.copy_now([job(agents=(PEER, PEER))], 0.0)[0] is None
     agent.handles[0].settle(None, DeadlineExceeded("late"))
     agent.handles[1].settle(TransferResult(bytes=5), None)
     loader.step([])
     results = loader.take_results()
     assert results is not None and results.results[0].error == ("deadline", "late")
     assert results.results[0].bad_blocks == (1, 2)
+
+
+def test_copies_together_are_begun_before_any_is_waited_for(loader: Loader, agent: Agent) -> None:
+    results = loader.copy_now([job(1), job(2, src_blocks=(), dst_blocks=()), job(3)], 0.0)
+    assert len(agent.handles) == 2
+    assert [result is not None and result.ok for result in results] == [False, True, False]
+    for handle in agent.handles:
+        handle.settle(TransferResult(bytes=7), None)
+    loader.step([])
+    late = loader.take_results()
+    assert late is not None and [(r.job_id, r.ok) for r in late.results] == [(1, True), (3, True)]
 
 
 def test_a_copy_that_nobody_needs_is_cancelled(loader: Loader, agent: Agent) -> None:
@@ -141,7 +152,7 @@ def test_a_copy_that_nobody_needs_is_cancelled(loader: Loader, agent: Agent) -> 
 
 
 def test_blocks_of_a_hanging_peer_are_named_when_they_are_quiet(loader: Loader, agent: Agent) -> None:
-    assert loader.copy_now(job(), 0.0) is None
+    assert loader.copy_now([job()], 0.0)[0] is None
     (handle,) = agent.handles
     agent.unsafe = handle_blocks = frozenset({1, 2})
     handle.unsafe_blocks = tuple(handle_blocks)

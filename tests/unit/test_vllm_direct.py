@@ -134,6 +134,22 @@ def test_the_source_s_engine_commits_and_the_worker_s_commit_changes_nothing(
     target.check()
 
 
+def test_commits_that_come_together_are_copied_together(target: Any, outbox: Any) -> None:
+    landings = [target.landed(name) for name in ("one", "two", "three")]
+    for landing in landings:
+        to = target.to(landing)
+        outbox.open(to)
+        outbox.send(to, state())
+    for _ in landings:
+        target.wait()
+    target.executor.calls.clear()
+    assert target.schedule().num_scheduled_tokens == {landing.request_id: 1 for landing in landings}
+    assert target.executor.calls == [3]
+    for landing in landings:
+        end(target, landing)
+    target.check()
+
+
 def test_without_anybody_to_commit_to_nothing_is_sent(
     tiny_llama: str, target: Any, playing: Callable[[Any], Any]
 ) -> None:

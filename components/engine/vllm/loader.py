@@ -106,18 +106,22 @@ class Loader:
             del self._unquiet[job_id]
             self._quiet.append(job_id)
 
-    def copy_now(self, job: Job, budget_s: float) -> JobResult | None:
-        """Begin a job and wait for it; None if it does not end within the budget."""
+    def copy_now(self, jobs: Sequence[Job], budget_s: float) -> list[JobResult | None]:
+        """Begin jobs and wait for them; None for one that does not end within the budget."""
         until = time.monotonic() + budget_s
-        self._begin(job)
-        for handle in self._flying[job.job_id][1]:
+        for job in jobs:
+            self._begin(job)
+        return [self._wait(job.job_id, until) for job in jobs]
+
+    def _wait(self, job_id: int, until: float) -> JobResult | None:
+        for handle in self._flying[job_id][1]:
             try:
                 handle.wait(max(0.0, until - time.monotonic()))
             except TimeoutError:
                 return None
             except MigrateError:
-                logger.debug("job %d has failed", job.job_id)
-        return self._settle(job.job_id)
+                logger.debug("job %d has failed", job_id)
+        return self._settle(job_id)
 
     def _begin(self, job: Job) -> None:
         handles: list[TransferHandle] = []

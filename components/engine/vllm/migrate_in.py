@@ -21,8 +21,9 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import msgspec
@@ -84,6 +85,9 @@ class MigrateIn:
         self._bytes_per_s = _FIRST_GUESS
         self._late: set[AgentRef] = set()
         """Whose last copy was not there in time: no step waits for them until one has come."""
+        self._urgent: list[Job] = []
+        """Copies that the next step waits for."""
+        self._gathering = False
 
     # A request arrives
 
@@ -310,12 +314,30 @@ class MigrateIn:
             self._new.append(job)
             return
         mark("target-core", "copy", record.request_id)
-        results = self._ranks().copy(job, self._budget(size))
-        if None in results:
-            self._late.update(job.agents)
-        for result in results:
-            if result is not None:
-                self._take(result)
+        self._urgent.append(job)
+        if not self._gathering:
+            self._copy_urgent()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around commits that have come together: their tails are copied together at the end."""
+        self._gathering = True
+        try:
+            yield
+        finally:
+            self._gathering = False
+            if self._urgent:
+                self._copy_urgent()
+
+    def _copy_urgent(self) -> None:
+        jobs, self._urgent = self._urgent, []
+        size = sum(len(job.src_blocks) for job in jobs) * self.bytes_per_block
+        for results in self._ranks().copy(jobs, self._budget(size)):
+            for job, result in zip(jobs, results, strict=True):
+                if result is None:
+                    self._late.update(job.agents)
+                else:
+                    self._take(result)
 
     def _budget(self, size: int) -> float:
         return min(MAX_WAIT_S, max(_MIN_WAIT_S, 4 * size / self._bytes_per_s))

@@ -151,17 +151,23 @@ class Migration:
 
     def take_commits(self) -> None:
         """Direct commits since the last step. A refused one is only logged: the worker's commit gets the error."""
-        for call in self.incoming.inbox.take():
-            record = self._records.get(call.request_id)
-            try:
-                if record is not None and call.frozen is not None:
-                    self.incoming.commit(record, call.frozen, direct=True)
-                    if record.direct is not None:
-                        self.untold[call.request_id] = record.direct
-            except MigrateError as error:
-                logger.debug("request %s: direct commit refused: %s", call.request_id, error)
-            except Exception:
-                logger.exception("request %s: direct commit", call.request_id)
+        if not self.incoming.inbox.has_calls:
+            return
+        with self.incoming.together():
+            for call in self.incoming.inbox.take():
+                self._take_commit(call)
+
+    def _take_commit(self, call: Call) -> None:
+        record = self._records.get(call.request_id)
+        try:
+            if record is not None and call.frozen is not None:
+                self.incoming.commit(record, call.frozen, direct=True)
+                if record.direct is not None:
+                    self.untold[call.request_id] = record.direct
+        except MigrateError as error:
+            logger.debug("request %s: direct commit refused: %s", call.request_id, error)
+        except Exception:
+            logger.exception("request %s: direct commit", call.request_id)
 
     def _info(self, ranks: Ranks) -> Reply:
         infos = ranks.attach()

@@ -6,6 +6,7 @@ They run after all earlier work of the workers; their results are lists in rank 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +54,9 @@ class Ranks:
         """The state of a request outside the steps, with checksums of some of its blocks."""
         return self._call("dm_snapshot", vllm_id, blocks)
 
-    def copy(self, job: Job, budget_s: float) -> list[JobResult | None]:
-        """Begin a job and wait for it within a budget; None: it continues beside the steps."""
-        return self._call("dm_copy", job, budget_s)
+    def copy(self, jobs: Sequence[Job], budget_s: float) -> list[list[JobResult | None]]:
+        """Begin jobs and wait for all within a budget; None: it continues beside the steps."""
+        return self._call("dm_copy", jobs, budget_s)
 
     def _call(self, method: str, *args: Any) -> list[Any]:
         return list(self._executor.collective_rpc(method, args=args))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from components.engine.vllm.compat.connectors import child_of
@@ -35,9 +36,9 @@ class WorkerExtension:
         sums = list(connector.loader.agent.checksums(blocks)) if blocks else []
         return Snapshot(connector.runner.export_state(vllm_id), sums)
 
-    def dm_copy(self, job: Job, budget_s: float) -> JobResult | None:
-        """Run a job at once; None if it does not end within the budget."""
-        return _connector().loader.copy_now(job, budget_s)
+    def dm_copy(self, jobs: Sequence[Job], budget_s: float) -> list[JobResult | None]:
+        """Run jobs at once; None for one that does not end within the budget."""
+        return _connector().loader.copy_now(jobs, budget_s)
 
 
 def _connector() -> MigrationConnector:
