@@ -44,7 +44,8 @@ NAMES = {
     "vllm.v1.kv_cache_interface.UniformTypeKVCacheSpecs": "kv_cache_specs",
     "vllm.v1.core.sched.request_queue.RequestQueue": "prepend_request remove_requests",
     "vllm.v1.request.Request": """
-        _output_token_ids append_output_token_ids client_index is_prefill_chunk kv_transfer_params lora_request
+        _all_token_ids _output_token_ids all_token_ids append_output_token_ids client_index is_prefill_chunk
+        kv_transfer_params lora_request
         max_tokens mm_features num_computed_tokens num_in_flight_tokens num_output_tokens num_preemptions
         num_prompt_tokens num_tokens output_token_ids prefill_stats priority prompt_embeds prompt_token_ids request_id
         resumable sampling_params status structured_output_request use_structured_output""",

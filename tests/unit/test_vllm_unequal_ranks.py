@@ -94,7 +94,7 @@ def run(source: list[Worker], target: list[Worker], monkeypatch: pytest.MonkeyPa
     for number, worker in enumerate(target):
         monkeypatch.setattr(Loader, "rank", number)
         job = Job(number, RequestId("r"), "r-1", agents, SRC, DST, checks[1:], DST[:1], 9.0)
-        result = worker.loader.copy_now(job, 30.0)
+        (result,) = worker.loader.copy_now([job], 30.0)
         assert result is not None
         results.append(result)
     return results

@@ -209,6 +209,7 @@ class Migration:
         if request.use_structured_output and (record.needs_install or marker.landing is not None):
             record.grammar = self.port.replay_grammar(request)
         if marker.landing is not None:
+            self.port.will_land(request)
             self.incoming.begin(record, marker.landing)
         if marker.freeze_after is not None:
             self.outgoing.expect_freeze(record)

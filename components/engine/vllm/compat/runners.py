@@ -28,6 +28,7 @@ from vllm.sampling_params import SamplingType
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from components import versions
+from components.engine.vllm.compat.tokens import gather
 from components.engine.vllm.records import Install
 
 if TYPE_CHECKING:
@@ -56,7 +57,10 @@ def runner_version(config: VllmConfig) -> str:
 def runner_port(model_runner: Any) -> RunnerPort:
     """The port of a worker's ``model_runner``."""
     version = runner_version(model_runner.vllm_config)
-    return RunnerV2() if version == "v2" else RunnerV1(model_runner)
+    if version == "v1":
+        return RunnerV1(model_runner)
+    gather(model_runner)
+    return RunnerV2()
 
 
 class RunnerV2:

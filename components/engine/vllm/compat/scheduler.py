@@ -27,6 +27,7 @@ from components.engine.groups import Table
 from components.engine.vllm.compat.connectors import Neighbours
 from components.engine.vllm.compat.grammars import Replay, guide_of
 from components.engine.vllm.compat.groups import groups_of, leading_nulls, why_not_movable
+from components.engine.vllm.compat.tokens import known
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,10 @@ class SchedulerPort:
         request._output_token_ids.extend(tokens[num_prompt_tokens:])
         self._mark_resumed(request)
         return True
+
+    def will_land(self, request: Request) -> None:
+        """Prepare what the first step of a request from another engine takes time for."""
+        known(request)
 
     def append_tokens(self, request: Request, tokens: Sequence[int]) -> None:
         """Add output tokens to a request that does not run here yet."""
