@@ -236,15 +236,32 @@ class Arrival(Leg):
                     self._changed.clear()
                     await self._changed.wait()
                     continue
-                output = since(self.outputs[position], index)
-                position += 1
-                if output is not None:
-                    yield output
-                    if output.finish_reason is not None:
-                        return
+                # A reader that is slower than the engine gets several tokens at once.
+                new, position = self.outputs[position:], len(self.outputs)
+                for joined in join(new):
+                    output = since(joined, index)
+                    if output is not None:
+                        yield output
+                        if output.finish_reason is not None:
+                            return
         finally:
             if self.reader == me:
                 self.unread_since = time.monotonic()
+
+
+def join(outputs: Sequence[GenerateOutput]) -> list[GenerateOutput]:
+    """The same tokens in fewer outputs. An output that ends something stays as it is."""
+    joined: list[GenerateOutput] = []
+    for output in outputs:
+        last = joined[-1] if joined else None
+        follows = last is not None and last.index + len(last.token_ids) == output.index
+        if last is None or not follows or last.finish_reason is not None or output.finish_reason is not None:
+            joined.append(output)
+        else:
+            joined[-1] = msgspec.structs.replace(
+                last, token_ids=last.token_ids + output.token_ids, logprobs=last.logprobs + output.logprobs
+            )
+    return joined
 
 
 def since(output: GenerateOutput, index: int) -> GenerateOutput | None:

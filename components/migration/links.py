@@ -37,6 +37,7 @@ import msgspec
 
 from components.acceptor import Acceptor, prepare
 from components.address import Address, bare, listen
+from components.engine.protocol import GenerateOutput
 from components.errors import InvalidRequest, MigrateError, WorkerLost, from_code
 from components.frames import framed
 from components.handshake import connect
@@ -154,13 +155,26 @@ class _Link:
                 raise from_code(*reply.error)
             yield Attached()
             while True:
-                item = await inbox.get()
-                if isinstance(item, MigrateError):
-                    raise item
-                if item.end:
-                    ended = True
-                    return
-                yield item
+                items = [await inbox.get()]
+                while not inbox.empty():
+                    items.append(inbox.get_nowait())
+                # A reader that is slower than the link gets several outputs at once.
+                outputs: tuple[GenerateOutput, ...] = ()
+                for item in items:
+                    if isinstance(item, Attached) and item == Attached(item.outputs):
+                        outputs += item.outputs
+                        continue
+                    if outputs:
+                        yield Attached(outputs)
+                        outputs = ()
+                    if isinstance(item, MigrateError):
+                        raise item
+                    if item.end:
+                        ended = True
+                        return
+                    yield item
+                if outputs:
+                    yield Attached(outputs)
         finally:
             del self._inboxes[number]
             if not ended and self.failure is None:

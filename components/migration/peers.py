@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from components.engine.protocol import GenerateOutput, RequestId
 from components.errors import DeadlineExceeded, MigrateError, WorkerLost, from_code
 from components.messages import pack, unpack
+from components.migration.legs import join
 from components.migration.links import Links
 from components.migration.messages import Attached, Owner, WorkerCall, WorkerOp, WorkerReply, WorkerState
 
@@ -190,7 +191,7 @@ async def follow(
                     raise from_code(*item.error)
                 if opened is not None:
                     opened()
-                for output in item.outputs:
+                for output in join(item.outputs):
                     if output.error is not None and output.error[0] == WorkerLost.code:
                         raise WorkerLost(output.error[1])
                     index, token_ids = output.index + len(output.token_ids), ()

@@ -20,7 +20,7 @@ from components.engine.protocol import GenerateOutput, RequestId
 from components.errors import MigrateError, NoRoom, RequestNotFound, SessionError, Unauthorized, WorkerLost
 from components.frames import framed
 from components.handshake import connect
-from components.migration import links
+from components.migration import links, messages
 from components.migration.links import Links, Owner, Said
 from components.migration.messages import Attached, LinkTo, WorkerCall, WorkerOp, WorkerReply
 
@@ -29,6 +29,10 @@ PEER = 7
 
 def call(name: str, op: WorkerOp = WorkerOp.LANDING) -> WorkerCall:
     return WorkerCall(op, RequestId(name))
+
+
+def links_owner(instance: int) -> messages.Owner:
+    return messages.Owner(instance, 1)
 
 
 def tokens(*ids: int) -> Attached:
@@ -166,13 +170,24 @@ async def test_another_process_at_that_address_is_found_out(pair: Pair) -> None:
 
 async def test_items_of_readers_come_in_order_and_a_reader_that_leaves_is_let_go(pair: Pair) -> None:
     one, two = await pair.opened("one", "two")
-    for name, token in (("two", 2), ("one", 1), ("two", 3)):
+    for name, reader, token in (("two", two, 2), ("one", one, 1), ("two", two, 3)):
         pair.feeds[name].put_nowait(tokens(token))
-    assert [await anext(one), await anext(two), await anext(two)] == [tokens(1), tokens(2), tokens(3)]
+        assert await anext(reader) == tokens(token)
     await one.aclose()
     await until(lambda: pair.ended == {"one": 1})
     pair.feeds["two"].put_nowait(None)
     assert [item async for item in two] == []
+
+
+async def test_a_slow_reader_gets_what_has_come_together_and_in_order(pair: Pair) -> None:
+    (reader,) = await pair.opened("one")
+    moved = Attached(moved=links_owner(3))
+    for item in (tokens(1), tokens(2), moved, tokens(4), None):
+        pair.feeds["one"].put_nowait(item)
+    await until(lambda: pair.ended["one"])
+    await asyncio.sleep(0.05)
+    both = Attached((*tokens(1).outputs, *tokens(2).outputs))
+    assert [item async for item in reader] == [both, moved, tokens(4)]
 
 
 async def test_an_error_of_one_life_ends_its_reader_alone(pair: Pair) -> None:
