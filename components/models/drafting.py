@@ -17,19 +17,26 @@ _LOUD = 250
 
 
 def _eagle(tokenizer: Any, target: Path) -> None:
-    """For ``tiny-llama``: one layer on the token's embedding, with the weights of the model's first."""
+    """For ``tiny-llama``: all of its layers, on the token's embedding."""
     import torch
     import transformers
 
     config = transformers.LlamaConfig(**sizes(tokenizer))
     torch.manual_seed(0)
     made: Any = transformers.LlamaForCausalLM
-    layer = _layer(made(config).to(torch.bfloat16).state_dict(), "model.layers.0.", "layers.0.")
-    del layer["layers.0.input_layernorm.weight"]
+    state = _layer(made(config).to(torch.bfloat16).state_dict(), "model.layers.", "layers.")
+    # EAGLE has no norm before the first layer: its weights are larger by what the norm would do.
+    del state["layers.0.input_layernorm.weight"]
+    for name in "qkv":
+        state[f"layers.0.self_attn.{name}_proj.weight"] /= config.initializer_range
     size = config.hidden_size
-    config.num_hidden_layers = 1
-    state = layer | {"fc.weight": torch.eye(size, 2 * size, dtype=torch.bfloat16)}
-    _save(config, "LlamaForCausalLM", state, tokenizer, target)
+    _save(
+        config,
+        "LlamaForCausalLM",
+        state | {"fc.weight": torch.eye(size, 2 * size, dtype=torch.bfloat16)},
+        tokenizer,
+        target,
+    )
 
 
 def _mimo(tokenizer: Any, target: Path) -> None:
