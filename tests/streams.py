@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from components.engine.paged import PagedEngine, PagedOptions
 from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, RequestId, Sampling
 from components.errors import DeadlineExceeded, MigrateError, WorkerLost, from_code
 from components.messages import pack, unpack
@@ -29,12 +30,14 @@ from components.migration.faces import PROTOCOL_FACE
 from components.migration.legs import Leg
 from components.migration.messages import Attached, Mode, MoveRecord, Owner, WorkerCall, WorkerOp, WorkerReply
 from components.migration.requests import Options, Repeat, Requests
+from components.transfer import TransferAgent
 from components.worker.control import Control
 from components.worker.state import WorkerStatus
+from tests.direct import DirectEngine
 from tests.faults import clock
 from tests.faults.agent import VirtualAgent
 from tests.faults.agent import Wire as Lane
-from tests.paged import new_engine
+from tests.paged import SMALL, new_engine
 
 LEASE_S = 0.3
 
@@ -134,7 +137,14 @@ class Node:
         self.cluster = cluster
         self.instance = instance
         self.role = role
-        self.engine = new_engine(cluster.name, f"node-{instance}", **engine)
+        self.name = f"node-{instance}"
+        if engine.pop("direct", False):
+            agents = engine.pop("agents", TransferAgent)
+            agent = {"name": self.name, "namespace": cluster.name, "backends": ("local",)}
+            options = PagedOptions(agent, **{**SMALL, **engine})
+            self.engine: PagedEngine = DirectEngine(options, agents, self._reach)
+        else:
+            self.engine = new_engine(cluster.name, self.name, **engine)
         self.endpoint = Endpoint()
         self.alive = True
         self.died = asyncio.Event()
@@ -152,6 +162,12 @@ class Node:
         self.engine.freeze = self._passing(self.engine.freeze, State.FREEZE_ASKED, State.FROZEN)  # type: ignore[method-assign]
         self.engine.release = self._passing(self.engine.release, None, State.RELEASED)  # type: ignore[method-assign]
         self.engine.resume = self._passing(self.engine.resume, None, State.RESUMED)  # type: ignore[method-assign]
+
+    def _reach(self, name: str) -> DirectEngine | None:
+        """The engine of a living node, for a commit of this one."""
+        node = next((node for node in self.cluster.nodes if node.name == name), None)
+        here = node is not None and node.alive and self.alive
+        return node.engine if here and node is not None and isinstance(node.engine, DirectEngine) else None
 
     def _passing(self, method: Callable[..., Any], before: State | None, after: State) -> Any:
         async def passing(engine_id: RequestId, *more: Any) -> Any:

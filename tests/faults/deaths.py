@@ -130,7 +130,7 @@ class Run:
         # Lives that wait for their repeat are given up: what is computed again is equal where sampling has no state.
         impatient = not self._seeded and chance.random() < 0.3
         self._cluster.orphan_s = 0.004 if impatient else 1.0
-        agents = {"agents": lambda config: VirtualAgent(wire, config)}
+        agents = {"agents": lambda config: VirtualAgent(wire, config), "direct": bool(outcome.seed % 2)}
         self._cluster.at = self._pass
         sweeps = mock.patch.object(requests, "_SWEEP_S", 0.002 if impatient else requests._SWEEP_S)
         sweeps.start()

@@ -67,8 +67,9 @@ class Found:
 class Session:
     """One run: ``fate`` is asked for each step, by number and kind."""
 
-    def __init__(self, mode: Mode, fate: Callable[[int, WorkerOp], Fate], seed: int = 1) -> None:
+    def __init__(self, mode: Mode, fate: Callable[[int, WorkerOp], Fate], seed: int, direct: bool) -> None:
         self._mode = mode
+        self._direct = direct
         self._decide = fate
         self._cluster = Cluster("explore", seed)
         self.found = Found({})
@@ -76,7 +77,7 @@ class Session:
     async def play(self) -> Found:
         """Everything."""
         cluster, found = self._cluster, self.found
-        await cluster.start(WORKERS, agents=virtual_agents(), **SIZES)
+        await cluster.start(WORKERS, agents=virtual_agents(), direct=self._direct, **SIZES)
         for number, node in enumerate(cluster.nodes):
             # Equal engines that choose different tokens, so that a mixture shows.
             node.engine._options = dataclasses.replace(node.engine._options, seed=number)
@@ -174,14 +175,14 @@ def _changes(makers: list[set[int]]) -> int:
     return changes
 
 
-def run(mode: Mode, fate: Callable[[int, WorkerOp], Fate], seed: int = 1) -> Found:
-    """One run in virtual time. Any exception is a finding."""
+def run(mode: Mode, fate: Callable[[int, WorkerOp], Fate], seed: int = 1, direct: bool = False) -> Found:
+    """One run in virtual time. Any exception is a finding. ``direct``: engines send each other commits."""
     with quiet():
         session: Session | None = None
 
         async def main() -> Found:
             nonlocal session
-            session = Session(mode, fate, seed)
+            session = Session(mode, fate, seed, direct)
             return await session.play()
 
         try:
@@ -192,9 +193,9 @@ def run(mode: Mode, fate: Callable[[int, WorkerOp], Fate], seed: int = 1) -> Fou
             return found
 
 
-def planned(mode: Mode, plan: Plan) -> Found:
+def planned(mode: Mode, plan: Plan, direct: bool = False) -> Found:
     """The run of a plan."""
-    return run(mode, lambda step, _: plan.get(step, Fate.NORMAL))
+    return run(mode, lambda step, _: plan.get(step, Fate.NORMAL), direct=direct)
 
 
 def following(found: Found) -> list[Plan]:
@@ -206,14 +207,14 @@ def following(found: Found) -> list[Plan]:
     return plans
 
 
-def exhaustively(mode: Mode, deviations: int) -> Iterator[Found]:
+def exhaustively(mode: Mode, deviations: int, direct: bool = False) -> Iterator[Found]:
     """All runs with at most this number of faults, by number; the last ones in mixed order."""
     plans: list[Plan] = [{}]
     for number in range(deviations + 1):
         Random(number).shuffle(plans)
         level = []
         for plan in plans:
-            found = planned(mode, plan)
+            found = planned(mode, plan, direct)
             yield found
             if number < deviations:
                 level.append(found)
@@ -230,7 +231,7 @@ def randomly(seed: int) -> Found:
             chance.choice(_ON_STREAM if op is WorkerOp.ATTACH else _ON_CALL) if chance.random() < rate else Fate.NORMAL
         )
 
-    return run(chance.choice(list(Mode)), fate, seed)
+    return run(chance.choice(list(Mode)), fate, seed, direct=bool(seed % 2))
 
 
 def main() -> int:
@@ -239,6 +240,7 @@ def main() -> int:
     parser.add_argument("--deviations", type=int, default=1, help="faults in one run, at most")
     parser.add_argument("--mode", choices=list(Mode), default=None, help="only this one")
     parser.add_argument("--random", type=int, default=0, help="instead: so many runs with faults at random")
+    parser.add_argument("--direct", action="store_true", help="engines send each other commits (at random: odd seeds)")
     parser.add_argument("--first", type=int, default=0, help="seed of the first of them")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="for each mode; then a sample was played")
     arguments = parser.parse_args()
@@ -248,7 +250,7 @@ def main() -> int:
         series = {"random": ((f"seed {seed}", randomly(seed)) for seed in seeds)}
     else:
         modes = [Mode(arguments.mode)] if arguments.mode else list(Mode)
-        series = {m: (("", found) for found in exhaustively(m, arguments.deviations)) for m in modes}
+        series = {m: (("", found) for found in exhaustively(m, arguments.deviations, arguments.direct)) for m in modes}
     for name, runs in series.items():
         began, count, moved, faults = time.time(), 0, 0, 0
         for label, found in runs:

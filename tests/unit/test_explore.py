@@ -10,9 +10,10 @@ from tests.faults import explore
 from tests.streams import Fate
 
 
+@pytest.mark.parametrize("direct", [False, True], ids=["workers commit", "engines commit"])
 @pytest.mark.parametrize("mode", list(Mode))
-def test_no_single_fault_mixes_answers_or_leaves_anything(mode: Mode) -> None:
-    runs = list(explore.exhaustively(mode, 1))
+def test_no_single_fault_mixes_answers_or_leaves_anything(mode: Mode, direct: bool) -> None:
+    runs = list(explore.exhaustively(mode, 1, direct))
     assert [(found.plan, found.problems) for found in runs if found.problems] == []
     # A replay needs no call between workers.
     assert runs[0].moves == explore.MOVES and (len(runs) > 50 or mode is Mode.REPLAY)
