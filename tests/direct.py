@@ -20,7 +20,7 @@ Reach = Callable[[str], "DirectEngine | None"]
 class DirectEngine(PagedEngine):
     """``reach`` finds the engine that a commit goes to; a commit takes ``delay_s``."""
 
-    def __init__(self, options: PagedOptions, agents: Any, reach: Reach, delay_s: float = 0.002) -> None:
+    def __init__(self, options: PagedOptions, agents: Any, reach: Reach, delay_s: float = 0.0) -> None:
         super().__init__(options, agents)
         self._reach = reach
         self._delay_s = delay_s
