@@ -93,6 +93,7 @@ class Arrivals:
                     self.tokens_total += len(output.token_ids)
                 if output.committed is not None:
                     leg.before, leg.committed = output.committed, True
+                    self._events[Event.LANDED] += 1
                     output = msgspec.structs.replace(output, committed=None)
                 leg.add(output)
         except MigrateError as error:

@@ -90,7 +90,8 @@ class Control:
                 except BaseException:
                     leg.committed = early
                     raise
-                requests.events[Event.LANDED] += 1
+                if not early:
+                    requests.events[Event.LANDED] += 1
             case WorkerOp.ABORT:
                 leg = self._arrival(call)
                 # Once a handler here gives it to the frontend, its source may no longer end it.
