@@ -19,10 +19,10 @@ from collections import Counter
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.fuzz import commits, files, samples, services, wire
+from tests.fuzz import commits, files, linked, samples, services, wire
 from tests.fuzz.inputs import CORPUS, Target, inputs
 
-ALL = [*wire.TARGETS, *services.TARGETS, *commits.TARGETS, *files.TARGETS]
+ALL = [*wire.TARGETS, *services.TARGETS, *commits.TARGETS, *linked.TARGETS, *files.TARGETS]
 _BATCH = 500
 _stopped = threading.Event()
 

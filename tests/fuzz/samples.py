@@ -24,6 +24,7 @@ from components.engine.protocol import (
     Sampling,
     TokenLogprob,
 )
+from components.migration.links import Said, Told
 from components.migration.messages import (
     Attached,
     Decision,
@@ -138,6 +139,21 @@ def commits() -> list[bytes]:
     return [msgspec.msgpack.encode(call) for call in (*calls, Call(Op.RELEASE, RequestId("life")))]
 
 
+def link_messages() -> list[msgspec.Struct]:
+    """Of both directions."""
+    said = [Said(number + 1, call) for number, call in enumerate((*calls(), WorkerCall(WorkerOp.ATTACH, R)))]
+    item = Attached((GenerateOutput(0, (1, 2)),))
+    answered, ended = (1, WorkerReply()), (1, Attached(end=True))
+    return [
+        *said,
+        Said(1, WorkerCall(WorkerOp.DETACH)),
+        Told((answered, (2, WorkerReply(left=3))), ((1, item), ended)),
+        Told((answered,), ((1, item), (1, Attached(error=("session", "why"))), ended)),
+        Told((answered,), ((1, Attached(moved=Owner(1, 2))), ended)),
+        Told(((1, WorkerReply(error=("no_room", "full"))),)),
+    ]
+
+
 def everything() -> dict[str, list[bytes]]:
     """Valid inputs by target."""
     encode = msgspec.msgpack.encode
@@ -166,6 +182,7 @@ def everything() -> dict[str, list[bytes]]:
         "messages": [encode(m) for m in (*calls(), *outcomes)],
         "worker": [encode(m) for m in calls("live")],
         "commit": commits(),
+        "link": [encode(m) for m in link_messages()],
         "native": [native_request()],
         "openai": [json.dumps(payload()).encode()],
         "component-config": [json.dumps(config).encode()],
