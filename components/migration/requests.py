@@ -28,6 +28,7 @@ from components.migration.faces import PROTOCOL_FACE, Face
 from components.migration.legs import Arrival, Away, Leg, new_life
 from components.migration.messages import Attached, Owner
 from components.migration.owners import TELL_AGAIN_S, Owners
+from components.migration.pace import Pace
 from components.migration.parting import Parting
 from components.migration.peers import Peers, follow
 from components.migration.suspects import Suspects
@@ -56,6 +57,8 @@ class Options:
     """A request with fewer tokens to come is relayed to its end: a repeat would cost more."""
     steps_ahead: int = 0
     """Of this worker's engine; see ``EngineInfo``."""
+    kv_bytes_per_token: int = 0
+    """As before; 0: copies are begun without bound."""
 
 
 class Turn:
@@ -89,6 +92,7 @@ class Requests:
         self.cutting_over = 0
         """Requests between their last token here and their first one elsewhere."""
         self._cut_overs = asyncio.Semaphore(_CUT_OVERS)
+        self.pace = Pace()
         self.owners = Owners(peers, instance)
         self.suspects = Suspects(peers, instance, self._in_flight)
         self.arrivals = Arrivals(engine, fingerprint, peers, self.suspects, self.events, self.spawn)

@@ -119,12 +119,17 @@ class _Move:
         self._mark("begun")
         first: asyncio.Future[GenerateOutput] | None = None
         try:
-            await self._reserve(blocks=record.mode is Mode.LIVE)
-            # The way back is open before the source stops: a request behind others waits up to 40 ms for TCP's ACK.
-            relay = follow(self._requests.attach_to, self._owner, leg.request_id, -1, self._moved, opened=opened.set)
-            self._relay = relay
-            first = asyncio.ensure_future(self._first(relay))
-            await self._pre_copy(rounds=self._limits.rounds if record.mode is Mode.LIVE else 0)
+            live = record.mode is Mode.LIVE
+            per_token = self._requests.options.kv_bytes_per_token if live else 0
+            async with self._requests.pace.room(per_token * (len(leg.prompt_token_ids) + len(leg.known()))):
+                await self._reserve(blocks=live)
+                # The way back is open before the source stops.
+                relay = follow(
+                    self._requests.attach_to, self._owner, leg.request_id, -1, self._moved, opened=opened.set
+                )
+                self._relay = relay
+                first = asyncio.ensure_future(self._first(relay))
+                await self._pre_copy(rounds=self._limits.rounds if live else 0)
             await self._until(opened, first)
             async with self._requests.cut_over() as turn:
                 # A step of the source has just ended: all that follows can be timed from here.

@@ -85,7 +85,11 @@ class Migration:
         peers = await DynamoPeers.of_worker(
             self.runtime, config.namespace, config.component, endpoint, self.settings.components, role
         )
-        options = Options(repeats=self.settings.repeats, steps_ahead=info.steps_ahead)
+        options = Options(
+            repeats=self.settings.repeats,
+            steps_ahead=info.steps_ahead,
+            kv_bytes_per_token=info.kv_bytes_per_token,
+        )
         requests = Requests(engine, peers, int(endpoint.connection_id()), info.fingerprint, options)
         name = f"{int(endpoint.connection_id()):016x}"[-8:]
         status = WorkerStatus(requests, name, role, info, endpoint, address(self.settings.agent["advertise_host"]))
