@@ -161,7 +161,7 @@ class _Link:
                 # A reader that is slower than the link gets several outputs at once.
                 outputs: tuple[GenerateOutput, ...] = ()
                 for item in items:
-                    if isinstance(item, Attached) and item == Attached(item.outputs):
+                    if isinstance(item, Attached) and item.moved is None and item.error is None and not item.end:
                         outputs += item.outputs
                         continue
                     if outputs:
