@@ -16,7 +16,6 @@ import asyncio
 import multiprocessing
 import os
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -26,8 +25,7 @@ import torch
 
 from components.engine.protocol import CommitTo, GenerateOutput, GenerateRequest, RequestId, Sampling, TokenLogprob
 from components.engine.vllm import VLLMEngine
-from components.engine.vllm.start import VLLMOptions
-from tests.cuda.test_vllm_moves import make_model
+from tests.cuda.test_vllm_moves import make_model, require_whole, start
 from tests.integration.test_vllm_families import apart
 from tests.integration.test_vllm_handover import Client, move, request_of, run, take_until
 from tests.integration.vllm_engines import Pair
@@ -75,42 +73,10 @@ def pair(runner: asyncio.Runner, model: Path, etcd_url: str, request: pytest.Fix
     first, second = (int(word) for word in request.param.split(","))
     if max(first, second) > GPUS:
         pytest.skip(f"has {GPUS} GPUs")
-    pair = runner.run(start(model, etcd_url, first, second))
+    integrity = os.environ.get("DYN_MIGRATE_TEST_INTEGRITY", "full")
+    pair = runner.run(start(model, etcd_url, (first, second), integrity=integrity))
     yield pair
     runner.run(pair.stop())
-
-
-async def start(model: Path, etcd_url: str, *sizes: int) -> Pair:
-    namespace = f"test-{uuid.uuid4().hex[:8]}"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(GPUS)))).split(",")
-    engines = []
-    for name, size, devices in zip("ab", sizes, (visible[: sizes[0]], visible[-sizes[1] :]), strict=True):
-        # Read by the engine core's process, which vLLM starts anew.
-        os.environ.update(CUDA_VISIBLE_DEVICES=",".join(devices), VLLM_WORKER_MULTIPROC_METHOD="spawn")
-        engine = VLLMEngine(
-            VLLMOptions(
-                {
-                    "model": str(model),
-                    "skip_tokenizer_init": True,
-                    "max_model_len": 8192,
-                    "max_num_seqs": 8,
-                    "tensor_parallel_size": size,
-                    "kv_cache_memory_bytes": 3 << 30,
-                    "enable_prefix_caching": False,
-                    "gpu_memory_utilization": 0.4,
-                    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
-                    "seed": 0,
-                },
-                {"name": name, "etcd_endpoints": [etcd_url], "namespace": namespace, "transport": "auto"},
-                integrity=os.environ.get("DYN_MIGRATE_TEST_INTEGRITY", "full"),
-            )
-        )
-        info = await engine.start()
-        print(f"engine {name} on GPUs {devices}: lanes {info.lanes}, fingerprint {info.fingerprint}")
-        engines.append(engine)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
-    assert engines[0].info.fingerprint == engines[1].info.fingerprint
-    return Pair(*engines)
 
 
 def require_close(found: Full, plain: Full) -> int:
@@ -190,10 +156,4 @@ def test_prompts_are_handed_over(runner: asyncio.Runner, pair: Pair, way: int) -
 
 
 def test_no_block_is_lost(runner: asyncio.Runner, pair: Pair) -> None:
-    async def scenario() -> None:
-        for engine in (pair.a, pair.b):
-            await engine.check_integrity()
-            stats = await engine.stats()
-            assert stats.free_blocks == stats.total_blocks
-
-    runner.run(asyncio.wait_for(scenario(), 60))
+    runner.run(asyncio.wait_for(require_whole(pair), 60))

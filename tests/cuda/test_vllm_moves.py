@@ -17,6 +17,7 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,14 +80,14 @@ def pair(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory, etcd_
     runner.run(pair.stop())
 
 
-async def start(model: Path, etcd_url: str) -> Pair:
-    """Engine b is on the second GPU if there is one."""
+async def start(model: Path, etcd_url: str, sizes: tuple[int, int] = (1, 1), **options: Any) -> Pair:
+    """Engines of these tensor-parallel sizes: a on the first GPUs, b on the last ones; they may share."""
     namespace = f"test-{uuid.uuid4().hex[:8]}"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(GPUS)))).split(",")
     engines = []
-    for name, device in (("a", visible[0]), ("b", visible[-1])):
+    for name, size, devices in zip("ab", sizes, (visible[: sizes[0]], visible[-sizes[1] :]), strict=True):
         # Read by the engine core's process, which vLLM starts anew.
-        os.environ.update(CUDA_VISIBLE_DEVICES=device, VLLM_WORKER_MULTIPROC_METHOD="spawn")
+        os.environ.update(CUDA_VISIBLE_DEVICES=",".join(devices), VLLM_WORKER_MULTIPROC_METHOD="spawn")
         engine = VLLMEngine(
             VLLMOptions(
                 {
@@ -94,6 +95,7 @@ async def start(model: Path, etcd_url: str) -> Pair:
                     "skip_tokenizer_init": True,
                     "max_model_len": 8192,
                     "max_num_seqs": 8,
+                    "tensor_parallel_size": size,
                     "kv_cache_memory_bytes": 3 << 30,
                     # Every move copies the whole request.
                     "enable_prefix_caching": False,
@@ -104,10 +106,11 @@ async def start(model: Path, etcd_url: str) -> Pair:
                     "seed": 0,
                 },
                 {"name": name, "etcd_endpoints": [etcd_url], "namespace": namespace, "transport": "auto"},
+                **options,
             )
         )
         info = await engine.start()
-        print(f"engine {name} on GPU {device}: lanes {info.lanes}, fingerprint {info.fingerprint}")
+        print(f"engine {name} on GPUs {devices}: lanes {info.lanes}, fingerprint {info.fingerprint}")
         engines.append(engine)
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
     assert engines[0].info.fingerprint == engines[1].info.fingerprint
@@ -148,11 +151,13 @@ def test_twenty_moves_change_no_token(runner: asyncio.Runner, pair: Pair, kind: 
     runner.run(asyncio.wait_for(scenario(), 300))
 
 
-def test_no_block_is_lost(runner: asyncio.Runner, pair: Pair) -> None:
-    async def scenario() -> None:
-        for engine in (pair.a, pair.b):
-            await engine.check_integrity()
-            stats = await engine.stats()
-            assert stats.free_blocks == stats.total_blocks
+async def require_whole(pair: Pair) -> None:
+    """No block is lost."""
+    for engine in (pair.a, pair.b):
+        await engine.check_integrity()
+        stats = await engine.stats()
+        assert stats.free_blocks == stats.total_blocks
 
-    runner.run(asyncio.wait_for(scenario(), 60))
+
+def test_no_block_is_lost(runner: asyncio.Runner, pair: Pair) -> None:
+    runner.run(asyncio.wait_for(require_whole(pair), 60))
