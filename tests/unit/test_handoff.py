@@ -116,7 +116,7 @@ def engine(ids: list[int], checked: int | None = 2) -> tuple[Handoff, MigrateIn,
     outgoing = MigrateOut(port, checked, lambda: None)  # type: ignore[arg-type, return-value]
     outgoing.agents = (AGENT,)
     incoming = MigrateIn(port, 1 << 20, 30.0, lambda: None, Inbox("127.0.0.1"))  # type: ignore[arg-type, return-value]
-    incoming.num_ranks = 1
+    incoming.cache.num_ranks = 1
     return Handoff(port, incoming, outgoing), incoming, port  # type: ignore[arg-type]
 
 
@@ -187,11 +187,11 @@ def taken(local: int, ids: list[int]) -> tuple[MigrateIn, Port, Record]:
 
 def test_a_decode_engine_copies_what_its_own_cache_has_not_and_runs_once_it_is_proven() -> None:
     incoming, port, record = taken(4, [1, 2, 3])
-    ((job,), _) = incoming.take_new_jobs()
+    ((job,), _) = incoming.copies.take_new_jobs()
     assert (job.src_blocks, job.dst_blocks) == ((51, 52), (2, 3))
     assert job.checks == ((2, ((11,),)), (3, ((12,),)))
-    incoming.take_results(StepResults([JobResult(job.job_id, ok=True, bytes=2)]))
-    assert port.told == [("arrived", 10)] and not incoming.busy and record.incoming is None
+    incoming.copies.take_results(StepResults([JobResult(job.job_id, ok=True, bytes=2)]))
+    assert port.told == [("arrived", 10)] and not incoming.copies.busy and record.incoming is None
 
 
 def test_each_rank_of_a_source_has_a_checksum_of_each_of_its_heads() -> None:
@@ -203,16 +203,16 @@ def test_each_rank_of_a_source_has_a_checksum_of_each_of_its_heads() -> None:
         checksums=(11, 12, 21, 22, 31, 32, 41, 42),
     )
     for divides in (False, True):
-        incoming.divides = divides
+        incoming.cache.divides = divides
         record = Record(request_of(), Marker(RequestId("r"), handoff=frozen), born=0.0)
         handoff.begin(record)
         assert handoff.external_tokens(record, 4) == ((6, True) if divides else (0, False))
     handoff.allocated(record, [[1, 2, 3]], 6)
-    ((job,), _) = incoming.take_new_jobs()
+    ((job,), _) = incoming.copies.take_new_jobs()
     assert job.checks == ((2, ((11, 12), (31, 32))), (3, ((21, 22), (41, 42))))
     # The results of this engine's one rank end the job, however many the source has.
-    incoming.take_results(StepResults([JobResult(job.job_id, ok=True, bytes=2)]))
-    assert not incoming.busy
+    incoming.copies.take_results(StepResults([JobResult(job.job_id, ok=True, bytes=2)]))
+    assert not incoming.copies.busy
 
 
 @pytest.mark.parametrize("wrong", [{"checked": ()}, {"checked": (1, 1)}, {"checked": (0,)}, {"checksums": (1, 2, 3)}])
@@ -225,10 +225,10 @@ def test_checksums_that_do_not_fit_the_blocks_are_not_taken(wrong: dict[str, tup
 
 def test_blocks_that_are_not_proven_are_computed_again() -> None:
     incoming, port, _ = taken(4, [1, 2, 3])
-    ((job,), _) = incoming.take_new_jobs()
+    ((job,), _) = incoming.copies.take_new_jobs()
     failed = JobResult(job.job_id, ok=False, error=("integrity", "differ"), bad_blocks=(2, 3))
-    incoming.take_results(StepResults([failed]))
-    assert port.told == [("recompute from", 4)] and incoming.refused == {"integrity": 1}
+    incoming.copies.take_results(StepResults([failed]))
+    assert port.told == [("recompute from", 4)] and incoming.copies.refused == {"integrity": 1}
 
 
 def test_nothing_is_copied_where_the_own_cache_has_all_or_the_prompt_is_another() -> None:
@@ -237,7 +237,7 @@ def test_nothing_is_copied_where_the_own_cache_has_all_or_the_prompt_is_another(
     handoff.begin(record)
     assert handoff.external_tokens(record, 10) == (0, False)
     handoff.allocated(record, [[1, 2, 3]], 0)
-    assert incoming.take_new_jobs() == ([], [])
+    assert incoming.copies.take_new_jobs() == ([], [])
     other = Record(request_of(prompt=11), Marker(RequestId("r"), handoff=frozen_of()), born=0.0)
     handoff.begin(other)
     assert handoff.external_tokens(other, 0) == (0, False)

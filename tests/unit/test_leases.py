@@ -98,7 +98,7 @@ def test_a_prompt_that_has_waited_in_line_for_too_long_is_computed_and_not_copie
     marker = Marker(RequestId("handed"), 3 * BLOCK, handoff=frozen)
     request = played.add([*range(3 * BLOCK), 7], marker, "handed")
     now = time.monotonic() + waited_s
-    for module in ("handoff", "migrate_in"):
+    for module in ("handoff", "copies"):
         monkeypatch.setattr(f"components.engine.vllm.{module}.time", SimpleNamespace(monotonic=lambda: now))
     output = played.step()
     if waited_s > 30.0:

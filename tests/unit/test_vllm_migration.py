@@ -268,7 +268,7 @@ def test_a_copy_that_failed_is_computed_from_the_last_good_block(tiny_llama: str
     played.commit(request)
     assert played.executor.jobs[0].src_blocks == (100, 101, 102, 103)
     assert played.step().num_scheduled_tokens == {request.request_id: 50}
-    assert played.scheduler.migration.incoming.refused == {"integrity": 1}
+    assert played.scheduler.migration.incoming.copies.refused == {"integrity": 1}
 
 
 def test_all_ranks_must_have_copied(tiny_llama: str) -> None:

@@ -11,7 +11,8 @@ In the engine core's process:
     scheduler.py    vLLM's schedulers with a ``Migration``
     migration.py    records of all requests, and the calls; ``tables.py`` its views
     migrate_out.py  the source: offer, freeze, resume
-    migrate_in.py   the destination: reserve, copy, commit
+    migrate_in.py   the destination: reserve, rounds, commit; ``claims.py`` what a source says
+    copies.py       its copy jobs
     ranks.py        calls to the workers
     connector.py    the KV connector that vLLM loads
 

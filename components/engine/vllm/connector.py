@@ -96,7 +96,7 @@ class MigrationConnector(KVConnectorBase_V1, SupportsHMA):
 
     def has_pending_push_work(self) -> bool:
         """True while a worker owes a result: vLLM must go on stepping."""
-        return self.migration.incoming.busy
+        return self.migration.incoming.copies.busy
 
     # Worker side
 

@@ -20,12 +20,13 @@ import msgspec
 from vllm.v1.request import RequestStatus
 
 from components.engine.protocol import Frozen, RequestId
+from components.engine.vllm.claims import require_same
 from components.engine.vllm.compat.requests import external_id
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.control import MARKER, Call, Marker, Op, Reply, decode_marker
 from components.engine.vllm.direct import Inbox
 from components.engine.vllm.handoff import Handoff
-from components.engine.vllm.migrate_in import MigrateIn, require_same
+from components.engine.vllm.migrate_in import MigrateIn
 from components.engine.vllm.migrate_out import MigrateOut
 from components.engine.vllm.ranks import Ranks
 from components.engine.vllm.records import Install, Record, StepMetadata, StepResults
@@ -153,7 +154,7 @@ class Migration:
         """Direct commits since the last step. A refused one is only logged: the worker's commit gets the error."""
         if not self.incoming.inbox.has_calls:
             return
-        with self.incoming.together():
+        with self.incoming.copies.together():
             for call in self.incoming.inbox.take():
                 self._take_commit(call)
 
@@ -174,8 +175,9 @@ class Migration:
         self._ranks = ranks
         self.outgoing.agents = tuple(info.agent for info in infos)
         per_block = sum(info.block_bytes for info in infos)
-        self.incoming.bytes_per_block, self.incoming.num_ranks = per_block, len(infos)
-        self.incoming.divides = all(info.divides for info in infos)
+        cache = self.incoming.cache
+        cache.bytes_per_block, cache.num_ranks = per_block, len(infos)
+        cache.divides = all(info.divides for info in infos)
         return Reply(
             agents=self.outgoing.agents,
             lanes=infos[0].lanes,
@@ -274,7 +276,7 @@ class Migration:
     def step_metadata(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         """Work of the workers for this step."""
         self._step_began = time.monotonic()
-        jobs, cancelled = self.incoming.take_new_jobs()
+        jobs, cancelled = self.incoming.copies.take_new_jobs()
         self.port.neighbours.step()
         meta = StepMetadata(jobs=jobs, cancelled=cancelled, to_sum=self.handoff.to_sum(scheduler_output))
         cached = scheduler_output.scheduled_cached_reqs.resumed_req_ids
@@ -289,7 +291,7 @@ class Migration:
 
     def step_results(self, results: StepResults) -> None:
         """Results of the workers at the end of a step."""
-        self.incoming.take_results(results)
+        self.incoming.copies.take_results(results)
 
     def after_step(self) -> list[tuple[Record, Frozen]]:
         """Freeze requests that waited for this step. Returns the states that leave with its outputs."""
@@ -308,7 +310,7 @@ class Migration:
 
     def has_only_taken_out(self) -> bool:
         """True when the engine only keeps frozen requests."""
-        return not self.incoming.busy and self.port.is_idle_but_for(self.outgoing.num_taken_out)
+        return not self.incoming.copies.busy and self.port.is_idle_but_for(self.outgoing.num_taken_out)
 
 
 def _install(record: Record) -> Install:

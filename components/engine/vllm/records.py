@@ -23,6 +23,7 @@ from components.engine.protocol import AgentRef, CommitTo, Frozen, KVOffer, Land
 from components.engine.vllm.compat.grammars import Replay
 from components.engine.vllm.control import Marker, Reply
 from components.engine.vllm.parts import Parts
+from components.errors import SessionError
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -97,6 +98,12 @@ class Record:
     def request_id(self) -> RequestId:
         """The id of the caller of ``generate``, not vLLM's internal one."""
         return self.marker.request_id
+
+    def require_incoming(self) -> Incoming:
+        """Its landing. Raises ``SessionError`` when it has none, or no longer."""
+        if self.incoming is None:
+            raise SessionError(f"request {self.request_id} is not landing")
+        return self.incoming
 
 
 @dataclass(frozen=True)

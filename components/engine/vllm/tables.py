@@ -70,7 +70,7 @@ def stats_of(migration: Migration) -> EngineStats:
         queued_prefill_tokens=sum(r.num_tokens for r in queued),
         scheduled_prefill_tokens=sum(r.num_tokens - r.num_computed_tokens for r in prefilling),
         preemptions_total=migration.preemptions_total,
-        kv_refused=dict(migration.incoming.refused),
+        kv_refused=dict(migration.incoming.copies.refused),
         step_s=migration.last_step_s,
     )
 
@@ -78,7 +78,7 @@ def stats_of(migration: Migration) -> EngineStats:
 def verify_blocks(migration: Migration) -> None:
     """Raise ``SessionError`` unless the holders of every used block are its requests and copies."""
     expected = Counter(block.block_id for block in migration.port.holders())
-    expected.update(block.block_id for block in migration.incoming.kept_blocks())
+    expected.update(block.block_id for block in migration.incoming.copies.kept_blocks())
     expected.update(block.block_id for block in migration.handoff.lent_blocks())
     for block in migration.port.pool():
         if block.ref_cnt != expected[block.block_id]:

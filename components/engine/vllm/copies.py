@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of a source's blocks: the jobs of the workers, from their begin until nothing can land in their blocks.
+
+No step reads blocks that a copy of the same step fills. Rounds run beside the steps. The commit's tail, if small, is
+copied between two steps, within a budget of a few times what the lane took for as many bytes before (``_budget``), at
+most ``MAX_WAIT_S``; a copy that takes longer goes on beside the steps, and the next ones of that source do from their
+beginning. So a silent source delays the other requests of this engine once, by that budget.
+
+Blocks belong to the jobs that name them: a request that ends, or starts over, while a job may still write leaves its
+blocks to that job, and they are free when the last worker says that nothing can land in them any more.
+
+Threading: the engine core's thread. A failed copy is no error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+from components.engine.protocol import AgentRef
+from components.engine.vllm.claims import Cache
+from components.engine.vllm.compat.scheduler import SchedulerPort
+from components.engine.vllm.ranks import Ranks
+from components.engine.vllm.records import Incoming, Job, JobResult, Record, StepResults
+from components.timeline import mark
+
+MAX_WAIT_S = 0.25
+"""Upper bound on the time for which a commit's copy holds up the other requests."""
+_MIN_WAIT_S = 0.02
+_FIRST_GUESS = 1e9
+"""Bytes a second of a lane that has not copied anything yet."""
+
+
+@dataclass
+class Flight:
+    """A job that workers have been given."""
+
+    job: Job
+    record: Record
+    results: list[JobResult] = field(default_factory=list)
+    quiet: int = 0
+    """Workers on which nothing can land in its blocks any more."""
+    blocks: list[KVCacheBlock] = field(default_factory=list)
+    """Blocks of a request that has ended or started over."""
+
+    @property
+    def failed(self) -> JobResult | None:
+        """The first result that is a failure."""
+        return next((result for result in self.results if not result.ok), None)
+
+
+class Copies:
+    """See the module docstring. ``settled`` is called with a job that a request still waits for, once all workers have
+    ended it.
+    """
+
+    def __init__(
+        self,
+        port: SchedulerPort,
+        cache: Cache,
+        wait_bytes: int,
+        deadline_s: float,
+        ranks: Callable[[], Ranks],
+        settled: Callable[[Flight, Incoming], None],
+    ) -> None:
+        self._port = port
+        self._cache = cache
+        self._wait_bytes = wait_bytes
+        self._deadline_s = deadline_s
+        self._ranks = ranks
+        self._settled = settled
+        self.refused: Counter[str] = Counter()
+        """Copies whose blocks were not used, by error code."""
+        self._job_ids = itertools.count(1)
+        self._new: list[Job] = []
+        self._cancelled: list[int] = []
+        self._flights: dict[int, Flight] = {}
+        self._bytes_per_s = _FIRST_GUESS
+        self._late: set[AgentRef] = set()
+        """Whose last copy was not there in time: no step waits for them until one has come."""
+        self._urgent: list[Job] = []
+        """Copies that the next step waits for."""
+        self._gathering = False
+
+    # Begin
+
+    def beside_steps(self, record: Record, num_tokens: int, whole: bool = False) -> None:
+        """Copy the blocks of so many tokens that no job copies yet; ``whole``: full ones only."""
+        self._new.append(self._job(record, num_tokens, whole))
+
+    def tail(self, record: Record, may_wait: bool) -> None:
+        """Copy all that the newest offer has and this engine has not: ``may_wait`` lets the next step wait for it."""
+        job = self._job(record, record.require_incoming().offer.num_tokens)
+        size = len(job.src_blocks) * self._cache.bytes_per_block
+        late = size > self._wait_bytes or not self._late.isdisjoint(job.agents)
+        if not may_wait or late or self._port.neighbours.may_read(job.dst_blocks):
+            self._new.append(job)
+            return
+        mark("target-core", "copy", record.request_id)
+        self._urgent.append(job)
+        if not self._gathering:
+            self._copy_urgent()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around commits that have come together: their tails are copied together at the end."""
+        self._gathering = True
+        try:
+            yield
+        finally:
+            self._gathering = False
+            if self._urgent:
+                self._copy_urgent()
+
+    def _copy_urgent(self) -> None:
+        jobs, self._urgent = self._urgent, []
+        size = sum(len(job.src_blocks) for job in jobs) * self._cache.bytes_per_block
+        for results in self._ranks().copy(jobs, self._budget(size)):
+            for job, result in zip(jobs, results, strict=True):
+                if result is None:
+                    self._late.update(job.agents)
+                else:
+                    self._take(result)
+
+    def _budget(self, size: int) -> float:
+        return min(MAX_WAIT_S, max(_MIN_WAIT_S, 4 * size / self._bytes_per_s))
+
+    def _job(self, record: Record, num_tokens: int, whole: bool = False) -> Job:
+        incoming = record.require_incoming()
+        parts, frozen = incoming.parts, incoming.commit
+        pairs = parts.take(incoming.offer, num_tokens, whole)
+        proof = frozen if frozen is not None and frozen.checksums else None
+        job = Job(
+            job_id=next(self._job_ids),
+            request_id=record.request_id,
+            vllm_id=record.request.request_id,
+            agents=incoming.offer.agents,
+            src_blocks=pairs.src,
+            dst_blocks=pairs.dst,
+            checks=parts.checks(proof) if proof is not None else (),
+            vouched=parts.vouched(proof) if proof is not None else (),
+            deadline_s=max(0.0, min(self._deadline_s, incoming.use_until - time.monotonic())),
+        )
+        incoming.job = job
+        incoming.rounds += 1
+        self._flights[job.job_id] = Flight(job, record)
+        return job
+
+    # Run
+
+    def take_new_jobs(self) -> tuple[list[Job], list[int]]:
+        """Jobs for the workers to begin with this step, and earlier ones to cancel."""
+        taken = self._new, self._cancelled
+        self._new, self._cancelled = [], []
+        return taken
+
+    @property
+    def busy(self) -> bool:
+        """Does a worker still owe a result, or hold blocks?"""
+        return bool(self._flights)
+
+    def take_results(self, results: StepResults) -> None:
+        """What the workers' jobs have come to since the last step."""
+        for result in results.results:
+            self._take(result)
+        for job_id in results.quiet:
+            self._quiet(self._flights[job_id])
+
+    def _take(self, result: JobResult) -> None:
+        flight = self._flights[result.job_id]
+        flight.results.append(result)
+        if len(flight.results) == self._cache.num_ranks:
+            incoming = flight.record.incoming
+            if incoming is not None and incoming.job is flight.job:
+                incoming.job = None
+                self._note(flight, incoming)
+                self._settled(flight, incoming)
+        if result.quiet:
+            self._quiet(flight)
+
+    def _quiet(self, flight: Flight) -> None:
+        flight.quiet += 1
+        if flight.quiet == self._cache.num_ranks:
+            del self._flights[flight.job.job_id]
+            if flight.blocks:
+                self._port.free_blocks_of(flight.blocks)
+
+    def _note(self, flight: Flight, incoming: Incoming) -> None:
+        results, failed = flight.results, flight.failed
+        incoming.bytes += sum(r.bytes for r in results)
+        incoming.descriptors += sum(r.descriptors for r in results)
+        incoming.post_s += max(r.post_s for r in results)
+        incoming.wire_s += max(r.wire_s for r in results)
+        incoming.lane = results[0].lane or incoming.lane
+        if failed is None:
+            incoming.parts.landed()
+            self._late.difference_update(flight.job.agents)
+            self._learn(results)
+            return
+        incoming.parts.failed({block for r in results for block in r.bad_blocks})
+        incoming.error = failed.error
+        if failed.error is not None:
+            self.refused[failed.error[0]] += 1
+
+    def _learn(self, results: Iterable[JobResult]) -> None:
+        for result in results:
+            if result.bytes and result.wire_s:
+                self._bytes_per_s += (result.bytes / result.wire_s - self._bytes_per_s) / 4
+
+    # Ends
+
+    def stop(self, incoming: Incoming) -> Flight | None:
+        """Drop a job that workers have not been given. One that they have is cancelled, may still write for a while,
+        and is returned.
+        """
+        job, incoming.job = incoming.job, None
+        if job is None:
+            return None
+        if job not in self._new:
+            self._cancelled.append(job.job_id)
+            return self._flights[job.job_id]
+        self._new.remove(job)
+        del self._flights[job.job_id]
+        return None
+
+    def kept_blocks(self) -> Iterable[KVCacheBlock]:
+        """Blocks that belong to jobs, not to requests."""
+        return itertools.chain.from_iterable(flight.blocks for flight in self._flights.values())
