@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Messages on a connection: a 4-byte length and a body.
 
-``say`` and ``hear`` move a msgspec struct, ``read_into`` bulk bytes; ``end`` is a deadline on ``time.monotonic``. The
-length of a body is checked before it is allocated. No state. Raises ``InvalidRequest`` for a malformed or too large
+``say`` and ``hear`` move a msgspec struct over a socket, ``encoded`` and ``heard`` over streams of asyncio,
+``read_into`` bulk bytes; ``end`` is a deadline on ``time.monotonic``. The length of a body is checked before it is
+allocated. No state. Raises ``InvalidRequest`` for a malformed or too large
 body, ``ConnectionResetError`` for an end within a message, ``OSError`` and ``TimeoutError`` as sockets do; the caller
 then closes the connection.
 """
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import struct
 import time
@@ -38,11 +40,36 @@ def say(sock: socket.socket, message: msgspec.Struct, end: float) -> None:
 
 def hear(sock: socket.socket, kind: type[T], limit: int, end: float | None) -> T:
     """Receive one message of that kind, of at most ``limit`` bytes; without ``end`` it may begin at any time."""
-    body = read_frame(sock, limit, end)
+    return _decoded(read_frame(sock, limit, end), kind)
+
+
+async def heard(reader: asyncio.StreamReader, kind: type[T], limit: int) -> T:
+    """``hear`` for a stream, without a deadline. Raises ``EOFError`` at its end."""
+    length = _length(await reader.readexactly(_LENGTH.size), limit)
+    return _decoded(await reader.readexactly(length), kind)
+
+
+def encoded(message: msgspec.Struct, limit: int) -> bytes:
+    """One message as it goes over the connection. Raises ``InvalidRequest`` for one of more than ``limit`` bytes."""
+    data = _encoder.encode(message)
+    return _LENGTH.pack(_within(len(data), limit)) + data
+
+
+def _decoded(body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.msgpack.decode(body, type=kind)
     except UNREADABLE as error:
         raise InvalidRequest(f"not a {kind.__name__} message: {error}") from error
+
+
+def _length(head: bytes, limit: int) -> int:
+    return _within(int.from_bytes(head), limit)
+
+
+def _within(length: int, limit: int) -> int:
+    if length > limit:
+        raise InvalidRequest(f"a message of {length} bytes; at most {limit}")
+    return length
 
 
 def write_frame(sock: socket.socket, data: bytes, end: float) -> None:
@@ -58,10 +85,7 @@ def framed(data: bytes) -> bytes:
 
 def read_frame(sock: socket.socket, limit: int, end: float | None) -> bytes:
     """Receive one body of at most ``limit`` bytes; without ``end`` it may begin at any time."""
-    (length,) = _LENGTH.unpack(read_exactly(sock, _LENGTH.size, end))
-    if length > limit:
-        raise InvalidRequest(f"a message of {length} bytes; at most {limit}")
-    return read_exactly(sock, length, end)
+    return read_exactly(sock, _length(read_exactly(sock, _LENGTH.size, end), limit), end)
 
 
 def read_exactly(sock: socket.socket, count: int, end: float | None) -> bytes:

@@ -206,12 +206,17 @@ class GenerateOutput(msgspec.Struct, frozen=True, omit_defaults=True):
 _Text = Annotated[str, msgspec.Meta(max_length=1024)]
 
 
-class CommitTo(msgspec.Struct, frozen=True):
-    """Where an engine takes the commit of a landing request from the source's engine: see ``Engine.freeze``."""
+class SocketRef(msgspec.Struct, frozen=True):
+    """A socket of one life of a process."""
 
     address: _Text
     epoch: _Text
-    """The life of that engine; the handshake proves that the peer is it."""
+    """The life; the handshake proves that the peer is it."""
+
+
+class CommitTo(SocketRef, frozen=True):
+    """Where an engine takes the commit of a landing request from the source's engine: see ``Engine.freeze``."""
+
     request_id: Annotated[RequestId, msgspec.Meta(max_length=1024)]
     """The engine's own id of this life of the request."""
 

@@ -25,6 +25,7 @@ from components.engine.protocol import (
     LandingStatus,
     RequestId,
     RequestPhase,
+    SocketRef,
     TokenLogprob,
 )
 
@@ -243,14 +244,6 @@ class WorkerState(msgspec.Struct, frozen=True, omit_defaults=True):
     """host:port of the worker's Prometheus metrics."""
 
 
-class LinkTo(msgspec.Struct, frozen=True):
-    """Where a worker takes links of other workers."""
-
-    address: Annotated[str, msgspec.Meta(max_length=1024)]
-    epoch: Annotated[str, msgspec.Meta(max_length=1024)]
-    """The life of that worker; the handshake proves that the peer is it."""
-
-
 class WorkerReply(msgspec.Struct, frozen=True, omit_defaults=True):
     """Answer to a call; ``error`` is (code, message)."""
 
@@ -260,7 +253,8 @@ class WorkerReply(msgspec.Struct, frozen=True, omit_defaults=True):
     moves: tuple[MoveRecord, ...] = ()
     left: int = 0
     """``drain``: requests that still run here."""
-    link: LinkTo | None = None
+    link: SocketRef | None = None
+    """Where the worker takes links."""
 
 
 class Attached(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -16,7 +16,7 @@ from components.errors import InvalidRequest, MigrateError, RequestNotFound
 from components.messages import pack, unpack
 from components.migration.events import Event
 from components.migration.legs import Arrival
-from components.migration.links import Owner
+from components.migration.link_owner import Owner
 from components.migration.messages import Attached, WorkerCall, WorkerOp, WorkerReply
 from components.migration.requests import Requests
 from components.timeline import mark

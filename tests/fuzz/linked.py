@@ -10,8 +10,9 @@ from typing import Any
 
 from components.engine.protocol import GenerateOutput
 from components.errors import MigrateError
-from components.frames import framed
-from components.migration import links
+from components.frames import framed, heard
+from components.migration import link_owner, links
+from components.migration.link_wire import MAX_BYTES, Said
 from components.migration.messages import Attached, WorkerCall, WorkerOp, WorkerReply
 from tests.fuzz.inputs import Target
 from tests.fuzz.samples import R
@@ -64,11 +65,11 @@ async def _owner(reader: asyncio.StreamReader) -> MigrateError | None:
         yield Attached()
         yield Attached((GenerateOutput(0, (1,)),))
 
-    caller = links._Caller(sink, answer, attach)
+    caller = link_owner._Caller(sink, answer, attach)
     refused = None
     try:
         while True:
-            caller.take(await links._hear(reader, links.Said))
+            caller.take(await heard(reader, Said, MAX_BYTES))
     except EOFError:
         pass
     except MigrateError as error:

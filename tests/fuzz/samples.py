@@ -24,7 +24,7 @@ from components.engine.protocol import (
     Sampling,
     TokenLogprob,
 )
-from components.migration.links import Said, Told
+from components.migration.link_wire import Said, Told
 from components.migration.messages import (
     Attached,
     Decision,

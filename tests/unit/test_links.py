@@ -16,13 +16,15 @@ import pytest_asyncio
 
 from components import credentials
 from components.address import Address
-from components.engine.protocol import GenerateOutput, RequestId
+from components.engine.protocol import GenerateOutput, RequestId, SocketRef
 from components.errors import MigrateError, NoRoom, RequestNotFound, SessionError, Unauthorized, WorkerLost
 from components.frames import framed
 from components.handshake import connect
-from components.migration import links, messages
-from components.migration.links import Links, Owner, Said
-from components.migration.messages import Attached, LinkTo, WorkerCall, WorkerOp, WorkerReply
+from components.migration import messages
+from components.migration.link_owner import Owner
+from components.migration.link_wire import Said, purpose
+from components.migration.links import Links
+from components.migration.messages import Attached, WorkerCall, WorkerOp, WorkerReply
 
 PEER = 7
 
@@ -46,7 +48,7 @@ class Pair:
         self.links = Links(self.over_dynamo)
         self.owner = Owner("127.0.0.1", self.answer, self.life)
         self.asked: list[WorkerOp] = []
-        self.where: LinkTo | None = self.owner.where
+        self.where: SocketRef | None = self.owner.where
         self.go: dict[str, asyncio.Event] = {}
         self.feeds: dict[str, asyncio.Queue[Attached | MigrateError | None]] = {}
         self.ended: Counter[str] = Counter()
@@ -91,15 +93,14 @@ class Pair:
     def stranger(self) -> socket.socket:
         """A connection of somebody with the secret, who then says whatever he likes."""
         where = self.owner.where
-        return connect(where.address, links._purpose(where.epoch), time.monotonic() + 5.0)
+        return connect(where.address, purpose(where.epoch), time.monotonic() + 5.0)
 
 
 @pytest_asyncio.fixture
 async def pair() -> AsyncIterator[Pair]:
     pair = Pair()
     yield pair
-    pair.links.close()
-    pair.owner.close()
+    pair.owner.acceptor.close()
 
 
 async def until(happens: object, what: str = "") -> None:
@@ -143,7 +144,7 @@ async def test_the_end_of_a_worker_ends_calls_and_readers_and_the_next_call_look
     (reader,) = await pair.opened("one")
     waiting = asyncio.ensure_future(pair.ask("slow"))
     await asyncio.sleep(0.05)
-    pair.owner.close()
+    pair.owner.acceptor.close()
     for lost in (waiting, anext(reader)):
         with pytest.raises(WorkerLost):
             await lost
@@ -163,7 +164,7 @@ async def test_a_worker_without_links_is_said_to_have_none(pair: Pair) -> None:
 
 
 async def test_another_process_at_that_address_is_found_out(pair: Pair) -> None:
-    pair.where = LinkTo(pair.owner.where.address, "another epoch")
+    pair.where = SocketRef(pair.owner.where.address, "another epoch")
     with pytest.raises(Unauthorized):
         await pair.ask("a")
 
