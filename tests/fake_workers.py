@@ -27,7 +27,8 @@ from components.errors import DeadlineExceeded, RequestNotFound, WorkerLost, fro
 from components.messages import pack, unpack
 from components.migration.messages import Attached, MoveRecord, Owner, WorkerCall, WorkerReply
 from components.migration.peers import short
-from components.migration.requests import Options, Requests
+from components.migration.repeats import Options
+from components.migration.requests import Requests
 from components.worker.control import Control
 from components.worker.state import WorkerStatus
 

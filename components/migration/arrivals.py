@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 
 import msgspec
@@ -25,6 +25,7 @@ from components.migration.legs import Arrival
 from components.migration.messages import Attached, Life, Owner, Ticket, WorkerCall, WorkerOp
 from components.migration.peers import Peers
 from components.migration.suspects import Suspects
+from components.migration.tasks import Spawn
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Arrivals:
         peers: Peers,
         suspects: Suspects,
         events: Counter[Event],
-        spawn: Callable[[object], None],
+        spawn: Spawn,
     ) -> None:
         self.fingerprint = fingerprint
         """Of model, weights, runner and KV layout; a life begins only with an equal one."""

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
+from contextlib import aclosing, suppress
 from typing import TypeVar
 
 from components.engine.protocol import Engine, GenerateOutput, RequestId
@@ -27,51 +25,18 @@ from components.migration.events import Event
 from components.migration.faces import PROTOCOL_FACE, Face
 from components.migration.legs import Arrival, Away, Leg, new_life
 from components.migration.messages import Attached, Owner
-from components.migration.owners import TELL_AGAIN_S, Owners
+from components.migration.owners import Owners
 from components.migration.pace import Pace
 from components.migration.parting import Parting
 from components.migration.peers import Peers, follow
+from components.migration.repeats import Options, Repeat, Repeats
 from components.migration.suspects import Suspects
+from components.migration.tasks import CutOvers, Tasks
 
 logger = logging.getLogger(__name__)
 _SWEEP_S = 1.0
-_CUT_OVERS = 16
-"""Requests of this worker whose freeze is under way at a time."""
 
 T = TypeVar("T")
-
-
-class Repeat(Exception):
-    """The frontend shall send the request again; not an error of anybody."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """Times and limits; all with sane defaults."""
-
-    orphan_s: float = 30.0
-    """An arrival that nobody reads for so long is given up."""
-    repeats: bool = True
-    """The frontend repeats requests (``--migration-limit``); else everything is relayed to its end."""
-    relay_below: int = 32
-    """A request with fewer tokens to come is relayed to its end: a repeat would cost more."""
-    steps_ahead: int = 0
-    """Of this worker's engine; see ``EngineInfo``."""
-    kv_bytes_per_token: int = 0
-    """As before; 0: copies are begun without bound."""
-
-
-class Turn:
-    """One request's turn to be frozen."""
-
-    def __init__(self, turns: asyncio.Semaphore) -> None:
-        self._turns: asyncio.Semaphore | None = turns
-
-    def end(self) -> None:
-        """Let the next request have its turn. Idempotent."""
-        turns, self._turns = self._turns, None
-        if turns is not None:
-            turns.release()
 
 
 class Requests:
@@ -89,33 +54,15 @@ class Requests:
         self.handoffs: Counter[str] = Counter()
         """Outcomes of hand-overs from prefill to decode workers."""
         self.events: Counter[Event] = Counter()
-        self.cutting_over = 0
-        """Requests between their last token here and their first one elsewhere."""
-        self._cut_overs = asyncio.Semaphore(_CUT_OVERS)
+        self.cut_overs = CutOvers()
         self.pace = Pace()
+        self.spawn = Tasks().spawn
         self.owners = Owners(peers, instance)
+        self._repeats = Repeats(peers, self.owners, self.spawn, options)
         self.suspects = Suspects(peers, instance, self._in_flight)
         self.arrivals = Arrivals(engine, fingerprint, peers, self.suspects, self.events, self.spawn)
         self._tokens = 0
         """Tokens that handlers got from this worker's own engine."""
-        self._tasks: set[asyncio.Task[object]] = set()
-
-    @property
-    def fingerprint(self) -> str:
-        """See ``Arrivals``."""
-        return self.arrivals.fingerprint
-
-    @asynccontextmanager
-    async def cut_over(self) -> AsyncIterator[Turn]:
-        """Around a freeze, up to the first token elsewhere."""
-        await self._cut_overs.acquire()
-        turn = Turn(self._cut_overs)
-        self.cutting_over += 1
-        try:
-            yield turn
-        finally:
-            self.cutting_over -= 1
-            turn.end()
 
     @property
     def tokens_total(self) -> int:
@@ -190,7 +137,7 @@ class Requests:
                     yield output
                     if leg.over:
                         return
-                    if self._repeats(leg, away, len(made)):
+                    if self._repeats.due(leg, away, len(made), self.closing):
                         self.events[Event.REPEATED] += 1
                         raise Repeat(f"request {leg.request_id} runs at another worker")
             raise WorkerLost("the relay was closed")
@@ -209,32 +156,12 @@ class Requests:
                 yield output
 
     def _again(self, leg: Leg, made: list[int]) -> Arrival:
-        ticket = leg.ticket(new_life(), self.fingerprint, made, leg.order)
+        ticket = leg.ticket(new_life(), self.arrivals.fingerprint, made, leg.order)
         self.arrivals.reserve(ticket, None)
         again = self.arrivals.lives[ticket.life]
         again.committed = True
         self.events[Event.RECOMPUTED] += 1
         return again
-
-    def _repeats(self, leg: Leg, away: Away, made: int) -> bool:
-        """Shall the frontend repeat it?
-
-        It never gives a request to a worker twice, and fails the request when it has nobody to give it to. So one
-        worker that it has not tried is kept for the loss of the owner, unless this process is about to end. Only
-        workers count that have just answered: discovery goes on listing a dead one.
-        """
-        if not self.options.repeats or leg.attached or away.told is None:
-            return False
-        untried = {instance for instance in self.peers.siblings() if instance not in leg.tried}
-        if not self.closing:
-            enough = leg.max_tokens is None or leg.max_tokens - made >= self.options.relay_below
-            if not enough or len(untried) < 2 or away.owner.instance not in untried:
-                return False
-        if time.monotonic() - away.told_at < TELL_AGAIN_S:
-            return self.owners.known_to(untried, away.told)
-        away.told = None
-        self.spawn(self.owners.tell(leg.request_id, away))
-        return False
 
     def _in_flight(self) -> list[RequestId]:
         """Requests that are in this worker's engine."""
@@ -370,17 +297,6 @@ class Requests:
             self.owners.sweep()
             self.suspects.sweep()
             self.arrivals.sweep(self.options.orphan_s)
-
-    def spawn(self, work: object) -> None:
-        """Run something beside; its error is logged."""
-        task: asyncio.Task[object] = asyncio.ensure_future(work)  # type: ignore[call-overload]
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[object]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.warning("%s", error)
 
 
 async def _chain(

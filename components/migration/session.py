@@ -28,7 +28,8 @@ from components.errors import DeadlineExceeded, MigrateError, NotMigratable, Req
 from components.migration.legs import Arrival, Away, Leg, new_life
 from components.migration.messages import Mode, MoveRecord, Owner, WorkerCall, WorkerOp, WorkerReply
 from components.migration.peers import follow, short
-from components.migration.requests import Requests, Turn
+from components.migration.requests import Requests
+from components.migration.tasks import Turn
 from components.timeline import mark
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ class _Move:
                 first = asyncio.ensure_future(self._first(relay))
                 await self._pre_copy(rounds=self._limits.rounds if live else 0)
             await self._until(opened, first)
-            async with self._requests.cut_over() as turn:
+            async with self._requests.cut_overs.turn() as turn:
                 # A step of the source has just ended: all that follows can be timed from here.
                 await leg.next_token(_WAIT_STEPS * gap)
                 self._mark("freeze asked")
@@ -212,7 +213,7 @@ class _Move:
         mark("source", what, self._leg.request_id)
 
     async def _hold(self, gap: float) -> None:
-        if self._requests.cutting_over > 1:
+        if self._requests.cut_overs.count > 1:
             # Commits of a crowd come all the time: the destination never waits for one of them.
             return
         # The source finishes what it has scheduled ahead; meanwhile the destination's requests go on.
@@ -256,7 +257,7 @@ class _Move:
         """Ask for a seat and blocks."""
         leg = self._leg
         offer = await self._offer(blocks)
-        ticket = leg.ticket(self._owner.life, self._requests.fingerprint, leg.known(), self._owner.order)
+        ticket = leg.ticket(self._owner.life, self._requests.arrivals.fingerprint, leg.known(), self._owner.order)
         await self._call(WorkerOp.RESERVE, ticket=ticket, offer=offer)
 
     async def _pre_copy(self, rounds: int) -> None:

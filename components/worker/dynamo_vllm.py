@@ -31,7 +31,8 @@ from components.engine.vllm.start import VLLMOptions
 from components.errors import ConfigError, MigrateError
 from components.metrics.export import address, expose
 from components.migration.peers import DynamoPeers
-from components.migration.requests import Options, Requests
+from components.migration.repeats import Options
+from components.migration.requests import Requests
 from components.worker import refusals, shim, weights
 from components.worker.arguments import WorkerSettings, prepare
 from components.worker.control import Control

@@ -22,7 +22,8 @@ from components.engine.vllm.loras import Loras
 from components.errors import EngineKiller
 from components.migration.legs import Leg
 from components.migration.messages import Handover
-from components.migration.requests import Repeat, Requests
+from components.migration.repeats import Repeat
+from components.migration.requests import Requests
 from components.worker.handoff import Entry, Handoffs, is_prefill
 from components.worker.unrepeated import Unrepeated
 

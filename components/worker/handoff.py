@@ -92,7 +92,7 @@ class Handoffs:
             return
         lent, sample = decode_lent(given[MARKER]), item.outputs[0]
         handover = Handover(
-            fingerprint=self._requests.fingerprint,
+            fingerprint=self._requests.arrivals.fingerprint,
             instance=self._requests.instance,
             frozen=msgspec.structs.replace(lent.frozen, use_within_s=self._lease_s / 2),
             stops=lent.stops,
@@ -156,7 +156,7 @@ class Handoffs:
             if MARKER not in native.transfer_of(params):
                 self._requests.handoffs["local_not_lent"] += 1
             return Entry(prompt, plain)
-        if given.fingerprint != self._requests.fingerprint:
+        if given.fingerprint != self._requests.arrivals.fingerprint:
             self._requests.handoffs["local_fingerprint"] += 1
             self.give_back(given)
             return Entry(prompt, plain)

@@ -27,7 +27,8 @@ from components.metrics.export import address, expose
 from components.migration.faces import PROTOCOL_FACE
 from components.migration.legs import Leg
 from components.migration.peers import DynamoPeers, short
-from components.migration.requests import Options, Repeat, Requests
+from components.migration.repeats import Options, Repeat
+from components.migration.requests import Requests
 from components.worker import forward_pass, mocker_payload, unrepeated
 from components.worker.arguments import WorkerSettings
 from components.worker.control import Control

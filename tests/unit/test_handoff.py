@@ -42,7 +42,8 @@ from components.engine.vllm.migrate_out import MigrateOut
 from components.engine.vllm.records import JobResult, Record, StepResults, Sums
 from components.messages import pack, unpack
 from components.migration.messages import Attached, Handover, Owner, WorkerCall, WorkerOp, WorkerReply
-from components.migration.requests import Options, Requests
+from components.migration.repeats import Options
+from components.migration.requests import Requests
 from components.worker.engine_client import EngineClient
 from components.worker.handoff import Handoffs, is_prefill, why_not_first
 

@@ -122,7 +122,7 @@ async def test_a_request_that_its_worker_has_not_committed_moves_nowhere() -> No
     """Its engine may run it already."""
     async with cluster(3) as workers:
         node = workers.nodes[0]
-        ticket = Ticket(RequestId("r"), 1, PROMPT, b"", node.requests.fingerprint)
+        ticket = Ticket(RequestId("r"), 1, PROMPT, b"", node.requests.arrivals.fingerprint)
         node.requests.arrivals.reserve(ticket, None)
         leg = node.requests.arrivals.get(RequestId("r"), 1)
         leg.unread_since = None

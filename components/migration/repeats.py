@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a worker ends its stream of a request that has left, so that the frontend sends the request again.
+
+Threading: one asyncio loop.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from components.migration.legs import Away, Leg
+from components.migration.owners import TELL_AGAIN_S, Owners
+from components.migration.peers import Peers
+from components.migration.tasks import Spawn
+
+
+class Repeat(Exception):
+    """The frontend shall send the request again; not an error of anybody."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Times and limits; all with sane defaults."""
+
+    orphan_s: float = 30.0
+    """An arrival that nobody reads for so long is given up."""
+    repeats: bool = True
+    """The frontend repeats requests (``--migration-limit``); else everything is relayed to its end."""
+    relay_below: int = 32
+    """A request with fewer tokens to come is relayed to its end: a repeat would cost more."""
+    steps_ahead: int = 0
+    """Of this worker's engine; see ``EngineInfo``."""
+    kv_bytes_per_token: int = 0
+    """As before; 0: copies are begun without bound."""
+
+
+class Repeats:
+    """See the module docstring."""
+
+    def __init__(self, peers: Peers, owners: Owners, spawn: Spawn, options: Options) -> None:
+        self._peers = peers
+        self._owners = owners
+        self._spawn = spawn
+        self._options = options
+
+    def due(self, leg: Leg, away: Away, made: int, closing: bool) -> bool:
+        """Shall the frontend repeat it now? ``closing``: this process is about to end.
+
+        It never gives a request to a worker twice, and fails the request when it has nobody to give it to. So one
+        worker that it has not tried is kept for the loss of the owner, unless this process is about to end. Only
+        workers count that have just answered: discovery goes on listing a dead one.
+        """
+        if not self._options.repeats or leg.attached or away.told is None:
+            return False
+        untried = {instance for instance in self._peers.siblings() if instance not in leg.tried}
+        if not closing:
+            enough = leg.max_tokens is None or leg.max_tokens - made >= self._options.relay_below
+            if not enough or len(untried) < 2 or away.owner.instance not in untried:
+                return False
+        if time.monotonic() - away.told_at < TELL_AGAIN_S:
+            return self._owners.known_to(untried, away.told)
+        away.told = None
+        self._spawn(self._owners.tell(leg.request_id, away))
+        return False
