@@ -71,10 +71,8 @@ class Port:
     ids: list[int]
     told: list[tuple[Any, ...]] = field(default_factory=list)
     block_size: int = BLOCK
+    not_movable: str | None = None
     neighbours: Neighbours = field(default_factory=lambda: Neighbours(None))
-
-    def movable_layout(self) -> str | None:
-        return None
 
     @property
     def groups(self) -> list[Group]:
@@ -95,8 +93,9 @@ class Port:
     def fail_recv(self, request: Any, num_tokens: int) -> None:
         self.told.append(("recompute from", num_tokens))
 
-    def give_up_seat(self, request: Any) -> None:
-        pass
+    @property
+    def seats(self) -> Any:
+        return SimpleNamespace(give_up=lambda request: None)
 
 
 def request_of(prompt: int = 10, outputs: tuple[int, ...] = (7,), **params: Any) -> Any:

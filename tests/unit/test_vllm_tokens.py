@@ -17,6 +17,7 @@ from tests.vllm_scheduler import Played, offer_of
 pytest.importorskip("vllm")
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor  # noqa: E402
 
+from components.engine.vllm.compat.resumed import append_tokens  # noqa: E402
 from components.engine.vllm.compat.tokens import Gathered, Known, gather, known  # noqa: E402
 
 
@@ -59,7 +60,7 @@ def test_a_request_s_tokens_stay_a_list_that_grows(tiny_llama: str) -> None:
     prompt = [token % 90 + 1 for token in range(1500)]
     request = played.add(prompt, Marker(RequestId("moved"), 1490, landing=offer_of("moved", 1489)), "moved")
     assert isinstance(request._all_token_ids, Known) and list(request.all_token_ids) == prompt
-    played.scheduler.migration.port.append_tokens(request, [5, 6])
+    append_tokens(request, [5, 6])
     assert list(request.all_token_ids) == [*prompt, 5, 6] and request.num_tokens == 1502
     assert pickle.loads(pickle.dumps(request._all_token_ids)).first.tolist() == prompt
     assert isinstance(np.asarray(Gathered()), np.ndarray)

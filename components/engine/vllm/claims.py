@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from components.engine.groups import tables_of, why_unproven
 from components.engine.protocol import Frozen, KVOffer
+from components.engine.vllm.compat.resumed import append_tokens
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.records import Record
 from components.errors import SessionError
@@ -70,7 +71,7 @@ class Claims:
         if unknown := [token for token in tokens[have:] if not 0 <= token < self._port.vocab_size]:
             raise SessionError(f"{len(unknown)} tokens are not in the model's vocabulary of {self._port.vocab_size}")
         if len(tokens) > have:
-            self._port.append_tokens(request, tokens[have:])
+            append_tokens(request, tokens[have:])
             record.needs_install = True
         if record.grammar is not None and record.grammar.ready:
             record.grammar.catch_up(request.output_token_ids)

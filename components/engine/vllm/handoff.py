@@ -66,7 +66,7 @@ class Handoff:
             self._incoming.why_unusable(offer) is None
             and why_unproven(frozen) is None
             and offer.num_tokens == request.num_prompt_tokens
-            and self._port.movable_layout() is None
+            and self._port.not_movable is None
         )
 
     # Prefill
@@ -102,7 +102,7 @@ class Handoff:
         checked = self._outgoing.checked(offer)
         proven = len(ranks) == len(self._outgoing.agents) or not checked.blocks
         params = request.sampling_params
-        if params is None or request.status not in _COMPLETE or self._port.movable_layout() or not (first and proven):
+        if params is None or request.status not in _COMPLETE or self._port.not_movable or not (first and proven):
             return dict(_NOTHING)
         sums = tuple(value for rank in ranks for value in rank.begun())
         frozen = Frozen(offer, first, checksums=sums, checked=checked.counts)

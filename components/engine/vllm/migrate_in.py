@@ -66,7 +66,7 @@ class MigrateIn:
         incoming, request = record.require_incoming(), record.request
         known = max(0, min(offer.num_tokens, request.num_tokens - 1))
         if not known and not offer.room_tokens:
-            return self._port.hold_seat(request)
+            return self._port.seats.hold(request)
         given = self._port.reserve(request, known, offer.room_tokens)
         if given is None:
             return False
@@ -74,7 +74,7 @@ class MigrateIn:
         return True
 
     def _no_room(self) -> NoRoom:
-        return NoRoom(f"{self._port.free_blocks} free KV blocks and {self._port.seats_left()} free request slots")
+        return NoRoom(f"{self._port.free_blocks} free KV blocks and {self._port.seats.left()} free request slots")
 
     def holds(self, record: Record) -> bool:
         """Must vLLM leave this request alone?"""
@@ -264,6 +264,6 @@ class MigrateIn:
             return
         for waiter in incoming.waiters:
             waiter.set_exception(RequestNotFound(f"request {record.request_id} has just ended"))
-        self._port.give_up_seat(record.request)
+        self._port.seats.give_up(record.request)
         if flight := self.copies.stop(incoming):
             flight.blocks = self._port.take_blocks(record.request)

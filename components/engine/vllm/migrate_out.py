@@ -89,9 +89,7 @@ class MigrateOut:
     def why_not(self, record: Record) -> str | None:
         """Why a request cannot move, or None."""
         request = record.request
-        port = self._port
-        here = port.movable_layout() or port.why_drafts_hinder(request) or port.why_images_hinder(request)
-        return record.marker.not_migratable or here or why_not_migratable(request)
+        return record.marker.not_migratable or self._port.why_not(request) or why_not_migratable(request)
 
     def freeze(
         self, record: Record, commit_to: CommitTo | None = None, use_within_s: float = 0.0
@@ -174,7 +172,7 @@ class MigrateOut:
         if record.leaving is not None:
             error = RequestNotFound(f"request {record.request_id} has just finished")
             self._forget(record, record.leaving, error)
-            self._port.give_up_seat(record.request)
+            self._port.seats.give_up(record.request)
 
     def _forget(self, record: Record, leaving: Leaving, error: Exception) -> None:
         record.leaving = None

@@ -22,7 +22,9 @@ from vllm.v1.request import RequestStatus
 from components.engine.protocol import Frozen, RequestId
 from components.engine.vllm.claims import require_same
 from components.engine.vllm.compat.requests import external_id
+from components.engine.vllm.compat.resumed import as_resumed
 from components.engine.vllm.compat.scheduler import SchedulerPort
+from components.engine.vllm.compat.tokens import known
 from components.engine.vllm.control import MARKER, Call, Marker, Op, Reply, decode_marker
 from components.engine.vllm.direct import Inbox
 from components.engine.vllm.handoff import Handoff
@@ -204,14 +206,14 @@ class Migration:
         self._records[request.request_id] = self._newest[record.request_id] = record
         self._ended_early.pop(record.request_id, None)
         if marker.num_prompt_tokens is not None:
-            record.needs_install = self.port.as_resumed(request, marker.num_prompt_tokens)
+            record.needs_install = as_resumed(request, marker.num_prompt_tokens)
             if request.num_prompt_tokens != marker.num_prompt_tokens:
                 # Images have become other tokens here: whoever asks for the landing is told that there is none.
                 record.marker = marker = msgspec.structs.replace(marker, landing=None)
         if request.use_structured_output and (record.needs_install or marker.landing is not None):
             record.grammar = self.port.replay_grammar(request)
         if marker.landing is not None:
-            self.port.will_land(request)
+            known(request)
             self.incoming.begin(record, marker.landing)
         if marker.freeze_after is not None:
             self.outgoing.expect_freeze(record)

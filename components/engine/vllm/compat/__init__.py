@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """All code that uses private names of vLLM, for the release series of ``components.versions.TESTED``.
 
-    scheduler.py   SchedulerPort: queues, seats, blocks and request states of a vLLM scheduler
+    scheduler.py   SchedulerPort: queues, blocks and request states of a vLLM scheduler
+    seats.py       seats in its batch for requests that do not run
+    resumed.py     requests with output tokens of another engine
     runners.py     RunnerPort: a model runner's state of a request; one port for V1, one for V2
     core.py        the call that this package adds to vLLM's engine core
     connectors.py  this package's connector among others of an engine

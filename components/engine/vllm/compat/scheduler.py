@@ -9,9 +9,6 @@ States of vLLM that this port uses
                              ``finished_recving_kv_req_ids``, and recomputes everything behind its computed tokens
                              if the id is also in ``failed_recving_kv_req_ids``
     PREEMPTED                has output tokens; the model runner gets all of its tokens when it runs again
-
-Seats: vLLM admits up to ``max_num_active_reqs`` requests into ``running``. A frozen request keeps its place in the
-model runner, which has ``max_num_seqs`` places, and a reserved one will need a place; both lower that limit.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ from components.engine.groups import Table
 from components.engine.vllm.compat.connectors import Neighbours
 from components.engine.vllm.compat.grammars import Replay, guide_of
 from components.engine.vllm.compat.groups import groups_of, leading_nulls, why_not_movable
-from components.engine.vllm.compat.tokens import known
+from components.engine.vllm.compat.seats import Seats
 
 
 @dataclass(frozen=True)
@@ -45,15 +42,15 @@ class SchedulerPort:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._seat_limit = scheduler.max_num_active_reqs
-        self._held: set[str] = set()
+        self.seats = Seats(scheduler)
         self.groups = groups_of(scheduler.kv_cache_manager)
         """Groups of layers, each with its own blocks."""
         self.neighbours = Neighbours(scheduler.connector)
         """Other connectors that read blocks."""
         self.vocab_size = int(scheduler.vllm_config.model_config.get_vocab_size())
         """Number of the model's tokens."""
-        self._not_movable = why_not_movable(scheduler.kv_cache_manager, scheduler.use_v2_model_runner)
+        self.not_movable = why_not_movable(scheduler.kv_cache_manager, scheduler.use_v2_model_runner)
+        """Why no request of this engine can move, or None."""
 
     # What there is
 
@@ -86,23 +83,17 @@ class SchedulerPort:
         """The request with that internal id, until its blocks are freed."""
         return self._scheduler.requests.get(vllm_id)
 
-    def movable_layout(self) -> str | None:
-        """Why requests of this engine cannot move, or None."""
-        return self._not_movable
-
-    def why_drafts_hinder(self, request: Request) -> str | None:
-        """Why a request cannot move because of speculative decoding, or None.
+    def why_not(self, request: Request) -> str | None:
+        """Why this engine cannot move a request, or None.
 
         Drafts are dropped: the destination's drafter makes new ones, from the tokens and from its KV, which moves with
         the request's. The tokens of a seed depend on the begin and end of drafts, which a move changes.
         """
         params = request.sampling_params
+        if self.not_movable is not None:
+            return self.not_movable
         if self._scheduler.num_spec_tokens and params is not None and params.seed is not None and params.temperature:
             return "speculative decoding with a seed: what it gives depends on where drafts begin"
-        return None
-
-    def why_images_hinder(self, request: Request) -> str | None:
-        """Why a request cannot move because of its images, or None."""
         if request.mm_features and self._scheduler.use_v2_model_runner:
             return "images: with vLLM's model runner V2 nobody has tried to move them"
         return None
@@ -132,48 +123,7 @@ class SchedulerPort:
             return 0
         return request.num_computed_tokens - request.num_in_flight_tokens
 
-    # Seats
-
-    def seats_left(self) -> int:
-        """Number of further requests that could run."""
-        taken = len(self._scheduler.running) + self._scheduler.num_waiting_for_streaming_input + len(self._held)
-        return self._seat_limit - taken
-
-    def hold_seat(self, request: Request) -> bool:
-        """Keep a seat for a request that is not running. False without a free one. Idempotent."""
-        if request.request_id not in self._held and self.seats_left() <= 0:
-            return False
-        self._held.add(request.request_id)
-        self._scheduler.max_num_active_reqs = self._seat_limit - len(self._held)
-        return True
-
-    def give_up_seat(self, request: Request) -> None:
-        """Release its seat. Idempotent."""
-        self._held.discard(request.request_id)
-        self._scheduler.max_num_active_reqs = self._seat_limit - len(self._held)
-
-    # Tokens that were generated elsewhere
-
-    def as_resumed(self, request: Request, num_prompt_tokens: int) -> bool:
-        """Turn the end of the prompt into output tokens. True if there are any."""
-        tokens = request.prompt_token_ids
-        if tokens is None or len(tokens) <= num_prompt_tokens:
-            return False
-        request.prompt_token_ids = tokens[:num_prompt_tokens]
-        request.num_prompt_tokens = num_prompt_tokens
-        # ``_all_token_ids`` already has them.
-        request._output_token_ids.extend(tokens[num_prompt_tokens:])
-        self._mark_resumed(request)
-        return True
-
-    def will_land(self, request: Request) -> None:
-        """Prepare what the first step of a request from another engine takes time for."""
-        known(request)
-
-    def append_tokens(self, request: Request, tokens: Sequence[int]) -> None:
-        """Add output tokens to a request that does not run here yet."""
-        request.append_output_token_ids(list(tokens))
-        self._mark_resumed(request)
+    # Grammars
 
     def replay_grammar(self, request: Request) -> Replay:
         """Advance a guided request's grammar to the end of its output tokens."""
@@ -187,20 +137,13 @@ class SchedulerPort:
         """End a request without a usable grammar, as vLLM does."""
         self._scheduler.grammar_compile_error_reqs.add(request.request_id)
 
-    def _mark_resumed(self, request: Request) -> None:
-        # vLLM continues preempted requests after their output tokens; new ones would start over.
-        if request.status == RequestStatus.WAITING:
-            request.status = RequestStatus.PREEMPTED
-        request.num_preemptions = max(1, request.num_preemptions)
-        request.prefill_stats = None
-
     # Source
 
     def take_out(self, request: Request) -> bool:
         """Stop scheduling it; blocks and the model runner's state stay. True if it was running."""
         if request.status == RequestStatus.RUNNING:
             self._scheduler.running.remove(request)
-            self.hold_seat(request)
+            self.seats.hold(request)
             return True
         self._leave_queues(request)
         return False
@@ -208,7 +151,7 @@ class SchedulerPort:
     def put_back(self, request: Request, was_running: bool) -> None:
         """Schedule it again after ``take_out``."""
         if was_running:
-            self.give_up_seat(request)
+            self.seats.give_up(request)
             self._scheduler.running.append(request)
             return
         scheduler = self._scheduler
@@ -233,7 +176,7 @@ class SchedulerPort:
         if rest := local % scheduler.block_size:
             local -= rest
             hit = manager.truncate_computed_blocks(hit, local)
-        if not self.hold_seat(request):
+        if not self.seats.hold(request):
             return None
         room = max(num_tokens, min(room_tokens, scheduler.max_model_len))
         if room <= local:
@@ -253,7 +196,7 @@ class SchedulerPort:
             has_scheduled_reqs=bool(scheduler.running),
         )
         if given is None:
-            self.give_up_seat(request)
+            self.seats.give_up(request)
             return None
         self._leave_queues(request)
         request.status = RequestStatus.WAITING_FOR_REMOTE_KVS
@@ -276,7 +219,7 @@ class SchedulerPort:
         request.num_computed_tokens = 0
         self._scheduler._inflight_prefills.discard(request)
         self._scheduler._enqueue_waiting_request(request)
-        self.give_up_seat(request)
+        self.seats.give_up(request)
         return blocks
 
     def is_reserved(self, request: Request) -> bool:
@@ -322,7 +265,7 @@ class SchedulerPort:
                     behind = manager.req_to_blocks[request.request_id][-(-num_tokens // manager.block_size) :]
                     manager.new_block_ids.extend(block.block_id for block in behind)
         self._scheduler.finished_recving_kv_req_ids.add(request.request_id)
-        self.give_up_seat(request)
+        self.seats.give_up(request)
 
     def fail_recv(self, request: Request, num_tokens: int) -> None:
         """Only its first ``num_tokens`` (whole blocks) are in place; the next step computes the rest."""
@@ -330,7 +273,7 @@ class SchedulerPort:
         if self.is_reserved(request):
             self._scheduler.failed_recving_kv_req_ids.add(request.request_id)
             self._scheduler.finished_recving_kv_req_ids.add(request.request_id)
-        self.give_up_seat(request)
+        self.seats.give_up(request)
 
     def _computed(self, request: Request, num_tokens: int) -> None:
         """Keep blocks that a window has left out of the prefix cache: they may never have been copied."""
@@ -343,7 +286,7 @@ class SchedulerPort:
         """Admit a waiting request without blocks next, to its reserved seat."""
         self._scheduler.waiting.remove_requests([request])
         self._scheduler.waiting.prepend_request(request)
-        self.give_up_seat(request)
+        self.seats.give_up(request)
 
     # Ends
 
