@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import msgspec
 
 from components import env
-from components.engine.protocol import RequestId
+from components.engine.kv import RequestId
 from components.errors import MigrateError, RequestNotFound, WorkerLost, WorkerNotFound
 from components.messages import pack, unpack
 from components.migration.messages import (

@@ -15,7 +15,8 @@ import os
 import time
 from contextlib import aclosing
 
-from components.engine.protocol import Frozen, GenerateRequest, RequestId, Sampling
+from components.engine.kv import Frozen, RequestId
+from components.engine.protocol import GenerateRequest, Sampling
 from components.engine.vllm import VLLMEngine
 from components.engine.vllm.start import VLLMOptions
 from components.errors import RequestNotFound

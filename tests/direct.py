@@ -9,8 +9,9 @@ from typing import Any
 
 import msgspec
 
+from components.engine.kv import CommitTo, Frozen, LandingStatus, RequestId
 from components.engine.paged import PagedEngine, PagedOptions
-from components.engine.protocol import CommitTo, Frozen, GenerateOutput, GenerateRequest, LandingStatus, RequestId
+from components.engine.protocol import GenerateOutput, GenerateRequest
 from components.errors import MigrateError, SessionError
 
 Reach = Callable[[str], "DirectEngine | None"]

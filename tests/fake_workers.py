@@ -13,22 +13,15 @@ from typing import Any
 
 import msgspec
 
-from components.engine.protocol import (
-    AgentName,
-    AgentRef,
-    EngineInfo,
-    EngineStats,
-    Epoch,
-    RequestId,
-    RequestInfo,
-    RequestPhase,
-)
+from components.engine.kv import RequestId
+from components.engine.protocol import EngineInfo, EngineStats, RequestInfo, RequestPhase
 from components.errors import DeadlineExceeded, RequestNotFound, WorkerLost, from_code
 from components.messages import pack, unpack
 from components.migration.messages import Attached, MoveRecord, Owner, WorkerCall, WorkerReply
 from components.migration.peers import short
 from components.migration.repeats import Options
 from components.migration.requests import Requests
+from components.transfer.ids import AgentName, AgentRef, Epoch
 from components.worker.control import Control
 from components.worker.state import WorkerStatus
 

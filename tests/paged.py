@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from components.engine.kv import RequestId
 from components.engine.paged import PagedEngine, PagedOptions
-from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, RequestId, Sampling
+from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, Sampling
 from components.transfer import TransferAgent
 
 SMALL: dict[str, Any] = {"num_blocks": 32, "block_size": 4, "max_model_len": 120, "vocab_size": 1000}

@@ -22,8 +22,9 @@ from typing import Any
 
 import msgspec
 
+from components.engine.kv import RequestId
 from components.engine.paged import PagedEngine, PagedOptions
-from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, RequestId, Sampling
+from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, Sampling
 from components.errors import DeadlineExceeded, MigrateError, WorkerLost, from_code
 from components.messages import pack, unpack
 from components.migration.faces import PROTOCOL_FACE

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from components.engine.protocol import AgentName, AgentRef, Epoch, Frozen, KVOffer, RequestId
+from components.engine.kv import Frozen, KVOffer, RequestId
 from components.engine.vllm.control import MARKER, Call, Marker, Op, Reply, encode
 from components.engine.vllm.ranks import RankInfo, Snapshot
 from components.engine.vllm.records import Job, JobResult, StepMetadata, StepResults
+from components.transfer.ids import AgentName, AgentRef, Epoch
 
 BLOCK = 16
 PEER = AgentRef(AgentName("peer"), Epoch("1"))

@@ -20,7 +20,8 @@ from benchmarks.graph import end_on_sigterm, machine
 from benchmarks.serving.parts import ENGINE
 from benchmarks.serving.tables import table
 from components import process
-from components.engine.protocol import GenerateOutput, GenerateRequest, LandingStatus, RequestId, Sampling
+from components.engine.kv import LandingStatus, RequestId
+from components.engine.protocol import GenerateOutput, GenerateRequest, Sampling
 from components.engine.vllm import VLLMEngine
 from components.engine.vllm.start import VLLMOptions
 from components.errors import RequestNotFound

@@ -16,7 +16,8 @@ from functools import partial
 import msgspec
 import numpy as np
 
-from components.engine.protocol import EngineInfo, EngineStats, RequestId, RequestPhase
+from components.engine.kv import RequestId
+from components.engine.protocol import EngineInfo, EngineStats, RequestPhase
 from components.messages import pack, unpack
 from components.migration.messages import RequestRow, RowCount, WorkerReply, WorkerState
 from components.status import Status, Told

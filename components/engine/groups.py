@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from components.engine.protocol import Frozen, KVGroup, KVOffer
+from components.engine.kv import Frozen, KVGroup, KVOffer
 
 
 class Table(NamedTuple):

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
-from components.engine.protocol import RequestId
+from components.engine.kv import RequestId
 from components.errors import DeadlineExceeded
 
 logger = logging.getLogger(__name__)

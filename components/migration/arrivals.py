@@ -18,7 +18,8 @@ from contextlib import aclosing, suppress
 
 import msgspec
 
-from components.engine.protocol import Engine, FinishReason, GenerateOutput, GenerateRequest, KVOffer, RequestId
+from components.engine.kv import KVOffer, RequestId
+from components.engine.protocol import Engine, FinishReason, GenerateOutput, GenerateRequest
 from components.errors import InvalidRequest, MigrateError, RequestNotFound, SessionError
 from components.migration.events import Event
 from components.migration.legs import Arrival

@@ -22,7 +22,8 @@ from statistics import median
 
 import msgspec
 
-from components.engine.protocol import GenerateOutput, RequestId
+from components.engine.kv import RequestId
+from components.engine.protocol import GenerateOutput
 from components.errors import MigrateError, RequestNotFound, SessionError
 from components.migration.messages import Life, Owner, Ticket
 from components.timeline import mark

@@ -18,7 +18,7 @@ from typing import Any
 
 from components.acceptor import Acceptor
 from components.address import Address, bare, listen
-from components.engine.protocol import SocketRef
+from components.engine.kv import SocketRef
 from components.errors import InvalidRequest, MigrateError
 from components.frames import heard
 from components.migration.link_wire import MAX_BYTES, Said, Told, purpose, say, streams

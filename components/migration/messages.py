@@ -16,18 +16,8 @@ from typing import Annotated
 
 import msgspec
 
-from components.engine.protocol import (
-    EngineInfo,
-    EngineStats,
-    Frozen,
-    GenerateOutput,
-    KVOffer,
-    LandingStatus,
-    RequestId,
-    RequestPhase,
-    SocketRef,
-    TokenLogprob,
-)
+from components.engine.kv import Frozen, KVOffer, LandingStatus, RequestId, SocketRef
+from components.engine.protocol import EngineInfo, EngineStats, GenerateOutput, RequestPhase, TokenLogprob
 
 Life = int
 """Number of one stay of a request in one engine (63 random bits)."""

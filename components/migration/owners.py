@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Collection, Sequence
 
-from components.engine.protocol import RequestId
+from components.engine.kv import RequestId
 from components.migration.legs import Away
 from components.migration.messages import Owner, WorkerCall, WorkerOp
 from components.migration.peers import Peers, short

@@ -12,7 +12,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from components.engine.protocol import GenerateOutput, RequestId
+from components.engine.kv import RequestId
+from components.engine.protocol import GenerateOutput
 from components.errors import DeadlineExceeded, MigrateError, WorkerLost, from_code
 from components.messages import pack, unpack
 from components.migration.legs import join

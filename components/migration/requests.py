@@ -18,7 +18,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
 from typing import TypeVar
 
-from components.engine.protocol import Engine, GenerateOutput, RequestId
+from components.engine.kv import RequestId
+from components.engine.protocol import Engine, GenerateOutput
 from components.errors import MigrateError, RequestNotFound, WorkerLost
 from components.migration.arrivals import Arrivals, abort
 from components.migration.events import Event

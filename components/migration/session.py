@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import msgspec
 
 from components.engine.groups import whole_blocks
-from components.engine.protocol import Frozen, GenerateOutput, KVOffer, LandingStatus
+from components.engine.kv import Frozen, KVOffer, LandingStatus
+from components.engine.protocol import GenerateOutput
 from components.errors import DeadlineExceeded, MigrateError, NotMigratable, RequestNotFound, SessionError
 from components.migration.legs import Arrival, Away, Leg, new_life
 from components.migration.messages import Mode, MoveRecord, Owner, WorkerCall, WorkerOp, WorkerReply

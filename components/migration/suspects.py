@@ -15,7 +15,8 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 
-from components.engine.protocol import GenerateOutput, RequestId
+from components.engine.kv import RequestId
+from components.engine.protocol import GenerateOutput
 from components.errors import EngineKiller, WorkerLost
 from components.migration.messages import WorkerCall, WorkerOp
 from components.migration.peers import Peers, short

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
-from components.engine.protocol import LandingStatus, RequestId
+from components.engine.kv import LandingStatus, RequestId
 from components.errors import InvalidRequest, MigrateError, RequestNotFound
 from components.messages import pack, unpack
 from components.migration.events import Event

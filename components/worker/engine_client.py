@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from components.engine.protocol import RequestId
+from components.engine.kv import RequestId
 from components.engine.vllm import checks, images, native
 from components.engine.vllm.loras import Loras
 from components.errors import EngineKiller

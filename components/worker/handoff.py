@@ -28,7 +28,8 @@ from vllm import SamplingParams
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingType
 
-from components.engine.protocol import FinishReason, GenerateOutput, RequestId
+from components.engine.kv import RequestId
+from components.engine.protocol import FinishReason, GenerateOutput
 from components.engine.vllm import native
 from components.engine.vllm.control import MARKER, Marker, decode_lent, encode
 from components.engine.vllm.sampling import logprobs_of

@@ -21,7 +21,8 @@ import msgspec
 
 from components import env, process
 from components.config import WorkerConfig, load_component_config
-from components.engine.protocol import EngineInfo, GenerateOutput, RequestId
+from components.engine.kv import RequestId
+from components.engine.protocol import EngineInfo, GenerateOutput
 from components.errors import EngineKiller, InvalidRequest
 from components.metrics.export import address, expose
 from components.migration.faces import PROTOCOL_FACE

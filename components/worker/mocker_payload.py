@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, RequestId, Sampling
+from components.engine.kv import RequestId
+from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, Sampling
 from components.errors import InvalidRequest
 
 _OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "presence_penalty")

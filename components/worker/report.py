@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from components.engine.protocol import EngineStats, RequestId, RequestInfo, RequestPhase
+from components.engine.kv import RequestId
+from components.engine.protocol import EngineStats, RequestInfo, RequestPhase
 from components.errors import WorkerLost
 from components.migration.legs import Arrival, Leg
 from components.migration.messages import RequestRow, RowCount

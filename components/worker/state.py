@@ -18,7 +18,8 @@ from typing import Any
 import msgspec
 from prometheus_client import CollectorRegistry
 
-from components.engine.protocol import EngineInfo, RequestId
+from components.engine.kv import RequestId
+from components.engine.protocol import EngineInfo
 from components.errors import MigrateError, NoRoom, Refused, RequestNotFound
 from components.metrics import spans
 from components.metrics.worker import Gauges, WorkerMetrics

@@ -23,7 +23,8 @@ from statistics import median
 import pytest
 import torch
 
-from components.engine.protocol import CommitTo, GenerateOutput, GenerateRequest, RequestId, Sampling, TokenLogprob
+from components.engine.kv import CommitTo, RequestId
+from components.engine.protocol import GenerateOutput, GenerateRequest, Sampling, TokenLogprob
 from components.engine.vllm import VLLMEngine
 from tests.cuda.test_vllm_moves import make_model, require_whole, start
 from tests.integration.test_vllm_families import apart

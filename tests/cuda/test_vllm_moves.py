@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 import torch
 
-from components.engine.protocol import GenerateRequest, RequestId, Sampling
+from components.engine.kv import RequestId
+from components.engine.protocol import GenerateRequest, Sampling
 from components.engine.vllm import VLLMEngine
 from components.engine.vllm.start import VLLMOptions
 from tests.integration.test_vllm_handover import Client, move, request_of, run, take_until

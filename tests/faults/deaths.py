@@ -26,7 +26,8 @@ from random import Random
 from typing import Any
 from unittest import mock
 
-from components.engine.protocol import GenerateRequest, RequestId, Sampling
+from components.engine.kv import RequestId
+from components.engine.protocol import GenerateRequest, Sampling
 from components.errors import WorkerLost
 from components.migration import requests
 from components.migration.messages import Mode

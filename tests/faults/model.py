@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+from components.engine.kv import RequestId
 from components.engine.paged.model import PagedKV, generator_of, salt_of
-from components.engine.protocol import GenerateRequest, RequestId, Sampling
+from components.engine.protocol import GenerateRequest, Sampling
 
 SIZES: dict[str, Any] = {"block_size": 4, "max_model_len": 160, "vocab_size": 5000, "step_s": 0.01, "max_num_seqs": 8}
 

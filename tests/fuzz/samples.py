@@ -11,19 +11,8 @@ import msgspec
 import numpy as np
 import torch
 
-from components.engine.protocol import (
-    AgentName,
-    AgentRef,
-    Epoch,
-    FinishReason,
-    Frozen,
-    GenerateOutput,
-    GenerateRequest,
-    KVOffer,
-    RequestId,
-    Sampling,
-    TokenLogprob,
-)
+from components.engine.kv import Frozen, KVOffer, RequestId
+from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, Sampling, TokenLogprob
 from components.migration.link_wire import Said, Told
 from components.migration.messages import (
     Attached,
@@ -44,6 +33,7 @@ from components.transfer.calibration import Calibration, LaneCalibration, Point
 from components.transfer.control import record
 from components.transfer.control.record import AgentRecord
 from components.transfer.data.nccl_link import Answer, Ask, Hello
+from components.transfer.ids import AgentName, AgentRef, Epoch
 from components.transfer.session import messages as session
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from components.engine.protocol import GenerateRequest, RequestId, Sampling
+from components.engine.kv import RequestId
+from components.engine.protocol import GenerateRequest, Sampling
 from tests.integration.test_vllm_families import apart
 from tests.integration.test_vllm_handover import Client, move, nothing_left, pair, request_of, run, take_until
 from tests.integration.vllm_engines import Pair

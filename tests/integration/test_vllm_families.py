@@ -12,7 +12,8 @@ import pytest
 from vllm.sampling_params import RequestOutputKind
 
 from components.engine.groups import tables_of
-from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, RequestId, Sampling
+from components.engine.kv import RequestId
+from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, Sampling
 from components.engine.vllm import VLLMEngine
 from components.engine.vllm.control import MARKER, Marker, decode_lent, encode
 from tests.integration.test_vllm_handover import (

@@ -20,7 +20,8 @@ import msgspec
 import pytest
 from transformers import AutoTokenizer
 
-from components.engine.protocol import FinishReason, GenerateRequest, RequestId, Sampling
+from components.engine.kv import RequestId
+from components.engine.protocol import FinishReason, GenerateRequest, Sampling
 from tests.integration.test_vllm_handover import Client, empty, move, request_of, run, take_until
 from tests.integration.vllm_engines import Pair, start_pair
 

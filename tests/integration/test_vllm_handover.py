@@ -14,16 +14,8 @@ import pytest
 from vllm import SamplingParams
 
 from components.engine.groups import whole_blocks
-from components.engine.protocol import (
-    CommitTo,
-    FinishReason,
-    Frozen,
-    GenerateOutput,
-    GenerateRequest,
-    LandingStatus,
-    RequestId,
-    Sampling,
-)
+from components.engine.kv import CommitTo, Frozen, LandingStatus, RequestId
+from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, Sampling
 from components.engine.vllm import VLLMEngine, native
 from components.engine.vllm.client import CoreClient
 from components.errors import NotMigratable, RequestNotFound

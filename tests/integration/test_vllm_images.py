@@ -17,7 +17,8 @@ from PIL import Image
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from components.engine.protocol import GenerateRequest, RequestId
+from components.engine.kv import RequestId
+from components.engine.protocol import GenerateRequest
 from components.engine.vllm import VLLMEngine, images, native
 from components.models import resolve
 from tests.integration.test_vllm_handover import Client, move, nothing_left, pair, run, take_until

@@ -15,8 +15,9 @@ from unittest import mock
 
 import pytest
 
+from components.engine.kv import Frozen, KVOffer, RequestId
 from components.engine.paged import PagedEngine, PagedOptions
-from components.engine.protocol import Frozen, GenerateRequest, KVOffer, RequestId, RequestPhase, Sampling
+from components.engine.protocol import GenerateRequest, RequestPhase, Sampling
 from components.engine.vllm.control import Marker, Op
 from components.errors import NoRoom
 from tests.faults.agent import VirtualAgent, Wire

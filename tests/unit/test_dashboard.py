@@ -14,7 +14,8 @@ from components.dashboard.lives import Lives
 from components.dashboard.sample import Sampler
 from components.dashboard.server import Page, serve
 from components.dashboard.top import view
-from components.engine.protocol import RequestId, RequestPhase
+from components.engine.kv import RequestId
+from components.engine.protocol import RequestPhase
 from components.migration.messages import Mode, MoveRecord, RequestRow
 from components.status import Status, WorkerReport
 from tests import fake_workers

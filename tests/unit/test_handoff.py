@@ -21,17 +21,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.request import RequestStatus
 
 from components.engine.groups import Table
-from components.engine.protocol import (
-    AgentName,
-    AgentRef,
-    Epoch,
-    FinishReason,
-    Frozen,
-    GenerateOutput,
-    KVOffer,
-    RequestId,
-    TokenLogprob,
-)
+from components.engine.kv import Frozen, KVOffer, RequestId
+from components.engine.protocol import FinishReason, GenerateOutput, TokenLogprob
 from components.engine.vllm import native
 from components.engine.vllm.compat.connectors import Neighbours
 from components.engine.vllm.control import MARKER, Lent, Marker, decode_lent, decode_marker, encode
@@ -44,6 +35,7 @@ from components.messages import pack, unpack
 from components.migration.messages import Attached, Handover, Owner, WorkerCall, WorkerOp, WorkerReply
 from components.migration.repeats import Options
 from components.migration.requests import Requests
+from components.transfer.ids import AgentName, AgentRef, Epoch
 from components.worker.engine_client import EngineClient
 from components.worker.handoff import Handoffs, is_prefill, why_not_first
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from components import env
-from components.engine.protocol import Frozen, GenerateRequest, RequestId, Sampling
+from components.engine.kv import Frozen, RequestId
+from components.engine.protocol import GenerateRequest, Sampling
 from components.engine.vllm.control import MARKER, Lent, Marker, Op, encode
 from components.engine.vllm.migration import Settings
 from components.messages import unpack

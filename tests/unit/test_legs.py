@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from components.engine.protocol import FinishReason, GenerateOutput, RequestId, TokenLogprob
+from components.engine.kv import RequestId
+from components.engine.protocol import FinishReason, GenerateOutput, TokenLogprob
 from components.migration.legs import Arrival, join
 
 

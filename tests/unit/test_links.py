@@ -16,7 +16,8 @@ import pytest_asyncio
 
 from components import credentials
 from components.address import Address
-from components.engine.protocol import GenerateOutput, RequestId, SocketRef
+from components.engine.kv import RequestId, SocketRef
+from components.engine.protocol import GenerateOutput
 from components.errors import MigrateError, NoRoom, RequestNotFound, SessionError, Unauthorized, WorkerLost
 from components.frames import framed
 from components.handshake import connect

@@ -9,11 +9,12 @@ from contextlib import aclosing
 import msgspec
 import pytest
 
+from components.engine.kv import RequestId
 from components.engine.paged import PagedOptions
 from components.engine.paged.blocks import BlockPool, chain
 from components.engine.paged.engine import PagedEngine
 from components.engine.paged.model import salt_of
-from components.engine.protocol import FinishReason, RequestId, RequestPhase, Sampling
+from components.engine.protocol import FinishReason, RequestPhase, Sampling
 from components.errors import ConfigError, InvalidRequest, NoRoom, NotMigratable, RequestNotFound, SessionError
 from tests.paged import collect, engines, new_engine, request
 

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from components.engine.kv import Frozen, KVOffer, RequestId
 from components.engine.paged import PagedEngine
-from components.engine.protocol import FinishReason, Frozen, GenerateOutput, GenerateRequest, KVOffer, RequestId
+from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest
 from components.errors import IncompatibleLayout, NoRoom, RequestNotFound, SessionError
 from tests.paged import collect, engines, request
 

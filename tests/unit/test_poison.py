@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 
+from components.engine.kv import Frozen
 from components.engine.paged import PagedEngine
 from components.engine.paged.landing import LandingZone
-from components.engine.protocol import Frozen, GenerateRequest
+from components.engine.protocol import GenerateRequest
 from components.errors import MigrateError
 from components.transfer import AgentConfig, KVPool, TransferAgent
 from components.transfer.agent import TransferAgent as Agent

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from components.engine.kv import Frozen, KVOffer, RequestId
 from components.engine.paged import PagedEngine, PagedOptions
-from components.engine.protocol import Frozen, GenerateOutput, KVOffer, RequestId
+from components.engine.protocol import GenerateOutput
 from components.errors import MigrateError
 from tests.faults.agent import VirtualAgent, Wire
 from tests.faults.clock import VirtualLoop

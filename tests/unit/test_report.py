@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from components.engine.protocol import RequestId, RequestInfo, RequestPhase
+from components.engine.kv import RequestId
+from components.engine.protocol import RequestInfo, RequestPhase
 from components.worker.report import _without_samples
 
 

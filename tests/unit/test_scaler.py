@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from components.client import Drained
-from components.engine.protocol import EngineInfo, EngineStats, RequestId, RequestPhase
+from components.engine.kv import RequestId
+from components.engine.protocol import EngineInfo, EngineStats, RequestPhase
 from components.migration.messages import RequestRow
 from components.serve.plan import Plan, Process
 from components.serve.scale import Scaler, worker_name

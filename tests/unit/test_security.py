@@ -15,7 +15,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from components.engine.protocol import RequestId, Sampling
+from components.engine.kv import RequestId
+from components.engine.protocol import Sampling
 from components.errors import ConfigError, MigrateError, Unauthorized
 from components.messages import pack, unpack
 from components.migration.messages import WorkerCall, WorkerOp, WorkerReply

@@ -13,15 +13,8 @@ import msgspec
 import pytest
 
 from components.client import Workers
-from components.engine.protocol import (
-    CommitTo,
-    Frozen,
-    GenerateOutput,
-    GenerateRequest,
-    LandingStatus,
-    RequestId,
-    Sampling,
-)
+from components.engine.kv import CommitTo, Frozen, LandingStatus, RequestId
+from components.engine.protocol import GenerateOutput, GenerateRequest, Sampling
 from components.errors import EngineKiller, NoRoom
 from components.migration.events import Event
 from components.migration.messages import Attached, Mode, Owner, Ticket, WorkerCall, WorkerOp

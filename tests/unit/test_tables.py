@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from components.cli.tables import show_status, start_length
-from components.engine.protocol import EngineInfo, EngineStats, RequestId, RequestPhase
+from components.engine.kv import RequestId
+from components.engine.protocol import EngineInfo, EngineStats, RequestPhase
 from components.migration.messages import Mode, MoveRecord, RequestRow
 from components.status import Status, WorkerReport
 from components.transfer.ids import AgentName, AgentRef, Epoch

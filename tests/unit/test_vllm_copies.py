@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from components.engine.protocol import AgentName, AgentRef, Epoch, RequestId
+from components.engine.kv import RequestId
 from components.engine.vllm.records import Install, Job, StepMetadata
 from components.errors import DeadlineExceeded, TransferUnavailable
 from components.transfer import TransferHandle, TransferResult
+from components.transfer.ids import AgentName, AgentRef, Epoch
 
 pytest.importorskip("vllm")
 from components.engine.vllm.loader import Loader  # noqa: E402

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from components.engine.protocol import CommitTo, Frozen, RequestId
+from components.engine.kv import CommitTo, Frozen, RequestId
 from components.engine.vllm.control import Call, Marker, Op, Reply, encode
 from components.errors import NoRoom, RequestNotFound, SessionError, Unauthorized
 from components.frames import framed, read_exactly

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from components.engine.protocol import FinishReason, Frozen, GenerateOutput, GenerateRequest, RequestId
+from components.engine.kv import Frozen, RequestId
+from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest
 from components.errors import NoRoom
 from tests.vllm_scheduler import offer_of
 

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from components.engine.groups import Table, fields_of, tables_of, whole_blocks
-from components.engine.protocol import Frozen, KVOffer, RequestId
+from components.engine.kv import Frozen, KVOffer, RequestId
 from components.engine.vllm.control import Marker, Op
 from components.engine.vllm.ranks import Snapshot
 from components.engine.vllm.records import Job, JobResult, StepResults

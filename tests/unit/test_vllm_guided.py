@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from components.engine.protocol import Frozen, RequestId
+from components.engine.kv import Frozen, RequestId
 from components.engine.vllm.control import Marker, Op, Reply
 from components.errors import SessionError
 from tests.vllm_scheduler import Played, offer_of

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from components.engine.protocol import Frozen, RequestId
+from components.engine.kv import Frozen, RequestId
 from components.engine.vllm.control import MARKER, Lent, Marker, Op, decode_lent
 from components.engine.vllm.records import JobResult, StepResults, Sums
 from tests.vllm_scheduler import BLOCK, Played, offer_of

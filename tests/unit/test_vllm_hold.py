@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from components.engine.protocol import RequestId
+from components.engine.kv import RequestId
 from components.engine.vllm.control import Call, Op
 
 pytest.importorskip("vllm")

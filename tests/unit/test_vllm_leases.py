@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from components.engine.protocol import LandingStatus, RequestId
+from components.engine.kv import LandingStatus, RequestId
 from components.engine.vllm.engine import VLLMEngine, _Live
 from components.engine.vllm.start import VLLMOptions
 

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from components.engine.protocol import Frozen, RequestId
+from components.engine.kv import Frozen, RequestId
 from components.engine.vllm.control import MARKER, Marker, Op, Reply, decode_frozen
 from components.engine.vllm.records import JobResult, StepResults
 from components.errors import NoRoom, NotMigratable, RequestNotFound, SessionError

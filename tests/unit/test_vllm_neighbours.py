@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from components.engine.protocol import Frozen, RequestId
+from components.engine.kv import Frozen, RequestId
 from components.engine.vllm.control import Marker, Op
 from tests.vllm_scheduler import Played, offer_of
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.engine.protocol import RequestId
+from components.engine.kv import RequestId
 from components.engine.vllm.control import Marker
 from tests.vllm_scheduler import Played, offer_of
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from components.engine.protocol import RequestId
+from components.engine.kv import RequestId
 from components.engine.vllm.records import Job, JobResult
 from components.transfer import AgentConfig, TransferAgent
 from components.transfer.heads import Rank, held

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from components.engine.kv import CommitTo, Frozen, KVOffer, LandingStatus, RequestId
 from components.engine.leases import Leases
 from components.engine.paged import tables
 from components.engine.paged.blocks import BlockPool
@@ -28,16 +29,11 @@ from components.engine.paged.options import PagedOptions
 from components.engine.paged.request import Active, read
 from components.engine.paged.scheduler import Scheduler
 from components.engine.protocol import (
-    CommitTo,
     EngineInfo,
     EngineStats,
     FinishReason,
-    Frozen,
     GenerateOutput,
     GenerateRequest,
-    KVOffer,
-    LandingStatus,
-    RequestId,
     RequestInfo,
     RequestPhase,
 )

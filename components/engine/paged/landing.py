@@ -17,9 +17,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from components.engine.kv import Frozen, KVOffer, LandingStatus
 from components.engine.paged.request import Active, Landing
 from components.engine.paged.scheduler import Scheduler
-from components.engine.protocol import FinishReason, Frozen, KVOffer, LandingStatus, RequestPhase
+from components.engine.protocol import FinishReason, RequestPhase
 from components.errors import (
     IncompatibleLayout,
     IntegrityError,

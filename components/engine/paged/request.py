@@ -12,15 +12,12 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from components.engine.kv import Frozen, KVOffer, LandingStatus, RequestId
 from components.engine.paged.blocks import Hash
 from components.engine.protocol import (
     FinishReason,
-    Frozen,
     GenerateOutput,
     GenerateRequest,
-    KVOffer,
-    LandingStatus,
-    RequestId,
     RequestInfo,
     RequestPhase,
     Sampling,

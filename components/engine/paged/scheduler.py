@@ -15,19 +15,13 @@ import asyncio
 import math
 from collections.abc import Callable
 
+from components.engine.kv import Frozen, KVOffer, RequestId
 from components.engine.paged.blocks import BlockPool, chain
 from components.engine.paged.model import PagedKV
 from components.engine.paged.request import Active
-from components.engine.protocol import (
-    AgentRef,
-    FinishReason,
-    Frozen,
-    KVOffer,
-    RequestId,
-    RequestPhase,
-    TokenLogprob,
-)
+from components.engine.protocol import FinishReason, RequestPhase, TokenLogprob
 from components.errors import NoRoom, NotMigratable, RequestNotFound, SessionError
+from components.transfer.ids import AgentRef
 
 WAITING = (RequestPhase.WAITING, RequestPhase.PREEMPTED)
 _RUNNING = (RequestPhase.PREFILL, RequestPhase.DECODE)

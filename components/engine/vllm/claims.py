@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from components.engine.groups import tables_of, why_unproven
-from components.engine.protocol import Frozen, KVOffer
+from components.engine.kv import Frozen, KVOffer
 from components.engine.vllm.compat.resumed import append_tokens
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.records import Record

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from components.engine.protocol import CommitTo, EngineStats, Frozen, KVOffer, LandingStatus, RequestId, RequestInfo
+from components.engine.kv import CommitTo, Frozen, KVOffer, LandingStatus, RequestId
+from components.engine.protocol import EngineStats, RequestInfo
 from components.engine.vllm.control import Call, Op, Reply, decode_reply, encode
 from components.errors import MigrateError, RequestNotFound, WorkerLost
 

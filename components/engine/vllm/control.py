@@ -10,17 +10,10 @@ from enum import StrEnum
 
 import msgspec
 
-from components.engine.protocol import (
-    AgentRef,
-    CommitTo,
-    EngineStats,
-    Frozen,
-    KVOffer,
-    LandingStatus,
-    RequestId,
-    RequestInfo,
-)
+from components.engine.kv import CommitTo, Frozen, KVOffer, LandingStatus, RequestId
+from components.engine.protocol import EngineStats, RequestInfo
 from components.errors import from_code
+from components.transfer.ids import AgentRef
 
 MARKER = "dynamo_migrate"
 """Key under ``kv_transfer_params`` that carries a ``Marker`` into and a ``Frozen`` out of the core."""

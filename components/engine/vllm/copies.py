@@ -23,12 +23,12 @@ from dataclasses import dataclass, field
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
-from components.engine.protocol import AgentRef
 from components.engine.vllm.claims import Cache
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.ranks import Ranks
 from components.engine.vllm.records import Incoming, Job, JobResult, Record, StepResults
 from components.timeline import mark
+from components.transfer.ids import AgentRef
 
 MAX_WAIT_S = 0.25
 """Upper bound on the time for which a commit's copy holds up the other requests."""

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 
 from components.acceptor import Acceptor
 from components.address import Address, bare, listen
-from components.engine.protocol import CommitTo, Frozen, RequestId
+from components.engine.kv import CommitTo, Frozen, RequestId
 from components.engine.vllm.control import Call, Op, encode
 from components.errors import InvalidRequest, MigrateError
 from components.frames import framed, hear, is_open

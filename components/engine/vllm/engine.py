@@ -18,18 +18,14 @@ from typing import Any
 
 import msgspec
 
+from components.engine.kv import CommitTo, Frozen, KVOffer, LandingStatus, RequestId
 from components.engine.leases import Leases
 from components.engine.protocol import (
-    CommitTo,
     EngineInfo,
     EngineStats,
     FinishReason,
-    Frozen,
     GenerateOutput,
     GenerateRequest,
-    KVOffer,
-    LandingStatus,
-    RequestId,
     RequestInfo,
 )
 from components.engine.vllm import native

@@ -25,7 +25,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import RequestStatus
 
 from components.engine.groups import why_unproven
-from components.engine.protocol import Frozen, KVOffer, RequestId
+from components.engine.kv import Frozen, KVOffer, RequestId
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.control import MARKER, Lent, encode
 from components.engine.vllm.migrate_in import MigrateIn

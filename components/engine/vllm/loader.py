@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from components.engine.protocol import AgentRef
 from components.engine.vllm.compat.runners import runner_version
 from components.engine.vllm.fingerprint import fingerprint, weights_of
 from components.engine.vllm.pools import heads_of, pools_to_register
@@ -30,6 +29,7 @@ from components.transfer import (
     TransferResult,
     Transport,
 )
+from components.transfer.ids import AgentRef
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 
 import msgspec
 
-from components.engine.protocol import Frozen, KVOffer, LandingStatus
+from components.engine.kv import Frozen, KVOffer, LandingStatus
 from components.engine.vllm.claims import Cache, Claims, require_same
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.control import Reply

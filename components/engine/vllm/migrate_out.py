@@ -19,7 +19,7 @@ import msgspec
 from vllm.v1.request import Request, RequestStatus
 
 from components.engine.groups import fields_of, tables_of
-from components.engine.protocol import AgentRef, CommitTo, Frozen, KVOffer, RequestId
+from components.engine.kv import CommitTo, Frozen, KVOffer, RequestId
 from components.engine.vllm.compat.requests import why_not_migratable
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.control import Reply
@@ -28,6 +28,7 @@ from components.engine.vllm.ranks import Ranks
 from components.engine.vllm.records import Leaving, Record
 from components.errors import NotMigratable, RequestNotFound, SessionError
 from components.timeline import mark
+from components.transfer.ids import AgentRef
 
 _FREEZABLE = (RequestStatus.RUNNING, RequestStatus.WAITING, RequestStatus.PREEMPTED)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from vllm.v1.request import RequestStatus
 
-from components.engine.protocol import Frozen, RequestId
+from components.engine.kv import Frozen, RequestId
 from components.engine.vllm.claims import require_same
 from components.engine.vllm.compat.requests import external_id
 from components.engine.vllm.compat.resumed import as_resumed

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from components.engine.groups import Table, tables_of
-from components.engine.protocol import Frozen, KVOffer
+from components.engine.kv import Frozen, KVOffer
 from components.engine.vllm.compat.groups import Group, leading_nulls
 
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from components.engine.protocol import AgentRef
 from components.engine.vllm.records import Job, JobResult
+from components.transfer.ids import AgentRef
 
 if TYPE_CHECKING:
     from vllm.v1.executor import Executor

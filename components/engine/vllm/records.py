@@ -19,11 +19,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from components.engine.protocol import AgentRef, CommitTo, Frozen, KVOffer, LandingStatus, RequestId
+from components.engine.kv import CommitTo, Frozen, KVOffer, LandingStatus, RequestId
 from components.engine.vllm.compat.grammars import Replay
 from components.engine.vllm.control import Marker, Reply
 from components.engine.vllm.parts import Parts
 from components.errors import SessionError
+from components.transfer.ids import AgentRef
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

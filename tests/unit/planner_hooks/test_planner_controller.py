@@ -13,7 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from components.client import Drained, Workers
-from components.engine.protocol import EngineStats, RequestId, RequestPhase
+from components.engine.kv import RequestId
+from components.engine.protocol import EngineStats, RequestPhase
 from components.errors import MigrateError, NoRoom, RequestNotFound, WorkerLost, WorkerNotFound
 from components.migration.messages import Mode, MoveRecord, RequestRow
 from components.status import Status, WorkerReport

@@ -7,7 +7,7 @@ import re
 
 from vllm.v1.request import Request
 
-from components.engine.protocol import RequestId
+from components.engine.kv import RequestId
 
 _INTERNAL = re.compile(r"(?P<external>.+)-[0-9a-f]{8}", re.DOTALL)
 
