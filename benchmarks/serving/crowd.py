@@ -2,7 +2,7 @@
 """Workload ``crowd``: the cost of this package without moves, beside stock Dynamo and ``vllm serve``.
 
 Each system has one worker, on the same device; all run at the same time and get the same load in turn (closed loop,
-fixed lengths, ``streams``), in another order with each repeat. On CPUs the engines of the others are stopped meanwhile.
+``streams``), in another order with each repeat. On CPUs the engines of the others are stopped meanwhile.
 A system that does not start in time is left out. Every run is written to the file at its end. Raises ``MigrateError``
 when no two systems start.
 """
@@ -47,6 +47,7 @@ class Load(msgspec.Struct, frozen=True):
 
     prompt: int = 16
     output: int = 200
+    """On average."""
     seconds: float = 8.0
     """Length of the window that counts."""
 
@@ -183,7 +184,7 @@ def _run(
     orders = [
         Order(
             *(system.url, system.model, tuple(range(number, streams, len(clients))), streams, load.prompt, load.output),
-            *(begin, end, end + _TAIL_S, f"{system.kind}-{seed}-{streams}"),
+            *(begin, end, end + _TAIL_S, f"{seed}-{streams}"),
         )
         for number in range(len(clients))
     ]

@@ -31,8 +31,8 @@ def lines(crowd: Crowd, raw: Path | None = None) -> list[str]:
     return [
         f"## Streams without migrations: {crowd.model}",
         "",
-        f"{crowd.date}, {place(crowd.machine)}. One worker, closed loop, {crowd.load.prompt} prompt and "
-        f"{crowd.load.output} output tokens, greedy; windows of {crowd.load.seconds:g} s in turn. Ours: "
+        f"{crowd.date}, {place(crowd.machine)}. One worker, closed loop, {crowd.load.prompt} prompt and on "
+        f"average {crowd.load.output} output tokens, greedy; windows of {crowd.load.seconds:g} s in turn. Ours: "
         f"{TITLES[Kind.OURS_AGG]}. Stock: {TITLES[Kind.STOCK_AGG]}. Goal: throughput at least 0.98, p99 ITL and p99 "
         f"TTFT at most 1.05. All repeats pooled, in brackets 95% intervals (bootstrap over whole repeats). "
         f"{errors} errors. {samples}Engine: {'; '.join(crowd.chosen.get(_OURS, [])) or 'defaults'}.",

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A load client that keeps streams running: one JSON ``Order`` per line in, one ``Seen`` out.
 
-Closed loop: each stream sends its next request after the end of the last one. The first answers have evenly spread
-lengths, so that the streams do not begin and end together. Only the order's window counts; requests that run at its
-end are read to their end. Several of these processes share a load, so that no process limits it: a chunk is handled as
+Closed loop: each stream sends its next request after the end of the last one. Answers have from half to one and a half
+of the order's length, the same ones for each system: with one length, streams that a pause has put in step stay in
+step, their prompts share steps of the engine, and the system that pauses has the higher throughput. The first answers
+have evenly spread lengths. Only the order's window counts; requests that run at its end are read to their end. Several of these processes share a load, so that no process limits it: a chunk is handled as
 bytes, and parsed at the end of its answer.
 """
 
@@ -95,7 +96,7 @@ class Client:
             except aiohttp.ClientError as error:
                 self.seen.errors.append(repr(error))
                 await asyncio.sleep(0.2)
-            wanted = order.output
+            wanted = chooser.randint(max(1, order.output // 2), 3 * order.output // 2)
 
     async def _answer(self, prompt: list[int], wanted: int) -> None:
         body = {"model": self._order.model, "prompt": prompt, "max_tokens": wanted, "ignore_eos": True}
