@@ -17,7 +17,7 @@ from contextlib import aclosing
 
 from components.engine.kv import Frozen, RequestId
 from components.engine.protocol import GenerateRequest, Sampling
-from components.engine.vllm import VLLMEngine
+from components.engine.vllm.engine import VLLMEngine
 from components.engine.vllm.start import VLLMOptions
 from components.errors import RequestNotFound
 from components.models import resolve

@@ -22,7 +22,7 @@ from benchmarks.serving.tables import table
 from components import process
 from components.engine.kv import LandingStatus, RequestId
 from components.engine.protocol import GenerateOutput, GenerateRequest, Sampling
-from components.engine.vllm import VLLMEngine
+from components.engine.vllm.engine import VLLMEngine
 from components.engine.vllm.start import VLLMOptions
 from components.errors import RequestNotFound
 from components.serve.servers import Servers

@@ -25,7 +25,7 @@ import typer
 from benchmarks.migration.engines import Answer, engines, greedy, move, program, tell
 from components import models
 from components.engine.protocol import RequestPhase
-from components.engine.vllm import VLLMEngine
+from components.engine.vllm.engine import VLLMEngine
 from components.errors import NoRoom
 
 _BLOCK = 32

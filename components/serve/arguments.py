@@ -88,7 +88,7 @@ def eager(config: WorkerConfig) -> bool:
 
 
 def worker_environment(config: WorkerConfig, repeats: bool, planned: bool) -> dict[str, str]:
-    """Settings of ``components.worker.arguments``. ``repeats``: frontends repeat requests; ``planned``: the graph has a
+    """Settings of ``components.worker.settings``. ``repeats``: frontends repeat requests; ``planned``: the graph has a
     planner, which reads the metrics of each forward pass."""
     given = {
         "DYN_MIGRATE_HOST": config.advertise_host,

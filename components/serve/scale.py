@@ -171,7 +171,7 @@ def _all_ready(children: list[Child]) -> bool:
 
 
 def worker_name(worker: Process) -> str:
-    """Name of a worker's agent, as in ``components.worker.arguments``."""
+    """Name of a worker's agent, as in ``components.worker.settings``."""
     return f"{socket.gethostname()}-{worker.component}-{worker.replica}"
 
 

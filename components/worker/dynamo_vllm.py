@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from components import process, versions
-from components.engine.vllm.arguments import STOCK_CONNECTOR
+from components.engine.vllm.arguments import STOCK_CONNECTOR, configure
 from components.engine.vllm.engine import VLLMEngine
 from components.engine.vllm.start import VLLMOptions
 from components.errors import ConfigError, MigrateError
@@ -33,11 +33,12 @@ from components.metrics.export import address, expose
 from components.migration.peers import DynamoPeers
 from components.migration.repeats import Options
 from components.migration.requests import Requests
+from components.models import adapters
 from components.worker import refusals, shim, weights
-from components.worker.arguments import WorkerSettings, prepare
 from components.worker.control import Control
 from components.worker.engine_client import EngineClient
 from components.worker.handoff import Handoffs
+from components.worker.settings import WorkerSettings
 from components.worker.state import WorkerStatus
 from components.worker.unrepeated import Unrepeated, handler_class
 
@@ -125,6 +126,24 @@ class Migration:
             await self.status.leave(self.settings.drain_s)
         while self.handoffs is not None and self.handoffs.num_lent and time.monotonic() < end:
             await asyncio.sleep(0.05)
+
+
+def prepare(config: Any, settings: WorkerSettings) -> None:
+    """Set scheduler, connector and worker extension in Dynamo's ``Config``. Raises ``ConfigError`` on a conflict."""
+    from dynamo.vllm.kv_connector_protocols import KV_CONNECTOR_PROTOCOLS, NixlConnectorProtocol
+
+    # Dynamo's registry of prefill protocols; this connector's is NixlConnector's.
+    KV_CONNECTOR_PROTOCOLS.setdefault("MigrationConnector", NixlConnectorProtocol)
+    configure(
+        config.engine_args,
+        settings.agent,
+        {
+            "integrity": settings.integrity,
+            "wait_bytes": settings.wait_bytes,
+            "copy_deadline_s": settings.copy_deadline_s,
+            "adapters": adapters.digest(settings.lora_modules),
+        },
+    )
 
 
 async def _known(endpoint: Any) -> Any:

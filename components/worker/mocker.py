@@ -31,9 +31,9 @@ from components.migration.peers import DynamoPeers, short
 from components.migration.repeats import Options, Repeat
 from components.migration.requests import Requests
 from components.worker import forward_pass, mocker_payload, unrepeated
-from components.worker.arguments import WorkerSettings
 from components.worker.control import Control
 from components.worker.engines import build_engine
+from components.worker.settings import WorkerSettings
 from components.worker.state import WorkerStatus
 
 

@@ -25,7 +25,7 @@ import torch
 
 from components.engine.kv import CommitTo, RequestId
 from components.engine.protocol import GenerateOutput, GenerateRequest, Sampling, TokenLogprob
-from components.engine.vllm import VLLMEngine
+from components.engine.vllm.engine import VLLMEngine
 from tests.cuda.test_vllm_moves import make_model, require_whole, start
 from tests.integration.test_vllm_families import apart
 from tests.integration.test_vllm_handover import Client, move, request_of, run, take_until

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from components.engine.protocol import Sampling
-from components.engine.vllm import VLLMEngine
+from components.engine.vllm.engine import VLLMEngine
 from components.engine.vllm.start import VLLMOptions
 from components.models import resolve, tiny
 from components.models.drafting import DRAFTING

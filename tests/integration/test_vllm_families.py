@@ -14,8 +14,8 @@ from vllm.sampling_params import RequestOutputKind
 from components.engine.groups import tables_of
 from components.engine.kv import RequestId
 from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, Sampling
-from components.engine.vllm import VLLMEngine
 from components.engine.vllm.control import MARKER, Marker, decode_lent, encode
+from components.engine.vllm.engine import VLLMEngine
 from tests.integration.test_vllm_handover import (
     Client,
     move,

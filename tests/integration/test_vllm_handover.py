@@ -16,8 +16,9 @@ from vllm import SamplingParams
 from components.engine.groups import whole_blocks
 from components.engine.kv import CommitTo, Frozen, LandingStatus, RequestId
 from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, Sampling
-from components.engine.vllm import VLLMEngine, native
+from components.engine.vllm import native
 from components.engine.vllm.client import CoreClient
+from components.engine.vllm.engine import VLLMEngine
 from components.errors import NotMigratable, RequestNotFound
 from components.models import resolve
 from tests.integration.vllm_engines import Pair, start_pair

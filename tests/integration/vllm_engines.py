@@ -8,7 +8,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from components.engine.vllm import VLLMEngine
+from components.engine.vllm.engine import VLLMEngine
 from components.engine.vllm.start import VLLMOptions
 
 

@@ -12,7 +12,7 @@ from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 
 from components.errors import ConfigError
 from components.worker import dynamo_vllm, shim
-from components.worker.arguments import WorkerSettings
+from components.worker.settings import WorkerSettings
 
 shim.install()
 

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each name that a file imports from this repository exists, also in files that only a GPU machine runs."""
+"""Each name that a file imports from this repository exists, also in files that only a GPU machine runs; nothing heavy
+is imported where it is not used.
+"""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,3 +53,9 @@ NAMES = {module: set(bound(tree)) for module, tree in TREES.items()}
 
 def test_every_imported_name_of_ours_exists() -> None:
     assert [fault for module, tree in TREES.items() for fault in missing(module, tree)] == []
+
+
+def test_a_worker_without_a_model_starts_without_vllm() -> None:
+    code = "import sys, components.worker.mocker; print('vllm' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == ["False"]

@@ -23,7 +23,7 @@ from components.migration import owners, suspects
 from components.migration.messages import Handover, WorkerCall, WorkerOp
 from components.migration.repeats import Options
 from components.migration.session import _LANDING_S, Limits
-from components.worker.arguments import WorkerSettings
+from components.worker.settings import WorkerSettings
 from tests.streams import Cluster, virtual, virtual_agents
 from tests.unit import test_handoff as handoffs
 from tests.vllm_scheduler import BLOCK, Played, offer_of

@@ -15,7 +15,7 @@ from components.serve.graph import load
 from components.serve.plan import Plan, make_plan, parse_overrides, read_yaml
 from components.transfer.config import AgentConfig, Transport
 from components.transfer.control.factory import store_of
-from components.worker.arguments import WorkerSettings
+from components.worker.settings import WorkerSettings
 from tests.flags import flag
 
 DTYPE = "--Common.dtype=bfloat16"

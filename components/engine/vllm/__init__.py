@@ -23,7 +23,3 @@ In the worker's:
 ``compat/`` has every private name of vLLM. No file of vLLM is changed. The scheduler is loaded by ``scheduler_cls``,
 the connector by ``kv_connector_module_path``, the worker's methods by ``worker_extension_cls``.
 """
-
-from components.engine.vllm.engine import VLLMEngine
-
-__all__ = ["VLLMEngine"]

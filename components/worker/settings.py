@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engine arguments that migration adds to a ``dynamo.vllm`` worker, and the worker's settings for migration.
+"""A worker's settings for migration.
 
-Settings come from ``DYN_MIGRATE_*`` variables, which ``dynamo serve`` sets from the YAML file. Each has a default:
+They come from ``DYN_MIGRATE_*`` variables, which ``dynamo serve`` sets from the YAML file. Each has a default:
 a stock worker's command needs only the other module name.
 """
 
@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from components import env
-from components.engine.vllm.arguments import configure
-from components.models import adapters
 from components.transfer.config import AgentConfig
 
 
@@ -57,21 +55,3 @@ class WorkerSettings:
             integrity=env.INTEGRITY.read(),
             lora_modules=env.LORA_MODULES.read(),
         )
-
-
-def prepare(config: Any, settings: WorkerSettings) -> None:
-    """Set scheduler, connector and worker extension in Dynamo's ``Config``. Raises ``ConfigError`` on a conflict."""
-    from dynamo.vllm.kv_connector_protocols import KV_CONNECTOR_PROTOCOLS, NixlConnectorProtocol
-
-    # Dynamo's registry of prefill protocols; this connector's is NixlConnector's.
-    KV_CONNECTOR_PROTOCOLS.setdefault("MigrationConnector", NixlConnectorProtocol)
-    configure(
-        config.engine_args,
-        settings.agent,
-        {
-            "integrity": settings.integrity,
-            "wait_bytes": settings.wait_bytes,
-            "copy_deadline_s": settings.copy_deadline_s,
-            "adapters": adapters.digest(settings.lora_modules),
-        },
-    )
