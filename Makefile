@@ -14,7 +14,7 @@ demo: install ## serve a real model, send one request, keep serving
 	@.venv/bin/dynamo demo
 
 test: install ## all tests but the slow ones
-	@.venv/bin/python -m pytest -q
+	@scripts/test.sh
 
 test-unit: install ## the tests that start no engine and no graph
 	@.venv/bin/python -m pytest -q tests/unit

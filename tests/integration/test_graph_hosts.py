@@ -24,7 +24,7 @@ from tests.integration.graphs import PAGED, PROMPT, Graph
 from tests.integration.networks import ADDRESSES, Cable, on_host, run, slow_cable, veth
 
 pytestmark = pytest.mark.integration
-ENGINES = {"paged": ((*PAGED, "--DecodeWorker.engine-args={step_s: 0.01}"), 2000), "vllm": ((), 600)}
+ENGINES = {"paged": ((*PAGED, "--DecodeWorker.engine-args={step_s: 0.01}"), 1000), "vllm": ((), 600)}
 
 
 def clock_off(hours: int, folder: Path) -> dict[str, str]:
@@ -107,22 +107,24 @@ def test_requests_move_between_hosts_and_survive_the_stop_of_one(engine: str, ho
     def first_host(second: str) -> None:
         with joined(tmp_path, second, overrides, hours) as (graph, other, away):
             prompts = [f"host {i} {PROMPT}" for i in range(4)]
+            sampling = {"temperature": 0.8, "seed": 3}
 
             def move(where: dict[str, str]) -> None:
                 moves = to_and_fro(graph, away, where)
                 assert all(m.get("ok") and m["mode"] == "live" for m in moves), moves
                 assert all(m["lane"] == "nixl/ucx/tcp" and m["bytes"] > 0 for m in moves), moves
 
-            graph.disturbed(prompts, length, move, temperature=0.8, seed=3)
+            moved = graph.under_way(prompts, length, move, **sampling)
             graph.wait_until_idle()
 
             def stop_the_second(where: dict[str, str]) -> None:
                 assert away in where.values()
                 other.process.send_signal(signal.SIGTERM)
 
-            graph.disturbed(prompts, length, stop_the_second, temperature=0)
+            left = graph.under_way(prompts, length, stop_the_second, **sampling)
             assert other.process.wait(60) == 0
             graph.wait_until_idle(workers=2)
+            assert moved == left == graph.complete_all(prompts, length, **sampling)
             assert keys(ADDRESSES[0])
             assert graph.stop() == []
             # What a process did not take back itself goes with its lease of 20 s.
