@@ -76,8 +76,10 @@ class Leg:
     tokens: list[int] = field(default_factory=list)
     """Output tokens sent by this worker."""
     away: Away | None = None
-    parting: asyncio.Event | None = None
-    """Exists from the first move of a life that a handler reads from the engine; set when it has left."""
+    may_part: bool = False
+    """True from the first move of a life that a handler reads from the engine."""
+    parted: Callable[[], None] | None = None
+    """Called when it leaves."""
     order: tuple[int, ...] = ()
     """As in ``Owner``."""
     attempts: int = 0
@@ -96,19 +98,19 @@ class Leg:
 
     def expect_parting(self) -> None:
         """A move begins: the reader of the engine's stream watches for its end."""
-        self.parting = self.parting or asyncio.Event()
+        self.may_part = True
 
     def depart(self, away: Away) -> None:
         """The life has left: its readers turn to the next owner after its tokens up to the cut."""
         self.away = away
-        if self.parting is not None:
-            self.parting.set()
+        if self.parted is not None:
+            self.parted()
 
     def note(self, tokens: Sequence[int]) -> None:
         """Note sent tokens."""
         self.tokens.extend(tokens)
         self._note_time()
-        if self.parting is not None:
+        if self.may_part:
             mark("source", "token", self.request_id)
 
     def _note_time(self) -> None:

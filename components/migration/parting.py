@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from components.migration.legs import Leg
 
@@ -26,30 +26,40 @@ class _Ended(Exception):
 class Parting(Generic[T]):
     """See the module docstring."""
 
-    def __init__(self, leg: Leg, left: asyncio.Event, stream: AsyncIterator[T]) -> None:
+    def __init__(self, leg: Leg, stream: AsyncIterator[T]) -> None:
         self._leg = leg
-        self._left = left
         self._stream = stream
         self._next: asyncio.Task[T] | None = None
 
     async def items(self) -> AsyncGenerator[T, None]:
         """Items of the stream, to its end or to the last token before the cut."""
-        left = asyncio.create_task(self._left.wait())
+        while not self._whole():
+            if self._next is None:
+                self._next = asyncio.create_task(self._read())
+            await self._change(self._next)
+            if self._next.done():
+                read, self._next = self._next, None
+                try:
+                    item = read.result()
+                except _Ended:
+                    return
+                yield item
+
+    async def _change(self, read: asyncio.Task[T]) -> None:
+        """Until the item is there or the life leaves. One future: with many streams each turn of the loop counts."""
+        changed = asyncio.get_running_loop().create_future()
+
+        def wake(_: object = None) -> None:
+            if not changed.done():
+                changed.set_result(None)
+
+        read.add_done_callback(wake)
+        self._leg.parted = wake
         try:
-            while not self._whole():
-                if self._next is None:
-                    self._next = asyncio.create_task(self._read())
-                waited: set[asyncio.Task[Any]] = {self._next} if left.done() else {self._next, left}
-                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-                if self._next.done():
-                    read, self._next = self._next, None
-                    try:
-                        item = read.result()
-                    except _Ended:
-                        return
-                    yield item
+            await changed
         finally:
-            left.cancel()
+            self._leg.parted = None
+            read.remove_done_callback(wake)
 
     async def _read(self) -> T:
         async for item in self._stream:

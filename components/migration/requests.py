@@ -81,10 +81,10 @@ class Requests:
                 if taken is not None:
                     yield taken
                 last = face.finished(item)
-                if last or leg.parting is not None:
+                if last or leg.may_part:
                     break
-            if not last and leg.parting is not None:
-                parting = Parting(leg, leg.parting, stream)
+            if not last and leg.may_part:
+                parting = Parting(leg, stream)
                 async with aclosing(parting.items()) as items:
                     async for item in items:
                         taken = self._take(leg, item, face)

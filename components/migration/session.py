@@ -108,7 +108,9 @@ class _Move:
         self._owner = Owner(target, new_life(), len(leg.prompt_token_ids), tuple(leg.tried), order)
         self._relay: AsyncGenerator[GenerateOutput, None] | None = None
         self._status = LandingStatus(reserved=False)
-        self._first_at = 0.0
+        self._downtime = 0.0
+        self._frozen: Frozen | None = None
+        self._away: Away | None = None
 
     async def run(self, record: MoveRecord) -> MoveRecord:
         """All steps. Raises ``MigrateError`` once the request is back at the source."""
@@ -134,24 +136,23 @@ class _Move:
                 await self._pre_copy(rounds=self._limits.rounds if live else 0)
             await self._until(opened, first)
             async with self._requests.cut_overs.turn() as turn:
-                # A step of the source has just ended: all that follows can be timed from here.
-                await leg.next_token(_WAIT_STEPS * gap)
+                if not self._in_a_crowd:
+                    # A step of the source has just ended: all that follows can be timed from here.
+                    await leg.next_token(_WAIT_STEPS * gap)
                 self._mark("freeze asked")
-                frozen, downtime = await self._cut_over(first, gap, record.mode, turn)
+                await self._cut_over(first, gap, record.mode, turn)
+                away = self._depart(first.result())
         except BaseException:
+            if self._away is not None:
+                self._requests.spawn(self._left(self._away))
+                raise
             if first is not None:
                 first.cancel()
                 # A generator that still runs cannot be closed.
                 await asyncio.gather(first, return_exceptions=True)
             await asyncio.shield(self._back())
             raise
-        away = Away(self._owner, first.result(), relay, frozen.output_token_ids)
-        leg.depart(away)
-        self._mark("handed over")
-        if not leg.served or leg.left.is_set():
-            await self._requests.let_go(leg, away)
-        await self._engine.release(leg.engine_id)
-        self._requests.spawn(self._requests.owners.tell(leg.request_id, away))
+        await self._left(away)
         with contextlib.suppress(MigrateError):
             self._status = await self._landing(0.0)
         recomputed = self._status.error and not self._status.bytes
@@ -167,13 +168,34 @@ class _Move:
             post_s=self._status.post_s,
             wire_s=self._status.wire_s,
             lane=self._status.lane,
-            downtime_s=downtime,
-            added_stall_s=max(0.0, downtime - gap),
+            downtime_s=self._downtime,
+            added_stall_s=max(0.0, self._downtime - gap),
         )
 
-    async def _cut_over(
-        self, first: asyncio.Future[GenerateOutput], gap: float, mode: Mode, turn: Turn
-    ) -> tuple[Frozen, float]:
+    @property
+    def _in_a_crowd(self) -> bool:
+        return self._requests.cut_overs.count > 1
+
+    def _depart(self, first: GenerateOutput) -> Away:
+        """The request is the destination's. Idempotent."""
+        if self._away is None:
+            if self._frozen is None or self._relay is None:
+                raise SessionError("the destination gave a token before the commit")
+            self._downtime = max(0.0, time.monotonic() - self._leg.last_token_at)
+            self._away = Away(self._owner, first, self._relay, self._frozen.output_token_ids)
+            self._leg.depart(self._away)
+            self._mark("handed over")
+        return self._away
+
+    async def _left(self, away: Away) -> None:
+        """What there is to do when it has left."""
+        leg = self._leg
+        if not leg.served or leg.left.is_set():
+            await self._requests.let_go(leg, away)
+        await self._engine.release(leg.engine_id)
+        self._requests.spawn(self._requests.owners.tell(leg.request_id, away))
+
+    async def _cut_over(self, first: asyncio.Future[GenerateOutput], gap: float, mode: Mode, turn: Turn) -> None:
         limit = self._limits.frozen_s
         announce = asyncio.ensure_future(self._hold(gap))
         commit: asyncio.Future[WorkerReply] | None = None
@@ -181,7 +203,7 @@ class _Move:
             async with asyncio.timeout(limit):
                 # A replay commits less than the state.
                 to = self._status.commit_to if mode is not Mode.REPLAY else None
-                frozen = await self._engine.freeze(self._leg.engine_id, to, limit)
+                frozen = self._frozen = await self._engine.freeze(self._leg.engine_id, to, limit)
                 self._mark("frozen")
                 if to is not None:
                     # The destination has the commit already.
@@ -196,25 +218,27 @@ class _Move:
                 if output.error is not None:
                     raise SessionError(f"the destination ended the request: {': '.join(output.error)}")
         except TimeoutError as error:
-            raise DeadlineExceeded(f"no token from {short(self._owner.instance)} within {limit:g} s") from error
+            if self._away is None:
+                raise DeadlineExceeded(f"no token from {short(self._owner.instance)} within {limit:g} s") from error
         finally:
             announce.cancel()
             if commit is not None:
                 # With a token from there the answer is known, and nobody waits for it.
                 self._requests.spawn(_ended(commit))
-        return frozen, max(0.0, self._first_at - self._leg.last_token_at)
 
     async def _first(self, relay: AsyncGenerator[GenerateOutput, None]) -> GenerateOutput:
         output = await anext(relay)
-        self._first_at = time.monotonic()
         self._mark("first token")
+        if self._frozen is not None and output.error is None:
+            # At once: each further turn of a busy loop lengthens the client's gap.
+            self._depart(output)
         return output
 
     def _mark(self, what: str) -> None:
         mark("source", what, self._leg.request_id)
 
     async def _hold(self, gap: float) -> None:
-        if self._requests.cut_overs.count > 1:
+        if self._in_a_crowd:
             # Commits of a crowd come all the time: the destination never waits for one of them.
             return
         # The source finishes what it has scheduled ahead; meanwhile the destination's requests go on.

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 logger = logging.getLogger(__name__)
-_CUT_OVERS = 16
+_CUT_OVERS = 32
 """Requests of this worker whose freeze is under way at a time."""
 
 

@@ -28,7 +28,7 @@ OUT = {
 """Names under which calls leave this process; those that are methods of dictionaries are told apart by ``_leaves``."""
 BY_THEIR_CALLER = {
     ("components/migration/peers.py", "_ask"): "``call`` and ``Links`` bound it",
-    ("components/migration/links.py", "_streams"): "its socket is connected already",
+    ("components/migration/link_wire.py", "streams"): "its socket is connected already",
 }
 WALL_CLOCK = {
     "components/metrics/spans.py": "times of a trace",
