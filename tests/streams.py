@@ -15,9 +15,8 @@ import functools
 import itertools
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
-from enum import StrEnum
 from typing import Any
 
 import msgspec
@@ -36,100 +35,8 @@ from components.transfer import TransferAgent
 from components.worker.control import Control
 from components.worker.state import WorkerStatus
 from tests.direct import DirectEngine
-from tests.faults import clock
-from tests.faults.agent import VirtualAgent
-from tests.faults.agent import Wire as Lane
 from tests.paged import SMALL, new_engine
-
-LEASE_S = 0.3
-
-
-def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """A test in virtual time, without waiting and in deterministic order."""
-
-    @functools.wraps(test)
-    def run(*args: Any, **keywords: Any) -> None:
-        clock.run(test(*args, **keywords))
-
-    return run
-
-
-def virtual_agents(seed: int = 0) -> Callable[[Any], Any]:
-    """For ``Cluster.start``: transfer agents of one cluster without threads."""
-    lane = Lane()
-    lane.chance, lane.piece_s = random.Random(seed), 5e-5
-    return lambda config: VirtualAgent(lane, config)
-
-
-class Fate(StrEnum):
-    """Fate of a call. A stream of an ``attach`` breaks with any but the first."""
-
-    NORMAL = "normal"
-    TWICE = "double"
-    LATE = "late"
-    LOST = "lost"
-    LOST_ANSWER = "lost answer"
-    GIVEN_UP = "given up"
-    """It arrives long after its caller's time-out."""
-    KILL_BEFORE = "kill host before"
-    KILL_AFTER = "kill host after"
-    KILL_CALLER = "kill caller"
-
-
-_GIVEN_UP_S, _HANDLED_S = 0.3, 1.1
-_FATAL_ITEM = 4
-
-
-class State(StrEnum):
-    """Last event of a session. ``ASKED``: the callee does not know yet."""
-
-    RESERVE_ASKED = "reserve asked"
-    RESERVED = "reserved"
-    ATTACHED = "attached"
-    COPYING = "copying"
-    EXTENDED = "extended"
-    FREEZE_ASKED = "freeze asked"
-    FROZEN = "frozen"
-    COMMIT_ASKED = "commit asked"
-    COMMITTED = "committed"
-    FIRST_TOKEN = "first token"
-    RELEASED = "released"
-    RELAYED = "relayed"
-    TELLING = "telling"
-    TOLD = "told"
-    REPEATED = "repeated"
-    ADOPTED = "adopted"
-    PASSED_ON = "passed on"
-    TAKING_BACK = "taking back"
-    RESUMED = "resumed"
-
-
-_ASKED = {
-    WorkerOp.RESERVE: State.RESERVE_ASKED,
-    WorkerOp.COMMIT: State.COMMIT_ASKED,
-    WorkerOp.OWNERS: State.TELLING,
-    WorkerOp.ABORT: State.TAKING_BACK,
-}
-_OBEYED = {
-    WorkerOp.RESERVE: State.RESERVED,
-    WorkerOp.LANDING: State.COPYING,
-    WorkerOp.EXTEND: State.EXTENDED,
-    WorkerOp.COMMIT: State.COMMITTED,
-    WorkerOp.OWNERS: State.TOLD,
-}
-
-
-class Endpoint:
-    """Dynamo's registration of a worker."""
-
-    def __init__(self) -> None:
-        self.registered = True
-
-    async def unregister_endpoint_instance(self) -> None:
-        self.registered = False
-
-    async def register_endpoint_instance(self) -> None:
-        self.registered = True
+from tests.virtual import ASKED, FATAL_ITEM, GIVEN_UP_S, HANDLED_S, LEASE_S, OBEYED, Endpoint, Fate, State
 
 
 class Node:
@@ -253,10 +160,10 @@ class Wire:
             cluster.heading[call.request_id] = instance
         node = cluster.reach(instance)
         fate = cluster.fate(call.op)
-        await cluster.pass_by(_ASKED.get(call.op), here, there)
+        await cluster.pass_by(ASKED.get(call.op), here, there)
         await cluster.moment()
         if fate is Fate.LATE:
-            await asyncio.sleep(_GIVEN_UP_S)
+            await asyncio.sleep(GIVEN_UP_S)
         if fate is Fate.KILL_CALLER:
             await self._node.kill()
         if fate is Fate.KILL_BEFORE:
@@ -265,12 +172,12 @@ class Wire:
         if fate is Fate.GIVEN_UP:
             asyncio.ensure_future(self._late(node, call))
         if fate in (Fate.LOST, Fate.GIVEN_UP):
-            await asyncio.sleep(min(timeout_s, _GIVEN_UP_S))
+            await asyncio.sleep(min(timeout_s, GIVEN_UP_S))
             raise DeadlineExceeded(f"node {instance} did not answer {call.op}")
         reply: WorkerReply | None = None
         for _ in range(2 if fate is Fate.TWICE else 1):
             reply = await self._handled(node, call)
-        await cluster.pass_by(_OBEYED.get(call.op), here, there)
+        await cluster.pass_by(OBEYED.get(call.op), here, there)
         await self._cluster.moment()
         if fate is Fate.KILL_AFTER:
             await node.kill()
@@ -291,7 +198,7 @@ class Wire:
 
     async def _late(self, node: Node, call: WorkerCall) -> None:
         """It comes though its caller has given up, perhaps in the middle of the request's next life."""
-        await asyncio.sleep(_HANDLED_S)
+        await asyncio.sleep(HANDLED_S)
         if node.alive:
             await self._handled(node, call)
 
@@ -315,7 +222,7 @@ class Wire:
                         break
                 yield unpack(pack(item), Attached)
                 count += 1
-                if fate is not Fate.NORMAL and count == _FATAL_ITEM:
+                if fate is not Fate.NORMAL and count == FATAL_ITEM:
                     if fate is Fate.KILL_AFTER:
                         await node.kill()
                     raise WorkerLost(f"the stream of node {owner.instance} broke")

@@ -35,7 +35,8 @@ from tests.faults.agent import VirtualAgent, Wire
 from tests.faults.clock import run
 from tests.faults.model import quiet
 from tests.paged import new_engine
-from tests.streams import Cluster, Node, State
+from tests.streams import Cluster, Node
+from tests.virtual import State
 
 CLIENTS = 6
 TOKENS = 70

@@ -36,7 +36,8 @@ from components.migration.events import Event
 from components.migration.messages import Mode, WorkerCall, WorkerOp
 from tests.faults import clock
 from tests.faults.model import quiet
-from tests.streams import Cluster, Fate, virtual_agents
+from tests.streams import Cluster
+from tests.virtual import Fate, virtual_agents
 
 Plan = dict[int, Fate]
 WORKERS, TOKENS, MOVES = 3, 70, 2

@@ -11,7 +11,7 @@ import pytest
 
 from components.migration.messages import Attached, Owner
 from components.migration.peers import OPEN_S, WorkerLost, follow
-from tests.streams import virtual
+from tests.virtual import virtual
 
 ROOT = Path(__file__).parents[2]
 OUT = {

@@ -7,7 +7,7 @@ import pytest
 
 from components.migration.messages import Mode
 from tests.faults import explore
-from tests.streams import Fate
+from tests.virtual import Fate
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["workers commit", "engines commit"])

@@ -24,8 +24,10 @@ from components.migration.messages import Handover, WorkerCall, WorkerOp
 from components.migration.repeats import Options
 from components.migration.session import _LANDING_S, Limits
 from components.worker.settings import WorkerSettings
-from tests.streams import Cluster, virtual, virtual_agents
-from tests.unit import test_handoff as handoffs
+from tests.streams import Cluster
+from tests.unit.test_handoff import frozen_of
+from tests.unit.test_worker_handoff import output_of, worker
+from tests.virtual import virtual, virtual_agents
 from tests.vllm_scheduler import BLOCK, Played, offer_of
 
 LEASES = (1.0, 10.0, 60.0, 600.0)
@@ -63,13 +65,13 @@ async def test_a_commit_says_for_how_long_the_frozen_blocks_are_there() -> None:
 
 def test_a_prefill_worker_lends_for_twice_as_long_as_it_says() -> None:
     for lease_s in LEASES:
-        lender, _, _, _ = handoffs.worker(lease_s)
-        item = handoffs.output_of([7], "length")
-        item.kv_transfer_params = {MARKER: encode(Lent(handoffs.frozen_of(prompt=3)))}
+        lender, _, _, _ = worker(lease_s)
+        item = output_of([7], "length")
+        item.kv_transfer_params = {MARKER: encode(Lent(frozen_of(prompt=3)))}
 
         async def lend(lender: Any = lender, item: Any = item) -> None:
             lender.lent(item)
-            await lender.release(handoffs.frozen_of(prompt=3).offer.request_id)
+            await lender.release(frozen_of(prompt=3).offer.request_id)
 
         asyncio.run(lend())
         given = unpack(item.kv_transfer_params[MARKER], Handover)

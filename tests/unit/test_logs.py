@@ -13,7 +13,8 @@ import pytest
 
 from components.engine.protocol import Sampling
 from components.migration.messages import Mode
-from tests.streams import Cluster, virtual, virtual_agents
+from tests.streams import Cluster
+from tests.virtual import virtual, virtual_agents
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 10**9
