@@ -9,6 +9,7 @@ Precedence: the component's key on the command line, ``Common`` on the command l
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -139,7 +140,9 @@ class WorkerConfig(ComponentConfig):
     tensor_parallel_size: int | tuple[int, ...] = Field(
         1, description="GPUs per worker, or a list with those of each replica; the last one is for all further ones"
     )
-    devices: tuple[tuple[int, ...], ...] = Field((), description="GPU indices for each replica; empty for CPU")
+    devices: tuple[tuple[int, ...], ...] = Field(
+        (), description="GPU indices for each replica, [[0], [1]]; [[0], [0]]: two share a GPU; empty for CPU"
+    )
     max_num_seqs: int = Field(16, ge=1, description="Requests that run at once")
     max_num_batched_tokens: int | None = Field(None, ge=1, description="Tokens per step; empty takes vLLM's choice")
     enable_prefix_caching: bool = Field(True, description="Reuse KV blocks of equal prefixes")
@@ -193,10 +196,14 @@ class WorkerConfig(ComponentConfig):
 
     @model_validator(mode="after")
     def _devices_are_taken_once(self) -> Self:
-        used = [index for replica in self.devices for index in replica]
-        if len(used) != len(set(used)) or any(index < 0 for index in used):
-            raise ValueError(f"devices {[list(d) for d in self.devices]}: each GPU once, numbered from 0")
+        if any(len(replica) != len(set(replica)) or min(replica, default=0) < 0 for replica in self.devices):
+            raise ValueError(f"devices {[list(d) for d in self.devices]}: each GPU once in a replica, numbered from 0")
         return self
+
+    @property
+    def sharing(self) -> int:
+        """Most replicas that have the same GPU."""
+        return max(Counter(index for replica in self.devices for index in replica).values(), default=0)
 
 
 T = TypeVar("T", bound=ComponentConfig)

@@ -4,8 +4,9 @@
 Closed loop: each stream sends its next request after the end of the last one. Answers have from half to one and a half
 of the order's length, the same ones for each system: with one length, streams that a pause has put in step stay in
 step, their prompts share steps of the engine, and the system that pauses has the higher throughput. The first answers
-have evenly spread lengths. Only the order's window counts; requests that run at its end are read to their end. Several of these processes share a load, so that no process limits it: a chunk is handled as
-bytes, and parsed at the end of its answer.
+have evenly spread lengths. Only the order's window counts; requests that run at its end are read to their end.
+Several of these processes share a load, so that no process limits it: a chunk is handled as bytes, and parsed at the
+end of its answer.
 """
 
 from __future__ import annotations

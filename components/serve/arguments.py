@@ -20,6 +20,7 @@ from components.transfer.config import AgentConfig
 
 PORT = "@PORT@"
 SOCKET = "@SOCKET@"
+_ALL_OF_A_GPU = 0.9
 _WEIGHTS = {"overlap-score-credit": "router-kv-overlap-score-credit"}
 """Flags of the frontend with other names than their weights."""
 
@@ -70,6 +71,9 @@ def worker(config: WorkerConfig, mode: str, replica: int = 0) -> list[str]:
             "endpoint": f"ipc://{SOCKET}",
             "enable_kv_cache_events": True,
         }
+    if config.sharing > 1:
+        # Each takes its KV blocks anyway, but vLLM does not start where less memory than this is free.
+        given["gpu-memory-utilization"] = round(_ALL_OF_A_GPU / config.sharing, 3)
     if not config.devices:
         # Without it vLLM on CPUs ignores the seeds of a batch unless every request has one.
         given["use-fp64-gumbel"] = True

@@ -250,6 +250,16 @@ def test_engines_on_gpus_take_cuda_graphs_unless_told_otherwise(given: dict[str,
     assert ("--enforce-eager" if eager else "--no-enforce-eager") in arguments.worker(config, "decode")
 
 
+@pytest.mark.parametrize(
+    ("devices", "share"), [([[0], [1]], None), ([[0], [0]], "0.45"), ([[0], [1], [1], [1]], "0.3")]
+)
+def test_replicas_that_share_a_gpu_start_with_a_part_of_it_free(devices: list[list[int]], share: str | None) -> None:
+    config = parse(WorkerConfig, "AggWorker", {"model": "m", "devices": devices})
+    given = arguments.worker(config, "agg")
+    assert (f"--gpu-memory-utilization={share}" in given) == (share is not None)
+    assert any("gpu-memory-utilization" in word for word in given) == (share is not None)
+
+
 def test_shared_memory_that_is_too_small_is_said_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     def free(size: int) -> None:
         monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_bavail=size, f_frsize=1))

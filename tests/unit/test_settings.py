@@ -125,7 +125,7 @@ def test_nobody_is_reached_at_an_address_that_means_every_interface(host: str) -
         ("lease-s", float("nan")),
         ("seed", -1),
         ("max-num-batched-tokens", 0),
-        ("devices", [[0], [0]]),
+        ("devices", [[0, 0]]),
         ("devices", [[-1]]),
         ("dtype", True),
     ],
