@@ -44,11 +44,12 @@ def sizes(tokenizer: Any) -> dict[str, Any]:
 
 LARGE = {"initializer_range": 0.2, "pad_token_id": 0}
 MLA = {
+    # As DeepSeek's: FlashAttention 3 takes few pairs of unequal sizes for keys and values.
     "kv_lora_rank": 512,
     "q_lora_rank": 64,
-    "qk_nope_head_dim": 32,
+    "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
-    "v_head_dim": 32,
+    "v_head_dim": 128,
     "num_key_value_heads": 4,
     "head_dim": 64,
 }
