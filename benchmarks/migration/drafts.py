@@ -2,26 +2,57 @@
 """Speculative decoding before, during and after moves: ``python -m benchmarks.migration.drafts --json out.json``.
 
 Two engines in one program, one greedy request: unmoved on one engine, then moved to and fro live, then unmoved again.
-An output has the tokens of one step, so (mean - 1) / drafts is the share of accepted drafts; outputs taken during a
-move, which vLLM joins, are left out of it.
+Drafts are counted by vLLM's own counters of both engines (those of its metrics ``vllm:spec_decode_...``), step by step.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import json as jsonlib
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import numpy as np
 import typer
+from vllm.config import VllmConfig
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.stats import SchedulerStats
 
 from benchmarks.migration.engines import Answer, engines, greedy, program, tell, to_and_fro
 from components import models
 from components.errors import MigrateError
 
 _PROMPT = 300
+
+
+class Counts(msgspec.Struct):
+    """Of engines' steps."""
+
+    steps: int = 0
+    """With drafts."""
+    proposed: int = 0
+    accepted: int = 0
+
+
+class Phase(msgspec.Struct):
+    """One answer, and the drafts of its steps."""
+
+    answer: Answer
+    counts: Counts
+
+    def row(self) -> list[str]:
+        """Accepted share, tokens for each step with drafts and for each second."""
+        counts, answer = self.counts, self.answer
+        seconds = answer.steps[-1][0] - answer.steps[0][0]
+        return [
+            answer.name,
+            str(len(answer.moved_at)),
+            f"{counts.accepted / counts.proposed:.3f}",
+            f"{1 + counts.accepted / counts.steps:.2f}",
+            f"{(len(answer.tokens) - answer.steps[0][1]) / seconds:.0f}",
+        ]
 
 
 class Run(msgspec.Struct):
@@ -31,18 +62,29 @@ class Run(msgspec.Struct):
     drafts: dict[str, Any]
     """vLLM's ``speculative_config``."""
     dtype: str = "auto"
-    phases: list[Answer] = []
+    phases: list[Phase] = []
 
     def rows(self) -> list[list[str]]:
-        """Accepted share, tokens for each step and second."""
-        return [[Path(self.model).name, self.drafts["method"], *self._figures(answer)] for answer in self.phases]
+        """One for each answer."""
+        return [[Path(self.model).name, self.drafts["method"], *phase.row()] for phase in self.phases]
 
-    def _figures(self, answer: Answer) -> list[str]:
-        each = np.array([n for at, (_, n) in enumerate(answer.steps) if at and at not in set(answer.joined)])
-        seconds = answer.steps[-1][0] - answer.steps[0][0]
-        accepted = (float(each.mean()) - 1) / self.drafts["num_speculative_tokens"]
-        rate = (len(answer.tokens) - answer.steps[0][1]) / seconds
-        return [answer.name, str(len(answer.moved_at)), f"{accepted:.2f}", f"{each.mean():.2f}", f"{rate:.0f}"]
+
+class Counter(StatLoggerBase):
+    """Adds up what vLLM says of one engine's steps."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0, total: Counts | None = None) -> None:
+        self._total = total or Counts()
+
+    def record(self, scheduler_stats: SchedulerStats | None, *_: Any, **__: Any) -> None:
+        """One step."""
+        found = scheduler_stats.spec_decoding_stats if scheduler_stats is not None else None
+        if found is not None:
+            self._total.steps += found.num_drafts
+            self._total.proposed += found.num_draft_tokens
+            self._total.accepted += found.num_accepted_tokens
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to do."""
 
 
 _NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
@@ -60,15 +102,24 @@ async def _measure(run: Run, tokens: int, moves: int) -> None:
     prompt = tuple(1000 + number % 97 for number in range(_PROMPT))
     drafts = run.drafts | ({"model": models.resolve(run.drafts["model"])} if "model" in run.drafts else {})
     arguments = {"model": models.resolve(run.model), "dtype": run.dtype, "speculative_config": drafts}
-    async with engines(**arguments, num_gpu_blocks_override=300, max_num_seqs=4) as (a, b):
+    total = Counts()
+
+    async def phase(answer: Awaitable[Answer]) -> Phase:
+        total.steps = total.proposed = total.accepted = 0
+        ended = await answer
+        return Phase(ended, msgspec.structs.replace(total))
+
+    loggers = [functools.partial(Counter, total=total)]
+    async with engines(**arguments, stat_loggers=loggers, num_gpu_blocks_override=300, max_num_seqs=4) as (a, b):
         for engine in (a, b):
             await Answer("warm").rest(engine.generate(greedy("warm", prompt, tokens)))
-        before = await Answer("before").rest(a.generate(greedy("before", prompt, tokens)))
-        during = await to_and_fro(a, b, greedy("moved", prompt, tokens), Answer("moved"), moves)
-        after = await Answer("after").rest(a.generate(greedy("after", prompt, tokens)))
-    if not before.tokens == during.tokens == after.tokens:
+        run.phases = [
+            await phase(Answer("before").rest(a.generate(greedy("before", prompt, tokens)))),
+            await phase(to_and_fro(a, b, greedy("moved", prompt, tokens), Answer("moved"), moves)),
+            await phase(Answer("after").rest(a.generate(greedy("after", prompt, tokens)))),
+        ]
+    if len({tuple(phase.answer.tokens) for phase in run.phases}) > 1:
         raise MigrateError(f"{run.model}, {run.drafts['method']}: the moved request gave other tokens")
-    run.phases = [before, during, after]
 
 
 def main(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,6 @@ class Answer(msgspec.Struct):
     tokens: list[int] = []
     moved_at: list[int] = []
     """Tokens at each move."""
-    joined: list[int] = []
-    """Outputs taken during moves: vLLM joins those that nobody takes at once, so they are of several steps."""
     downtimes_s: list[float] = []
     """From the last token here to the first one there, for each move."""
     bytes: list[int] = []
@@ -68,12 +66,15 @@ def greedy(name: str, prompt: tuple[int, ...], tokens: int) -> GenerateRequest:
 
 
 @asynccontextmanager
-async def engines(count: int = 2, **arguments: Any) -> AsyncIterator[list[VLLMEngine]]:
-    """Context with small engines and their stores."""
+async def engines(
+    count: int = 2, stat_loggers: Sequence[Any] = (), **arguments: Any
+) -> AsyncIterator[list[VLLMEngine]]:
+    """Context with small engines and their stores. ``stat_loggers``: as in ``VLLMOptions``."""
     servers = Servers()
     agent = {"etcd_endpoints": [servers.start(os.environ)["ETCD_ENDPOINTS"]], "namespace": "benchmark"}
     args = {"max_model_len": 4096, "block_size": 32, "max_num_seqs": 8, "enforce_eager": True, "seed": 0} | arguments
-    found = [VLLMEngine(VLLMOptions(args, agent | {"name": f"engine-{number}"})) for number in range(count)]
+    options = [VLLMOptions(args, agent | {"name": f"engine-{n}"}, stat_loggers=stat_loggers) for n in range(count)]
+    found = [VLLMEngine(each) for each in options]
     try:
         for engine in found:
             await engine.start()
@@ -89,7 +90,6 @@ async def move(
 ) -> AsyncIterator[GenerateOutput]:
     """One live move; returns the new stream after its first output. ``NoRoom`` changes nothing."""
     answer.moved_at.append(len(answer.tokens))
-    begun = len(answer.steps)
     offer = await here.offer(request.request_id)
     after = there.generate(msgspec.structs.replace(request, output_token_ids=tuple(answer.tokens), landing=offer))
     first = asyncio.ensure_future(anext(after))
@@ -108,7 +108,6 @@ async def move(
     last = answer.steps[-1][0] if answer.steps else 0.0
     answer.take(await first)
     answer.downtimes_s.append(answer.steps[-1][0] - last)
-    answer.joined += range(begun, len(answer.steps))
     await here.release(request.request_id)
     async for _ in stream:
         continue

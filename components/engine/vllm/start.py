@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,8 @@ class VLLMOptions:
     lease_s: float = 60.0
     lora_modules: Mapping[str, str] = field(default_factory=dict)
     """LoRA adapters: name and PEFT folder."""
+    stat_loggers: Sequence[Any] = ()
+    """Factories of vLLM's ``StatLoggerBase``, which see the counters of each step; without one there are none."""
 
 
 def start(options: VLLMOptions) -> Any:
@@ -56,7 +58,10 @@ def start(options: VLLMOptions) -> Any:
                 "adapters": adapters.digest(options.lora_modules),
             },
         )
-        return AsyncLLM.from_vllm_config(args.create_engine_config(), disable_log_stats=True)
+        loggers = list(options.stat_loggers)
+        return AsyncLLM.from_vllm_config(
+            args.create_engine_config(), stat_loggers=loggers or None, disable_log_stats=not loggers
+        )
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise ConfigError(f"vLLM did not start: {error}") from error
 
