@@ -27,7 +27,7 @@ from components.engine.kv import CommitTo, RequestId
 from components.engine.protocol import GenerateOutput, GenerateRequest, Sampling, TokenLogprob
 from components.engine.vllm.engine import VLLMEngine
 from tests.cuda.test_vllm_moves import make_model, require_whole, start
-from tests.integration.test_vllm_families import apart
+from tests.integration.families import taken_over
 from tests.integration.test_vllm_handover import Client, move, request_of, run, take_until
 from tests.integration.vllm_engines import Pair
 
@@ -143,7 +143,7 @@ def test_prompts_are_handed_over(runner: asyncio.Runner, pair: Pair, way: int) -
         for prompt in PROMPTS:
             asked = request_of(f"apart-{way}-{prompt}", prompt, SHORT)
             begun = time.monotonic()
-            client, stream = await apart(both, asked)
+            client, stream = await taken_over(both, asked)
             took = 1000 * (time.monotonic() - begun)
             async for output in stream:
                 client.take(output)

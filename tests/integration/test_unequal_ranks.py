@@ -14,7 +14,7 @@ import pytest
 
 from components.engine.kv import RequestId
 from components.engine.protocol import GenerateRequest, Sampling
-from tests.integration.test_vllm_families import apart
+from tests.integration.families import taken_over
 from tests.integration.test_vllm_handover import Client, move, nothing_left, pair, request_of, run, take_until
 from tests.integration.vllm_engines import Pair
 
@@ -74,7 +74,7 @@ def test_prompts_are_handed_over_both_ways(runner: asyncio.Runner, pair: Pair) -
         for number, (way, prompt) in enumerate((way, prompt) for way in (1, -1) for prompt in PROMPTS):
             both = Pair(*(pair.a, pair.b)[::way])
             asked = request_of(f"apart-{number}", prompt + number, GREEDY)
-            client, stream = await apart(both, asked)
+            client, stream = await taken_over(both, asked)
             async for output in stream:
                 client.take(output)
             plain = await run(both.a, msgspec.structs.replace(asked, request_id=RequestId(f"alone-{number}")))
