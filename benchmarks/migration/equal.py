@@ -42,6 +42,8 @@ class Cell(msgspec.Struct):
     """Prefilled by one engine and decoded by the other."""
     mode: str
     kind: str
+    runner: str = "v1"
+    """vLLM's model runner."""
     answers: int = 0
     equal: int = 0
     as_vllm: int = 0

@@ -30,6 +30,7 @@ from benchmarks.migration.equal import MODES, NO_REPLAY, RESULTS, Cell, Counts
 from components import process
 from components.engine.kv import RequestId
 from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, Sampling
+from components.engine.vllm.compat.runners import runner_version
 from components.engine.vllm.control import MARKER, Marker, decode_lent, encode
 from components.engine.vllm.engine import VLLMEngine
 from components.errors import MigrateError
@@ -48,10 +49,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """With arguments of vLLM's engine."""
 SAMPLINGS = {
-    "greedy": Sampling(temperature=0.0, max_tokens=100, ignore_eos=True),
-    "seeded": Sampling(temperature=0.9, top_p=0.95, seed=7, max_tokens=100, ignore_eos=True),
+    "greedy": Sampling(temperature=0.0, max_tokens=180, ignore_eos=True),
+    "seeded": Sampling(temperature=0.9, top_p=0.95, seed=7, max_tokens=180, ignore_eos=True),
     "penalties": Sampling(
-        temperature=0.8, seed=11, presence_penalty=0.9, repetition_penalty=1.2, max_tokens=100, ignore_eos=True
+        temperature=0.8, seed=11, presence_penalty=0.9, repetition_penalty=1.2, max_tokens=180, ignore_eos=True
     ),
 }
 PROMPTS = (5, 31, 64, 97, 300, 700, 990)
@@ -130,18 +131,22 @@ async def as_vllm(request: GenerateRequest, answer: Moved) -> bool:
     return True
 
 
-async def compare(pair: Pair, family: str, requests: int, modes: tuple[str, ...] = MODES) -> list[Cell]:
+async def compare(
+    pair: Pair, family: str, requests: int, tokens: int = 100, prompts: tuple[int, ...] = PROMPTS
+) -> list[Cell]:
     """Counts of so many requests, each of which moves in each mode."""
-    caching = bool(pair.a._llm.vllm_config.cache_config.enable_prefix_caching)
+    config = pair.a._llm.vllm_config
+    caching, runner = bool(config.cache_config.enable_prefix_caching), runner_version(config)
     cells: dict[tuple[bool, str, str], Cell] = {}
     for number in range(requests):
         kind, sampling = list(SAMPLINGS.items())[number % len(SAMPLINGS)]
-        asked = request_of(f"plain-{number}", PROMPTS[number % len(PROMPTS)] + number // len(PROMPTS), sampling)
+        sampling = msgspec.structs.replace(sampling, max_tokens=tokens)
+        asked = request_of(f"plain-{number}", prompts[number % len(prompts)] + number // len(prompts), sampling)
         plain, apart = await run(pair.a, asked), number % 2 == 1
-        for mode in modes:
+        for mode in MODES:
             request = msgspec.structs.replace(asked, request_id=RequestId(f"{mode}-{number}"))
             answer = await moved(pair, request, mode, apart, number)
-            cell = cells.setdefault((apart, mode, kind), Cell(family, caching, apart, mode, kind))
+            cell = cells.setdefault((apart, mode, kind), Cell(family, caching, apart, mode, kind, runner))
             cell.answers += 1
             if answer.client.tokens == plain.tokens:
                 cell.equal += 1
@@ -161,14 +166,14 @@ def wrong(cells: list[Cell]) -> Iterator[Cell]:
             yield cell
 
 
-async def _count(family: str, caching: bool, requests: int) -> list[Cell]:
+async def _count(family: str, caching: bool, *how: Any) -> list[Cell]:
     more = FAMILIES[family] | {"enable_prefix_caching": caching}
     servers = Servers()
     try:
         url = servers.start(os.environ)["ETCD_ENDPOINTS"]
         pair = await start_pair(resolve(more.pop("model")), url, **more)
         try:
-            return await compare(pair, family, requests)
+            return await compare(pair, family, *how)
         finally:
             await pair.stop()
     finally:
@@ -178,14 +183,17 @@ async def _count(family: str, caching: bool, requests: int) -> list[Cell]:
 def main(
     families: Annotated[str, typer.Option(help="their names, divided by semicolons")] = ";".join(FAMILIES),
     caching: Annotated[str, typer.Option(help="on, off or on,off")] = "on,off",
-    requests: Annotated[int, typer.Option(min=1, help="of each model; each moves in each mode")] = 34,
+    requests: Annotated[int, typer.Option(min=1, help="of each model; each moves in each mode")] = 17,
+    tokens: Annotated[int, typer.Option(min=50, help="of each answer")] = 100,
+    prompts: Annotated[str, typer.Option(help="their tokens, joined by commas")] = ",".join(map(str, PROMPTS)),
     json: Annotated[Path, typer.Option("--json", help="file for the counts")] = RESULTS / "families-equal-cpu.json",
 ) -> None:
     """Count moved answers that equal unmoved ones."""
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     for family in families.split(";"):
         for each in caching.split(","):
-            cells = asyncio.run(_count(family, each == "on", requests))
+            lengths = tuple(int(length) for length in prompts.split(","))
+            cells = asyncio.run(_count(family, each == "on", requests, tokens, lengths))
             for cell in cells:
                 typer.echo(str(cell))
             _write(json, cells)
