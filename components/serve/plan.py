@@ -30,7 +30,7 @@ from components.config import (
 )
 from components.errors import ConfigError
 from components.models import adapters, weights
-from components.serve import arguments, memory, moved, precision, reach
+from components.serve import arguments, memory, precision, reach
 from components.serve.graph import Service
 from components.transfer import lanes
 from components.transfer.config import Transport
@@ -156,7 +156,6 @@ def make_plan(
 
     ``names_of_models``: clients' names of models by folder, used where no key sets one.
     """
-    moved.check(values, overrides)
     services = entry.start_order()
     names = [service.name for service in services]
     for name in [*values, *overrides, *(only or [])]:

@@ -308,12 +308,6 @@ def test_what_plans_make_is_what_dynamos_own_programs_take(
     assert (engine.load_format, engine.hf_overrides, engine.async_scheduling) == ("dummy", {"a": 1}, False)
 
 
-@pytest.mark.parametrize("key", ["replay-limit", "placement", "no-such-key"])
-def test_keys_of_the_former_router_name_their_new_place(key: str) -> None:
-    with pytest.raises(ConfigError, match=f"Router.{key}: graphs have no Router any more; in its place: .*Frontend"):
-        plan("disagg", f"--Router.{key}=1")
-
-
 def test_further_frontends_take_the_next_ports() -> None:
     found = plan("agg", "--Frontend.replicas=3", "--Frontend.port=9000")
     assert found.ports == [9000, 9001, 9002]

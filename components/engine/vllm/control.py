@@ -95,42 +95,17 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     stats: EngineStats | None = None
 
 
-_encoder = msgspec.msgpack.Encoder()
-_call_decoder = msgspec.msgpack.Decoder(Call)
-_reply_decoder = msgspec.msgpack.Decoder(Reply)
-_marker_decoder = msgspec.msgpack.Decoder(Marker)
-_frozen_decoder = msgspec.msgpack.Decoder(Frozen)
-_lent_decoder = msgspec.msgpack.Decoder(Lent)
-
-
-def encode(message: msgspec.Struct) -> bytes:
-    """Any message of this module as msgpack."""
-    return _encoder.encode(message)
-
-
-def decode_call(data: bytes) -> Call:
-    """A call from its bytes."""
-    return _call_decoder.decode(data)
-
-
-def decode_marker(data: bytes) -> Marker:
-    """The marker of a request."""
-    return _marker_decoder.decode(data)
-
-
-def decode_frozen(data: bytes) -> Frozen:
-    """The frozen state of an output."""
-    return _frozen_decoder.decode(data)
-
-
-def decode_lent(data: bytes) -> Lent:
-    """The loan of the last output of a request."""
-    return _lent_decoder.decode(data)
+encode = msgspec.msgpack.Encoder().encode
+decode_call = msgspec.msgpack.Decoder(Call).decode
+decode_marker = msgspec.msgpack.Decoder(Marker).decode
+decode_frozen = msgspec.msgpack.Decoder(Frozen).decode
+decode_lent = msgspec.msgpack.Decoder(Lent).decode
+_decode_reply = msgspec.msgpack.Decoder(Reply).decode
 
 
 def decode_reply(data: bytes) -> Reply:
     """The reply to a call; raises its error."""
-    reply = _reply_decoder.decode(data)
+    reply = _decode_reply(data)
     if reply.error is not None:
         raise from_code(*reply.error)
     return reply
