@@ -77,17 +77,16 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str, etcd_url: str) -> Iterator[Scene]:
+    roles = ["prefill", "prefill", "decode", "decode", "decode"]
     with asyncio.Runner() as runner:
-        served = Served(tmp_path_factory.mktemp("together"), tiny_llama, etcd_url, ["agg"])
-        try:
-            together = runner.run(answers_of(served, tiny_llama))
-        finally:
-            served.stop()
-        roles = ["prefill", "prefill", "decode", "decode", "decode"]
+        both = Served(tmp_path_factory.mktemp("together"), tiny_llama, etcd_url, ["agg"])
         served = Served(tmp_path_factory.mktemp("apart"), tiny_llama, etcd_url, roles)
         try:
+            together = runner.run(answers_of(both, tiny_llama))
+            both.stop()
             yield Scene(runner, served, together)
         finally:
+            both.stop()
             served.stop()
 
 

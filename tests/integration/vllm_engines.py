@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import uuid
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from components.engine.vllm.engine import VLLMEngine
 from components.engine.vllm.start import VLLMOptions
+from tests.integration import warm
 
 
 @dataclass
@@ -20,8 +22,7 @@ class Pair:
     b: VLLMEngine
 
     async def stop(self) -> None:
-        await self.a.stop()
-        await self.b.stop()
+        await asyncio.gather(self.a.stop(), self.b.stop())
 
 
 def options(
@@ -64,6 +65,7 @@ async def start_pair(model: str, etcd_url: str, ranks: tuple[int, int] = (1, 1),
         OMP_NUM_THREADS="1",
         HF_HUB_OFFLINE="1",
     )
+    warm.engines()
     namespace = f"test-{uuid.uuid4().hex[:8]}"
     engines = []
     for name, size in zip(("a", "b"), ranks, strict=True):
