@@ -28,7 +28,7 @@ from components.engine.protocol import GenerateOutput, GenerateRequest, Sampling
 from components.engine.vllm.engine import VLLMEngine
 from tests.cuda.test_vllm_moves import make_model, require_whole, start
 from tests.integration.families import taken_over
-from tests.integration.test_vllm_handover import Client, move, request_of, run, take_until
+from tests.integration.moves import Client, move, request_of, run, take_until
 from tests.integration.vllm_engines import Pair
 
 GPUS = torch.cuda.device_count()

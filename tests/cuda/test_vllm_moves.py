@@ -26,7 +26,7 @@ from components.engine.kv import RequestId
 from components.engine.protocol import GenerateRequest, Sampling
 from components.engine.vllm.engine import VLLMEngine
 from components.engine.vllm.start import VLLMOptions
-from tests.integration.test_vllm_handover import Client, move, request_of, run, take_until
+from tests.integration.moves import Client, move, request_of, run, take_until
 from tests.integration.vllm_engines import Pair
 
 GPUS = torch.cuda.device_count()

@@ -95,7 +95,7 @@ FEATURES: dict[str, Feature] = {
     "logprob_token_ids": _one(
         {"temperature": 0, "logprobs": 2, "logprob_token_ids": [5, 6]}, stays="ranks", alone=True
     ),
-    "logits processors": Feature(test="test_vllm_handover.py::test_a_logits_processor_goes_on_from_the_tokens"),
+    "logits processors": Feature(test="test_vllm_variants.py::test_a_logits_processor_goes_on_from_the_tokens"),
     "guided decoding": Feature(
         {
             "regex": Asked({"temperature": 0, "guided_regex": LETTERS}, chat=True, fits=LETTERS),
@@ -125,7 +125,7 @@ FEATURES: dict[str, Feature] = {
             "streamed": Asked({"temperature": 0, "guided_regex": LETTERS, "stream": True}, chat=True, fits=LETTERS),
         }
     ),
-    "speculative decoding": Feature(test="test_vllm_handover.py::test_no_token_changes_with_drafts"),
+    "speculative decoding": Feature(test="test_vllm_variants.py::test_no_token_changes_with_drafts"),
     "images": Feature(test="test_images.py::test_questions_about_images_move"),
     "prompt embeddings": Feature(test="test_cases.py::test_embeddings_are_refused_as_by_stock_dynamo"),
     "vLLM's own options": Feature(

@@ -17,7 +17,7 @@ import pytest
 from components.engine.kv import Frozen, RequestId
 from components.engine.protocol import GenerateOutput, GenerateRequest, Sampling
 from components.errors import RequestNotFound
-from tests.integration.test_vllm_handover import Client, empty, request_of, take_until
+from tests.integration.moves import Client, empty, request_of, take_until
 from tests.integration.vllm_engines import Pair, start_pair
 
 pytestmark = pytest.mark.integration

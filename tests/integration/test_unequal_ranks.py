@@ -15,7 +15,7 @@ import pytest
 from components.engine.kv import RequestId
 from components.engine.protocol import GenerateRequest, Sampling
 from tests.integration.families import taken_over
-from tests.integration.test_vllm_handover import Client, move, nothing_left, pair, request_of, run, take_until
+from tests.integration.moves import Client, move, nothing_left, pair, request_of, run, take_until
 from tests.integration.vllm_engines import Pair
 
 __all__ = ["nothing_left", "pair"]

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from components.engine.kv import RequestId
 from components.engine.protocol import FinishReason, GenerateRequest, Sampling
-from tests.integration.test_vllm_handover import Client, empty, move, request_of, run, take_until
+from tests.integration.moves import Client, empty, move, request_of, run, take_until
 from tests.integration.vllm_engines import Pair, start_pair
 
 pytestmark = pytest.mark.integration

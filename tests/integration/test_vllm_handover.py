@@ -5,175 +5,33 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
 
 import msgspec
 import pytest
 from vllm import SamplingParams
 
-from components.engine.groups import whole_blocks
-from components.engine.kv import CommitTo, Frozen, LandingStatus, RequestId
-from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, Sampling
+from components.engine.kv import CommitTo, RequestId
+from components.engine.protocol import FinishReason, GenerateRequest, Sampling
 from components.engine.vllm import native
 from components.engine.vllm.client import CoreClient
-from components.engine.vllm.engine import VLLMEngine
 from components.errors import NotMigratable, RequestNotFound
-from components.models import resolve
-from tests.integration.vllm_engines import Pair, start_pair
+from tests.integration.moves import (
+    SAMPLINGS,
+    Client,
+    move,
+    moved_to_and_fro,
+    nothing_left,
+    pair,
+    request_of,
+    run,
+    status_of,
+    take_until,
+    taken_in,
+)
+from tests.integration.vllm_engines import Pair
 
+__all__ = ["nothing_left", "pair"]
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def pair(runner: asyncio.Runner, tiny_llama: str, etcd_url: str, request: pytest.FixtureRequest) -> Iterator[Pair]:
-    parameters = dict(getattr(request, "param", {}))
-    model = resolve(parameters.pop("model")) if "model" in parameters else tiny_llama
-    if "drafts" in parameters:
-        drafts = parameters.pop("drafts")
-        drafter = DRAFTERS.get(drafts["method"])
-        parameters["speculative_config"] = drafts | ({"model": resolve(drafter)} if drafter else {})
-    pair = runner.run(start_pair(model, etcd_url, **parameters))
-    yield pair
-    runner.run(pair.stop())
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(runner: asyncio.Runner, pair: Pair) -> Iterator[None]:
-    yield
-    for engine in (pair.a, pair.b):
-        runner.run(asyncio.wait_for(empty(engine), 20))
-
-
-async def empty(engine: VLLMEngine) -> None:
-    """Wait for the last abort to arrive, then account for every block."""
-    while (await engine.requests()) != []:
-        await asyncio.sleep(0.02)
-    await engine.check_integrity()
-    # vLLM keeps the blocks of an aborted request until the step in flight has ended.
-    while (stats := await engine.stats()).free_blocks != stats.total_blocks:
-        await asyncio.sleep(0.02)
-
-
-@dataclass
-class Client:
-    """Collects what a client would see, checking that no token is missing or doubled."""
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish: FinishReason | None = None
-
-    def take(self, output: GenerateOutput) -> None:
-        if output.token_ids:
-            assert output.index == len(self.tokens)
-        self.tokens += output.token_ids
-        self.logprobs += [entry.logprob for entry in output.logprobs]
-        self.finish = output.finish_reason or self.finish
-
-
-async def run(engine: VLLMEngine, request: GenerateRequest) -> Client:
-    client = Client()
-    async for output in engine.generate(request):
-        client.take(output)
-    return client
-
-
-async def take_until(stream: AsyncIterator[GenerateOutput], client: Client, count: int) -> None:
-    async for output in stream:
-        client.take(output)
-        if len(client.tokens) >= count:
-            return
-
-
-def request_of(name: str, prompt: int, sampling: Sampling, **more: object) -> GenerateRequest:
-    tokens = tuple((7 * i * i + 13 * i + len(name)) % 40000 + 100 for i in range(prompt))
-    return GenerateRequest(RequestId(name), tokens, sampling, **more)  # type: ignore[arg-type]
-
-
-async def move(
-    source: VLLMEngine,
-    target: VLLMEngine,
-    request: GenerateRequest,
-    client: Client,
-    stream: object,
-    live: bool,
-    replay: bool = False,
-    lead: Callable[[CommitTo], CommitTo] = lambda to: to,
-    late_s: float = 0.0,
-) -> object:
-    """One migration as a source drives it; returns the stream at the target. ``replay``: no block is copied. ``lead``:
-    where a live move's direct commit goes. ``late_s``: from the state to the source's own commit.
-    """
-    offer = await source.offer(request.request_id)
-    if replay:
-        offer = whole_blocks(offer, 0)
-    start = msgspec.structs.replace(request, output_token_ids=tuple(client.tokens), landing=offer)
-    target_stream = target.generate(start)
-    landed = asyncio.Event()
-    queue: asyncio.Queue[GenerateOutput | None] = asyncio.Queue()
-    given_early: list[tuple[int, ...] | None] = []
-
-    async def pump() -> None:
-        landed.set()
-        async with aclosing(target_stream):
-            async for output in target_stream:
-                given_early.append(output.committed)
-                await queue.put(output)
-        await queue.put(None)
-
-    pumping, status = asyncio.create_task(pump()), LandingStatus(reserved=False)
-    await landed.wait()
-    if live:
-        for _ in range(400):
-            await asyncio.sleep(0.01)
-            if (status := await _status(target, request.request_id)).landed:
-                break
-        else:
-            raise AssertionError("blocks never landed")
-    else:
-        await _arrived(target, request.request_id)
-    expecting = asyncio.create_task(target.expect_commit(request.request_id, 0.2)) if live else None
-    to = lead(status.commit_to) if live and not replay and status.commit_to is not None else None
-    frozen = given = await source.freeze(request.request_id, to, 30.0)
-    if replay:
-        given = msgspec.structs.replace(frozen, offer=whole_blocks(frozen.offer, 0), checksums=(), checked=())
-    await asyncio.sleep(late_s)
-    # Before this commit only that of the source's engine can have let a token out.
-    assert given_early[:1] in ([], [frozen.output_token_ids])
-    await target.commit(request.request_id, given)
-    if expecting is not None:
-        await expecting
-    # What the source gave before it stopped may still be on its way to us.
-    while len(client.tokens) < len(frozen.output_token_ids):
-        client.take(await anext(stream))  # type: ignore[call-overload]
-    await source.release(request.request_id)
-    async for output in stream:  # type: ignore[attr-defined]
-        assert not output.token_ids
-        assert output.finish_reason is FinishReason.FROZEN
-
-    async def rest() -> AsyncIterator[GenerateOutput]:
-        while (output := await queue.get()) is not None:
-            yield output
-        await pumping
-
-    return rest()
-
-
-SAMPLINGS = {
-    "greedy": Sampling(temperature=0.0, max_tokens=150, ignore_eos=True),
-    "seeded": Sampling(temperature=0.9, top_p=0.95, seed=7, max_tokens=150, ignore_eos=True),
-    "penalties": Sampling(
-        temperature=0.8,
-        seed=11,
-        presence_penalty=0.9,
-        frequency_penalty=0.7,
-        repetition_penalty=1.2,
-        max_tokens=150,
-        min_tokens=30,
-    ),
-    "logprobs": Sampling(temperature=0.0, logprobs=3, max_tokens=150, ignore_eos=True),
-}
 
 
 @pytest.mark.parametrize("live", [True, False], ids=["live", "stop-and-copy"])
@@ -182,25 +40,7 @@ SAMPLINGS = {
 def test_moved_to_and_fro_gives_the_same_tokens(
     runner: asyncio.Runner, pair: Pair, kind: str, prompt: int, live: bool
 ) -> None:
-    async def scenario() -> None:
-        sampling = SAMPLINGS[kind]
-        plain = await run(pair.a, request_of(f"plain-{kind}-{prompt}-{live}", prompt, sampling))
-        moved = request_of(f"moved-{kind}-{prompt}-{live}", prompt, sampling)
-        moved = GenerateRequest(moved.request_id, plain_prompt(plain, kind, prompt, live), sampling)
-        client = Client()
-        stream: object = pair.a.generate(moved)
-        source, target = pair.a, pair.b
-        for stop in (6, 15, 27):
-            await take_until(stream, client, stop)  # type: ignore[arg-type]
-            stream = await move(source, target, moved, client, stream, live)
-            source, target = target, source
-        async for output in stream:  # type: ignore[attr-defined]
-            client.take(output)
-        assert client.tokens == plain.tokens
-        assert client.finish is plain.finish
-        assert client.logprobs == pytest.approx(plain.logprobs, abs=0.02)
-
-    runner.run(asyncio.wait_for(scenario(), 60))
+    moved_to_and_fro(runner, pair, kind, prompt, live)
 
 
 @pytest.mark.parametrize("way", ["open", "cut", "silent"])
@@ -248,10 +88,10 @@ def test_a_request_that_its_engines_have_moved_alone_goes_on_there_and_can_be_ta
             GenerateRequest(request.request_id, request.prompt_token_ids, request.sampling, made, landing=offer)
         )
         waiting = asyncio.ensure_future(anext(landing))
-        while not (status := await _status(pair.b, request.request_id)).landed:
+        while not (status := await status_of(pair.b, request.request_id)).landed:
             await asyncio.sleep(0.01)
         await pair.a.freeze(request.request_id, status.commit_to, 30.0)
-        while not (await _status(pair.b, request.request_id)).direct:
+        while not (await status_of(pair.b, request.request_id)).direct:
             await asyncio.sleep(0.01)
         while not any(row.output_tokens > len(made) + 20 for row in await pair.b.requests()):
             await asyncio.sleep(0.01)
@@ -266,149 +106,6 @@ def test_a_request_that_its_engines_have_moved_alone_goes_on_there_and_can_be_ta
         assert client.tokens == plain.tokens
 
     runner.run(asyncio.wait_for(scenario(), 60))
-
-
-async def _arrived(engine: VLLMEngine, request_id: RequestId) -> None:
-    """Until the engine has the request: it gets it some time after the first pull of the stream."""
-    while True:
-        with suppress(RequestNotFound):
-            await engine.landing_status(request_id)
-            return
-        await asyncio.sleep(0.01)
-
-
-async def _status(engine: VLLMEngine, request_id: RequestId) -> LandingStatus:
-    try:
-        return await engine.landing_status(request_id)
-    except RequestNotFound:
-        return LandingStatus(reserved=False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("pair", [{"wait_bytes": 0}], indirect=True, ids=["copies beside the steps"])
-@pytest.mark.parametrize("live", [True, False], ids=["live", "stop-and-copy"])
-@pytest.mark.parametrize("kind", list(SAMPLINGS))
-def test_no_token_changes_when_every_copy_runs_beside_the_steps(
-    runner: asyncio.Runner, pair: Pair, kind: str, live: bool
-) -> None:
-    test_moved_to_and_fro_gives_the_same_tokens(runner, pair, kind, 700, live)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("pair", [{"async_scheduling": False}], indirect=True, ids=["one step at a time"])
-@pytest.mark.parametrize("kind", list(SAMPLINGS))
-def test_no_token_changes_with_the_scheduler_that_does_not_run_ahead(
-    runner: asyncio.Runner, pair: Pair, kind: str
-) -> None:
-    test_moved_to_and_fro_gives_the_same_tokens(runner, pair, kind, 64, live=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "pair", [{"logits_processors": ["tests.integration.processors:Rotating"]}], indirect=True, ids=["logits processor"]
-)
-@pytest.mark.parametrize("live", [True, False], ids=["live", "stop-and-copy"])
-@pytest.mark.parametrize("kind", ["greedy", "penalties"])
-def test_a_logits_processor_goes_on_from_the_tokens(runner: asyncio.Runner, pair: Pair, kind: str, live: bool) -> None:
-    """vLLM gives it those so far, as after a preemption."""
-    test_moved_to_and_fro_gives_the_same_tokens(runner, pair, kind, 64, live)
-
-
-DRAFTS = {
-    "ngram": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2, "prompt_lookup_max": 4},
-    "draft model": {"method": "draft_model", "num_speculative_tokens": 3},
-    "eagle": {"method": "eagle", "num_speculative_tokens": 3},
-    "mtp": {"method": "mtp", "num_speculative_tokens": 1},
-}
-DRAFTERS = {"draft_model": "tiny-llama", "eagle": "tiny-llama-eagle"}
-"""Models that draft for ``tiny-llama``."""
-OF_MODEL = {"mtp": {"model": "tiny-mimo"}}
-"""Models that draft themselves."""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "pair",
-    [
-        pytest.param({"drafts": drafts, "dtype": "float32"} | OF_MODEL.get(name, {}), id=name)
-        for name, drafts in DRAFTS.items()
-    ],
-    indirect=True,
-)
-@pytest.mark.parametrize("live", [True, False], ids=["live", "stop-and-copy"])
-@pytest.mark.parametrize("prompt", [31, 700])
-@pytest.mark.parametrize("kind", ["greedy", "logprobs"])
-def test_no_token_changes_with_drafts(runner: asyncio.Runner, pair: Pair, kind: str, prompt: int, live: bool) -> None:
-    test_moved_to_and_fro_gives_the_same_tokens(runner, pair, kind, prompt, live)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("pair", [pytest.param({"drafts": DRAFTS["ngram"]}, id="ngram")], indirect=True)
-def test_a_seeded_request_beside_drafts_stays(runner: asyncio.Runner, pair: Pair) -> None:
-    async def scenario() -> None:
-        request = request_of("seeded-with-drafts", 40, SAMPLINGS["seeded"])
-        stream, client = pair.a.generate(request), Client()
-        await take_until(stream, client, 5)
-        with pytest.raises(NotMigratable, match="seed"):
-            await pair.a.freeze(request.request_id)
-        async for output in stream:
-            client.take(output)
-        assert client.finish is FinishReason.LENGTH
-
-    runner.run(asyncio.wait_for(scenario(), 60))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("pair", [{"model": "smollm2", "dtype": "bfloat16"}], indirect=True, ids=["bfloat16"])
-@pytest.mark.parametrize("live", [True, False], ids=["live", "stop-and-copy"])
-@pytest.mark.parametrize(("temperature", "seed"), [(0.0, None), (0.7, 11), (1.5, 5)])
-def test_no_bit_of_a_log_probability_changes_in_bfloat16(
-    runner: asyncio.Runner, pair: Pair, temperature: float, seed: int | None, live: bool
-) -> None:
-    """Below the length from which the attention kernel's order of summing depends on the step."""
-
-    async def scenario() -> None:
-        sampling = Sampling(temperature=temperature, seed=seed, max_tokens=200, ignore_eos=True, logprobs=0)
-        for prompt in (7, 60, 200):
-            request = request_of(f"bf-{temperature}-{prompt}-{live}", prompt, sampling)
-            client, source, target = Client(), pair.a, pair.b
-            stream: object = source.generate(request)
-            for stop in (6, 40, 80, 120, 160):
-                await take_until(stream, client, stop)  # type: ignore[arg-type]
-                stream = await move(source, target, request, client, stream, live)
-                source, target = target, source
-            async for output in stream:  # type: ignore[attr-defined]
-                client.take(output)
-            plain = await run(pair.a, GenerateRequest(RequestId("plain"), request.prompt_token_ids, sampling))
-            assert (client.tokens, client.logprobs) == (plain.tokens, plain.logprobs)
-
-    runner.run(asyncio.wait_for(scenario(), 200))
-
-
-def plain_prompt(_: Client, kind: str, prompt: int, live: bool) -> tuple[int, ...]:
-    return request_of(f"plain-{kind}-{prompt}-{live}", prompt, SAMPLINGS[kind]).prompt_token_ids
-
-
-async def taken_in(
-    target: VLLMEngine, request: GenerateRequest, frozen: Frozen
-) -> tuple[AsyncIterator[GenerateOutput], GenerateOutput]:
-    """A frozen request goes on at the target: its stream, and the first output."""
-    stream = target.generate(
-        GenerateRequest(
-            request.request_id,
-            request.prompt_token_ids,
-            request.sampling,
-            frozen.output_token_ids,
-            landing=frozen.offer,
-        )
-    )
-    first = asyncio.ensure_future(anext(stream))
-    while True:
-        try:
-            await target.commit(request.request_id, frozen)
-            return stream, await first
-        except RequestNotFound:
-            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("kind", list(SAMPLINGS))

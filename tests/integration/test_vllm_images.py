@@ -22,7 +22,7 @@ from components.engine.protocol import GenerateRequest
 from components.engine.vllm import images, native
 from components.engine.vllm.engine import VLLMEngine
 from components.models import resolve
-from tests.integration.test_vllm_handover import Client, move, nothing_left, pair, run, take_until
+from tests.integration.moves import Client, move, nothing_left, pair, run, take_until
 from tests.integration.vllm_engines import Pair
 
 __all__ = ["nothing_left", "pair"]

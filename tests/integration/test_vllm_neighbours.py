@@ -15,7 +15,7 @@ import pytest
 from vllm.config import KVTransferConfig
 
 from components.engine.protocol import Sampling
-from tests.integration.test_vllm_handover import Client, empty, move, nothing_left, request_of, run, take_until
+from tests.integration.moves import Client, empty, move, nothing_left, request_of, run, take_until
 from tests.integration.vllm_engines import Pair, start_pair
 
 __all__ = ["nothing_left"]
