@@ -34,7 +34,7 @@ from components.models import resolve, tiny
 from components.models.drafting import DRAFTING
 from components.models.quantised import QUANTISED
 from components.models.seeing import SEEING
-from tests.integration.test_vllm_handover import Client, move, nothing_left, request_of, run, take_until
+from tests.integration.moves import Client, move, nothing_left, request_of, run, take_until
 from tests.integration.vllm_engines import Pair
 
 __all__ = ["nothing_left"]

@@ -36,7 +36,7 @@ from components.engine.vllm.engine import VLLMEngine
 from components.errors import MigrateError
 from components.models import resolve
 from components.serve.servers import Servers
-from tests.integration.test_vllm_handover import Client, move, request_of, run, take_until
+from tests.integration.moves import Client, move, request_of, run, take_until
 from tests.integration.vllm_engines import Pair, start_pair
 
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ import pytest
 
 from components.engine.groups import tables_of
 from tests.integration.families import FAMILIES, SAMPLINGS, compare, wrong
-from tests.integration.test_vllm_handover import Client, nothing_left, pair, request_of, take_until
+from tests.integration.moves import Client, nothing_left, pair, request_of, take_until
 from tests.integration.vllm_engines import Pair
 
 __all__ = ["nothing_left", "pair"]
