@@ -27,7 +27,7 @@ from components.status import Status
 from planner_hooks.config import PolicyFile
 from planner_hooks.observe import Observer
 from planner_hooks.plan import HoldReason, Move, Plan
-from planner_hooks.snapshot import ActiveMove, Capture, Snapshot
+from planner_hooks.snapshot import ActiveMove, Snapshot
 
 logger = logging.getLogger(__name__)
 MOVES = Metric("dynamo_migrate_planner_moves", "Moves that policies planned", ["policy", "outcome"])
@@ -117,22 +117,21 @@ class Controller:
         self._forget_shown(status)
         self._backoff = {pair: until for pair, until in self._backoff.items() if until > self._clock()}
         active = (*self._active.values(), *(move for _, move in self._ended))
-        capture, seen, plan = await asyncio.to_thread(self._decide, status, active)
+        seen, plan = await asyncio.to_thread(self._decide, status, active)
         self.seen = seen
-        self._settle_gaps(capture)
+        self._settle_gaps(seen)
         self.ticks += 1
         for hold in plan.holds:
             HOLDS.labels(hold.policy, hold.reason).inc()
         lives = _lives(status, plan.moves)
         for move in plan.moves:
-            self._begin(move, _gap(capture, move), lives.get((move.src, move.request_id), 0))
+            self._begin(move, _gap(seen, move), lives.get((move.src, move.request_id), 0))
         self._retire(plan, set(seen.worker_ids))
         return plan
 
-    def _decide(self, status: Status, active: tuple[ActiveMove, ...]) -> tuple[Capture, Snapshot, Plan]:
-        capture = self._observer.capture(status, active)
-        seen = Snapshot.of(capture, self._config.limits.stale_after_s)
-        return capture, seen, self._policy.plan(seen)
+    def _decide(self, status: Status, active: tuple[ActiveMove, ...]) -> tuple[Snapshot, Plan]:
+        seen = self._observer.snapshot(status, active, self._config.limits.stale_after_s)
+        return seen, self._policy.plan(seen)
 
     def _forget_shown(self, status: Status) -> None:
         """An ended move is over for policies after the next table of its source."""
@@ -208,10 +207,10 @@ class Controller:
         except MigrateError as error:
             logger.warning("worker %s is not taken back: %s", worker, error)
 
-    def _settle_gaps(self, capture: Capture) -> None:
+    def _settle_gaps(self, seen: Snapshot) -> None:
         for at, outcome in enumerate(self.outcomes):
             if outcome.ok and outcome.gap_after is None:
-                self.outcomes[at] = msgspec.structs.replace(outcome, gap_after=_gap(capture, outcome.move))
+                self.outcomes[at] = msgspec.structs.replace(outcome, gap_after=_gap(seen, outcome.move))
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.ensure_future(work)
@@ -234,9 +233,10 @@ class Controller:
             task.cancel()
 
 
-def _gap(capture: Capture, move: Move) -> float:
-    share = {view.worker: view.held_tokens / max(1, view.capacity_tokens) for view in capture.workers}
-    return share.get(move.src, 0.0) - share.get(move.dst, 0.0)
+def _gap(seen: Snapshot, move: Move) -> float:
+    src, dst = (seen.index.get(worker) for worker in (move.src, move.dst))
+    share = seen.w_held / seen.w_capacity
+    return float((0.0 if src is None else share[src]) - (0.0 if dst is None else share[dst]))
 
 
 def _lives(status: Status, moves: Iterable[Move]) -> dict[tuple[str, str], int]:

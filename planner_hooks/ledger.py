@@ -24,6 +24,9 @@ from planner_hooks.plan import Hold, HoldReason, Move, Plan
 from planner_hooks.rules import Rules
 from planner_hooks.snapshot import Bools, Floats, Snapshot
 
+_SHARED = 2.0
+"""KV of all requests over the KV that the worker holds."""
+
 
 class Ledger:
     """Begins with the running moves of the snapshot; ``move`` adds more."""
@@ -49,6 +52,9 @@ class Ledger:
         self._headroom = rules.headroom.share * snapshot.w_capacity
         load = self._load + np.where(self._important > 0, self._headroom, 0.0)
         usage = np.maximum(load / snapshot.w_capacity, self._seats / snapshot.w_max_seqs)
+        inside = np.bincount(snapshot.r_worker, weights=snapshot.r_kv, minlength=count)
+        self.shares: Bools = inside > _SHARED * np.maximum(snapshot.w_held, 1.0)
+        """Workers whose requests have most of their KV in common: alone, each would need far more than it leaves."""
         self.usage: Floats = np.where(snapshot.w_leaving, np.inf, usage)
 
     def _usage_of(self, worker: int) -> float:
@@ -102,6 +108,8 @@ class Ledger:
     def candidates(self, worker: int) -> NDArray[np.int64]:
         """Requests of a worker that may move now."""
         rows = self.snapshot.rows_of(worker)
+        if self.shares[worker]:
+            return rows[:0]
         return rows[self._free[rows] & self.rules.movable(self.snapshot, rows)]
 
     def load_of(self, rows: NDArray[np.int64]) -> Floats:
@@ -158,6 +166,8 @@ class Ledger:
             return HoldReason.COOLDOWN
         if moved_lately and s.r_came_from[row] == dst:
             return HoldReason.NO_RETURN
+        if self.shares[src]:
+            return HoldReason.SHARED
         if src == dst or s.w_leaving[dst]:
             return HoldReason.NO_DESTINATION
         copies = not s.r_waiting[row]

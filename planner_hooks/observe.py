@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a ``Capture`` from the workers' state: loads, the table of requests, and the cost of past moves.
+"""Makes a ``Snapshot`` or a ``Capture`` of the workers' state: loads, requests, and the cost of past moves.
 
 It also keeps output lengths of ended requests, which one status does not have. A missing worker keeps its rows and
 ages until it counts as stale; one without any report does not appear. All times are ages, or of this process's clock.
@@ -8,6 +8,7 @@ ages until it counts as stale; one without any report does not appear. All times
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -15,12 +16,23 @@ from collections.abc import Callable, Iterable, Mapping
 import msgspec
 import numpy as np
 
+from components.engine.protocol import RequestId, RequestPhase
 from components.migration.messages import MoveRecord, RequestRow
 from components.status import Status, WorkerReport
 from planner_hooks.estimate import RemainingEstimate
 from planner_hooks.metrics import Heard
 from planner_hooks.rules import Cost
-from planner_hooks.snapshot import NEVER_S, ActiveMove, Capture, RequestView, WorkerView
+from planner_hooks.snapshot import (
+    NEVER_S,
+    WAITS,
+    ActiveMove,
+    Capture,
+    Ints,
+    Requests,
+    RequestView,
+    Snapshot,
+    WorkerView,
+)
 
 _MEASURED = 50
 """Number of migrations from which the cost is measured."""
@@ -35,9 +47,8 @@ class Observer:
         self._cost = cost
         self._clock = clock
         self._remaining = RemainingEstimate()
-        self._outputs: dict[str, int] = {}
-        self._workers: dict[str, str] = {}
-        """Last known worker of each request."""
+        self._seen: dict[str, tuple[tuple[RequestRow, ...], set[int]]] = {}
+        """Rows of each worker in the last status, and their identities: a row lives as long as its request is there."""
         self._heard = Heard()
 
     def join(self, engines: Mapping[str, bytes]) -> None:
@@ -45,57 +56,121 @@ class Observer:
         self._heard.update(engines, self._clock())
 
     def capture(self, status: Status, active: Iterable[ActiveMove] = ()) -> Capture:
-        """The input of policies."""
-        now = self._clock()
-        there: dict[str, int] = {
-            row.request_id: row.output_tokens for worker in status.workers for row in worker.requests
-        }
-        answering = {worker.worker for worker in status.workers if not worker.missing}
-        for gone in set(self._outputs) - set(there):
-            made = self._outputs.pop(gone)
-            # A removed worker has not reported the end of its requests.
-            if self._workers.pop(gone) in answering:
-                self._remaining.finished(made)
-        self._outputs |= there
-        self._workers |= {row.request_id: worker.worker for worker in status.workers for row in worker.requests}
-        moved = {move.request_id: move for move in status.moves if move.ok}
-        decode = [w for w in status.workers if w.role in DECODE_ROLES and w.stats is not None and w.info is not None]
-        # Parallel lists instead of tuples, which the garbage collector would traverse again and again.
-        rows: list[RequestRow] = []
-        owners: list[WorkerReport] = []
-        seen: set[str] = set()
-        # When two workers list a request that has just moved, the younger report is right.
-        for worker in sorted(decode, key=lambda worker: worker.age_s):
-            mine = [row for row in worker.here() if row.request_id not in seen]
-            seen.update(row.request_id for row in mine)
-            rows += mine
-            owners += [worker] * len(mine)
-        # For all at once: single calls would take most of the time of a large table.
-        remaining = self._remaining.of(np.array([row.output_tokens for row in rows], dtype=float)).tolist()
+        """The state in readable form."""
+        rows, owners, workers = self._rows(status)
+        columns = self._columns(status, rows, owners, workers)
+        names = [worker.worker for worker in workers]
+        found = zip(rows, columns.worker, columns.need, columns.kv, columns.remaining, columns.since_move, strict=True)
         requests = [
             RequestView(
                 request_id=row.request_id,
-                worker=worker.worker,
+                worker=names[worker],
                 phase=row.phase,
-                need_tokens=row.prompt_tokens + row.output_tokens,
-                kv_tokens=row.kv_blocks * _block_size(worker),
-                remaining_tokens=expected
-                if row.max_tokens is None
-                else min(expected, max(0.0, row.max_tokens - row.output_tokens)),
-                # In vLLM smaller numbers are more important.
+                need_tokens=int(need),
+                kv_tokens=int(kv),
+                remaining_tokens=float(remaining),
                 priority=-row.priority,
                 not_migratable=row.not_migratable or None,
+                since_move_s=float(since),
                 moving=row.moving,
             )
-            for worker, row, expected in zip(owners, rows, remaining, strict=True)
+            for row, worker, need, kv, remaining, since in found
         ]
-        if moved:
-            requests = [_after_move(view, moved.get(view.request_id)) for view in requests]
+        came_from = {move.request_id: move.source for move in status.moves if move.ok}
+        requests = [
+            msgspec.structs.replace(view, came_from=came_from[view.request_id])
+            if view.request_id in came_from
+            else view
+            for view in requests
+        ]
+        return msgspec.structs.replace(self._head(status, workers, active), requests=tuple(requests))
+
+    def snapshot(self, status: Status, active: Iterable[ActiveMove], stale_after_s: float) -> Snapshot:
+        """The input of policies, without the readable form of requests: that takes longer than everything else."""
+        rows, owners, workers = self._rows(status)
+        requests = self._columns(status, rows, owners, workers)
+        return Snapshot.joined(self._head(status, workers, active), requests, stale_after_s)
+
+    def _rows(self, status: Status) -> tuple[list[RequestRow], Ints, list[WorkerReport]]:
+        """Rows in engines of decode workers, the index of each one's worker, and those workers."""
+        self._count_ended(status)
+        decode = [w for w in status.workers if w.role in DECODE_ROLES and w.stats is not None and w.info is not None]
+        # When two workers list a request that has just moved, the younger report is right.
+        decode.sort(key=lambda worker: worker.age_s)
+        rows = list(itertools.chain.from_iterable(worker.requests for worker in decode))
+        owners = np.repeat(np.arange(len(decode), dtype=np.int32), [len(worker.requests) for worker in decode])
+        landing = RequestPhase.LANDING
+        out = {at for at, row in enumerate(rows) if row.relayed_from or row.phase is landing}
+        if len({row.request_id for row in rows}) < len(rows):
+            seen: set[RequestId] = set()
+            for at, row in enumerate(rows):
+                if at not in out:
+                    out |= {at} if row.request_id in seen else set()
+                    seen.add(row.request_id)
+        if out:
+            kept = np.setdiff1d(np.arange(len(rows)), list(out))
+            rows, owners = [rows[at] for at in kept.tolist()], owners[kept]
+        return rows, owners, decode
+
+    def _count_ended(self, status: Status) -> None:
+        """Learn from the outputs of requests that have ended. A removed worker has not reported their ends."""
+        seen = {worker.worker: (worker.requests, set(map(id, worker.requests))) for worker in status.workers}
+        answering = {worker.worker for worker in status.workers if not worker.missing}
+        ended = [
+            row
+            for worker, (rows, known) in self._seen.items()
+            if worker in answering and (gone := known - seen[worker][1])
+            for row in rows
+            if id(row) in gone
+        ]
+        if ended:
+            there = {row.request_id for worker in status.workers for row in worker.requests}
+            for row in ended:
+                if row.request_id not in there:
+                    self._remaining.finished(row.output_tokens)
+        self._seen = seen
+
+    def _columns(self, status: Status, rows: list[RequestRow], worker: Ints, workers: list[WorkerReport]) -> Requests:
+        outputs = np.array([row.output_tokens for row in rows], dtype=np.float64)
+        # Few rows are in another state than the others, and these columns are the slow ones to make.
+        decodes = RequestPhase.DECODE
+        others = [at for at, row in enumerate(rows) if row.phase is not decodes or row.not_migratable or row.moving]
+        running, waiting, free = np.array([[True], [False], [True]]).repeat(len(rows), axis=1)
+        for at in others:
+            row = rows[at]
+            running[at], waiting[at] = row.phase is decodes, row.phase in WAITS
+            free[at] = not (row.not_migratable or row.moving)
+        # None becomes NaN, which fmin passes over.
+        most = np.array([row.max_tokens for row in rows], dtype=np.float64)
+        ids = [row.request_id for row in rows]
+        blocks = np.array([_block_size(report) for report in workers] or [0], dtype=np.float64)
+        since, came_from = np.full(len(rows), NEVER_S), np.full(len(rows), len(workers), dtype=np.int32)
+        moved = {move.request_id: move for move in status.moves if move.ok}
+        index = {report.worker: at for at, report in enumerate(workers)}
+        for at in [at for at, request_id in enumerate(ids) if request_id in moved] if moved else ():
+            move = moved[ids[at]]
+            since[at], came_from[at] = move.age_s, index.get(move.source, len(workers))
+        return Requests(
+            ids=ids,
+            worker=worker,
+            kv=np.array([row.kv_blocks for row in rows], dtype=np.float64) * blocks[worker],
+            need=np.array([row.prompt_tokens for row in rows], dtype=np.float64) + outputs,
+            remaining=np.fmin(self._remaining.of(outputs), np.maximum(0.0, most - outputs)),
+            # In vLLM smaller numbers are more important.
+            priority=-np.array([row.priority for row in rows], dtype=np.int32),
+            running=running,
+            waiting=waiting,
+            free=free,
+            since_move=since,
+            came_from=came_from,
+        )
+
+    def _head(self, status: Status, workers: list[WorkerReport], active: Iterable[ActiveMove]) -> Capture:
+        now = self._clock()
         bytes_per_s, overhead_s, downtime_s = self._measured([move for move in status.moves if move.ok and move.bytes])
         return Capture(
             time_s=now,
-            workers=tuple(self._worker(worker, now) for worker in decode),
-            requests=tuple(requests),
+            workers=tuple(self._worker(worker, now) for worker in workers),
             active=tuple(active),
             bytes_per_s=bytes_per_s,
             overhead_s=overhead_s,
@@ -135,9 +210,3 @@ class Observer:
 
 def _block_size(worker: WorkerReport) -> int:
     return worker.info.block_size if worker.info is not None else 0
-
-
-def _after_move(view: RequestView, move: MoveRecord | None) -> RequestView:
-    if move is None:
-        return view
-    return msgspec.structs.replace(view, since_move_s=move.age_s, came_from=move.source)

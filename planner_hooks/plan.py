@@ -28,6 +28,8 @@ class HoldReason(StrEnum):
     NO_RETURN = "no-return"
     """It would return to the worker that it has just left."""
     ALREADY_MOVING = "already-moving"
+    SHARED = "shared"
+    """It has most of its KV in common with others on its worker."""
     TICK_LIMIT = "tick-limit"
     WORKER_LIMIT = "worker-limit"
     PAIR_LIMIT = "pair-limit"

@@ -31,14 +31,14 @@ class Limits(Section):
     max_moves_per_tick: int = Field(
         default=256, ge=1, description="Moves that one decision may begin, waiting requests included"
     )
-    max_moves_per_worker: int = Field(default=4, ge=1, description="Copies that a worker takes part in at once")
-    max_moves_per_pair: int = Field(default=2, ge=1, description="Copies at once from one worker to another one")
+    max_moves_per_worker: int = Field(default=16, ge=1, description="Copies that a worker takes part in at once")
+    max_moves_per_pair: int = Field(default=16, ge=1, description="Copies at once from one worker to another one")
     cooldown_s: float = Field(default=10.0, ge=0, description="Seconds that a request stays after it was moved")
     no_return_s: float = Field(
         default=60.0, ge=0, description="Seconds in which it is not sent back to where it came from"
     )
     max_destination_usage: float = Field(
-        default=0.85,
+        default=0.92,
         gt=0,
         le=1,
         description="KV share that a destination may reach, all that is promised to it included",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
 Bools = NDArray[np.bool_]
+WAITS = (RequestPhase.WAITING, RequestPhase.PREEMPTED)
 NEVER_S = 1e18
 """Age, in seconds, of something that has never happened: large, finite, and valid JSON."""
 
@@ -96,6 +97,24 @@ class Capture(msgspec.Struct, frozen=True, omit_defaults=True):
     overhead_s: float = 0.1
     """Time of a migration that is independent of its size."""
     downtime_s: float = 0.05
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Columns of all requests; see ``Snapshot``, and ``RequestView`` for their meaning."""
+
+    ids: Sequence[str]
+    worker: Ints
+    kv: Floats
+    need: Floats
+    remaining: Floats
+    priority: Ints
+    running: Bools
+    waiting: Bools
+    free: Bools
+    """Migratable, and not moving as far as its worker knows."""
+    since_move: Floats
+    came_from: Ints
 
 
 @dataclass(frozen=True)
@@ -201,21 +220,38 @@ class Snapshot:
     @staticmethod
     def of(capture: Capture, stale_after_s: float = math.inf) -> Snapshot:
         """Columns of a capture. Requests on unknown workers are left out."""
+        index = {view.worker: i for i, view in enumerate(capture.workers)}
+        rows = [view for view in capture.requests if view.worker in index]
+        requests = Requests(
+            ids=[v.request_id for v in rows],
+            worker=np.array([index[v.worker] for v in rows], dtype=np.int32),
+            kv=np.array([v.kv_tokens for v in rows], dtype=np.float64),
+            need=np.array([v.need_tokens for v in rows], dtype=np.float64),
+            remaining=np.array([v.remaining_tokens for v in rows], dtype=np.float64),
+            priority=np.array([v.priority for v in rows], dtype=np.int32),
+            running=np.array([v.phase is RequestPhase.DECODE for v in rows], dtype=bool),
+            waiting=np.array([v.phase in WAITS for v in rows], dtype=bool),
+            free=np.array([v.not_migratable is None and not v.moving for v in rows], dtype=bool),
+            since_move=np.array([v.since_move_s for v in rows], dtype=np.float64),
+            came_from=np.array([index.get(v.came_from, len(index)) for v in rows], dtype=np.int32),
+        )
+        return Snapshot.joined(capture, requests, stale_after_s)
+
+    @staticmethod
+    def joined(capture: Capture, requests: Requests, stale_after_s: float = math.inf) -> Snapshot:
+        """Columns of the workers and moves of a capture, with those of its requests."""
         workers = capture.workers
         index = {view.worker: i for i, view in enumerate(workers)}
-        rows = [view for view in capture.requests if view.worker in index]
-        moving = {move.request_id for move in capture.active}
         inbound, outbound = np.zeros(len(workers)), np.zeros(len(workers))
         moves, pairs = np.zeros(len(workers), dtype=np.int32), Counter[tuple[int, int]]()
-        waits = (RequestPhase.WAITING, RequestPhase.PREEMPTED)
-        sizes = {
-            v.request_id: v.need_tokens if v.phase in waits else v.kv_tokens for v in rows if v.request_id in moving
-        }
+        free, row_of = requests.free.copy(), _rows_of(requests.ids, {move.request_id for move in capture.active})
         for move in capture.active:
-            src, dst = index.get(move.src), index.get(move.dst)
+            src, dst, row = index.get(move.src), index.get(move.dst), row_of.get(move.request_id)
+            if row is not None:
+                free[row] = False
             if src is not None:
                 moves[src] += move.copies
-                outbound[src] += sizes.get(move.request_id, 0)
+                outbound[src] += 0.0 if row is None else (requests.need if requests.waiting[row] else requests.kv)[row]
             if dst is not None:
                 moves[dst] += move.copies
                 inbound[dst] += move.tokens
@@ -241,22 +277,24 @@ class Snapshot:
             w_inbound=inbound,
             w_outbound=outbound,
             w_moves=moves,
-            request_ids=[v.request_id for v in rows],
-            r_worker=np.array([index[v.worker] for v in rows], dtype=np.int32),
-            r_kv=column(v.kv_tokens for v in rows),
-            r_need=column(v.need_tokens for v in rows),
-            r_remaining=column(v.remaining_tokens for v in rows),
-            r_priority=np.array([v.priority for v in rows], dtype=np.int32),
-            r_running=np.array([v.phase is RequestPhase.DECODE for v in rows], dtype=bool),
-            r_waiting=np.array([v.phase in waits for v in rows], dtype=bool),
-            r_free=np.array(
-                [v.not_migratable is None and not v.moving and v.request_id not in moving for v in rows], dtype=bool
-            ),
-            r_since_move=column(v.since_move_s for v in rows),
-            r_came_from=np.array([index.get(v.came_from, len(workers)) for v in rows], dtype=np.int32),
+            request_ids=requests.ids,
+            r_worker=requests.worker,
+            r_kv=requests.kv,
+            r_need=requests.need,
+            r_remaining=requests.remaining,
+            r_priority=requests.priority,
+            r_running=requests.running,
+            r_waiting=requests.waiting,
+            r_free=free,
+            r_since_move=requests.since_move,
+            r_came_from=requests.came_from,
             bytes_per_token=float(max(bytes_per_token, default=0)),
             bytes_per_s=capture.bytes_per_s,
             overhead_s=capture.overhead_s,
             downtime_s=capture.downtime_s,
             pairs=pairs,
         )
+
+
+def _rows_of(ids: Sequence[str], wanted: Collection[str]) -> dict[str, int]:
+    return {request_id: row for row, request_id in enumerate(ids) if request_id in wanted} if wanted else {}

@@ -1,89 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks.policy.live``: one hot decode worker out of two, with and without the planner's plugin.
+"""``python -m benchmarks.policy.live``: real engines under Dynamo's KV routing, with and without the planner's plugin.
 
-Real engines, the same requests, placed in turn (round robin) by Dynamo's frontend. Every other request is long, so that
-all long ones land on one worker, whose KV cannot hold them: it preempts, and what arrives there waits. The only
-difference between the two systems is Dynamo's planner with the plugin. Temperature is 0 and texts are compared.
-Ends with ``MigrateError`` when a system does not start or no decision is seen; a failed request is a sample.
+Two aggregated workers get conversations with long answers (``turns.py``), of whose KV they hold only a part. The
+planner's process is started and stopped between the runs: nothing else differs, and the workers are the same. Ends with
+``MigrateError`` when the system does not start or no decision is seen; a failed request is a sample.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import numpy as np
-import openai
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.graph import end_on_sigterm, machine
+from benchmarks.graph import arguments_of, end_on_sigterm, machine
+from benchmarks.policy.turns import Answer, Shape, gaps, send, sessions
 from benchmarks.serving.load import Control
-from benchmarks.serving.parts import Kind
+from benchmarks.serving.parts import Kind, Part, Size
+from benchmarks.serving.shapes import SHAPES
 from benchmarks.serving.systems import System, running
 from components.errors import MigrateError
 from components.migration.messages import MoveRecord
 from components.transfer import Transport
+from planner_hooks.simulate.model import Slo
 
-_WORDS = "Once upon a time, in a small house by the sea, there lived an old clock maker. "
 _FIRST_DECISION_S = 90.0
-_BLOCK = 32
+_SETTLE_S = 1.5
+"""What workers tell is up to a second old."""
+_STOP_S = 10.0
 
 
-class Shape(msgspec.Struct, frozen=True):
-    """The load: requests in even gaps, long and short in turn."""
+class Run(msgspec.Struct):
+    """One load on one of both systems."""
 
-    requests: int
-    gap_s: float
-    long_tokens: int
-    short_tokens: int
-    repeats: int
-    blocks: int
-    """KV blocks of 32 tokens for each decode worker."""
-
-
-class Answer(msgspec.Struct, frozen=True):
-    """One request as its client saw it."""
-
-    long: bool
-    start_s: float
-    """Since the first one was sent."""
-    prompt_tokens: int
-    ttft_s: float
-    itls_s: tuple[float, ...]
-    text: str
-    error: str = ""
-
-
-class Live(msgspec.Struct):
-    """All repeats of one system."""
-
-    system: str
-    answers: list[list[Answer]]
-    preemptions: dict[str, int]
-    """By decode worker."""
+    plugin: bool
+    repeat: int
+    answers: list[Answer]
+    preemptions: int
     moves: list[MoveRecord]
-
-    def ttft_ms(self, percent: float) -> float:
-        """Of all requests that were answered."""
-        return 1e3 * float(np.percentile([a.ttft_s for a in self.all() if not a.error], percent))
-
-    def itl_ms(self, percent: float) -> float:
-        """Of all gaps between the tokens of all requests."""
-        return 1e3 * float(np.percentile([gap for a in self.all() for gap in a.itls_s], percent))
-
-    def stall_ms(self, percent: float) -> float:
-        """Of the longest gap of each request."""
-        return 1e3 * float(np.percentile([max(a.itls_s, default=0.0) for a in self.all()], percent))
-
-    def all(self) -> list[Answer]:
-        """Answers of all repeats."""
-        return [answer for repeat in self.answers for answer in repeat]
 
 
 class Output(msgspec.Struct):
@@ -91,65 +51,16 @@ class Output(msgspec.Struct):
 
     machine: dict[str, str]
     model: str
-    engine: str
-    prefill_worker: bool
+    date: str
+    engine: dict[str, Any]
+    policy: str
     shape: Shape
-    systems: list[Live]
-    changed_texts: int
+    slo: Slo
+    runs: list[Run] = []
 
 
-class _Client:
-    """Sends the requests of one repeat."""
-
-    def __init__(self, client: openai.AsyncOpenAI, model: str, shape: Shape, repeat: int) -> None:
-        self._client = client
-        self._model = model
-        self._shape = shape
-        self._repeat = repeat
-        self._began = time.monotonic()
-
-    async def load(self) -> list[Answer]:
-        """All of them, in even gaps."""
-        tasks = []
-        for number in range(self._shape.requests):
-            tasks.append(asyncio.create_task(self._ask(number)))
-            await asyncio.sleep(self._shape.gap_s)
-        return list(await asyncio.gather(*tasks))
-
-    async def _ask(self, number: int) -> Answer:
-        sent, is_long = time.monotonic(), number % 2 == 0
-        times, parts, prompt_tokens, error = [], [], 0, ""
-        try:
-            stream = await self._client.completions.create(
-                model=self._model,
-                # Words of its own at the beginning: no prefix cache helps.
-                prompt=f"{self._repeat}.{number} " + _WORDS * (8 if is_long else 2),
-                max_tokens=self._shape.long_tokens if is_long else self._shape.short_tokens,
-                temperature=0,
-                stream=True,
-                stream_options={"include_usage": True},
-                extra_body={"ignore_eos": True},
-            )
-            async for chunk in stream:
-                prompt_tokens = chunk.usage.prompt_tokens if chunk.usage else prompt_tokens
-                if chunk.choices and chunk.choices[0].text:
-                    times.append(time.monotonic())
-                    parts.append(chunk.choices[0].text)
-        except openai.OpenAIError as failure:
-            error = repr(failure)
-        first = times[0] - sent if times else 0.0
-        gaps = tuple(round(b - a, 6) for a, b in itertools.pairwise(times))
-        text = "".join(parts)
-        return Answer(
-            is_long, sent - self._began, prompt_tokens, first, gaps, text, error or ("" if times else "silent")
-        )
-
-
-async def _load(url: str, model: str, shape: Shape, repeat: int) -> list[Answer]:
-    own = openai.DefaultAsyncHttpxClient(trust_env=False)
-    known: dict[str, Any] = {"api_key": "none", "max_retries": 0, "timeout": 240, "http_client": own}
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", **known) as client:
-        return await _Client(client, model, shape, repeat).load()
+def _planner(system: System) -> Part:
+    return next(part for part in system.parts if part.name.startswith("Planner"))
 
 
 def _wait_for_decisions(control: Control) -> None:
@@ -160,109 +71,130 @@ def _wait_for_decisions(control: Control) -> None:
         time.sleep(0.5)
 
 
-def _run(system: System, shape: Shape) -> Live:
+def _preemptions(control: Control) -> int:
+    time.sleep(_SETTLE_S)
+    workers = control.status().workers
+    return sum(worker.stats.preemptions_total for worker in workers if worker.stats is not None)
+
+
+def _run(system: System, control: Control, shape: Shape, plugin: bool, repeat: int) -> Run:
+    if plugin:
+        system.start(_planner(system))
+        _wait_for_decisions(control)
+    before, began = _preemptions(control), time.monotonic()
+    answers = asyncio.run(send(system.url, system.model, sessions(shape, repeat, "b" if plugin else "a")))
+    after, took = _preemptions(control), time.monotonic() - began
+    moves = [move for move in control.status().moves if move.age_s < took]
+    if plugin:
+        system.terminate(_planner(system), _STOP_S)
+    # vLLM counts each arrival of a moved request as a preemption.
+    return Run(plugin, repeat, answers, after - before - sum(move.ok for move in moves), moves)
+
+
+def measure(output: Output, system: System, repeats: int, until: float, console: Console) -> None:
+    """Both systems in turn, the first one alternating; no run begins that would end after ``until``."""
     with Control(system) as control:
-        if system.kind is Kind.PLANNER:
-            _wait_for_decisions(control)
-        asyncio.run(_load(system.url, system.model, msgspec.structs.replace(shape, requests=2), 999))  # Warm-up.
-        before = _preemptions(control)
-        answers = [asyncio.run(_load(system.url, system.model, shape, repeat)) for repeat in range(shape.repeats)]
-        return Live(
-            "plugin" if system.kind is Kind.PLANNER else "without",
-            answers,
-            {worker: count - before[worker] for worker, count in _preemptions(control).items()},
-            list(control.status().moves),
-        )
+        warm = msgspec.structs.replace(output.shape, sessions=4, seconds=1.0, turns=1, longest=64)
+        asyncio.run(send(system.url, system.model, sessions(warm, -1, "w")))
+        took = 0.0
+        for repeat in range(repeats):
+            for plugin in (False, True) if repeat % 2 == 0 else (True, False):
+                began = time.monotonic()
+                if began + took > until:
+                    return
+                run = _run(system, control, output.shape, plugin, repeat)
+                output.runs.append(run)
+                took = time.monotonic() - began
+                errors = [a.error for a in run.answers if a.error]
+                console.print(
+                    f"{'plugin' if plugin else 'without'}, {repeat}: {len(run.answers)} turns in {took:.0f} s, "
+                    f"{run.preemptions} preempted, {len(run.moves)} moves, {len(errors)} errors {errors[:1]}"
+                )
 
 
-def _preemptions(control: Control) -> dict[str, int]:
-    time.sleep(1.5)  # What workers tell is up to a second old.
-    decode = [w for w in control.status().workers if w.role in ("decode", "agg")]
-    return {w.worker: w.stats.preemptions_total for w in decode if w.stats}
-
-
-def changed(systems: list[Live]) -> int:
-    """Texts that differ between the systems, errors included."""
-    first, *rest = systems
-    return sum(
-        bool(a.error or b.error) or a.text != b.text
-        for other in rest
-        for a, b in zip(first.all(), other.all(), strict=True)
-    )
-
-
-def offered(output: Output) -> float:
-    """KV that the long requests would hold at once if none had to wait, as a share of the hot worker's."""
-    shape, base = output.shape, output.systems[0]
-    prompt = float(np.mean([a.prompt_tokens for a in base.all() if a.long]))
-    lasts_s = shape.long_tokens * base.itl_ms(50) / 1e3
-    return lasts_s / (2 * shape.gap_s) * (prompt + shape.long_tokens / 2) / (_BLOCK * shape.blocks)
+def figures(runs: list[Run], slo: Slo) -> dict[str, float]:
+    """Of all runs of one system, times in milliseconds."""
+    answers = [answer for run in runs for answer in run.answers]
+    whole = [answer for answer in answers if not answer.error]
+    good = [a for a in whole if a.ttft_s <= slo.ttft_s and a.tpot_s <= slo.tpot_s]
+    columns = {
+        "TTFT": [a.ttft_s for a in whole],
+        "ITL": list(gaps(whole)),
+        "TPOT": [a.tpot_s for a in whole if a.tokens > 1],
+        "longest gap": [max(a.gaps_s, default=0.0) for a in whole],
+    }
+    found = {
+        f"{name} p{p}": 1e3 * float(np.percentile(values, p)) if values else 0.0
+        for name, values in columns.items()
+        for p in (50, 99)
+    }
+    later = [a for a in whole if a.turn]
+    found["cached"] = sum(a.cached_tokens for a in later) / max(1, sum(a.prompt_tokens for a in later))
+    found["goodput"] = len(good) / max(1, len(answers))
+    found["preempted"] = sum(run.preemptions for run in runs)
+    found["moved"] = sum(move.ok for run in runs for move in run.moves)
+    found["failed"] = len(answers) - len(whole)
+    return found
 
 
 def show(output: Output, console: Console) -> None:
-    """Ratios first."""
-    table = Table(title="one hot decode worker out of two, round robin")
-    for column in ("system", "P99 TTFT lower by", "TTFT p50", "p99", "P99 ITL lower by", "ITL p50", "p99"):
-        table.add_column(column, justify="left" if column == "system" else "right")
-    for column in ("longest gap p50", "p99", "preempted, hot", "other", "moved", "downtime", "failed"):
-        table.add_column(column, justify="right")
-    base = output.systems[0]
-    for live in output.systems:
-        counts = sorted(live.preemptions.values(), reverse=True)
-        done = [move.downtime_s for move in live.moves if move.ok]
-        table.add_row(
-            live.system,
-            f"{base.ttft_ms(99) / live.ttft_ms(99):.2f}x",
-            *(f"{live.ttft_ms(p):.0f}" for p in (50, 99)),
-            f"{base.itl_ms(99) / live.itl_ms(99):.2f}x",
-            *(f"{live.itl_ms(p):.1f}" for p in (50, 99)),
-            *(f"{live.stall_ms(p):.0f}" for p in (50, 99)),
-            *(str(count) for count in counts[:2]),
-            f"{len(done)} (+{len(live.moves) - len(done)} not)",
-            f"{1e3 * float(np.median(done)):.0f}" if done else "",
-            str(sum(bool(a.error) for a in live.all())),
-        )
+    """Both systems beside each other."""
+    both = [figures([run for run in output.runs if run.plugin == plugin], output.slo) for plugin in (False, True)]
+    table = Table(title="two workers, Dynamo's KV routing")
+    for column in ("ms", "without", "with the plugin", "lower by"):
+        table.add_column(column, justify="left" if column == "ms" else "right")
+    for name, without in both[0].items():
+        with_plugin = both[1][name]
+        digits = 3 if name in ("cached", "goodput") else 1
+        ratio = f"{without / with_plugin:.2f}x" if with_plugin and digits == 1 else ""
+        table.add_row(name, f"{without:,.{digits}f}", f"{with_plugin:,.{digits}f}", ratio)
     console.print(table)
-    console.print(f"times in ms; texts that differ between the systems: {output.changed_texts}")
-    console.print(f"the long requests would fill {offered(output):.2f} times the KV of their worker")
+    console.print("cached: share of the prompt tokens of later turns; preempted, moved, failed: numbers")
 
 
 def main(
-    engine: Annotated[str, typer.Option(help="vllm, or paged: KV blocks and no model")] = "vllm",
-    model: Annotated[str, typer.Option(help="as in configs/disagg.yaml")] = "tiny-llama",
-    requests: Annotated[int, typer.Option(help="of each repeat")] = 80,
-    gap: Annotated[float, typer.Option(help="seconds between two requests")] = 0.25,
-    long_tokens: Annotated[int, typer.Option(help="output of every other request")] = 500,
-    short_tokens: Annotated[int, typer.Option(help="output of the others")] = 48,
-    dtype: Annotated[str, typer.Option(help="in bfloat16 a text depends on what else is in the batch")] = "float32",
-    blocks: Annotated[int, typer.Option(help="KV blocks of 32 tokens for each decode worker")] = 96,
-    repeats: Annotated[int, typer.Option(help="times the load is run on each system")] = 2,
+    model: Annotated[str, typer.Option(help="as in configs/agg.yaml, a folder, or llama-3.1-8b")] = "tiny-llama",
+    devices: Annotated[str, typer.Option(help="GPUs of the two workers, joined by a comma; empty: CPU")] = "",
+    engine_args: Annotated[str, typer.Option(help="vLLM's arguments for both workers, as JSON")] = "{}",
+    policy: Annotated[Path, typer.Option(help="policy file of the plugin")] = Path("configs/policy.yaml"),
+    seconds: Annotated[float, typer.Option(help="in which sessions begin")] = 12.0,
+    session_count: Annotated[int, typer.Option("--sessions", help="of each run")] = 24,
+    turns: Annotated[int, typer.Option(help="of a session at most")] = 3,
+    first: Annotated[int, typer.Option(help="words of a first prompt")] = 60,
+    more: Annotated[int, typer.Option(help="words that a further turn adds")] = 40,
+    answer: Annotated[int, typer.Option(help="tokens of the shortest answers")] = 40,
+    longest: Annotated[int, typer.Option(help="tokens of the longest ones")] = 600,
+    ttft_ms: Annotated[float, typer.Option(help="goodput: first token within")] = 2000.0,
+    tpot_ms: Annotated[float, typer.Option(help="goodput: mean time of a token within")] = 50.0,
+    repeats: Annotated[int, typer.Option(help="runs of each system")] = 2,
+    limit_s: Annotated[float, typer.Option(help="begin no run that would end later than this")] = 3600.0,
     json: Annotated[Path | None, typer.Option("--json", help="file for all samples")] = None,
     logs: Annotated[Path | None, typer.Option(help="folder for the output of all processes")] = None,
 ) -> None:
-    """Preemptions, P99 TTFT and P99 ITL of a skewed load with and without the planner's plugin."""
-    shape = Shape(requests, gap, long_tokens, short_tokens, repeats, blocks)
-    limit = f"num_blocks: {blocks}, step_s: 0.01" if engine == "paged" else f"num_gpu_blocks_override: {blocks}"
-    both = (
-        f"--Common.engine={engine}",
-        f"--Common.dtype={dtype}",
-        f"--Common.max-model-len={min(4096, _BLOCK * blocks)}",
-        f"--DecodeWorker.engine-args={{{limit}}}",
-        "--Frontend.router-mode=round-robin",
-    )
-    planner = ("--Planner.policy-file=benchmarks/policy/live.yaml", "--Planner.interval-s=1")
-    output = Output(machine(), model, engine, True, shape, [], 0)
-    for kind, more in ((Kind.OURS, ()), (Kind.PLANNER, planner)):
-        with running(kind, model, Transport.AUTO, logs, both + more) as system:
-            output.systems.append(_run(system, shape))
-    output.changed_texts = changed(output.systems)
-    if json is not None:
-        json.write_bytes(msgspec.json.encode(output))
-    show(output, Console(width=160))
+    """Preemptions, p99 TTFT, p99 ITL and goodput with and without the plugin, both under --router-mode kv."""
+    until = time.monotonic() + limit_s
+    end_on_sigterm()
+    gpus = tuple(int(word) for word in devices.split(",") if word)
+    small = {"num-gpu-blocks-override": 96, "max-model-len": 2048}
+    engine = ({"load-format": "dummy"} if gpus or model in SHAPES else small) | arguments_of(engine_args)
+    shape = Shape(seconds, session_count, turns, first, more, answer, longest)
+    slo = Slo(ttft_ms / 1e3, tpot_ms / 1e3)
+    output = Output(machine(), model, time.strftime("%Y-%m-%d"), engine, str(policy), shape, slo)
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    own = ("--Frontend.router-mode=kv", f"--Planner.policy-file={policy}", "--Planner.interval-s=1")
+    where = {"logs": logs, "overrides": own, "engine": engine, "devices": gpus, "size": Size(0, 2)}
+    try:
+        with running(Kind.PLANNER_AGG, model, Transport.AUTO, **where) as system:
+            system.terminate(_planner(system), _STOP_S)
+            console.print(f"ready after {time.monotonic() + limit_s - until:.0f} s")
+            measure(output, system, repeats, until, console)
+    finally:
+        if json is not None and output.runs:
+            json.write_bytes(msgspec.json.encode(output))
+    show(output, Console(width=120))
 
 
 if __name__ == "__main__":
-    end_on_sigterm()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     app()

@@ -1,174 +1,121 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is simulated: clusters, loads and the variants that are compared on the same requests.
+"""What is simulated, each on the same requests under Dynamo's KV routing.
 
-Loads
-    even      equal lengths, smooth arrivals, round robin: nothing to gain, so nothing may be lost
-    heavy     heavy-tailed lengths, Poisson arrivals, round robin
-    sticky    as heavy, sessions pinned to workers, some of them far busier than others: the uneven case
-    wave      as heavy, the rate swings between a quarter and the whole, twice: for worker-hours
-
-``kv-routing`` is Dynamo's KV router: the fewest prompt tokens to compute plus active tokens it has sent there.
+steady      rates that workers can serve, with all of an H200's memory and with little KV: with and without the policies
+restart     all workers are restarted, a tenth at a time: their requests move, are awaited, or are replayed by Dynamo
+swing       the rate swings, and a planner follows it: worker-hours and p99 TTFT over a range of its thresholds
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from planner_hooks.config import PolicyFile, parse
-from planner_hooks.simulate.cluster import Cluster
-from planner_hooks.simulate.dispatch import Dispatch
-from planner_hooks.simulate.model import Slo, WorkerModel, saturation_rate
-from planner_hooks.simulate.report import Report, report
+from planner_hooks.config import load as load_policies
+from planner_hooks.simulate.model import Slo, WorkerModel
+from planner_hooks.simulate.report import Report
 from planner_hooks.simulate.scaling import Scaling
-from planner_hooks.simulate.traces import Arrival, Shape, synthetic
+from planner_hooks.simulate.scenario import WARM_UP, Scenario, simulate
+from planner_hooks.simulate.traces import Arrival
+from planner_hooks.simulate.upkeep import Ending
 
-EACH = ("balance", "defragment", "priority")
-"""Policies that a steady load can use; consolidate needs a number of workers that changes."""
-
-
-WARM_UP = 0.2
-"""Share of a run whose requests are left out of the figures."""
-_FULLER = (0.6, 0.85)
-"""Mean KV usage at which the planner takes a worker away and adds one."""
-_SESSIONS = 32
-"""For each worker."""
-
-
-class Variant(msgspec.Struct, frozen=True):
-    """One way to run the cluster. ``policies`` empty means that nothing moves."""
-
-    name: str
-    policies: tuple[str, ...] = ()
-    kv_routing: bool = False
-    scaling: bool = False
-    fuller: bool = False
-    """A planner that lets workers be fuller, and nothing in reserve."""
-
-    def planner(self, max_workers: int) -> Scaling | None:
-        """How many workers there should be; None keeps them all."""
-        if not self.scaling:
-            return None
-        return Scaling(*(_FULLER if self.fuller else ()), max_workers=max_workers)
-
-    def policy_file(self) -> PolicyFile | None:
-        """The policies of the live system with their defaults, but for what follows from the time to start a worker."""
-        if not self.policies:
-            return None
-        policies: dict[str, dict[str, float]] = {name: {} for name in self.policies}
-        if not self.fuller:
-            delay = {"delay-s": Scaling().startup_s / 2}
-            return parse({"interval-s": 1, "scale-down": delay, "policies": policies})
-        policies["consolidate"] = {"reserve": 0.0}
-        return parse({"interval-s": 1, "scale-down": {"delay-s": 0, "reserve": 0.0}, "policies": policies})
-
-
-STEADY = (
-    Variant("no migration"),
-    Variant("kv-routing", kv_routing=True),
-    *(Variant(name, (name,)) for name in EACH),
-    Variant("all", ("defragment", "priority", "balance")),
-    Variant("all + kv-routing", ("defragment", "priority", "balance"), kv_routing=True),
-)
-_ALL = ("consolidate", "defragment", "priority", "balance")
-WAVES = (
-    Variant("no migration"),
-    Variant("kv-routing", kv_routing=True),
-    Variant("scaling only", scaling=True),
-    Variant("scaling + consolidate", ("consolidate",), scaling=True),
-    Variant("scaling + all", _ALL, scaling=True),
-    Variant("scaling + all + kv-routing", _ALL, kv_routing=True, scaling=True),
-    Variant("fuller only", scaling=True, fuller=True),
-    Variant("fuller + all", _ALL, scaling=True, fuller=True),
-    Variant("fuller + all + kv-routing", _ALL, kv_routing=True, scaling=True, fuller=True),
-)
-
-
-class Case(msgspec.Struct, frozen=True):
-    """One cluster under one load; its variants get the same requests."""
-
-    workers: int
-    shape: Shape
-    load: float
-    """Share of the rate at which the cluster would be full."""
-    duration_s: float
-    seed: int = 1
-
-    @property
-    def variants(self) -> tuple[Variant, ...]:
-        """What is compared."""
-        return WAVES if self.shape is Shape.WAVE else STEADY
+WHOLE, LITTLE = WorkerModel().capacity_tokens, 98_304
+"""KV of a worker: all of an H200's memory, and the 12 GiB of ``crowd-gpu.json``."""
+FULL = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+"""KV usages above which the planner adds a worker; below three fifths of it one goes."""
+SECONDS = {4: 1200.0, 16: 600.0, 64: 300.0, 256: 90.0, 1024: 40.0}
+LOADS = (0.4, 0.55, 0.7)
+SLO = Slo(ttft_s=2.0, tpot_s=0.05)
 
 
 class Result(msgspec.Struct, frozen=True):
     """One run."""
 
-    case: Case
-    variant: Variant
+    group: str
+    scenario: Scenario
+    variant: str
     report: Report
-
-
-def requests(case: Case, model: WorkerModel) -> list[Arrival]:
-    """The requests of a case."""
-    sample = synthetic(Shape.HEAVY if case.shape is Shape.WAVE else case.shape, 1000.0, 20.0)
-    full = saturation_rate([a.prompt_tokens for a in sample], [a.output_tokens for a in sample], model)
-    rate = full * case.workers * case.load
-    return synthetic(case.shape, rate, case.duration_s, case.seed, sessions=_SESSIONS * case.workers)
-
-
-def run(case: Case, variant: Variant, arrivals: list[Arrival], model: WorkerModel, slo: Slo) -> Result:
-    """Simulate one variant."""
-    own = Dispatch.STICKY if case.shape is Shape.STICKY else Dispatch.ROUND_ROBIN
-    dispatch = Dispatch.KV if variant.kv_routing else own
-    file = variant.policy_file()
-    policy, scale_down = (file.build(), file.controller.scale_down) if file else (None, None)
-    cluster = Cluster(model, case.workers, dispatch, policy, variant.planner(case.workers), scale_down=scale_down)
-    cluster.run(arrivals)
-    return Result(case, variant, report(cluster, len(arrivals), slo, WARM_UP * case.duration_s))
+    full: float | None = None
 
 
 class Bound(msgspec.Struct, frozen=True):
-    """What no policy can beat in a case."""
+    """What no placement can beat: the same requests, each alone on a worker that knows its prefix."""
 
-    case: Case
+    scenario: Scenario
     ttft_p99_ms: float
-    """Of the same requests, each alone on an idle worker that knows its prefix."""
-    saved: float | None
-    """Largest share of worker-hours: in each second as many workers as the KV of its requests fills, without a rest.
-
-    KV of a run with all workers and KV routing: on fewer, fuller workers steps take longer, and more is held.
-    None where the number of workers stays.
-    """
+    tpot_p99_ms: float
 
 
-def bound(case: Case, arrivals: list[Arrival], model: WorkerModel) -> Bound:
-    """See ``Bound``."""
-    step = model.step
-    alone = []
+def bound(scenario: Scenario, arrivals: list[Arrival]) -> Bound:
+    """See ``Bound``. Every cache knows what came before."""
+    model, seen = scenario.model, set[int]()
+    step, first, tpot = model.step, [], []
     for arrival in arrivals:
-        if arrival.time_s >= WARM_UP * case.duration_s:
-            tokens = max(1, arrival.prompt_tokens - len(arrival.prefix) * model.prefix_block_tokens)
-            alone.append(math.ceil(tokens / model.chunk_tokens) * step.base_s + tokens * step.per_prefill_token_s)
-    ttft_p99_ms = 1e3 * float(np.percentile(alone, 99, method="higher"))
-    if case.shape is not Shape.WAVE:
-        return Bound(case, ttft_p99_ms, None)
-    cluster = Cluster(model, case.workers, Dispatch.KV)
-    cluster.watch()
-    cluster.run(arrivals)
-    needed = sum(max(1, math.ceil(load)) for _, load in cluster.loads) / 3600
-    return Bound(case, ttft_p99_ms, 1.0 - needed / cluster.worker_hours())
+        known = next((n for n, block in enumerate(arrival.prefix) if block not in seen), len(arrival.prefix))
+        seen.update(arrival.prefix)
+        if arrival.time_s < WARM_UP * scenario.seconds:
+            continue
+        left = max(1, arrival.prompt_tokens - known * model.prefix_block_tokens)
+        chunks = math.ceil(left / model.chunk_tokens)
+        compute = max(step.prompt_s, step.per_prefill_token_s * min(left, model.chunk_tokens))
+        first.append(chunks * step.base_s + max(compute, step.per_prefill_token_s * left))
+        kv = arrival.prompt_tokens + arrival.output_tokens / 2
+        tpot.append(step.base_s + step.per_seq_s + step.per_kv_token_s * kv)
+    p99 = [1e3 * float(np.percentile(values, 99, method="higher")) for values in (first, tpot)]
+    return Bound(scenario, *p99)
 
 
-def cases(sizes: list[int], loads: list[float], duration_s: float) -> list[Case]:
-    """Large clusters are simulated for a shorter time, and waves on them at one load: they have as many requests."""
-    found = []
-    for workers in sizes:
-        seconds = duration_s if workers <= 64 else max(0.2 * duration_s, 0.4 * duration_s * 256 / workers)
-        found += [Case(workers, shape, load, seconds) for shape in (Shape.STICKY, Shape.HEAVY) for load in loads]
-        found.append(Case(workers, Shape.EVEN, max(loads), seconds))
-        if workers <= 64:
-            waves = loads if workers <= 16 else [sorted(loads)[len(loads) // 2]]
-            found += [Case(workers, Shape.WAVE, load, 8 * duration_s) for load in waves]
+def scenarios(traces: list[str], sizes: list[int]) -> dict[str, list[Scenario]]:
+    """By group. Large clusters are simulated for a shorter time, and at one load."""
+    found: dict[str, list[Scenario]] = {"steady": [], "restart": [], "swing": []}
+    for trace in traces:
+        for workers in sizes:
+            seconds = SECONDS.get(workers, 300.0)
+            for load in LOADS if workers <= 64 else LOADS[1:2]:
+                found["steady"] += [Scenario(trace, workers, load, seconds, kv) for kv in (WHOLE, LITTLE)]
+            if workers <= 64:
+                found["restart"].append(Scenario(trace, workers, LOADS[0], 900.0 + 6 * workers, restarts=True))
+            if workers == 16:
+                found["swing"].append(Scenario(trace, workers, 0.7, 900.0, LITTLE, swings=True))
     return found
+
+
+def variants(group: str, scenario: Scenario, arrivals: list[Arrival], policies: Path) -> Iterator[Result]:
+    """All runs of one scenario."""
+    file = load_policies(policies)
+    if group == "steady":
+        yield Result(group, scenario, "KV routing", simulate(scenario, arrivals, slo=SLO))
+        yield Result(group, scenario, "and policies", simulate(scenario, arrivals, file, slo=SLO))
+    elif group == "restart":
+        for ending in (Ending.WAIT, Ending.REPLAY):
+            yield Result(group, scenario, ending, simulate(scenario, arrivals, ending=ending, slo=SLO))
+        yield Result(group, scenario, "move", simulate(scenario, arrivals, file, slo=SLO))
+    else:
+        for full in FULL:
+            scaling = Scaling(0.6 * full, full, min_workers=2, max_workers=scenario.workers)
+            waits = simulate(scenario, arrivals, ending=Ending.WAIT, scaling=scaling, slo=SLO)
+            yield Result(group, scenario, "wait", waits, full)
+            report = simulate(scenario, arrivals, fuller(), scaling=scaling, slo=SLO)
+            yield Result(group, scenario, "move", report, full)
+
+
+def fuller() -> PolicyFile:
+    """Policies of a planner that lets workers be fuller, with nothing in reserve."""
+    rules = {"delay-s": 0, "reserve": 0.0, "max-usage": 0.85}
+    names: dict[str, dict[str, float]] = {"consolidate": {"reserve": 0.0}, "defragment": {}, "balance": {}}
+    return parse({"interval-s": 1, "scale-down": rules, "policies": names})
+
+
+def saved(results: list[Result]) -> float:
+    """Largest share of worker-hours that moves save at no higher p99 TTFT; over all thresholds of one scenario."""
+    waits = [r.report for r in results if r.variant == "wait"]
+    best = -math.inf
+    for ours in (r.report for r in results if r.variant == "move"):
+        rivals = [w.worker_hours for w in waits if w.ttft_p99_ms <= ours.ttft_p99_ms]
+        best = max(best, 1.0 - ours.worker_hours / min(rivals)) if rivals else best
+    return best

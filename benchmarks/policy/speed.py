@@ -2,8 +2,7 @@
 """How long one decision of all policies takes, by cluster size, on one core, and what a live tick spends before it.
 
 ``decision`` is what a policy file costs: from a snapshot to a plan. A live tick first decodes what workers have told
-since the last one (``decode``; here every request has gone on by a token), joins it to views (``observe``) and turns
-those into columns (``columns``); the simulator builds columns directly.
+since the last one (``decode``; here every request has gone on by a token) and makes columns of it (``observe``).
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ class Speed(msgspec.Struct, frozen=True):
     moves: int
     decision_ms: float
     decision_max_ms: float
-    columns_ms: float
     observe_ms: float
     decode_ms: float
 
@@ -161,12 +159,11 @@ def measure(repeat: int = 15) -> list[Speed]:
         decide()
         took = timed(decide, repeat)
         moves = len(policy.plan(snapshot).moves)
-        columns = timed(partial(Snapshot.of, capture), 3)
         told, observer = {w.worker: Told(w.worker) for w in capture.workers}, Observer(Cost())
         take(told, answers(capture, first=True))
         decode = timed(partial(take, told, answers(capture, first=False)), 3)
         # The first one learns all names.
-        observe = timed(lambda told=told, observer=observer: observer.capture(status_of(told)), 4)[1:]  # type: ignore[misc]
-        others = (float(np.median(times)) for times in (columns, observe, decode))
+        observe = timed(lambda told=told, observer=observer: observer.snapshot(status_of(told), (), 5.0), 4)[1:]  # type: ignore[misc]
+        others = (float(np.median(times)) for times in (observe, decode))
         rows.append(Speed(workers, requests, moves, float(np.median(took)), max(took), *others))
     return rows

@@ -60,6 +60,8 @@ class Kind(StrEnum):
     """The same with Dynamo's planner and live migration."""
     OURS_AGG = "migrate-agg"
     """Dynamo's frontend and aggregated workers of this package."""
+    PLANNER_AGG = "migrate-agg+planner"
+    """The same with Dynamo's planner and live migration."""
 
     @property
     def ours(self) -> bool:
@@ -81,6 +83,7 @@ TITLES = {
     Kind.PLANNER: "the same with Dynamo's planner and live migration",
     Kind.STOCK_AGG: "stock Dynamo: frontend and aggregated `dynamo.vllm`, on GPUs with vLLM's NixlConnector",
     Kind.OURS_AGG: "Dynamo's frontend and aggregated workers of this package",
+    Kind.PLANNER_AGG: "the same with Dynamo's planner and live migration",
 }
 
 
@@ -201,10 +204,10 @@ def _stock(
 def _ours(
     kind: Kind, model: str, port: int, transport: Transport, folder: Path, size: Size, more: tuple[str, ...]
 ) -> list[Part]:
-    name = {Kind.OURS_AGG: "agg", Kind.OURS: "disagg"}.get(kind, "planner")
+    name = {Kind.OURS_AGG: "agg", Kind.PLANNER_AGG: "agg_planner", Kind.OURS: "disagg"}.get(kind, "planner")
     overrides = [f"--Common.model={shapes.folder(model)}", f"--Common.served-model-name={model}"]
     overrides += [f"--Common.max-num-seqs={_SEATS}"]
-    if kind is Kind.OURS_AGG:
+    if kind in (Kind.OURS_AGG, Kind.PLANNER_AGG):
         overrides += [f"--AggWorker.replicas={size.decode}"]
     else:
         overrides += [f"--PrefillWorker.replicas={size.prefill}", f"--DecodeWorker.replicas={size.decode}"]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dynamo policy explain``: what each policy would do now, or would have done with a saved snapshot."""
+"""``dynamo policy explain``: what each policy would do now, or would have done with a saved snapshot.
+
+``dynamo policy simulate``: what a policy file gains on simulated workers under a trace.
+"""
 
 from __future__ import annotations
 
@@ -68,6 +71,48 @@ def explain(
     sys.stdout.flush()
     # Dynamo's native runtime may abort in the interpreter's finalisation.
     os._exit(0)
+
+
+@app.command("simulate")
+def simulate(
+    trace: Annotated[str, typer.Option(help="trace file: Mooncake, Azure or BurstGPT; burstgpt: load like its")],
+    policy_file: Annotated[Path, typer.Option(help="policy file")] = Path("configs/policy.yaml"),
+    workers: Annotated[int, typer.Option(min=2, help="aggregated workers")] = 8,
+    load: Annotated[float, typer.Option(min=0.01, help="share of the rate at which they would be full")] = 0.7,
+    seconds: Annotated[float, typer.Option(min=10, help="simulated time")] = 300.0,
+    kv_tokens: Annotated[int, typer.Option(min=1000, help="KV of one worker")] = 800_000,
+    restart: Annotated[bool, typer.Option("--restart", help="restart all workers, a tenth at a time")] = False,
+    output: Output = Format.TABLE,
+) -> None:
+    """Simulate H200 workers with Llama-3.1-8B under Dynamo's KV routing, with and without a policy file.
+
+    \b
+    dynamo policy simulate --trace conversation_trace.jsonl
+    dynamo policy simulate --trace AzureLLMInferenceTrace_conv.csv --workers 64 --load 0.85
+    dynamo policy simulate --trace burstgpt --restart
+    """
+    from planner_hooks.config import load as load_policies
+    from planner_hooks.simulate.scenario import Scenario, requests
+    from planner_hooks.simulate.scenario import simulate as run
+    from planner_hooks.simulate.upkeep import Ending
+
+    file = load_policies(policy_file)
+    scenario = Scenario(trace, workers, load, seconds, kv_tokens, restarts=restart)
+    arrivals = requests(scenario)
+    found = {"without": run(scenario, arrivals, ending=Ending.REPLAY), "with policies": run(scenario, arrivals, file)}
+    if output is Format.JSON:
+        print_json(found)
+        return
+    table = Table(title=f"{workers} workers, {len(arrivals):,} requests")
+    for column in ("", *found, "lower by"):
+        table.add_column(column, justify="right" if column else "left")
+    for name in next(iter(found.values())).__struct_fields__:
+        without, with_policies = (float(getattr(report, name)) for report in found.values())
+        ratio = f"{without / with_policies:.2f}x" if with_policies and name.endswith("_ms") else ""
+        table.add_row(name.replace("_", " "), f"{without:,.2f}", f"{with_policies:,.2f}", ratio)
+    Console().print(table)
+    if restart:
+        Console().print("without: the frontend sends the requests of an ended worker to another one, which begins anew")
 
 
 def read(path: Path) -> Capture:

@@ -24,9 +24,9 @@ from planner_hooks.snapshot import Snapshot
 class Config(PolicyConfig):
     """Settings of ``balance``."""
 
-    high: float = Field(default=0.8, ge=0, description="Virtual usage below which a worker is left alone")
-    start_gap: float = Field(default=0.2, gt=0, description="Gap in virtual usage that begins to move requests")
-    stop_gap: float = Field(default=0.1, gt=0, description="Gap at which moving ends")
+    high: float = Field(default=0.7, ge=0, description="Virtual usage below which a worker is left alone")
+    start_gap: float = Field(default=0.1, gt=0, description="Gap in virtual usage that begins to move requests")
+    stop_gap: float = Field(default=0.05, gt=0, description="Gap at which moving ends")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

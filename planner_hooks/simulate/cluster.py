@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -26,6 +27,7 @@ from planner_hooks.simulate.model import WorkerModel
 from planner_hooks.simulate.moves import Moves
 from planner_hooks.simulate.scaling import Autoscaler, Change, Scaling
 from planner_hooks.simulate.traces import Arrival
+from planner_hooks.simulate.upkeep import Ending, Restart, Upkeep
 from planner_hooks.simulate.worker import Request, Worker
 from planner_hooks.snapshot import Snapshot
 
@@ -37,11 +39,12 @@ class Cluster:
         self,
         model: WorkerModel,
         workers: int,
-        dispatch: Dispatch = Dispatch.ROUND_ROBIN,
+        dispatch: Dispatch = Dispatch.KV,
         policy: Policy | None = None,
         scaling: Scaling | None = None,
         tick_s: float = 1.0,
         scale_down: ScaleDownRules | None = None,
+        ending: Ending = Ending.MOVE,
     ) -> None:
         self.model = model
         self.workers: list[Worker] = []
@@ -52,8 +55,10 @@ class Cluster:
         self.loads: list[tuple[float, float]] = []
         """(time, KV in use and queued in capacities of one worker), once a second after ``watch``."""
         self._events = Events()
-        self._router = Router(dispatch, model)
+        self._holders: defaultdict[int, set[int]] = defaultdict(set)
+        self._router = Router(dispatch, model, self._holders)
         self.moves = Moves(model, self._router, self._events, self._settle)
+        self._upkeep = Upkeep(self.moves, self._router, self._events, self._settle, ending)
         self._policy = policy
         self._scaling = scaling
         self._tick_s = tick_s
@@ -63,6 +68,9 @@ class Cluster:
         if scaling is not None and scale_down is not None:
             bounds = (scaling.min_workers, scaling.max_workers)
             self._plugin = ScaleDown(scale_down, bounds, lambda: self.time_s, workers)
+        self._restart: Restart | None = None
+        self._old: list[Worker] = []
+        """Workers that a restart has not reached."""
         self._numbers = itertools.count()
         self._remaining = RemainingEstimate()
         self._unfinished = 0
@@ -119,13 +127,14 @@ class Cluster:
         arrival = msgspec.structs.replace(arrival, output_tokens=min(arrival.output_tokens, room))
         worker = self._router.place(arrival)
         worker.advance(self.time_s)
-        worker.enqueue(Request(next(self._numbers), arrival))
-        self._router.count(worker, arrival.prompt_tokens)
+        request = Request(next(self._numbers), arrival)
+        worker.enqueue(request)
+        self._router.book(request, worker, worker.to_compute(request))
         self._changed(worker)
 
     def _changed(self, worker: Worker) -> None:
         """After an external change: process everything due and schedule the next event."""
-        if not worker.running and worker.prefill is None:
+        if not worker.running and not worker.prefill:
             worker.settle()
         self._schedule(worker)
 
@@ -145,13 +154,16 @@ class Cluster:
         self._events.at(max(due, self.time_s), happen)
 
     def _collect(self, worker: Worker) -> None:
+        for request in worker.computed:
+            self._router.computed(request)
+        worker.computed.clear()
         for request in worker.done:
             self._remaining.finished(request.arrival.output_tokens)
-            self._router.count(worker, -request.arrival.prompt_tokens)
+            self._router.free(request)
             self._unfinished -= 1
         self.finished += worker.done
         worker.done.clear()
-        if self._scaling is not None and worker.leaving and worker.empty and worker in self.workers:
+        if worker.ends and worker.empty and worker in self.workers:
             self._remove(worker)
 
     # Planner
@@ -178,13 +190,13 @@ class Cluster:
             for name in plan.retire:
                 names[name].leaving = True
             for name in plan.release:
-                names[name].leaving = False
+                names[name].leaving = names[name].ends = False
             self._router.reopen(self.workers, self.all_workers)
+            for name in plan.retire:
+                self._upkeep.end(names[name])
         touched: set[Worker] = set()
         for move in plan.moves:
             self.moves.begin(move.policy, rows[move.row], names[move.src], names[move.dst], touched)
-        for worker in [worker for worker in self.workers if worker.leaving]:
-            self.moves.drain(worker, touched)
         for worker in touched:
             self._settle(worker)
 
@@ -195,7 +207,7 @@ class Cluster:
     # Scaling
 
     def _add_worker(self) -> None:
-        worker = Worker(len(self.all_workers), self.model, self.time_s)
+        worker = Worker(len(self.all_workers), self.model, self.time_s, self._holders)
         self.workers.append(worker)
         self.all_workers.append(worker)
         self._router.reopen(self.workers, self.all_workers)
@@ -209,7 +221,7 @@ class Cluster:
             self._retire_one()
         else:
             for worker in leaving[: change.more]:
-                worker.leaving = False
+                worker.leaving = worker.ends = False
         back = sum(not worker.leaving for worker in leaving)
         start = max(0, min(change.more - back, scaler.rules.max_workers - len(self.workers) - scaler.starting))
         for _ in range(start):
@@ -231,14 +243,41 @@ class Cluster:
         self.workers.remove(worker)
         worker.gone_s = self.time_s
         self._router.reopen(self.workers, self.all_workers)
+        for block in worker.cached:
+            self._holders[block].discard(worker.key)
+        if self._restart is not None:
+            self._events.after(self._restart.startup_s, self._replaced)
+
+    # Restarts
+
+    def restart(self, restart: Restart) -> None:
+        """End all workers, one part after the other; or only the first part."""
+        self._old = list(self.workers)
+        count = max(1, round(restart.share * len(self._old)))
+
+        def begin() -> None:
+            self._restart = restart if restart.replaced else None
+            for worker in [self._old.pop(0) for _ in range(count)]:
+                self._end(worker)
+
+        self._events.at(restart.start_s, begin)
+
+    def _replaced(self) -> None:
+        self._add_worker()
+        if self._old:
+            self._end(self._old.pop(0))
 
     def _retire_one(self) -> None:
         snapshot, _ = self.snapshot()
         cost = emptying_cost(snapshot, np.arange(len(self.workers)))
         stay = [i for i, worker in enumerate(self.workers) if not worker.leaving]
         victim = self.workers[min(stay, key=lambda i: float(cost[i]))]
-        victim.leaving = True
-        self._collect(victim)
+        self._end(victim)
+
+    def _end(self, worker: Worker) -> None:
+        worker.leaving = True
+        self._router.reopen(self.workers, self.all_workers)
+        self._upkeep.end(worker)
 
     def _started(self, scaler: Autoscaler) -> None:
         scaler.starting -= 1

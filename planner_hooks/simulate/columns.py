@@ -41,7 +41,7 @@ def columns(
         w_capacity=np.full(count, float(model.capacity_tokens)),
         w_held=column([w.held for w in workers]),
         w_queued=queued,
-        w_running=column([len(w.running) + (w.prefill is not None) for w in workers]),
+        w_running=column([len(w.running) + len(w.prefill) for w in workers]),
         w_waiting=column([len(w.waiting) for w in workers]),
         w_max_seqs=np.full(count, float(model.max_seqs)),
         w_step_s=column([w.mean_step_s() for w in workers]),

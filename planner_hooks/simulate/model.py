@@ -1,8 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters of a simulation; ``calibrate`` fits the step time to measured steps.
+"""Parameters of a simulation: what was measured on two H200 with Llama-3.1-8B's shape in BF16, and where.
 
-A forward step takes ``base + per_seq * batch + per_kv_token * KV + per_prefill_token * chunk`` seconds. The
-defaults are in the range of an 8B model in BF16 on one H100 and are assumptions, not measurements.
+A step that only decodes takes ``base + per_seq * batch + per_kv_token * KV``. One that also computes prompts takes
+``prompt`` more, or as long as its prompt tokens do. The files are in ``benchmarks/results``:
+
+base, per_kv_token      steps of 5.0 and 6.0 ms with one stream of 1,024 and 32,768 tokens,
+                        migration-h200x2-frontend.json
+per_seq, prompt         6,036, 11,424 and 13,651 tokens/s with 64, 128 and 256 streams, prompts of 16, answers of 200
+                        tokens, crowd-gpu.json, where steps with a prompt run without CUDA graphs (28 ms at the client);
+                        the simulator gives 5,900, 9,175 and 14,025
+per_prefill_token       an assumption: 16 GFLOP a token at 60% of the 989 TFLOP/s of the data sheet
+overhead, downtime      59 ms for a move of 1,024 tokens, 9.5 ms of it without a token, migration-h200x2-frontend.json
+commit, crowd_pause     two drains of 256 requests: 1.06 and 0.45 s from the first to the last commit, a median gap of
+                        130 ms with 16 freezes at a time, crowd-move-h200x2.json
+interference            gaps of neighbours during pre-copy +1 and +2%, migration-h200x2-frontend.json
+bytes_per_s             copies between two GPUs, transfer-h100x2.json
+capacity_tokens         what 0.9 of 141 GB leaves beside 16 GB of weights, at 128 KiB a token
+max_seqs, chunk_tokens  vLLM's, as in crowd-gpu.json
 """
 
 from __future__ import annotations
@@ -16,32 +30,42 @@ import numpy as np
 class StepTime(msgspec.Struct, frozen=True):
     """Coefficients of a forward step, in seconds."""
 
-    base_s: float = 0.008
-    per_seq_s: float = 4e-5
-    per_kv_token_s: float = 4e-8
-    per_prefill_token_s: float = 2.5e-5
+    base_s: float = 0.00495
+    per_seq_s: float = 2e-5
+    per_kv_token_s: float = 3.15e-8
+    prompt_s: float = 0.018
+    per_prefill_token_s: float = 2.7e-5
 
 
 class WorkerModel(msgspec.Struct, frozen=True):
     """One decode worker."""
 
     step: StepTime = StepTime()
-    capacity_tokens: int = 160_000
+    capacity_tokens: int = 800_000
     max_seqs: int = 256
-    chunk_tokens: int = 2048
+    chunk_tokens: int = 8192
     """Most prompt tokens in one step."""
     watermark: float = 0.01
     """Share of KV kept free when a request is admitted."""
     kv_bytes_per_token: int = 131_072
-    bytes_per_s: float = 10e9
+    bytes_per_s: float = 336e9
     """Bandwidth of one worker, shared by its migrations."""
-    overhead_s: float = 0.08
-    downtime_s: float = 0.03
-    interference: float = 0.03
-    """Share by which each running migration slows a worker's steps."""
-    prefix_blocks: int = 256
-    """Prefix blocks in a worker's cache (least recently used)."""
+    overhead_s: float = 0.058
+    downtime_s: float = 0.0095
+    commit_s: float = 0.003
+    """A worker's time for each hand-over; they follow one another."""
+    crowd_pause_s: float = 0.008
+    """Added to the downtime by each other request that is frozen at the same time."""
+    freezes: int = 16
+    """Requests that a worker freezes at a time."""
+    moves: int = 256
+    """Moves that a leaving worker begins at a time."""
+    interference: float = 0.015
+    """Share by which each running migration slows a worker's steps, as far as they freeze at a time."""
     prefix_block_tokens: int = 512
+    """Tokens for each of a trace's hash ids (Mooncake's)."""
+    relays: bool = False
+    """True with two workers: the frontend's router goes on counting a moved request where it placed it."""
 
 
 class Slo(msgspec.Struct, frozen=True):
@@ -51,30 +75,20 @@ class Slo(msgspec.Struct, frozen=True):
     tpot_s: float = 0.05
 
 
-def calibrate(rows: Sequence[tuple[int, int, int, float]]) -> StepTime:
-    """Least squares over measured steps: (batch, KV tokens, prefill tokens, seconds). No coefficient below zero."""
-    from scipy.optimize import nnls
-
-    data = np.asarray(rows, dtype=float)
-    matrix = np.column_stack([np.ones(len(data)), data[:, :3]])
-    scale = np.maximum(np.abs(matrix).max(axis=0), 1.0)
-    found, _ = nnls(matrix / scale, data[:, 3])
-    base, per_seq, per_kv, per_prefill = (found / scale).tolist()
-    return StepTime(base, per_seq, per_kv, per_prefill)
-
-
-def saturation_rate(prompts: Sequence[int], outputs: Sequence[int], model: WorkerModel) -> float:
+def saturation_rate(prompts: Sequence[int], outputs: Sequence[int], cached: float, model: WorkerModel) -> float:
     """Requests per second at which one worker is full: batch, KV or time, whichever comes first.
 
     By Little's law a rate ``r`` keeps ``r * outputs * step`` requests running; the step time depends on their number,
-    and prompts take a share of the time.
+    and the share of prompts that no cache has takes a part of the time.
     """
     prompt, output = np.asarray(prompts, dtype=float), np.asarray(outputs, dtype=float)
     kv_each = float((prompt * output + output**2 / 2).sum() / output.sum())
     step = model.step
+    prefill_s = max(step.prompt_s / 2, float(prompt.mean()) * (1.0 - cached) * step.per_prefill_token_s)
+    """Two short prompts share a step, on average."""
 
     def fits(rate: float) -> bool:
-        share = 1.0 - rate * prompt.mean() * step.per_prefill_token_s
+        share = 1.0 - rate * prefill_s
         per_request = rate * output.mean() / max(share, 1e-9)
         denominator = 1.0 - per_request * (step.per_seq_s + step.per_kv_token_s * kv_each)
         if share <= 0 or denominator <= 0:

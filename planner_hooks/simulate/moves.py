@@ -9,10 +9,7 @@ from collections.abc import Callable
 from planner_hooks.simulate.dispatch import Router
 from planner_hooks.simulate.events import Events
 from planner_hooks.simulate.model import WorkerModel
-from planner_hooks.simulate.worker import Request, Worker
-
-_DRAINS_AT_ONCE = 8
-"""Concurrent moves from a leaving worker. A real one begins more (``components.worker.state``) over the same lane."""
+from planner_hooks.simulate.worker import NOT_YET, Request, Worker
 
 
 class Moves:
@@ -26,12 +23,14 @@ class Moves:
         self._router = router
         self._events = events
         self._settle = settle
+        self._next_commit: dict[Worker, float] = {}
+        """Hand-overs of one worker follow one another."""
 
     def drain(self, worker: Worker, touched: set[Worker]) -> None:
         """Move waiting requests first; each goes to the worker with most room, if any."""
         stays = [request for request in (*worker.waiting, *worker.running) if not request.moving]
         others = [other for other in self._router.open if other is not worker]
-        for request in stays[: max(0, _DRAINS_AT_ONCE - worker.moves)] if others else []:
+        for request in stays[: max(0, self._model.moves - worker.moves)] if others else []:
             target = min(others, key=lambda other: other.held + other.queued_tokens())
             if self._fits(target, target.queued_tokens() + _need(request, worker)):
                 self.begin("drain", request, worker, target, touched)
@@ -55,8 +54,12 @@ class Moves:
         touched |= {src, dst}
         sharing = max(src.moves, dst.moves)
         takes = self._model.overhead_s + need * self._model.kv_bytes_per_token * sharing / self._model.bytes_per_s
+        now = self._events.time_s
+        at = max(now + takes, *(self._next_commit.get(worker, 0.0) for worker in (src, dst)))
+        for worker in (src, dst):
+            self._next_commit[worker] = at + self._model.commit_s
         epoch = request.epoch
-        self._events.after(takes, lambda: self._cut_over(policy, request, src, dst, need, epoch))
+        self._events.at(at, lambda: self._cut_over(policy, request, src, dst, need, epoch))
 
     def _fits(self, worker: Worker, tokens: int) -> bool:
         return worker.held + tokens <= (1.0 - self._model.watermark) * self._model.capacity_tokens
@@ -82,10 +85,11 @@ class Moves:
         def join() -> None:
             dst.advance(self._events.time_s)
             dst.reserved -= need
-            dst.join(request)
+            dst.land(request)
             self._end(src, dst)
 
-        self._events.after(self._model.downtime_s, join)
+        others = min(src.moves, self._model.freezes) - 1
+        self._events.after(self._model.downtime_s + others * self._model.crowd_pause_s, join)
 
     def _end(self, src: Worker, dst: Worker) -> None:
         for worker in (src, dst):
@@ -93,8 +97,8 @@ class Moves:
             self._settle(worker)
 
     def _arrived(self, request: Request, src: Worker, dst: Worker, policy: str) -> None:
-        self._router.count(src, -request.arrival.prompt_tokens)
-        self._router.count(dst, request.arrival.prompt_tokens)
+        waits = request.first_s == NOT_YET
+        self._router.moved(request, dst, dst.to_compute(request) if waits else 0, request.generated)
         self.by_policy[policy] += 1
         request.moved += 1
         request.came_from, request.last_move_s = src, self._events.time_s

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests to simulate: synthetic, or from published trace files.
+"""Requests to simulate: from published trace files, made after published statistics, or synthetic.
 
 Formats
     Azure      CSV: TIMESTAMP, ContextTokens, GeneratedTokens (AzurePublicDataset, LLM inference 2023 and 2024)
@@ -12,7 +12,10 @@ Raises ``ConfigError`` for files that are none of these.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import math
+from collections.abc import Sequence
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -32,7 +35,6 @@ class Arrival(msgspec.Struct, frozen=True):
     priority: int = 0
     prefix: tuple[int, ...] = ()
     """Hash ids of the prompt's leading blocks."""
-    session: int = 0
 
 
 class Shape(StrEnum):
@@ -42,39 +44,90 @@ class Shape(StrEnum):
     """Equal lengths, smooth arrivals."""
     HEAVY = "heavy"
     """Log-normal prompts and Pareto outputs, Poisson arrivals."""
-    STICKY = "sticky"
-    """Like ``HEAVY``; sessions stay with their worker, and some send far more than others."""
     WAVE = "wave"
-    """Like ``HEAVY``; the rate swings between a quarter and the whole."""
+    """Like ``HEAVY``; the rate swings between a quarter and the whole, twice."""
 
 
-def synthetic(
-    shape: Shape, rate: float, duration_s: float, seed: int = 0, important: float = 0.02, sessions: int = 512
-) -> list[Arrival]:
-    """Requests at ``rate`` per second (peak rate for ``WAVE``).
-
-    Popularity of sessions is Zipf's with a flat top: one session is a small part of a large cluster's load.
-    """
+def synthetic(shape: Shape, rate: float, duration_s: float, seed: int = 1, important: float = 0.05) -> list[Arrival]:
+    """Requests at ``rate`` a second (waves: its peak); the share ``important`` has priority 1."""
     rng = np.random.default_rng(seed)
     count = max(1, int(rate * duration_s))
     if shape is Shape.EVEN:
-        times = np.arange(count) / rate
-        return [Arrival(float(t), 512, 256) for t in times]
+        return [Arrival(number / rate, 512, 256) for number in range(count)]
     times = np.cumsum(rng.exponential(1.0 / rate, count))
     if shape is Shape.WAVE:
-        share = 0.625 - 0.375 * np.cos(2 * np.pi * times / max(duration_s, 1.0) * 2)
-        times = times[rng.random(count) < share]
+        times = times[rng.random(count) < swing(times, duration_s)]
     count = len(times)
     prompts = np.clip(rng.lognormal(6.2, 1.0, count), 16, 16_000).astype(int)
     outputs = np.clip((rng.pareto(1.6, count) + 1) * 110, 8, 6000).astype(int)
     priorities = (rng.random(count) < important).astype(int)
-    weights = 1.0 / (np.arange(sessions) + 1.0 + sessions / 128) ** 0.8
-    chosen = rng.choice(sessions, count, p=weights / weights.sum())
-    columns = (times, prompts, outputs, priorities, chosen)
-    return [
-        Arrival(float(t), int(p), int(o), int(c), prefix=(int(s),) if p >= 512 else (), session=int(s))
-        for t, p, o, c, s in zip(*columns, strict=True)
-    ]
+    columns = (times.tolist(), prompts.tolist(), outputs.tolist(), priorities.tolist())
+    return [Arrival(*row) for row in zip(*columns, strict=True)]
+
+
+def swing(times: np.ndarray, duration_s: float) -> np.ndarray:
+    """Share of the peak rate at each time: from a quarter to the whole and back, twice."""
+    share: np.ndarray = 0.625 - 0.375 * np.cos(4 * np.pi * times / max(duration_s, 1.0))
+    return share
+
+
+def burstgpt(rate: float, duration_s: float, seed: int = 1) -> list[Arrival]:
+    """Conversations with the statistics of BurstGPT (Wang et al., arXiv:2401.17644), whose files are not at hand.
+
+    Bursts with Gamma gaps; prompts of 621 and answers of 126 tokens on average and of 31,400 and 12,500 at most; 3.9%
+    of sessions have several turns. The shape of the Gamma gaps (0.5) and of the log-normal lengths are assumptions.
+    """
+    rng = np.random.default_rng(seed)
+    count = max(1, int(rate * duration_s / _TURNS))
+    begins = np.cumsum(rng.gamma(0.5, 2.0 * _TURNS / rate, count))
+    found, ids = [], itertools.count(1)
+    for begin in begins.tolist():
+        prompt, prefix = 0, list[int]()
+        for turn in range(1 + int(rng.geometric(0.4) if rng.random() < 0.039 else 0)):
+            prompt += int(np.clip(rng.lognormal(5.75, 1.0), 8, 31_400))
+            answer = int(np.clip(rng.lognormal(4.1, 1.2), 1, 12_500))
+            begin += float(rng.exponential(30.0)) if turn else 0.0
+            prefix += [next(ids) for _ in range(prompt // _BLOCK - len(prefix))]
+            found.append(Arrival(begin, prompt, answer, prefix=tuple(prefix)))
+            prompt += answer
+    return sorted((a for a in found if a.time_s < duration_s), key=lambda a: a.time_s)
+
+
+_TURNS = 1.0 + 0.039 * 2.5
+"""Of a session, on average."""
+_BLOCK = 512
+
+
+def replay(trace: Sequence[Arrival], rate: float, duration_s: float, seed: int = 1) -> list[Arrival]:
+    """A part of a trace at another rate: several copies from different times on, together, a little slower if need be.
+
+    Each copy has users of its own: of their prompts only the first block, a system prompt's, is common.
+    """
+    rng = np.random.default_rng(seed)
+    span = trace[-1].time_s * len(trace) / max(1, len(trace) - 1)
+    copies = math.ceil(rate * span / len(trace))
+    slower = copies * len(trace) / span / rate
+    times = np.array([arrival.time_s for arrival in trace])
+    found = []
+    for copy in range(copies):
+        at = (times - float(rng.uniform(0, span))) % span * slower
+        for number in np.flatnonzero(at < duration_s).tolist():
+            old = trace[number]
+            prefix = tuple(block if not block else (copy << 40) + block for block in old.prefix)
+            found.append(Arrival(float(at[number]), old.prompt_tokens, old.output_tokens, prefix=prefix))
+    return sorted(found, key=lambda arrival: arrival.time_s)
+
+
+def reused(arrivals: Sequence[Arrival]) -> float:
+    """Share of all prompt tokens that one cache without a limit would have."""
+    seen: set[int] = set()
+    hits = total = 0
+    for arrival in arrivals:
+        known = next((n for n, block in enumerate(arrival.prefix) if block not in seen), len(arrival.prefix))
+        hits += min(known * _BLOCK, arrival.prompt_tokens)
+        total += arrival.prompt_tokens
+        seen.update(arrival.prefix)
+    return hits / max(1, total)
 
 
 def read(path: Path, speedup: float = 1.0) -> list[Arrival]:
@@ -123,11 +176,5 @@ def _mooncake(row: dict[str, object]) -> Arrival:
     hashes = row.get("hash_ids") or ()
     if not isinstance(hashes, list | tuple):
         raise TypeError("hash_ids is no list")
-    prefix = tuple(int(h) for h in hashes)
-    return Arrival(
-        float(str(row["timestamp"])) / 1e3,
-        int(str(row["input_length"])),
-        int(str(row["output_length"])),
-        prefix=prefix,
-        session=prefix[0] if prefix else 0,
-    )
+    lengths = int(str(row["input_length"])), int(str(row["output_length"]))
+    return Arrival(float(str(row["timestamp"])) / 1e3, *lengths, prefix=tuple(int(h) for h in hashes))

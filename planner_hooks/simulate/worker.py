@@ -6,14 +6,15 @@ counter, and a request's tokens follow from the step at which it joined. ``advan
 boundary before a time; changes happen only at boundaries. ``next_event`` is the time of the next internal event: a
 request ends, a prefill completes, KV runs out, or a waiting request may be admitted.
 
-As in vLLM: first come, first served; a prompt is computed in chunks beside decoding; when KV runs out the youngest
-request is preempted and recomputed later.
+As in vLLM: first come, first served; prompts are computed in chunks beside decoding, several short ones in one step;
+when KV runs out the youngest request is preempted and recomputed later; prompts stay cached in what is free.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable
 from heapq import heappop, heappush
 
 from planner_hooks.simulate.model import WorkerModel
@@ -26,7 +27,7 @@ class Request:
     """One request over its whole life."""
 
     __slots__ = (
-        "arrival", "came_from", "done_s", "epoch", "first_s", "generated", "joined", "key", "last_move_s",
+        "arrival", "came_from", "done_s", "ended", "epoch", "first_s", "generated", "joined", "key", "last_move_s",
         "moved", "moving", "preempted", "stall_s", "stalled_since", "target", "worker",
     )  # fmt: skip
 
@@ -47,9 +48,16 @@ class Request:
         self.preempted = 0
         self.moved = 0
         self.moving = False
+        self.ended = False
+        """Its worker has ended while it ran."""
         self.target: Worker | None = None
         self.came_from: Worker | None = None
         self.last_move_s = -math.inf
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean time of a token after the first."""
+        return (self.done_s - self.first_s) / max(1, self.arrival.output_tokens - 1)
 
     @property
     def need(self) -> int:
@@ -60,7 +68,9 @@ class Request:
 class Worker:
     """See the module docstring."""
 
-    def __init__(self, key: int, model: WorkerModel, time_s: float = 0.0) -> None:
+    def __init__(
+        self, key: int, model: WorkerModel, time_s: float = 0.0, holders: defaultdict[int, set[int]] | None = None
+    ) -> None:
         self.key = key
         self.name = f"w{key}"
         self.model = model
@@ -69,32 +79,49 @@ class Worker:
         self.kv = 0
         """Tokens of the running batch."""
         self.reserved = 0
-        """Reserved tokens: the prompt in prefill, and landing requests."""
+        """Reserved tokens: prompts in prefill, and landing requests."""
         self.running: dict[Request, None] = {}
         self.waiting: deque[Request] = deque()
-        self.prefill: Request | None = None
+        self.prefill: list[Request] = []
+        """Prompts of one step, or a long one of several."""
         self.prefill_end = 0
         self.prefill_tokens = 0
         self.moves = 0
         self.leaving = False
+        self.ends = False
+        """It is gone as soon as it is empty."""
+        self.ending_s = NOT_YET
         self.born_s = time_s
         self.gone_s = NOT_YET
         self.version = 0
         self.done: list[Request] = []
+        self.computed: list[Request] = []
+        """Their prompts are; the cluster takes both lists."""
         self.preemptions = 0
         self._seen_at = (0, time_s)
         self._mean_step_s = 0.0
         self._ends: list[tuple[int, int, int, Request]] = []
         self._prefixes: OrderedDict[int, None] = OrderedDict()
+        self._holders = defaultdict(set) if holders is None else holders
+        """Workers that hold each block, as KV events tell a router; all workers share it."""
+        self._uses: Counter[int] = Counter()
+        """Requests here that use each prefix block."""
+        self.shared = 0
+        """Tokens that several requests have together, beyond the first."""
 
     # Time
 
     def step_s(self) -> float:
         """Duration of the next step."""
         step = self.model.step
-        chunk = min(self.model.chunk_tokens, self.prefill_tokens) if self.prefill else 0
         seconds = step.base_s + step.per_seq_s * len(self.running) + step.per_kv_token_s * self.kv
-        return (seconds + step.per_prefill_token_s * chunk) * (1.0 + self.model.interference * self.moves)
+        if self.prefill:
+            chunk = min(self.model.chunk_tokens, self.prefill_tokens)
+            seconds += max(step.prompt_s, step.per_prefill_token_s * chunk)
+        return seconds * self._slower()
+
+    def _slower(self) -> float:
+        return 1.0 + self.model.interference * min(self.moves, self.model.freezes)
 
     def mean_step_s(self) -> float:
         """Mean duration of the steps since the last call; 0 when idle."""
@@ -106,8 +133,7 @@ class Worker:
 
     def _growth_s(self) -> float:
         """Increase of the step time from step to step."""
-        slow = 1.0 + self.model.interference * self.moves
-        return self.model.step.per_kv_token_s * len(self.running) * slow
+        return self.model.step.per_kv_token_s * len(self.running) * self._slower()
 
     def _steps_take_s(self, count: int) -> float:
         return count * self.step_s() + self._growth_s() * count * (count - 1) / 2
@@ -119,7 +145,7 @@ class Worker:
 
     def advance(self, time_s: float) -> None:
         """Complete all steps that end by ``time_s``, up to the next event."""
-        if not self.running and self.prefill is None:
+        if not self.running and not self.prefill:
             self.time_s = max(self.time_s, time_s)
             return
         left = time_s - self.time_s
@@ -143,10 +169,10 @@ class Worker:
             heappop(self._ends)
         if self._ends:
             found.append(self._ends[0][0])
-        if self.prefill is not None:
+        if self.prefill:
             found.append(self.prefill_end)
         if self.running:
-            room = self.model.capacity_tokens - self.kv - self.reserved
+            room = self.model.capacity_tokens - self.held
             found.append(self.steps + max(0, room // len(self.running)) + 1)
         if self._can_admit():
             found.append(self.steps + 1)
@@ -169,18 +195,20 @@ class Worker:
     def settle(self) -> None:
         """Process everything due at this boundary: ends, prefill, lack of KV, admission."""
         self.version += 1
-        if self.prefill is not None and self.prefill_end <= self.steps:
-            request, self.prefill = self.prefill, None
-            self.reserved -= request.need
-            request.generated = max(1, request.generated)
-            self.join(request)
+        if self.prefill and self.prefill_end <= self.steps:
+            computed, self.prefill = self.prefill, []
+            for request in computed:
+                self.reserved -= request.need
+                request.generated = max(1, request.generated)
+                self.join(request)
+            self.computed += computed
         while self._ends and self._ends[0][0] <= self.steps:
             _, _, epoch, request = heappop(self._ends)
             if epoch == request.epoch:
                 self._leave(request)
                 request.done_s = self.time_s
                 self.done.append(request)
-        while self.kv + self.reserved > self.model.capacity_tokens and (self.running or self.prefill):
+        while self.held > self.model.capacity_tokens and (self.running or self.prefill):
             self._preempt()
         self._admit()
 
@@ -204,6 +232,7 @@ class Worker:
         del self.running[request]
         request.epoch += 1
         self.kv -= request.need
+        self._unuse(request)
 
     def generated(self, request: Request) -> int:
         """Output tokens so far, in any phase."""
@@ -212,9 +241,10 @@ class Worker:
         return request.generated
 
     def _preempt(self) -> None:
-        if self.prefill is not None:
-            request, self.prefill = self.prefill, None
+        if self.prefill:
+            request = self.prefill.pop()
             self.reserved -= request.need
+            self._unuse(request)
         else:
             request = next(reversed(self.running))
             self._leave(request)
@@ -225,23 +255,42 @@ class Worker:
         self.waiting.appendleft(request)
 
     def _can_admit(self) -> bool:
-        if self.prefill is not None or not self.waiting:
+        return not self.prefill and self._fits()
+
+    def _fits(self) -> bool:
+        if not self.waiting:
             return False
         limit = (1.0 - self.model.watermark) * self.model.capacity_tokens
-        fits = self.kv + self.reserved + self.waiting[0].need <= limit or not (self.running or self.reserved)
-        return fits and len(self.running) < self.model.max_seqs
+        new = self.waiting[0].need - self._known(self.waiting[0])
+        fits = self.held + new <= limit or not (self.running or self.reserved)
+        return fits and len(self.running) + len(self.prefill) < self.model.max_seqs
+
+    def _known(self, request: Request) -> int:
+        """Its tokens that others have in use here."""
+        return self.model.prefix_block_tokens * sum(block in self._uses for block in request.arrival.prefix)
 
     def _admit(self) -> None:
-        if not self._can_admit():
+        """Begin prompts that fit one step together, or one that takes several."""
+        if self.prefill:
             return
-        request = self.waiting[0]
-        self.waiting.popleft()
-        self.prefill = request
-        self.reserved += request.need
-        cached = self.overlap(request.arrival) * self.model.prefix_block_tokens
-        self.prefill_tokens = max(1, request.need - min(cached, request.need - 1))
+        self.prefill_tokens = 0
+        while self._fits():
+            request = self.waiting[0]
+            tokens = self.to_compute(request)
+            if self.prefill and self.prefill_tokens + tokens > self.model.chunk_tokens:
+                break
+            self.waiting.popleft()
+            self.prefill.append(request)
+            self.prefill_tokens += tokens
+            self.reserved += request.need
+            self._use(request)
+            self.remember(request.arrival)
         self.prefill_end = self.steps + math.ceil(self.prefill_tokens / self.model.chunk_tokens)
-        self._remember(request.arrival)
+
+    def to_compute(self, request: Request) -> int:
+        """Tokens of a prompt that are not cached here, at least one."""
+        cached = self.overlap(request.arrival) * self.model.prefix_block_tokens
+        return max(1, request.need - min(cached, request.need - 1))
 
     def enqueue(self, request: Request) -> None:
         """Add a new request, or one that moves without KV."""
@@ -255,7 +304,32 @@ class Worker:
         else:
             self.waiting.remove(request)
 
+    def drop(self) -> list[Request]:
+        """All requests, which lose their KV here. Moves under way fail."""
+        found = [*self.running, *self.prefill, *self.waiting]
+        for request in list(self.running):
+            self._leave(request)
+        for request in self.prefill:
+            self.reserved -= request.need
+            self._unuse(request)
+        self.prefill.clear()
+        self.waiting.clear()
+        return found
+
     # Prefix cache
+
+    def _use(self, request: Request) -> None:
+        for block in request.arrival.prefix:
+            self.shared += self.model.prefix_block_tokens * (self._uses[block] > 0)
+            self._uses[block] += 1
+
+    def _unuse(self, request: Request) -> None:
+        for block in request.arrival.prefix:
+            self._uses[block] -= 1
+            if self._uses[block]:
+                self.shared -= self.model.prefix_block_tokens
+            else:
+                del self._uses[block]
 
     def overlap(self, arrival: Arrival) -> int:
         """Cached leading prefix blocks."""
@@ -266,19 +340,35 @@ class Worker:
             count += 1
         return count
 
-    def _remember(self, arrival: Arrival) -> None:
+    def remember(self, arrival: Arrival) -> None:
+        """Its prompt is cached here from now on, in place of what was used longest ago."""
         for block in arrival.prefix:
+            if block not in self._prefixes:
+                self._holders[block].add(self.key)
             self._prefixes[block] = None
             self._prefixes.move_to_end(block)
-        while len(self._prefixes) > self.model.prefix_blocks:
-            self._prefixes.popitem(last=False)
+        free = (self.model.capacity_tokens - self.held) // self.model.prefix_block_tokens
+        while len(self._prefixes) > max(0, free) + len(self._uses):
+            block, _ = self._prefixes.popitem(last=False)
+            self._holders[block].discard(self.key)
+
+    @property
+    def cached(self) -> Iterable[int]:
+        """All prefix blocks here."""
+        return self._prefixes
+
+    def land(self, request: Request) -> None:
+        """Continue a request that has moved here with its KV."""
+        self._use(request)
+        self.remember(request.arrival)
+        self.join(request)
 
     # For dispatch and snapshots
 
     @property
     def held(self) -> int:
         """KV tokens in use."""
-        return self.kv + self.reserved
+        return self.kv + self.reserved - self.shared
 
     def queued_tokens(self) -> int:
         """KV that waiting requests will need."""

@@ -27,7 +27,7 @@ def test_an_empty_file_means_every_policy_with_its_defaults() -> None:
         ({"policies": {"priority": {"step": {"base": 1}}}}, "did you mean 'base-s'"),
         ({"policies": {"balance": {"start-gap": "wide"}}}, "policies.balance.start-gap = 'wide'"),
         ({"policies": {"balance": {"start-gap": 0.1, "stop-gap": 0.2}}}, "stop-gap (0.2) must be below"),
-        ({"limits": {"max-moves-per-pair": 9}}, "exceeds max-moves-per-worker"),
+        ({"limits": {"max-moves-per-pair": 17}}, "exceeds max-moves-per-worker"),
         ({"limits": {"no-return-s": 1}}, "shorter than cooldown-s"),
         ({"limits": {"stale-after-s": 0.5}}, "shorter than interval-s"),
         ({"limits": {"max-destination-usage": 0.5}}, "exceeds limits.max-destination-usage"),

@@ -21,7 +21,7 @@ from components.status import Status, WorkerReport
 from planner_hooks.config import parse
 from planner_hooks.controller import MOVES, Controller
 from planner_hooks.observe import Observer
-from planner_hooks.snapshot import ActiveMove, Capture
+from planner_hooks.snapshot import ActiveMove, Snapshot
 from tests import fake_workers
 from tests.fake_workers import info_of
 
@@ -207,9 +207,9 @@ async def test_the_loop_goes_on_while_a_decision_is_made() -> None:
     decided_meanwhile = threading.Event()
 
     class Slow(Observer):
-        def capture(self, status: Status, active: Iterable[ActiveMove] = ()) -> Capture:
+        def snapshot(self, status: Status, active: Iterable[ActiveMove], stale_after_s: float) -> Snapshot:
             assert decided_meanwhile.wait(30)
-            return super().capture(status, active)
+            return super().snapshot(status, active, stale_after_s)
 
     policy = parse(POLICY)
     tested = Controller(policy, full(), Slow(policy.controller.cost))

@@ -1,87 +1,209 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Simulated clusters: nothing is lost, even load is left alone, policies gain from uneven load and idle workers."""
+"""Simulated clusters: nothing is lost, moves help where they can, even load is left alone, the router is Dynamo's."""
 
 from __future__ import annotations
 
-from functools import cache
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
 
+import msgspec
 import pytest
 
-from benchmarks.policy.cost import Point, prices
-from benchmarks.policy.runs import WAVES, Case, Result, Variant, cases, requests, run
-from planner_hooks.config import parse
+from benchmarks.policy.runs import bound, fuller, saved, scenarios, variants
+from components.errors import ConfigError
+from planner_hooks.config import load, parse
+from planner_hooks.simulate import traces
 from planner_hooks.simulate.cluster import Cluster
-from planner_hooks.simulate.model import Slo, WorkerModel
+from planner_hooks.simulate.dispatch import Dispatch, Router
+from planner_hooks.simulate.model import WorkerModel
+from planner_hooks.simulate.report import Report
 from planner_hooks.simulate.scaling import Scaling
-from planner_hooks.simulate.traces import Arrival, Shape
+from planner_hooks.simulate.scenario import BURSTGPT, Scenario, requests, simulate
+from planner_hooks.simulate.traces import Arrival, Shape, synthetic
+from planner_hooks.simulate.upkeep import Ending
+from planner_hooks.simulate.worker import Request, Worker
 
-MODEL = WorkerModel(capacity_tokens=20_000)
-ALL = ("defragment", "priority", "balance")
-
-
-@cache
-def ran(shape: Shape, load: float, duration_s: float, variant: Variant) -> Result:
-    case = Case(4, shape, load, duration_s)
-    return run(case, variant, requests(case, MODEL), MODEL, Slo())
+POLICIES = Path("configs/policy.yaml")
+SMALL = WorkerModel(capacity_tokens=20_000)
 
 
-@pytest.mark.parametrize("shape", [Shape.STICKY, Shape.HEAVY])
-def test_policies_lower_p99_ttft_of_an_uneven_load(shape: Shape) -> None:
-    without, everything = (ran(shape, 0.95, 40.0, Variant("", policies)).report for policies in ((), ALL))
-    assert everything.ttft_p99_ms < 0.7 * without.ttft_p99_ms
-    assert everything.preemptions <= without.preemptions
-    assert everything.unfinished == without.unfinished == 0
+def test_requests_of_a_worker_that_ends_move_faster_than_they_end_or_are_computed_again() -> None:
+    scenario = Scenario(BURSTGPT, 4, 0.4, 200.0, restarts=True)
+    arrivals = requests(scenario)
+    found = {ending: simulate(scenario, arrivals, ending=ending) for ending in Ending}
+    assert all(report.unfinished == 0 for report in found.values())
+    assert found[Ending.MOVE].emptying_s < 0.2 * found[Ending.WAIT].emptying_s
+    assert found[Ending.MOVE].ended_stall_p99_ms < 0.5 * found[Ending.REPLAY].ended_stall_p99_ms
+    assert found[Ending.REPLAY].migrations == found[Ending.WAIT].migrations == 0
 
 
 def test_policies_leave_an_even_load_alone() -> None:
-    without, everything = (ran(Shape.EVEN, 0.9, 20.0, Variant("", policies)).report for policies in ((), ALL))
-    assert everything.migrations == 0
-    assert everything.ttft_p99_ms <= 1.02 * without.ttft_p99_ms
+    arrivals = synthetic(Shape.EVEN, 60.0, 60.0)
+    reports: list[Cluster] = []
+    for policy in (None, load(POLICIES).build()):
+        cluster = Cluster(WorkerModel(capacity_tokens=40_000), 4, policy=policy)
+        cluster.run(arrivals)
+        reports.append(cluster)
+    assert reports[1].moves.by_policy.total() == 0
+    without, with_policies = ([r.done_s for r in cluster.finished] for cluster in reports)
+    assert with_policies == pytest.approx(without)
 
 
-def test_a_planner_that_follows_the_load_needs_fewer_worker_hours_and_loses_nothing() -> None:
-    fixed, scaled = (ran(Shape.WAVE, 0.6, 400.0, variant).report for variant in (WAVES[0], WAVES[4]))
-    assert scaled.worker_hours < 0.85 * fixed.worker_hours
-    assert scaled.ttft_p99_ms < 2 * fixed.ttft_p99_ms
-    assert scaled.unfinished == 0
-    assert scaled.requests == fixed.requests
+def test_long_answers_that_met_by_chance_are_spread() -> None:
+    """The router sees prompts, and all long answers are on one worker."""
+    arrivals = [Arrival(0.01 * n, 200, 3000 if n % 2 == 0 else 20) for n in range(24)]
+    found = []
+    for policy in (None, load(POLICIES).build()):
+        cluster = Cluster(SMALL, 2, Dispatch.ROUND_ROBIN, policy)
+        cluster.run(arrivals)
+        found.append((max(r.done_s for r in cluster.finished), sum(w.preemptions for w in cluster.all_workers)))
+    assert found[1][0] < 0.9 * found[0][0]
+    assert found[1][1] < found[0][1]
+
+
+def test_requests_that_share_a_prompt_stay_together() -> None:
+    """Apart, each needs the whole prompt's KV."""
+    arrivals = [Arrival(0.02 * n, 8200, 500, prefix=tuple(range(16))) for n in range(60)]
+    cluster = Cluster(WorkerModel(capacity_tokens=30_000), 2, policy=load(POLICIES).build())
+    cluster.run(arrivals)
+    assert cluster.moves.by_policy.total() == 0
+    assert len(cluster.finished) == 60
 
 
 def test_a_worker_that_leaves_moves_its_requests_away_by_itself() -> None:
     arrivals = [Arrival(0.1 * i, 200, 1000) for i in range(12)]
-    cluster = Cluster(MODEL, 3, policy=parse({"policies": {}}).build(), scaling=Scaling(low=0.0, max_workers=3))
-    leaving = cluster.workers[0]
-    leaving.leaving = True
+    policy = parse({"policies": {}}).build()
+    cluster = Cluster(SMALL, 3, Dispatch.ROUND_ROBIN, policy, scaling=Scaling(low=0.9, high=0.95, max_workers=3))
     cluster.run(arrivals)
-    assert cluster.moves.by_policy == {"drain": 4}
-    assert leaving.gone_s < min(request.done_s for request in cluster.finished)
+    gone = [worker for worker in cluster.all_workers if worker.gone_s < cluster.time_s]
+    assert gone and cluster.moves.by_policy["drain"] > 0
+    assert gone[0].gone_s < min(request.done_s for request in cluster.finished)
     assert len(cluster.finished) == 12
 
 
 def test_the_same_requests_give_the_same_figures() -> None:
-    case, variant = Case(4, Shape.STICKY, 0.8, 15.0), Variant("", ALL)
-    first, again = (run(case, variant, requests(case, MODEL), MODEL, Slo()).report for _ in range(2))
-    assert (first.ttft_p99_ms, first.migrations) == (again.ttft_p99_ms, again.migrations)
+    scenario = Scenario(BURSTGPT, 4, 0.8, 15.0, 40_000)
+    first, again = (simulate(scenario, requests(scenario), load(POLICIES)) for _ in range(2))
+    assert msgspec.structs.replace(first, decision_ms=0) == msgspec.structs.replace(again, decision_ms=0)
 
 
-def test_large_clusters_are_simulated_for_a_shorter_time() -> None:
-    found = cases([4, 1024], [0.6, 0.8], 150.0)
-    assert {c.duration_s for c in found if c.workers == 1024} == {30.0}
-    assert {c.shape for c in found if c.workers == 1024} == {Shape.STICKY, Shape.HEAVY, Shape.EVEN}
-    assert sum(c.shape is Shape.WAVE for c in found if c.workers == 4) == 2
+def test_no_placement_is_faster_than_the_bound() -> None:
+    scenario = Scenario(BURSTGPT, 4, 0.3, 30.0)
+    arrivals = requests(scenario)
+    report, least = simulate(scenario, arrivals), bound(scenario, arrivals)
+    assert least.ttft_p99_ms <= report.ttft_p99_ms
+    assert least.tpot_p99_ms <= report.tpot_p99_ms
 
 
-def test_the_price_is_that_of_the_cheapest_cluster_that_is_as_fast() -> None:
-    ours = ran(Shape.WAVE, 0.6, 400.0, WAVES[4])
-    hours, p99 = ours.report.worker_hours, ours.report.ttft_p99_ms
-    points = [
-        Point(ours.case, False, None, 4, 0.5 * hours, 1.1 * p99),
-        Point(ours.case, False, None, 5, 2.0 * hours, 0.9 * p99),
-        Point(ours.case, False, None, 6, 2.5 * hours, 0.5 * p99),
-        Point(ours.case, True, None, 4, 0.7 * hours, 0.9 * p99),
-    ]
-    (price,) = prices([ours], points)
-    assert price.point == points[1]
-    assert price.saved == pytest.approx(0.5)
-    (price,) = prices([ours], points[:1])
-    assert price.point is None
+def test_the_router_follows_a_moved_request_that_the_frontend_repeats() -> None:
+    holders: defaultdict[int, set[int]] = defaultdict(set)
+    workers = [Worker(key, SMALL, holders=holders) for key in range(3)]
+    router = Router(Dispatch.KV, SMALL, holders)
+    router.reopen(workers, workers)
+    request = Request(1, Arrival(0.0, 4096, 10, prefix=tuple(range(8))))
+    router.book(request, workers[0], 4096)
+    workers[1].remember(request.arrival)
+    router.moved(request, workers[1], 0, 5)
+    assert router.place(request.arrival) is workers[1]
+
+
+@pytest.mark.parametrize("lines", ["{not json\n", "a,b\n1,2\n", ""])
+def test_a_file_that_is_no_trace_is_told_as_an_error(tmp_path: Path, lines: str) -> None:
+    path = tmp_path / "trace"
+    path.write_text(lines)
+    with pytest.raises(ConfigError):
+        requests(Scenario(str(path), 4, 0.5, 10.0))
+
+
+def test_a_trace_at_another_rate_has_that_rate_and_users_of_its_own_in_each_copy() -> None:
+    trace = [Arrival(float(n), 1500, 10, prefix=(0, n, 1000 + n)) for n in range(1, 101)]
+    found = traces.replay(trace, 10.0, 50.0)
+    assert 400 <= len(found) <= 600
+    seconds = [a.prefix[1] for a in found]
+    assert len(set(seconds)) == len(seconds)
+    assert all(a.prefix[0] == 0 for a in found)
+    assert traces.reused(found) == pytest.approx(1 / 3, abs=0.05)
+
+
+def test_load_after_burstgpts_statistics_has_its_means_and_some_turns() -> None:
+    found = traces.burstgpt(200.0, 500.0)
+    assert len(found) / 500.0 == pytest.approx(200.0, rel=0.1)
+    assert sum(a.prompt_tokens for a in found) / len(found) == pytest.approx(621, rel=0.1)
+    assert sum(a.output_tokens for a in found) / len(found) == pytest.approx(126, rel=0.1)
+    assert max(a.prompt_tokens for a in found) <= 45_000
+    assert traces.reused(found) > 0.02
+
+
+def test_the_best_saving_counts_only_clusters_that_are_as_fast() -> None:
+    scenario = Scenario(BURSTGPT, 4, 0.5, 60.0, 98_304, swings=True)
+    arrivals = requests(scenario)
+    scaling = Scaling(0.3, 0.6, min_workers=2, max_workers=4)
+    report = simulate(scenario, arrivals, fuller(), scaling=scaling)
+    results = list(_points(scenario, report))
+    assert saved(results) == pytest.approx(0.2)
+
+
+def _points(scenario: Scenario, report: Report) -> Iterator[object]:
+    from benchmarks.policy.runs import Result
+
+    hours, p99 = report.worker_hours, report.ttft_p99_ms
+    yield Result("swing", scenario, "move", report, 0.5)
+    for share, late in ((0.5, 1.1), (1.25, 0.9), (2.0, 0.5)):
+        rival = msgspec.structs.replace(report, worker_hours=share * hours, ttft_p99_ms=late * p99)
+        yield Result("swing", scenario, "wait", rival, 0.5)
+
+
+def test_every_group_has_its_variants() -> None:
+    found = scenarios([BURSTGPT], [16])
+    assert {group: len(chosen) for group, chosen in found.items()} == {"steady": 6, "restart": 1, "swing": 1}
+    short = msgspec.structs.replace(found["restart"][0], workers=4, seconds=20.0)
+    assert [r.variant for r in variants("restart", short, requests(short), POLICIES)] == ["wait", "replay", "move"]
+
+
+def test_the_simulated_router_chooses_as_dynamos_own_selector() -> None:
+    """Loads alone; Dynamo's selector learns what is cached from the KV events of live workers."""
+    core = pytest.importorskip("dynamo._core")
+    import asyncio
+
+    async def compare() -> tuple[int, int]:
+        service = core.SelectionService(indexer_threads=1)
+        block, count, chooser = 16, 5, random.Random(3)
+        for key in range(count):
+            place = {
+                "endpoint": f"tcp://127.0.0.1:{41000 + key}",
+                "kv_events_endpoint": f"tcp://127.0.0.1:{42000 + key}",
+            }
+            sizes = {"block_size": block, "total_kv_blocks": 50_000, "max_num_batched_tokens": 8192}
+            await service.upsert_worker({"worker_id": key, "model_name": "m", **place, **sizes})
+        model = WorkerModel(prefix_block_tokens=block)
+        holders: defaultdict[int, set[int]] = defaultdict(set)
+        workers = [Worker(key, model, holders=holders) for key in range(count)]
+        router = Router(Dispatch.KV, model, holders)
+        router.reopen(workers, workers)
+        same, running = 0, []
+        for number in range(200):
+            tokens = block * chooser.randrange(4, 250)
+            reply = await service.select_and_reserve(
+                {"token_ids": [number] * tokens, "model_name": "m", "selection_id": str(number)}
+            )
+            costs = router._to_compute + router._used
+            request = Request(number, Arrival(0.0, tokens, 1))
+            # Among equals Dynamo chooses as it likes.
+            same += costs[reply["worker_id"]] == costs.min()
+            router.book(request, workers[reply["worker_id"]], tokens)
+            running.append(request)
+            if chooser.random() < 0.6:
+                done = running[chooser.randrange(len(running))]
+                await service.prefill_complete(str(done.key))
+                router.computed(done)
+            if chooser.random() < 0.3:
+                gone = running.pop(chooser.randrange(len(running)))
+                await service.free_reservation(str(gone.key))
+                router.free(gone)
+        service.shutdown()
+        return same, 200
+
+    same, all_of_them = asyncio.run(compare())
+    assert same == all_of_them

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Workers that end while they have requests, and what becomes of those.
+
+MOVE     they move away with their KV, as this package's workers do
+WAIT     the worker gets no new requests and goes on until all have ended
+REPLAY   it ends at once; Dynamo's frontend (``--migration-limit``) sends prompt and answer so far to another worker,
+         which computes their KV again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+
+import msgspec
+
+from planner_hooks.simulate.dispatch import Router
+from planner_hooks.simulate.events import Events
+from planner_hooks.simulate.moves import Moves
+from planner_hooks.simulate.worker import NOT_YET, Request, Worker
+
+_AGAIN_S = 0.1
+
+
+class Ending(StrEnum):
+    """See the module docstring."""
+
+    MOVE = "move"
+    WAIT = "wait"
+    REPLAY = "replay"
+
+
+class Restart(msgspec.Struct, frozen=True):
+    """All workers end, a part of them at a time; a new one comes in the place of each."""
+
+    ending: Ending
+    start_s: float
+    startup_s: float = 60.0
+    share: float = 0.1
+    """Of the workers at a time, one at least."""
+    replaced: bool = True
+    """False: the first part of them ends, and nothing follows."""
+
+
+class Upkeep:
+    """Ends workers. ``settle`` is called with each one that changes, ``gone`` with each that is empty."""
+
+    def __init__(
+        self, moves: Moves, router: Router, events: Events, settle: Callable[[Worker], None], ending: Ending
+    ) -> None:
+        self._moves = moves
+        self._router = router
+        self._events = events
+        self._settle = settle
+        self._ending = ending
+
+    def end(self, worker: Worker) -> None:
+        """Begin; the router has been told that the worker is leaving."""
+        worker.advance(self._events.time_s)
+        worker.ends, worker.ending_s = True, self._events.time_s
+        for request in worker.running:
+            request.ended = True
+        if self._ending is Ending.MOVE:
+            self._drain(worker)
+        elif self._ending is Ending.REPLAY:
+            for request in worker.drop():
+                self._send_again(request)
+        self._settle(worker)
+
+    def _drain(self, worker: Worker) -> None:
+        """Until it is empty: requests for which there is no room yet go on decoding."""
+        if worker.gone_s != NOT_YET or not worker.leaving:
+            return
+        touched: set[Worker] = set()
+        worker.advance(self._events.time_s)
+        self._moves.drain(worker, touched)
+        for one in touched:
+            self._settle(one)
+        self._events.after(_AGAIN_S, lambda: self._drain(worker))
+
+    def _send_again(self, request: Request) -> None:
+        if request.first_s != NOT_YET:
+            request.stalled_since = self._events.time_s
+        self._router.free(request)
+        worker = self._router.place(request.arrival)
+        worker.advance(self._events.time_s)
+        worker.enqueue(request)
+        self._router.book(request, worker, worker.to_compute(request), request.generated)
+        self._settle(worker)
