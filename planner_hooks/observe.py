@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 import msgspec
 import numpy as np
 
-from components.engine.protocol import RequestId, RequestPhase
+from components.engine.kv import RequestId
+from components.engine.protocol import RequestPhase
 from components.migration.messages import MoveRecord, RequestRow
 from components.status import Status, WorkerReport
 from planner_hooks.estimate import RemainingEstimate
