@@ -124,7 +124,7 @@ def test_the_source_s_engine_commits_and_the_worker_s_commit_changes_nothing(
     jobs = list(target.executor.jobs)
     assert len(jobs) == 1 and 0 < jobs[0].deadline_s <= 5.0
     assert target.is_direct(landing)
-    assert target.scheduler.migration.untold == {landing.request_id: frozen.output_token_ids}
+    assert target.scheduler.migration.untold == {landing.request_id: encode(frozen.output_token_ids)}
     target.call(Op.COMMIT, MOVED, frozen=msgspec.structs.replace(frozen, use_within_s=9.0))
     assert not target.scheduler.migration.untold
     assert target.executor.jobs == jobs

@@ -19,7 +19,7 @@ from components.errors import NoRoom
 from tests.vllm_scheduler import offer_of
 
 pytest.importorskip("vllm")
-from components.engine.vllm.control import COMMITTED  # noqa: E402
+from components.engine.vllm.control import COMMITTED, encode  # noqa: E402
 from components.engine.vllm.engine import VLLMEngine, VLLMOptions  # noqa: E402
 
 ONE = RequestId("one")
@@ -44,7 +44,7 @@ class Engine(VLLMEngine):
     def give(self, *tokens: int, finish: str | None = None, committed: tuple[int, ...] | None = None) -> None:
         sample = SimpleNamespace(token_ids=list(tokens), finish_reason=finish, stop_reason=None, logprobs=None)
         more = {"outputs": [sample], "finished": finish is not None, "num_cached_tokens": 0}
-        told = None if committed is None else {COMMITTED: list(committed)}
+        told = None if committed is None else {COMMITTED: encode(committed)}
         self.items.put_nowait(SimpleNamespace(kv_transfer_params=told, **more))
 
 

@@ -190,3 +190,27 @@ def test_who_waits_for_a_landing_is_answered_once_when_its_round_has_ended(tiny_
     # There is nothing more to wait for.
     assert played.call(Op.LANDING, request, hold_s=1.0).landing.landed  # type: ignore[union-attr]
     end(played, request)
+
+
+def test_steps_that_only_wait_for_copies_tell_what_is_new_and_nothing_twice(tiny_llama: str) -> None:
+    from vllm.v1.metrics.stats import PrefixCacheStats
+
+    played = Played(tiny_llama)
+    played.scheduler.log_stats = played.scheduler.kv_cache_manager.log_stats = True
+    played.scheduler.kv_cache_manager.prefix_cache_stats = PrefixCacheStats()
+
+    def told() -> int | None:
+        """Requests that wait, as the step's message has it; None: there is none."""
+        outputs = played.finish_step(played.schedule())
+        return outputs[0].scheduler_stats.num_skipped_waiting_reqs if outputs else None
+
+    first = played.land("first", 50)
+    assert [told() for _ in range(4)] == [1, None, None, None]
+    second = played.land("second", 50)
+    assert [told() for _ in range(3)] == [2, None, None]
+    end(played, first)
+    assert [told() for _ in range(2)] == [1, None]
+    running = played.add([1, 2, 3])
+    assert [told() for _ in range(3)] == [1, 1, 1]
+    end(played, running)
+    end(played, second)

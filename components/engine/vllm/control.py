@@ -21,7 +21,7 @@ MARKER = "dynamo_migrate"
 
 COMMITTED = "dynamo_migrate_committed"
 """Key under ``kv_transfer_params`` of the first outputs of a landing that the source's engine has committed; its tokens
-until then."""
+until then, encoded: vLLM would code each of them by itself, for each output."""
 
 
 class Marker(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -99,6 +99,7 @@ encode = msgspec.msgpack.Encoder().encode
 decode_call = msgspec.msgpack.Decoder(Call).decode
 decode_marker = msgspec.msgpack.Decoder(Marker).decode
 decode_frozen = msgspec.msgpack.Decoder(Frozen).decode
+decode_tokens = msgspec.msgpack.Decoder(tuple[int, ...]).decode
 decode_lent = msgspec.msgpack.Decoder(Lent).decode
 _decode_reply = msgspec.msgpack.Decoder(Reply).decode
 

@@ -30,7 +30,7 @@ from components.engine.protocol import (
 )
 from components.engine.vllm import native
 from components.engine.vllm.client import CoreClient
-from components.engine.vllm.control import COMMITTED, MARKER, decode_frozen
+from components.engine.vllm.control import COMMITTED, MARKER, decode_frozen, decode_tokens
 from components.engine.vllm.loras import Loras
 from components.engine.vllm.sampling import finish_reason, logprobs_of, marked, to_vllm
 from components.engine.vllm.start import VLLMOptions, info_of, start
@@ -148,13 +148,14 @@ class VLLMEngine:
 
     def _committed_directly(self, live: _Live, item: Any) -> tuple[int, ...] | None:
         """The tokens of a landing's commit by the source's engine, if that has come first. It runs from here on."""
-        tokens = (item.kv_transfer_params or {}).get(COMMITTED)
-        if tokens is None or live.landing is None or live.ended is not None:
+        told = (item.kv_transfer_params or {}).get(COMMITTED)
+        if told is None or live.landing is None or live.ended is not None:
             return None
         live.landing = None
         self._stop_lease(live.request_id)
-        self._count_from(live.request_id, tuple(tokens))
-        return tuple(tokens)
+        tokens = decode_tokens(told)
+        self._count_from(live.request_id, tokens)
+        return tokens
 
     async def _committed(self, live: _Live) -> bool:
         """Wait for the worker's commit of a landing, whose first output can overtake it. False: it has ended."""

@@ -25,7 +25,7 @@ from components.engine.vllm.compat.requests import external_id
 from components.engine.vllm.compat.resumed import as_resumed
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.compat.tokens import known
-from components.engine.vllm.control import MARKER, Call, Marker, Op, Reply, decode_marker
+from components.engine.vllm.control import MARKER, Call, Marker, Op, Reply, decode_marker, encode
 from components.engine.vllm.direct import Inbox
 from components.engine.vllm.handoff import Handoff
 from components.engine.vllm.migrate_in import MigrateIn
@@ -84,9 +84,9 @@ class Migration:
         """Records by the caller's id, which two requests can share briefly."""
         self._ended_early: dict[RequestId, tuple[int, ...]] = {}
         """The last requests that ended by themselves after a direct commit, perhaps before their worker's."""
-        self.untold: dict[str, tuple[int, ...]] = {}
-        """Tokens of direct commits whose worker's commit has not come, by vLLM's id. Each output of such a request
-        has them, because vLLM's client joins outputs and keeps only the last one's parameters."""
+        self.untold: dict[str, bytes] = {}
+        """Encoded tokens of direct commits whose worker's commit has not come, by vLLM's id. Each output of such a
+        request has them, because vLLM's client joins outputs and keeps only the last one's parameters."""
         self._step_began = 0.0
         self.last_step_s = 0.0
         self._past_preemptions = 0
@@ -166,7 +166,7 @@ class Migration:
             if record is not None and call.frozen is not None:
                 self.incoming.commit(record, call.frozen, direct=True)
                 if record.direct is not None:
-                    self.untold[call.request_id] = record.direct
+                    self.untold[call.request_id] = encode(record.direct)
         except MigrateError as error:
             logger.debug("request %s: direct commit refused: %s", call.request_id, error)
         except Exception:

@@ -30,6 +30,7 @@ from components.errors import ConfigError
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request, RequestStatus
 
@@ -47,6 +48,8 @@ class MigrationMixin(Scheduler):
         if connector is None:
             raise ConfigError("a scheduler that migrates needs kv_connector MigrationConnector in kv_transfer_config")
         connector.migration = self.migration = Migration(SchedulerPort(self), connector.settings)
+        self._idle: tuple[Any, ...] | None = ()
+        """What the last step without tokens had to tell; None in other steps."""
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """As vLLM's, after the direct commits that have come since the last step."""
@@ -69,6 +72,7 @@ class MigrationMixin(Scheduler):
         """As vLLM's; then freeze the requests that waited for this step."""
         if (transfers := model_runner_output.kv_connector_output) is not None:
             self.migration.handoff.summed(results_of(transfers.kv_connector_worker_meta, StepResults))
+        self._idle = (self._idle or ()) if not scheduler_output.total_num_scheduled_tokens else None
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for record, frozen in self.migration.after_step():
             for output in outputs[record.request.client_index].outputs:
@@ -80,6 +84,17 @@ class MigrationMixin(Scheduler):
                     output.kv_transfer_params = {COMMITTED: tokens, **(output.kv_transfer_params or {})}
             self.migration.forget_ended()
         return outputs
+
+    def make_stats(self, *args: Any, **keywords: Any) -> SchedulerStats | None:
+        """As vLLM's, but not once in each of hundreds of steps that only wait for copies: the process that serves all
+        streams would read a message for each of them.
+        """
+        if self._idle is not None:
+            news = (*self.get_request_counts(), self.kv_cache_manager.usage)
+            if news == self._idle:
+                return None
+            self._idle = news
+        return super().make_stats(*args, **keywords)
 
     def has_finished_requests(self) -> bool:
         """As vLLM's, which would take requests outside its queues for finished ones and step for ever."""
