@@ -3,8 +3,8 @@
 
     python -m examples.migrate_in_vllm --model smollm2
 
-The calls are those that the router makes (``components/engine/protocol.py``): reserve and pre-copy while the source
-decodes, freeze, commit, release. The agents find each other in an etcd, which is started here.
+The calls are those that a source's worker makes (``components/engine/protocol.py``): reserve and pre-copy while the
+source decodes, freeze, commit, release. The agents find each other in an etcd, which is started here.
 """
 
 from __future__ import annotations
