@@ -50,6 +50,8 @@ class Away:
     told: frozenset[int] | None = None
     """Workers that know the owner; None during the announcement."""
     told_at: float = 0.0
+    look_at: float = 0.0
+    """When to look next whether the frontend shall repeat it."""
 
 
 @dataclass(eq=False)
@@ -74,7 +76,7 @@ class Leg:
     life: Life = field(default_factory=new_life)
     began: float = field(default_factory=lambda: time.monotonic())
     tokens: list[int] = field(default_factory=list)
-    """Output tokens sent by this worker."""
+    """Output tokens that its handler has passed on; of an arrival those that the engine has made."""
     away: Away | None = None
     may_part: bool = False
     """True from the first move of a life that a handler reads from the engine."""
@@ -185,6 +187,7 @@ class Arrival(Leg):
     def add(self, output: GenerateOutput) -> None:
         """Add an output of the engine."""
         self.outputs.append(output)
+        self.tokens.extend(output.token_ids)
         self._note_time()
         if len(self.outputs) == 1 or self.away is not None:
             mark("target", "first token", self.request_id)
@@ -192,7 +195,7 @@ class Arrival(Leg):
 
     def known(self) -> list[int]:
         """All output tokens, including earlier lives."""
-        return [*self.before, *(token for output in self.outputs for token in output.token_ids)]
+        return [*self.before, *self.tokens]
 
     def index_after(self, token_ids: Sequence[int]) -> int | None:
         """Index of the output token after these tokens of prompt and answer; None when they are not this life's."""

@@ -153,18 +153,13 @@ async def states_of(peers: Peers, instances: Sequence[int]) -> dict[int, WorkerS
     return {i: r.state for i, r in replies if not isinstance(r, BaseException) and r.state is not None}
 
 
-async def _opened(stream: AsyncGenerator[Attached, None], owner: Owner) -> AsyncGenerator[Attached, None]:
-    """The items. The first one must arrive within ``OPEN_S``; a living worker sends it at once."""
-    async with aclosing(stream):
-        try:
-            async with asyncio.timeout(OPEN_S):
-                first = await anext(stream, None)
-        except TimeoutError as error:
-            raise WorkerLost(f"worker {short(owner.instance)} did not take a reader within {OPEN_S:g} s") from error
-        if first is not None:
-            yield first
-        async for item in stream:
-            yield item
+async def _opened(stream: AsyncGenerator[Attached, None], owner: Owner) -> Attached | None:
+    """The first item, which must arrive within ``OPEN_S``; a living worker sends it at once. None: there is none."""
+    try:
+        async with asyncio.timeout(OPEN_S):
+            return await anext(stream, None)
+    except TimeoutError as error:
+        raise WorkerLost(f"worker {short(owner.instance)} did not take a reader within {OPEN_S:g} s") from error
 
 
 Attach = Callable[[Owner, RequestId, int, tuple[int, ...]], AsyncGenerator[Attached, None]]
@@ -186,8 +181,9 @@ async def follow(
     """
     while True:
         heir: Owner | None = None
-        async with aclosing(_opened(attach(owner, request_id, index, token_ids), owner)) as stream:
-            async for item in stream:
+        async with aclosing(attach(owner, request_id, index, token_ids)) as stream:
+            item = await _opened(stream, owner)
+            while item is not None:
                 if item.error is not None:
                     raise from_code(*item.error)
                 if opened is not None:
@@ -202,6 +198,7 @@ async def follow(
                 if item.moved is not None:
                     heir = item.moved
                     break
+                item = await anext(stream, None)
         if heir is None:
             raise WorkerLost(f"worker {short(owner.instance)} closed the stream of request {request_id}")
         owner = heir

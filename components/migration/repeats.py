@@ -14,6 +14,8 @@ from components.migration.owners import TELL_AGAIN_S, Owners
 from components.migration.peers import Peers
 from components.migration.tasks import Spawn
 
+_LOOK_S = 0.05
+
 
 class Repeat(Exception):
     """The frontend shall send the request again; not an error of anybody."""
@@ -53,12 +55,17 @@ class Repeats:
         """
         if not self._options.repeats or leg.attached or away.told is None:
             return False
+        now = time.monotonic()
+        if now < away.look_at and not closing:
+            # To ask Dynamo for its workers with each token costs as much as to pass the token on.
+            return False
+        away.look_at = now + _LOOK_S
         untried = {instance for instance in self._peers.siblings() if instance not in leg.tried}
         if not closing:
             enough = leg.max_tokens is None or leg.max_tokens - made >= self._options.relay_below
             if not enough or len(untried) < 2 or away.owner.instance not in untried:
                 return False
-        if time.monotonic() - away.told_at < TELL_AGAIN_S:
+        if now - away.told_at < TELL_AGAIN_S:
             return self._owners.known_to(untried, away.told)
         away.told = None
         self._spawn(self._owners.tell(leg.request_id, away))

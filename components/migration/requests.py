@@ -132,7 +132,8 @@ class Requests:
         made = list(away.cut)
         try:
             async with aclosing(away.relay):
-                async for output in _chain(away.first, away.relay):
+                output: GenerateOutput | None = away.first
+                while output is not None:
                     made.extend(output.token_ids)
                     leg.over = output.finish_reason is not None
                     yield output
@@ -141,6 +142,7 @@ class Requests:
                     if self._repeats.due(leg, away, len(made), self.closing):
                         self.events[Event.REPEATED] += 1
                         raise Repeat(f"request {leg.request_id} runs at another worker")
+                    output = await anext(away.relay, None)
             raise WorkerLost("the relay was closed")
         except Repeat:
             leg.handed_on = True
@@ -298,11 +300,3 @@ class Requests:
             self.owners.sweep()
             self.suspects.sweep()
             self.arrivals.sweep(self.options.orphan_s)
-
-
-async def _chain(
-    first: GenerateOutput, rest: AsyncGenerator[GenerateOutput, None]
-) -> AsyncGenerator[GenerateOutput, None]:
-    yield first
-    async for output in rest:
-        yield output
