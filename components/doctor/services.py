@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import httpx
 
@@ -30,57 +30,53 @@ def services(environment: Mapping[str, str], port: int) -> list[Check]:
         env.check(environment)
     except ConfigError as error:
         return [Check("variables", State.FAIL, str(error), "correct it, or unset it"), _port(port)]
-    return [_etcd(environment), _nats(environment), _port(port)]
+    etcd = _servers("etcd", env.ETCD_ENDPOINTS, "etcd", "etcd-server", environment, _etcd)
+    nats = _servers("NATS", env.NATS_SERVER, "nats-server", "nats-server", environment, _nats)
+    return [etcd, nats, _port(port)]
 
 
-def _etcd(environment: Mapping[str, str]) -> Check:
-    named = env.ETCD_ENDPOINTS.read(environment)
+def _servers(
+    name: str,
+    variable: env.Variable[tuple[str, ...]],
+    program: str,
+    package: str,
+    environment: Mapping[str, str],
+    ask: Callable[[str, Mapping[str, str]], str],
+) -> Check:
+    named = variable.read(environment)
     if not named:
-        return _program("etcd", "etcd", "etcd-server", "ETCD_ENDPOINTS")
+        return _program(name, program, package, variable.name)
     found, failed = [], []
     for url in named:
         try:
-            found.append(f"{without_secrets(url)} is {_etcd_version(Endpoint.of(url), environment)}")
+            found.append(ask(url, environment))
         except (httpx.HTTPError, OSError, ValueError, KeyError, ConfigError) as error:
             failed.append(f"{without_secrets(url)}: {error or type(error).__name__}")
     if failed:
-        fix = "start it, or correct ETCD_ENDPOINTS; unset, dynamo serve starts one of its own"
-        return Check("etcd", State.FAIL if not found else State.WARN, "; ".join(failed), fix)
-    return Check("etcd", State.OK, "; ".join(found))
+        fix = f"start it, or correct {variable.name}; unset, dynamo serve starts one of its own"
+        return Check(name, State.FAIL if not found else State.WARN, "; ".join(failed), fix)
+    return Check(name, State.OK, "; ".join(found))
 
 
-def _etcd_version(endpoint: Endpoint, environment: Mapping[str, str]) -> str:
+def _etcd(named: str, environment: Mapping[str, str]) -> str:
+    endpoint = Endpoint.of(named)
     verify: ssl.SSLContext | bool = True
     if endpoint.secure:
         verify = ssl.create_default_context(cafile=env.ETCD_AUTH_CA.read(environment) or None)
         if certificate := env.ETCD_AUTH_CLIENT_CERT.read(environment):
             verify.load_cert_chain(certificate, env.ETCD_AUTH_CLIENT_KEY.read(environment) or None)
     url = f"{'https' if endpoint.secure else 'http'}://{Address(endpoint.host, endpoint.port)}/version"
-    return str(httpx.get(url, timeout=_S, verify=verify, trust_env=False).json()["etcdserver"])
+    version = httpx.get(url, timeout=_S, verify=verify, trust_env=False).json()["etcdserver"]
+    return f"{without_secrets(named)} is {version}"
 
 
-def _nats(environment: Mapping[str, str]) -> Check:
-    named = env.NATS_SERVER.read(environment)
-    if not named:
-        return _program("NATS", "nats-server", "nats-server", "NATS_SERVER")
-    found, failed = [], []
-    for url in named:
-        try:
-            found.append(str(_greeted(Address.of(url, 4222))))
-        except (OSError, ValueError) as error:
-            failed.append(f"{without_secrets(url)}: {error}")
-    if failed:
-        fix = "start it, or correct NATS_SERVER; unset, dynamo serve starts one of its own"
-        return Check("NATS", State.FAIL if not found else State.WARN, "; ".join(failed), fix)
-    return Check("NATS", State.OK, "; ".join(found))
-
-
-def _greeted(where: Address) -> Address:
+def _nats(named: str, _: Mapping[str, str]) -> str:
+    where = Address.of(named, 4222)
     with socket.create_connection(where, timeout=_S) as link:
         link.settimeout(_S)
         if not link.recv(4096).startswith(b"INFO "):
             raise ValueError("what answers there is no NATS server")
-    return where
+    return str(where)
 
 
 def _program(name: str, program: str, package: str, variable: str) -> Check:
