@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -132,15 +132,20 @@ async def as_vllm(request: GenerateRequest, answer: Moved) -> bool:
 
 
 async def compare(
-    pair: Pair, family: str, requests: int, tokens: int = 100, prompts: tuple[int, ...] = PROMPTS
+    pair: Pair,
+    family: str,
+    requests: int,
+    tokens: int = 100,
+    prompts: Sequence[int] = PROMPTS,
+    kinds: Sequence[str] = tuple(SAMPLINGS),
 ) -> list[Cell]:
     """Counts of so many requests, each of which moves in each mode."""
     config = pair.a._llm.vllm_config
     caching, runner = bool(config.cache_config.enable_prefix_caching), runner_version(config)
     cells: dict[tuple[bool, str, str], Cell] = {}
     for number in range(requests):
-        kind, sampling = list(SAMPLINGS.items())[number % len(SAMPLINGS)]
-        sampling = msgspec.structs.replace(sampling, max_tokens=tokens)
+        kind = kinds[number % len(kinds)]
+        sampling = msgspec.structs.replace(SAMPLINGS[kind], max_tokens=tokens)
         asked = request_of(f"plain-{number}", prompts[number % len(prompts)] + number // len(prompts), sampling)
         plain, apart = await run(pair.a, asked), number % 2 == 1
         for mode in MODES:
@@ -186,6 +191,7 @@ def main(
     requests: Annotated[int, typer.Option(min=1, help="of each model; each moves in each mode")] = 17,
     tokens: Annotated[int, typer.Option(min=50, help="of each answer")] = 100,
     prompts: Annotated[str, typer.Option(help="their tokens, joined by commas")] = ",".join(map(str, PROMPTS)),
+    kinds: Annotated[str, typer.Option(help="of sampling, joined by commas")] = ",".join(SAMPLINGS),
     json: Annotated[Path, typer.Option("--json", help="file for the counts")] = RESULTS / "families-equal-cpu.json",
 ) -> None:
     """Count moved answers that equal unmoved ones."""
@@ -193,7 +199,7 @@ def main(
     for family in families.split(";"):
         for each in caching.split(","):
             lengths = tuple(int(length) for length in prompts.split(","))
-            cells = asyncio.run(_count(family, each == "on", requests, tokens, lengths))
+            cells = asyncio.run(_count(family, each == "on", requests, tokens, lengths, kinds.split(",")))
             for cell in cells:
                 typer.echo(str(cell))
             _write(json, cells)
