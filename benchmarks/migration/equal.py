@@ -66,8 +66,10 @@ def lines(costs: Path = RESULTS / "families-cpu.json", counts: Path = RESULTS / 
     for model, (name, family, moves) in _MOVES.items():
         of = [cell for cell in cells if cell.family == family]
         equal = [_equal([cell for cell in of if cell.mode == mode]) for mode in MODES]
-        rows.append([name, moves, *(_cost(cost[model]) if model else [""] * 4), *equal])
-    return table(head, rows)
+        rows.append([name, moves, *(_cost(cost[model]) if model in cost else [""] * 4), *equal])
+    made = table(head, rows)
+    made[1] = made[1].replace("---:", "---", 1)
+    return made
 
 
 def _cost(found: dict[str, Any]) -> list[str]:
