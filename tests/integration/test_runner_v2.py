@@ -25,7 +25,7 @@ def test_moved_answers_equal_unmoved_ones(tmp_path: Path, family: str, prompts: 
     command += ["--requests", "2", "--tokens", "60", "--prompts", prompts, "--json", str(tmp_path / "counts.json")]
     # Greedy, and with penalties and a seed; the interpreter does not run vLLM's kernel of top_p.
     command += ["--kinds", "greedy,penalties"]
-    subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True, timeout=400, cwd=ROOT)
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True, timeout=900, cwd=ROOT)
     counts = msgspec.json.decode((tmp_path / "counts.json").read_bytes(), type=Counts)
     assert {cell.runner for cell in counts.cells} == {"v2"}
     assert sum(cell.answers for cell in counts.cells) == 6
