@@ -132,10 +132,10 @@ def main(
 ) -> None:
     """Share of drafts accepted and tokens per second of one request before, during and after moves."""
     runs = [Run(model, jsonlib.loads(drafts), dtype)] if drafts else _RUNS
-    for run in runs:
-        asyncio.run(_measure(run, tokens, moves))
     head = ["model", "drafts", "answer", "moves", "drafts accepted", "tokens/step", "tokens/s"]
-    tell(head, [row for run in runs for row in run.rows()], {"runs": runs}, json, width=120)
+    for number, run in enumerate(runs, 1):
+        asyncio.run(_measure(run, tokens, moves))
+        tell(head, run.rows(), {"runs": runs[:number]}, json, width=120)
 
 
 if __name__ == "__main__":
