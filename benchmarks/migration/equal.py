@@ -65,7 +65,9 @@ def lines(costs: Path = RESULTS / "families-cpu.json", counts: Path = RESULTS / 
     rows = []
     for model, (name, family, moves) in _MOVES.items():
         of = [cell for cell in cells if cell.family == family]
-        equal = [_equal([cell for cell in of if cell.mode == mode]) for mode in MODES]
+        if model not in cost and not of:
+            continue
+        equal = [_equal([cell for cell in of if cell.mode == mode]) if of else "" for mode in MODES]
         rows.append([name, moves, *(_cost(cost[model]) if model in cost else [""] * 4), *equal])
     made = table(head, rows)
     made[1] = made[1].replace("---:", "---", 1)

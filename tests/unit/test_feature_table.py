@@ -13,6 +13,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from benchmarks.migration import equal
 from components.engine.vllm import native
 from tests.integration.features import FEATURES
 
@@ -92,3 +93,8 @@ def test_every_case_names_tests_that_exist() -> None:
     assert len(named) > 25
     for file, test in named:
         assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"
+
+
+def test_what_families_move_is_what_was_measured() -> None:
+    text = (ROOT / "docs" / "features.md").read_text()
+    assert "\n".join(equal.lines()) in text, "python -m benchmarks.migration.equal prints the table of today's results"
