@@ -44,12 +44,16 @@ class Neighbours:
         self._readers = [each.connector_scheduler for each in found if each.connector_scheduler is not None]
         self._fresh: set[int] = set()
 
+    def __bool__(self) -> bool:
+        return bool(self._readers)
+
     def given(self, blocks: Iterable[int]) -> None:
         """Blocks have been given to a request otherwise than by a step."""
-        if self._readers:
-            self._fresh |= set(blocks) - {0}
-            for reader in self._readers:
-                reader._current_batch_allocated_block_ids.update(self._fresh)
+        if not self._readers:
+            return
+        self._fresh |= set(blocks) - {0}
+        for reader in self._readers:
+            reader._current_batch_allocated_block_ids.update(self._fresh)
 
     def step(self) -> None:
         """Another step has been scheduled: its workers have read the blocks before they begin a copy."""

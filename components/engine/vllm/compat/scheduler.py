@@ -208,7 +208,8 @@ class SchedulerPort:
         if not placed or apart and not self.grow(request, num_tokens, room):
             self.free_blocks_of(self.unreserve(request))
             return None
-        self.neighbours.given(self._numbers(request))
+        if self.neighbours:
+            self.neighbours.given(self._numbers(request))
         return Reservation(self.tables(request), local)
 
     def unreserve(self, request: Request) -> list[KVCacheBlock]:
@@ -234,13 +235,14 @@ class SchedulerPort:
         new = max(num_tokens, min(room_tokens, self._scheduler.max_model_len)) - had
         if new <= 0:
             return True
-        before = self._numbers(request)
+        before = self._numbers(request) if self.neighbours else set()
         if self._scheduler.kv_cache_manager.allocate_slots(request, new, delay_cache_blocks=True) is None:
             return False
         request.num_computed_tokens = max(had, num_tokens)
         placed = self._place_states(request)
         self._do_not_zero(request)
-        self.neighbours.given(self._numbers(request) - before)
+        if self.neighbours:
+            self.neighbours.given(self._numbers(request) - before)
         return placed
 
     def _place_states(self, request: Request) -> bool:
