@@ -28,7 +28,7 @@ WHOLE, LITTLE = WorkerModel().capacity_tokens, 98_304
 """KV of a worker: all of an H200's memory, and the 12 GiB of ``crowd-gpu.json``."""
 FULL = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 """KV usages above which the planner adds a worker; below three fifths of it one goes."""
-SECONDS = {4: 1200.0, 16: 600.0, 64: 300.0, 256: 90.0, 1024: 40.0}
+SECONDS = {4: 600.0, 16: 240.0, 64: 90.0, 256: 40.0, 1024: 20.0}
 LOADS = (0.4, 0.55, 0.7)
 SLO = Slo(ttft_s=2.0, tpot_s=0.05)
 
@@ -76,10 +76,10 @@ def scenarios(traces: list[str], sizes: list[int]) -> dict[str, list[Scenario]]:
     for trace in traces:
         for workers in sizes:
             seconds = SECONDS.get(workers, 300.0)
-            for load in LOADS if workers <= 64 else LOADS[1:2]:
+            for load in LOADS if workers <= 16 else LOADS[1:2]:
                 found["steady"] += [Scenario(trace, workers, load, seconds, kv) for kv in (WHOLE, LITTLE)]
-            if workers <= 64:
-                found["restart"].append(Scenario(trace, workers, LOADS[0], 900.0 + 6 * workers, restarts=True))
+            if workers <= 16:
+                found["restart"].append(Scenario(trace, workers, LOADS[0], 800.0, restarts=True))
             if workers == 16:
                 found["swing"].append(Scenario(trace, workers, 0.7, 900.0, LITTLE, swings=True))
     return found
