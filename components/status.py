@@ -85,8 +85,9 @@ class Told:
         for row in state.rows:
             self._rows[row.number] = row
             self._began[row.number] = now - row.age_s
+        row_of = self._rows.get  # For a hundred thousand of them.
         for count in state.counts:
-            if (known := self._rows.get(count.number)) is not None:
+            if (known := row_of(count.number)) is not None:
                 known.output_tokens, known.kv_blocks = count.output_tokens, count.kv_blocks
         if not state.next:
             self.version, self.missing = self._next_version, ""

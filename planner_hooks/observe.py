@@ -58,8 +58,8 @@ class Observer:
 
     def capture(self, status: Status, active: Iterable[ActiveMove] = ()) -> Capture:
         """The state in readable form."""
-        rows, owners, workers = self._rows(status)
-        columns = self._columns(status, rows, owners, workers)
+        rows, owners, workers, odd = self._rows(status)
+        columns = self._columns(status, rows, owners, workers, odd)
         names = [worker.worker for worker in workers]
         found = zip(rows, columns.worker, columns.need, columns.kv, columns.remaining, columns.since_move, strict=True)
         requests = [
@@ -88,12 +88,12 @@ class Observer:
 
     def snapshot(self, status: Status, active: Iterable[ActiveMove], stale_after_s: float) -> Snapshot:
         """The input of policies, without the readable form of requests: that takes longer than everything else."""
-        rows, owners, workers = self._rows(status)
-        requests = self._columns(status, rows, owners, workers)
+        rows, owners, workers, odd = self._rows(status)
+        requests = self._columns(status, rows, owners, workers, odd)
         return Snapshot.joined(self._head(status, workers, active), requests, stale_after_s)
 
-    def _rows(self, status: Status) -> tuple[list[RequestRow], Ints, list[WorkerReport]]:
-        """Rows in engines of decode workers, the index of each one's worker, and those workers."""
+    def _rows(self, status: Status) -> tuple[list[RequestRow], Ints, list[WorkerReport], list[int]]:
+        """Rows in engines of decode workers, the index of each one's worker, those workers, and unusual rows."""
         self._count_ended(status)
         decode = [w for w in status.workers if w.role in DECODE_ROLES and w.stats is not None and w.info is not None]
         # When two workers list a request that has just moved, the younger report is right.
@@ -101,7 +101,8 @@ class Observer:
         rows = list(itertools.chain.from_iterable(worker.requests for worker in decode))
         owners = np.repeat(np.arange(len(decode), dtype=np.int32), [len(worker.requests) for worker in decode])
         landing = RequestPhase.LANDING
-        out = {at for at, row in enumerate(rows) if row.relayed_from or row.phase is landing}
+        odd = _odd(rows)
+        out = {at for at in odd if rows[at].relayed_from or rows[at].phase is landing}
         if len({row.request_id for row in rows}) < len(rows):
             seen: set[RequestId] = set()
             for at, row in enumerate(rows):
@@ -111,7 +112,8 @@ class Observer:
         if out:
             kept = np.setdiff1d(np.arange(len(rows)), list(out))
             rows, owners = [rows[at] for at in kept.tolist()], owners[kept]
-        return rows, owners, decode
+            odd = _odd(rows)
+        return rows, owners, decode, odd
 
     def _count_ended(self, status: Status) -> None:
         """Learn from the outputs of requests that have ended. A removed worker has not reported their ends."""
@@ -131,15 +133,14 @@ class Observer:
                     self._remaining.finished(row.output_tokens)
         self._seen = seen
 
-    def _columns(self, status: Status, rows: list[RequestRow], worker: Ints, workers: list[WorkerReport]) -> Requests:
+    def _columns(
+        self, status: Status, rows: list[RequestRow], worker: Ints, workers: list[WorkerReport], odd: list[int]
+    ) -> Requests:
         outputs = np.array([row.output_tokens for row in rows], dtype=np.float64)
-        # Few rows are in another state than the others, and these columns are the slow ones to make.
-        decodes = RequestPhase.DECODE
-        others = [at for at, row in enumerate(rows) if row.phase is not decodes or row.not_migratable or row.moving]
         running, waiting, free = np.array([[True], [False], [True]]).repeat(len(rows), axis=1)
-        for at in others:
+        for at in odd:
             row = rows[at]
-            running[at], waiting[at] = row.phase is decodes, row.phase in WAITS
+            running[at], waiting[at] = row.phase is RequestPhase.DECODE, row.phase in WAITS
             free[at] = not (row.not_migratable or row.moving)
         # None becomes NaN, which fmin passes over.
         most = np.array([row.max_tokens for row in rows], dtype=np.float64)
@@ -211,3 +212,13 @@ class Observer:
 
 def _block_size(worker: WorkerReport) -> int:
     return worker.info.block_size if worker.info is not None else 0
+
+
+def _odd(rows: list[RequestRow]) -> list[int]:
+    """Rows that do not simply decode: few, so that all others need only one look."""
+    decodes = RequestPhase.DECODE
+    return [
+        at
+        for at, row in enumerate(rows)
+        if row.phase is not decodes or row.not_migratable or row.moving or row.relayed_from
+    ]

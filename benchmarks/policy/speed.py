@@ -3,10 +3,12 @@
 
 ``decision`` is what a policy file costs: from a snapshot to a plan. A live tick first decodes what workers have told
 since the last one (``decode``; here every request has gone on by a token) and makes columns of it (``observe``).
+``tick`` is all of it, with the calls that begin the moves, but without a network.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,12 +17,14 @@ from functools import partial
 import msgspec
 import numpy as np
 
+from components.client import Drained
 from components.engine.kv import RequestId
 from components.engine.protocol import EngineInfo, EngineStats, RequestPhase
 from components.messages import pack, unpack
-from components.migration.messages import RequestRow, RowCount, WorkerReply, WorkerState
+from components.migration.messages import Mode, MoveRecord, RequestRow, RowCount, WorkerReply, WorkerState
 from components.status import Status, Told
 from planner_hooks.config import parse
+from planner_hooks.controller import Controller
 from planner_hooks.observe import Observer
 from planner_hooks.rules import Cost
 from planner_hooks.snapshot import Capture, RequestView, Snapshot, WorkerView
@@ -39,6 +43,7 @@ class Speed(msgspec.Struct, frozen=True):
     decision_max_ms: float
     observe_ms: float
     decode_ms: float
+    tick_ms: float
 
 
 def cluster(workers: int, requests: int, seed: int = 0) -> Capture:
@@ -134,6 +139,44 @@ def status_of(told: dict[str, Told]) -> Status:
     return Status(tuple(each.report(0.0, ages=False) for each in told.values()))
 
 
+class _Commands:
+    """What the controller asks of ``components.client.Workers``, with nothing behind it."""
+
+    def __init__(self, told: dict[str, Told], packed: dict[str, dict[str, str]]) -> None:
+        self._told = told
+        self._packed = packed
+
+    async def refresh(self, patience_s: float) -> None:
+        take(self._told, self._packed)
+
+    def status(self, ages: bool = True) -> Status:
+        return status_of(self._told)
+
+    async def migrate(self, request_id: str, source: str, target: str, mode: Mode, life: int) -> MoveRecord:
+        return MoveRecord(RequestId(request_id), source, target, mode, ok=True)
+
+    async def drain(self, worker: str, timeout_s: float) -> Drained:
+        return Drained(worker, 0, ())
+
+    async def undrain(self, worker: str) -> None:
+        """Nothing."""
+
+
+def ticks(capture: Capture, told: dict[str, Told], repeat: int) -> list[float]:
+    """Milliseconds of processor time of whole ticks."""
+
+    async def one() -> float:
+        controller = Controller(parse({}), _Commands(told, answers(capture, first=False)), Observer(Cost()))
+        await controller.tick()
+        await controller.idle()
+        began = time.process_time()
+        await controller.tick()
+        await controller.idle()
+        return 1e3 * (time.process_time() - began)
+
+    return [asyncio.run(one()) for _ in range(repeat)]
+
+
 def timed(call: Callable[[], object], repeat: int) -> list[float]:
     """Milliseconds of processor time of each call: other work on the machine does not count."""
     found = []
@@ -164,6 +207,7 @@ def measure(repeat: int = 15) -> list[Speed]:
         decode = timed(partial(take, told, answers(capture, first=False)), 3)
         # The first one learns all names.
         observe = timed(lambda told=told, observer=observer: observer.snapshot(status_of(told), (), 5.0), 4)[1:]  # type: ignore[misc]
-        others = (float(np.median(times)) for times in (observe, decode))
+        tick = ticks(capture, told, 3)
+        others = (float(np.median(times)) for times in (observe, decode, tick))
         rows.append(Speed(workers, requests, moves, float(np.median(took)), max(took), *others))
     return rows
