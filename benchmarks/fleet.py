@@ -151,15 +151,15 @@ async def _measure(count: int, began: float, servers: Servers, members: list[psu
 
 
 def extrapolated(points: list[Point], workers: int) -> dict[str, float]:
-    """Straight lines through the points; each worker's own share is the mean."""
+    """Straight lines through the points, none of which falls; each worker's own share is the mean."""
     numbers, found = [point.workers for point in points], {}
     for name in Point.__struct_fields__[1:-1]:
         values = [float(getattr(point, name)) for point in points]
         if name.startswith("worker_") or len(points) < 2:
             found[name] = float(np.mean(values))
         else:
-            slope, base = np.polyfit(numbers, values, 1)
-            found[name] = float(base + slope * workers)
+            slope = max(0.0, float(np.polyfit(numbers, values, 1)[0]))
+            found[name] = float(np.mean(values) + slope * (workers - np.mean(numbers)))
     return found
 
 

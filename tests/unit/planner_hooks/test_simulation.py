@@ -136,7 +136,7 @@ def test_load_after_burstgpts_statistics_has_its_means_and_some_turns() -> None:
     assert traces.reused(found) > 0.02
 
 
-def test_the_best_saving_counts_only_clusters_that_are_as_fast() -> None:
+def test_a_saving_counts_only_clusters_that_are_as_fast() -> None:
     scenario = Scenario(BURSTGPT, 4, 0.5, 60.0, 98_304, swings=True)
     arrivals = requests(scenario)
     scaling = Scaling(0.3, 0.6, min_workers=2, max_workers=4)
