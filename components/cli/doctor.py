@@ -67,4 +67,4 @@ def show(checks: list[Check], console: Console) -> None:
         table.add_row(check.name, f"[{style}]{check.state}[/]", check.found, check.fix)
     console.print(table)
     bad = sum(check.state is State.FAIL for check in checks)
-    console.print(f"[bold red]{bad} checks fail[/]" if bad else "[bold green]ready[/]")
+    console.print(f"[bold red]failed checks: {bad}[/]" if bad else "[bold green]ready[/]")
