@@ -3,6 +3,7 @@
 
 Two engines in one program, one greedy request: unmoved on one engine, then moved to and fro live, then unmoved again.
 Drafts are counted by vLLM's own counters of both engines (those of its metrics ``vllm:spec_decode_...``), step by step.
+vLLM fills the first step of a landed request with placeholders, which it counts as drafts that were not accepted.
 """
 
 from __future__ import annotations
