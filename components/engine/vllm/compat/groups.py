@@ -104,9 +104,7 @@ def groups_of(manager: KVCacheManager) -> list[Group]:
     return [Group(each, sparse) for each in coordinator.single_type_managers]
 
 
-def _why_state_stays(manager: MambaManager, runner_v2: bool) -> str | None:
-    if runner_v2:
-        return "model runner V2"
+def _why_state_stays(manager: MambaManager) -> str | None:
     if manager.num_speculative_blocks:
         return "speculative decoding"
     return None if manager.mamba_cache_mode in _STATES else f"mamba_cache_mode {manager.mamba_cache_mode}"
@@ -120,10 +118,10 @@ def only_movable(plan: KVCacheConfig) -> bool:
     return all(type(spec) in _MOVED_SPECS for spec in specs)
 
 
-def why_not_movable(manager: KVCacheManager, runner_v2: bool) -> str | None:
+def why_not_movable(manager: KVCacheManager) -> str | None:
     """Why requests of an engine cannot move, or None."""
     for each in manager.coordinator.single_type_managers:
-        if isinstance(each, MambaManager) and (reason := _why_state_stays(each, runner_v2)):
+        if isinstance(each, MambaManager) and (reason := _why_state_stays(each)):
             return f"the model has layers with a state, which cannot travel with {reason}"
         if type(each) not in _MOVED or each.kv_cache_spec.prefix_replay_tokens:
             return f"the model keeps state in {type(each.kv_cache_spec).__name__}, which cannot travel"

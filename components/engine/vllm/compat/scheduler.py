@@ -49,7 +49,7 @@ class SchedulerPort:
         """Other connectors that read blocks."""
         self.vocab_size = int(scheduler.vllm_config.model_config.get_vocab_size())
         """Number of the model's tokens."""
-        self.not_movable = why_not_movable(scheduler.kv_cache_manager, scheduler.use_v2_model_runner)
+        self.not_movable = why_not_movable(scheduler.kv_cache_manager)
         """Why no request of this engine can move, or None."""
 
     # What there is
@@ -94,8 +94,6 @@ class SchedulerPort:
             return self.not_movable
         if self._scheduler.num_spec_tokens and params is not None and params.seed is not None and params.temperature:
             return "speculative decoding with a seed: what it gives depends on where drafts begin"
-        if request.mm_features and self._scheduler.use_v2_model_runner:
-            return "images: with vLLM's model runner V2 nobody has tried to move them"
         return None
 
     def tables(self, request: Request) -> list[list[int]]:
