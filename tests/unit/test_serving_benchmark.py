@@ -246,3 +246,9 @@ def test_workers_of_every_system_take_the_gpus_in_turn(kind: Kind, tmp_path: Pat
     for part in workers:
         said = " ".join(part.command) + part.environment.get("DYN_MIGRATE_CONFIG", "")
         assert "bfloat16" in said and "dummy" in said
+
+
+def test_the_report_is_made_of_the_raw_files_as_they_are_kept(tmp_path: Path) -> None:
+    write_report(tmp_path / "report.md", Path("benchmarks/results/serving-cpu.json"))
+    made = (tmp_path / "report.md").read_text()
+    assert "crowd-gpu-lengths.json" in made and "chat" in made.lower()
