@@ -35,8 +35,9 @@ from components.transfer import TransferAgent
 from components.worker.control import Control
 from components.worker.state import WorkerStatus
 from tests.direct import DirectEngine
+from tests.fake_workers import Endpoint
 from tests.paged import SMALL, new_engine
-from tests.virtual import ASKED, FATAL_ITEM, GIVEN_UP_S, HANDLED_S, LEASE_S, OBEYED, Endpoint, Fate, State
+from tests.virtual import ASKED, FATAL_ITEM, GIVEN_UP_S, HANDLED_S, LEASE_S, OBEYED, Fate, State
 
 
 class Node:

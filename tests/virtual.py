@@ -90,16 +90,3 @@ OBEYED = {
     WorkerOp.COMMIT: State.COMMITTED,
     WorkerOp.OWNERS: State.TOLD,
 }
-
-
-class Endpoint:
-    """Dynamo's registration of a worker."""
-
-    def __init__(self) -> None:
-        self.registered = True
-
-    async def unregister_endpoint_instance(self) -> None:
-        self.registered = False
-
-    async def register_endpoint_instance(self) -> None:
-        self.registered = True

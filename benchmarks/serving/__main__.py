@@ -76,7 +76,7 @@ def main(
     report_only: Annotated[bool, typer.Option("--report-only", help="run nothing, write the report again")] = False,
     logs: Annotated[Path | None, typer.Option(help="folder to keep all logs in")] = None,
     streams: Annotated[str, typer.Option(help="overhead: numbers of streams, joined by commas")] = "8",
-    lengths: Annotated[str, typer.Option(help="overhead: tokens of prompt and answer")] = "16,200",
+    lengths: Annotated[str, typer.Option(help="overhead: tokens of prompt, and of answers on average")] = "16,200",
     seconds: Annotated[float, typer.Option(help="overhead: length of each window")] = 8.0,
     start_s: Annotated[float, typer.Option(help="overhead: longest start of the systems")] = 240.0,
     limit_s: Annotated[float, typer.Option(help="overhead: begin no repeat that would end later than this")] = 3600.0,
