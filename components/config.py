@@ -153,7 +153,7 @@ class WorkerConfig(ComponentConfig):
     calibration: str = Field("", description="File of dynamo calibrate; empty takes measured defaults")
     transfer: dict[str, Any] = Field(
         default_factory=dict,
-        description="Settings of the transfer agent: {backends: [nccl, tcp]} does without NIXL; see docs/transfer.md",
+        description="Settings of the transfer agent: {backends: [tcp]} does without NIXL; see docs/transfer.md",
     )
     advertise_host: ReachableHost = Field("127.0.0.1", description="Address under which other hosts reach this worker")
     drain_grace_s: float = Field(60.0, ge=0, description="Seconds to move requests away after SIGTERM")

@@ -35,12 +35,14 @@ def left(end: float) -> float:
 
 def say(sock: socket.socket, message: msgspec.Struct, end: float) -> None:
     """Send one message."""
-    write_frame(sock, _encoder.encode(message), end)
+    sock.settimeout(left(end))
+    sock.sendall(framed(_encoder.encode(message)))
 
 
 def hear(sock: socket.socket, kind: type[T], limit: int, end: float | None) -> T:
     """Receive one message of that kind, of at most ``limit`` bytes; without ``end`` it may begin at any time."""
-    return _decoded(read_frame(sock, limit, end), kind)
+    length = _length(read_exactly(sock, _LENGTH.size, end), limit)
+    return _decoded(read_exactly(sock, length, end), kind)
 
 
 async def heard(reader: asyncio.StreamReader, kind: type[T], limit: int) -> T:
@@ -72,20 +74,9 @@ def _within(length: int, limit: int) -> int:
     return length
 
 
-def write_frame(sock: socket.socket, data: bytes, end: float) -> None:
-    """Send one body."""
-    sock.settimeout(left(end))
-    sock.sendall(framed(data))
-
-
 def framed(data: bytes) -> bytes:
     """One body as it goes over the connection."""
     return _LENGTH.pack(len(data)) + data
-
-
-def read_frame(sock: socket.socket, limit: int, end: float | None) -> bytes:
-    """Receive one body of at most ``limit`` bytes; without ``end`` it may begin at any time."""
-    return read_exactly(sock, _length(read_exactly(sock, _LENGTH.size, end), limit), end)
 
 
 def read_exactly(sock: socket.socket, count: int, end: float | None) -> bytes:

@@ -27,7 +27,6 @@ _METHODS: dict[str, dict[str, Any]] = {
     "write": _NIXL | {"strategy": Strategy.WRITE},
     "staged": _NIXL | {"strategy": Strategy.STAGED},
     "cuda_ipc": {"backends": ("cuda_ipc",)},
-    "nccl lane": {"backends": ("nccl",)},
     "tcp sockets": {"backends": ("tcp",)},
     "stock": _NIXL | {"strategy": Strategy.READ, "piece_bytes": 1 << 40},
 }

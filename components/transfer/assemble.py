@@ -24,9 +24,6 @@ from components.transfer.data.hostcopy import HostCopier, copier_is_available, t
 from components.transfer.data.ipc import IpcBackend
 from components.transfer.data.local import LocalBackend
 from components.transfer.data.mapped import MappedBackend
-from components.transfer.data.nccl import NcclBackend
-from components.transfer.data.nccl_line import card_of
-from components.transfer.data.nccl_wire import nccl_is_available
 from components.transfer.data.nixl import NixlLink, nixl_is_available
 from components.transfer.data.shared import shared_storages
 from components.transfer.data.staging import Staging
@@ -44,7 +41,6 @@ _PASSIVE_WORK = frozenset({Transport.TCP, Transport.IB, Transport.NVLINK})
 """Transports with which the side that is read from takes part in moving the bytes."""
 _PIECE_BYTES = {"cuda": 256 << 20, "cpu": 32 << 20}
 _STAGING_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
-_NCCL_STAGING_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,6 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
     backends: list[Backend] = []
     blob, address, scope, stages = b"", "", "", False
     ipc: tuple[bytes, ...] = ()
-    nccl: NcclBackend | None = None
     for name in _order(config):
         if name == "mapped" and (mapped := _mapped(config, epoch, host, pools)) is not None:
             backends.append(mapped)
@@ -93,8 +88,6 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
         elif name == "cuda_ipc" and (own := _ipc(config, host, shares, pools)) is not None:
             backends.append(own)
             ipc = own.handles
-        elif name == "nccl" and (nccl := _nccl(config, epoch, regions)) is not None:
-            backends.append(nccl)
         elif name == "tcp":
             tcp = TcpBackend(config.name, epoch, shares, config.advertise_host, directory)
             backends.append(tcp)
@@ -120,9 +113,6 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
         lanes=tuple(backend.lane for backend in backends),
         scope=scope,
         stages=stages,
-        nccl_address="" if nccl is None else nccl.address,
-        nccl_version="" if nccl is None else nccl.card.version,
-        gpu="" if nccl is None else nccl.card.gpu,
         pools=shares.pools,
     )
     return Assembly(backends, record, shares)
@@ -190,16 +180,3 @@ def _ipc(config: AgentConfig, host: str, shares: Shares, pools: Sequence[KVPool]
     except RuntimeError as error:
         logger.warning("device memory cannot be shared between processes, other lanes move its blocks: %s", error)
         return None
-
-
-def _nccl(config: AgentConfig, epoch: str, regions: list[Region]) -> NcclBackend | None:
-    device = regions[0].device
-    if device.type != "cuda":
-        return None
-    available, why = nccl_is_available()
-    if not available:
-        logger.info("NCCL is not used: %s", why)
-        return None
-    limit = config.staging_bytes or _NCCL_STAGING_BYTES
-    host, size = config.advertise_host, config.tp_size
-    return NcclBackend(config.name, epoch, regions, host, limit, card_of(device), tp_size=size)

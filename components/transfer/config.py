@@ -112,10 +112,9 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nats_key: str = ""
     namespace: str = "dynamo"
     transport: Transport = Transport.AUTO
-    backends: tuple[str, ...] = ("mapped", "cuda_ipc", "nixl", "local", "nccl", "tcp")
+    backends: tuple[str, ...] = ("mapped", "cuda_ipc", "nixl", "local", "tcp")
     """Lanes that may be used, best first. ``mapped`` needs host pools in shared memory, transport auto or shm and
-    strategy auto; ``cuda_ipc`` and ``nccl`` need pools on GPUs. A transport other than ``auto`` puts NIXL before
-    ``cuda_ipc``."""
+    strategy auto; ``cuda_ipc`` needs pools on GPUs. A transport other than ``auto`` puts NIXL before ``cuda_ipc``."""
     copy_threads: int = 0
     """Threads of the ``mapped`` lane; 0: one for each core, at most eight. Fewer where engines need every core."""
     strategy: Strategy = Strategy.AUTO
@@ -138,8 +137,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     piece_bytes: int = 0
     """Bytes posted at once; 0: 32 MiB of host memory (the post itself copies), 256 MiB on a GPU."""
     staging_bytes: int = 0
-    """Bound of NIXL's registered staging memory; 0: 1 GiB on a GPU, 64 MiB on a host. Also the bound of NCCL's
-    staging memory, which is allocated for the first peer on that lane; 0: 512 MiB."""
+    """Bound of NIXL's registered staging memory; 0: 1 GiB on a GPU, 64 MiB on a host."""
     grace_s: float = 1.0
     """Time beyond the deadline for a failed transfer's last piece to come to rest."""
 
@@ -168,11 +166,13 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def validate(self) -> None:
         """Raise ``ConfigError`` naming the unusable value."""
-        known = {"mapped", "nixl", "local", "cuda_ipc", "nccl", "tcp"}
+        known = {"mapped", "nixl", "local", "cuda_ipc", "tcp"}
         if not self.name or "/" in self.name or len(self.name) > 200:
             raise ConfigError(f"agent name {self.name!r}: 1 to 200 characters without '/'")
         if not _NAMESPACE.fullmatch(self.namespace):
             raise ConfigError(f"namespace {self.namespace!r}: 1 to 200 letters, digits, '-', '_' and '.'")
+        if "nccl" in self.backends:
+            raise ConfigError("backends: there is no NCCL lane any more; without NIXL use [cuda_ipc, local, tcp]")
         if not self.backends or set(self.backends) - known:
             raise ConfigError(f"backends {self.backends}: choose from {sorted(known)}")
         if not 0 <= self.tp_rank < self.tp_size:

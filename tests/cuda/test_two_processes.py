@@ -29,7 +29,6 @@ LANES = {
     "cuda_ipc": {"backends": ("cuda_ipc",)},
     "write": NIXL | {"strategy": Strategy.WRITE},
     "staged": NIXL | {"strategy": Strategy.STAGED},
-    "nccl": {"backends": ("nccl",), "staging_bytes": 4 * 8 * SHAPE.block_bytes},
     "tcp": {"backends": ("tcp",)},
 }
 DEVICES = {"one GPU": ("cuda:0", "cuda:0"), "two GPUs": ("cuda:0", "cuda:1"), "back": ("cuda:1", "cuda:0")}
@@ -42,8 +41,6 @@ def two(request: pytest.FixtureRequest) -> Iterator[Pair]:
         pytest.skip("needs two GPUs")
     if LANES[lane].get("backends") == ("nixl",) and not nixl_is_available()[0]:
         pytest.skip(nixl_is_available()[1])
-    if lane == "nccl" and where == "one GPU":
-        pytest.skip("NCCL takes no GPU twice")
     with pair(SHAPE, BLOCKS, DEVICES[where], **LANES[lane]) as case:
         yield case
 

@@ -32,7 +32,6 @@ from components.transfer import AgentConfig, KVPool, TransferAgent
 from components.transfer.calibration import Calibration, LaneCalibration, Point
 from components.transfer.control import record
 from components.transfer.control.record import AgentRecord
-from components.transfer.data.nccl_link import Answer, Ask, Hello
 from components.transfer.ids import AgentName, AgentRef, Epoch
 from components.transfer.session import messages as session
 
@@ -165,7 +164,6 @@ def everything() -> dict[str, list[bytes]]:
         "session": [encode(m) for m in session_messages()],
         "exchange": [encode(m) for m in session_messages()],
         "tcp": [encode({"blocks": b"\1\0\0\0", "unit": 0})],
-        "nccl": [encode(m) for m in (Hello("name", 5), Ask(b"\1\0\0\0", 1000), Answer("why", True, 5))],
         "handshake": [bytes(64), bytes(range(64)), b"dynmig1\n" + bytes(32)],
         "handshake-answer": [b"dynmig1\n" + bytes(64), b"dynmig2\n" + bytes(64)],
         "handover-answer": [encode({"storages": [(4096, 4096)]})],

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from components.errors import InvalidRequest
-from components.frames import hear
 from components.handshake import accepting, connecting, greet
 from components.messages import pack, unpack
 from components.migration.messages import Attached, Handover, PlannerReply, WorkerCall, WorkerReply
@@ -30,7 +29,6 @@ from components.transfer.control.directory import Directory
 from components.transfer.control.record import AgentRecord
 from components.transfer.data import handover
 from components.transfer.data.handover import Mapping, map_peer
-from components.transfer.data.nccl_link import MAX_FRAME, Answer, Ask, Hello
 from components.transfer.data.tcp import TcpBackend
 from components.transfer.layout import Segment, extents
 from components.transfer.regions import regions_of
@@ -146,15 +144,6 @@ def tcp_requests(data: bytes) -> None:
         raise AssertionError("bytes were written")
 
 
-def nccl_messages(data: bytes) -> None:
-    """What a peer that has proved itself sends to the NCCL lane."""
-    for kind in (Hello, Ask, Answer):
-        with client(struct.pack("!I", len(data)) + data) as connection, suppress(InvalidRequest):
-            hear(connection, kind, MAX_FRAME, time.monotonic() + 5)
-            return
-    raise InvalidRequest("none of the messages")
-
-
 def strangers(data: bytes) -> None:
     """A client without the secret."""
     with client(data) as connection, suppress(OSError):
@@ -212,7 +201,6 @@ TARGETS = [
     Target("native", tickets_of_vllm),
     Target("openai", openai_payloads, "json"),
     Target("tcp", tcp_requests),
-    Target("nccl", nccl_messages),
     Target("handshake", strangers),
     Target("handshake-answer", impostors),
     Target("handover-answer", handover_answers),

@@ -12,8 +12,8 @@ from components import env
 from components.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-# Values that are put back as they were, and the list that the planner's log filter is added to.
-ELSEWHERE = {"transfer/data/nccl_wire.py": {"name"}, "planner/__main__.py": {"'DYN_LOG'"}}
+# The list that the planner's log filter is added to.
+ELSEWHERE = {"planner/__main__.py": {"'DYN_LOG'"}}
 
 
 def reads(path: Path) -> set[str]:

@@ -65,7 +65,7 @@ STRANGERS = {
     "no secret": (PURPOSE, (FIRST, b"")),
     "a secret where there is none": (PURPOSE, (b"", SECOND)),
     "another life of the process": ("kv-tcp life before", (FIRST, FIRST)),
-    "another socket of the process": ("kv-nccl life", (FIRST, FIRST)),
+    "another socket of the process": ("kv-shm life", (FIRST, FIRST)),
     "another life, without secrets": ("kv-tcp life before", (b"", b"")),
 }
 

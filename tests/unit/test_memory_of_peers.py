@@ -23,14 +23,11 @@ from components.transfer import AgentConfig, KVPool, TransferAgent, move_to_shar
 from components.transfer.calibration import Calibration
 from components.transfer.control.directory import Directory
 from components.transfer.data import handover
-from components.transfer.data.nccl import NcclBackend
-from components.transfer.data.nccl_line import Card
 from components.transfer.regions import regions_of
 from components.transfer.session import messages as session
 from components.transfer.session.backend import NixlBackend
 from components.transfer.session.side import Inbox, Side
 from components.transfer.shares import Shares
-from tests.fake_wire import Cable
 from tests.fuzz.samples import agent_record
 
 
@@ -45,12 +42,8 @@ class Lanes:
         self.agent = TransferAgent(AgentConfig(name="decode-0", backends=("mapped", "tcp")))
         self.agent.start([pool])
         self.epoch = str(self.agent.epoch)
-        self.nccl = NcclBackend(
-            "decode-0", self.epoch, regions_of([pool]), "127.0.0.1", 4096, Card("a", "2"), Cable().connect
-        )
         self.addresses = {
             "kv-tcp": self.agent.record.tcp_address,
-            "kv-nccl": self.nccl.address,
             "kv-shm": handover._name(self.epoch),
         }
 
@@ -65,7 +58,6 @@ class Lanes:
         return sock
 
     def close(self) -> None:
-        self.nccl.close()
         self.agent.close()
 
 
@@ -88,7 +80,7 @@ def everything(sock: socket.socket) -> tuple[int, int]:
     return count, descriptors
 
 
-@pytest.mark.parametrize("lane", ["kv-tcp", "kv-nccl", "kv-shm"])
+@pytest.mark.parametrize("lane", ["kv-tcp", "kv-shm"])
 def test_whoever_knows_the_epoch_but_not_the_secret_reads_and_writes_no_block(lanes: Lanes, lane: str) -> None:
     ask = {"epoch": lanes.epoch, "push": True, "blocks": blocks(3), "unit": 0, "name": "x", "slot_blocks": 1}
     asked = msgspec.msgpack.encode(ask)

@@ -143,11 +143,13 @@ def test_text_that_a_file_lost_to_yaml_is_told_to_be_quoted(tmp_path: Path) -> N
 
 
 def test_the_transfer_agent_is_told_what_the_file_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = decode(plan({"Common": {"transfer": {"backends": ["nccl", "tcp"], "staging-bytes": 1 << 26}}}), "transfer")
+    tuned = {"backends": ["cuda_ipc", "tcp"], "staging-bytes": 1 << 26}
+    told = decode(plan({"Common": {"transfer": tuned}}), "transfer")
     monkeypatch.setenv("DYN_MIGRATE_TRANSFER", told)
     agent = AgentConfig.of(WorkerSettings.from_environment().agent)
-    assert (agent.backends, agent.staging_bytes) == (("nccl", "tcp"), 1 << 26)
-    for wrong, named in (({"name": "mine"}, "no setting name"), ({"backends": ["ncll"]}, "ncll")):
+    assert (agent.backends, agent.staging_bytes) == (("cuda_ipc", "tcp"), 1 << 26)
+    wrongs = {"no setting name": {"name": "mine"}, "tpc": {"backends": ["tpc"]}, "no NCCL": {"backends": ["nccl"]}}
+    for named, wrong in wrongs.items():
         with pytest.raises(ConfigError, match=named):
             plan({"Common": {"transfer": wrong}})
 

@@ -78,12 +78,6 @@ class AgentRecord(msgspec.Struct, frozen=True, tag="agent/5"):
     """Network namespace and user of an agent whose pools are in shared memory; empty when they are not."""
     stages: bool = False
     """True when it can gather blocks before it writes them."""
-
-    nccl_address: _Short = ""
-    """``host:port`` of the NCCL lane; empty when it is off."""
-    nccl_version: _Short = ""
-    gpu: _Short = ""
-    """Identifies the GPU of an agent that has NCCL."""
     pools: Annotated[tuple[PoolRecord, ...], msgspec.Meta(max_length=4096)] = ()
     """Empty when blocks do not divide into heads."""
 

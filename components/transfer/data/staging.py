@@ -12,9 +12,8 @@ done. The caller guarantees that the engine's writes to the blocks have ended.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -76,15 +75,6 @@ class Staging:
         """Address of a slot."""
         return int(self.buffer.data_ptr()) + slot * self.slot_bytes
 
-    def part(self, slot: int, blocks: int) -> torch.Tensor:
-        """Memory of the first ``count`` blocks in a slot."""
-        start = slot * self.slot_bytes
-        return self.buffer[start : start + blocks * self.block_bytes]
-
-    def ordered(self) -> AbstractContextManager[Any]:
-        """Context in which work is queued behind the copies of this staging; on a host nothing is queued."""
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-
     def acquire(self, side: str, count: int) -> list[int]:
         """Up to ``count`` free slots of a side; may be empty."""
         free = self._free[side]
@@ -100,7 +90,7 @@ class Staging:
         if share.whole:
             return self._whole
         if share not in self._packings:
-            with self.ordered():
+            with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
                 self._packings[share] = Packing(kernels.copier(share.rows), share.block_bytes)
         return self._packings[share]
 
