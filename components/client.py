@@ -16,7 +16,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import msgspec
 
@@ -83,7 +83,7 @@ class Workers:
         self._decisions: tuple[Decision, ...] = ()
 
     @classmethod
-    async def connect(cls, runtime: Any, namespace: str, wait_s: float = 10.0) -> Workers:
+    async def connect(cls, runtime: Any, namespace: str, wait_s: float = 10.0) -> Self:
         """Find the workers. Raises ``WorkerLost`` when there are none within ``wait_s``."""
         peers = await DynamoPeers.connect(runtime, namespace, list(env.COMPONENTS.read()))
         planners = await runtime.endpoint(f"{namespace}.{DECISIONS}").client()
@@ -102,6 +102,10 @@ class Workers:
 
     # What is known
 
+    def follow(self, worker: str) -> Told:
+        """What keeps the state of a worker that is new in discovery."""
+        return Told(worker)
+
     async def refresh(self, patience_s: float = _STATUS_S, decisions: bool = False) -> None:
         """Ask every worker for its changes; return after all answers, after ``patience_s`` at most.
 
@@ -114,7 +118,7 @@ class Workers:
             self._late.discard(instance)
         for instance in there:
             if instance not in self._asking:
-                told = self._told.setdefault(instance, Told(short(instance)))
+                told = self._told.get(instance) or self._told.setdefault(instance, self.follow(short(instance)))
                 self._asking[instance] = asyncio.ensure_future(self._ask(instance, told))
         waited = {task for instance, task in self._asking.items() if instance not in self._late}
         if decisions and self._planners is not None:
@@ -152,12 +156,14 @@ class Workers:
     def status(self, ages: bool = True) -> Status:
         """The known state. Without ``ages``, requests have the ages of their first report."""
         now = self._clock()
+        reports = (told.report(now, ages) for _, told in sorted(self._told.items()))
+        return Status(tuple(reports), self.moves(), self._decisions)
+
+    def moves(self) -> tuple[MoveRecord, ...]:
+        """The last moves, in the order of their ends."""
+        now = self._clock()
         moves = sorted(self._moves, key=lambda pair: pair[0])
-        return Status(
-            tuple(told.report(now, ages) for _, told in sorted(self._told.items())),
-            tuple(msgspec.structs.replace(move, age_s=now - at) for at, move in moves),
-            self._decisions,
-        )
+        return tuple(msgspec.structs.replace(move, age_s=now - at) for at, move in moves)
 
     # Names
 

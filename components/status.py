@@ -7,12 +7,12 @@ not count as empty. Ages use the clock of this process alone. Does no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from components.engine.protocol import EngineInfo, EngineStats, RequestPhase
-from components.migration.messages import Decision, MoveRecord, RequestRow, WorkerState
+from components.migration.messages import Counts, Decision, MoveRecord, RequestRow, WorkerState
 
 
 class WorkerReport(msgspec.Struct, frozen=True):
@@ -76,30 +76,45 @@ class Told:
             self._state, self._at, self.moves_total = state, now - state.age_s, state.moves_total
             self._info = state.info or self._info
             self._next_version = state.version
-            if state.whole:
-                self._rows.clear()
-                self._began.clear()
-            for number in state.gone:
-                self._rows.pop(number, None)
-                self._began.pop(number, None)
+        left = () if not first else tuple(self._rows) if state.whole else state.gone
+        if left or state.rows:
+            self._change(left, state.rows)
         for row in state.rows:
-            self._rows[row.number] = row
             self._began[row.number] = now - row.age_s
-        row_of = self._rows.get  # For a hundred thousand of them.
-        for count in state.counts:
-            if (known := row_of(count.number)) is not None:
-                known.output_tokens, known.kv_blocks = count.output_tokens, count.kv_blocks
+        self._count(state.counts)
         if not state.next:
             self.version, self.missing = self._next_version, ""
 
+    @property
+    def told_at(self) -> float | None:
+        """When the worker was as it is known; None: it has told nothing."""
+        return None if self._state is None else self._at
+
+    def _change(self, left: Sequence[int], rows: Sequence[RequestRow]) -> None:
+        """Drop the rows with these numbers; then add or replace some."""
+        for number in left:
+            self._rows.pop(number, None)
+            self._began.pop(number, None)
+        for row in rows:
+            self._rows[row.number] = row
+
+    def _count(self, counts: Counts) -> None:
+        for number, output_tokens, kv_blocks in counts:
+            if (known := self._rows.get(number)) is not None:
+                known.output_tokens, known.kv_blocks = output_tokens, kv_blocks
+
     def report(self, now: float, ages: bool) -> WorkerReport:
         """The known state. ``ages``: update those of the requests, which takes time for very many."""
-        state = self._state
-        if state is None:
-            return WorkerReport(self.worker, missing=self.missing)
         if ages:
             for number, row in self._rows.items():
                 row.age_s = now - self._began[number]
+        return self.head(now, tuple(self._rows.values()))
+
+    def head(self, now: float, requests: tuple[RequestRow, ...] = ()) -> WorkerReport:
+        """The same with these requests."""
+        state = self._state
+        if state is None:
+            return WorkerReport(self.worker, missing=self.missing)
         return WorkerReport(
             self.worker,
             state.role,
@@ -107,7 +122,7 @@ class Told:
             now - self._at,
             self._info,
             state.stats,
-            tuple(self._rows.values()),
+            requests,
             state.cordoned,
             state.draining,
             state.tokens_total,

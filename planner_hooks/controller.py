@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -23,11 +24,11 @@ from prometheus_client import Counter as Metric
 from components.client import Drained
 from components.errors import MigrateError, NoRoom, Refused, RequestNotFound, WorkerLost, WorkerNotFound
 from components.migration.messages import Mode, MoveRecord
-from components.status import Status
 from planner_hooks.config import PolicyFile
-from planner_hooks.observe import Observer
+from planner_hooks.observe import Look, Observer
 from planner_hooks.plan import HoldReason, Move, Plan
 from planner_hooks.snapshot import ActiveMove, Snapshot
+from planner_hooks.table import Table
 
 logger = logging.getLogger(__name__)
 MOVES = Metric("dynamo_migrate_planner_moves", "Moves that policies planned", ["policy", "outcome"])
@@ -38,14 +39,18 @@ HOLDS = Metric("dynamo_migrate_planner_holds", "What policies left alone", ["pol
 
 
 class Commands(Protocol):
-    """The part of ``components.client.Workers`` in use."""
+    """The part of ``planner_hooks.table.Tables`` in use."""
 
     async def refresh(self, patience_s: float) -> None:
         """Ask all workers."""
         ...
 
-    def status(self, ages: bool = True) -> Status:
+    def tables(self) -> Sequence[Table]:
         """Their last answers."""
+        ...
+
+    def moves(self) -> tuple[MoveRecord, ...]:
+        """The last moves."""
         ...
 
     async def migrate(self, request_id: str, source: str, target: str, mode: Mode, life: int) -> MoveRecord:
@@ -111,32 +116,33 @@ class Controller:
     async def tick(self) -> Plan:
         """One decision. Its moves continue after the return."""
         await self._commands.refresh(_PATIENCE_S)
-        status = self._commands.status(ages=False)
-        if all(worker.stats is None for worker in status.workers):
+        tables = self._commands.tables()
+        if all(table.told_at is None for table in tables):
             raise WorkerLost("no worker tells its state")
-        self._forget_shown(status)
+        self._forget_shown(tables)
         self._backoff = {pair: until for pair, until in self._backoff.items() if until > self._clock()}
         active = (*self._active.values(), *(move for _, move in self._ended))
-        seen, plan = await asyncio.to_thread(self._decide, status, active)
+        look = self._observer.look(tables, self._commands.moves(), active)
+        seen, plan = await asyncio.to_thread(self._decide, look)
         self.seen = seen
         self._settle_gaps(seen)
         self.ticks += 1
-        for hold in plan.holds:
-            HOLDS.labels(hold.policy, hold.reason).inc()
-        lives = _lives(status, plan.moves)
+        for (policy, reason), number in Counter((hold.policy, hold.reason) for hold in plan.holds).items():
+            HOLDS.labels(policy, reason).inc(number)
         for move in plan.moves:
-            self._begin(move, _gap(seen, move), lives.get((move.src, move.request_id), 0))
+            # The life that was observed: a move must not hit one that has left and come back since.
+            self._begin(move, _gap(seen, move), look.rows.row(move.row).life)
         self._retire(plan, set(seen.worker_ids))
         return plan
 
-    def _decide(self, status: Status, active: tuple[ActiveMove, ...]) -> tuple[Snapshot, Plan]:
-        seen = self._observer.snapshot(status, active, self._config.limits.stale_after_s)
+    def _decide(self, look: Look) -> tuple[Snapshot, Plan]:
+        seen = self._observer.snapshot(look, self._config.limits.stale_after_s)
         return seen, self._policy.plan(seen)
 
-    def _forget_shown(self, status: Status) -> None:
+    def _forget_shown(self, tables: Iterable[Table]) -> None:
         """An ended move is over for policies after the next table of its source."""
         now = self._clock()
-        told = {worker.worker: now - worker.age_s for worker in status.workers}
+        told = {table.worker: -math.inf if table.told_at is None else table.told_at for table in tables}
         self._ended = [(at, move) for at, move in self._ended if told.get(move.src, now) <= at]
 
     def _retire(self, plan: Plan, there: set[str]) -> None:
@@ -235,18 +241,8 @@ class Controller:
 
 def _gap(seen: Snapshot, move: Move) -> float:
     src, dst = (seen.index.get(worker) for worker in (move.src, move.dst))
-    share = seen.w_held / seen.w_capacity
-    return float((0.0 if src is None else share[src]) - (0.0 if dst is None else share[dst]))
+    return _share(seen, src) - _share(seen, dst)
 
 
-def _lives(status: Status, moves: Iterable[Move]) -> dict[tuple[str, str], int]:
-    """The life of each observed request: a move must not hit one that has left and come back since."""
-    planned = {(move.src, move.request_id) for move in moves}
-    sources = {source for source, _ in planned}
-    return {
-        key: row.life
-        for worker in status.workers
-        if worker.worker in sources
-        for row in worker.here()
-        if (key := (worker.worker, row.request_id)) in planned
-    }
+def _share(seen: Snapshot, worker: int | None) -> float:
+    return 0.0 if worker is None else float(seen.w_held[worker] / seen.w_capacity[worker])

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from components import process
-from components.client import DECISIONS, Workers
+from components.client import DECISIONS
 from components.errors import MigrateError
 from planner_hooks.config import load
 from planner_hooks.controller import HOLDS, Controller
@@ -34,6 +34,7 @@ from planner_hooks.plan import HoldReason
 from planner_hooks.report import Board
 from planner_hooks.scaledown import Bound, ScaleDown
 from planner_hooks.snapshot import Snapshot
+from planner_hooks.table import Tables
 
 logger = logging.getLogger(__name__)
 _CONNECT_S = 30.0
@@ -123,7 +124,7 @@ class Decider:
                 if self._runtime is None:
                     self._runtime = process.connect()
                     self._cut_off = asyncio.ensure_future(self._serve(self._runtime))
-                workers = await Workers.connect(self._runtime, process.namespace(), _CONNECT_S)
+                workers = await Tables.connect(self._runtime, process.namespace(), _CONNECT_S)
                 self._controller = Controller(self.policy, workers, self._observer, drains=not self.sets_number)
             plan = await self._controller.tick()
             self._seen_at = time.monotonic()

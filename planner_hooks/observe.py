@@ -1,39 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes a ``Snapshot`` or a ``Capture`` of the workers' state: loads, requests, and the cost of past moves.
 
-It also keeps output lengths of ended requests, which one status does not have. A missing worker keeps its rows and
-ages until it counts as stale; one without any report does not appear. All times are ages, or of this process's clock.
-``join`` may be called while ``capture`` runs in another thread; neither does I/O or raises.
+``look`` takes what is known at one moment, on the loop that the tables belong to; ``snapshot`` and ``capture`` may then
+run in another thread. It also keeps output lengths of ended requests, which one state does not have. A missing worker
+keeps its rows and ages until it counts as stale; one without any report does not appear. All times are ages, or of this
+process's clock. ``join`` may be called at any time; nothing here does I/O or raises.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from components.engine.kv import RequestId
-from components.engine.protocol import RequestPhase
 from components.migration.messages import MoveRecord, RequestRow
-from components.status import Status, WorkerReport
+from components.status import WorkerReport
 from planner_hooks.estimate import RemainingEstimate
 from planner_hooks.metrics import Heard
 from planner_hooks.rules import Cost
-from planner_hooks.snapshot import (
-    NEVER_S,
-    WAITS,
-    ActiveMove,
-    Capture,
-    Ints,
-    Requests,
-    RequestView,
-    Snapshot,
-    WorkerView,
-)
+from planner_hooks.snapshot import NEVER_S, ActiveMove, Capture, Ints, Requests, RequestView, Snapshot, WorkerView
+from planner_hooks.table import RECORD, Places, Records, Table
 
 _MEASURED = 50
 """Number of migrations from which the cost is measured."""
@@ -41,139 +34,153 @@ DECODE_ROLES = ("decode", "agg")
 """Roles of workers with movable requests."""
 
 
+class Rows(Sequence[str]):
+    """The requests of all workers; as a sequence, their ids. A hundred thousand of them are never listed."""
+
+    def __init__(self, tables: list[list[RequestRow]], kept: NDArray[np.int64]) -> None:
+        self._tables = tables
+        self._begins = list(itertools.accumulate(map(len, tables), initial=0))
+        self.kept = kept
+        """Places of those that count, over all tables."""
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def row(self, at: int) -> RequestRow:
+        """One request, with the counts of its last change."""
+        place = int(self.kept[at])
+        table = bisect.bisect_right(self._begins, place) - 1
+        return self._tables[table][place - self._begins[table]]
+
+    def __getitem__(self, at: int) -> str:  # type: ignore[override]
+        return self.row(at).request_id
+
+    def index_of(self, table: int, place: int) -> int | None:
+        """Index of a request by its table and its place there; None for one that does not count."""
+        at = int(np.searchsorted(self.kept, whole := self._begins[table] + place))
+        return at if at < len(self) and self.kept[at] == whole else None
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was known at one moment. Another thread may read it."""
+
+    heads: list[WorkerReport]
+    """Decode workers that have told their state."""
+    records: Records
+    owners: Ints
+    """Index of each record's worker."""
+    rows: Rows
+    index: Mapping[str, int]
+    """Where a request is that moves, or has moved lately."""
+    moves: tuple[MoveRecord, ...]
+    active: tuple[ActiveMove, ...]
+
+
 class Observer:
-    """Call ``capture`` with every status, in order."""
+    """Call ``look`` at every decision."""
 
     def __init__(self, cost: Cost, clock: Callable[[], float] = time.monotonic) -> None:
         self._cost = cost
         self._clock = clock
         self._remaining = RemainingEstimate()
-        self._seen: dict[str, tuple[tuple[RequestRow, ...], set[int]]] = {}
-        """Rows of each worker in the last status, and their identities: a row lives as long as its request is there."""
+        self._places = Places()
         self._heard = Heard()
 
     def join(self, engines: Mapping[str, bytes]) -> None:
         """Take the planner's forward-pass metrics; a worker without new metrics becomes stale."""
         self._heard.update(engines, self._clock())
 
-    def capture(self, status: Status, active: Iterable[ActiveMove] = ()) -> Capture:
+    def look(self, tables: Sequence[Table], moves: tuple[MoveRecord, ...], active: Iterable[ActiveMove] = ()) -> Look:
+        """Take what is known now."""
+        for row in self._places.update(tables):
+            self._remaining.finished(row.output_tokens)
+        heads, chosen, now = [], [], self._clock()
+        for table in tables:
+            head = table.head(now)
+            if head.role in DECODE_ROLES and head.stats is not None and head.info is not None:
+                heads.append(head)
+                chosen.append(table)
+        records = np.concatenate([table.columns for table in chosen]) if chosen else np.zeros(0, RECORD)
+        begins = np.cumsum([0, *(len(table.columns) for table in chosen)])
+        at = {table: number for number, table in enumerate(chosen)}
+        for request_id, several in self._places.several.items():
+            # The youngest report of one that has just moved is right.
+            places = [(at[t], place) for t in dict.fromkeys(several) if t in at for place in t.places(request_id)]
+            here = [(n, place) for n, place in places if not records["elsewhere"][begins[n] + place]]
+            for number, place in sorted(here, key=lambda found: heads[found[0]].age_s)[1:]:
+                records["elsewhere"][begins[number] + place] = True
+        rows = Rows([table.rows for table in chosen], np.flatnonzero(~records["elsewhere"]))
+        owners = np.repeat(np.arange(len(chosen), dtype=np.int32), np.diff(begins))
+        active = tuple(active)
+        index = {}
+        for request_id in {*(move.request_id for move in active), *(move.request_id for move in moves)}:
+            for table in self._places.of(request_id):
+                for place in table.places(request_id) if table in at else ():
+                    if (found := rows.index_of(at[table], place)) is not None:
+                        index[request_id] = found
+        return Look(heads, records[rows.kept], owners[rows.kept], rows, index, moves, active)
+
+    def capture(self, look: Look) -> Capture:
         """The state in readable form."""
-        rows, owners, workers, odd = self._rows(status)
-        columns = self._columns(status, rows, owners, workers, odd)
-        names = [worker.worker for worker in workers]
-        found = zip(rows, columns.worker, columns.need, columns.kv, columns.remaining, columns.since_move, strict=True)
-        requests = [
-            RequestView(
-                request_id=row.request_id,
-                worker=names[worker],
-                phase=row.phase,
-                need_tokens=int(need),
-                kv_tokens=int(kv),
-                remaining_tokens=float(remaining),
-                priority=-row.priority,
-                not_migratable=row.not_migratable or None,
-                since_move_s=float(since),
-                moving=row.moving,
+        columns = self._columns(look)
+        came_from = {move.request_id: move.source for move in look.moves if move.ok}
+        requests = []
+        for at, owner in enumerate(look.owners.tolist()):
+            row = look.rows.row(at)
+            requests.append(
+                RequestView(
+                    request_id=row.request_id,
+                    worker=look.heads[owner].worker,
+                    phase=row.phase,
+                    need_tokens=int(columns.need[at]),
+                    kv_tokens=int(columns.kv[at]),
+                    remaining_tokens=float(columns.remaining[at]),
+                    priority=-row.priority,
+                    not_migratable=row.not_migratable or None,
+                    since_move_s=float(columns.since_move[at]),
+                    came_from=came_from.get(row.request_id, ""),
+                    moving=row.moving,
+                )
             )
-            for row, worker, need, kv, remaining, since in found
-        ]
-        came_from = {move.request_id: move.source for move in status.moves if move.ok}
-        requests = [
-            msgspec.structs.replace(view, came_from=came_from[view.request_id])
-            if view.request_id in came_from
-            else view
-            for view in requests
-        ]
-        return msgspec.structs.replace(self._head(status, workers, active), requests=tuple(requests))
+        return msgspec.structs.replace(self._head(look), requests=tuple(requests))
 
-    def snapshot(self, status: Status, active: Iterable[ActiveMove], stale_after_s: float) -> Snapshot:
+    def snapshot(self, look: Look, stale_after_s: float) -> Snapshot:
         """The input of policies, without the readable form of requests: that takes longer than everything else."""
-        rows, owners, workers, odd = self._rows(status)
-        requests = self._columns(status, rows, owners, workers, odd)
-        return Snapshot.joined(self._head(status, workers, active), requests, stale_after_s)
+        return Snapshot.joined(self._head(look), self._columns(look), stale_after_s, look.index)
 
-    def _rows(self, status: Status) -> tuple[list[RequestRow], Ints, list[WorkerReport], list[int]]:
-        """Rows in engines of decode workers, the index of each one's worker, those workers, and unusual rows."""
-        self._count_ended(status)
-        decode = [w for w in status.workers if w.role in DECODE_ROLES and w.stats is not None and w.info is not None]
-        # When two workers list a request that has just moved, the younger report is right.
-        decode.sort(key=lambda worker: worker.age_s)
-        rows = list(itertools.chain.from_iterable(worker.requests for worker in decode))
-        owners = np.repeat(np.arange(len(decode), dtype=np.int32), [len(worker.requests) for worker in decode])
-        landing = RequestPhase.LANDING
-        odd = _odd(rows)
-        out = {at for at in odd if rows[at].relayed_from or rows[at].phase is landing}
-        if len({row.request_id for row in rows}) < len(rows):
-            seen: set[RequestId] = set()
-            for at, row in enumerate(rows):
-                if at not in out:
-                    out |= {at} if row.request_id in seen else set()
-                    seen.add(row.request_id)
-        if out:
-            kept = np.setdiff1d(np.arange(len(rows)), list(out))
-            rows, owners = [rows[at] for at in kept.tolist()], owners[kept]
-            odd = _odd(rows)
-        return rows, owners, decode, odd
-
-    def _count_ended(self, status: Status) -> None:
-        """Learn from the outputs of requests that have ended. A removed worker has not reported their ends."""
-        seen = {worker.worker: (worker.requests, set(map(id, worker.requests))) for worker in status.workers}
-        answering = {worker.worker for worker in status.workers if not worker.missing}
-        ended = [
-            row
-            for worker, (rows, known) in self._seen.items()
-            if worker in answering and (gone := known - seen[worker][1])
-            for row in rows
-            if id(row) in gone
-        ]
-        if ended:
-            there = {row.request_id for worker in status.workers for row in worker.requests}
-            for row in ended:
-                if row.request_id not in there:
-                    self._remaining.finished(row.output_tokens)
-        self._seen = seen
-
-    def _columns(
-        self, status: Status, rows: list[RequestRow], worker: Ints, workers: list[WorkerReport], odd: list[int]
-    ) -> Requests:
-        outputs = np.array([row.output_tokens for row in rows], dtype=np.float64)
-        running, waiting, free = np.array([[True], [False], [True]]).repeat(len(rows), axis=1)
-        for at in odd:
-            row = rows[at]
-            running[at], waiting[at] = row.phase is RequestPhase.DECODE, row.phase in WAITS
-            free[at] = not (row.not_migratable or row.moving)
-        # None becomes NaN, which fmin passes over.
-        most = np.array([row.max_tokens for row in rows], dtype=np.float64)
-        ids = [row.request_id for row in rows]
-        blocks = np.array([_block_size(report) for report in workers] or [0], dtype=np.float64)
-        since, came_from = np.full(len(rows), NEVER_S), np.full(len(rows), len(workers), dtype=np.int32)
-        moved = {move.request_id: move for move in status.moves if move.ok}
-        index = {report.worker: at for at, report in enumerate(workers)}
-        for at in [at for at, request_id in enumerate(ids) if request_id in moved] if moved else ():
-            move = moved[ids[at]]
-            since[at], came_from[at] = move.age_s, index.get(move.source, len(workers))
+    def _columns(self, look: Look) -> Requests:
+        records = look.records
+        since, came_from = np.full(len(records), NEVER_S), np.full(len(records), len(look.heads), dtype=np.int32)
+        workers = {head.worker: at for at, head in enumerate(look.heads)}
+        for move in look.moves:
+            if move.ok and (at := look.index.get(move.request_id)) is not None:
+                since[at], came_from[at] = move.age_s, workers.get(move.source, len(workers))
+        blocks = np.array([head.info.block_size if head.info else 0 for head in look.heads] or [0])
+        outputs = records["output_tokens"].astype(np.float64)
         return Requests(
-            ids=ids,
-            worker=worker,
-            kv=np.array([row.kv_blocks for row in rows], dtype=np.float64) * blocks[worker],
-            need=np.array([row.prompt_tokens for row in rows], dtype=np.float64) + outputs,
-            remaining=np.fmin(self._remaining.of(outputs), np.maximum(0.0, most - outputs)),
+            ids=look.rows,
+            worker=look.owners,
+            kv=(records["kv_blocks"] * blocks[look.owners]).astype(np.float64),
+            need=records["prompt_tokens"] + outputs,
+            # Without a limit of tokens it is NaN, which fmin passes over.
+            remaining=np.fmin(self._remaining.of(outputs), np.maximum(0.0, records["max_tokens"] - outputs)),
             # In vLLM smaller numbers are more important.
-            priority=-np.array([row.priority for row in rows], dtype=np.int32),
-            running=running,
-            waiting=waiting,
-            free=free,
+            priority=-records["priority"].astype(np.int32),
+            running=records["running"],
+            waiting=records["waiting"],
+            free=records["free"],
             since_move=since,
             came_from=came_from,
         )
 
-    def _head(self, status: Status, workers: list[WorkerReport], active: Iterable[ActiveMove]) -> Capture:
+    def _head(self, look: Look) -> Capture:
         now = self._clock()
-        bytes_per_s, overhead_s, downtime_s = self._measured([move for move in status.moves if move.ok and move.bytes])
+        bytes_per_s, overhead_s, downtime_s = self._measured([move for move in look.moves if move.ok and move.bytes])
         return Capture(
             time_s=now,
-            workers=tuple(self._worker(worker, now) for worker in workers),
-            active=tuple(active),
+            workers=tuple(self._worker(head, now) for head in look.heads),
+            active=look.active,
             bytes_per_s=bytes_per_s,
             overhead_s=overhead_s,
             downtime_s=downtime_s,
@@ -208,17 +215,3 @@ class Observer:
         size = sum(move.bytes for move in moves)
         speed = size / beyond if beyond > 1e-3 else self._cost.bytes_per_s
         return speed, overhead, statistics.median(move.downtime_s for move in moves)
-
-
-def _block_size(worker: WorkerReport) -> int:
-    return worker.info.block_size if worker.info is not None else 0
-
-
-def _odd(rows: list[RequestRow]) -> list[int]:
-    """Rows that do not simply decode: few, so that all others need only one look."""
-    decodes = RequestPhase.DECODE
-    return [
-        at
-        for at, row in enumerate(rows)
-        if row.phase is not decodes or row.not_migratable or row.moving or row.relayed_from
-    ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -238,13 +238,20 @@ class Snapshot:
         return Snapshot.joined(capture, requests, stale_after_s)
 
     @staticmethod
-    def joined(capture: Capture, requests: Requests, stale_after_s: float = math.inf) -> Snapshot:
-        """Columns of the workers and moves of a capture, with those of its requests."""
+    def joined(
+        capture: Capture, requests: Requests, stale_after_s: float = math.inf, row_of: Mapping[str, int] | None = None
+    ) -> Snapshot:
+        """Columns of the workers and moves of a capture, with those of its requests.
+
+        ``row_of``: rows of those that move.
+        """
         workers = capture.workers
         index = {view.worker: i for i, view in enumerate(workers)}
         inbound, outbound = np.zeros(len(workers)), np.zeros(len(workers))
         moves, pairs = np.zeros(len(workers), dtype=np.int32), Counter[tuple[int, int]]()
-        free, row_of = requests.free.copy(), _rows_of(requests.ids, {move.request_id for move in capture.active})
+        free = requests.free.copy()
+        if row_of is None:
+            row_of = {request_id: row for row, request_id in enumerate(requests.ids)}
         for move in capture.active:
             src, dst, row = index.get(move.src), index.get(move.dst), row_of.get(move.request_id)
             if row is not None:
@@ -294,7 +301,3 @@ class Snapshot:
             downtime_s=capture.downtime_s,
             pairs=pairs,
         )
-
-
-def _rows_of(ids: Sequence[str], wanted: Collection[str]) -> dict[str, int]:
-    return {request_id: row for row, request_id in enumerate(ids) if request_id in wanted} if wanted else {}

@@ -21,13 +21,13 @@ from components.client import Drained
 from components.engine.kv import RequestId
 from components.engine.protocol import EngineInfo, EngineStats, RequestPhase
 from components.messages import pack, unpack
-from components.migration.messages import Mode, MoveRecord, RequestRow, RowCount, WorkerReply, WorkerState
-from components.status import Status, Told
+from components.migration.messages import Counts, Mode, MoveRecord, RequestRow, WorkerReply, WorkerState
 from planner_hooks.config import parse
 from planner_hooks.controller import Controller
 from planner_hooks.observe import Observer
 from planner_hooks.rules import Cost
 from planner_hooks.snapshot import Capture, RequestView, Snapshot, WorkerView
+from planner_hooks.table import Table
 
 _BLOCK = 16
 SIZES = ((4, 400), (16, 1600), (64, 6400), (256, 25_000), (1024, 100_000))
@@ -98,7 +98,7 @@ def answers(capture: Capture, first: bool) -> dict[str, dict[str, str]]:
         rows[r.worker].append(row)
     found = {}
     for w in capture.workers:
-        counts = tuple(RowCount(row.number, 1, row.kv_blocks) for row in rows[w.worker])
+        counts = Counts.of([(row.number, 1, row.kv_blocks) for row in rows[w.worker]])
         state = WorkerState(
             w.worker,
             "decode",
@@ -118,7 +118,7 @@ def answers(capture: Capture, first: bool) -> dict[str, dict[str, str]]:
             version=1 if first else 2,
             whole=first,
             rows=tuple(rows[w.worker]) if first else (),
-            counts=() if first else counts,
+            counts=Counts() if first else counts,
             cordoned=w.draining,
             draining=w.draining,
         )
@@ -126,7 +126,7 @@ def answers(capture: Capture, first: bool) -> dict[str, dict[str, str]]:
     return found
 
 
-def take(told: dict[str, Told], packed: dict[str, dict[str, str]]) -> None:
+def take(told: dict[str, Table], packed: dict[str, dict[str, str]]) -> None:
     """What ``components.client.Workers`` does with the answers of one tick."""
     for worker, message in packed.items():
         state = unpack(message, WorkerReply).state
@@ -134,23 +134,21 @@ def take(told: dict[str, Told], packed: dict[str, dict[str, str]]) -> None:
             told[worker].take(state, 0.0, first=True)
 
 
-def status_of(told: dict[str, Told]) -> Status:
-    """What it then hands to the planner."""
-    return Status(tuple(each.report(0.0, ages=False) for each in told.values()))
-
-
 class _Commands:
     """What the controller asks of ``components.client.Workers``, with nothing behind it."""
 
-    def __init__(self, told: dict[str, Told], packed: dict[str, dict[str, str]]) -> None:
+    def __init__(self, told: dict[str, Table], packed: dict[str, dict[str, str]]) -> None:
         self._told = told
         self._packed = packed
 
     async def refresh(self, patience_s: float) -> None:
         take(self._told, self._packed)
 
-    def status(self, ages: bool = True) -> Status:
-        return status_of(self._told)
+    def tables(self) -> list[Table]:
+        return list(self._told.values())
+
+    def moves(self) -> tuple[MoveRecord, ...]:
+        return ()
 
     async def migrate(self, request_id: str, source: str, target: str, mode: Mode, life: int) -> MoveRecord:
         return MoveRecord(RequestId(request_id), source, target, mode, ok=True)
@@ -162,7 +160,7 @@ class _Commands:
         """Nothing."""
 
 
-def ticks(capture: Capture, told: dict[str, Told], repeat: int) -> list[float]:
+def ticks(capture: Capture, told: dict[str, Table], repeat: int) -> list[float]:
     """Milliseconds of processor time of whole ticks."""
 
     async def one() -> float:
@@ -202,11 +200,16 @@ def measure(repeat: int = 15) -> list[Speed]:
         decide()
         took = timed(decide, repeat)
         moves = len(policy.plan(snapshot).moves)
-        told, observer = {w.worker: Told(w.worker) for w in capture.workers}, Observer(Cost())
+        told, observer = {w.worker: Table(w.worker) for w in capture.workers}, Observer(Cost())
         take(told, answers(capture, first=True))
         decode = timed(partial(take, told, answers(capture, first=False)), 3)
         # The first one learns all names.
-        observe = timed(lambda told=told, observer=observer: observer.snapshot(status_of(told), (), 5.0), 4)[1:]  # type: ignore[misc]
+        tables = list(told.values())
+
+        def see(tables: list[Table] = tables, observer: Observer = observer) -> None:
+            observer.snapshot(observer.look(tables, ()), 5.0)
+
+        observe = timed(see, 4)[1:]
         tick = ticks(capture, told, 3)
         others = (float(np.median(times)) for times in (observe, decode, tick))
         rows.append(Speed(workers, requests, moves, float(np.median(took)), max(took), *others))

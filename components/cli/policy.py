@@ -130,14 +130,15 @@ def read(path: Path) -> Capture:
 async def observe(rules: PolicyFile) -> Capture:
     """A snapshot of the running system."""
     from components import process
-    from components.client import Workers
     from components.serve.state import reach
     from planner_hooks.observe import Observer
+    from planner_hooks.table import Tables
 
     reach()
-    workers = await Workers.connect(process.connect(), process.namespace())
+    workers = await Tables.connect(process.connect(), process.namespace())
     await workers.refresh()
-    return Observer(rules.controller.cost).capture(workers.status())
+    observer = Observer(rules.controller.cost)
+    return observer.capture(observer.look(workers.tables(), workers.moves()))
 
 
 def show(capture: Capture, plans: dict[str, Plan], console: Console) -> None:

@@ -11,14 +11,17 @@ number is refused. A late, doubled or crossed call therefore never reaches the n
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
 from components.engine.kv import Frozen, KVOffer, LandingStatus, RequestId, SocketRef
 from components.engine.protocol import EngineInfo, EngineStats, GenerateOutput, RequestPhase, TokenLogprob
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 Life = int
 """Number of one stay of a request in one engine (63 random bits)."""
 
@@ -172,13 +175,13 @@ class RequestRow(msgspec.Struct, omit_defaults=True, gc=False):
     Not frozen: callers that follow a worker by differences update rows in place.
     """
 
-    number: int
+    number: Count
     """Number of the row, unique on this worker."""
     request_id: RequestId
     phase: RequestPhase
-    prompt_tokens: int
-    output_tokens: int = 0
-    kv_blocks: int = 0
+    prompt_tokens: Count
+    output_tokens: Count = 0
+    kv_blocks: Count = 0
     age_s: float = 0.0
     priority: int = 0
     max_tokens: int | None = None
@@ -194,12 +197,51 @@ class RequestRow(msgspec.Struct, omit_defaults=True, gc=False):
     moves: int = 0
 
 
-class RowCount(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """The fields of a row that change with every step, for a known row."""
+class Column(msgspec.Struct, frozen=True, array_like=True):
+    """Numbers as little-endian differences to the lowest one, each of ``width`` bytes."""
 
-    number: int
-    output_tokens: int
-    kv_blocks: int
+    lowest: Count = 0
+    width: Literal[1, 2, 4, 8] = 1
+    data: bytes = b""
+
+    @staticmethod
+    def of(values: Sequence[int]) -> Column:
+        """Pack them as narrow as they are close together."""
+        lowest, highest = min(values, default=0), max(values, default=0)
+        width = next(w for w in _WIDTHS if highest - lowest < 1 << 8 * w)
+        packed = struct.pack(f"<{len(values)}{_WIDTHS[width]}", *(value - lowest for value in values))
+        return Column(lowest, width, packed)
+
+    def __len__(self) -> int:
+        return len(self.data) // self.width
+
+    def __iter__(self) -> Iterator[int]:
+        return (self.lowest + value for (value,) in struct.iter_unpack("<" + _WIDTHS[self.width], self.data))
+
+
+_WIDTHS: dict[Literal[1, 2, 4, 8], str] = {1: "B", 2: "H", 4: "I", 8: "Q"}
+"""Of numbers in bytes, and their names in ``struct``."""
+
+
+class Counts(msgspec.Struct, frozen=True, array_like=True):
+    """The fields that change with every step, for known rows."""
+
+    numbers: Column = Column()
+    output_tokens: Column = Column()
+    kv_blocks: Column = Column()
+
+    def __post_init__(self) -> None:
+        columns = (self.numbers, self.output_tokens, self.kv_blocks)
+        if any(len(column.data) % column.width or len(column) != len(self.numbers) for column in columns):
+            raise ValueError("columns of counts have different lengths")
+
+    @staticmethod
+    def of(rows: Sequence[tuple[int, int, int]]) -> Counts:
+        """Pack (number, output tokens, KV blocks) of each row."""
+        return Counts(*map(Column.of, zip(*rows, strict=True)))
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        return zip(self.numbers, self.output_tokens, self.kv_blocks, strict=True)
 
 
 class WorkerState(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -218,7 +260,7 @@ class WorkerState(msgspec.Struct, frozen=True, omit_defaults=True):
     whole: bool = False
     """``rows`` are complete: the caller drops its older rows of this worker."""
     rows: tuple[RequestRow, ...] = ()
-    counts: tuple[RowCount, ...] = ()
+    counts: Counts = Counts()
     gone: tuple[int, ...] = ()
     next: int = 0
     age_s: float = 0.0

@@ -23,7 +23,7 @@ from components.engine.kv import RequestId
 from components.engine.protocol import EngineStats, RequestInfo, RequestPhase
 from components.errors import WorkerLost
 from components.migration.legs import Arrival, Leg
-from components.migration.messages import RequestRow, RowCount
+from components.migration.messages import Counts, RequestRow
 from components.migration.peers import short
 from components.migration.requests import Requests
 
@@ -50,7 +50,7 @@ class Page:
 
     whole: bool
     rows: tuple[RequestRow, ...]
-    counts: tuple[RowCount, ...]
+    counts: Counts
     gone: tuple[int, ...]
     next: int
 
@@ -133,7 +133,7 @@ class Report:
         whole = not self._floor <= since <= self.version or since == 0
         since = 0 if whole else since
         rows: list[RequestRow] = []
-        counts: list[RowCount] = []
+        counts: list[tuple[int, int, int]] = []
         last = 0
         # Rows are numbered in order of arrival; a row keeps its number when its order in the engine changes.
         for kept in sorted(self._kept.values(), key=lambda kept: kept.row.number):
@@ -141,14 +141,14 @@ class Report:
             if number <= after or max(kept.changed, kept.counted) <= since:
                 continue
             if len(rows) + len(counts) == PAGE:
-                return Page(whole, tuple(rows), tuple(counts), self._gone_since(since, after), last)
+                return Page(whole, tuple(rows), Counts.of(counts), self._gone_since(since, after), last)
             if kept.changed > since:
                 age = kept.row.age_s + self.age_s()
                 rows.append(msgspec.structs.replace(kept.row, age_s=age))
             else:
-                counts.append(RowCount(number, kept.row.output_tokens, kept.row.kv_blocks))
+                counts.append((number, kept.row.output_tokens, kept.row.kv_blocks))
             last = number
-        return Page(whole, tuple(rows), tuple(counts), self._gone_since(since, after), 0)
+        return Page(whole, tuple(rows), Counts.of(counts), self._gone_since(since, after), 0)
 
     def _gone_since(self, since: int, after: int) -> tuple[int, ...]:
         return tuple(number for version, number in self._gone if version > since) if since and not after else ()

@@ -24,7 +24,7 @@ from components.errors import MigrateError, NoRoom, Refused, RequestNotFound
 from components.metrics import spans
 from components.metrics.worker import Gauges, WorkerMetrics
 from components.migration.legs import Arrival, Leg
-from components.migration.messages import Mode, MoveRecord, WorkerCall, WorkerState
+from components.migration.messages import Counts, Mode, MoveRecord, WorkerCall, WorkerState
 from components.migration.peers import Peers, states_of
 from components.migration.requests import Requests
 from components.migration.session import Limits, migrate, room_tokens
@@ -98,7 +98,7 @@ class WorkerStatus:
             version=report.version,
             whole=page is not None and page.whole,
             rows=page.rows if page is not None else (),
-            counts=page.counts if page is not None else (),
+            counts=page.counts if page is not None else Counts(),
             gone=page.gone if page is not None else (),
             next=page.next if page is not None else 0,
             age_s=report.age_s(),

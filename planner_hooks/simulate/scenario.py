@@ -38,6 +38,8 @@ class Scenario(msgspec.Struct, frozen=True):
     """The rate swings between a quarter and the whole, twice."""
     restarts: bool = False
     """All workers are restarted, a tenth of them at a time."""
+    seed: int = 1
+    """Of the times of copies of a trace, and of made loads."""
 
     @property
     def model(self) -> WorkerModel:
@@ -52,7 +54,8 @@ def requests(scenario: Scenario) -> list[Arrival]:
     fits = [a for a in sample if a.prompt_tokens < 0.9 * scenario.kv_tokens]
     lengths = [a.prompt_tokens for a in fits], [a.output_tokens for a in fits]
     rate = saturation_rate(*lengths, traces.reused(sample), scenario.model) * scenario.workers * scenario.load
-    found = traces.burstgpt(rate, scenario.seconds) if known is None else traces.replay(fits, rate, scenario.seconds)
+    seconds, seed = scenario.seconds, scenario.seed
+    found = traces.burstgpt(rate, seconds, seed) if known is None else traces.replay(fits, rate, seconds, seed)
     if not scenario.swings:
         return found
     share = traces.swing(np.array([a.time_s for a in found]), scenario.seconds)

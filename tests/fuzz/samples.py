@@ -12,21 +12,32 @@ import numpy as np
 import torch
 
 from components.engine.kv import Frozen, KVOffer, RequestId
-from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, Sampling, TokenLogprob
+from components.engine.protocol import (
+    EngineStats,
+    FinishReason,
+    GenerateOutput,
+    GenerateRequest,
+    RequestPhase,
+    Sampling,
+    TokenLogprob,
+)
 from components.migration.link_wire import Said, Told
 from components.migration.messages import (
     Attached,
+    Counts,
     Decision,
     Handover,
     Mode,
     MoveRecord,
     Owner,
     PlannerReply,
+    RequestRow,
     Ticket,
     Verdict,
     WorkerCall,
     WorkerOp,
     WorkerReply,
+    WorkerState,
 )
 from components.transfer import AgentConfig, KVPool, TransferAgent
 from components.transfer.calibration import Calibration, LaneCalibration, Point
@@ -143,6 +154,16 @@ def link_messages() -> list[msgspec.Struct]:
     ]
 
 
+def states() -> list[WorkerState]:
+    """A worker's whole table, and what has changed since."""
+    stats, row = EngineStats(1, 0, 0, 0, 90, 100), RequestRow(1, R, RequestPhase.DECODE, 100, 5, 7)
+    more = {"version": 2, "counts": Counts.of([(2, 70_000, 9), (9, 5, 9)]), "gone": (1,)}
+    return [
+        WorkerState("w", "decode", stats, version=1, whole=True, rows=(row, RequestRow(2, R, RequestPhase.WAITING, 9))),
+        WorkerState("w", "decode", stats, rows=(msgspec.structs.replace(row, number=3),), **more),
+    ]
+
+
 def everything() -> dict[str, list[bytes]]:
     """Valid inputs by target."""
     encode = msgspec.msgpack.encode
@@ -153,6 +174,7 @@ def everything() -> dict[str, list[bytes]]:
     outcomes = [
         WorkerReply(error=("no_room", "full")),
         WorkerReply(moves=(MoveRecord("r", "a", "b", Mode.LIVE, True),)),
+        *(WorkerReply(state=state) for state in states()),
         Attached((output,), Owner(1, 2)),
         Handover(Owner(1, 2), "f", 1, frozen(), True, True, (TokenLogprob(-0.5),)),
         PlannerReply((decision,)),

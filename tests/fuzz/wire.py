@@ -36,6 +36,10 @@ from components.transfer.session import messages as session
 from components.transfer.shares import Shares
 from components.wire import UNREADABLE
 from components.worker import mocker_payload
+from planner_hooks.observe import Observer
+from planner_hooks.rules import Cost
+from planner_hooks.table import Table
+from tests.fuzz import samples
 from tests.fuzz.inputs import Target
 from tests.fuzz.samples import agent_record
 
@@ -69,6 +73,13 @@ def session_messages(data: bytes) -> None:
         session.unpack(message.dst)
 
 
+def _known() -> Table:
+    """A worker with requests."""
+    table = Table("known")
+    table.take(samples.states()[0], 0.0, first=True)
+    return table
+
+
 def endpoint_messages(data: bytes) -> None:
     """Every message of Dynamo's endpoints, and the envelope itself."""
     try:
@@ -83,6 +94,11 @@ def endpoint_messages(data: bytes) -> None:
             continue
         pack(message)
         taken += 1
+        if isinstance(message, WorkerReply) and message.state is not None:
+            for table in (Table("new"), _known()):
+                table.take(message.state, 1.0, first=True)
+                observer = Observer(Cost())
+                observer.snapshot(observer.look([table], message.state.moves), 5.0)
     if not taken:
         raise InvalidRequest("none of the messages")
 

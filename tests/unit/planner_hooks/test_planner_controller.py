@@ -4,24 +4,23 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
-from collections.abc import Iterable
 
 import msgspec
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from components.client import Drained, Workers
-from components.engine.kv import RequestId
-from components.engine.protocol import EngineStats, RequestPhase
+from components.client import Drained
+from components.engine.protocol import RequestPhase
 from components.errors import MigrateError, NoRoom, RequestNotFound, WorkerLost, WorkerNotFound
-from components.migration.messages import Mode, MoveRecord, RequestRow
-from components.status import Status, WorkerReport
+from components.migration.messages import Mode, MoveRecord
 from planner_hooks.config import parse
 from planner_hooks.controller import MOVES, Controller
-from planner_hooks.observe import Observer
-from planner_hooks.snapshot import ActiveMove, Snapshot
+from planner_hooks.observe import Look, Observer
+from planner_hooks.snapshot import Snapshot
+from planner_hooks.table import Table, Tables
 from tests import fake_workers
 from tests.fake_workers import info_of
 
@@ -39,7 +38,7 @@ class Cluster:
         self.workers = fake_workers.Workers(2)
         for request, place in places.items():
             self.workers.engines[place].table.append(info_of(request))
-        self.client = Workers(self.workers)
+        self.client = Tables(self.workers)
         self.calls: list[tuple[str, str, str]] = []
         self.answer: MigrateError | tuple[str, str] | None = None
 
@@ -51,8 +50,11 @@ class Cluster:
             state._report._told_at = -10.0
         await self.client.refresh(patience_s)
 
-    def status(self, ages: bool = True) -> Status:
-        return self.client.status(ages)
+    def tables(self) -> list[Table]:
+        return self.client.tables()
+
+    def moves(self) -> tuple[MoveRecord, ...]:
+        return self.client.moves()
 
     async def migrate(self, request_id: str, source: str, target: str, mode: Mode, life: int) -> MoveRecord:
         self.calls.append((request_id, target, source))
@@ -194,7 +196,7 @@ async def test_a_life_that_has_gone_and_come_back_is_not_meant() -> None:
         return MoveRecord(request_id, source, target, mode, ok=False, code="request_not_found")
 
     await cluster.refresh(1.0)
-    for row in cluster.client._told[1]._rows.values():
+    for row in cluster.tables()[0].rows:
         row.life = 7
     cluster.migrate = migrate  # type: ignore[method-assign]
     tested = controller(cluster)
@@ -207,9 +209,9 @@ async def test_the_loop_goes_on_while_a_decision_is_made() -> None:
     decided_meanwhile = threading.Event()
 
     class Slow(Observer):
-        def snapshot(self, status: Status, active: Iterable[ActiveMove], stale_after_s: float) -> Snapshot:
+        def snapshot(self, look: Look, stale_after_s: float) -> Snapshot:
             assert decided_meanwhile.wait(30)
-            return super().snapshot(status, active, stale_after_s)
+            return super().snapshot(look, stale_after_s)
 
     policy = parse(POLICY)
     tested = Controller(policy, full(), Slow(policy.controller.cost))
@@ -227,18 +229,83 @@ def test_explain_refuses_what_is_no_snapshot() -> None:
     assert "no-such-file.json" in str(result.exception)
 
 
-def test_only_a_worker_that_answers_can_say_that_its_requests_have_ended() -> None:
+async def test_only_a_worker_that_answers_can_say_that_its_requests_have_ended() -> None:
     """One that misses a report keeps its requests, and one that has gone has not finished them."""
+    cluster = Cluster({f"r{i}": 1 for i in range(100)})
     observer = Observer(parse(POLICY).controller.cost)
-    rows = tuple(RequestRow(n, RequestId(f"r{n}"), RequestPhase.DECODE, 10, 50) for n in range(1, 101))
-    there = WorkerReport("a", "decode", info=fake_workers.INFO, stats=EngineStats(100, 0, 0, 0, 0, 100), requests=rows)
-    other = msgspec.structs.replace(there, worker="b", requests=())
-    before = observer._remaining.of(np.zeros(1))[0]
-    observer.capture(Status((there, other)))
-    missing = msgspec.structs.replace(there, missing="no answer")
-    assert len(observer.capture(Status((missing, other))).requests) == 100
-    observer.capture(Status((other,)))
-    assert observer._remaining.of(np.zeros(1))[0] == before
-    observer.capture(Status((there, other)))
-    observer.capture(Status((msgspec.structs.replace(there, requests=()), other)))
-    assert observer._remaining.of(np.zeros(1))[0] != before
+
+    async def expected() -> tuple[int, float]:
+        await cluster.refresh(0.1)
+        seen = observer.snapshot(observer.look(cluster.tables(), ()), 5.0)
+        return len(seen.request_ids), float(observer._remaining.of(np.zeros(1))[0])
+
+    [_, before] = await expected()
+    cluster.workers.lost.add(1)
+    assert await expected() == (100, before)
+    lost = cluster.workers.engines.pop(1)
+    assert await expected() == (0, before)
+    cluster.workers.lost.clear()
+    cluster.workers.engines[1] = lost
+    assert await expected() == (100, before)
+    lost.table.clear()
+    count, after = await expected()
+    assert count == 0 and after != before
+
+
+async def test_columns_follow_requests_that_come_go_on_change_and_go() -> None:
+    cluster = Cluster({f"r{i}": 1 + i % 2 for i in range(40)})
+    observer = Observer(parse(POLICY).controller.cost)
+    chooser = random.Random(1)
+    for step in range(30):
+        for instance, engine in cluster.workers.engines.items():
+            rows = [row for row in engine.table if chooser.random() > 0.1]
+            rows = [
+                msgspec.structs.replace(
+                    row,
+                    output_tokens=row.output_tokens + chooser.randint(0, 3),
+                    phase=RequestPhase.WAITING if chooser.random() < 0.1 else RequestPhase.DECODE,
+                )
+                for row in rows
+            ]
+            engine.table = rows + [info_of(f"new{instance}.{step}.{i}", 0) for i in range(chooser.randint(0, 5))]
+        await cluster.refresh(1.0)
+        look = observer.look(cluster.tables(), ())
+        seen, capture = observer.snapshot(look, 5.0), observer.capture(look)
+        expected = {
+            row.request_id: (f"{instance:08x}", row.prompt_tokens + row.output_tokens, row.phase)
+            for instance, engine in cluster.workers.engines.items()
+            for row in engine.table
+        }
+        assert {v.request_id: (v.worker, v.need_tokens, v.phase) for v in capture.requests} == expected
+        again = Snapshot.of(capture)
+        assert list(seen.request_ids) == list(again.request_ids)
+        for name in ("r_worker", "r_kv", "r_need", "r_remaining", "r_running", "r_waiting", "r_free"):
+            np.testing.assert_array_equal(getattr(seen, name), getattr(again, name))
+
+
+async def test_a_request_that_two_workers_list_is_where_the_younger_report_has_it() -> None:
+    cluster = Cluster({"twice": 1, "a": 1, "b": 2})
+    cluster.workers.engines[2].table.append(info_of("twice"))
+    observer = Observer(parse(POLICY).controller.cost)
+    await cluster.refresh(1.0)
+    for instance, older in ((1, "00000001"), (2, "00000002")):
+        cluster.client._told[instance]._at -= 2.0 * instance
+        move = MoveRecord("twice", "00000001", "00000002", Mode.LIVE, ok=True)
+        seen = observer.snapshot(observer.look(cluster.tables(), (move,)), 50.0)
+        assert sorted(seen.request_ids) == ["a", "b", "twice"]
+        row = list(seen.request_ids).index("twice")
+        assert seen.worker_ids[seen.r_worker[row]] != older
+        assert seen.r_since_move[row] == 0.0 and seen.worker_ids[seen.r_came_from[row]] == "00000001"
+    cluster.workers.engines[1].table = [info_of("a")]
+    await cluster.refresh(1.0)
+    seen = observer.snapshot(observer.look(cluster.tables(), ()), 50.0)
+    assert sorted(seen.request_ids) == ["a", "b", "twice"]
+
+
+async def test_no_priority_that_a_client_may_choose_makes_the_planner_blind() -> None:
+    cluster = Cluster({"a": 1})
+    cluster.workers.engines[1].table += [info_of("first", priority=-(1 << 60)), info_of("last", priority=1 << 60)]
+    observer = Observer(parse(POLICY).controller.cost)
+    await cluster.refresh(1.0)
+    seen = observer.snapshot(observer.look(cluster.tables(), ()), 5.0)
+    assert seen.r_priority.tolist() == [0, (1 << 31) - 1, -((1 << 31) - 1)]

@@ -29,14 +29,14 @@ from dynamo.planner.core.types import (
 from dynamo.planner.plugins.clock import VirtualClock
 from dynamo.planner.plugins.orchestrator.engine_adapter import OrchestratorEngineAdapter
 
-from components.client import Workers
 from components.engine.protocol import EngineStats
-from components.status import Status, WorkerReport
+from components.migration.messages import WorkerState
 from planner_hooks.decider import Decider
 from planner_hooks.observe import Observer
 from planner_hooks.plugin import MigrationPlugin, ScaleDownPlugin
 from planner_hooks.rules import Cost
 from planner_hooks.server import Service, start
+from planner_hooks.table import Table, Tables
 from tests import fake_workers
 from tests.fake_workers import INFO, info_of
 
@@ -86,10 +86,10 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> fake_workers.Workers:
     """Two decode workers, whom all deciders ask."""
     cluster = fake_workers.Workers(2)
 
-    async def connect(*_: Any) -> Workers:
-        return Workers(cluster)
+    async def connect(*_: Any) -> Tables:
+        return Tables(cluster)
 
-    monkeypatch.setattr(Workers, "connect", connect)
+    monkeypatch.setattr(Tables, "connect", connect)
     return cluster
 
 
@@ -215,11 +215,17 @@ def test_a_worker_whose_metrics_stop_is_held_as_stale() -> None:
     now = 100.0
     observer = Observer(Cost(), lambda: now)
     stats = EngineStats(1, 0, 0, 0, 90, 100)
-    status = Status((WorkerReport("00000007", "decode", info=INFO, stats=stats),))
+    table = Table("00000007")
+    table.take(WorkerState("00000007", "decode", stats, info=INFO), now, first=True)
+
+    def age() -> float:
+        table._at = now
+        return observer.capture(observer.look([table], ())).workers[0].report_age_s
+
     observer.join({"7/0": encode(metrics(7, 500, counter=1))})
-    assert observer.capture(status).workers[0].report_age_s == 0.0
+    assert age() == 0.0
     now = 130.0
     observer.join({"7/0": encode(metrics(7, 500, counter=1)), "junk": b"?", "8/0": b"\xff"})
-    assert observer.capture(status).workers[0].report_age_s == 30.0
+    assert age() == 30.0
     observer.join({"7/0": encode(metrics(7, 500, counter=2))})
-    assert observer.capture(status).workers[0].report_age_s == 0.0
+    assert age() == 0.0
