@@ -23,6 +23,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from benchmarks.migration.engines import Answer, engines, greedy, program, tell, to_and_fro
 from components import models
+from components.engine.vllm.compat.runners import runner_version
 from components.errors import MigrateError
 
 _PROMPT = 300
@@ -63,6 +64,8 @@ class Run(msgspec.Struct):
     drafts: dict[str, Any]
     """vLLM's ``speculative_config``."""
     dtype: str = "auto"
+    runner: str = ""
+    """vLLM's model runner."""
     phases: list[Phase] = []
 
     def rows(self) -> list[list[str]]:
@@ -99,7 +102,7 @@ _RUNS = [
 ]
 
 
-async def _measure(run: Run, tokens: int, moves: int) -> None:
+async def _measure(run: Run, tokens: int, moves: int, more: dict[str, Any]) -> None:
     prompt = tuple(1000 + number % 97 for number in range(_PROMPT))
     drafts = run.drafts | ({"model": models.resolve(run.drafts["model"])} if "model" in run.drafts else {})
     arguments = {"model": models.resolve(run.model), "dtype": run.dtype, "speculative_config": drafts}
@@ -111,7 +114,9 @@ async def _measure(run: Run, tokens: int, moves: int) -> None:
         return Phase(ended, msgspec.structs.replace(total))
 
     loggers = [functools.partial(Counter, total=total)]
-    async with engines(**arguments, stat_loggers=loggers, num_gpu_blocks_override=300, max_num_seqs=4) as (a, b):
+    arguments |= {"num_gpu_blocks_override": 300, "max_num_seqs": 4} | more
+    async with engines(**arguments, stat_loggers=loggers) as (a, b):
+        run.runner = runner_version(a._llm.vllm_config)
         for engine in (a, b):
             await Answer("warm").rest(engine.generate(greedy("warm", prompt, tokens)))
         run.phases = [
@@ -129,13 +134,14 @@ def main(
     dtype: Annotated[str, typer.Option(help="as vLLM's; compare texts of MLA models in float32")] = "auto",
     tokens: Annotated[int, typer.Option(min=100, help="of each answer")] = 1000,
     moves: Annotated[int, typer.Option(min=1, help="of the answer that moves")] = 20,
+    more: Annotated[str, typer.Option("--engine-args", help="further ones of vLLM, JSON")] = "{}",
     json: Annotated[Path | None, typer.Option("--json", help="file for the raw samples")] = None,
 ) -> None:
     """Share of drafts accepted and tokens per second of one request before, during and after moves."""
     runs = [Run(model, jsonlib.loads(drafts), dtype)] if drafts else _RUNS
     head = ["model", "drafts", "answer", "moves", "drafts accepted", "tokens/step", "tokens/s"]
     for number, run in enumerate(runs, 1):
-        asyncio.run(_measure(run, tokens, moves))
+        asyncio.run(_measure(run, tokens, moves, jsonlib.loads(more)))
         tell(head, run.rows(), {"runs": runs[:number]}, json, width=120)
 
 

@@ -2,7 +2,8 @@
 """Families of models, drafters and an FP8 KV cache with what vLLM chooses on GPUs (model runner V2, attention).
 
 Both engines of a pair are on the first GPU; models are those of ``components/models``, made here without a tokenizer
-but for the one that sees: it must be in ``DYN_MIGRATE_CACHE``, or the package of its tokenizer installed.
+but for the one that sees: it must be in ``DYN_MIGRATE_CACHE``, or the package of its tokenizer installed. Its images
+are prepared with Pillow where torchvision is missing.
 Moves are live or stop-and-copy: a replay computes tokens in other steps than before, which bfloat16 rounds otherwise.
 For the same reason an answer is compared with one whose prompt came from the prefix cache as its own does, and drafts,
 whose number decides how a step rounds, are in float32 or with vLLM's batch invariance.
@@ -17,7 +18,6 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import aclosing
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from components.models.quantised import QUANTISED
 from components.models.seeing import SEEING
 from tests.integration.moves import Client, move, nothing_left, request_of, run, take_until
 from tests.integration.vllm_engines import Pair
+from tests.pillow import sitecustomize
 
 __all__ = ["nothing_left"]
 pytestmark = [
@@ -46,6 +47,7 @@ pytestmark = [
 ANSWERS = int(os.environ.get("DYN_MIGRATE_TEST_ANSWERS", "24"))
 LENGTH = 120
 FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model": "tiny-llama"},
     "gemma3": {"model": "tiny-gemma3"},
     "gpt-oss": {"model": "tiny-gpt-oss"},
     "deepseek-v3": {"model": "tiny-deepseek-v3"},
@@ -105,6 +107,10 @@ def pair(
 
 async def start(etcd_url: str, more: dict[str, Any]) -> Pair:
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    if not more.get("skip_tokenizer_init", True):
+        # For engine cores, as it is for this process.
+        pillow = str(Path(sitecustomize.__file__).parent)
+        os.environ["PYTHONPATH"] = os.pathsep.join([pillow, os.environ.get("PYTHONPATH", "")])
     os.environ["VLLM_BATCH_INVARIANT"] = str(int(more.pop("invariant", False)))
     namespace = f"test-{uuid.uuid4().hex[:8]}"
     args = {
@@ -198,7 +204,6 @@ def test_moved_answers_beside_drafts_equal_unmoved_ones(runner: asyncio.Runner, 
     assert not runner.run(asyncio.wait_for(moved_answers(pair, SAMPLINGS[:1], ANSWERS), 30 + 20 * ANSWERS))
 
 
-@pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM takes images with torchvision alone")
 @pytest.mark.parametrize("pair", [{"model": "tiny-paddleocr-vl", "skip_tokenizer_init": False}], indirect=True)
 @pytest.mark.parametrize("mode", ["live", "stop-and-copy"])
 @pytest.mark.parametrize("kind", ["GREEDY", "SEEDED"])

@@ -38,8 +38,12 @@ from components.models import resolve
 from components.serve.servers import Servers
 from tests.integration.moves import Client, move, request_of, run, take_until
 from tests.integration.vllm_engines import Pair, start_pair
+from tests.pillow import sitecustomize
+
+__all__ = ["sitecustomize"]
 
 FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model": "tiny-llama"},
     "gemma3": {"model": "tiny-gemma3", "num_gpu_blocks_override": 900},
     "gpt-oss": {"model": "tiny-gpt-oss", "num_gpu_blocks_override": 450},
     "deepseek-v3": {"model": "tiny-deepseek-v3", "num_gpu_blocks_override": 600, "block_size": 16},

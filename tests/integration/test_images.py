@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torchvision", reason="vLLM takes images with torchvision alone")
 from PIL import Image
 
-from tests.integration.graphs import Graph
+from tests.integration.graphs import ROOT, Graph
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -38,7 +37,9 @@ class Seeing(Graph):
         return reply.choices[0].message.content or ""
 
 
-def test_questions_about_images_move(tmp_path: Path) -> None:
+def test_questions_about_images_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pillow = str(ROOT / "tests" / "pillow")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([pillow, os.environ.get("PYTHONPATH", "")]))
     overrides = (
         "--AggWorker.replicas=2",
         "--AggWorker.kv-memory-gib=0.25",

@@ -17,6 +17,12 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 
 
+def run(*arguments: str) -> None:
+    path = os.pathsep.join([str(ROOT / "tests" / "interpreter"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
+    subprocess.run([sys.executable, "-m", *arguments], env=environment, check=True, timeout=900, cwd=ROOT)
+
+
 @pytest.mark.parametrize(
     ("family", "prompts"),
     [
@@ -28,12 +34,16 @@ ROOT = Path(__file__).parents[2]
 )
 def test_moved_answers_equal_unmoved_ones(tmp_path: Path, family: str, prompts: str) -> None:
     """Of models with states, windows and compressed heads, prefilled here and elsewhere."""
-    path = os.pathsep.join([str(ROOT / "tests" / "interpreter"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "tests.integration.families", "--families", family, "--caching", "on"]
-    command += ["--requests", "2", "--tokens", "60", "--prompts", prompts, "--json", str(tmp_path / "counts.json")]
+    asked = ["--families", family, "--caching", "on", "--requests", "2", "--tokens", "60", "--prompts", prompts]
     # Greedy, and with penalties and a seed; the interpreter does not run vLLM's kernel of top_p.
-    command += ["--kinds", "greedy,penalties"]
-    subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True, timeout=900, cwd=ROOT)
+    asked += ["--kinds", "greedy,penalties", "--json", str(tmp_path / "counts.json")]
+    run("tests.integration.families", *asked)
     counts = msgspec.json.decode((tmp_path / "counts.json").read_bytes(), type=Counts)
     assert {cell.runner for cell in counts.cells} == {"v2"}
     assert sum(cell.answers for cell in counts.cells) == 6
+
+
+@pytest.mark.parametrize("kind", ["greedy", "seeded"])
+def test_answers_about_images_that_move_equal_unmoved_ones(kind: str) -> None:
+    """The same tests as with V1, in each mode."""
+    run("pytest", "-q", "tests/integration/test_vllm_images.py", "-k", kind)

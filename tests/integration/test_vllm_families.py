@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-from importlib.util import find_spec
 
 import pytest
 
@@ -16,16 +15,15 @@ from tests.integration.vllm_engines import Pair
 __all__ = ["nothing_left", "pair"]
 pytestmark = pytest.mark.integration
 
-NEEDS = {
-    "paddleocr-vl": pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM starts it with torchvision alone")
-}
+SLOW = {"paddleocr-vl"}
+"""``test_vllm_images`` has the same model."""
 HELD: dict[str, list[set[int]]] = {"gemma3": [{2, 3}] * 5, "gpt-oss": [{2, 3}], "qwen3-next": [{1}] * 3}
 """Blocks of the groups that do not keep everything: a window of 64 tokens is in two or three of 32, a state in one."""
 
 
 def with_each(caching: bool = True) -> pytest.MarkDecorator:
     parameters = [
-        pytest.param(more | {"enable_prefix_caching": caching}, id=name, marks=NEEDS.get(name, ()))
+        pytest.param(more | {"enable_prefix_caching": caching}, id=name, marks=[pytest.mark.slow] * (name in SLOW))
         for name, more in FAMILIES.items()
     ]
     return pytest.mark.parametrize("pair", parameters, indirect=True)

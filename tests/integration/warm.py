@@ -10,7 +10,12 @@ import os
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
-_PRELOADED = ["vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "components.engine.vllm.scheduler"]
+_PRELOADED = [
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_worker",
+    "components.engine.vllm.scheduler",
+    "tests.pillow.sitecustomize",
+]
 
 
 class _Process(ForkServerProcess):

@@ -13,6 +13,8 @@ os.environ.update(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
 
 from triton.backends import backends
 
+import tests.pillow.sitecustomize  # noqa: F401
+
 
 class Driver:
     """vLLM asks for no more of a CPU's."""

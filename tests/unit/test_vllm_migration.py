@@ -118,18 +118,6 @@ def test_what_would_be_lost_is_refused(tiny_llama: str) -> None:
     assert isinstance(report, Reply) and report.requests[0].not_migratable
 
 
-@pytest.mark.parametrize("v2", [False, True])
-def test_images_stay_with_the_model_runner_on_which_nobody_has_moved_them(tiny_llama: str, v2: bool) -> None:
-    played = Played(tiny_llama)
-    played.scheduler.use_v2_model_runner = v2
-    request = played.add([1, 2, 3])
-    request.mm_features = [SimpleNamespace(modality="image")]
-    report = played.call(Op.REPORT)
-    assert isinstance(report, Reply)
-    reason = report.requests[0].not_migratable
-    assert "V2" in (reason or "") if v2 else reason is None
-
-
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [

@@ -94,8 +94,6 @@ class SchedulerPort:
             return self.not_movable
         if self._scheduler.num_spec_tokens and params is not None and params.seed is not None and params.temperature:
             return "speculative decoding with a seed: what it gives depends on where drafts begin"
-        if request.mm_features and self._scheduler.use_v2_model_runner:
-            return "images: with vLLM's model runner V2 nobody has tried to move them on a GPU"
         return None
 
     def tables(self, request: Request) -> list[list[int]]:
