@@ -44,14 +44,16 @@ class Phase(msgspec.Struct):
     answer: Answer
     counts: Counts
 
-    def row(self) -> list[str]:
-        """Accepted share, tokens for each step with drafts and for each second."""
+    def row(self, placeholders: int) -> list[str]:
+        """Accepted share, also without so many for each move; tokens for each step with drafts and for each second."""
         counts, answer = self.counts, self.answer
+        drafted = counts.proposed - placeholders * len(answer.moved_at)
         seconds = answer.steps[-1][0] - answer.steps[0][0]
         return [
             answer.name,
             str(len(answer.moved_at)),
             f"{counts.accepted / counts.proposed:.3f}",
+            f"{counts.accepted / drafted:.3f}",
             f"{1 + counts.accepted / counts.steps:.2f}",
             f"{(len(answer.tokens) - answer.steps[0][1]) / seconds:.0f}",
         ]
@@ -70,7 +72,8 @@ class Run(msgspec.Struct):
 
     def rows(self) -> list[list[str]]:
         """One for each answer."""
-        return [[Path(self.model).name, self.drafts["method"], *phase.row()] for phase in self.phases]
+        placeholders = self.drafts["num_speculative_tokens"]
+        return [[Path(self.model).name, self.drafts["method"], *phase.row(placeholders)] for phase in self.phases]
 
 
 class Counter(StatLoggerBase):
@@ -139,7 +142,7 @@ def main(
 ) -> None:
     """Share of drafts accepted and tokens per second of one request before, during and after moves."""
     runs = [Run(model, jsonlib.loads(drafts), dtype)] if drafts else _RUNS
-    head = ["model", "drafts", "answer", "moves", "drafts accepted", "tokens/step", "tokens/s"]
+    head = ["model", "drafts", "answer", "moves", "accepted", "without placeholders", "tokens/step", "tokens/s"]
     for number, run in enumerate(runs, 1):
         asyncio.run(_measure(run, tokens, moves, jsonlib.loads(more)))
         tell(head, run.rows(), {"runs": runs[:number]}, json, width=120)

@@ -46,4 +46,4 @@ def test_moved_answers_equal_unmoved_ones(tmp_path: Path, family: str, prompts: 
 @pytest.mark.parametrize("kind", ["greedy", "seeded"])
 def test_answers_about_images_that_move_equal_unmoved_ones(kind: str) -> None:
     """The same tests as with V1, in each mode."""
-    run("pytest", "-q", "tests/integration/test_vllm_images.py", "-k", kind)
+    run("pytest", "-q", "tests/integration/test_vllm_images.py", "-m", "integration", "-k", kind)

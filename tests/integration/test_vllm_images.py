@@ -57,8 +57,14 @@ async def asked(engine: VLLMEngine, name: str, seeds: list[int], length: int, **
     return GenerateRequest(RequestId(name), expanded, native=given)
 
 
-@pytest.mark.parametrize("mode", ["live", "stop-and-copy", "replay"])
-@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize(
+    ("sampling", "mode"),
+    [
+        pytest.param(sampling, mode, id=f"{kind}-{mode}", marks=[pytest.mark.slow] * ((kind == "seeded") == often))
+        for kind, sampling in (("greedy", GREEDY), ("seeded", SEEDED))
+        for mode, often in (("live", True), ("stop-and-copy", False), ("replay", True))
+    ],
+)
 def test_answers_about_images_that_move_equal_unmoved_ones(
     runner: asyncio.Runner, pair: Pair, sampling: dict[str, Any], mode: str
 ) -> None:
