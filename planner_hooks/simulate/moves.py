@@ -59,7 +59,14 @@ class Moves:
         for worker in (src, dst):
             self._next_commit[worker] = at + self._model.commit_s
         epoch = request.epoch
-        self._events.at(at, lambda: self._cut_over(policy, request, src, dst, need, epoch))
+        self._events.at(
+            at, lambda: self._at_boundary(src, lambda: self._cut_over(policy, request, src, dst, need, epoch))
+        )
+
+    def _at_boundary(self, worker: Worker, act: Callable[[], None]) -> None:
+        """A request leaves a batch, and joins one, between two steps."""
+        worker.advance(self._events.time_s)
+        self._events.at(max(self._events.time_s, worker.boundary()), act)
 
     def _fits(self, worker: Worker, tokens: int) -> bool:
         return worker.held + tokens <= (1.0 - self._model.watermark) * self._model.capacity_tokens
@@ -89,7 +96,8 @@ class Moves:
             self._end(src, dst)
 
         others = min(src.moves, self._model.freezes) - 1
-        self._events.after(self._model.downtime_s + others * self._model.crowd_pause_s, join)
+        pause_s = self._model.downtime_s + others * self._model.crowd_pause_s
+        self._events.after(pause_s, lambda: self._at_boundary(dst, join))
 
     def _end(self, src: Worker, dst: Worker) -> None:
         for worker in (src, dst):

@@ -120,6 +120,10 @@ class Worker:
             seconds += max(step.prompt_s, step.per_prefill_token_s * chunk)
         return seconds * self._slower()
 
+    def boundary(self) -> float:
+        """End of the step under way; now when there is none."""
+        return self.time_s + (self.step_s() if self.running or self.prefill else 0.0)
+
     def _slower(self) -> float:
         return 1.0 + self.model.interference * min(self.moves, self.model.freezes)
 

@@ -19,11 +19,11 @@ PRIORITY = {
     "step": {"base-s": 0.01, "per-seq-s": 0.0005, "per-kv-token-s": 2e-6},
 }
 SETTINGS = {"priority": PRIORITY}
-ONE_OR_ALL = [*BUILT_IN, "all"]
+ONE_OR_ALL = [*BUILT_IN, "all", "all reversed"]
 
 
 def policy_file(name: str, **limits: object) -> PolicyFile:
-    names = BUILT_IN if name == "all" else [name]
+    names = {"all": [*BUILT_IN], "all reversed": [*BUILT_IN][::-1]}.get(name, [name])
     return parse({"limits": limits, "policies": {n: SETTINGS.get(n, {}) for n in names}})
 
 
@@ -48,7 +48,7 @@ def check_plan(capture: Capture, file: PolicyFile) -> None:
         assert request.since_move_s >= limits.cooldown_s
         assert not (request.came_from == move.dst and request.since_move_s < limits.no_return_s)
         assert not dst.draining
-        assert dst.worker not in plan.retire
+        assert not {move.src, move.dst} & set(plan.retire)
         assert max(src.report_age_s, dst.report_age_s) <= limits.stale_after_s
         copies = request.phase is RequestPhase.DECODE
         if copies:

@@ -159,6 +159,15 @@ def test_later_policies_see_a_retired_worker_as_leaving() -> None:
     assert not plan.moves
 
 
+def test_a_worker_that_gets_requests_is_not_retired_by_the_same_plan() -> None:
+    requests = [request(f"r{i}", "w0", 1000) for i in range(4)]
+    file = parse({"policies": {"balance": {"high": 0.1}, "consolidate": {"reserve": 0}}})
+    plan = file.build().plan(Snapshot.of(cluster(requests, 2)))
+    assert {move.dst for move in plan.moves} == {"w1"}
+    assert plan.retire == ()
+    assert HoldReason.ALREADY_MOVING in reasons(plan)
+
+
 def test_stale_workers_take_no_part_and_nothing_at_all_is_a_hold() -> None:
     requests = [request(f"r{i}", "w0", 1000) for i in range(8)]
     stale = cluster(requests, {"w0": {}, "w1": {"report_age_s": 60.0}})
