@@ -150,7 +150,6 @@ class WorkerConfig(ComponentConfig):
         None, description="No CUDA graphs and no compilation; empty: as long as there are no devices"
     )
     integrity: Literal["tail", "full", "off"] = Field("tail", description="Which KV blocks are checksummed")
-    calibration: str = Field("", description="File of dynamo calibrate; empty takes measured defaults")
     transfer: dict[str, Any] = Field(
         default_factory=dict,
         description="Settings of the transfer agent: {backends: [tcp]} does without NIXL; see docs/transfer.md",

@@ -220,7 +220,6 @@ TRANSPORT = Variable(
 )
 AGENT = Variable("DYN_MIGRATE_AGENT", "", str, "Name of a worker's transfer agent; without it one that nobody else has")
 HOST = Variable("DYN_MIGRATE_HOST", "127.0.0.1", _host, "Address under which other hosts reach a worker")
-CALIBRATION = Variable("DYN_MIGRATE_CALIBRATION", "", str, "File of `dynamo calibrate` for a worker")
 TRANSFER: Variable[dict[str, Any]] = Variable(
     "DYN_MIGRATE_TRANSFER", {}, _object, "Settings of a worker's transfer agent as a JSON object; see transfer.md"
 )

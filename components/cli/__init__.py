@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from components import output
-from components.cli import calibrate, doctor, move, policy, serve, top
+from components.cli import doctor, move, policy, serve, top
 from components.errors import MigrateError
 
 app = typer.Typer(
@@ -24,7 +24,6 @@ serve.register(app)
 move.register(app)
 policy.register(app)
 doctor.register(app)
-calibrate.register(app)
 top.register(app)
 
 

@@ -96,7 +96,6 @@ def worker_environment(config: WorkerConfig, repeats: bool, planned: bool) -> di
     planner, which reads the metrics of each forward pass."""
     given = {
         "DYN_MIGRATE_HOST": config.advertise_host,
-        "DYN_MIGRATE_CALIBRATION": config.calibration,
         "DYN_MIGRATE_LEASE_S": f"{config.lease_s:g}",
         "DYN_MIGRATE_DRAIN_S": f"{config.drain_grace_s:g}",
         "DYN_MIGRATE_INTEGRITY": config.integrity,

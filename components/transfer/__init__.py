@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from components.transfer.agent import TransferAgent
     from components.transfer.config import (
         AgentConfig,
-        Integrity,
         KVPool,
         StoreKind,
         Strategy,
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 __all__ = [
     "AgentConfig",
     "CacheCopy",
-    "Integrity",
     "KVPool",
     "SharedZeros",
     "StoreKind",

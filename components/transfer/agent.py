@@ -12,7 +12,6 @@ byte moves.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import time
@@ -35,7 +34,7 @@ from components.errors import (
 )
 from components.transfer.assemble import Assembly, assemble
 from components.transfer.checksum import BlockChecksums
-from components.transfer.config import AgentConfig, Integrity, KVPool, Strategy, TransferResult
+from components.transfer.config import AgentConfig, KVPool, Strategy, TransferResult
 from components.transfer.control.directory import Directory
 from components.transfer.control.publisher import Publisher
 from components.transfer.control.record import AgentRecord
@@ -115,23 +114,20 @@ class TransferAgent:
         *,
         request_id: str,
         deadline_s: float,
-        checksums: Sequence[int] = (),
         strategy: Strategy = Strategy.AUTO,
         on_done: Callback | None = None,
     ) -> TransferHandle:
         """Copy the peer's ``src_blocks`` into the local ``dst_blocks``, pairwise.
 
         From a peer of another tensor-parallel size come the heads for which this agent is to ask it (``sources``).
-        ``checksums`` are those of a peer of equal size, of the last blocks or of all. As far as ``integrity`` requires
-        they are compared after arrival (``IntegrityError`` names the blocks that differ). ``strategy`` applies to NIXL
-        and this transfer.
+        ``strategy`` applies to NIXL and this transfer.
         """
         logger.debug("request %s: fetching %d blocks from %s", request_id, len(src_blocks), peer.name)
         handle = TransferHandle()
         if on_done is not None:
             handle.add_done_callback(on_done)
         end = time.monotonic() + deadline_s
-        steps = self._run(peer, dst_blocks, src_blocks, request_id, end, handle, checksums, strategy)
+        steps = self._run(peer, dst_blocks, src_blocks, request_id, end, handle, strategy)
         self._worker.submit(Job(steps, handle, end), inline=peer.epoch in self._inline)
         return handle
 
@@ -197,7 +193,6 @@ class TransferAgent:
         request_id: str,
         end: float,
         handle: TransferHandle,
-        checksums: Sequence[int],
         strategy: Strategy,
     ) -> Steps:
         local, remote = np.asarray(dst_blocks, np.int64), np.asarray(src_blocks, np.int64)
@@ -220,8 +215,7 @@ class TransferAgent:
         copy = Copy(peer, share, local, remote, request_id, end, arrived, mark_unsafe, strategy)
         if not len(local):
             return TransferResult(lane=self._backend(peer).lane)
-        result = yield from self._on_a_lane(copy, "fetch")
-        return self._verified(result, local, checksums)
+        return (yield from self._on_a_lane(copy, "fetch"))
 
     def _meet(self, record: AgentRecord) -> None:
         """Connect to every peer as soon as it is known, so that its first transfer need not."""
@@ -285,21 +279,6 @@ class TransferAgent:
             if backend.reaches(peer):
                 return backend
         raise TransferError(f"no common lane with agent {peer.name}: {self.lanes} here, {peer.lanes} there")
-
-    def _verified(self, result: TransferResult, blocks: Ints, checksums: Sequence[int]) -> TransferResult:
-        if not checksums or self._config.integrity is Integrity.OFF:
-            return result
-        units = self.checksum_units
-        given = len(checksums) // units
-        if given > len(blocks) or len(checksums) % units:
-            raise TransferError(f"{len(checksums)} checksums, {units} for each block, for {len(blocks)} blocks")
-        count = given if self._config.integrity is Integrity.FULL else min(given, 2)
-        tail = [int(block) for block in blocks[-count:]]
-        pairs = zip(self._checksums.of(tail), checksums[-count * units :], strict=True)
-        wrong = sorted({tail[place // units] for place, (local, remote) in enumerate(pairs) if local != remote})
-        if wrong:
-            raise IntegrityError(f"blocks {wrong} are not what the source has")
-        return dataclasses.replace(result, verified_blocks=count)
 
     def _mark_unsafe(self, handle: TransferHandle, blocks: Ints) -> Callable[[], None]:
         handle.unsafe_blocks = tuple(int(block) for block in blocks)

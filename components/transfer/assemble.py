@@ -15,7 +15,6 @@ from pathlib import Path
 
 from components.errors import TransferUnavailable
 from components.transfer import lanes
-from components.transfer.calibration import Calibration, load
 from components.transfer.config import AgentConfig, KVPool, Strategy, Transport
 from components.transfer.control.directory import Directory
 from components.transfer.control.record import AgentRecord, RegionRecord
@@ -155,20 +154,19 @@ def _nixl(
     where = shares.regions[0].device
     device = where.type
     staging = None
-    calibration = load(config.calibration)
-    if _may_stage(config, device, calibration):
+    if _may_stage(config, device):
         limit = config.staging_bytes or _STAGING_BYTES.get(device, 64 << 20)
         staging = Staging(shares.regions, limit)
     memory = [*storages_of(pools), *([staging.memory] if staging else [])]
     own_thread = config.transport in _PASSIVE_WORK
     piece = config.piece_bytes or _PIECE_BYTES.get(device, 32 << 20)
     link = NixlLink(f"{config.name}/{epoch}", memory, where, piece, own_thread)
-    return NixlBackend(config, Side(config.name, epoch, link, shares, staging, host), directory, calibration)
+    return NixlBackend(config, Side(config.name, epoch, link, shares, staging, host), directory)
 
 
-def _may_stage(config: AgentConfig, device: str, calibration: Calibration) -> bool:
+def _may_stage(config: AgentConfig, device: str) -> bool:
     if config.strategy is Strategy.AUTO:
-        return device == "cuda" or config.direct_bytes > 0 or calibration.stages(device)
+        return device == "cuda" or config.direct_bytes > 0
     return config.strategy is Strategy.STAGED
 
 

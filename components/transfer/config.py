@@ -45,14 +45,6 @@ class Strategy(StrEnum):
     """Gathered into a buffer, written as one piece, scattered at the destination."""
 
 
-class Integrity(StrEnum):
-    """Which blocks are compared with the source's checksums after they arrived."""
-
-    OFF = "off"
-    TAIL = "tail"
-    FULL = "full"
-
-
 class StoreKind(StrEnum):
     """Where agent records live."""
 
@@ -121,8 +113,6 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     direct_bytes: int = 0
     """Mean bytes of a run of blocks from which direct descriptors are used instead of staging; 0: the measured
     default of the memory and lane (docs/design-notes.md)."""
-    calibration: str = ""
-    """File of ``dynamo calibrate`` with these limits for this machine; ``direct_bytes`` wins over it."""
     advertise_host: str = "127.0.0.1"
     """Address at which peers reach this host, for lanes that listen."""
     lease_ttl_s: int = 10
@@ -133,7 +123,6 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layers: int = 0
     tp_rank: int = 0
     tp_size: int = 1
-    integrity: Integrity = Integrity.TAIL
     piece_bytes: int = 0
     """Bytes posted at once; 0: 32 MiB of host memory (the post itself copies), 256 MiB on a GPU."""
     staging_bytes: int = 0
@@ -196,4 +185,3 @@ class TransferResult:
     lane: str = ""
     """Backend and transport that moved the bytes."""
     strategy: Strategy = Strategy.READ
-    verified_blocks: int = 0

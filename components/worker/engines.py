@@ -21,7 +21,6 @@ def build_engine(config: WorkerConfig, name: str) -> PagedEngine:
         **env.stores(),
         **AgentConfig.tuned(config.transfer),
         "advertise_host": config.advertise_host,
-        "calibration": config.calibration,
     }
     known = [field for field in PagedOptions.__dataclass_fields__ if field != "agent"]
     for key in config.engine_args:

@@ -46,7 +46,6 @@ class WorkerSettings:
             | {
                 "name": env.AGENT.read() or f"{socket.gethostname()}-{place}",
                 "advertise_host": env.HOST.read(),
-                "calibration": env.CALIBRATION.read(),
             },
             components=env.COMPONENTS.read(),
             repeats=env.REPEATS.read(),

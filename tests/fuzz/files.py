@@ -12,7 +12,6 @@ from components.cli.policy import read as read_snapshot
 from components.config import FrontendConfig, PlannerConfig, WorkerConfig, parse
 from components.errors import ConfigError
 from components.serve.plan import make_plan, parse_overrides, read_yaml
-from components.transfer import calibration
 from components.transfer.config import Transport
 from graphs.planner import Frontend
 from planner_hooks import config as policies
@@ -65,11 +64,6 @@ def snapshots(data: bytes) -> None:
     read_snapshot(_file(data))
 
 
-def calibrations(data: bytes) -> None:
-    """A file of ``dynamo calibrate``."""
-    calibration.load(str(_file(data)))
-
-
 def trace_files(data: bytes) -> None:
     """A trace for ``dynamo policy replay``."""
     traces.read(_file(data))
@@ -82,5 +76,4 @@ TARGETS = [
     Target("policy", policy_files, "yaml"),
     Target("snapshot", snapshots, "json"),
     Target("trace", trace_files, "json"),
-    Target("calibration", calibrations, "json"),
 ]

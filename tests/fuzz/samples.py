@@ -40,7 +40,6 @@ from components.migration.messages import (
     WorkerState,
 )
 from components.transfer import AgentConfig, KVPool, TransferAgent
-from components.transfer.calibration import Calibration, LaneCalibration, Point
 from components.transfer.control import record
 from components.transfer.control.record import AgentRecord
 from components.transfer.ids import AgentName, AgentRef, Epoch
@@ -200,11 +199,6 @@ def everything() -> dict[str, list[bytes]]:
         "override": [b"--Common.model=smollm2", b"--DecodeWorker.engine-args={step_s: 0.1}"],
         "policy": [(ROOT / "configs" / "policy.yaml").read_bytes()],
         "snapshot": [json.dumps(snapshot).encode()],
-        "calibration": [
-            msgspec.json.encode(
-                Calibration({"cpu": "x"}, (LaneCalibration("cpu", "cma", 4096, (Point(4096, 2, 1 << 20, 0.1, 0.2),)),))
-            )
-        ],
         "trace": [
             b'{"timestamp": 1, "input_length": 10, "output_length": 5, "hash_ids": [1, 2]}\n',
             b"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n",

@@ -21,7 +21,6 @@ from components.migration.faces import PROTOCOL_FACE
 from components.migration.legs import Leg
 from components.migration.repeats import Options, Repeat
 from components.migration.requests import Requests
-from components.transfer.calibration import Calibration
 from components.transfer.config import AgentConfig, KVPool
 from components.transfer.control.directory import Directory
 from components.transfer.regions import regions_of
@@ -159,7 +158,7 @@ def exchange(data: bytes) -> None:
     link, directory = _Link(peer.key, sealed(data, peer.key, "mine/mine"), pools), Directory()
     directory.put(peer)
     config = AgentConfig(name="mine", block_size=4)
-    served = NixlBackend(config, Side("mine", "mine", link, Shares(regions), None, "host"), directory, Calibration())  # type: ignore[arg-type]
+    served = NixlBackend(config, Side("mine", "mine", link, Shares(regions), None, "host"), directory)  # type: ignore[arg-type]
     for service in served.progress():
         for _ in range(5):
             if next(service, None) is None:

@@ -53,7 +53,7 @@ def test_a_cut_cable_is_one_error_in_time_and_a_mended_one_works(lane: str) -> N
         plug(cable, False)
         began = time.monotonic()
         with pytest.raises(MigrateError):
-            dst.ask("fetch", "src", [1], [1], 3.0, ())
+            dst.ask("fetch", "src", [1], [1], 3.0)
         # The deadline, and the grace that a piece under way is given.
         assert time.monotonic() - began < 3.0 + 10.0
         plug(cable, True)
@@ -84,7 +84,7 @@ def test_a_cable_that_loses_everything_for_a_while_is_survived(lane: str) -> Non
         moved(src, dst, lane)
         cable.cut = True
         with pytest.raises(MigrateError):
-            dst.ask("fetch", "src", [1], [1], 2.0, ())
+            dst.ask("fetch", "src", [1], [1], 2.0)
         cable.cut = False
         dst.ask("refill", 5)
         for attempt in range(6):

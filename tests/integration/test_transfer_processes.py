@@ -113,7 +113,7 @@ def test_a_killed_source_is_one_error_and_leaves_nothing_behind(lane: str) -> No
         os.kill(src.process.pid, signal.SIGKILL)
         src.process.wait()
         with pytest.raises(MigrateError):
-            dst.ask("fetch", "src", [2, 3], [2, 3], 5.0, ())
+            dst.ask("fetch", "src", [2, 3], [2, 3], 5.0)
         assert all(torch.equal(a, b) for a, b in zip(data, by_token(dst.data(), SIZE), strict=True))
     assert {name for name in os.listdir("/dev/shm") if name.startswith("torch_")} <= before
 

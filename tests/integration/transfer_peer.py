@@ -95,11 +95,9 @@ class Peer:
         ]
 
     def fetch(self, other: Peer, src: list[int], dst: list[int], deadline_s: float = 20.0) -> tuple[int, str]:
-        """Bytes and lane of a fetch, whose tail is compared with the source's checksums."""
-        sums: tuple[int, ...] = ()
-        if src and all(0 <= block < TOKENS // other.block_size for block in src):
-            sums = other.ask("checksums", src)
-        moved: tuple[int, str] = self.ask("fetch", other.record.name, src, dst, deadline_s, sums)
+        """Bytes and lane of a fetch, whose blocks are compared with the source's."""
+        moved: tuple[int, str] = self.ask("fetch", other.record.name, src, dst, deadline_s)
+        assert self.ask("checksums", dst) == other.ask("checksums", src)
         return moved
 
     def end(self) -> None:
@@ -139,18 +137,12 @@ def _answer(agent: TransferAgent, parts: list[KVPool], command: str, arguments: 
     if command == "meet":
         agent.directory.put(decode(arguments[0]))
     elif command == "fetch":
-        name, src, dst, deadline_s, sums = arguments
+        name, src, dst, deadline_s = arguments
         peer = agent.directory.get(name)
         assert peer is not None
-        done = agent.fetch(peer.ref, src, dst, request_id="r", deadline_s=deadline_s, checksums=sums)
+        done = agent.fetch(peer.ref, src, dst, request_id="r", deadline_s=deadline_s)
         result = done.wait(deadline_s + 30)
         return result.bytes, result.lane
-    elif command == "strategy":
-        name, blocks = arguments
-        peer = agent.directory.get(name)
-        assert peer is not None
-        done = agent.fetch(peer.ref, blocks, blocks, request_id="r", deadline_s=20)
-        return done.wait(30).strategy
     elif command == "checksums":
         return agent.checksums(*arguments)
     elif command == "refill":

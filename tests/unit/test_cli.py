@@ -52,10 +52,6 @@ def refused(*words: str) -> str:
         ("drain", "Missing argument 'worker'"),
         ("policy explain --policy-file nope.yaml", "there is no policy file nope.yaml"),
         ("policy explain --snapshot README.md", "README.md is no snapshot"),
-        ("calibrate -o /nowhere/x.json", "/nowhere is no folder"),
-        ("calibrate --device gpu", "--device 'gpu' is no device: write cpu, or cuda:0"),
-        ("calibrate --device meta", "--device 'meta' is not supported: write cpu, or cuda:0"),
-        ("calibrate --device cuda:63", "GPUs here; dynamo doctor tells why"),
     ],
 )
 def test_a_wrong_use_is_told_with_its_fix(words: str, told: str) -> None:

@@ -20,7 +20,6 @@ import torch
 from components.credentials import VARIABLE
 from components.handshake import connect
 from components.transfer import AgentConfig, KVPool, TransferAgent, move_to_shared_memory
-from components.transfer.calibration import Calibration
 from components.transfer.control.directory import Directory
 from components.transfer.data import handover
 from components.transfer.regions import regions_of
@@ -196,7 +195,7 @@ def test_only_the_peer_of_a_transfer_that_we_opened_says_what_has_landed(secret:
     peer, other, link, directory = agent_record(), "other/e", Link(), Directory()
     directory.put(peer)
     config, regions = AgentConfig(name="mine"), regions_of([KVPool("layer.0", torch.zeros((8, 4)), 8, 0)])
-    backend = NixlBackend(config, Side("mine", "mine", link, Shares(regions), None, "host"), directory, Calibration())  # type: ignore[arg-type]
+    backend = NixlBackend(config, Side("mine", "mine", link, Shares(regions), None, "host"), directory)  # type: ignore[arg-type]
     number, inbox = backend._open(peer)
     said = (session.Landed, session.Freed)
 
@@ -225,7 +224,7 @@ def moved_for(
     tensors = [torch.zeros((8, 4, 2)) for _ in range(2)]
     regions = regions_of([KVPool(f"layer.{n}", t, 8, 0) for n, t in enumerate(tensors)])
     config = AgentConfig(name="mine", block_size=4)
-    backend = NixlBackend(config, Side("mine", "mine", link, Shares(regions), None, "host"), directory, Calibration())  # type: ignore[arg-type]
+    backend = NixlBackend(config, Side("mine", "mine", link, Shares(regions), None, "host"), directory)  # type: ignore[arg-type]
     data = session.encode(message, peer.key, "mine/mine")
     link.inbox = {peer.key: [data if sealed is None else sealed(data[32:], peer.key)]}
     for service in backend.progress():

@@ -18,11 +18,9 @@ import time
 from collections.abc import Callable, Generator
 
 from components.errors import DeadlineExceeded, MigrateError, TransferError, TransferUnavailable, from_code
-from components.transfer.calibration import Calibration
 from components.transfer.config import AgentConfig, Strategy, TransferResult
 from components.transfer.control.directory import Directory
 from components.transfer.control.record import AgentRecord
-from components.transfer.data import ucx
 from components.transfer.data.base import Copy, Steps
 from components.transfer.data.nixl import Moved
 from components.transfer.data.staging import Staging
@@ -35,16 +33,15 @@ from components.transfer.session.side import LANE, Inbox, Side
 logger = logging.getLogger(__name__)
 
 _DIRECT_BYTES = {"cuda": 2 << 20, "cpu": 0}
-"""Mean run from which direct descriptors beat staging, without calibration (docs/design-notes.md)."""
+"""Mean run from which direct descriptors beat staging (docs/design-notes.md)."""
 
 
 class NixlBackend:
     """See the module docstring."""
 
-    def __init__(self, config: AgentConfig, side: Side, directory: Directory, calibration: Calibration) -> None:
+    def __init__(self, config: AgentConfig, side: Side, directory: Directory) -> None:
         self.side = side
         self._config = config
-        self._calibration = calibration
         self._directory = directory
         self._ids = itertools.count(secrets.randbits(60))
         self.inboxes: dict[tuple[str, int], Inbox] = {}
@@ -76,16 +73,9 @@ class NixlBackend:
         device = copy.peer.regions[0].device if copy.peer.regions[0].device == "cuda" else self._device()
         direct = Strategy.READ if device == "cpu" else Strategy.WRITE
         can_stage = self.side.staging is not None and copy.peer.stages and len(copy.local)
-        if can_stage and self._mean_run(copy) < self._direct_bytes(device, direct, copy.peer):
+        if can_stage and self._mean_run(copy) < (self._config.direct_bytes or _DIRECT_BYTES.get(device, 0)):
             return Strategy.STAGED
         return direct
-
-    def _direct_bytes(self, device: str, direct: Strategy, peer: AgentRecord) -> int:
-        if self._config.direct_bytes:
-            return self._config.direct_bytes
-        lane = ucx.log.lane(direct.name, same_host=peer.host == self.side.host)
-        measured = self._calibration.direct_bytes(device, lane)
-        return _DIRECT_BYTES.get(device, 0) if measured is None else measured
 
     def _device(self) -> str:
         return "cuda" if self.side.link.memory == "VRAM" else "cpu"
