@@ -22,7 +22,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
 from benchmarks.migration.engines import Answer, engines, greedy, program, tell, to_and_fro
-from components import models
+from benchmarks.models import resolve
 from components.engine.vllm.compat.runners import runner_version
 from components.errors import MigrateError
 
@@ -107,8 +107,8 @@ _RUNS = [
 
 async def _measure(run: Run, tokens: int, moves: int, more: dict[str, Any]) -> None:
     prompt = tuple(1000 + number % 97 for number in range(_PROMPT))
-    drafts = run.drafts | ({"model": models.resolve(run.drafts["model"])} if "model" in run.drafts else {})
-    arguments = {"model": models.resolve(run.model), "dtype": run.dtype, "speculative_config": drafts}
+    drafts = run.drafts | ({"model": resolve(run.drafts["model"])} if "model" in run.drafts else {})
+    arguments = {"model": resolve(run.model), "dtype": run.dtype, "speculative_config": drafts}
     total = Counts()
 
     async def phase(answer: Awaitable[Answer]) -> Phase:

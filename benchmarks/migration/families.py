@@ -2,7 +2,7 @@
 """Cost of a move for each family of models: ``python -m benchmarks.migration.families --json out.json``.
 
 Two engines in one program, one greedy answer of each model that is moved to and fro live; models of a few layers with
-random weights (``components/models/tiny.py``), Llama among them for comparison. ``stall`` is the gap between the last
+random weights (``benchmarks/models``), Llama among them for comparison. ``stall`` is the gap between the last
 token here and the first one there, less the median gap between two tokens.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import typer
 
 from benchmarks.migration.engines import Answer, engines, greedy, program, tell, to_and_fro
-from components import models
+from benchmarks.models import resolve
 from components.errors import MigrateError
 
 _MODELS: dict[str, dict[str, Any]] = {
@@ -60,7 +60,7 @@ async def _measure(model: str, prompt: int, moves: int) -> Moved:
     tokens = 60 * (moves + 1)
     # No engine has a part of the answer from before.
     arguments = {"num_gpu_blocks_override": 300, "enable_prefix_caching": False, "max_model_len": 2048}
-    async with engines(model=models.resolve(model), **(arguments | _MODELS.get(model, {}))) as (a, b):
+    async with engines(model=resolve(model), **(arguments | _MODELS.get(model, {}))) as (a, b):
         text = tuple(1000 + number % 97 for number in range(prompt))
         plain = await Answer("plain").rest(a.generate(greedy("plain", text, tokens)))
         answer = await to_and_fro(a, b, greedy("moved", text, tokens), Answer("moved"), moves)

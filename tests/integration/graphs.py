@@ -25,6 +25,7 @@ import openai
 import psutil
 import pytest
 
+from benchmarks.models import resolve
 from components.serve.servers import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -61,8 +62,8 @@ class Graph:
             **environment,
         }
         command = [sys.executable, "-m", "components.cli", "serve", f"graphs.{name}:Frontend"]
-        command += ["-f", f"configs/{name}.yaml", "--port", str(self.port), f"--Common.model={model}"]
-        command += [f"--Common.dtype={DTYPE}", *overrides]
+        command += ["-f", f"configs/{name}.yaml", "--port", str(self.port), f"--Common.model={resolve(model)}"]
+        command += [f"--Common.served-model-name={model}", f"--Common.dtype={DTYPE}", *overrides]
         self._output = self.log.open("wb")
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=self.environment, stdout=self._output, stderr=subprocess.STDOUT

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import msgspec
 import pytest
 
+from benchmarks.models import resolve
 from components.engine.groups import whole_blocks
 from components.engine.kv import CommitTo, Frozen, LandingStatus, RequestId
 from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest, Sampling
 from components.engine.vllm.engine import VLLMEngine
 from components.errors import RequestNotFound
-from components.models import resolve
 from tests.integration.vllm_engines import Pair, start_pair
 
 DRAFTERS = {"draft_model": "tiny-llama", "eagle": "tiny-llama-eagle"}

@@ -109,35 +109,6 @@ def test_a_request_that_its_engines_have_moved_alone_goes_on_there_and_can_be_ta
 
 
 @pytest.mark.parametrize("kind", list(SAMPLINGS))
-def test_prefill_hands_over_after_the_first_token(runner: asyncio.Runner, pair: Pair, kind: str) -> None:
-    async def scenario() -> None:
-        sampling = SAMPLINGS[kind]
-        request = request_of(f"handoff-{kind}", 300, sampling)
-        plain = await run(pair.b, request)
-        client = Client()
-        frozen = None
-        prefill = pair.a.generate(
-            GenerateRequest(request.request_id, request.prompt_token_ids, sampling, freeze_after=1)
-        )
-        async for output in prefill:
-            client.take(output)
-            if output.frozen is not None:
-                frozen = output.frozen
-                break
-        assert frozen is not None and len(client.tokens) == 1
-        target, first = await taken_in(pair.b, request, frozen)
-        client.take(first)
-        await pair.a.release(request.request_id)
-        async for output in prefill:
-            assert not output.token_ids
-        async for output in target:
-            client.take(output)
-        assert client.tokens == plain.tokens
-
-    runner.run(asyncio.wait_for(scenario(), 60))
-
-
-@pytest.mark.parametrize("kind", list(SAMPLINGS))
 def test_replay_continues_with_the_same_tokens(runner: asyncio.Runner, pair: Pair, kind: str) -> None:
     async def scenario() -> None:
         request = request_of(f"replay-{kind}", 100, SAMPLINGS[kind])

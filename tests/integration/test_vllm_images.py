@@ -15,11 +15,11 @@ from PIL import Image
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from benchmarks.models import resolve
 from components.engine.kv import RequestId
 from components.engine.protocol import GenerateRequest
 from components.engine.vllm import images, native
 from components.engine.vllm.engine import VLLMEngine
-from components.models import resolve
 from tests.integration.moves import Client, move, nothing_left, pair, run, take_until
 from tests.integration.vllm_engines import Pair
 from tests.pillow import sitecustomize

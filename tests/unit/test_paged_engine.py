@@ -111,16 +111,6 @@ async def test_release_ends_the_stream_as_frozen() -> None:
         assert (await collect(stream))[1] is FinishReason.FROZEN
 
 
-async def test_a_request_freezes_by_itself_after_its_first_token() -> None:
-    async with engines(1) as [engine]:
-        stream = engine.generate(request(freeze_after=1))
-        first = await anext(stream)
-        assert first.frozen is not None and first.frozen.output_token_ids == first.token_ids
-        assert first.frozen.offer.num_tokens == 10
-        await engine.release(R)
-        assert (await collect(stream))[1] is FinishReason.FROZEN
-
-
 @pytest.mark.parametrize("frozen", [False, True])
 async def test_abort_gives_the_blocks_back(frozen: bool) -> None:
     async with engines(1) as [engine]:
@@ -174,15 +164,15 @@ async def test_what_cannot_move_exactly_is_not_frozen() -> None:
         await collect(stream)
 
 
-async def test_end_of_sequence_logprobs_and_least_length() -> None:
-    tokens = await alone(logprobs=2)
+async def test_stop_tokens_logprobs_and_least_length() -> None:
+    every = tuple(range(1000))
     async with engines(1) as [engine]:
-        outputs = [o async for o in engine.generate(request(logprobs=2, eos_token_ids=(tokens[5],)))]
-        assert outputs[-1].finish_reason is FinishReason.STOP and outputs[-1].stop_reason == tokens[5]
-        assert len(outputs) == tokens.index(tokens[5]) + 1
-        assert all(len(o.logprobs) == 1 and o.logprobs[0].logprob < 0 for o in outputs)
-        short = [o async for o in engine.generate(request(min_tokens=8, eos_token_ids=tuple(range(1000))))]
-        assert len(short) == 8
+        for least, made in ((0, 1), (8, 8)):
+            sampled = request(logprobs=2, min_tokens=least, stop_token_ids=every)
+            outputs = [o async for o in engine.generate(sampled)]
+            assert len(outputs) == made and outputs[-1].finish_reason is FinishReason.STOP
+            assert outputs[-1].stop_reason == outputs[-1].token_ids[0]
+            assert all(len(o.logprobs) == 1 and o.logprobs[0].logprob < 0 for o in outputs)
 
 
 async def test_stopping_the_engine_tells_its_streams() -> None:

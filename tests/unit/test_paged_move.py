@@ -32,7 +32,7 @@ async def take(stream: AsyncIterator[GenerateOutput], count: int) -> list[int]:
 def landing(origin: GenerateRequest, tokens: tuple[int, ...], offer: KVOffer) -> GenerateRequest:
     """The request as the destination gets it."""
     fields = {name: getattr(origin, name) for name in origin.__struct_fields__}
-    return GenerateRequest(**{**fields, "output_token_ids": tokens, "landing": offer, "freeze_after": None})
+    return GenerateRequest(**{**fields, "output_token_ids": tokens, "landing": offer})
 
 
 async def landed(engine: PagedEngine) -> int:
@@ -98,17 +98,6 @@ async def test_live(sampling: dict[str, float]) -> None:
         tokens = list(frozen.output_token_ids) + list((await first).token_ids)
         await src.release(R)
         assert tokens + (await collect(there))[0] == expected
-        await collect(stream)
-
-
-async def test_hand_over_after_prefill() -> None:
-    expected = await unmoved(length=30)
-    async with engines(2) as [prefill, decode]:
-        origin = request(length=30, count=COUNT, freeze_after=1)
-        stream = prefill.generate(origin)
-        first = await anext(stream)
-        assert first.frozen is not None
-        assert list(first.token_ids) + await finish(prefill, decode, origin, first.frozen) == expected
         await collect(stream)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from components.engine.kv import Frozen, RequestId
-from components.engine.vllm.control import MARKER, Marker, Op, Reply, decode_frozen
+from components.engine.kv import Frozen
+from components.engine.vllm.control import Op, Reply
 from components.engine.vllm.records import JobResult, StepResults
 from components.errors import NoRoom, NotMigratable, RequestNotFound, SessionError
 from tests.vllm_scheduler import BLOCK, Played, offer_of
@@ -96,17 +96,6 @@ def test_a_request_that_finishes_with_the_step_is_not_frozen(tiny_llama: str) ->
     with pytest.raises(RequestNotFound):
         answer.result(0)
     assert everything_is_free(played)
-
-
-def test_a_prefill_freezes_by_itself_and_its_state_leaves_with_the_token(tiny_llama: str) -> None:
-    played = Played(tiny_llama)
-    marker = Marker(RequestId("prefill"), freeze_after=1)
-    request = played.add(list(range(40)), marker)
-    output = played.schedule()
-    sent = played.finish_step(output)[request.client_index].outputs
-    frozen = decode_frozen(sent[0].kv_transfer_params[MARKER])
-    assert sent[0].new_token_ids == [7] and frozen.output_token_ids == (7,)
-    assert not played.step().num_scheduled_tokens
 
 
 def test_what_would_be_lost_is_refused(tiny_llama: str) -> None:

@@ -22,7 +22,6 @@ from components.engine.kv import CommitTo, Frozen, KVOffer, LandingStatus, Reque
 from components.engine.leases import Leases
 from components.engine.paged import tables
 from components.engine.paged.blocks import BlockPool
-from components.engine.paged.device import DeviceKV
 from components.engine.paged.landing import LandingZone
 from components.engine.paged.model import PagedKV, generator_of, salt_of
 from components.engine.paged.options import PagedOptions
@@ -72,8 +71,8 @@ class PagedEngine:
         options = self._options
         options.validate()
         sizes = (options.num_blocks, options.block_size, options.layers, options.words, options.vocab_size)
-        kv = PagedKV(*sizes) if options.device == "cpu" else DeviceKV(options.device, *sizes)
-        if isinstance(kv, PagedKV) and options.agent.get("transport", "auto") in ("auto", "shm"):
+        kv = PagedKV(*sizes)
+        if options.agent.get("transport", "auto") in ("auto", "shm"):
             kv.share()
         pool = BlockPool(options.num_blocks, options.prefix_caching)
         scheduler = Scheduler(kv, pool, options.max_num_seqs, options.max_num_batched_tokens)
@@ -143,17 +142,10 @@ class PagedEngine:
                     continue
                 await asyncio.sleep(self._options.step_s)
                 parts.scheduler.end()
-                self._renew_frozen(parts)
                 self._step_s = time.monotonic() - began
         except Exception as error:
             logger.exception("the step loop has failed")
             self._end_all(parts, f"the engine's step loop has failed: {error}")
-
-    def _renew_frozen(self, parts: _Parts) -> None:
-        """Begin the lease of requests that have frozen by themselves."""
-        for active in parts.scheduler.requests.values():
-            if active.frozen is not None and active not in self._leases:
-                self._leases.renew(active)
 
     def _wake(self) -> None:
         if self._parts is not None:

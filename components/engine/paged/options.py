@@ -25,8 +25,6 @@ class PagedOptions:
     layers: int = 2
     words: int = 4
     """64-bit words per token and layer."""
-    device: str = "cpu"
-    """Device of the KV tensors: cpu, or a GPU as cuda:0."""
     vocab_size: int = 32000
     step_s: float = 0.0
     """Duration of a step; 0: as fast as possible."""

@@ -117,7 +117,7 @@ class Active:
         first = self.num_outputs - 1 == len(self.request.output_token_ids)
         stop = token if reason is FinishReason.STOP else None
         cached = self.cached_tokens if first else 0
-        output = GenerateOutput(self.num_outputs - 1, (token,), logprobs, reason, stop, self.frozen, None, cached)
+        output = GenerateOutput(self.num_outputs - 1, (token,), logprobs, reason, stop, None, cached)
         self.out.put_nowait(output)
 
     def finish(self, reason: FinishReason, error: tuple[str, str] | None = None) -> None:

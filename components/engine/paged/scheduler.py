@@ -185,19 +185,14 @@ class Scheduler:
             value = math.log((token + 1) / (1 << 32))
             logprobs = (TokenLogprob(value, 1, ((token, value),) * min(1, sampling.logprobs)),)
         reason = self._why_end(active, token)
-        freeze_after = active.request.freeze_after
-        if reason is None and freeze_after is not None and active.num_outputs == freeze_after:
-            self._freeze_now(active)
         active.emit(token, logprobs, reason)
         if reason is not None:
             self.remove(active)
 
     def _why_end(self, active: Active, token: int) -> FinishReason | None:
-        sampling, request = active.request.sampling, active.request
-        if active.num_outputs >= sampling.min_tokens:
-            at_eos = not sampling.ignore_eos and token in request.eos_token_ids
-            if at_eos or token in sampling.stop_token_ids:
-                return FinishReason.STOP
+        sampling = active.request.sampling
+        if active.num_outputs >= sampling.min_tokens and token in sampling.stop_token_ids:
+            return FinishReason.STOP
         return FinishReason.LENGTH if active.num_outputs >= active.max_outputs else None
 
     # Freezing

@@ -16,7 +16,7 @@ from components.errors import from_code
 from components.transfer.ids import AgentRef
 
 MARKER = "dynamo_migrate"
-"""Key under ``kv_transfer_params`` that carries a ``Marker`` into and a ``Frozen`` out of the core."""
+"""Key under ``kv_transfer_params`` that carries a ``Marker`` into and a ``Lent`` out of the core."""
 
 
 COMMITTED = "dynamo_migrate_committed"
@@ -30,7 +30,6 @@ class Marker(msgspec.Struct, frozen=True, omit_defaults=True):
     request_id: RequestId
     num_prompt_tokens: int | None = None
     """Length of the prompt; further tokens in vLLM's prompt are output of another worker."""
-    freeze_after: int | None = None
     landing: KVOffer | None = None
     not_migratable: str | None = None
     lend: bool = False
@@ -98,7 +97,6 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
 encode = msgspec.msgpack.Encoder().encode
 decode_call = msgspec.msgpack.Decoder(Call).decode
 decode_marker = msgspec.msgpack.Decoder(Marker).decode
-decode_frozen = msgspec.msgpack.Decoder(Frozen).decode
 decode_tokens = msgspec.msgpack.Decoder(tuple[int, ...]).decode
 decode_lent = msgspec.msgpack.Decoder(Lent).decode
 _decode_reply = msgspec.msgpack.Decoder(Reply).decode

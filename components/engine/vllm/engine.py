@@ -30,7 +30,7 @@ from components.engine.protocol import (
 )
 from components.engine.vllm import native
 from components.engine.vllm.client import CoreClient
-from components.engine.vllm.control import COMMITTED, MARKER, decode_frozen, decode_tokens
+from components.engine.vllm.control import COMMITTED, decode_tokens
 from components.engine.vllm.loras import Loras
 from components.engine.vllm.sampling import finish_reason, logprobs_of, marked, to_vllm
 from components.engine.vllm.start import VLLMOptions, info_of, start
@@ -126,11 +126,11 @@ class VLLMEngine:
                     continue
                 if item.finished and live.ended is not None:
                     # vLLM may have joined the last tokens with the requested end.
-                    for output in self._outputs(request.request_id, live, item):
+                    for output in self._outputs(live, item):
                         if output.token_ids:
                             yield msgspec.structs.replace(output, finish_reason=None, stop_reason=None)
                     break
-                for output in self._outputs(request.request_id, live, item):
+                for output in self._outputs(live, item):
                     yield msgspec.structs.replace(output, committed=committed) if committed is not None else output
                     committed = None
             if live.ended is not None:
@@ -191,17 +191,13 @@ class VLLMEngine:
             raise InvalidRequest(f"no LoRA adapter {name!r} is loaded in this engine; loaded: {known}")
         return LoRARequest(name, names.index(name) + 1, self._options.lora_modules[name])
 
-    def _outputs(self, request_id: RequestId, live: _Live, item: Any) -> list[GenerateOutput]:
+    def _outputs(self, live: _Live, item: Any) -> list[GenerateOutput]:
         sample = item.outputs[0]
         tokens = tuple(sample.token_ids)
         index = live.delivered
         live.delivered += len(tokens)
         reason = finish_reason(sample.finish_reason) if item.finished else None
-        frozen = None
-        if item.kv_transfer_params and MARKER in item.kv_transfer_params:
-            frozen = decode_frozen(item.kv_transfer_params[MARKER])
-            self._renew_lease(request_id)
-        if not tokens and reason is None and frozen is None:
+        if not tokens and reason is None:
             return []
         return [
             GenerateOutput(
@@ -210,7 +206,6 @@ class VLLMEngine:
                 logprobs=logprobs_of(sample.logprobs, tokens),
                 finish_reason=reason,
                 stop_reason=sample.stop_reason,
-                frozen=frozen,
                 cached_tokens=(item.num_cached_tokens or 0) if live.cached_tokens is None else live.cached_tokens,
             )
         ]

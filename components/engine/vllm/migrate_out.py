@@ -52,14 +52,8 @@ class MigrateOut:
         self.outbox = Outbox()
         self.agents: tuple[AgentRef, ...] = ()
         self._freezing: list[Record] = []
-        self._by_itself: list[Record] = []
-        """Requests that freeze after their n-th token and have not got so far."""
         self.num_taken_out = 0
         """Requests that the scheduler knows but that are in none of its queues."""
-
-    def expect_freeze(self, record: Record) -> None:
-        """The request asked to be frozen after its n-th token."""
-        self._by_itself.append(record)
 
     def offer(self, record: Record, whole_blocks: bool = True) -> KVOffer:
         """The computed blocks of a request; none while it is not running."""
@@ -104,7 +98,7 @@ class MigrateOut:
             raise SessionError(f"request {record.request_id} is itself still landing here")
         if record.request.status not in _FREEZABLE:
             raise SessionError(f"request {record.request_id} cannot be frozen while {record.request.status}")
-        leaving = record.leaving or self._take_out(record, by_itself=False)
+        leaving = record.leaving or self._take_out(record)
         leaving.commit_to, leaving.use_within_s = commit_to, use_within_s
         if commit_to is not None:
             self.outbox.open(commit_to)
@@ -114,9 +108,9 @@ class MigrateOut:
         leaving.waiters.append(waiter)
         return waiter
 
-    def _take_out(self, record: Record, by_itself: bool) -> Leaving:
+    def _take_out(self, record: Record) -> Leaving:
         mark("source-core", "taken out", record.request_id)
-        record.leaving = Leaving(self._port.take_out(record.request), by_itself)
+        record.leaving = Leaving(self._port.take_out(record.request))
         self._freezing.append(record)
         self.num_taken_out += 1
         return record.leaving
@@ -168,8 +162,6 @@ class MigrateOut:
 
     def finished(self, record: Record) -> None:
         """The request has ended, whatever it was doing."""
-        if record in self._by_itself:
-            self._by_itself.remove(record)
         if record.leaving is not None:
             error = RequestNotFound(f"request {record.request_id} has just finished")
             self._forget(record, record.leaving, error)
@@ -183,20 +175,8 @@ class MigrateOut:
         for waiter in leaving.waiters:
             waiter.set_exception(error)
 
-    def after_step(self) -> list[tuple[Record, Frozen]]:
-        """Freeze what waited for the step that has just ended; those that froze by themselves, with their states."""
-        for record in list(self._by_itself):
-            request = record.request
-            if record.leaving is not None or request.status != RequestStatus.RUNNING:
-                continue
-            if request.num_output_tokens >= (record.marker.freeze_after or 0):
-                self._by_itself.remove(record)
-                if self.why_not(record) is None:
-                    self._take_out(record, by_itself=True)
-        done = []
+    def after_step(self) -> None:
+        """Freeze what waited for the step that has just ended."""
         for record in list(self._freezing):
             if record.leaving is not None and not self._port.in_flight(record.request):
-                frozen = self._complete(record, record.leaving)
-                if record.leaving.by_itself:
-                    done.append((record, frozen))
-        return done
+                self._complete(record, record.leaving)

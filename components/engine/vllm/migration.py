@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from vllm.v1.request import RequestStatus
 
-from components.engine.kv import Frozen, RequestId
+from components.engine.kv import RequestId
 from components.engine.vllm.claims import require_same
 from components.engine.vllm.compat.requests import external_id
 from components.engine.vllm.compat.resumed import as_resumed
@@ -215,8 +215,6 @@ class Migration:
         if marker.landing is not None:
             known(request)
             self.incoming.begin(record, marker.landing)
-        if marker.freeze_after is not None:
-            self.outgoing.expect_freeze(record)
         self.handoff.begin(record)
 
     def external_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -295,10 +293,10 @@ class Migration:
         """Results of the workers at the end of a step."""
         self.incoming.copies.take_results(results)
 
-    def after_step(self) -> list[tuple[Record, Frozen]]:
-        """Freeze requests that waited for this step. Returns the states that leave with its outputs."""
+    def after_step(self) -> None:
+        """Freeze requests that waited for this step."""
         self.last_step_s = time.monotonic() - self._step_began
-        return self.outgoing.after_step()
+        self.outgoing.after_step()
 
     def forget_ended(self) -> None:
         """Forget direct commits of requests that have ended."""

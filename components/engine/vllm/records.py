@@ -63,8 +63,6 @@ class Leaving:
     """The source's side: a request outside vLLM's queues, with its blocks."""
 
     was_running: bool
-    by_itself: bool
-    """Freeze after the n-th token, as the request says; the state leaves with that token's output."""
     frozen: Frozen | None = None
     """Set after the step in flight."""
     waiters: list[Future[Reply]] = field(default_factory=list)

@@ -39,7 +39,6 @@ def to_vllm(request: GenerateRequest, max_model_len: int) -> SamplingParams:
     marker = Marker(
         request_id=request.request_id,
         num_prompt_tokens=len(request.prompt_token_ids),
-        freeze_after=request.freeze_after,
         landing=request.landing,
         not_migratable=s.why_not_migratable(),
     )
@@ -78,7 +77,6 @@ def marked(params: SamplingParams, request: GenerateRequest) -> SamplingParams:
     marker = Marker(
         request_id=request.request_id,
         num_prompt_tokens=len(request.prompt_token_ids),
-        freeze_after=request.freeze_after,
         landing=request.landing,
         not_migratable=None,
     )

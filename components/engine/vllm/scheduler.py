@@ -22,7 +22,7 @@ from components.engine.vllm.compat import core, require_tested_vllm
 from components.engine.vllm.compat.connectors import child_of, results_of
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.connector import MigrationConnector
-from components.engine.vllm.control import COMMITTED, MARKER, encode
+from components.engine.vllm.control import COMMITTED
 from components.engine.vllm.migration import Migration
 from components.engine.vllm.records import StepResults
 from components.errors import ConfigError
@@ -74,10 +74,7 @@ class MigrationMixin(Scheduler):
             self.migration.handoff.summed(results_of(transfers.kv_connector_worker_meta, StepResults))
         self._idle = (self._idle or ()) if not scheduler_output.total_num_scheduled_tokens else None
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        for record, frozen in self.migration.after_step():
-            for output in outputs[record.request.client_index].outputs:
-                if output.request_id == record.request.request_id:
-                    output.kv_transfer_params = {MARKER: encode(frozen)}
+        self.migration.after_step()
         if self.migration.untold:
             for output in (output for some in outputs.values() for output in some.outputs):
                 if (tokens := self.migration.untold.get(output.request_id)) is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafters with random weights for speculative decoding, as ``tiny.py`` makes models.
+"""Drafters with random weights for speculative decoding, as ``components/models/tiny.py`` makes models.
 
 They look at the token alone: of what a drafter is given, the model's hidden state is left out. Some of their drafts are
 accepted.
@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from components.models.tiny import DEEPSEEK, LARGE, MLA, sizes
+from benchmarks.models.families import DEEPSEEK, LARGE, MLA
+from components.models.tiny import sizes
 
 _LOUD = 250
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models with random weights that take images, as ``tiny.py`` makes others."""
+"""Small models with random weights that take images, as ``components/models/tiny.py`` makes others."""
 
 from __future__ import annotations
 

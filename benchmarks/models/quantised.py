@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised models with random weights, as ``tiny.py`` makes others."""
+"""Quantised models with random weights, as ``components/models/tiny.py`` makes others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from components.models.tiny import LARGE, sizes
+from benchmarks.models.families import LARGE
+from components.models.tiny import sizes
 
 _EACH = {"num_bits": 8, "symmetric": True}
 _CONFIG = {
