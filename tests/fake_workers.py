@@ -18,8 +18,8 @@ from components.engine.protocol import EngineInfo, EngineStats, RequestInfo, Req
 from components.errors import DeadlineExceeded, RequestNotFound, WorkerLost, from_code
 from components.messages import pack, unpack
 from components.migration.messages import Attached, MoveRecord, Owner, WorkerCall, WorkerReply
+from components.migration.options import Options
 from components.migration.peers import short
-from components.migration.repeats import Options
 from components.migration.requests import Requests
 from components.transfer.ids import AgentName, AgentRef, Epoch
 from components.worker.control import Control

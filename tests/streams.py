@@ -29,7 +29,8 @@ from components.messages import pack, unpack
 from components.migration.faces import PROTOCOL_FACE
 from components.migration.legs import Leg
 from components.migration.messages import Attached, Mode, MoveRecord, Owner, WorkerCall, WorkerOp, WorkerReply
-from components.migration.repeats import Options, Repeat
+from components.migration.options import Options
+from components.migration.repeats import Repeat
 from components.migration.requests import Requests
 from components.transfer import TransferAgent
 from components.worker.control import Control

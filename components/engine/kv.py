@@ -110,3 +110,14 @@ class LandingStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     def landed(self) -> bool:
         """True when the request has its blocks and no round runs."""
         return self.reserved and not self.in_flight
+
+    def after(self, size: int, descriptors: int, post_s: float, wire_s: float, lane: str) -> LandingStatus:
+        """With what one more copy has moved."""
+        return msgspec.structs.replace(
+            self,
+            bytes=self.bytes + size,
+            descriptors=self.descriptors + descriptors,
+            post_s=self.post_s + post_s,
+            wire_s=self.wire_s + wire_s,
+            lane=lane or self.lane,
+        )

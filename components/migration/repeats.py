@@ -7,9 +7,9 @@ Threading: one asyncio loop.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 from components.migration.legs import Away, Leg
+from components.migration.options import Options
 from components.migration.owners import TELL_AGAIN_S, Owners
 from components.migration.peers import Peers
 from components.migration.tasks import Spawn
@@ -19,22 +19,6 @@ _LOOK_S = 0.05
 
 class Repeat(Exception):
     """The frontend shall send the request again; not an error of anybody."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """Times and limits; all with sane defaults."""
-
-    orphan_s: float = 30.0
-    """An arrival that nobody reads for so long is given up."""
-    repeats: bool = True
-    """The frontend repeats requests (``--migration-limit``); else everything is relayed to its end."""
-    relay_below: int = 32
-    """A request with fewer tokens to come is relayed to its end: a repeat would cost more."""
-    steps_ahead: int = 0
-    """Of this worker's engine; see ``EngineInfo``."""
-    kv_bytes_per_token: int = 0
-    """As before; 0: copies are begun without bound."""
 
 
 class Repeats:

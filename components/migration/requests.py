@@ -26,11 +26,12 @@ from components.migration.events import Event
 from components.migration.faces import PROTOCOL_FACE, Face
 from components.migration.legs import Arrival, Away, Leg, new_life
 from components.migration.messages import Attached, Owner
+from components.migration.options import Options
 from components.migration.owners import Owners
 from components.migration.pace import Pace
 from components.migration.parting import Parting
 from components.migration.peers import Peers, follow
-from components.migration.repeats import Options, Repeat, Repeats
+from components.migration.repeats import Repeat, Repeats
 from components.migration.suspects import Suspects
 from components.migration.tasks import CutOvers, Tasks
 

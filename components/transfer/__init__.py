@@ -20,50 +20,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from components.transfer.agent import TransferAgent
-    from components.transfer.config import (
-        AgentConfig,
-        KVPool,
-        StoreKind,
-        Strategy,
-        TransferResult,
-        Transport,
-    )
-    from components.transfer.copying import CacheCopy, transfer_kv_cache
-    from components.transfer.data.nixl import nixl_is_available
-    from components.transfer.data.shared import SharedZeros, move_to_shared_memory
-    from components.transfer.handle import TransferHandle
+    from components.transfer.agent import TransferAgent as TransferAgent
+    from components.transfer.config import AgentConfig as AgentConfig
+    from components.transfer.config import KVPool as KVPool
+    from components.transfer.config import StoreKind as StoreKind
+    from components.transfer.config import Strategy as Strategy
+    from components.transfer.config import TransferResult as TransferResult
+    from components.transfer.config import Transport as Transport
+    from components.transfer.copying import CacheCopy as CacheCopy
+    from components.transfer.copying import transfer_kv_cache as transfer_kv_cache
+    from components.transfer.data.nixl import nixl_is_available as nixl_is_available
+    from components.transfer.data.shared import SharedZeros as SharedZeros
+    from components.transfer.data.shared import move_to_shared_memory as move_to_shared_memory
+    from components.transfer.handle import TransferHandle as TransferHandle
 
-__all__ = [
-    "AgentConfig",
-    "CacheCopy",
-    "KVPool",
-    "SharedZeros",
-    "StoreKind",
-    "Strategy",
-    "TransferAgent",
-    "TransferHandle",
-    "TransferResult",
-    "Transport",
-    "move_to_shared_memory",
-    "nixl_is_available",
-    "transfer_kv_cache",
-]
 _HOMES = {
-    "TransferAgent": "agent",
-    "CacheCopy": "copying",
-    "transfer_kv_cache": "copying",
-    "nixl_is_available": "data.nixl",
-    "SharedZeros": "data.shared",
-    "move_to_shared_memory": "data.shared",
-    "TransferHandle": "handle",
+    "config": ("AgentConfig", "KVPool", "StoreKind", "Strategy", "TransferResult", "Transport"),
+    "agent": ("TransferAgent",),
+    "copying": ("CacheCopy", "transfer_kv_cache"),
+    "data.nixl": ("nixl_is_available",),
+    "data.shared": ("SharedZeros", "move_to_shared_memory"),
+    "handle": ("TransferHandle",),
 }
-"""Modules of the names that are not in ``config``, imported on first use (importing torch takes seconds)."""
+"""Names by module, imported on first use (importing torch takes seconds)."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'config')}"), name)
-    globals()[name] = value
-    return value
+    for home, names in _HOMES.items():
+        if name in names:
+            globals()[name] = value = getattr(import_module(f"{__name__}.{home}"), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,8 +32,8 @@ from components.engine.vllm.engine import VLLMEngine
 from components.engine.vllm.start import VLLMOptions
 from components.errors import ConfigError, MigrateError
 from components.metrics.export import address, expose
+from components.migration.options import Options
 from components.migration.peers import DynamoPeers
-from components.migration.repeats import Options
 from components.migration.requests import Requests
 from components.models import adapters
 from components.worker import refusals, shim, weights

@@ -27,8 +27,9 @@ from components.errors import EngineKiller, InvalidRequest
 from components.metrics.export import address, expose
 from components.migration.faces import PROTOCOL_FACE
 from components.migration.legs import Leg
+from components.migration.options import Options
 from components.migration.peers import DynamoPeers, short
-from components.migration.repeats import Options, Repeat
+from components.migration.repeats import Repeat
 from components.migration.requests import Requests
 from components.worker import forward_pass, mocker_payload, unrepeated
 from components.worker.control import Control

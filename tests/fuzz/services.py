@@ -19,7 +19,8 @@ from components.engine.paged import PagedEngine, PagedOptions
 from components.errors import MigrateError, WorkerLost
 from components.migration.faces import PROTOCOL_FACE
 from components.migration.legs import Leg
-from components.migration.repeats import Options, Repeat
+from components.migration.options import Options
+from components.migration.repeats import Repeat
 from components.migration.requests import Requests
 from components.transfer.config import AgentConfig, KVPool
 from components.transfer.control.directory import Directory

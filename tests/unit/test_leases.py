@@ -21,7 +21,7 @@ from components.engine.vllm.migration import Settings
 from components.messages import unpack
 from components.migration import owners, suspects
 from components.migration.messages import Handover, WorkerCall, WorkerOp
-from components.migration.repeats import Options
+from components.migration.options import Options
 from components.migration.session import _LANDING_S, Limits
 from components.worker.settings import WorkerSettings
 from tests.streams import Cluster

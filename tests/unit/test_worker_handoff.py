@@ -23,7 +23,7 @@ from components.engine.vllm import native
 from components.engine.vllm.control import MARKER, Lent, decode_marker, encode
 from components.messages import pack, unpack
 from components.migration.messages import Attached, Handover, Owner, WorkerCall, WorkerOp, WorkerReply
-from components.migration.repeats import Options
+from components.migration.options import Options
 from components.migration.requests import Requests
 from components.worker.engine_client import EngineClient
 from components.worker.handoff import Handoffs, is_prefill, why_not_first

@@ -17,6 +17,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+import msgspec
+
 from components.engine.kv import Frozen, KVOffer, LandingStatus
 from components.engine.paged.request import Active, Landing
 from components.engine.paged.scheduler import Scheduler
@@ -145,7 +147,7 @@ class LandingZone:
         dst = active.blocks[first : first + len(src)]
         if not src and landing.commit is None:
             return
-        landing.rounds += 1
+        landing.progress = msgspec.structs.replace(landing.progress, rounds=landing.progress.rounds + 1)
         self._scheduler.pool.hold(dst)
         self.flying.update(dst)
         landing.round = asyncio.ensure_future(self._round(active, landing, src, dst))
@@ -177,11 +179,9 @@ class LandingZone:
                 logger.error("blocks %s are given up: a peer that hangs may still write into them", dst)
         if active.ended:
             return
-        landing.bytes += moved.bytes
-        landing.descriptors += moved.descriptors
-        landing.post_s += moved.post_s
-        landing.wire_s += moved.wire_s
-        landing.lane = moved.lane or landing.lane
+        landing.progress = landing.progress.after(
+            moved.bytes, moved.descriptors, moved.post_s, moved.wire_s, moved.lane
+        )
         if error is None:
             landing.landed_blocks += len(dst)
         else:
@@ -217,7 +217,7 @@ class LandingZone:
         self._run(active, min(good, frozen.offer.num_tokens))
 
     def _refuse(self, landing: Landing, error: MigrateError) -> None:
-        landing.error = (error.code, str(error))
+        landing.progress = msgspec.structs.replace(landing.progress, error=(error.code, str(error)))
         self.refused[error.code] += 1
 
     def _checked(self, landing: Landing, frozen: Frozen) -> range:

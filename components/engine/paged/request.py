@@ -42,28 +42,12 @@ class Landing:
     """The copy in flight."""
     round: asyncio.Task[None] | None = None
     commit: Frozen | None = None
-    rounds: int = 0
-    bytes: int = 0
-    descriptors: int = 0
-    post_s: float = 0.0
-    wire_s: float = 0.0
-    lane: str = ""
-    error: tuple[str, str] | None = None
+    progress: LandingStatus = LandingStatus(reserved=True)
 
     def status(self, block_size: int) -> LandingStatus:
         """Progress so far."""
-        return LandingStatus(
-            reserved=True,
-            landed_tokens=self.landed_blocks * block_size,
-            in_flight=self.round is not None,
-            rounds=self.rounds,
-            bytes=self.bytes,
-            descriptors=self.descriptors,
-            post_s=self.post_s,
-            wire_s=self.wire_s,
-            lane=self.lane,
-            error=self.error,
-        )
+        landed = self.landed_blocks * block_size
+        return msgspec.structs.replace(self.progress, landed_tokens=landed, in_flight=self.round is not None)
 
 
 @dataclass(eq=False)

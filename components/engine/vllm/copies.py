@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import msgspec
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from components.engine.vllm.claims import Cache
@@ -148,7 +149,7 @@ class Copies:
             deadline_s=max(0.0, min(self._deadline_s, incoming.use_until - time.monotonic())),
         )
         incoming.job = job
-        incoming.rounds += 1
+        incoming.progress = msgspec.structs.replace(incoming.progress, rounds=incoming.progress.rounds + 1)
         self._flights[job.job_id] = Flight(job, record)
         return job
 
@@ -193,18 +194,20 @@ class Copies:
 
     def _note(self, flight: Flight, incoming: Incoming) -> None:
         results, failed = flight.results, flight.failed
-        incoming.bytes += sum(r.bytes for r in results)
-        incoming.descriptors += sum(r.descriptors for r in results)
-        incoming.post_s += max(r.post_s for r in results)
-        incoming.wire_s += max(r.wire_s for r in results)
-        incoming.lane = results[0].lane or incoming.lane
+        incoming.progress = incoming.progress.after(
+            sum(r.bytes for r in results),
+            sum(r.descriptors for r in results),
+            max(r.post_s for r in results),
+            max(r.wire_s for r in results),
+            results[0].lane,
+        )
         if failed is None:
             incoming.parts.landed()
             self._late.difference_update(flight.job.agents)
             self._learn(results)
             return
         incoming.parts.failed({block for r in results for block in r.bad_blocks})
-        incoming.error = failed.error
+        incoming.progress = msgspec.structs.replace(incoming.progress, error=failed.error)
         if failed.error is not None:
             self.refused[failed.error[0]] += 1
 

@@ -153,17 +153,10 @@ class MigrateIn:
         incoming.waiters.clear()
 
     def _progress(self, record: Record, incoming: Incoming) -> LandingStatus:
-        return LandingStatus(
-            reserved=True,
+        return msgspec.structs.replace(
+            incoming.progress,
             landed_tokens=incoming.parts.landed_tokens,
             in_flight=incoming.job is not None,
-            rounds=incoming.rounds,
-            bytes=incoming.bytes,
-            descriptors=incoming.descriptors,
-            post_s=incoming.post_s,
-            wire_s=incoming.wire_s,
-            lane=incoming.lane,
-            error=incoming.error,
             commit_to=self.inbox.at(record.request.request_id) if incoming.commit is None else None,
             direct=record.direct is not None,
         )

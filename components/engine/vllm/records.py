@@ -47,13 +47,8 @@ class Incoming:
     commit: Frozen | None = None
     use_until: float = float("inf")
     """Time from which the source may free the blocks of ``commit``, on ``time.monotonic``."""
-    rounds: int = 0
-    bytes: int = 0
-    descriptors: int = 0
-    post_s: float = 0.0
-    wire_s: float = 0.0
-    lane: str = ""
-    error: tuple[str, str] | None = None
+    progress: LandingStatus = LandingStatus(reserved=True)
+    """What its jobs have moved."""
     waiters: list[Future[Reply]] = field(default_factory=list)
     """Calls that are answered when the round has ended."""
 

@@ -31,7 +31,6 @@ from components.transfer.config import TransferResult
 from components.transfer.control.directory import Directory
 from components.transfer.control.record import AgentRecord
 from components.transfer.data.base import Copy, Steps
-from components.transfer.data.threads import on_thread
 from components.transfer.layout import Ints, rows_of
 from components.transfer.session.messages import MAX_BLOCKS, pack, unpack
 from components.transfer.shares import Shares
@@ -85,9 +84,23 @@ class TcpBackend:
     def fetch(self, copy: Copy) -> Steps:
         """See ``Backend``."""
         begun = time.perf_counter()
-        total = yield from on_thread(self._pool, copy, self._guarded)
+        stop = threading.Event()
+        future = self._pool.submit(self._guarded, copy, stop)
+        try:
+            while not future.done():
+                yield False
+        except MigrateError:
+            stop.set()
+            while not future.done():
+                yield False
+            raise
+        finally:
+            if not future.done():
+                # The thread may still write.
+                settled = copy.mark_unsafe()
+                future.add_done_callback(lambda _: settled())
         wire = time.perf_counter() - begun
-        return TransferResult(total, len(copy.share.rows), wire_s=wire, lane=self.lane)
+        return TransferResult(future.result(), len(copy.share.rows), wire_s=wire, lane=self.lane)
 
     def warm_up(self, copy: Copy) -> Steps:
         """Try a connection."""
