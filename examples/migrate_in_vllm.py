@@ -15,8 +15,13 @@ import os
 import time
 from contextlib import aclosing
 
+import msgspec
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
 from components.engine.kv import Frozen, RequestId
-from components.engine.protocol import GenerateRequest, Sampling
+from components.engine.protocol import GenerateRequest
+from components.engine.vllm import native
 from components.engine.vllm.engine import VLLMEngine
 from components.engine.vllm.start import VLLMOptions
 from components.errors import RequestNotFound
@@ -62,8 +67,7 @@ async def migrate(source: VLLMEngine, target: VLLMEngine, request: GenerateReque
             if len(tokens) >= MOVE_AFTER:
                 break
         offer = await source.offer(request.request_id)
-        landing = GenerateRequest(request.request_id, request.prompt_token_ids, request.sampling, landing=offer)
-        there = target.generate(landing)
+        there = target.generate(msgspec.structs.replace(request, landing=offer))
         first = asyncio.ensure_future(anext(there))
         await landed(target, request.request_id)
         frozen: Frozen = await source.freeze(request.request_id)
@@ -87,10 +91,11 @@ async def main(model: str) -> None:
     try:
         await a.start()
         await b.start()
-        sampling = Sampling(temperature=0.8, seed=7, max_tokens=OUTPUT, ignore_eos=True)
-        prompt = tuple(range(1000, 1000 + PROMPT))
-        expected = await plain(a, GenerateRequest(RequestId("plain"), prompt, sampling))
-        tokens, downtime = await migrate(a, b, GenerateRequest(RequestId("moved"), prompt, sampling))
+        params = SamplingParams(temperature=0.8, seed=7, max_tokens=OUTPUT, ignore_eos=True, detokenize=False)
+        params.output_kind = RequestOutputKind.DELTA
+        given, prompt = native.encode(native.Native(params)), tuple(range(1000, 1000 + PROMPT))
+        expected = await plain(a, GenerateRequest(RequestId("plain"), prompt, native=given))
+        tokens, downtime = await migrate(a, b, GenerateRequest(RequestId("moved"), prompt, native=given))
         print(f"{len(tokens)} tokens, moved after {MOVE_AFTER} or more, downtime {downtime * 1e3:.0f} ms")
         if tokens != expected:
             raise SystemExit("the moved request gave other tokens")

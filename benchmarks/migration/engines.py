@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from benchmarks.graph import end_on_sigterm, machine
+from benchmarks.migration.sampled import SampledEngine
 from benchmarks.serving.parts import ENGINE
 from benchmarks.serving.tables import table
 from components import process
@@ -74,7 +75,7 @@ async def engines(
     agent = {"etcd_endpoints": [servers.start(os.environ)["ETCD_ENDPOINTS"]], "namespace": "benchmark"}
     args = {"max_model_len": 4096, "block_size": 32, "max_num_seqs": 8, "enforce_eager": True, "seed": 0} | arguments
     options = [VLLMOptions(args, agent | {"name": f"engine-{n}"}, stat_loggers=stat_loggers) for n in range(count)]
-    found = [VLLMEngine(each) for each in options]
+    found = [SampledEngine(each) for each in options]
     try:
         for engine in found:
             await engine.start()

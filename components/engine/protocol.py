@@ -62,7 +62,7 @@ class RequestPhase(StrEnum):
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """All parameters that determine the next token. Names and meaning as in vLLM."""
+    """What determines the next token of an engine without a model. Names and meaning as in vLLM."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -78,11 +78,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    logit_bias: dict[int, float] | None = None
-    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     n: int = 1
-    guided: msgspec.Raw | None = None
-    """Guided-decoding options as the frontend sent them (JSON)."""
 
     def why_not_migratable(self) -> str | None:
         """Why this request cannot move exactly, or None."""
@@ -105,12 +101,11 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     sampling: Sampling = Sampling()
     output_token_ids: tuple[int, ...] = ()
     priority: int = 0
-    lora_name: str | None = None
     cache_salt: str | None = None
     landing: KVOffer | None = None
     """Reserve and copy these blocks first; wait for ``commit``."""
     native: bytes = b""
-    """Parameters in the engine's own form; ``sampling`` and ``priority`` are then unused."""
+    """Parameters in the engine's own form, which vLLM's needs; all others than tokens are then unused."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -25,6 +25,7 @@ import msgspec
 import pytest
 import torch
 
+from benchmarks.migration.sampled import SampledEngine
 from benchmarks.models import MAKERS, resolve
 from benchmarks.models.seeing import SEEING
 from components.engine.protocol import Sampling
@@ -122,7 +123,7 @@ async def start(etcd_url: str, more: dict[str, Any]) -> Pair:
     async def engine(name: str) -> VLLMEngine:
         agent = {"name": name, "etcd_endpoints": [etcd_url], "namespace": namespace, "transport": "auto"}
         options = VLLMOptions(args | more, agent)
-        made = VLLMEngine(options)
+        made = SampledEngine(options)
         info = await made.serve(await asyncio.to_thread(start_vllm, options), Loras())
         config = made._llm.vllm_config
         print(

@@ -22,9 +22,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.migration.sampled import SampledEngine
 from components.engine.kv import RequestId
 from components.engine.protocol import GenerateRequest, Sampling
-from components.engine.vllm.engine import VLLMEngine
 from components.engine.vllm.start import VLLMOptions
 from tests.integration.moves import Client, move, request_of, run, take_until
 from tests.integration.vllm_engines import Pair
@@ -89,7 +89,7 @@ async def start(model: Path, etcd_url: str, sizes: tuple[int, int] = (1, 1), **o
     for name, size, devices in zip("ab", sizes, (visible[: sizes[0]], visible[-sizes[1] :]), strict=True):
         # Read by the engine core's process, which vLLM starts anew.
         os.environ.update(CUDA_VISIBLE_DEVICES=",".join(devices), VLLM_WORKER_MULTIPROC_METHOD="spawn")
-        engine = VLLMEngine(
+        engine = SampledEngine(
             VLLMOptions(
                 {
                     "model": str(model),

@@ -73,7 +73,7 @@ def frozen(epoch: str = "e") -> Frozen:
 
 def request(epoch: str = "e") -> GenerateRequest:
     """One that lands."""
-    sampling = Sampling(temperature=0.5, seed=3, max_tokens=20, stop_token_ids=(9,), logit_bias={3: 0.5}, logprobs=2)
+    sampling = Sampling(temperature=0.5, seed=3, max_tokens=20, stop_token_ids=(9,), logprobs=2)
     return GenerateRequest(R, tuple(range(1, 10)), sampling, output_token_ids=(5, 6, 7), landing=offer(epoch))
 
 

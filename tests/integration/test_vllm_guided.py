@@ -19,7 +19,9 @@ import jsonschema
 import msgspec
 import pytest
 from transformers import AutoTokenizer
+from vllm.sampling_params import StructuredOutputsParams
 
+from benchmarks.migration.sampled import native_of
 from components.engine.kv import RequestId
 from components.engine.protocol import FinishReason, GenerateRequest, Sampling
 from tests.integration.moves import Client, empty, move, request_of, run, take_until
@@ -118,10 +120,10 @@ def tokenizer(model: str) -> Any:
     return AutoTokenizer.from_pretrained(model)
 
 
-def asked(name: str, case: Case, number: int) -> GenerateRequest:
+def asked(name: str, case: Case, number: int, tokens: int = 1500) -> GenerateRequest:
     how: dict[str, Any] = {"temperature": 0.0} if number % 2 else {"temperature": 1.0, "seed": number}
-    sampling = Sampling(max_tokens=1500, guided=msgspec.Raw(msgspec.json.encode(case.guided)), **how)
-    return request_of(name, 20 + number, sampling)
+    request = request_of(name, 20 + number, Sampling(max_tokens=tokens, **how))
+    return native_of(request, 2048, structured_outputs=StructuredOutputsParams(**case.guided))
 
 
 async def moved(pair: Pair, request: GenerateRequest) -> Client:
@@ -142,8 +144,7 @@ async def check(pair: Pair, model: str, found: dict[str, Case]) -> None:
         request = asked(name, case, number)
         for engine in (pair.a, pair.b):
             # Some backends take seconds for a grammar that an engine has not seen; the source goes on meanwhile.
-            known = msgspec.structs.replace(request.sampling, max_tokens=1)
-            await run(engine, msgspec.structs.replace(request, prompt_token_ids=(5, 6, 7), sampling=known))
+            await run(engine, msgspec.structs.replace(asked(name, case, number, 1), prompt_token_ids=(5, 6, 7)))
         client = await moved(pair, request)
         plain = await run(pair.b, msgspec.structs.replace(request, request_id=RequestId(f"plain-{name}")))
         text = tokenizer(model).decode(client.tokens, skip_special_tokens=True)

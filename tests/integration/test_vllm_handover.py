@@ -13,7 +13,6 @@ from vllm import SamplingParams
 from components.engine.kv import CommitTo, RequestId
 from components.engine.protocol import FinishReason, GenerateRequest, Sampling
 from components.engine.vllm import native
-from components.engine.vllm.client import CoreClient
 from components.errors import NotMigratable, RequestNotFound
 from tests.integration.moves import (
     SAMPLINGS,
@@ -149,10 +148,9 @@ def test_a_request_that_nobody_marked_can_be_frozen_and_moved(runner: asyncio.Ru
             tokens += output.outputs[0].token_ids
             if len(tokens) >= 10:
                 break
-        client = CoreClient(llm)
-        internal = client.internal_id(request.request_id)
-        assert internal is not None and internal != request.request_id
-        frozen = await client.freeze(internal)
+        internal = RequestId(llm.output_processor.external_req_ids[request.request_id][-1])
+        assert internal != request.request_id
+        frozen = await pair.a.freeze(internal)
         target, first = await taken_in(pair.b, request, frozen)
         await llm.abort("unmarked")
         moved = Client(list(frozen.output_token_ids))

@@ -9,6 +9,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.migration.sampled import SampledEngine
 from components.engine.vllm.engine import VLLMEngine
 from components.engine.vllm.start import VLLMOptions
 from tests.integration import warm
@@ -69,7 +70,7 @@ async def start_pair(model: str, etcd_url: str, ranks: tuple[int, int] = (1, 1),
     namespace = f"test-{uuid.uuid4().hex[:8]}"
     engines = []
     for name, size in zip(("a", "b"), ranks, strict=True):
-        engine = VLLMEngine(options(model, name, etcd_url, namespace, tensor_parallel_size=size, **more))
+        engine = SampledEngine(options(model, name, etcd_url, namespace, tensor_parallel_size=size, **more))
         await engine.start()
         engines.append(engine)
     return Pair(*engines)

@@ -19,7 +19,8 @@ from components.errors import NoRoom
 from tests.vllm_scheduler import offer_of
 
 pytest.importorskip("vllm")
-from components.engine.vllm.control import COMMITTED, encode  # noqa: E402
+from benchmarks.migration.sampled import native_of  # noqa: E402
+from components.engine.vllm.control import COMMITTED, Call, Reply, encode  # noqa: E402
 from components.engine.vllm.engine import VLLMEngine, VLLMOptions  # noqa: E402
 
 ONE = RequestId("one")
@@ -31,15 +32,14 @@ class Engine(VLLMEngine):
 
     def __init__(self, lease_s: float = 1000.0) -> None:
         super().__init__(VLLMOptions({}, {}, lease_s=lease_s))
-        core: Any = SimpleNamespace(commit=self._core_commit)
-        info: Any = SimpleNamespace(max_model_len=64)
-        self._llm, self._client, self._info = LLM(self), core, info
+        self._llm = LLM(self)
         self.items: asyncio.Queue[Any] = asyncio.Queue()
         self.refuses = False
 
-    async def _core_commit(self, request_id: RequestId, frozen: Frozen) -> None:
+    async def _call(self, call: Call) -> Reply:
         if self.refuses:
             raise NoRoom("full")
+        return Reply()
 
     def give(self, *tokens: int, finish: str | None = None, committed: tuple[int, ...] | None = None) -> None:
         sample = SimpleNamespace(token_ids=list(tokens), finish_reason=finish, stop_reason=None, logprobs=None)
@@ -67,7 +67,8 @@ class LLM:
 
 async def landing(engine: Engine) -> tuple[AsyncIterator[GenerateOutput], asyncio.Future[GenerateOutput]]:
     """Its stream, and the first output, which is not there yet."""
-    stream = engine.generate(GenerateRequest(ONE, (1, 2, 3), output_token_ids=(5,), landing=STATE.offer))
+    asked = GenerateRequest(ONE, (1, 2, 3), output_token_ids=(5,), landing=STATE.offer)
+    stream = engine.generate(native_of(asked, 64))
     first: asyncio.Future[GenerateOutput] = asyncio.ensure_future(anext(stream))  # type: ignore[arg-type]
     await asyncio.sleep(0.01)
     return stream, first

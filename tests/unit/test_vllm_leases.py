@@ -9,30 +9,23 @@ from typing import Any
 import pytest
 
 from components.engine.kv import LandingStatus, RequestId
+from components.engine.vllm.control import Call, Reply
 from components.engine.vllm.engine import VLLMEngine, _Live
 from components.engine.vllm.start import VLLMOptions
 
 ONE = RequestId("one")
 
 
-class Core:
-    """A core that says yes."""
+class Engine(VLLMEngine):
+    """Its core says yes."""
 
-    async def commit(self, request_id: RequestId, frozen: Any) -> None:
-        pass
-
-    async def resume(self, request_id: RequestId) -> None:
-        pass
-
-    async def landing_status(self, request_id: RequestId, wait_s: float = 0.0) -> LandingStatus:
-        return LandingStatus(reserved=True)
+    async def _call(self, call: Call) -> Reply:
+        return Reply(landing=LandingStatus(reserved=True))
 
 
 @pytest.mark.parametrize("committed", [False, True])
 async def test_asking_for_the_landing_renews_a_lease_and_begins_none(committed: bool) -> None:
-    engine = VLLMEngine(VLLMOptions({}, {}, lease_s=1000.0))
-    core: Any = Core()
-    engine._client = core
+    engine = Engine(VLLMOptions({}, {}, lease_s=1000.0))
     live = engine._live[ONE] = _Live(ONE)
     engine._renew_lease(ONE)
     first = engine._leases._timers[live]
@@ -47,9 +40,7 @@ async def test_asking_for_the_landing_renews_a_lease_and_begins_none(committed: 
 
 @pytest.mark.parametrize("landing", [False, True])
 async def test_resuming_ends_the_lease_of_a_frozen_request_and_not_of_one_that_still_lands(landing: bool) -> None:
-    engine = VLLMEngine(VLLMOptions({}, {}, lease_s=1000.0))
-    core: Any = Core()
-    engine._client = core
+    engine = Engine(VLLMOptions({}, {}, lease_s=1000.0))
     live = engine._live[ONE] = _Live(ONE, landing=asyncio.Event() if landing else None)
     engine._renew_lease(ONE)
     await engine.resume(ONE)

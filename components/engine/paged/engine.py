@@ -176,8 +176,8 @@ class PagedEngine:
             raise InvalidRequest(
                 f"the prompt has {len(request.prompt_token_ids)} tokens; 1 to {options.max_model_len - 1} are possible"
             )
-        if sampling.n != 1 or request.lora_name is not None:
-            raise InvalidRequest("this engine has no LoRA adapters and gives one answer to a request")
+        if sampling.n != 1:
+            raise InvalidRequest("this engine gives one answer to a request")
         active = Active(
             request=request,
             tokens=[*request.prompt_token_ids, *request.output_token_ids],

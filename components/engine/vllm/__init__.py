@@ -4,7 +4,6 @@
     engine.py       VLLMEngine: the protocol, in the worker's process, around ``AsyncLLM``
     start.py        starts vLLM for it
     arguments.py    arguments that every ``AsyncLLM`` needs
-    client.py       CoreClient: calls into the engine core
     control.py      the structs that travel between the two
 
 In the engine core's process:

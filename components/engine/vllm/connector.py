@@ -111,7 +111,7 @@ class MigrationConnector(KVConnectorBase_V1, SupportsHMA):
     def runner(self) -> RunnerPort:
         """The worker's model runner, known after the engine's ``info``."""
         if self._runner is None:
-            raise RuntimeError("a request from elsewhere came before CoreClient.info was called")
+            raise RuntimeError("a request from elsewhere came before the engine was asked for its agents")
         return self._runner
 
     @runner.setter

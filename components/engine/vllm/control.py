@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages between ``CoreClient`` and the engine core; the call that carries them is in ``compat/core.py``.
+"""Messages between ``VLLMEngine`` and the engine core; the call that carries them is in ``compat/core.py``.
 
 Errors of this package travel as (code, message) in the reply, so that the caller raises the same class.
 """
@@ -31,7 +31,6 @@ class Marker(msgspec.Struct, frozen=True, omit_defaults=True):
     num_prompt_tokens: int | None = None
     """Length of the prompt; further tokens in vLLM's prompt are output of another worker."""
     landing: KVOffer | None = None
-    not_migratable: str | None = None
     lend: bool = False
     """End with the first token and keep the blocks for a decode engine."""
     handoff: Frozen | None = None

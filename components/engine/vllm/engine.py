@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine protocol over vLLM's ``AsyncLLM``.
 
+Requests come with ``native`` set: vLLM's own parameters. Other calls name a request by the caller's id, or by vLLM's
+internal one, which names one life of the request: with it a late call finds nothing instead of the next life.
 Life cycle: ``start`` builds the engine core (a child process) and waits for it; ``stop`` ends it.
 Threading: one asyncio loop; every call into the core is one message and one answer.
 Time-outs: the caller's, except one: the engine ends a frozen or landing request whose owner is silent for
@@ -14,7 +16,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -29,12 +31,13 @@ from components.engine.protocol import (
     RequestInfo,
 )
 from components.engine.vllm import native
-from components.engine.vllm.client import CoreClient
-from components.engine.vllm.control import COMMITTED, decode_tokens
+from components.engine.vllm.control import COMMITTED, Call, Op, Reply, decode_reply, decode_tokens, encode
 from components.engine.vllm.loras import Loras
-from components.engine.vllm.sampling import finish_reason, logprobs_of, marked, to_vllm
+from components.engine.vllm.sampling import finish_reason, logprobs_of, marked
 from components.engine.vllm.start import VLLMOptions, info_of, start
-from components.errors import InvalidRequest, MigrateError, SessionError, WorkerLost
+from components.errors import InvalidRequest, MigrateError, RequestNotFound, SessionError, WorkerLost
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -58,7 +61,6 @@ class VLLMEngine:
         self._options = options
         self._llm: Any = None
         self._loras = Loras()
-        self._client: CoreClient | None = None
         self._info: EngineInfo | None = None
         self._live: dict[RequestId, _Live] = {}
         self._leases: Leases[_Live] = Leases(options.lease_s, self._lost)
@@ -81,13 +83,13 @@ class VLLMEngine:
         return await self._describe(llm.vllm_config)
 
     async def _describe(self, config: Any) -> EngineInfo:
-        self._client = CoreClient(self._llm)
-        self._info = info_of(config, await self._client.info(), self._options.lease_s)
+        # It also gives the workers their model runners.
+        self._info = info_of(config, await self._call(Call(Op.INFO)), self._options.lease_s)
         return self._info
 
     async def stop(self) -> None:
         """End the engine core. Idempotent."""
-        llm, self._llm, self._client = self._llm, None, None
+        llm, self._llm = self._llm, None
         if llm is not None:
             # vLLM's monitor would take the end of its core for a failure and print a traceback.
             logging.getLogger("vllm.v1.engine.async_llm").setLevel(logging.CRITICAL)
@@ -109,10 +111,10 @@ class VLLMEngine:
 
         if request.request_id in self._live:
             raise SessionError(f"request id {request.request_id} is in use in this engine")
-        given = native.decode(request.native) if request.native else None
+        given = native.decode(request.native)
         prompt, params, keywords = self._arguments(request, given)
         live = self._live[request.request_id] = _Live(request.request_id, delivered=len(request.output_token_ids))
-        live.cached_tokens = given.cached_tokens if given is not None else None
+        live.cached_tokens = given.cached_tokens
         if request.landing is not None:
             live.landing = asyncio.Event()
             self._renew_lease(request.request_id)
@@ -163,33 +165,15 @@ class VLLMEngine:
             await live.landing.wait()
         return live.landing is None
 
-    def _arguments(
-        self, request: GenerateRequest, given: native.Native | None
-    ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    def _arguments(self, request: GenerateRequest, given: native.Native) -> tuple[dict[str, Any], Any, dict[str, Any]]:
         prompt: dict[str, Any] = {"prompt_token_ids": [*request.prompt_token_ids, *request.output_token_ids]}
-        if given is not None:
-            if given.lora is not None:
-                given = msgspec.structs.replace(given, lora=self._loras.here(given.lora, given.adapter))
-            salt, params, keywords = given.cache_salt, marked(given.params, request), given.keywords()
-            if given.images is not None:
-                prompt = given.images.prompt(request.output_token_ids)
-        else:
-            salt, params = request.cache_salt, to_vllm(request, self.info.max_model_len)
-            keywords = {"lora_request": self._adapter(request.lora_name), "priority": request.priority}
-        if salt is not None:
-            prompt["cache_salt"] = salt
-        return prompt, params, keywords
-
-    def _adapter(self, name: str | None) -> Any:
-        if name is None:
-            return None
-        from vllm.lora.request import LoRARequest
-
-        names = sorted(self._options.lora_modules)
-        if name not in names:
-            known = ", ".join(names) or "none"
-            raise InvalidRequest(f"no LoRA adapter {name!r} is loaded in this engine; loaded: {known}")
-        return LoRARequest(name, names.index(name) + 1, self._options.lora_modules[name])
+        if given.lora is not None:
+            given = msgspec.structs.replace(given, lora=self._loras.here(given.lora, given.adapter))
+        if given.images is not None:
+            prompt = given.images.prompt(request.output_token_ids)
+        if given.cache_salt is not None:
+            prompt["cache_salt"] = given.cache_salt
+        return prompt, marked(given.params, request), given.keywords()
 
     def _outputs(self, live: _Live, item: Any) -> list[GenerateOutput]:
         sample = item.outputs[0]
@@ -231,19 +215,20 @@ class VLLMEngine:
 
     async def offer(self, request_id: RequestId) -> KVOffer:
         """The full, computed blocks of a request."""
-        return await self._core.offer(request_id)
+        return _given((await self._call(Call(Op.OFFER, request_id))).offer)
 
     async def freeze(
         self, request_id: RequestId, commit_to: CommitTo | None = None, use_within_s: float = 0.0
     ) -> Frozen:
         """Stop generating and return the state."""
-        frozen = await self._core.freeze(request_id, commit_to, use_within_s)
+        call = Call(Op.FREEZE, request_id, commit_to=commit_to, use_within_s=use_within_s)
+        frozen = _given((await self._call(call)).frozen)
         self._renew_lease(request_id)
         return frozen
 
     async def resume(self, request_id: RequestId) -> None:
         """Continue generating."""
-        await self._core.resume(request_id)
+        await self._call(Call(Op.RESUME, request_id))
         live = self._live.get(request_id)
         if live is None or live.landing is None:
             # One that still lands runs elsewhere: only its owner's commit ends its lease.
@@ -258,18 +243,18 @@ class VLLMEngine:
             # Asking again and again would stop the engine's steps each time.
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
-                    return await self._core.landing_status(request_id, wait_s)
-        return await self._core.landing_status(request_id)
+                    return _given((await self._call(Call(Op.LANDING, request_id, hold_s=wait_s))).landing)
+        return _given((await self._call(Call(Op.LANDING, request_id))).landing)
 
     async def extend(self, request_id: RequestId, offer: KVOffer, tokens: tuple[int, ...]) -> None:
         """Another pre-copy round."""
         self._renew_lease(request_id)
-        await self._core.extend(request_id, offer, tokens)
+        await self._call(Call(Op.EXTEND, request_id, offer=offer, tokens=tokens))
         self._count_from(request_id, tokens)
 
     async def expect_commit(self, request_id: RequestId, hold_s: float) -> None:
         """Begin no step before the commit, for ``hold_s`` at most."""
-        await self._core.expect_commit(request_id, hold_s)
+        await self._call(Call(Op.EXPECT_COMMIT, request_id, hold_s=hold_s))
 
     async def commit(self, request_id: RequestId, frozen: Frozen) -> None:
         """Copy what is missing and run."""
@@ -282,7 +267,7 @@ class VLLMEngine:
             live.landing = None
             landing.set()
         try:
-            await self._core.commit(request_id, frozen)
+            await self._call(Call(Op.COMMIT, request_id, frozen=frozen))
         except MigrateError:
             if live is not None and landing is not None:
                 live.landing = asyncio.Event()
@@ -304,22 +289,31 @@ class VLLMEngine:
 
     async def report(self) -> tuple[EngineStats, list[RequestInfo]]:
         """Load and table, in one call."""
-        stats, requests = await self._core.report()
-        return msgspec.structs.replace(stats, leases_expired_total=self._leases.expired), requests
+        reply = await self._call(Call(Op.REPORT))
+        stats = msgspec.structs.replace(_given(reply.stats), leases_expired_total=self._leases.expired)
+        return stats, list(reply.requests)
 
     async def free_lent(self, vllm_id: RequestId) -> None:
         """Free blocks lent to a decode engine."""
-        await self._core.release(vllm_id)
+        await self._call(Call(Op.RELEASE, vllm_id))
 
     async def check_integrity(self) -> None:
         """Raise ``SessionError`` when blocks and requests do not add up."""
-        await self._core.check_integrity()
+        await self._call(Call(Op.CHECK))
 
-    @property
-    def _core(self) -> CoreClient:
-        if self._client is None:
+    async def _call(self, call: Call) -> Reply:
+        """One call into the engine core. Raises the errors of ``Migration``; ``WorkerLost`` when the core has died."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if self._llm is None:
             raise WorkerLost("the engine has been stopped")
-        return self._client
+        try:
+            data = await self._llm.engine_core.call_utility_async("kv_control", encode(call))
+        except EngineDeadError as error:
+            raise WorkerLost(f"vLLM's engine core is dead: {error}") from error
+        except Exception as error:
+            raise MigrateError(f"{call.op} failed inside vLLM: {error}") from error
+        return decode_reply(data)
 
     def _renew_lease(self, request_id: RequestId) -> None:
         if (live := self._live.get(request_id)) is not None:
@@ -336,3 +330,9 @@ class VLLMEngine:
     def _drop(self, request_id: RequestId) -> None:
         self._stop_lease(request_id)
         self._live.pop(request_id, None)
+
+
+def _given(value: T | None) -> T:
+    if value is None:
+        raise RequestNotFound("the engine answered without the value that was asked for")
+    return value

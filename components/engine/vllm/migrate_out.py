@@ -84,7 +84,7 @@ class MigrateOut:
     def why_not(self, record: Record) -> str | None:
         """Why a request cannot move, or None."""
         request = record.request
-        return record.marker.not_migratable or self._port.why_not(request) or why_not_migratable(request)
+        return self._port.why_not(request) or why_not_migratable(request)
 
     def freeze(
         self, record: Record, commit_to: CommitTo | None = None, use_within_s: float = 0.0

@@ -103,7 +103,7 @@ class Migration:
 
     def _attached(self) -> Ranks:
         if self._ranks is None:
-            raise SessionError("the engine has not been asked for its agents (CoreClient.info), which comes first")
+            raise SessionError("the engine has not been asked for its agents (``Op.INFO``), which comes first")
         return self._ranks
 
     # Calls

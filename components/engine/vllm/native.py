@@ -47,8 +47,9 @@ class Native(msgspec.Struct, frozen=True, omit_defaults=True):
     lora: LoRARequest | None = None
     adapter: str = ""
     """Digest of the LoRA adapter's contents."""
-    cached_tokens: int = 0
-    """Cached tokens of the prompt at the request's first worker, which is what clients are billed for."""
+    cached_tokens: int | None = None
+    """Cached tokens of the prompt at the request's first worker, which is what clients are billed for; None: this is
+    the first one."""
     cache_salt: str | None = None
     session_id: str | None = None
     trace_headers: dict[str, str] | None = None

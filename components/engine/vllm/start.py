@@ -7,15 +7,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from components.engine.protocol import EngineInfo
 from components.engine.vllm import arguments
 from components.engine.vllm.control import Reply
 from components.errors import ConfigError
-from components.models import adapters
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,6 @@ class VLLMOptions:
     """Size up to which a commit's copy is made between two steps; larger copies run beside the steps."""
     copy_deadline_s: float = 30.0
     lease_s: float = 60.0
-    lora_modules: Mapping[str, str] = field(default_factory=dict)
-    """LoRA adapters: name and PEFT folder."""
     stat_loggers: Sequence[Any] = ()
     """Factories of vLLM's ``StatLoggerBase``, which see the counters of each step; without one there are none."""
 
@@ -55,7 +52,6 @@ def start(options: VLLMOptions) -> Any:
                 "integrity": options.integrity,
                 "wait_bytes": options.wait_bytes,
                 "copy_deadline_s": options.copy_deadline_s,
-                "adapters": adapters.digest(options.lora_modules),
             },
         )
         loggers = list(options.stat_loggers)
@@ -67,7 +63,7 @@ def start(options: VLLMOptions) -> Any:
 
 
 def info_of(config: Any, reply: Reply, lease_s: float) -> EngineInfo:
-    """From vLLM's ``VllmConfig`` and the answer to ``CoreClient.info``."""
+    """From vLLM's ``VllmConfig`` and the answer to ``Op.INFO``."""
     model = config.model_config
     return EngineInfo(
         model=str(model.served_model_name or model.model),
