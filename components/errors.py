@@ -1,27 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The error tree of the package: one root; every class implies the caller's reaction.
 
-    MigrateError                    root; ``retryable`` says whether the same call may work later
-    ├── ConfigError                 the user's input is wrong: print the message, exit with 2
-    ├── InvalidRequest              the client's request is wrong: HTTP 400, never retried
-    ├── RequestNotFound             no such request here: it has ended, or never existed
-    ├── Refused                     the peer refuses, for the stated reason: try another mode
-    │   ├── NoRoom                  not enough free KV blocks now; the request stays where it is
-    │   └── NotMigratable           this request can never move exactly (n > 1, prompt_logprobs)
-    ├── SessionError                a migration session is in another state than the call needs
-    ├── EngineKiller                engines died with this request: end it, never repeat it
-    ├── WorkerLost                  the worker died or is unreachable: replay elsewhere
-    ├── DeadlineExceeded            the step took longer than allowed: treat as failed, release
-    └── TransferError               KV blocks could not be moved; see ``components.transfer``
-        ├── TransferUnavailable     no lane or library for the request; final
-        ├── PeerUnknown             no record of that agent (yet); retryable
-        ├── StaleEpoch              the peer has restarted since the offer; final
-        ├── IncompatibleLayout      model, dtype or layout differ; final for this pair
-        ├── IntegrityError          wrong bytes arrived: recompute
-        └── TransferCancelled       the transfer was cancelled
-
-Every class has a stable ``code`` (on the wire and as a metric label); ``from_code`` restores a peer's
-error from it.
+``retryable`` says whether the same call may work later. Every class has a stable ``code`` (on the wire and as a metric
+label); ``from_code`` restores a peer's error from it.
 """
 
 from __future__ import annotations
@@ -37,7 +18,7 @@ class MigrateError(Exception):
 
 
 class ConfigError(MigrateError):
-    """An unusable configuration value; the message has the value and the fix."""
+    """An unusable configuration value; the message has the value and the fix. Commands print it and exit with 2."""
 
     code = "config"
 
@@ -67,7 +48,7 @@ class WorkerNotFound(MigrateError):
 
 
 class Refused(MigrateError):
-    """A peer refused for the given reason; nothing has changed on either side."""
+    """A peer refused for the given reason; nothing has changed on either side. Try another mode."""
 
     code = "refused"
 

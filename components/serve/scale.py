@@ -19,15 +19,16 @@ import asyncio
 import logging
 import socket
 import time
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from components import process
-from components.client import Drained, Workers
+from components.client import Workers
 from components.errors import MigrateError
 from components.serve.child import Child
 from components.serve.plan import Plan, Process
 from components.serve.supervisor import READY_S, Supervisor
-from components.status import Status, WorkerReport
+from components.status import WorkerReport
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.5
@@ -39,43 +40,19 @@ Decided = tuple[int, int, int]
 """Id, prefill workers, decode workers."""
 
 
-class Decisions(Protocol):
-    """Dynamo's ``VirtualConnectorClient``."""
-
-    async def get(self) -> Any:
-        """The last decision; ``decision_id`` is negative until the first one is complete."""
-        ...
-
-    async def complete(self, decision: Any) -> None:
-        """Acknowledge it."""
-        ...
-
-
-class Drains(Protocol):
-    """The part of ``components.client.Workers`` in use."""
-
-    async def refresh(self) -> None:
-        """Ask all workers."""
-        ...
-
-    def status(self) -> Status:
-        """Their last answers."""
-        ...
-
-    async def drain(self, worker: str, timeout_s: float) -> Drained:
-        """Empty a worker."""
-        ...
-
-
 class Scaler:
-    """See the module docstring."""
+    """See the module docstring. ``decisions``: Dynamo's ``VirtualConnectorClient``."""
 
-    def __init__(self, plan: Plan, supervisor: Supervisor, decisions: Decisions, workers: Drains) -> None:
+    def __init__(
+        self, plan: Plan, supervisor: Supervisor, decisions: Any, connect: Callable[[], Awaitable[Workers]]
+    ) -> None:
         self._bounds = plan.bounds
         self._known = [p for p in [*plan.processes, *plan.spare] if p.role]
         self._supervisor = supervisor
         self._decisions = decisions
-        self._workers = workers
+        self._connect = connect
+        self._workers: Workers | None = None
+        """Known from the first stop on: workers start after the scaler."""
         self._before: Decided | None = None
         self._acknowledged: Decided | None = None
         self._retry_at = 0.0
@@ -143,12 +120,13 @@ class Scaler:
             self._retry_at = 0.0
 
     async def _stop_one(self, role: str, running: list[Child]) -> None:
-        await self._workers.refresh()
+        workers = self._workers = self._workers or await self._connect()
+        await workers.refresh()
         names = {worker_name(child.process): child for child in running}
         # With tensor parallelism each rank has an agent, with the rank at the end of its name.
         found = [
             (w, names[agent])
-            for w in self._workers.status().workers
+            for w in workers.status().workers
             if w.info is not None and not w.missing
             for agent in {a.name.split("-tp")[0] for a in w.info.agents}
             if agent in names
@@ -157,7 +135,7 @@ class Scaler:
             return  # New workers will answer in the next rounds.
         worker, child = min(found, key=lambda pair: _emptying(pair[0]))
         if role == "decode":
-            await self._workers.drain(worker.worker, _DRAIN_S)
+            await workers.drain(worker.worker, _DRAIN_S)
         logger.info("stopping worker %s (%s)", worker.worker, child.label)
         await self._supervisor.remove(child)
 
@@ -187,27 +165,5 @@ async def connected(plan: Plan, supervisor: Supervisor) -> Scaler:
     from dynamo._core import VirtualConnectorClient
 
     runtime = process.connect()
-    return Scaler(plan, supervisor, VirtualConnectorClient(runtime, plan.namespace), LateWorkers(runtime, plan))
-
-
-class LateWorkers:
-    """The workers' client, made at the first call, because workers start after the scaler."""
-
-    def __init__(self, runtime: Any, plan: Plan) -> None:
-        self._runtime = runtime
-        self._namespace = plan.namespace
-        self._client: Workers | None = None
-
-    async def refresh(self) -> None:
-        """See ``Workers``."""
-        if self._client is None:
-            self._client = await Workers.connect(self._runtime, self._namespace)
-        await self._client.refresh()
-
-    def status(self) -> Status:
-        """See ``Workers``."""
-        return self._client.status() if self._client is not None else Status()
-
-    async def drain(self, worker: str, timeout_s: float) -> Drained:
-        """See ``Workers``."""
-        return await self._client.drain(worker, timeout_s) if self._client is not None else Drained(worker, 0, ())
+    decisions = VirtualConnectorClient(runtime, plan.namespace)
+    return Scaler(plan, supervisor, decisions, lambda: Workers.connect(runtime, plan.namespace))

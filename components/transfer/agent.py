@@ -109,25 +109,25 @@ class TransferAgent:
     def fetch(
         self,
         peer: AgentRef,
-        src_blocks: Sequence[int],
-        dst_blocks: Sequence[int],
+        remote_blocks: Sequence[int],
+        local_blocks: Sequence[int],
         *,
         request_id: str,
         deadline_s: float,
         strategy: Strategy = Strategy.AUTO,
         on_done: Callback | None = None,
     ) -> TransferHandle:
-        """Copy the peer's ``src_blocks`` into the local ``dst_blocks``, pairwise.
+        """Copy the peer's ``remote_blocks`` into the local ``local_blocks``, pairwise.
 
         From a peer of another tensor-parallel size come the heads for which this agent is to ask it (``sources``).
         ``strategy`` applies to NIXL and this transfer.
         """
-        logger.debug("request %s: fetching %d blocks from %s", request_id, len(src_blocks), peer.name)
+        logger.debug("request %s: fetching %d blocks from %s", request_id, len(remote_blocks), peer.name)
         handle = TransferHandle()
         if on_done is not None:
             handle.add_done_callback(on_done)
         end = time.monotonic() + deadline_s
-        steps = self._run(peer, dst_blocks, src_blocks, request_id, end, handle, strategy)
+        steps = self._run(peer, local_blocks, remote_blocks, request_id, end, handle, strategy)
         self._worker.submit(Job(steps, handle, end), inline=peer.epoch in self._inline)
         return handle
 
@@ -188,14 +188,14 @@ class TransferAgent:
     def _run(
         self,
         ref: AgentRef,
-        dst_blocks: Sequence[int],
-        src_blocks: Sequence[int],
+        local_blocks: Sequence[int],
+        remote_blocks: Sequence[int],
         request_id: str,
         end: float,
         handle: TransferHandle,
         strategy: Strategy,
     ) -> Steps:
-        local, remote = np.asarray(dst_blocks, np.int64), np.asarray(src_blocks, np.int64)
+        local, remote = np.asarray(local_blocks, np.int64), np.asarray(remote_blocks, np.int64)
         self.record.require_blocks(local, unique=True)
         if ref == self.ref:
             raise TransferError(f"agent {ref.name} cannot transfer to itself")

@@ -81,13 +81,13 @@ def block_bytes(regions: Sequence[Region]) -> int:
     return sum(segment.length for region in regions for segment in region.segments)
 
 
-def runs(src: Ints, dst: Ints) -> tuple[Ints, Ints, Ints]:
-    """Merge neighbouring pairs: first source blocks, first destination blocks, counts."""
-    if not len(src):
+def runs(remote: Ints, local: Ints) -> tuple[Ints, Ints, Ints]:
+    """Merge neighbouring pairs: first remote blocks, first local blocks, counts."""
+    if not len(remote):
         empty = np.empty(0, np.int64)
         return empty, empty, empty
-    first = np.flatnonzero(np.r_[True, (np.diff(src) != 1) | (np.diff(dst) != 1)])
-    return src[first], dst[first], np.diff(np.r_[first, len(src)])
+    first = np.flatnonzero(np.r_[True, (np.diff(remote) != 1) | (np.diff(local) != 1)])
+    return remote[first], local[first], np.diff(np.r_[first, len(remote)])
 
 
 def groups_of(count: int, size: int) -> list[tuple[int, int]]:

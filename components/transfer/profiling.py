@@ -2,7 +2,7 @@
 """NVTX ranges of a transfer's phases, for Nsight Systems: with ``DYN_MIGRATE_NVTX=1`` alone.
 
 ``span`` marks work of the calling thread (gather, post, scatter, checksum); ``begin`` and ``end`` mark work elsewhere
-(wire). Any thread. Uses the ``nvtx`` package, else torch's binding, else logs once that there is neither.
+(wire). Any thread. Needs the ``nvtx`` package; logs once that it is missing.
 """
 
 from __future__ import annotations
@@ -60,39 +60,15 @@ class _Package:
         self._domain.end_range(mark)
 
 
-class _Torch:
-    """torch's binding: ranges in the default domain."""
-
-    def __init__(self) -> None:
-        from torch.cuda import nvtx
-
-        self._nvtx: Any = nvtx
-        nvtx.range_end(nvtx.range_start(DOMAIN))
-
-    def push(self, name: str) -> None:
-        self._nvtx.range_push(f"{DOMAIN}: {name}")
-
-    def pop(self) -> None:
-        self._nvtx.range_pop()
-
-    def start(self, name: str) -> object:
-        return self._nvtx.range_start(f"{DOMAIN}: {name}")
-
-    def stop(self, mark: object) -> None:
-        self._nvtx.range_end(mark)
-
-
 def sink_of(wanted: bool) -> Sink | None:
     """The sink that the switch selects."""
     if not wanted:
         return None
-    for kind in (_Package, _Torch):
-        try:
-            return kind()
-        except (ImportError, RuntimeError) as error:
-            logger.debug("NVTX through %s: %s", kind.__name__, error)
-    logger.warning("%s is set, but there is neither the nvtx package nor CUDA: pip install nvtx", SWITCH)
-    return None
+    try:
+        return _Package()
+    except ImportError:
+        logger.warning("%s is set, and the package nvtx is missing: pip install nvtx", SWITCH)
+        return None
 
 
 _sink: Sink | None = sink_of(env.NVTX.read())

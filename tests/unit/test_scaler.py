@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,7 +122,12 @@ def scaler(graph: Graph) -> Scaler:
         spare=[process(2)],
         bounds={"decode": (1, 3)},
     )
-    return Scaler(plan, graph, graph, graph)  # type: ignore[arg-type]
+
+    async def connect() -> Any:
+        return graph
+
+    supervisor: Any = graph
+    return Scaler(plan, supervisor, graph, connect)
 
 
 async def test_the_worker_that_is_cheapest_to_empty_goes(graph: Graph, scaler: Scaler) -> None:

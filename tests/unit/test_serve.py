@@ -124,34 +124,6 @@ def test_wrong_input_is_named_with_the_fix(arguments: list[str], message: str) -
         plan("disagg", "--Common.dtype=bfloat16", *arguments)
 
 
-def test_a_kv_cache_too_small_for_one_request_is_refused(tiny_llama: str) -> None:
-    # 4 layers, 2 KV heads of 32, bfloat16: 1 KiB a token; 4,096 tokens are 4 MiB.
-    model = f"--Common.model={tiny_llama}"
-    with pytest.raises(ConfigError, match=r"holds 2097 tokens, and max-model-len = 4096: give at least 0.00391"):
-        plan("disagg", "--Common.dtype=bfloat16", model, "--DecodeWorker.kv-memory-gib=0.002")
-    assert plan("disagg", "--Common.dtype=bfloat16", model, "--DecodeWorker.kv-memory-gib=0.004").processes
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 64},
-        {"sliding_window": 64},
-        {"layer_types": ["linear_attention", "full_attention"] * 2},
-        {"mamba_d_state": 16},
-        {"kv_lora_rank": 512},
-        {"quantization_config": {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}}},
-    ],
-    ids=["windows", "one window", "linear attention", "states", "compressed heads", "FP8 KV"],
-)
-def test_the_size_of_other_kv_caches_is_left_to_vllm(tiny_llama: str, tmp_path: Path, fields: dict[str, Any]) -> None:
-    shutil.copytree(tiny_llama, tmp_path / "model")
-    config = tmp_path / "model" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
-    chosen = ("--Common.dtype=bfloat16", f"--Common.model={tmp_path / 'model'}", "--DecodeWorker.kv-memory-gib=0.002")
-    assert plan("disagg", *chosen).processes
-
-
 @pytest.mark.parametrize("target", ["graphs.disag:Frontend", "graphs.disagg:Frontent", "graphs.disagg"])
 def test_unknown_graphs_and_entries_are_refused(target: str) -> None:
     with pytest.raises(ConfigError):

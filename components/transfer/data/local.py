@@ -21,26 +21,26 @@ from components.transfer.shares import Shares
 _STEP_BLOCKS = 64
 
 
-def _copy_rows(copy: Copy, src: Sequence[torch.Tensor], dst: Sequence[torch.Tensor], lane: str) -> Steps:
+def _copy_rows(copy: Copy, remote: Sequence[torch.Tensor], lane: str) -> Steps:
     """Copy block rows segment by segment."""
-    remote, local = torch.from_numpy(copy.remote), torch.from_numpy(copy.local)
-    total = 0
+    local, total = copy.share.rows, 0
+    sources, targets = torch.from_numpy(copy.remote), torch.from_numpy(copy.local)
     try:
-        for source, target in zip(src, dst, strict=True):
+        for source, target in zip(remote, local, strict=True):
             if source.shape[-1] != target.shape[-1]:
                 raise TransferError(f"blocks of agent {copy.peer.name} have another size")
-            for start in range(0, len(remote), _STEP_BLOCKS):
+            for start in range(0, len(sources), _STEP_BLOCKS):
                 step = slice(start, start + _STEP_BLOCKS)
-                part = source.index_select(0, remote[step].to(source.device)).to(target.device)
-                target.index_copy_(0, local[step].to(target.device), part)
+                part = source.index_select(0, sources[step].to(source.device)).to(target.device)
+                target.index_copy_(0, targets[step].to(target.device), part)
                 total += part.numel()
                 copy.arrived(part.numel())
                 yield True
     finally:
         # Also after an error: queued copies would still write.
-        for device in {row.device for row in (src[0], dst[0]) if row.is_cuda}:
+        for device in {row.device for row in (remote[0], local[0]) if row.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
-    return TransferResult(total, len(src) * len(copy.local), lane=lane)
+    return TransferResult(total, len(remote) * len(copy.local), lane=lane)
 
 
 def _nothing() -> Generator[bool, None, TransferResult]:
@@ -51,6 +51,7 @@ def _nothing() -> Generator[bool, None, TransferResult]:
 class LocalBackend:
     """Copies between agents of this process."""
 
+    lane = "local/memcpy"
     inline = False
 
     _agents: ClassVar[dict[str, Shares]] = {}
@@ -60,18 +61,13 @@ class LocalBackend:
         self._epoch = epoch
         self._agents[epoch] = shares
 
-    @property
-    def lane(self) -> str:
-        """``local/memcpy``."""
-        return "local/memcpy"
-
     def reaches(self, peer: AgentRecord) -> bool:
         """True when the peer lives in this process."""
         return peer.epoch in self._agents
 
     def fetch(self, copy: Copy) -> Steps:
         """See ``Backend``."""
-        return _copy_rows(copy, self._agents[copy.peer.epoch].views(copy.share.remote), copy.share.rows, self.lane)
+        return _copy_rows(copy, self._agents[copy.peer.epoch].views(copy.share.remote), self.lane)
 
     def warm_up(self, copy: Copy) -> Steps:
         """Nothing to connect."""
