@@ -16,13 +16,14 @@ from components.engine.protocol import FinishReason, GenerateOutput, TokenLogpro
 from components.engine.vllm import images, native
 from components.engine.vllm.sampling import finish_reason, logprobs_of
 from components.errors import InvalidRequest
+from tests.moved_fields import MOVED
 
 REPEATS = RepetitionDetectionParams(max_pattern_size=3, min_pattern_size=1, min_count=4)
 PROMPT = {"prompt_token_ids": [1, 2, 3]}
 
 
 def test_every_sampling_parameter_is_known() -> None:
-    known = native.MOVED | native.FIXED.keys() | {"n"}
+    known = MOVED | native.FIXED.keys() | {"n"}
     assert set(SamplingParams.__struct_fields__) == known
 
 
