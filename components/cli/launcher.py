@@ -93,10 +93,7 @@ class Launcher:
         if self._serves_http:
             where = ", ".join(f"http://{in_url(self._plan.host)}:{port}/v1" for port in self._plan.ports)
             self._console.print(f"[bold green]serving[/] {escape(self._plan.model)} on {where} (Ctrl-C stops)")
-            if self._wanted_page != 0:
-                self._jobs.append(asyncio.ensure_future(self._page()))
-        if then is not None:
-            self._jobs.append(asyncio.ensure_future(self._after(then)))
+        self._jobs.append(asyncio.ensure_future(self._after(then)))
 
     async def _keep(self, servers: Servers) -> None:
         while True:
@@ -115,6 +112,9 @@ class Launcher:
                 self._console.print(f"[yellow]no web page[/] (port {wanted}); watch it with: dynamo top")
             await asyncio.Event().wait()
 
-    async def _after(self, then: Then) -> None:
-        if await then():
+    async def _after(self, then: Then | None) -> None:
+        """The page comes last: its line must not fall into the output of ``then``."""
+        if then is not None and await then():
             self._supervisor.stop()
+        elif self._serves_http and self._wanted_page != 0:
+            await self._page()

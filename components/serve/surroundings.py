@@ -18,8 +18,6 @@ _DEFAULTS = {
     "NIXL_LOG_LEVEL": "WARN",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
-_QUIET = {"DYN_LOG": "error", "DYNAMO_SKIP_PYTHON_LOG_INIT": "1"}
-"""The second variable: Dynamo 1.6 logs a line for each call at any level."""
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
 _HERE = ("localhost", "127.0.0.1", "::1")
 
@@ -33,15 +31,19 @@ def surroundings(environment: Mapping[str, str], *more: Mapping[str, str]) -> di
 
 
 def quiet(environment: MutableMapping[str, str]) -> None:
-    """Silence Dynamo's log, before its import, unless the user has set ``DYN_LOG``."""
-    if "DYN_LOG" not in environment:
-        environment.update(_QUIET)
+    """Silence Dynamo's log, before its import, unless ``DYN_LOG`` asks for more than errors and warnings."""
+    if _is_quiet(environment.setdefault("DYN_LOG", "error")):
+        # Dynamo 1.6 logs a line for each call at any level.
+        environment["DYNAMO_SKIP_PYTHON_LOG_INIT"] = "1"
 
 
 def is_noise(line: bytes, environment: Mapping[str, str]) -> bool:
     """True for Dynamo's log line of one call, which ``DYN_LOG`` does not request."""
-    wanted = environment.get("DYN_LOG", "").partition(",")[0].lower()
-    return b"request_span" in line and b" INFO" in line and wanted in ("off", "error", "warn")
+    return b"request_span" in line and b" INFO" in line and _is_quiet(environment.get("DYN_LOG", ""))
+
+
+def _is_quiet(log: str) -> bool:
+    return log.partition(",")[0].lower() in ("off", "error", "warn")
 
 
 def past_proxies(environment: Mapping[str, str]) -> dict[str, str]:

@@ -63,7 +63,8 @@ def test_lines_of_dynamos_for_each_call_are_left_out_unless_they_are_asked_for()
     assert is_noise(line, surroundings({})) and is_noise(line, {"DYN_LOG": "error"})
     assert not is_noise(line, {"DYN_LOG": "info"}) and not is_noise(line.replace(b"INFO", b"WARN"), surroundings({}))
     assert not is_noise(b" INFO components.worker.mocker: serves", surroundings({}))
-    mine, theirs = {"DYN_LOG": "info"}, dict[str, str]()
-    quiet(mine)
-    quiet(theirs)
-    assert mine == {"DYN_LOG": "info"} and theirs["DYNAMO_SKIP_PYTHON_LOG_INIT"] == "1"
+    mine, theirs, demo = {"DYN_LOG": "info"}, dict[str, str](), {"DYN_LOG": "error,mm_routing=off"}
+    for each in (mine, theirs, demo):
+        quiet(each)
+    assert mine == {"DYN_LOG": "info"} and theirs["DYN_LOG"] == "error"
+    assert theirs["DYNAMO_SKIP_PYTHON_LOG_INIT"] == demo["DYNAMO_SKIP_PYTHON_LOG_INIT"] == "1"

@@ -143,7 +143,7 @@ async def test_an_owner_that_is_silent_loses_its_frozen_request() -> None:
 
 async def test_what_cannot_run_is_refused_before_anything_started() -> None:
     async with engines(1) as [engine]:
-        for wrong in (request(length=0), request(length=120), request(n=2), request(lora_name="x")):
+        for wrong in (request(length=0), request(length=120), request(n=2)):
             with pytest.raises(InvalidRequest):
                 await anext(engine.generate(wrong))
         stream = engine.generate(request(count=100))

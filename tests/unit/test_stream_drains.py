@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -21,38 +22,37 @@ from tests.unit.test_streams import PROMPT, cluster, expected
 from tests.virtual import virtual, virtual_agents
 
 
-@virtual
-async def test_a_drained_worker_gets_empty_and_its_clients_see_nothing() -> None:
+@asynccontextmanager
+async def busy() -> AsyncIterator[Node]:
+    """The busiest of three workers with five requests, whose answers come whole."""
     sampling = Sampling(temperature=0.0, max_tokens=90)
     prompts = [(*PROMPT, 30 + n) for n in range(5)]
     async with cluster(3) as workers:
         answers = asyncio.gather(*(workers.complete(prompt, sampling) for prompt in prompts))
         await asyncio.sleep(0.03)
-        leaving = max(workers.nodes, key=lambda node: len(node.status.running()))
+        yield max(workers.nodes, key=lambda node: len(node.status.running()))
+        assert await answers == await expected(prompts, sampling)
+        await workers.quiet()
+
+
+@virtual
+async def test_a_drained_worker_gets_empty_and_its_clients_see_nothing() -> None:
+    async with busy() as leaving:
         await leaving.status.leave(5.0)
         assert not leaving.status.running()
         assert not leaving.requests.legs
         await leaving.kill()
-        assert await answers == await expected(prompts, sampling)
-        await workers.quiet()
 
 
 @virtual
 async def test_a_drain_goes_on_when_who_asked_for_it_is_gone() -> None:
-    sampling = Sampling(temperature=0.0, max_tokens=90)
-    prompts = [(*PROMPT, 30 + n) for n in range(5)]
-    async with cluster(3) as workers:
-        answers = asyncio.gather(*(workers.complete(prompt, sampling) for prompt in prompts))
-        await asyncio.sleep(0.03)
-        leaving = max(workers.nodes, key=lambda node: len(node.status.running()))
+    async with busy() as leaving:
         asked = asyncio.ensure_future(leaving.status.drain(30.0))
         await asyncio.sleep(0)
         asked.cancel()
-        # A second one waits for the first, and is told what that has moved.
+        # A second one waits for the first, and is told what has moved.
         moves = await leaving.status.drain(5.0)
         assert moves and all(move.ok for move in moves) and not leaving.status.left
-        assert await answers == await expected(prompts, sampling)
-        await workers.quiet()
 
 
 class Reader:
