@@ -68,8 +68,8 @@ def test_a_commit_between_two_steps_runs_with_the_next_one(tiny_llama: str) -> N
     output = played.step()
     played.step(played.done(*played.jobs(output)))
     played.commit(request)
-    assert [job.src_blocks for job in played.executor.jobs] == [(103,)]
     output = played.step()
+    assert [job.src_blocks for job in played.executor.jobs] == [(103,)]
     assert output.num_scheduled_tokens == {request.request_id: 1}
     assert [i.vllm_id for i in output.kv_connector_metadata.installs] == [request.request_id]
     assert list(request.output_token_ids) == [50, 7]
@@ -97,14 +97,31 @@ def test_a_source_that_was_late_is_not_waited_for_until_a_copy_has_come(tiny_lla
     played.step(played.done(*played.jobs(played.step())))
     played.executor.copied = lambda job, budget_s: None
     played.commit(landed[0])
+    played.step()
     (late,) = played.executor.jobs
     played.commit(landed[1])
-    assert len(played.executor.jobs) == 1
     (beside,) = played.jobs(played.step())
+    assert played.executor.jobs == [late]
     played.step(played.done(late, beside))
     played.executor.copied = lambda job, budget_s: JobResult(job.job_id, ok=True)
     played.commit(landed[2])
+    played.step()
     assert len(played.executor.jobs) == 2
+
+
+def test_commits_between_two_steps_are_copied_together(tiny_llama: str) -> None:
+    played = Played(tiny_llama)
+    landed = [played.land(name, 50) for name in ("first", "second", "third")]
+    played.step(played.done(*played.jobs(played.step())))
+    played.executor.calls.clear()
+    for request in landed:
+        played.commit(request)
+    end(played, landed[2])
+    assert set(played.step().num_scheduled_tokens) == {request.request_id for request in landed[:2]}
+    assert played.executor.calls == [2]
+    for request in landed[:2]:
+        end(played, request)
+    played.check()
 
 
 def test_a_round_that_the_commit_overtakes_is_followed_by_the_tail(tiny_llama: str) -> None:
@@ -152,8 +169,8 @@ def test_a_copy_that_failed_is_computed_from_the_last_good_block(tiny_llama: str
     played.step(StepResults([bad]))
     played.executor.copied = lambda job, _: JobResult(job.job_id, ok=False, bad_blocks=job.dst_blocks)
     played.commit(request)
-    assert played.executor.jobs[0].src_blocks == (100, 101, 102, 103)
     assert played.step().num_scheduled_tokens == {request.request_id: 50}
+    assert played.executor.jobs[0].src_blocks == (100, 101, 102, 103)
     assert played.scheduler.migration.incoming.copies.refused == {"integrity": 1}
 
 

@@ -61,6 +61,7 @@ def test_a_commit_into_blocks_of_an_earlier_step_does_not_wait(played: Played) -
     request = played.land("r", 100)
     played.step(played.done(*played.jobs(played.step())))
     played.commit(request)
+    played.step()
     [job] = played.executor.jobs
     assert set(job.dst_blocks) <= set(played.blocks(request))
 

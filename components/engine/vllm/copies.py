@@ -17,8 +17,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -87,7 +86,6 @@ class Copies:
         """Whose last copy was not there in time: no step waits for them until one has come."""
         self._urgent: list[Job] = []
         """Copies that the next step waits for."""
-        self._gathering = False
 
     # Begin
 
@@ -103,27 +101,19 @@ class Copies:
         if not may_wait or late or self._port.neighbours.may_read(job.dst_blocks):
             self._new.append(job)
             return
-        mark("target-core", "copy", record.request_id)
         self._urgent.append(job)
-        if not self._gathering:
-            self._copy_urgent()
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Around commits that have come together: their tails are copied together at the end."""
-        self._gathering = True
-        try:
-            yield
-        finally:
-            self._gathering = False
-            if self._urgent:
-                self._copy_urgent()
-
-    def _copy_urgent(self) -> None:
+    def before_step(self) -> None:
+        """Copy together what the step waits for: a call for each commit would hold up all other requests by its own
+        time, and commits that come meanwhile would find no step between them.
+        """
+        if not self._urgent:
+            return
         jobs, self._urgent = self._urgent, []
         size = sum(len(job.src_blocks) for job in jobs) * self._cache.bytes_per_block
         for results in self._ranks().copy(jobs, self._budget(size)):
             for job, result in zip(jobs, results, strict=True):
+                mark("target-core", "copy", job.request_id)
                 if result is None:
                     self._late.update(job.agents)
                 else:
@@ -225,12 +215,13 @@ class Copies:
         job, incoming.job = incoming.job, None
         if job is None:
             return None
-        if job not in self._new:
-            self._cancelled.append(job.job_id)
-            return self._flights[job.job_id]
-        self._new.remove(job)
-        del self._flights[job.job_id]
-        return None
+        for waiting in (self._new, self._urgent):
+            if job in waiting:
+                waiting.remove(job)
+                del self._flights[job.job_id]
+                return None
+        self._cancelled.append(job.job_id)
+        return self._flights[job.job_id]
 
     def kept_blocks(self) -> Iterable[KVCacheBlock]:
         """Blocks that belong to jobs, not to requests."""

@@ -91,11 +91,6 @@ class Inbox:
             self._calls.append(call)
             self._wake()
 
-    @property
-    def has_calls(self) -> bool:
-        """Whether commits have come since the last ``take``."""
-        return bool(self._calls)
-
     def take(self) -> Iterator[Call]:
         """The commits that have come since the last call."""
         while self._calls:

@@ -152,13 +152,15 @@ class Migration:
             raise RequestNotFound(f"request {request_id} is not in this engine")
         return record
 
+    def before_step(self) -> None:
+        """Land what has been committed since the last step."""
+        self.take_commits()
+        self.incoming.copies.before_step()
+
     def take_commits(self) -> None:
         """Direct commits since the last step. A refused one is only logged: the worker's commit gets the error."""
-        if not self.incoming.inbox.has_calls:
-            return
-        with self.incoming.copies.together():
-            for call in self.incoming.inbox.take():
-                self._take_commit(call)
+        for call in self.incoming.inbox.take():
+            self._take_commit(call)
 
     def _take_commit(self, call: Call) -> None:
         record = self._records.get(call.request_id)

@@ -52,8 +52,8 @@ class MigrationMixin(Scheduler):
         """What the last step without tokens had to tell; None in other steps."""
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """As vLLM's, after the direct commits that have come since the last step."""
-        self.migration.take_commits()
+        """As vLLM's, after the copies of the commits that have come since the last step."""
+        self.migration.before_step()
         return super().schedule(throttle_prefills)
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
