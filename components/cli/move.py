@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from components.cli.formats import Format, Output, print_json
-from components.cli.tables import console, show_moves, show_status
+from components.dashboard.tables import console, show_moves, show_status
 from components.errors import MigrateError
 from components.migration.messages import Mode
 from components.status import Status

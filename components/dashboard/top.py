@@ -10,8 +10,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from components.dashboard.sample import Point, Running, Sample
-from components.migration.messages import Decision, MoveRecord, Verdict
+from components.dashboard.sample import Point, Sample
+from components.dashboard.tables import moves_table, requests_table
+from components.migration.messages import Decision, Verdict
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _ROWS = 8
@@ -46,8 +47,8 @@ def view(sample: Sample | None, history: Sequence[Point], error: str = "") -> Re
     head.append(spark([p.tokens_per_s for p in history]), style="cyan")
     parts: list[RenderableType] = [Panel(head, title="dynamo top"), _workers(sample)]
     if sample.requests:
-        parts.append(_requests(sample.requests[:_ROWS]))
-    parts.append(_moves(sample.moves[:_ROWS]))
+        parts.append(requests_table([(each.worker, each.row) for each in sample.requests[:_ROWS]], _ID))
+    parts.append(moves_table(sample.moves[:_ROWS], _ID, wide=True))
     if sample.decisions:
         parts.append(_decisions(sample.decisions))
     if error:
@@ -75,36 +76,6 @@ def _workers(sample: Sample) -> Table:
             continue
         numbers = (load.running, load.waiting, f"{load.tokens_per_s:.0f}", f"{worker.stats.step_s * 1e3:.1f}")
         table.add_row(load.worker, load.role, bar(load.kv_use), f"{load.kv_use:.0%}", *map(str, numbers), state)
-    return table
-
-
-def _requests(requests: Sequence[Running]) -> Table:
-    table = _table("requests", "request", "worker", "phase", "prompt", "output", "age s", "moves", "")
-    for running in requests:
-        row = running.row
-        numbers = (row.prompt_tokens, row.output_tokens, f"{row.age_s:.1f}", row.moves)
-        now = Text("moving", style="magenta") if row.moving else Text(row.not_migratable, style="dim")
-        table.add_row(row.request_id[:_ID], running.worker, row.phase, *map(str, numbers), now)
-    return table
-
-
-def _moves(last: Sequence[MoveRecord]) -> Table:
-    columns = ("request", "from → to", "mode", "result", "down ms", "rounds", "MB", "lane")
-    table = _table("last migrations", *columns)
-    most_rounds = max((move.rounds for move in last), default=0) or 1
-    most_bytes = max((move.bytes for move in last), default=0) or 1
-    for move in last:
-        result = Text("done", style="green") if move.ok else Text(f"{move.code}: {move.reason}", style="red")
-        table.add_row(
-            move.request_id[:_ID],
-            f"{move.source} → {move.target}",
-            move.mode,
-            result,
-            f"{move.downtime_s * 1e3:.1f}",
-            bar(move.rounds / most_rounds, 5).append(f" {move.rounds}", style="default"),
-            bar(move.bytes / most_bytes, 8).append(f" {move.bytes / 1e6:.1f}", style="default"),
-            move.lane,
-        )
     return table
 
 

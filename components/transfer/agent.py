@@ -48,7 +48,6 @@ from components.transfer.session.unsafe import UnsafeBlocks
 from components.transfer.shares import Share, Shares
 
 logger = logging.getLogger(__name__)
-Callback = Callable[[TransferHandle], None]
 
 _KNOWN_S = 5.0
 """Wait for the record of an unknown peer."""
@@ -115,7 +114,6 @@ class TransferAgent:
         request_id: str,
         deadline_s: float,
         strategy: Strategy = Strategy.AUTO,
-        on_done: Callback | None = None,
     ) -> TransferHandle:
         """Copy the peer's ``remote_blocks`` into the local ``local_blocks``, pairwise.
 
@@ -124,8 +122,6 @@ class TransferAgent:
         """
         logger.debug("request %s: fetching %d blocks from %s", request_id, len(remote_blocks), peer.name)
         handle = TransferHandle()
-        if on_done is not None:
-            handle.add_done_callback(on_done)
         end = time.monotonic() + deadline_s
         steps = self._run(peer, local_blocks, remote_blocks, request_id, end, handle, strategy)
         self._worker.submit(Job(steps, handle, end), inline=peer.epoch in self._inline)
@@ -204,15 +200,11 @@ class TransferAgent:
         peer.require_blocks(remote, unique=False)
         if len(local) != len(remote):
             raise TransferError(f"{len(local)} local blocks for {len(remote)} of the peer")
-        handle.total = len(local) * share.block_bytes
-
-        def arrived(size: int) -> None:
-            handle.progress += size
 
         def mark_unsafe() -> Callable[[], None]:
             return self._mark_unsafe(handle, local)
 
-        copy = Copy(peer, share, local, remote, request_id, end, arrived, mark_unsafe, strategy)
+        copy = Copy(peer, share, local, remote, request_id, end, mark_unsafe, strategy)
         if not len(local):
             return TransferResult(lane=self._backend(peer).lane)
         return (yield from self._on_a_lane(copy, "fetch"))

@@ -84,7 +84,7 @@ def assemble(config: AgentConfig, epoch: str, pools: Sequence[KVPool], directory
             blob, stages = nixl.side.link.blob(), nixl.side.staging is not None
         elif name == "local":
             backends.append(LocalBackend(epoch, shares))
-        elif name == "cuda_ipc" and (own := _ipc(config, host, shares, pools)) is not None:
+        elif name == "cuda_ipc" and (own := _ipc(host, shares, pools)) is not None:
             backends.append(own)
             ipc = own.handles
         elif name == "tcp":
@@ -170,7 +170,7 @@ def _may_stage(config: AgentConfig, device: str) -> bool:
     return config.strategy is Strategy.STAGED
 
 
-def _ipc(config: AgentConfig, host: str, shares: Shares, pools: Sequence[KVPool]) -> IpcBackend | None:
+def _ipc(host: str, shares: Shares, pools: Sequence[KVPool]) -> IpcBackend | None:
     if shares.regions[0].device.type != "cuda":
         return None
     try:

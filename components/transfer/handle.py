@@ -31,10 +31,6 @@ class TransferHandle:
         self.step_inline: Callable[[float], None] | None = None
         """Set by the worker: steps the transfer on a waiting thread, where there is no callback."""
         self.cancelled = False
-        self.progress = 0
-        """Bytes that have arrived so far."""
-        self.total = 0
-        """Bytes to move; 0 until the peer is known."""
         self.unsafe_blocks: tuple[int, ...] = ()
         """After a failure: destination blocks that a hanging peer may still write to.
         Empty almost always; ``TransferAgent.unsafe_blocks`` says when they are safe again."""

@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from components.engine.kv import RequestId
 from components.engine.protocol import EngineInfo
-from components.errors import MigrateError, NoRoom, Refused, RequestNotFound
+from components.errors import MigrateError, NoRoom, NotMigratable, Refused, RequestNotFound
 from components.metrics import spans
 from components.metrics.worker import Gauges, WorkerMetrics
 from components.migration.legs import Arrival, Leg
@@ -242,7 +242,7 @@ class WorkerStatus:
             plan = await self._plan([leg for leg in self.running() if leg.request_id not in stays and not leg.fixed])
             moved = await asyncio.gather(*(self._move(leg, target, Mode.LIVE) for leg, target in plan))
             self._emptied += moved
-            stays |= {RequestId(r.request_id) for r in moved if r.code == "not_migratable"}
+            stays |= {RequestId(r.request_id) for r in moved if r.code == NotMigratable.code}
             wait = _BACK_OFF_S if any(r.ok for r in moved) else min(2 * wait, _LONGEST_BACK_OFF_S)
             if self.running():
                 await asyncio.sleep(min(wait, rest))

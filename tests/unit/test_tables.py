@@ -9,7 +9,7 @@ import uuid
 import pytest
 from rich.console import Console
 
-from components.cli.tables import show_status, start_length
+from components.dashboard.tables import id_length, show_status
 from components.engine.kv import RequestId
 from components.engine.protocol import EngineInfo, EngineStats, RequestPhase
 from components.migration.messages import Mode, MoveRecord, RequestRow
@@ -65,8 +65,8 @@ def test_a_crowded_status_fits_eighty_columns() -> None:
 
 def test_ids_are_as_short_as_they_can_be_told_apart() -> None:
     first, second = "aaaaaaaa-1111", "aaaaaaaa-2222"
-    assert start_length([first, second]) == 10
-    assert start_length([first, first]) == start_length([]) == 8
+    assert id_length([first, second]) == 10
+    assert id_length([first, first]) == id_length([]) == 8
     text = shown(Status((WorkerReport("00000001", requests=(row(1, first), row(2, second))),)), 80)
     assert "aaaaaaaa-1 " in text and "aaaaaaaa-2 " in text and "aaaaaaaa-11" not in text
 

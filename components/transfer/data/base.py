@@ -23,10 +23,6 @@ from components.transfer.shares import Share
 Steps = Generator[bool, None, TransferResult]
 
 
-def _ignore(_: int) -> None:
-    """Nobody follows this copy."""
-
-
 def _harmless() -> Callable[[], None]:
     return lambda: None
 
@@ -43,8 +39,6 @@ class Copy:
     request_id: str
     end: float
     """Deadline on ``time.monotonic``."""
-    arrived: Callable[[int], None] = field(default=_ignore)
-    """Called with the bytes of every piece."""
     mark_unsafe: Callable[[], Callable[[], None]] = field(default=_harmless)
     """Marks the local blocks as still writable by a hanging peer; returns a callback that clears the mark."""
     strategy: Strategy = Strategy.AUTO

@@ -34,7 +34,6 @@ def _copy_rows(copy: Copy, remote: Sequence[torch.Tensor], lane: str) -> Steps:
                 part = source.index_select(0, sources[step].to(source.device)).to(target.device)
                 target.index_copy_(0, targets[step].to(target.device), part)
                 total += part.numel()
-                copy.arrived(part.numel())
                 yield True
     finally:
         # Also after an error: queued copies would still write.

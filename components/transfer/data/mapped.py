@@ -30,7 +30,7 @@ from components.transfer.data.shared import SharedStorage, scope
 from components.transfer.layout import batches
 
 logger = logging.getLogger(__name__)
-_Flying = deque[tuple[Future[None], int]]
+_Flying = deque[Future[None]]
 _PIECE_BYTES = 8 << 20
 _AHEAD = 4
 """Pieces queued for each thread, so that no thread waits for the worker."""
@@ -111,17 +111,17 @@ class MappedBackend:
             total = len(order) * copy.share.block_bytes
             descriptors, prepared = 0, time.perf_counter()
             for group in batches(local, remote, copy.local[order], copy.remote[order], _PIECE_BYTES):
-                yield from _landed(flying, _AHEAD * self._copier.threads, copy.arrived)
+                yield from _landed(flying, _AHEAD * self._copier.threads)
                 size = int(group[:, 2].sum())
                 with profiling.span("post", size):
                     mark = profiling.begin("wire", size)
                     job = self._copier.submit(group[:, 0], group[:, 1], group[:, 2], around=total >= _AROUND_BYTES)
                 if mark is not None:
                     job.add_done_callback(partial(_arrived, mark))
-                flying.append((job, size))
+                flying.append(job)
                 descriptors += len(group)
                 yield True
-            yield from _landed(flying, 0, copy.arrived)
+            yield from _landed(flying, 0)
             if not mapping.alive():
                 raise TransferError(f"agent {copy.peer.name} is gone")
             wire = time.perf_counter() - prepared
@@ -129,7 +129,7 @@ class MappedBackend:
         except GeneratorExit:
             raise
         except BaseException:
-            yield from _landed(flying, 0, copy.arrived)
+            yield from _landed(flying, 0)
             raise
         finally:
             self._let_go(mapping, flying, copy)
@@ -145,7 +145,7 @@ class MappedBackend:
             mapping.users -= 1
             settled()
 
-        self._lingering.append(([job for job, _ in flying], quiet))
+        self._lingering.append((list(flying), quiet))
 
     def progress(self) -> list[Generator[bool, None, None]]:
         """No peer requests over this lane. Unmap peers that have gone."""
@@ -179,13 +179,10 @@ def _arrived(mark: object, _: Future[None]) -> None:
     profiling.end(mark)
 
 
-def _landed(flying: _Flying, most: int, arrived: Callable[[int], None]) -> Generator[bool, None, None]:
+def _landed(flying: _Flying, most: int) -> Generator[bool, None, None]:
     """Wait until ``most`` pieces are left in flight, the oldest first."""
     while len(flying) > most:
-        job, size = flying[0]
-        if not job.done():
+        if not flying[0].done():
             yield False
             continue
-        flying.popleft()
-        job.result()
-        arrived(size)
+        flying.popleft().result()

@@ -58,7 +58,6 @@ class Moved:
 @dataclass(frozen=True)
 class _Posted:
     handle: Any
-    bytes: int
     mark: object
     """Range of the profiler."""
 
@@ -123,7 +122,6 @@ class NixlLink:
         peer: AgentRecord,
         memory: Ints,
         moved: Moved,
-        arrived: Callable[[int], None],
         linger: Callable[[], Callable[[], None]],
         notice: bytes = b"",
     ) -> Generator[bool, None, None]:
@@ -137,8 +135,8 @@ class NixlLink:
                 last = number == len(groups) - 1
                 flying.append(self._post(operation, peer, name, group, moved, notice if last else b""))
                 yield True
-                yield from self._landed(flying, _WINDOW - 1, peer, arrived)
-            yield from self._landed(flying, 0, peer, arrived)
+                yield from self._landed(flying, _WINDOW - 1, peer)
+            yield from self._landed(flying, 0, peer)
         except GeneratorExit:
             self._abandon(flying, linger)
             raise
@@ -174,16 +172,14 @@ class NixlLink:
         moved.post_s += time.perf_counter() - ready
         moved.bytes += size
         moved.descriptors += len(group)
-        posted = _Posted(handle, size, mark)
+        posted = _Posted(handle, mark)
         if state == "ERR":
             self._release(posted)
             self.forget(peer.key)
             raise TransferError(f"NIXL could not post a transfer with {peer.name}")
         return posted
 
-    def _landed(
-        self, flying: deque[_Posted], most: int, peer: AgentRecord, arrived: Callable[[int], None]
-    ) -> Generator[bool, None, None]:
+    def _landed(self, flying: deque[_Posted], most: int, peer: AgentRecord) -> Generator[bool, None, None]:
         """Wait until ``most`` are left in flight, the oldest first."""
         while len(flying) > most:
             try:
@@ -198,7 +194,6 @@ class NixlLink:
             if state != "DONE":
                 self.forget(peer.key)
                 raise TransferError(f"the connection with {peer.name} broke: {state}")
-            arrived(done.bytes)
 
     def _stand_still(
         self, flying: deque[_Posted], linger: Callable[[], Callable[[], None]]

@@ -139,7 +139,6 @@ class TcpBackend:
                     raise TransferCancelled("the transfer was stopped")
                 row.index_copy_(0, part.to(row.device), buffer.to(row.device))
                 total += buffer.numel()
-                copy.arrived(buffer.numel())
         return total
 
     def _send_rows(self, sock: socket.socket, rows: Sequence[torch.Tensor], blocks: Ints, end: float) -> None:

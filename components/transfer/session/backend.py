@@ -88,7 +88,7 @@ class NixlBackend:
         start = time.perf_counter()
         memory = self.side.memory(copy)
         moved = Moved(prep_s=time.perf_counter() - start)
-        yield from self.side.link.move(operation, copy.peer, memory, moved, copy.arrived, copy.mark_unsafe)
+        yield from self.side.link.move(operation, copy.peer, memory, moved, copy.mark_unsafe)
         return self.result(moved, strategy, self.side.lane_of(operation, copy.peer))
 
     def result(self, moved: Moved | wire.Ended, strategy: Strategy, lane: str) -> TransferResult:
@@ -116,7 +116,6 @@ class NixlBackend:
             yield True
             yield from self._until(copy, number, inbox, lambda: _over(inbox))
             ended = _require(inbox)
-            copy.arrived(ended.bytes)
             return self.result(ended, Strategy.WRITE, ended.lane or self.lane)
         finally:
             if asked and inbox.ended is None:

@@ -18,7 +18,6 @@ class StagedReceive:
 
     def __init__(self, staging: Staging, copy: Copy, slots: Sequence[int], freed: Callable[[int], None]) -> None:
         self._staging = staging
-        self._copy = copy
         self._slots = slots
         self._freed = freed
         self._packing = staging.packing(copy.share)
@@ -46,10 +45,8 @@ class StagedReceive:
             self._next += 1
         while self._flying and self._flying[0][1].ready():
             chunk, _ = self._flying.pop(0)
-            first, last = self._chunks[chunk]
             if chunk + len(self._slots) < len(self._chunks):
                 self._freed(chunk)
-            self._copy.arrived((last - first) * self._packing.block_bytes)
 
     def settle(self) -> None:
         """Wait for queued copies."""

@@ -74,7 +74,7 @@ def _write(side: Side, peer: AgentRecord, ask: wire.Ask, inbox: Inbox, moved: Mo
     if len(dst) != len(src) or (len(dst) and int(dst.max()) >= peer.num_blocks):
         raise TransferError("the block lists of the request do not fit")
     copy = Copy(peer, side.shares.given(peer), src, dst, ask.request_id, 0.0)
-    yield from side.link.move("WRITE", peer, side.memory(copy), moved, copy.arrived, copy.mark_unsafe)
+    yield from side.link.move("WRITE", peer, side.memory(copy), moved, copy.mark_unsafe)
 
 
 def _write_staged(
@@ -110,7 +110,7 @@ def _write_staged(
                 size = (chunks[posted][1] - chunks[posted][0]) * packing.block_bytes
                 extent = np.array([[staging.address(slot), ask.slots[posted % len(ask.slots)], size]], np.int64)
                 notice = side.sealed(peer, wire.Landed(ask.id, posted))
-                writes.append((slot, side.link.move("WRITE", peer, extent, moved, _drop, _harmless, notice)))
+                writes.append((slot, side.link.move("WRITE", peer, extent, moved, _harmless, notice)))
                 posted, worked = posted + 1, True
             for slot, write in list(writes):
                 try:
@@ -135,10 +135,6 @@ def _write_staged(
     finally:
         if quiet:
             staging.release("send", slots)
-
-
-def _drop(_: int) -> None:
-    """Ignored: the destination counts the bytes."""
 
 
 def _harmless() -> Callable[[], None]:

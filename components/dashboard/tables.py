@@ -25,8 +25,10 @@ def console(wide: bool = False) -> Console:
     return Console(width=_UNBOUNDED if wide else None)
 
 
-def start_length(ids: Iterable[str]) -> int:
-    """Number of characters that distinguish these ids; at least eight."""
+def id_length(ids: Iterable[str], wide: bool = False) -> int:
+    """Number of characters that distinguish these ids; at least eight. ``wide``: all of them."""
+    if wide:
+        return _UNBOUNDED
     names = set(ids)
     length = _SHORTEST
     while len({name[:length] for name in names}) < len(names):
@@ -77,19 +79,25 @@ def condition(worker: WorkerReport) -> str:
 
 
 def _requests(running: Sequence[tuple[WorkerReport, RequestRow]], count: int, out: Console, wide: bool) -> None:
-    table = _table("\nrequests", ["request", "worker", "phase", "prompt", "output", "age s", "moves", ""])
-    length = _UNBOUNDED if wide else start_length(row.request_id for _, row in running)
-    for worker, r in running[:count]:
-        numbers = (str(r.prompt_tokens), str(r.output_tokens), f"{r.age_s:.0f}", str(r.moves))
-        state = "moving" if r.moving else "unread" if not r.attached else "stays" if r.not_migratable else ""
-        table.add_row(r.request_id[:length], worker.worker, r.phase, *numbers, state)
-    out.print(table)
+    rows = [(worker.worker, row) for worker, row in running]
+    length = id_length((row.request_id for _, row in rows), wide)
+    out.print(requests_table(rows[:count], length))
     stay: dict[str, list[str]] = {}
-    for _, r in running[:count]:
+    for _, r in rows[:count]:
         if r.not_migratable:
             stay.setdefault(r.not_migratable, []).append(r.request_id[:length])
     for why, names in stay.items():
         out.print(f"{', '.join(names)} cannot move: {why}", markup=False)
+
+
+def requests_table(rows: Iterable[tuple[str, RequestRow]], length: int) -> Table:
+    """Requests and their workers; ``length``: of the ids."""
+    table = _table("\nrequests", ["request", "worker", "phase", "prompt", "output", "age s", "moves", ""])
+    for worker, r in rows:
+        numbers = (str(r.prompt_tokens), str(r.output_tokens), f"{r.age_s:.0f}", str(r.moves))
+        state = "moving" if r.moving else "unread" if not r.attached else "stays" if r.not_migratable else ""
+        table.add_row(r.request_id[:length], worker, r.phase, *numbers, state)
+    return table
 
 
 def _result(move: MoveRecord) -> str:
@@ -103,16 +111,20 @@ def show_moves(moves: Sequence[MoveRecord], out: Console, wide: bool = False) ->
     if not moves:
         out.print("nothing had to be moved")
         return
+    length = id_length((move.request_id for move in moves), wide)
+    out.print(moves_table(moves, length, wide))
+    for m in moves:
+        if m.code or m.reason:
+            out.print(f"{m.request_id[:length]}: {': '.join(filter(None, (m.code, m.reason)))}", markup=False)
+
+
+def moves_table(moves: Iterable[MoveRecord], length: int, wide: bool) -> Table:
+    """Migrations; ``length``: of the ids."""
     columns = ["request", "from", "to", "result", "downtime ms", "MB"]
-    more = ["added stall ms", "rounds", "lane"] if wide else []
-    table = _table("\nmigrations", [*columns, *more])
-    length = _UNBOUNDED if wide else start_length(move.request_id for move in moves)
+    table = _table("\nmigrations", [*columns, *(["added stall ms", "rounds", "lane"] if wide else [])])
     for m in moves:
         figures = [f"{m.downtime_s * 1e3:.1f}", f"{m.bytes / 1e6:.1f}"]
         if wide:
             figures += [f"{m.added_stall_s * 1e3:.1f}", str(m.rounds), m.lane]
         table.add_row(m.request_id[:length], m.source, m.target, escape(_result(m)), *figures)
-    out.print(table)
-    for m in moves:
-        if m.code or m.reason:
-            out.print(f"{m.request_id[:length]}: {': '.join(filter(None, (m.code, m.reason)))}", markup=False)
+    return table
