@@ -102,7 +102,7 @@ class PlannerConfig(ComponentConfig):
     """Dynamo's planner with the migration plugin."""
 
     policy_file: str = Field("configs/policy.yaml", description="Policies that decide migrations; see docs/planner.md")
-    interval_s: int = Field(2, ge=1, description="Seconds between two decisions")
+    interval_s: int = Field(1, ge=1, description="Seconds between two decisions")
     decode_workers: tuple[int, int] | None = Field(
         None, description="Fewest and most decode workers; without it their number stays as it is"
     )

@@ -26,7 +26,7 @@ from planner_hooks.estimate import RemainingEstimate
 from planner_hooks.metrics import Heard
 from planner_hooks.rules import Cost
 from planner_hooks.snapshot import NEVER_S, ActiveMove, Capture, Ints, Requests, RequestView, Snapshot, WorkerView
-from planner_hooks.table import RECORD, Places, Records, Table
+from planner_hooks.table import Places, Records, Table, joined
 
 _MEASURED = 50
 """Number of migrations from which the cost is measured."""
@@ -101,7 +101,7 @@ class Observer:
             if head.role in DECODE_ROLES and head.stats is not None and head.info is not None:
                 heads.append(head)
                 chosen.append(table)
-        records = np.concatenate([table.columns for table in chosen]) if chosen else np.zeros(0, RECORD)
+        records = joined([table.columns for table in chosen])
         begins = np.cumsum([0, *(len(table.columns) for table in chosen)])
         at = {table: number for number, table in enumerate(chosen)}
         for request_id, several in self._places.several.items():

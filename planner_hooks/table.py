@@ -3,12 +3,15 @@
 
 A hundred thousand requests that only made tokens cost a copy for each worker, and no look at any of them. ``Tables`` is
 the client of all workers with one ``Table`` for each. ``columns`` and ``rows`` belong together and are replaced when
-requests come or go; only counts change in place, so that another thread may read a pair that it has taken.
+requests come or go; known requests change in place, so that another thread may read a pair that it has taken.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Sequence
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +35,9 @@ _MOST = (1 << 31) - 1
 """A client chooses the priority."""
 
 
+_number = attrgetter("number")
+
+
 def _record(row: RequestRow) -> tuple[float, ...]:
     return (
         *(row.number, row.output_tokens, row.kv_blocks, row.prompt_tokens),
@@ -53,6 +59,7 @@ class Table(Told):
         """In the order of the rows' numbers."""
         self.rows: list[RequestRow] = []
         """In the same order; their counts are those of their last change."""
+        self._numbers: list[int] = []
         self._came: list[RequestRow] = []
         self._left: list[RequestRow] = []
 
@@ -67,26 +74,47 @@ class Table(Told):
         return [at for at, row in enumerate(self.rows) if row.request_id == request_id]
 
     def _change(self, left: Sequence[int], rows: Sequence[RequestRow]) -> None:
-        at = _places(self.columns, [*left, *(row.number for row in rows)])
-        for place in at.tolist():
-            row, record = self.rows[place], self.columns[place]
-            row.output_tokens, row.kv_blocks = int(record["output_tokens"]), int(record["kv_blocks"])
-        gone = {number: row for number in left if (row := self._rows.get(number)) is not None}
-        self._left += gone.values()
-        self._came += [row for row in rows if row.number in gone or row.number not in self._rows]
+        columns, listed, numbers = self.columns, self.rows.copy(), self._numbers
+        places = sorted({at for number in left if (at := _place(numbers, number)) is not None}, reverse=True)
+        for at in places:
+            row = listed.pop(at)
+            row.output_tokens, row.kv_blocks = int(columns["output_tokens"][at]), int(columns["kv_blocks"][at])
+            self._left.append(row)
+            del numbers[at]
+        if places:
+            keep = np.ones(len(columns), dtype=bool)
+            keep[places] = False
+            columns = columns[keep]
+        new: list[RequestRow] = []
+        for row in {row.number: row for row in rows}.values():
+            if (at := _place(numbers, row.number)) is None:
+                new.append(row)
+            else:
+                listed[at] = row
+                columns[at] = _record(row)
+        if new:
+            self._came += new
+            new.sort(key=_number)
+            in_order = not numbers or numbers[-1] < new[0].number
+            columns = joined((columns, np.array([_record(row) for row in new], RECORD)))
+            listed += new
+            numbers += map(_number, new)
+            if not in_order:
+                columns = columns[np.argsort(columns["number"], kind="stable")]
+                listed.sort(key=_number)
+                numbers.sort()
+        self.columns, self.rows = columns, listed
         super()._change(left, rows)
-        kept = np.delete(self.columns, at)
-        columns = np.concatenate((kept, np.array([_record(row) for row in rows], RECORD)))
-        self.columns = columns[np.argsort(columns["number"], kind="stable")]
-        self.rows = [self._rows[number] for number in self.columns["number"].tolist()]
 
     def _count(self, counts: Counts) -> None:
         numbers, known = _numbers(counts.numbers), self.columns["number"]
         at: NDArray[np.int64] | slice = slice(None)
         told: NDArray[np.bool_] | slice = slice(None)
         if not np.array_equal(numbers, known):
-            told = np.isin(numbers, known)
-            at = np.searchsorted(known, numbers[told])
+            at = np.searchsorted(known, numbers)
+            told = at < len(known)
+            told[told] = known[at[told]] == numbers[told]
+            at = at[told]
         self.columns["output_tokens"][at] = _numbers(counts.output_tokens)[told]
         self.columns["kv_blocks"][at] = _numbers(counts.kv_blocks)[told]
 
@@ -95,12 +123,18 @@ def _numbers(column: Column) -> NDArray[np.int64]:
     return np.frombuffer(column.data, f"<u{column.width}").astype(np.int64) + column.lowest
 
 
-def _places(columns: Records, numbers: list[int]) -> NDArray[np.int64]:
-    """Places of those numbers that are there."""
-    known = columns["number"]
-    found = np.unique(np.array(numbers, dtype=np.int64))
-    at: NDArray[np.int64] = np.searchsorted(known, found[np.isin(found, known)])
-    return at
+def joined(parts: Sequence[Records]) -> Records:
+    """All records. ``np.concatenate`` compares the fields' names and types of every pair."""
+    ends = list(itertools.accumulate(map(len, parts), initial=0))
+    records = np.empty(ends[-1], RECORD)
+    for (begin, end), part in zip(itertools.pairwise(ends), parts, strict=True):
+        records[begin:end] = part
+    return records
+
+
+def _place(numbers: list[int], number: int) -> int | None:
+    at = bisect.bisect_left(numbers, number)
+    return at if at < len(numbers) and numbers[at] == number else None
 
 
 class Tables(Workers):

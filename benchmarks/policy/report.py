@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from statistics import stdev
 
 import msgspec
 
-from benchmarks.policy.runs import WHOLE, Bound, Result, saved
+from benchmarks.policy.runs import FREE, VARIANTS, WHOLE, Bound, Result, ending, saved
 from benchmarks.policy.speed import Speed
 from planner_hooks.simulate.model import Slo, WorkerModel
 from planner_hooks.simulate.scenario import Scenario
@@ -39,8 +40,17 @@ def _where(scenario: Scenario) -> str:
     return f"{name}, {scenario.workers:,} workers, {scenario.load:.0%}{kv}"
 
 
-def _ratio(before: float, after: float) -> str:
-    return f"{after / before:.2f}" if before else ""
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _ratio(before: Sequence[float], after: Sequence[float]) -> str:
+    """Mean of the samples' ratios, and its standard error."""
+    if not after:
+        return ""
+    each = [b / a for a, b in zip(before, after, strict=True)]
+    error = f" ± {stdev(each) / len(each) ** 0.5:.2f}" if len(each) > 1 and len(set(each)) > 1 else ""
+    return f"{_mean(each):.2f}{error}"
 
 
 def markdown(output: Output, source: Path) -> Iterator[str]:
@@ -56,21 +66,27 @@ def markdown(output: Output, source: Path) -> Iterator[str]:
         "Load: share of the rate at which workers would be full if all prompts that ever came were cached.",
         "",
         "Steady load. With policies over without, times at p99; goodput: first token within "
-        f"{output.slo.ttft_s:g} s and {1e3 * output.slo.tpot_s:g} ms a token. Bound: each request alone on a worker.",
+        f"{output.slo.ttft_s:g} s and {1e3 * output.slo.tpot_s:g} ms a token. Means over samples of the trace, ± "
+        "standard error. Free: moves that cost nothing, four times a second. Alone: each request on an idle worker.",
         "",
-        "| load | TTFT, ms | with policies | bound | TPOT, ms | with policies | bound | goodput | with | preempted "
-        "| with | moves |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| load | samples | TTFT, ms | with policies | free | alone | TPOT, ms | with policies | free | goodput | with "
+        "| preempted | with | moves |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     )
     bounds = {b.scenario: b for b in output.bounds}
-    for scenario, runs in output.of("steady"):
-        a, b = (run.report for run in runs)
-        least = bounds[scenario]
+    for scenario, samples in groupby(output.of("steady"), key=lambda pair: msgspec.structs.replace(pair[0], seed=0)):
+        found = list(samples)
+        kv, ours, free = ([run.report for _, runs in found for run in runs if run.variant == name] for name in VARIANTS)
+        alone = [bounds[each].ttft_p99_ms for each, _ in found]
+        first, tpot = ([getattr(r, name) for r in kv] for name in ("ttft_p99_ms", "tpot_p99_ms"))
         yield (
-            f"| {_where(scenario)} | {a.ttft_p99_ms:,.0f} | {_ratio(a.ttft_p99_ms, b.ttft_p99_ms)} "
-            f"| {_ratio(a.ttft_p99_ms, least.ttft_p99_ms)} | {a.tpot_p99_ms:.1f} "
-            f"| {_ratio(a.tpot_p99_ms, b.tpot_p99_ms)} | {_ratio(a.tpot_p99_ms, least.tpot_p99_ms)} "
-            f"| {a.goodput:.1%} | {b.goodput:.1%} | {a.preemptions} | {b.preemptions} | {b.migrations} |"
+            f"| {_where(scenario)} | {len(found)} | {_mean(first):,.0f} "
+            f"| {_ratio(first, [r.ttft_p99_ms for r in ours])} | {_ratio(first, [r.ttft_p99_ms for r in free])} "
+            f"| {_ratio(first, alone)} | {_mean(tpot):.1f} "
+            f"| {_ratio(tpot, [r.tpot_p99_ms for r in ours])} | {_ratio(tpot, [r.tpot_p99_ms for r in free])} "
+            f"| {_mean([r.goodput for r in kv]):.1%} | {_mean([r.goodput for r in ours]):.1%} "
+            f"| {_mean([r.preemptions for r in kv]):.0f} | {_mean([r.preemptions for r in ours]):.0f} "
+            f"| {_mean([r.migrations for r in ours]):.0f} |"
         )
     yield from (
         "",
@@ -93,29 +109,30 @@ def markdown(output: Output, source: Path) -> Iterator[str]:
         "The rate swings between a quarter and the whole, twice; a planner follows, with several thresholds. "
         "Worker-hours, and p99 TTFT of all requests.",
         "",
-        "| load | workers are added above | wait | TTFT, ms | move | TTFT, ms |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| load | workers are added above | wait | TTFT, ms | move | TTFT, ms | free moves | TTFT, ms |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     )
     for scenario, runs in output.of("swing"):
         for full, pair in groupby(runs, key=lambda run: run.full):
-            a, b = (run.report for run in pair)
-            yield (
-                f"| {_where(scenario)} | {full:.0%} | {a.worker_hours:.2f} | {a.ttft_p99_ms:,.0f} "
-                f"| {b.worker_hours:.2f} | {b.ttft_p99_ms:,.0f} |"
-            )
-        yield f"| {_where(scenario)} | at no higher p99 TTFT | | | {saved(runs):.1%} saved | |"
+            hours = " | ".join(f"{run.report.worker_hours:.2f} | {run.report.ttft_p99_ms:,.0f}" for run in pair)
+            yield f"| {_where(scenario)} | {full:.0%} | {hours} |"
+        yield (
+            f"| {_where(scenario)} | at no higher p99 TTFT | {ending(runs):.1%} awaits ends | "
+            f"| {saved(runs):.1%} saved | | {saved(runs, FREE):.1%} saved | |"
+        )
     if output.speed:
         yield from (
             "",
-            "One decision of all policies and the rest of a tick, one core, milliseconds (goals: 20, 150):",
+            "One decision of all policies and the rest of a tick, one core, milliseconds (goals: 20, 150). "
+            "With turnover: each worker has had one request in twenty replaced since the last tick.",
             "",
-            "| workers | requests | decision | slowest | observation | answers | tick |",
-            "|---:|---:|---:|---:|---:|---:|---:|",
+            "| workers | requests | decision | slowest | observation | answers | tick | with turnover |",
+            "|---:|---:|---:|---:|---:|---:|---:|---:|",
         )
         for s in output.speed:
             yield (
                 f"| {s.workers:,} | {s.requests:,} | {s.decision_ms:.1f} | {s.decision_max_ms:.1f} "
-                f"| {s.observe_ms:.1f} | {s.decode_ms:.1f} | {s.tick_ms:.1f} |"
+                f"| {s.observe_ms:.1f} | {s.decode_ms:.1f} | {s.tick_ms:.1f} | {s.turnover_ms:.1f} |"
             )
     if output.memory_mib:
         first, last = output.memory_mib[0], output.memory_mib[-1]

@@ -3,12 +3,14 @@
 
 ``decision`` is what a policy file costs: from a snapshot to a plan. A live tick first decodes what workers have told
 since the last one (``decode``; here every request has gone on by a token) and makes columns of it (``observe``).
-``tick`` is all of it, with the calls that begin the moves, but without a network.
+``tick`` is all of it, with the calls that begin the moves, but without a network; ``turnover`` is a tick for which each
+worker has one request in twenty replaced by a new one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -44,6 +46,7 @@ class Speed(msgspec.Struct, frozen=True):
     observe_ms: float
     decode_ms: float
     tick_ms: float
+    turnover_ms: float = 0.0
 
 
 def cluster(workers: int, requests: int, seed: int = 0) -> Capture:
@@ -139,10 +142,10 @@ class _Commands:
 
     def __init__(self, told: dict[str, Table], packed: dict[str, dict[str, str]]) -> None:
         self._told = told
-        self._packed = packed
+        self.packed = packed
 
     async def refresh(self, patience_s: float) -> None:
-        take(self._told, self._packed)
+        take(self._told, self.packed)
 
     def tables(self) -> list[Table]:
         return list(self._told.values())
@@ -160,19 +163,44 @@ class _Commands:
         """Nothing."""
 
 
-def ticks(capture: Capture, told: dict[str, Table], repeat: int) -> list[float]:
+def replaced(packed: dict[str, dict[str, str]], tables: dict[str, Table], version: int) -> dict[str, dict[str, str]]:
+    """What workers tell when one request in twenty has ended and another one has come, and the rest has gone on."""
+    found = {}
+    for name, table in tables.items():
+        count, last = math.ceil(len(table.rows) / 20), max((row.number for row in table.rows), default=0)
+        new = (
+            RequestRow(last + n, RequestId(f"{name}.{last + n}"), RequestPhase.DECODE, 500) for n in range(1, count + 1)
+        )
+        going_on = [(row.number, version, row.kv_blocks) for row in table.rows[count:]]
+        state = unpack(packed[name], WorkerReply).state
+        if state is None:
+            continue
+        state = msgspec.structs.replace(
+            state,
+            version=version,
+            gone=tuple(row.number for row in table.rows[:count]),
+            rows=tuple(new),
+            counts=Counts.of(going_on),
+        )
+        found[name] = pack(WorkerReply(state=state))
+    return found
+
+
+def ticks(capture: Capture, told: dict[str, Table], repeat: int, turnover: bool = False) -> list[float]:
     """Milliseconds of processor time of whole ticks."""
 
-    async def one() -> float:
-        controller = Controller(parse({}), _Commands(told, answers(capture, first=False)), Observer(Cost()))
-        await controller.tick()
-        await controller.idle()
-        began = time.process_time()
-        await controller.tick()
-        await controller.idle()
-        return 1e3 * (time.process_time() - began)
+    async def one() -> list[float]:
+        commands, found = _Commands(told, answers(capture, first=False)), []
+        controller = Controller(parse({}), commands, Observer(Cost()))
+        for version in range(3, 4 + repeat):
+            commands.packed = replaced(commands.packed, told, version) if turnover else commands.packed
+            began = time.process_time()
+            await controller.tick()
+            await controller.idle()
+            found.append(1e3 * (time.process_time() - began))
+        return found[1:]  # The first one learns all names.
 
-    return [asyncio.run(one()) for _ in range(repeat)]
+    return asyncio.run(one())
 
 
 def timed(call: Callable[[], object], repeat: int) -> list[float]:
@@ -210,7 +238,7 @@ def measure(repeat: int = 15) -> list[Speed]:
             observer.snapshot(observer.look(tables, ()), 5.0)
 
         observe = timed(see, 4)[1:]
-        tick = ticks(capture, told, 3)
-        others = (float(np.median(times)) for times in (observe, decode, tick))
+        tick, turnover = ticks(capture, told, 3), ticks(capture, told, 3, turnover=True)
+        others = (float(np.median(times)) for times in (observe, decode, tick, turnover))
         rows.append(Speed(workers, requests, moves, float(np.median(took)), max(took), *others))
     return rows

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """balance: moves requests from the worker with the highest virtual usage to the one with the lowest, while it pays.
 
-Waiting requests move first: they have no KV to copy, and start at once where there is room. Then running requests
-move. A worker keeps its requests below ``high`` or while the gap between the two is below ``start_gap``; once it moves
-some, it continues down to ``stop_gap`` while it is the fullest. Every move lowers the larger of the two usages, so
-that moves end under a constant load.
+Waiting requests move first, off workers whose KV does not suffice for them: they have no KV to copy, and start at once
+where there is room. Elsewhere they wait to be computed, and the router has placed them where their prefixes are cached:
+another worker would compute more. Then running requests move. A worker keeps its requests below ``high`` or while the
+gap between the two is below ``start_gap``; once it moves some, it continues down to ``stop_gap`` while it is the
+fullest. Every move lowers the larger of the two usages, so that moves end under a constant load.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from planner_hooks.plan import HoldReason, Plan
 from planner_hooks.policies.base import BasePolicy, PolicyConfig
 from planner_hooks.snapshot import Snapshot
 
+_FULL = 1.0
+"""Virtual usage, queued demand included, from which a queue waits for KV."""
+
 
 class Config(PolicyConfig):
     """Settings of ``balance``."""
 
-    high: float = Field(default=0.7, ge=0, description="Virtual usage below which a worker is left alone")
-    start_gap: float = Field(default=0.1, gt=0, description="Gap in virtual usage that begins to move requests")
-    stop_gap: float = Field(default=0.05, gt=0, description="Gap at which moving ends")
+    high: float = Field(default=0.3, ge=0, description="Virtual usage below which a worker is left alone")
+    start_gap: float = Field(default=0.05, gt=0, description="Gap in virtual usage that begins to move requests")
+    stop_gap: float = Field(default=0.02, gt=0, description="Gap at which moving ends")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -65,7 +69,7 @@ class Balance(BasePolicy[Config]):
     def _spread_queues(self, ledger: Ledger) -> None:
         s = ledger.snapshot
         queues = np.unique(s.r_worker[s.r_waiting & s.r_free])
-        queues = queues[s.w_accepts[queues] & (ledger.usage[queues] >= self.config.high)]
+        queues = queues[s.w_accepts[queues] & (ledger.usage[queues] >= max(self.config.high, _FULL))]
         # Queues can be long: a heap has the coldest worker.
         cold = [(float(ledger.usage[dst]), int(dst)) for dst in np.flatnonzero(s.w_accepts)]
         heapify(cold)

@@ -64,6 +64,8 @@ class WorkerModel(msgspec.Struct, frozen=True):
     """Share by which each running migration slows a worker's steps, as far as they freeze at a time."""
     prefix_block_tokens: int = 512
     """Tokens for each of a trace's hash ids (Mooncake's)."""
+    free_moves: bool = False
+    """Moves take no time and disturb nobody: a bound for every policy that moves requests."""
     relays: bool = False
     """True with two workers: the frontend's router goes on counting a moved request where it placed it."""
 

@@ -66,7 +66,9 @@ class Moves:
     def _at_boundary(self, worker: Worker, act: Callable[[], None]) -> None:
         """A request leaves a batch, and joins one, between two steps."""
         worker.advance(self._events.time_s)
-        self._events.at(max(self._events.time_s, worker.boundary()), act)
+        self._events.at(
+            self._events.time_s if self._model.free_moves else max(self._events.time_s, worker.boundary()), act
+        )
 
     def _fits(self, worker: Worker, tokens: int) -> bool:
         return worker.held + tokens <= (1.0 - self._model.watermark) * self._model.capacity_tokens

@@ -34,6 +34,8 @@ class Report(msgspec.Struct, frozen=True):
     failed_migrations: int
     gb_moved: float
     worker_hours: float
+    ending_share: float
+    """Share of the worker-hours in which a worker only gets empty."""
     decision_ms: float
 
 
@@ -68,5 +70,6 @@ def report(cluster: Cluster, arrivals: int, slo: Slo, warmup_s: float = 0.0) -> 
         failed_migrations=cluster.moves.failed,
         gb_moved=cluster.moves.bytes_moved / 1e9,
         worker_hours=cluster.worker_hours(),
+        ending_share=sum(gone) / 3600 / cluster.worker_hours() if cluster.time_s else 0.0,
         decision_ms=1e3 * float(np.median(cluster.decision_s)) if cluster.decision_s else 0.0,
     )

@@ -45,6 +45,11 @@ def test_balance_counts_queued_demand_and_sends_the_waiting_request_without_kv()
     assert next(m for m in plan.moves if m.request_id == "q").mode is Mode.REPLAY
 
 
+def test_balance_leaves_a_queue_that_does_not_wait_for_kv_where_its_prefixes_are() -> None:
+    queue = [request(f"q{i}", "w0", 1000, phase=RequestPhase.WAITING) for i in range(9)]
+    assert not decide("balance", cluster(queue)).moves
+
+
 def test_balance_spreads_a_queue_in_one_decision_whatever_copies_may_go_on() -> None:
     running = [request(f"r{i}", "w0", 1000) for i in range(9)]
     queue = [request(f"q{i}", "w0", 500, phase=RequestPhase.WAITING) for i in range(12)]
