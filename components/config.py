@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.fields import FieldInfo
 
 from components import env, yamltext
-from components.address import bare, is_any
+from components.address import is_any
 from components.errors import ConfigError
 
 
@@ -25,20 +25,13 @@ def dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _host(value: str) -> str:
-    host = bare(value)
-    if not host or any(mark in host for mark in "/[]@ ") or (host.count(":") == 1):
-        raise ValueError("write a host name or an address, without scheme and port")
-    return host
-
-
 def _reachable(value: str) -> str:
     if is_any(value):
         raise ValueError("that is where to listen, not where others reach this host: write its name or address")
     return value
 
 
-Host = Annotated[str, AfterValidator(_host)]
+Host = Annotated[str, AfterValidator(env.host)]
 ReachableHost = Annotated[Host, AfterValidator(_reachable)]
 
 

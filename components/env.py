@@ -59,11 +59,12 @@ def _addresses(port: int | None = None) -> Callable[[str], tuple[str, ...]]:
     return convert
 
 
-def _host(text: str) -> str:
-    host = bare(text)
-    if any(mark in host for mark in "/[]@ ") or host.count(":") == 1:
+def host(text: str) -> str:
+    """A host without brackets. Raises ``ValueError`` for what is none."""
+    found = bare(text)
+    if not found or any(mark in found for mark in "/[]@ ") or found.count(":") == 1:
         raise ValueError("write a host name or an address, without scheme and port")
-    return host
+    return found
 
 
 def _number(low: int, high: int) -> Callable[[str], int]:
@@ -114,18 +115,18 @@ def _components(text: str) -> tuple[str, ...]:
     return names
 
 
-def _object(text: str) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode(text, type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeError) as error:
-        raise ValueError(f"write a JSON object ({error})") from None
+def _object(kind: type[T], what: str) -> Callable[[str], T]:
+    def convert(text: str) -> T:
+        try:
+            return msgspec.json.decode(text, type=kind)
+        except (msgspec.MsgspecError, UnicodeError) as error:
+            raise ValueError(f"write {what} ({error})") from None
+
+    return convert
 
 
-def _texts(text: str) -> dict[str, str]:
-    try:
-        return msgspec.json.decode(text, type=dict[str, str])
-    except (msgspec.MsgspecError, UnicodeError) as error:
-        raise ValueError(f"write a JSON object of texts ({error})") from None
+_VALUES = _object(dict[str, Any], "a JSON object")
+_TEXTS = _object(dict[str, str], "a JSON object of texts")
 
 
 def _seconds(text: str) -> float:
@@ -178,7 +179,7 @@ SYSTEM_PORT = Variable(
 SYSTEM_HOST = Variable(
     "DYN_SYSTEM_HOST",
     "",
-    _host,
+    host,
     "Where `/metrics` of processes listens; else on loopback, in a graph of several hosts everywhere",
 )
 SECRET_FILE = Variable(
@@ -196,7 +197,7 @@ PAGE_TOKEN = Variable(
     secret=True,
 )
 METRICS_HOST = Variable(
-    "DYN_MIGRATE_METRICS_HOST", "", _host, "Host under which Prometheus reaches the processes of this machine"
+    "DYN_MIGRATE_METRICS_HOST", "", host, "Host under which Prometheus reaches the processes of this machine"
 )
 CACHE = Variable(
     "DYN_MIGRATE_CACHE", "", str, "Folder for prepared models; without it `dynamo-migrate` in the user's cache"
@@ -219,9 +220,9 @@ TRANSPORT = Variable(
     internal=True,
 )
 AGENT = Variable("DYN_MIGRATE_AGENT", "", str, "Name of a worker's transfer agent; without it one that nobody else has")
-HOST = Variable("DYN_MIGRATE_HOST", "127.0.0.1", _host, "Address under which other hosts reach a worker")
+HOST = Variable("DYN_MIGRATE_HOST", "127.0.0.1", host, "Address under which other hosts reach a worker")
 TRANSFER: Variable[dict[str, Any]] = Variable(
-    "DYN_MIGRATE_TRANSFER", {}, _object, "Settings of a worker's transfer agent as a JSON object; see transfer.md"
+    "DYN_MIGRATE_TRANSFER", {}, _VALUES, "Settings of a worker's transfer agent as a JSON object; see transfer.md"
 )
 INTEGRITY = Variable(
     "DYN_MIGRATE_INTEGRITY", "tail", _choice("tail", "full", "off"), "Which KV blocks a worker checksums"
@@ -237,7 +238,7 @@ REPEATS = Variable(
     "The frontends' `--migration-limit` is above 0; else a worker that a request has left relays it to its end",
 )
 LORA_MODULES: Variable[dict[str, str]] = Variable(
-    "DYN_MIGRATE_LORA_MODULES", {}, _texts, "LoRA adapters that a worker loads at its start: a JSON object of folders"
+    "DYN_MIGRATE_LORA_MODULES", {}, _TEXTS, "LoRA adapters that a worker loads at its start: a JSON object of folders"
 )
 MODE = Variable(
     "DYN_MIGRATE_MODE",
@@ -249,7 +250,7 @@ MODE = Variable(
 COMPONENT = Variable("DYN_MIGRATE_COMPONENT", "", str, "Name of the process's component in its graph", internal=True)
 REPLICA = Variable("DYN_MIGRATE_REPLICA", 0, _number(0, 1 << 20), "Its number among its equals", internal=True)
 CONFIG: Variable[dict[str, Any]] = Variable(
-    "DYN_MIGRATE_CONFIG", {}, _object, "Its configuration: keys of its component as a JSON object", internal=True
+    "DYN_MIGRATE_CONFIG", {}, _VALUES, "Its configuration: keys of its component as a JSON object", internal=True
 )
 READY_FILE = Variable("DYN_MIGRATE_READY_FILE", "", str, "File that it makes when it serves", internal=True)
 RUNTIME_FOLDER = Variable(

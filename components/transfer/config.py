@@ -6,7 +6,6 @@ Nothing here has a life cycle or a thread. Bad values raise ``ConfigError`` when
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from components.env import NAMESPACE_FORM
 from components.errors import ConfigError
-
-_NAMESPACE = re.compile(r"[A-Za-z0-9_.-]{1,200}")
-"""A namespace is part of keys in etcd and of subjects in NATS."""
 
 if TYPE_CHECKING:
     import torch
@@ -158,7 +155,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         known = {"mapped", "nixl", "local", "cuda_ipc", "tcp"}
         if not self.name or "/" in self.name or len(self.name) > 200:
             raise ConfigError(f"agent name {self.name!r}: 1 to 200 characters without '/'")
-        if not _NAMESPACE.fullmatch(self.namespace):
+        if not NAMESPACE_FORM.fullmatch(self.namespace):
             raise ConfigError(f"namespace {self.namespace!r}: 1 to 200 letters, digits, '-', '_' and '.'")
         if "nccl" in self.backends:
             raise ConfigError("backends: there is no NCCL lane any more; without NIXL use [cuda_ipc, local, tcp]")
