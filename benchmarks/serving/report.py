@@ -254,7 +254,7 @@ def _soak(folder: Path) -> list[str]:
         picture = raw.with_suffix(".png")
         if picture.is_file():
             lines += [f"![resident memory of each process](results/{picture.name})", ""]
-    return ["## Soak", "", "`python -m benchmarks.soak`: a migration every second.", "", *lines] if lines else []
+    return ["## Soak", "", "`python -m benchmarks.soak`: migrations all the while.", "", *lines] if lines else []
 
 
 def _profiles(report: Report) -> list[str]:
