@@ -142,12 +142,13 @@ async def compare(
     tokens: int = 100,
     prompts: Sequence[int] = PROMPTS,
     kinds: Sequence[str] = tuple(SAMPLINGS),
+    first: int = 0,
 ) -> list[Cell]:
-    """Counts of so many requests, each of which moves in each mode."""
+    """Counts of so many requests, each of which moves in each mode. ``first``: number of the first one."""
     config = pair.a._llm.vllm_config
     caching, runner = bool(config.cache_config.enable_prefix_caching), runner_version(config)
     cells: dict[tuple[bool, str, str], Cell] = {}
-    for number in range(requests):
+    for number in range(first, first + requests):
         kind = kinds[number % len(kinds)]
         sampling = msgspec.structs.replace(SAMPLINGS[kind], max_tokens=tokens)
         asked = request_of(f"plain-{number}", prompts[number % len(prompts)] + number // len(prompts), sampling)
@@ -196,6 +197,7 @@ def main(
     tokens: Annotated[int, typer.Option(min=50, help="of each answer")] = 100,
     prompts: Annotated[str, typer.Option(help="their tokens, joined by commas")] = ",".join(map(str, PROMPTS)),
     kinds: Annotated[str, typer.Option(help="of sampling, joined by commas")] = ",".join(SAMPLINGS),
+    first: Annotated[int, typer.Option(min=0, help="so many have been counted; the others' counts are added")] = 0,
     json: Annotated[Path, typer.Option("--json", help="file for the counts")] = RESULTS / "families-equal-cpu.json",
 ) -> None:
     """Count moved answers that equal unmoved ones."""
@@ -203,17 +205,31 @@ def main(
     for family in families.split(";"):
         for each in caching.split(","):
             lengths = tuple(int(length) for length in prompts.split(","))
-            cells = asyncio.run(_count(family, each == "on", requests, tokens, lengths, kinds.split(",")))
+            cells = asyncio.run(_count(family, each == "on", requests, tokens, lengths, kinds.split(","), first))
             for cell in cells:
                 typer.echo(str(cell))
-            _write(json, cells)
+            _write(json, cells, add=first > 0)
             if found := list(wrong(cells)):
                 raise MigrateError(f"these answers differ from unmoved ones: {found}")
 
 
-def _write(file: Path, cells: list[Cell]) -> None:
+def _kind(cell: Cell) -> tuple[object, ...]:
+    """What it counts."""
+    return cell.family, cell.caching, cell.apart, cell.mode, cell.kind, cell.runner
+
+
+def _write(file: Path, cells: list[Cell], add: bool) -> None:
     kept = msgspec.json.decode(file.read_bytes(), type=Counts).cells if file.exists() else []
-    kept = [cell for cell in kept if (cell.family, cell.caching) != (cells[0].family, cells[0].caching)]
+    if add:
+        before = {_kind(cell): cell for cell in kept}
+        for cell in cells:
+            if found := before.get(_kind(cell)):
+                cell.answers += found.answers
+                cell.equal += found.equal
+                cell.as_vllm += found.as_vllm
+    new = {_kind(cell) for cell in cells}
+    same = (cells[0].family, cells[0].caching)
+    kept = [cell for cell in kept if _kind(cell) not in new and (add or (cell.family, cell.caching) != same)]
     file.write_bytes(msgspec.json.format(msgspec.json.encode(Counts(machine(), kept + cells))))
 
 
