@@ -63,9 +63,11 @@ def _planner(system: System) -> Part:
     return next(part for part in system.parts if part.name.startswith("Planner"))
 
 
-def _wait_for_decisions(control: Control) -> None:
-    end = time.monotonic() + _FIRST_DECISION_S
+def _wait_for_decisions(system: System, control: Control) -> None:
+    end, planner = time.monotonic() + _FIRST_DECISION_S, _planner(system)
     while not control.status().decisions:
+        if planner.process is None or planner.process.poll() is not None:
+            raise MigrateError(f"the planner has ended:\n{system.log(planner).read_text(errors='replace')[-2000:]}")
         if time.monotonic() > end:
             raise MigrateError(f"the planner has not decided anything in {_FIRST_DECISION_S:g} s")
         time.sleep(0.5)
@@ -80,7 +82,7 @@ def _preemptions(control: Control) -> int:
 def _run(system: System, control: Control, shape: Shape, plugin: bool, repeat: int) -> Run:
     if plugin:
         system.start(_planner(system))
-        _wait_for_decisions(control)
+        _wait_for_decisions(system, control)
     before, began = _preemptions(control), time.monotonic()
     answers = asyncio.run(send(system.url, system.model, sessions(shape, repeat, "b" if plugin else "a")))
     after, took = _preemptions(control), time.monotonic() - began
@@ -94,6 +96,9 @@ def _run(system: System, control: Control, shape: Shape, plugin: bool, repeat: i
 def measure(output: Output, system: System, repeats: int, until: float, console: Console) -> None:
     """Both systems in turn, the first one alternating; no run begins that would end after ``until``."""
     with Control(system) as control:
+        # One that cannot decide ends here, and not after the first run.
+        _wait_for_decisions(system, control)
+        system.terminate(_planner(system), _STOP_S)
         warm = msgspec.structs.replace(output.shape, sessions=4, seconds=1.0, turns=1, longest=64)
         asyncio.run(send(system.url, system.model, sessions(warm, -1, "w")))
         took = 0.0
@@ -185,7 +190,6 @@ def main(
     where = {"logs": logs, "overrides": own, "engine": engine, "devices": gpus, "size": Size(0, 2)}
     try:
         with running(Kind.PLANNER_AGG, model, Transport.AUTO, **where) as system:
-            system.terminate(_planner(system), _STOP_S)
             console.print(f"ready after {time.monotonic() + limit_s - until:.0f} s")
             measure(output, system, repeats, until, console)
     finally:

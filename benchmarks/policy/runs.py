@@ -2,7 +2,7 @@
 """What is simulated, each on the same requests under Dynamo's KV routing.
 
 steady      rates that workers can serve, with all of an H200's memory and with little KV: with and without policies;
-            with little KV on several samples of a trace and with moves that cost nothing
+            on several samples of a trace, with little KV also with moves that cost nothing
 restart     all workers are restarted, a tenth at a time: their requests move, are awaited, or are replayed by Dynamo
 swing       the rate swings, and a planner follows it: worker-hours and p99 TTFT over a range of its thresholds; also
             with moves that cost nothing
@@ -32,7 +32,7 @@ FULL = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 """KV usages above which the planner adds a worker; below three fifths of it one goes."""
 SECONDS = {4: 400.0, 16: 150.0, 64: 60.0, 256: 40.0, 1024: 20.0}
 SEEDS = {4: 6, 16: 6, 64: 3}
-"""Samples of a trace, where workers have little KV: a p99 of one sample differs from that of another by 10 to 30%."""
+"""Samples of a trace, where anything moves: a p99 of one sample differs from that of another by 10 to 30%."""
 LOADS = (0.4, 0.55, 0.7)
 SLO = Slo(ttft_s=2.0, tpot_s=0.05)
 FREE = "free moves"
@@ -84,9 +84,9 @@ def scenarios(traces: list[str], sizes: list[int]) -> dict[str, list[Scenario]]:
         for workers in sizes:
             seconds = SECONDS.get(workers, 300.0)
             for load in LOADS if workers <= 16 else LOADS[1:2]:
-                found["steady"].append(Scenario(trace, workers, load, seconds, WHOLE))
-                seeds = range(1, 1 + SEEDS.get(workers, 1))
-                found["steady"] += [Scenario(trace, workers, load, seconds, LITTLE, seed=seed) for seed in seeds]
+                for kv in (WHOLE, LITTLE):
+                    seeds = range(1, 1 + SEEDS.get(workers, 1))
+                    found["steady"] += [Scenario(trace, workers, load, seconds, kv, seed=seed) for seed in seeds]
             if workers <= 16:
                 found["restart"].append(Scenario(trace, workers, LOADS[0], 800.0, restarts=True))
             if workers == 16:

@@ -72,7 +72,7 @@ def swing(times: np.ndarray, duration_s: float) -> np.ndarray:
 
 
 def burstgpt(rate: float, duration_s: float, seed: int = 1) -> list[Arrival]:
-    """Conversations with the statistics of BurstGPT (Wang et al., arXiv:2401.17644), whose files are not at hand.
+    """Conversations with the statistics of BurstGPT (Wang et al., arXiv:2401.17644), whose files are in Git LFS.
 
     Bursts with Gamma gaps; prompts of 621 and answers of 126 tokens on average and of 31,400 and 12,500 at most; 3.9%
     of sessions have several turns. The shape of the Gamma gaps (0.5) and of the log-normal lengths are assumptions.

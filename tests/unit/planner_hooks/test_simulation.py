@@ -157,7 +157,7 @@ def _points(scenario: Scenario, report: Report) -> Iterator[object]:
 
 def test_every_group_has_its_variants() -> None:
     found = scenarios([BURSTGPT], [16])
-    assert {group: len(chosen) for group, chosen in found.items()} == {"steady": 21, "restart": 1, "swing": 1}
+    assert {group: len(chosen) for group, chosen in found.items()} == {"steady": 36, "restart": 1, "swing": 1}
     short = msgspec.structs.replace(found["restart"][0], workers=4, seconds=20.0)
     assert [r.variant for r in variants("restart", short, requests(short), POLICIES)] == ["wait", "replay", "move"]
 
