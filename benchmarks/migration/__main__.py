@@ -52,6 +52,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="as in configs/disagg.yaml")] = "auto",
     transport: Annotated[Transport, typer.Option("--nixl-transport")] = Transport.AUTO,
     quick: Annotated[bool, typer.Option("--quick", help="256 and 1024 tokens, 6 migrations each")] = False,
+    alone: Annotated[bool, typer.Option("--alone", help="the moved request has no neighbours")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="file for the raw samples")] = None,
     picture: Annotated[Path | None, typer.Option("--plot", help="PNG or SVG file")] = None,
 ) -> None:
@@ -93,7 +94,7 @@ def main(
         if ours:
             with served(graph, str(config), *overrides, f"--nixl-transport={transport}") as port:
                 join()
-                asyncio.run(_run(report, chosen, ours, count, port, prompts, limit, progress, row_done))
+                asyncio.run(_run(report, chosen, ours, count, port, prompts, limit, alone, progress, row_done))
         if DYNAMO in words:
             progress.update(task, description=DYNAMO)
             engine = {"dtype": dtype, "max-model-len": limit, "enable-prefix-caching": False}
@@ -128,11 +129,12 @@ async def _run(
     port: int,
     prompts: Prompts,
     context: int,
+    alone: bool,
     progress: Progress,
     row_done: Callable[[], None],
 ) -> None:
     client = await Workers.connect(process.connect(), process.namespace(), 60.0)
-    bench = Bench(client, port, prompts, context)
+    bench = Bench(client, port, prompts, context, alone)
     [task] = progress.task_ids
     for tokens in lengths:
         for mode in modes:
@@ -141,7 +143,7 @@ async def _run(
                 tokens, mode, min(moves, _REPLAYS) if mode is Mode.REPLAY else moves
             )
             report.samples += samples
-            report.neighbours.append(neighbours)
+            report.neighbours += [] if alone else [neighbours]
             report.failed += [f"{tokens} tokens, {record.mode}: {record.reason}" for record in failed]
             row_done()
     await bench.close()

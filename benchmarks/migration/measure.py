@@ -139,8 +139,9 @@ class _Seen:
 class Bench:
     """Works on a running graph with two workers or more that decode."""
 
-    def __init__(self, client: Workers, port: int, prompts: Prompts, context: int) -> None:
+    def __init__(self, client: Workers, port: int, prompts: Prompts, context: int, alone: bool = False) -> None:
         self._client = client
+        self._alone = alone
         self._prompts = prompts
         self._context = context
         self._http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600, trust_env=False)
@@ -183,7 +184,7 @@ class Bench:
         workers = await self._decode_workers()
         fresh = len(workers) > 2 or mode is Mode.REPLAY
         # Longer than the slowest mode.
-        beside = {worker: await self._neighbour(worker) for worker in workers}
+        beside = {worker: await self._neighbour(worker) for worker in workers if not self._alone}
         seen = _Seen()
         watched, request, source = await self._begin(tokens, seen)
         try:
@@ -222,7 +223,8 @@ class Bench:
 
         def gaps(end: int, times: list[tuple[float, float]]) -> tuple[float, ...]:
             moves = zip(seen.ends, times, strict=False)
-            return tuple(gap for pair, window in moves for gap in beside[pair[end]].gaps([window]))
+            seen_by = [(beside[pair[end]], window) for pair, window in moves if pair[end] in beside]
+            return tuple(gap for neighbour, window in seen_by for gap in neighbour.gaps([window]))
 
         found = [gaps(end, times) for end in (0, 1) for times in (seen.before, seen.precopies, seen.windows)]
         await self._until_idle()
