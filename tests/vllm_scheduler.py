@@ -28,14 +28,17 @@ class FakeExecutor:
         self.jobs: list[Job] = []
         self.calls: list[int] = []
         """Number of jobs of each call that copies."""
+        self.frozen: list[int] = []
+        """Number of requests of each call that freezes."""
         self.copied: Callable[[Job, float], JobResult | None] = lambda job, _: JobResult(job.job_id, ok=True)
 
     def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         if method == "dm_attach":
             info = RankInfo(AgentRef(AgentName("here"), Epoch("1")), ("tcp",), "fingerprint", 1000, "weights")
             return [info] * self.ranks
-        if method == "dm_snapshot":
-            return [Snapshot(b"", [0] * len(args[1]))] * self.ranks
+        if method == "dm_snapshots":
+            self.frozen.append(len(args[0]))
+            return [[Snapshot(b"", [0] * len(blocks)) for _, blocks in args[0]]] * self.ranks
         jobs, budget_s = args
         self.jobs += jobs
         self.calls.append(len(jobs))

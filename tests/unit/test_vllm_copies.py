@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,8 +30,11 @@ class Agent:
         self.refuses = False
         self.arrives = False
         self.sums: dict[int, int] = {}
+        self.asked: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        self.checked: list[list[int]] = []
 
-    def fetch(self, *_: Any, **__: Any) -> TransferHandle:
+    def fetch(self, _: Any, src: Sequence[int], dst: Sequence[int], **__: Any) -> TransferHandle:
+        self.asked.append((tuple(src), tuple(dst)))
         if self.refuses:
             raise TransferUnavailable("no lane")
         handle = TransferHandle()
@@ -51,6 +55,7 @@ class Agent:
         return sums[0]
 
     def checksums(self, blocks: list[int]) -> tuple[int, ...]:
+        self.checked.append(blocks)
         return tuple(self.sums.get(block, 0) for block in blocks)
 
 
@@ -136,7 +141,9 @@ def test_a_copy_from_two_ranks_fails_with_one(loader: Loader, agent: Agent) -> N
 
 
 def test_copies_together_are_begun_before_any_is_waited_for(loader: Loader, agent: Agent) -> None:
-    results = loader.copy_now([job(1), job(2, src_blocks=(), dst_blocks=()), job(3)], 0.0)
+    other = AgentRef(AgentName("other"), Epoch("2"))
+    jobs = [job(1), job(2, src_blocks=(), dst_blocks=()), job(3, agents=(other,))]
+    results = loader.copy_now(jobs, 0.0)
     assert len(agent.handles) == 2
     assert [result is not None and result.ok for result in results] == [False, True, False]
     for handle in agent.handles:
@@ -144,6 +151,32 @@ def test_copies_together_are_begun_before_any_is_waited_for(loader: Loader, agen
     loader.step([])
     late = loader.take_results()
     assert late is not None and [(r.job_id, r.ok) for r in late.results] == [(1, True), (3, True)]
+
+
+def test_copies_together_from_one_source_are_one_copy_with_one_check(loader: Loader, agent: Agent) -> None:
+    agent.arrives, agent.sums = True, {1: 5, 3: 6, 5: 8}
+    jobs = [
+        job(1, checks=((1, ((5,),)),)),
+        job(2, src_blocks=(12, 13, 14, 15), dst_blocks=(3, 4, 5, 6), checks=((3, ((6,),)), (5, ((7,),)))),
+    ]
+    good, bad = loader.copy_now(jobs, 1.0)
+    assert agent.asked == [((8, 9, 12, 13, 14, 15), (1, 2, 3, 4, 5, 6))] and agent.checked == [[1, 3, 5]]
+    assert good is not None and good.ok and good.bytes == 2
+    assert bad is not None and not bad.ok and bad.bad_blocks == (5,)
+
+
+def test_a_copy_of_two_is_cancelled_when_neither_needs_it(loader: Loader, agent: Agent) -> None:
+    assert loader.copy_now([job(1), job(2, src_blocks=(12,), dst_blocks=(3,))], 0.0) == [None, None]
+    loader.step([], [1])
+    assert not agent.handles[0].cancelled
+    loader.step([], [2])
+    assert agent.handles[0].cancelled
+    agent.unsafe = frozenset({1, 3})
+    agent.handles[0].unsafe_blocks = (3,)
+    agent.handles[0].settle(None, DeadlineExceeded("late"))
+    loader.step([])
+    results = loader.take_results()
+    assert results is not None and [(r.bad_blocks, r.quiet) for r in results.results] == [((1, 2), True), ((3,), False)]
 
 
 def test_a_copy_that_nobody_needs_is_cancelled(loader: Loader, agent: Agent) -> None:

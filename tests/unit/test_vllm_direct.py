@@ -150,6 +150,17 @@ def test_commits_that_come_together_are_copied_together(target: Any, outbox: Any
     target.check()
 
 
+def test_requests_that_a_step_sets_free_are_frozen_together(tiny_llama: str, playing: Callable[[Any], Any]) -> None:
+    source = playing(Played(tiny_llama, "AsyncMigrationScheduler"))
+    running = [source.add(PROMPT, name=name) for name in ("one", "two")]
+    source.step()
+    under_way = source.schedule()
+    answers = [source.call(Op.FREEZE, request) for request in running]
+    source.finish_step(under_way)
+    assert all(len(answer.result(0).frozen.output_token_ids) == 2 for answer in answers)
+    assert source.executor.frozen == [2]
+
+
 def test_without_anybody_to_commit_to_nothing_is_sent(
     tiny_llama: str, target: Any, playing: Callable[[Any], Any]
 ) -> None:

@@ -43,8 +43,8 @@ class Summing(FakeExecutor):
         self.memory = memory
 
     def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
-        if method == "dm_snapshot":
-            return [Snapshot(b"", [summed(self.memory, block) for block in args[1]])]
+        if method == "dm_snapshots":
+            return [[Snapshot(b"", [summed(self.memory, block) for block in blocks]) for _, blocks in args[0]]]
         return super().collective_rpc(method, args)
 
 

@@ -8,10 +8,12 @@ Errors: a failed job is a result, never an exception; the scheduler decides what
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +36,18 @@ from components.transfer.ids import AgentRef
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class _Flying:
+    """A job under way."""
+
+    job: Job
+    handles: list[TransferHandle]
+    """A copy from each of the source's ranks that this one needs; none when all is here."""
+    share: float
+    """The job's part of what these copies move: jobs that begin together share those from the same source."""
+    needed: bool = True
+
+
 class Loader:
     """Owns the transfer agent of one worker."""
 
@@ -42,8 +56,7 @@ class Loader:
         self._plan = kv_cache_config
         self._extra: dict[str, Any] = vllm_config.kv_transfer_config.kv_connector_extra_config
         self._agent: TransferAgent | None = None
-        self._flying: dict[int, tuple[Job, list[TransferHandle]]] = {}
-        """Jobs, with a copy from each of the source's ranks that this one needs; none when all is here."""
+        self._flying: dict[int, _Flying] = {}
         self._results: list[JobResult] = []
         self._unquiet: dict[int, frozenset[int]] = {}
         """Blocks of failed jobs that a hanging peer may still write to."""
@@ -95,100 +108,112 @@ class Loader:
     def step(self, jobs: Sequence[Job], cancelled: Sequence[int] = ()) -> None:
         """Begin a step's jobs, cancel unneeded ones, collect finished ones."""
         for job in jobs:
-            self._begin(job)
-        for job_id in cancelled:
-            for handle in self._flying[job_id][1] if job_id in self._flying else ():
-                handle.cancel()
-        for job_id in [i for i, (_, handles) in self._flying.items() if all(handle.done() for handle in handles)]:
-            self._results.append(self._settle(job_id))
+            self._begin([job])
+        self._cancel(cancelled)
+        ended = [job_id for job_id, flying in self._flying.items() if all(handle.done() for handle in flying.handles)]
+        self._results += self._settle(ended)
         unsafe = self.agent.unsafe_blocks() if self._unquiet else frozenset()
         for job_id in [i for i, blocks in self._unquiet.items() if not blocks & unsafe]:
             del self._unquiet[job_id]
             self._quiet.append(job_id)
 
-    def copy_now(self, jobs: Sequence[Job], budget_s: float) -> list[JobResult | None]:
-        """Begin jobs and wait for them; None for one that does not end within the budget."""
-        until = time.monotonic() + budget_s
-        for job in jobs:
-            self._begin(job)
-        return [self._wait(job.job_id, until) for job in jobs]
+    def _cancel(self, job_ids: Sequence[int]) -> None:
+        for job_id in job_ids:
+            if flying := self._flying.get(job_id):
+                flying.needed = False
+                for handle in flying.handles:
+                    if not any(other.needed and handle in other.handles for other in self._flying.values()):
+                        handle.cancel()
 
-    def _wait(self, job_id: int, until: float) -> JobResult | None:
-        for handle in self._flying[job_id][1]:
+    def copy_now(self, jobs: Sequence[Job], budget_s: float) -> list[JobResult | None]:
+        """Begin jobs and wait for them; None for one that does not end within the budget.
+
+        What comes from the same source is one copy, and all checksums are one call: each waits for the device, for
+        which single ones would queue behind one another.
+        """
+        until = time.monotonic() + budget_s
+        alike: dict[tuple[AgentRef, ...], list[Job]] = {}
+        for job in jobs:
+            alike.setdefault(job.agents if job.src_blocks else (), []).append(job)
+        for group in alike.values():
+            self._begin(group)
+        ended = [job.job_id for job in jobs if self._wait(job.job_id, until)]
+        results = {result.job_id: result for result in self._settle(ended)}
+        return [results.get(job.job_id) for job in jobs]
+
+    def _wait(self, job_id: int, until: float) -> bool:
+        for handle in self._flying[job_id].handles:
             try:
                 handle.wait(max(0.0, until - time.monotonic()))
             except TimeoutError:
-                return None
+                return False
             except MigrateError:
                 logger.debug("job %d has failed", job_id)
-        return self._settle(job_id)
+        return True
 
-    def _begin(self, job: Job) -> None:
+    def _begin(self, jobs: Sequence[Job]) -> None:
+        """Begin the copies of jobs from the same source."""
         handles: list[TransferHandle] = []
+        src = [block for job in jobs for block in job.src_blocks]
+        dst = [block for job in jobs for block in job.dst_blocks]
+        agents, deadline_s = jobs[0].agents, min(job.deadline_s for job in jobs)
         try:
-            for rank in self.agent.sources(len(job.agents)) if job.src_blocks else ():
-                handles.append(self._fetch(job, job.agents[rank]))
+            for rank in self.agent.sources(len(agents)) if src else ():
+                names = ", ".join(job.request_id for job in jobs)
+                handles.append(self.agent.fetch(agents[rank], src, dst, request_id=names, deadline_s=deadline_s))
         except MigrateError as error:
             refused = TransferHandle()
             refused.settle(None, error)
             for handle in handles:
                 handle.cancel()
             handles.append(refused)
-        self._flying[job.job_id] = (job, handles)
+        for job in jobs:
+            self._flying[job.job_id] = _Flying(job, handles, len(job.src_blocks) / max(1, len(src)))
 
-    def _fetch(self, job: Job, agent: AgentRef) -> TransferHandle:
-        return self.agent.fetch(
-            AgentRef(agent.name, agent.epoch),
-            job.src_blocks,
-            job.dst_blocks,
-            request_id=job.request_id,
-            deadline_s=job.deadline_s,
-        )
+    def _settle(self, job_ids: Sequence[int]) -> list[JobResult]:
+        """Results of jobs whose copies have ended."""
+        ended = [(flying := self._flying.pop(job_id), *self._end(flying)) for job_id in job_ids]
+        checked = [[c for c in flying.job.checks if c[0] not in bad] for flying, _, _, bad in ended]
+        found: Iterator[int] = iter(())
+        broken: MigrateError | None = None
+        try:
+            found = iter(self.agent.checksums(blocks) if (blocks := [b for c in checked for b, _ in c]) else ())
+        except MigrateError as error:
+            broken = error
+        results = []
+        for (flying, moved, failed, bad), checks in zip(ended, checked, strict=True):
+            sums = [tuple(itertools.islice(found, self.agent.checksum_units)) for _ in checks]
+            try:
+                if checks and broken is not None:
+                    raise broken
+                wrong = [
+                    block
+                    for (block, theirs), ours in zip(checks, sums, strict=True)
+                    if self.agent.expected(theirs) != ours
+                ]
+            except MigrateError as error:
+                failed, wrong = failed or error, [block for block, _ in flying.job.checks]
+            if wrong:
+                failed = failed or IntegrityError(f"blocks {wrong} differ from what the source has")
+                # When a source has lost its blocks, all are wrong, also those without checksum.
+                bad |= {*wrong, *flying.job.vouched}
+            results.append(_result(flying, moved) if failed is None else self._failed(flying.job, failed, tuple(bad)))
+        return results
 
-    def _settle(self, job_id: int) -> JobResult:
-        job, handles = self._flying.pop(job_id)
+    def _end(self, flying: _Flying) -> tuple[list[TransferResult], MigrateError | None, set[int]]:
+        """What the copies of a job have moved, why one of them failed, and the blocks that are bad then."""
         moved: list[TransferResult] = []
         failed: MigrateError | None = None
         unquiet: frozenset[int] = frozenset()
-        for handle in handles:
+        for handle in flying.handles:
             try:
                 moved.append(handle.wait(0))
             except MigrateError as error:
                 failed = failed or error
-                unquiet |= frozenset(handle.unsafe_blocks) & self.agent.unsafe_blocks()
-        if unquiet:
-            self._unquiet[job_id] = unquiet
-        bad = set(job.dst_blocks) if failed else set()
-        try:
-            wrong = self._wrong_blocks(job, bad)
-        except MigrateError as error:
-            failed, wrong = failed or error, tuple(block for block, _ in job.checks)
-        if wrong:
-            failed = failed or IntegrityError(f"blocks {list(wrong)} differ from what the source has")
-            # When a source has lost its blocks, all are wrong, also those without checksum.
-            bad |= {*wrong, *job.vouched}
-        if failed is not None:
-            return self._failed(job, failed, tuple(bad))
-        return JobResult(
-            job_id,
-            ok=True,
-            bytes=sum(each.bytes for each in moved),
-            descriptors=sum(each.descriptors for each in moved),
-            post_s=sum(each.post_s for each in moved),
-            wire_s=max((each.wire_s for each in moved), default=0.0),
-            lane=moved[0].lane if moved else "",
-        )
-
-    def _wrong_blocks(self, job: Job, missing: set[int]) -> tuple[int, ...]:
-        checks = [check for check in job.checks if check[0] not in missing]
-        if not checks:
-            return ()
-        units, found = self.agent.checksum_units, self.agent.checksums([block for block, _ in checks])
-        return tuple(
-            block
-            for number, (block, sums) in enumerate(checks)
-            if self.agent.expected(sums) != found[number * units : (number + 1) * units]
-        )
+                unquiet |= frozenset(handle.unsafe_blocks).intersection(flying.job.dst_blocks)
+        if unquiet := unquiet & self.agent.unsafe_blocks() if unquiet else unquiet:
+            self._unquiet[flying.job.job_id] = unquiet
+        return moved, failed, set(flying.job.dst_blocks) if failed else set()
 
     def _failed(self, job: Job, error: MigrateError, bad_blocks: tuple[int, ...]) -> JobResult:
         logger.warning("KV blocks of request %s did not arrive: %s", job.request_id, error)
@@ -211,9 +236,21 @@ class Loader:
 
     def close(self) -> None:
         """Cancel jobs in flight and withdraw the agent."""
-        for _, handles in self._flying.values():
-            for handle in handles:
+        for flying in self._flying.values():
+            for handle in flying.handles:
                 handle.cancel()
         self._flying.clear()
         if self._agent is not None:
             self._agent.close()
+
+
+def _result(flying: _Flying, moved: Sequence[TransferResult]) -> JobResult:
+    return JobResult(
+        flying.job.job_id,
+        ok=True,
+        bytes=round(flying.share * sum(each.bytes for each in moved)),
+        descriptors=round(flying.share * sum(each.descriptors for each in moved)),
+        post_s=flying.share * sum(each.post_s for each in moved),
+        wire_s=flying.share * max((each.wire_s for each in moved), default=0.0),
+        lane=moved[0].lane if moved else "",
+    )

@@ -11,7 +11,7 @@ step gets ``RequestNotFound`` when the request finishes with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from components.engine.vllm.compat.requests import why_not_migratable
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.control import Reply
 from components.engine.vllm.direct import Outbox
-from components.engine.vllm.ranks import Ranks
+from components.engine.vllm.ranks import Ranks, Snapshot
 from components.engine.vllm.records import Leaving, Record
 from components.errors import NotMigratable, RequestNotFound, SessionError
 from components.timeline import mark
@@ -103,7 +103,8 @@ class MigrateOut:
         if commit_to is not None:
             self.outbox.open(commit_to)
         if not self._port.in_flight(record.request):
-            return Reply(frozen=self._complete(record, leaving))
+            self._complete([record])
+            return Reply(frozen=leaving.frozen)
         waiter: Future[Reply] = Future()
         leaving.waiters.append(waiter)
         return waiter
@@ -128,11 +129,20 @@ class MigrateOut:
             counts.append(wanted)
         return Checked(blocks, tuple(counts))
 
-    def _complete(self, record: Record, leaving: Leaving) -> Frozen:
-        mark("source-core", "last step ended", record.request_id)
-        offer = self.offer(record, whole_blocks=False)
-        checked = self.checked(offer)
-        ranks = self._ranks().snapshot(record.request.request_id, checked.blocks)
+    def _complete(self, records: Sequence[Record]) -> None:
+        for record in records:
+            mark("source-core", "last step ended", record.request_id)
+        offers = [self.offer(record, whole_blocks=False) for record in records]
+        checked = [self.checked(offer) for offer in offers]
+        wanted = [(record.request.request_id, some.blocks) for record, some in zip(records, checked, strict=True)]
+        states = zip(*self._ranks().snapshots(wanted), strict=True)
+        for record, offer, some, ranks in zip(records, offers, checked, states, strict=True):
+            if record.leaving is not None:
+                self._give(record, record.leaving, offer, some, ranks)
+
+    def _give(
+        self, record: Record, leaving: Leaving, offer: KVOffer, checked: Checked, ranks: Sequence[Snapshot]
+    ) -> None:
         leaving.frozen = Frozen(
             offer=offer,
             output_token_ids=tuple(record.request.output_token_ids),
@@ -150,7 +160,6 @@ class MigrateOut:
         for waiter in leaving.waiters:
             waiter.set_result(Reply(frozen=leaving.frozen))
         leaving.waiters.clear()
-        return leaving.frozen
 
     def resume(self, record: Record) -> None:
         """Go on here. Does nothing to a request that is not frozen."""
@@ -177,6 +186,6 @@ class MigrateOut:
 
     def after_step(self) -> None:
         """Freeze what waited for the step that has just ended."""
-        for record in list(self._freezing):
-            if record.leaving is not None and not self._port.in_flight(record.request):
-                self._complete(record, record.leaving)
+        ended = [record for record in self._freezing if not self._port.in_flight(record.request)]
+        if ended:
+            self._complete(ended)

@@ -50,9 +50,9 @@ class Ranks:
         """Give each connector its model runner."""
         return self._call("dm_attach")
 
-    def snapshot(self, vllm_id: str, blocks: tuple[int, ...]) -> list[Snapshot]:
-        """The state of a request outside the steps, with checksums of some of its blocks."""
-        return self._call("dm_snapshot", vllm_id, blocks)
+    def snapshots(self, wanted: Sequence[tuple[str, tuple[int, ...]]]) -> list[list[Snapshot]]:
+        """The states of requests outside the steps, by vLLM's id, with checksums of some blocks of each."""
+        return self._call("dm_snapshots", wanted)
 
     def copy(self, jobs: Sequence[Job], budget_s: float) -> list[list[JobResult | None]]:
         """Begin jobs and wait for all within a budget; None: it continues beside the steps."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from components.engine.vllm.compat.connectors import child_of
@@ -30,11 +31,16 @@ class WorkerExtension:
         divides = bool(record.pools)
         return RankInfo(agent.ref, agent.lanes, loader.fingerprint, record.block_bytes, loader.weights, divides)
 
-    def dm_snapshot(self, vllm_id: str, blocks: tuple[int, ...]) -> Snapshot:
-        """Generator state of a request and checksums of some of its blocks."""
+    def dm_snapshots(self, wanted: Sequence[tuple[str, tuple[int, ...]]]) -> list[Snapshot]:
+        """Generator states of requests, and checksums of some of their blocks: one call to the device for all."""
         connector = _connector()
-        sums = list(connector.loader.agent.checksums(blocks)) if blocks else []
-        return Snapshot(connector.runner.export_state(vllm_id), sums)
+        agent = connector.loader.agent
+        blocks = [block for _, some in wanted for block in some]
+        sums = iter(agent.checksums(blocks) if blocks else ())
+        return [
+            Snapshot(connector.runner.export_state(vllm_id), list(islice(sums, len(some) * agent.checksum_units)))
+            for vllm_id, some in wanted
+        ]
 
     def dm_copy(self, jobs: Sequence[Job], budget_s: float) -> list[JobResult | None]:
         """Run jobs at once; None for one that does not end within the budget."""
