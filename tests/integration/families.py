@@ -77,7 +77,8 @@ async def moved(pair: Pair, request: GenerateRequest, mode: str, apart: bool, nu
     else:
         client, stream = Client(), source.generate(request)
     answer = Moved(client)
-    for stop in (6 + number % 7, 20 + number % 13, 40 + number % 32):
+    # The rest is long enough for the last move on a busy machine: a live one takes some steps.
+    for stop in (6 + number % 7, 20 + number % 13, 34 + number % 17):
         await take_until(stream, client, stop)
         stream = await move(source, target, request, client, stream, live=mode == "live", replay=mode == "replay")
         answer.moves.append((target, len(client.tokens)))
