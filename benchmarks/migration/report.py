@@ -89,7 +89,7 @@ def show(report: Report, console: Console) -> None:
             )
             for seen in (n for n in report.neighbours if n.tokens == tokens and n.mode == mode):
                 beside.add_row(str(tokens), mode, *_cells(seen))
-    console.print(times, means, beside, sep="\n")
+    console.print(times, means, *([beside] if report.neighbours else []), sep="\n")
     console.print(
         "times in ms; stall = downtime less the request's median gap between tokens before the move; client gap = its "
         "longest gap from the call until 0.4 s after the move"
