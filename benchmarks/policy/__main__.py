@@ -28,6 +28,7 @@ def main(
     traces: Annotated[str, typer.Option(help="trace files joined by commas; burstgpt is made")] = "burstgpt",
     sizes: Annotated[str, typer.Option(help="numbers of workers")] = "4,16,64,256,1024",
     groups: Annotated[str, typer.Option(help="of runs, see runs.py")] = "steady,restart,swing",
+    samples: Annotated[int, typer.Option(help="of each trace under steady load, where anything moves")] = 6,
     policies: Annotated[Path, typer.Option(help="policy file")] = Path("configs/policy.yaml"),
     speed: Annotated[bool, typer.Option("--speed", help="only the time and memory of decisions")] = False,
     json: Annotated[Path, typer.Option("--json", help="file for all figures")] = _RESULTS,
@@ -52,7 +53,8 @@ def main(
         done = {(result.group, result.scenario) for result in output.results}
         # Where nothing moves, another sample shows nothing either.
         still = {r.scenario for r in output.results if r.variant == VARIANTS[1] and not r.report.migrations}
-        for group, chosen in scenarios(traces.split(","), [int(size) for size in sizes.split(",")]).items():
+        numbers = [int(size) for size in sizes.split(",")]
+        for group, chosen in scenarios(traces.split(","), numbers, samples).items():
             for scenario in chosen if group in groups.split(",") else []:
                 if (group, scenario) in done or msgspec.structs.replace(scenario, seed=1) in still:
                     continue

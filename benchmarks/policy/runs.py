@@ -31,8 +31,6 @@ WHOLE, LITTLE = WorkerModel().capacity_tokens, 98_304
 FULL = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 """KV usages above which the planner adds a worker; below three fifths of it one goes."""
 SECONDS = {4: 400.0, 16: 150.0, 64: 60.0, 256: 40.0, 1024: 20.0}
-SEEDS = {4: 6, 16: 6, 64: 3}
-"""Samples of a trace, where anything moves: a p99 of one sample differs from that of another by 10 to 30%."""
 LOADS = (0.4, 0.55, 0.7)
 SLO = Slo(ttft_s=2.0, tpot_s=0.05)
 FREE = "free moves"
@@ -77,15 +75,18 @@ def bound(scenario: Scenario, arrivals: list[Arrival]) -> Bound:
     return Bound(scenario, *p99)
 
 
-def scenarios(traces: list[str], sizes: list[int]) -> dict[str, list[Scenario]]:
-    """By group. Large clusters are simulated for a shorter time, and at one load."""
+def scenarios(traces: list[str], sizes: list[int], samples: int = 6) -> dict[str, list[Scenario]]:
+    """By group. Large clusters are simulated for a shorter time, and at one load.
+
+    A p99 of one sample of a trace differs from that of another by 10 to 30%.
+    """
     found: dict[str, list[Scenario]] = {"steady": [], "restart": [], "swing": []}
     for trace in traces:
         for workers in sizes:
             seconds = SECONDS.get(workers, 300.0)
             for load in LOADS if workers <= 16 else LOADS[1:2]:
                 for kv in (WHOLE, LITTLE):
-                    seeds = range(1, 1 + SEEDS.get(workers, 1))
+                    seeds = range(1, 1 + (samples if workers <= 64 else 1))
                     found["steady"] += [Scenario(trace, workers, load, seconds, kv, seed=seed) for seed in seeds]
             if workers <= 16:
                 found["restart"].append(Scenario(trace, workers, LOADS[0], 800.0, restarts=True))

@@ -10,7 +10,7 @@ import pytest
 
 from components.client import Drained, Workers
 from components.errors import DeadlineExceeded, RequestNotFound, WorkerNotFound
-from components.migration.messages import Decision, Mode, MoveRecord, Verdict, WorkerOp
+from components.migration.messages import Counts, Decision, Mode, MoveRecord, Verdict, WorkerOp
 from components.worker import report
 from tests import fake_workers
 from tests.fake_workers import info_of
@@ -63,6 +63,17 @@ async def test_differences_add_up_to_the_table(cluster: fake_workers.Workers, cl
     assert first.info == second.info and first.info is not None and first.info.agents[0].epoch == "01234567"
     ages = {row.request_id: row.age_s for _, row in client.status().requests()}
     assert ages == {"b": 2.0, "c": 2.0, "d": 1.0}
+
+
+@pytest.mark.parametrize(("span", "width"), [(0, 1), (255, 1), (256, 2), (1 << 16, 4), (1 << 32, 8)])
+def test_counts_are_packed_as_narrow_as_they_are_close_together(span: int, width: int) -> None:
+    rows = [(1 << 40, 7, 3), ((1 << 40) + span, 7 + span, 3)]
+    counts = msgspec.msgpack.decode(msgspec.msgpack.encode(Counts.of(rows)), type=Counts)
+    assert list(counts) == rows
+    assert (counts.numbers.width, counts.kv_blocks.width) == (width, 1)
+    assert list(Counts.of([])) == []
+    with pytest.raises(msgspec.ValidationError, match="different lengths"):
+        msgspec.msgpack.decode(msgspec.msgpack.encode([counts.numbers, counts.output_tokens]), type=Counts)
 
 
 async def test_what_has_not_changed_is_not_sent_again(
