@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""balance: moves requests from the worker with the highest virtual usage to the one with the lowest, while it pays.
+"""balance: moves requests from workers that are fuller than the others to the least used one, while it pays.
 
 Waiting requests move first, off workers whose KV does not suffice for them: they have no KV to copy, and start at once
 where there is room. Elsewhere they wait to be computed, and the router has placed them where their prefixes are cached:
-another worker would compute more. Then running requests move. A worker keeps its requests below ``high`` or while the
-gap between the two is below ``start_gap``; once it moves some, it continues down to ``stop_gap`` while it is the
-fullest. Every move lowers the larger of the two usages, so that moves end under a constant load.
+another worker would compute more. Then running requests move. A worker keeps its requests below ``high`` or while it is
+less than ``start_gap`` above the mean of the others: of very many, some are always far below it. Once it moves some, it
+continues down to ``stop_gap``. Every move lowers the larger of two usages, so that moves end under a constant load.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ class Config(PolicyConfig):
     """Settings of ``balance``."""
 
     high: float = Field(default=0.3, ge=0, description="Virtual usage below which a worker is left alone")
-    start_gap: float = Field(default=0.05, gt=0, description="Gap in virtual usage that begins to move requests")
-    stop_gap: float = Field(default=0.02, gt=0, description="Gap at which moving ends")
+    start_gap: float = Field(
+        default=0.1, gt=0, description="Virtual usage above the mean of the others from which requests move"
+    )
+    stop_gap: float = Field(default=0.05, gt=0, description="The same at which moving ends")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -53,9 +55,8 @@ class Balance(BasePolicy[Config]):
             hot = np.where(sources & ledger.idle(), ledger.usage, -np.inf)
             src = int(np.argmax(hot))
             cold = np.where(ledger.can_take(), ledger.usage, np.inf)
-            dst = int(np.argmin(cold))
             high, gap = (0.0, self.config.stop_gap) if begun[src] else (self.config.high, self.config.start_gap)
-            if not (hot[src] >= high and hot[src] - cold[dst] >= gap):
+            if not (hot[src] >= high and hot[src] - self._mean_of_others(ledger, src) >= gap):
                 if not ledger.moves:
                     ledger.hold(HoldReason.BALANCED, detail=self._spread(ledger))
                 return ledger.close()
@@ -131,6 +132,12 @@ class Balance(BasePolicy[Config]):
                 reason = HoldReason.NOT_WORTH
         ledger.hold(reason, src)
         return False
+
+    @staticmethod
+    def _mean_of_others(ledger: Ledger, worker: int) -> float:
+        others = ledger.snapshot.w_accepts.copy()
+        others[worker] = False
+        return float(ledger.usage[others].mean()) if others.any() else np.inf
 
     @staticmethod
     def _spread(ledger: Ledger) -> str:
