@@ -134,7 +134,7 @@ def take(told: dict[str, Table], packed: dict[str, dict[str, str]]) -> None:
     for worker, message in packed.items():
         state = unpack(message, WorkerReply).state
         if state is not None:
-            told[worker].take(state, 0.0, first=True)
+            told[worker].take(state, time.monotonic(), first=True)
 
 
 class _Commands:
