@@ -59,7 +59,7 @@ def test_questions_about_images_move(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 assert all(m.get("ok") for m in moves), moves
                 assert [m["mode"] for m in moves] == ["live", "stop-and-copy", "replay"]
 
-        graph.disturbed([f"What is in picture {number}?" for number in range(4)], 800, move, temperature=0)
+        graph.disturbed([f"What is in picture {number}?" for number in range(4)], 1600, move, temperature=0)
         graph.wait_until_idle(workers=2)
     finally:
         assert graph.stop() == []
