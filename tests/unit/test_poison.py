@@ -95,9 +95,9 @@ async def test_a_bit_that_flips_in_flight(monkeypatch: Patch, integrity: str, pl
     expected = await unmoved(length=30)
     copied = local._copy_rows
 
-    def flip(copy: Copy, src: list[torch.Tensor], dst: list[torch.Tensor]) -> Steps:
-        result = yield from copied(copy, src, dst)
-        for row in dst:
+    def flip(copy: Copy, remote: list[torch.Tensor], lane: str) -> Steps:
+        result = yield from copied(copy, remote, lane)
+        for row in copy.share.rows:
             row[int(copy.local[place]), 0] ^= 1
         return result
 
