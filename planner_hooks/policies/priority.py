@@ -109,9 +109,10 @@ class Priority(BasePolicy[Config]):
                 ledger.hold(HoldReason.TICK_LIMIT if ledger.full else HoldReason.WORKER_LIMIT, src)
                 return
             row = int(rows[at])
-            # The neighbour must not break a promise at its destination.
+            # The neighbour must not break a promise at its destination, nor make it the fuller one: it would come back.
             there = scale * model.step_s(seqs + 1, tokens + s.r_need[row])
-            dst = coldest_that_fits(ledger, row, there <= self.config.floor * promise)
+            fuller = ledger.usage + s.r_need[row] / s.w_capacity > ledger.usage[src]
+            dst = coldest_that_fits(ledger, row, (there <= self.config.floor * promise) & ~fuller)
             if dst is None:
                 ledger.hold(HoldReason.NO_DESTINATION, src, row)
                 continue
