@@ -14,11 +14,5 @@ from tests.integration.graphs import Graph
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     # One decode worker has room for all requests of a drained one.
     graph = Graph(tmp_path_factory.mktemp("graph"), overrides=("--DecodeWorker.max-num-seqs=32",))
-    try:
-        graph.wait()
+    with graph.served():
         yield graph
-        assert graph.stop() == []
-        assert graph.process.returncode == 0
-    finally:
-        if graph.process.poll() is None:
-            graph.stop()

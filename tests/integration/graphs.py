@@ -15,8 +15,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ PAGED = (
     "--DecodeWorker.engine-args={step_s: 0.004}",
     "--DecodeWorker.lease-s=20",
 )
+EAGER_POLICY = """
+limits: {cooldown-s: 0, no-return-s: 600}
+cost: {min-gain: 0}
+policies:
+  balance: {high: 0.1, start-gap: 0.15, stop-gap: 0.05}
+"""
+"""Of a planner that moves requests early."""
 
 
 class Graph:
@@ -72,6 +80,18 @@ class Graph:
         own = openai.DefaultHttpxClient(trust_env=False)
         url = f"http://127.0.0.1:{self.port}/v1"
         self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, http_client=own)
+
+    @contextmanager
+    def served(self, timeout_s: float = 280) -> Iterator[Graph]:
+        """From its start, within this time, to its regular end, which leaves no process."""
+        try:
+            self.wait(timeout_s)
+            yield self
+            assert self.stop() == []
+            assert self.process.returncode == 0
+        finally:
+            if self.process.poll() is None:
+                self.stop()
 
     def wait(self, timeout_s: float = 280) -> None:
         end = time.monotonic() + timeout_s

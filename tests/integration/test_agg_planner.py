@@ -9,15 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.integration.graphs import PROMPT, Graph
+from tests.integration.graphs import EAGER_POLICY, PROMPT, Graph
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
-POLICY = """
-limits: {cooldown-s: 0, no-return-s: 600}
-cost: {min-gain: 0}
-policies:
-  balance: {high: 0.1, start-gap: 0.15, stop-gap: 0.05}
-"""
 LENGTH = 800
 
 
@@ -25,16 +19,10 @@ LENGTH = 800
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     folder = tmp_path_factory.mktemp("agg-planner")
     policy = folder / "policy.yaml"
-    policy.write_text(POLICY)
+    policy.write_text(EAGER_POLICY)
     graph = Graph(folder, "agg_planner", (f"--Planner.policy-file={policy}", "--Planner.interval-s=1"))
-    try:
-        graph.wait()
+    with graph.served():
         yield graph
-        assert graph.stop() == []
-        assert graph.process.returncode == 0
-    finally:
-        if graph.process.poll() is None:
-            graph.stop()
 
 
 def test_the_planner_evens_out_two_workers_and_every_answer_is_as_undisturbed(planned: Graph) -> None:

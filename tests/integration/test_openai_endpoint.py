@@ -32,13 +32,8 @@ SPARE = 40
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     folder = tmp_path_factory.mktemp("openai")
     graph = Graph(folder, overrides=(*PAGED, "--Common.max-num-seqs=300"), ETCD_LEASE_TTL="30")
-    try:
-        graph.wait(200)
+    with graph.served(200):
         yield graph
-        assert graph.stop() == []
-    finally:
-        if graph.process.poll() is None:
-            graph.stop()
 
 
 def descriptors(graph: Graph) -> dict[int, int]:

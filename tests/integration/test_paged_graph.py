@@ -28,14 +28,8 @@ def paged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     graph = Graph(
         tmp_path_factory.mktemp("paged"), overrides=(*PAGED, "--DecodeWorker.max-num-seqs=32"), ETCD_LEASE_TTL="20"
     )
-    try:
-        graph.wait()
+    with graph.served():
         yield graph
-        assert graph.stop() == []
-        assert graph.process.returncode == 0
-    finally:
-        if graph.process.poll() is None:
-            graph.stop()
 
 
 def test_openai_client_chat_and_completions(paged: Graph) -> None:

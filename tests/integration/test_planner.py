@@ -14,15 +14,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.integration.browser import chromium, keep
-from tests.integration.graphs import PAGED, PROMPT, Graph
+from tests.integration.graphs import EAGER_POLICY, PAGED, PROMPT, Graph
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
-POLICY = """
-limits: {cooldown-s: 0, no-return-s: 600}
-cost: {min-gain: 0}
-policies:
-  balance: {high: 0.1, start-gap: 0.15, stop-gap: 0.05}
-"""
 CROWDED = (*PAGED, "--DecodeWorker.engine-args={step_s: 0.004, num_blocks: 640}")
 """Few KV blocks, so that a handful of requests fills a good part of them."""
 
@@ -31,16 +25,11 @@ CROWDED = (*PAGED, "--DecodeWorker.engine-args={step_s: 0.004, num_blocks: 640}"
 def planned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     folder = tmp_path_factory.mktemp(f"planner-{request.param}")
     policy = folder / "policy.yaml"
-    policy.write_text(POLICY)
+    policy.write_text(EAGER_POLICY)
     own = (f"--Planner.policy-file={policy}", "--Planner.interval-s=1", "--Planner.decode-workers=[2,2]")
     graph = Graph(folder, "planner", (*own, *(CROWDED if request.param == "paged" else ())))
-    try:
-        graph.wait()
+    with graph.served():
         yield graph
-        assert graph.stop() == []
-    finally:
-        if graph.process.poll() is None:
-            graph.stop()
 
 
 def test_the_planner_evens_out_two_workers(planned: Graph) -> None:

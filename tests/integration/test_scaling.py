@@ -77,13 +77,8 @@ def planned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     # of the light load may be on one worker.
     planner = (f"--Planner.policy-file={policy}", "--Planner.interval-s=1", "--Planner.scale-up-usage=0.8")
     graph = Graph(folder, "planner", (*planner, *ENGINES[request.param]))
-    try:
-        graph.wait()
+    with graph.served():
         yield graph
-        assert graph.stop() == []
-    finally:
-        if graph.process.poll() is None:
-            graph.stop()
 
 
 def decode_workers(graph: Graph) -> list[dict[str, Any]]:

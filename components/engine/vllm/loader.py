@@ -157,9 +157,9 @@ class Loader:
         src = [block for job in jobs for block in job.src_blocks]
         dst = [block for job in jobs for block in job.dst_blocks]
         agents, deadline_s = jobs[0].agents, min(job.deadline_s for job in jobs)
+        names = ", ".join(job.request_id for job in jobs)
         try:
             for rank in self.agent.sources(len(agents)) if src else ():
-                names = ", ".join(job.request_id for job in jobs)
                 handles.append(self.agent.fetch(agents[rank], src, dst, request_id=names, deadline_s=deadline_s))
         except MigrateError as error:
             refused = TransferHandle()
@@ -211,7 +211,7 @@ class Loader:
             except MigrateError as error:
                 failed = failed or error
                 unquiet |= frozenset(handle.unsafe_blocks).intersection(flying.job.dst_blocks)
-        if unquiet := unquiet & self.agent.unsafe_blocks() if unquiet else unquiet:
+        if unquiet := unquiet and unquiet & self.agent.unsafe_blocks():
             self._unquiet[flying.job.job_id] = unquiet
         return moved, failed, set(flying.job.dst_blocks) if failed else set()
 
