@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.graph import end_on_sigterm, machine, served
+from benchmarks.graph import arguments_of, end_on_sigterm, machine, served
 from benchmarks.migration.measure import Bench, Prompts
 from benchmarks.migration.report import MODES, Report, plot, show
 from benchmarks.migration.stock import DYNAMO, measure
@@ -53,6 +53,8 @@ def main(
     transport: Annotated[Transport, typer.Option("--nixl-transport")] = Transport.AUTO,
     quick: Annotated[bool, typer.Option("--quick", help="256 and 1024 tokens, 6 migrations each")] = False,
     alone: Annotated[bool, typer.Option("--alone", help="the moved request has no neighbours")] = False,
+    devices: Annotated[str, typer.Option(help="dynamo: GPUs that workers take in turn; empty: CPU")] = "",
+    engine_args: Annotated[str, typer.Option(help="dynamo: vLLM's arguments for all workers, as JSON")] = "{}",
     json: Annotated[Path | None, typer.Option("--json", help="file for the raw samples")] = None,
     picture: Annotated[Path | None, typer.Option("--plot", help="PNG or SVG file")] = None,
 ) -> None:
@@ -98,7 +100,9 @@ def main(
         if DYNAMO in words:
             progress.update(task, description=DYNAMO)
             engine = {"dtype": dtype, "max-model-len": limit, "enable-prefix-caching": False}
-            for samples, failed in measure(chosen, min(count, _STOCK_MOVES), model, prompts, engine):
+            engine |= arguments_of(engine_args)
+            gpus = tuple(int(word) for word in devices.split(",") if word)
+            for samples, failed in measure(chosen, min(count, _STOCK_MOVES), model, prompts, engine, gpus):
                 report.samples += samples
                 report.failed += failed
                 row_done()

@@ -31,10 +31,15 @@ _TIMEOUT_S = 120.0
 
 
 def measure(
-    lengths: list[int], count: int, model: str, prompts: Prompts, engine: Mapping[str, Any]
+    lengths: list[int],
+    count: int,
+    model: str,
+    prompts: Prompts,
+    engine: Mapping[str, Any],
+    devices: tuple[int, ...] = (),
 ) -> Iterator[tuple[list[Sample], list[str]]]:
     """``count`` samples for each length, and failures."""
-    with running(Kind.STOCK_RETRY, model, Transport.AUTO, engine=engine) as system:
+    with running(Kind.STOCK_RETRY, model, Transport.AUTO, engine=engine, devices=devices) as system:
         for tokens in lengths:
             samples: list[Sample] = []
             failed: list[str] = []
