@@ -17,19 +17,21 @@ from collections.abc import Awaitable, Callable
 from rich.console import Console
 from rich.markup import escape
 
-from components.address import Address, dialled, in_url
-from components.dashboard.launch import beside, page_port
+from components.address import Address, bare, dialled, in_url
+from components.dashboard.access import VARIABLE, token_for, url_of
 from components.errors import ConfigError
 from components.metrics.export import reachable
 from components.serve.places import Places
-from components.serve.plan import Plan
+from components.serve.plan import Plan, Process
 from components.serve.scale import connected
-from components.serve.servers import Servers, answers
+from components.serve.servers import Servers, answers, listens
 from components.serve.state import State, forget, remember
 from components.serve.supervisor import Supervisor
 from components.serve.surroundings import quiet, surroundings
 from components.serve.warden import Warden
 
+_PAGES = 20
+"""Ports after the frontend's that are tried for the web page."""
 Then = Callable[[], Awaitable[bool]]
 """Called when the graph serves; True ends it."""
 
@@ -102,15 +104,21 @@ class Launcher:
                 self._console.print(f"[bold red]{program} has ended[/]; started again with its data")
 
     async def _page(self) -> None:
-        plan = self._plan
+        """Start the web page, which the graph does not need. All components have taken their random ports by now."""
+        plan, first = self._plan, self._plan.ports[-1] + 1
+        wanted = range(first, min(first + _PAGES, 65536)) if self._wanted_page is None else [self._wanted_page]
+        port = next((port for port in wanted if listens(plan.host, port)), 0)
+        where = ("--host", bare(plan.host), "--port", str(port))
         frontend = str(Address(reachable(plan.host), plan.port))
-        wanted = page_port(self._wanted_page, plan.host, plan.ports[-1])
-        async with beside(wanted, plan.host, frontend, self._servers | {"DYN_NAMESPACE": plan.namespace}) as shown:
-            if shown:
-                self._console.print(f"[bold green]watch it[/] on {shown} or with: dynamo top", soft_wrap=True)
-            else:
-                self._console.print(f"[yellow]no web page[/] (port {wanted}); watch it with: dynamo top")
-            await asyncio.Event().wait()
+        token = token_for(plan.host)
+        environment = {"DYN_NAMESPACE": plan.namespace, "DYN_SYSTEM_PORT": "-1", VARIABLE: token}
+        command = ["python", "-m", "components.dashboard", *where, "--frontend", frontend]
+        page = Process(component="Page", replica=0, command=command, environment=environment)
+        if port and await self._supervisor.serves(await self._supervisor.add(page)):
+            shown = url_of(plan.host, port, token)
+            self._console.print(f"[bold green]watch it[/] on {shown} or with: dynamo top", soft_wrap=True)
+        else:
+            self._console.print("[yellow]no web page[/]; watch it with: dynamo top")
 
     async def _after(self, then: Then | None) -> None:
         """The page comes last: its line must not fall into the output of ``then``."""

@@ -6,6 +6,5 @@ tables.py    workers, requests and moves as tables, for commands too
 top.py       the terminal's view of a sample
 access.py    who may see the web page
 server.py    the web page, its data, and Prometheus' list of targets
-launch.py    starts the web page beside a graph
 static/      the page: plain modules and one chart library, nothing from other hosts
 """

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import sys
 
 from components import process
 from components.client import Workers
@@ -36,12 +35,10 @@ async def main() -> None:
     runner = await serve(Page(sampler, arguments.frontend, token), arguments.host, arguments.port)
     if VARIABLE not in os.environ:
         print(f"web page: {url_of(arguments.host, arguments.port, token)}", flush=True)
-        os.environ[VARIABLE] = token  # Kept when this process starts itself again.
     process.ready()
     await asyncio.wait([asyncio.ensure_future(stop.wait()), cut_off], return_when=asyncio.FIRST_COMPLETED)
     if not stop.is_set():
-        # The lease in etcd is lost, and with it Dynamo's runtime of this process.
-        os.execv(sys.executable, [sys.executable, "-m", "components.dashboard", *sys.argv[1:]])
+        process.end_cut_off("page")
     sampling.cancel()
     await runner.cleanup()
     # Otherwise its key in etcd would stay until the lease ends.

@@ -121,7 +121,6 @@ class Sampler:
 
     def _sample(self, status: Status) -> Sample:
         now = time.time()
-        self._lives.take(status, now)
         oldest = heapq.nlargest(_OLDEST, status.requests(), key=lambda pair: pair[1].age_s)
         return Sample(
             self._point(status, now),
@@ -129,7 +128,7 @@ class Sampler:
             tuple(Running(worker.worker, row) for worker, row in oldest),
             tuple(reversed(status.moves[-_MOVES:])),
             status.decisions,
-            self._lives.shown(),
+            self._lives.take(status, now),
         )
 
     def _point(self, status: Status, now: float) -> Point:

@@ -110,14 +110,11 @@ class Scaler:
         taken = {(child.process.component, child.process.replica) for child in running}
         free = [p for p in self._known if p.role == role and (p.component, p.replica) not in taken]
         child = await self._supervisor.add(free[0])
-        until = time.monotonic() + READY_S
-        while child in self._supervisor.children and not child.ready_file.exists():
-            if time.monotonic() > until:
-                logger.warning("%s is not ready within %g s; going on without it", child.label, READY_S)
-                await self._supervisor.remove(child)
-            await asyncio.sleep(0.1)
-        if child in self._supervisor.children:
+        if await self._supervisor.serves(child):
             self._retry_at = 0.0
+        elif child in self._supervisor.children:
+            logger.warning("%s is not ready within %g s; going on without it", child.label, READY_S)
+            await self._supervisor.remove(child)
 
     async def _stop_one(self, role: str, running: list[Child]) -> None:
         workers = self._workers = self._workers or await self._connect()

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from components import env
-from components.address import Address
+from components.address import Address, listen
 from components.errors import ConfigError, MigrateError
 from components.serve import family
 from components.serve.warden import Warden
@@ -52,6 +52,15 @@ def answers(host: str, port: int, timeout_s: float = 2.0) -> bool:
             return True
     except OSError:
         return False
+
+
+def listens(host: str, port: int) -> bool:
+    """True when this process can listen there."""
+    try:
+        listen(host, port).close()
+    except OSError:
+        return False
+    return True
 
 
 def etcd_command(data: Path, client: str, peer_port: int) -> list[str]:

@@ -67,6 +67,13 @@ class Supervisor:
         self._watch(child)
         return child
 
+    async def serves(self, child: Child) -> bool:
+        """Wait until a process that was added is ready. False when it has been given up, or takes too long."""
+        until = time.monotonic() + READY_S
+        while child in self.children and not child.ready_file.exists() and time.monotonic() < until:
+            await asyncio.sleep(0.1)
+        return child in self.children and child.ready_file.exists()
+
     async def remove(self, child: Child) -> None:
         """Stop one process for good; a worker drains first."""
         self.children.remove(child)

@@ -33,8 +33,7 @@ def test_a_life_is_pieced_together_from_where_a_request_was_seen() -> None:
     moved = MoveRecord("r", "a", "b", Mode.LIVE, ok=True, tokens=7, downtime_s=0.25, total_s=0.5, age_s=0.5)
     for _ in range(2):
         lives.take(Status((at("b", age_s=2.0),), moves=(moved,)), 102.0)
-    lives.take(Status((WorkerReport("b", "decode"),), moves=(moved,)), 103.0)
-    [life] = lives.shown()
+    [life] = lives.take(Status((WorkerReport("b", "decode"),), moves=(msgspec.structs.replace(moved, age_s=1.5),)), 103.0)
     assert life.over
     assert [(part.kind, part.worker, part.began, part.ended) for part in life.parts] == [
         ("decode", "a", 100.0, 101.5),
@@ -42,16 +41,14 @@ def test_a_life_is_pieced_together_from_where_a_request_was_seen() -> None:
         ("copying", "b", 101.0, 101.5),
         ("frozen", "a", 101.25, 101.5),
     ]
-    lives.take(Status(), 200.0)
-    assert lives.shown() == ()
+    assert lives.take(Status(), 200.0) == ()
 
 
 def test_a_relay_and_a_landing_are_no_second_life() -> None:
     lives = Lives()
     relayed = RequestRow(1, RequestId("r"), RequestPhase.DECODE, 10, relayed_from="b")
     lives.take(Status((WorkerReport("a", "decode", requests=(relayed,)), at("b"))), 10.0)
-    lives.take(Status((at("b"), at("c", RequestPhase.LANDING))), 11.0)
-    [life] = lives.shown()
+    [life] = lives.take(Status((at("b"), at("c", RequestPhase.LANDING))), 11.0)
     assert {part.worker for part in life.parts} == {"b"}
 
 

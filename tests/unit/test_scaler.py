@@ -62,6 +62,9 @@ class Graph:
         self.children.append(child)
         return child
 
+    async def serves(self, child: Worker) -> bool:
+        return child.ready_file.exists()
+
     async def remove(self, child: Worker) -> None:
         self.children.remove(child)
 
