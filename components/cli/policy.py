@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from components.cli.formats import Format, Output, print_json
+from components.dashboard.tables import decisions_table, id_length, table
 from components.errors import ConfigError
 from components.wire import UNREADABLE
 
@@ -103,14 +103,12 @@ def simulate(
     if output is Format.JSON:
         print_json(found)
         return
-    table = Table(title=f"{workers} workers, {len(arrivals):,} requests")
-    for column in ("", *found, "lower by"):
-        table.add_column(column, justify="right" if column else "left")
+    rows = table(f"{workers} workers, {len(arrivals):,} requests", ("", *found, "lower by"))
     for name in next(iter(found.values())).__struct_fields__:
         without, with_policies = (float(getattr(report, name)) for report in found.values())
-        ratio = f"{without / with_policies:.2f}x" if with_policies and name.endswith("_ms") else ""
-        table.add_row(name.replace("_", " "), f"{without:,.2f}", f"{with_policies:,.2f}", ratio)
-    Console().print(table)
+        ratio = f"{without / with_policies:.2f}x" if without and with_policies and name.endswith("_ms") else ""
+        rows.add_row(name.replace("_", " "), f"{without:,.2f}", f"{with_policies:,.2f}", ratio)
+    Console().print(rows)
     if restart:
         Console().print("without: the frontend sends the requests of an ended worker to another one, which begins anew")
 
@@ -141,25 +139,16 @@ async def observe(rules: PolicyFile) -> Capture:
     return observer.capture(observer.look(workers.tables(), workers.moves()))
 
 
-def show(capture: Capture, plans: dict[str, Plan], console: Console) -> None:
+def show(capture: Capture, plans: dict[str, Plan], out: Console) -> None:
     """Tables for people."""
-    table = Table(title="decode workers")
-    for column in ("worker", "KV use", "running", "waiting", "step ms", ""):
-        table.add_column(column)
+    from planner_hooks.report import decisions
+
+    workers = table("decode workers", ("worker", "KV use", "running", "waiting", "step ms", ""))
     for view in capture.workers:
         used = f"{view.held_tokens / max(1, view.capacity_tokens):.0%}"
         counts = (str(view.running), str(view.waiting), f"{1e3 * view.step_s:.1f}")
-        table.add_row(view.worker, used, *counts, "leaving" if view.draining else "")
-    console.print(table)
-    table = Table(title="decisions")
-    for column in ("policy", "decision", "request", "from", "to", "gain s", "cost s", "why"):
-        table.add_column(column)
+        workers.add_row(view.worker, used, *counts, "leaving" if view.draining else "")
+    out.print(workers)
     for name, plan in plans.items():
-        for move in plan.moves:
-            numbers = (f"{move.gain_s:.2f}", f"{move.cost_s:.2f}")
-            table.add_row(name, f"move ({move.mode})", move.request_id, move.src, move.dst, *numbers, move.reason)
-        for worker in plan.retire:
-            table.add_row(name, "retire", "", worker, "", "", "", "")
-        for hold in plan.holds:
-            table.add_row(name, "leave", hold.request_id, hold.worker, "", "", "", f"{hold.reason} {hold.detail}")
-    console.print(table)
+        length = id_length(move.request_id for move in plan.moves)
+        out.print(decisions_table(f"\n{name}", decisions(plan), length))

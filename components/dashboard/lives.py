@@ -46,7 +46,9 @@ class Lives:
 
     def take(self, status: Status, now: float) -> tuple[Life, ...]:
         """Add the next status. Returns the youngest requests."""
-        there = {row.request_id: (worker.worker, row) for worker, row in status.requests()}
+        there: dict[str, tuple[str, RequestRow]] = {
+            row.request_id: (worker.worker, row) for worker, row in status.requests()
+        }
         youngest = heapq.nsmallest(_KEPT, there, key=lambda name: there[name][1].age_s)
         for name in {*youngest, *(self._parts.keys() & there.keys())}:
             self._see(self._parts.setdefault(name, []), *there[name], now)

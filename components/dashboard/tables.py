@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from components.migration.messages import MoveRecord, RequestRow
+from components.migration.messages import Decision, MoveRecord, RequestRow
 from components.status import Status, WorkerReport
 
 _SHORTEST = 8
@@ -36,17 +36,18 @@ def id_length(ids: Iterable[str], wide: bool = False) -> int:
     return length
 
 
-def _table(title: str, columns: Collection[str], folded: str = "") -> Table:
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+def table(title: str, columns: Collection[str], folded: str = "") -> Table:
+    """An empty one; the column ``folded`` takes several lines where there is no room."""
+    found = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in columns:
-        table.add_column(column, no_wrap=column != folded, overflow="fold")
-    return table
+        found.add_column(column, no_wrap=column != folded, overflow="fold")
+    return found
 
 
 def show_status(status: Status, requests: int, out: Console, wide: bool = False) -> None:
     """The output of ``dynamo status``."""
     columns = ["worker", "role", "run", "wait", "relays", "KV use", *(["epoch", "lanes"] if wide else []), "state"]
-    table = _table("workers", columns, folded="state")
+    found = table("workers", columns, folded="state")
     for w in status.workers:
         s, info = w.stats, w.info
         used = f"{1 - s.free_blocks / max(1, s.total_blocks):.0%}" if s else "?"
@@ -55,8 +56,8 @@ def show_status(status: Status, requests: int, out: Console, wide: bool = False)
         more = []
         if wide:
             more = [", ".join(agent.epoch for agent in info.agents), ", ".join(info.lanes)] if info else ["?", "?"]
-        table.add_row(w.worker, w.role or "?", *counts, relays, used, *more, condition(w))
-    out.print(table)
+        found.add_row(w.worker, w.role or "?", *counts, relays, used, *more, condition(w))
+    out.print(found)
     running = sorted(status.requests(), key=lambda pair: -pair[1].age_s)
     if not running:
         out.print("no request is running")
@@ -92,12 +93,12 @@ def _requests(running: Sequence[tuple[WorkerReport, RequestRow]], count: int, ou
 
 def requests_table(rows: Iterable[tuple[str, RequestRow]], length: int) -> Table:
     """Requests and their workers; ``length``: of the ids."""
-    table = _table("\nrequests", ["request", "worker", "phase", "prompt", "output", "age s", "moves", ""])
+    found = table("\nrequests", ["request", "worker", "phase", "prompt", "output", "age s", "moves", ""])
     for worker, r in rows:
         numbers = (str(r.prompt_tokens), str(r.output_tokens), f"{r.age_s:.0f}", str(r.moves))
         state = "moving" if r.moving else "unread" if not r.attached else "stays" if r.not_migratable else ""
-        table.add_row(r.request_id[:length], worker, r.phase, *numbers, state)
-    return table
+        found.add_row(r.request_id[:length], worker, r.phase, *numbers, state)
+    return found
 
 
 def _result(move: MoveRecord) -> str:
@@ -121,10 +122,19 @@ def show_moves(moves: Sequence[MoveRecord], out: Console, wide: bool = False) ->
 def moves_table(moves: Iterable[MoveRecord], length: int, wide: bool) -> Table:
     """Migrations; ``length``: of the ids."""
     columns = ["request", "from", "to", "result", "downtime ms", "MB"]
-    table = _table("\nmigrations", [*columns, *(["added stall ms", "rounds", "lane"] if wide else [])])
+    found = table("\nmigrations", [*columns, *(["added stall ms", "rounds", "lane"] if wide else [])])
     for m in moves:
         figures = [f"{m.downtime_s * 1e3:.1f}", f"{m.bytes / 1e6:.1f}"]
         if wide:
             figures += [f"{m.added_stall_s * 1e3:.1f}", str(m.rounds), m.lane]
-        table.add_row(m.request_id[:length], m.source, m.target, escape(_result(m)), *figures)
-    return table
+        found.add_row(m.request_id[:length], m.source, m.target, escape(_result(m)), *figures)
+    return found
+
+
+def decisions_table(title: str, decisions: Iterable[Decision], length: int) -> Table:
+    """A planner's decisions; ``length``: of the ids."""
+    found = table(title, ["policy", "decision", "request", "from → to", "why"], folded="why")
+    for d in decisions:
+        way = f"{d.source} → {d.target}" if d.target else d.source
+        found.add_row(d.policy, d.verdict, d.request_id[:length], way, escape(d.reason))
+    return found

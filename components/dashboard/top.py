@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from components.dashboard.sample import Point, Sample
-from components.dashboard.tables import moves_table, requests_table
+from components.dashboard.tables import condition, decisions_table, moves_table, requests_table, table
 from components.migration.messages import Decision, Verdict
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -50,40 +50,27 @@ def view(sample: Sample | None, history: Sequence[Point], error: str = "") -> Re
         parts.append(requests_table([(each.worker, each.row) for each in sample.requests[:_ROWS]], _ID))
     parts.append(moves_table(sample.moves[:_ROWS], _ID, wide=True))
     if sample.decisions:
-        parts.append(_decisions(sample.decisions))
+        parts.append(decisions_table("\nplanner", _last(sample.decisions), _ID))
     if error:
         parts.append(Text(error, style="bold red"))
     return Group(*parts)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", expand=True, box=None)
-    for column in columns:
-        table.add_column(column, no_wrap=column != "why", overflow="fold" if column == "why" else "ellipsis")
-    return table
-
-
 def _workers(sample: Sample) -> Table:
-    table = _table("workers", "worker", "role", "KV use", "", "running", "waiting", "tokens/s", "step ms", "")
+    columns = ("worker", "role", "KV use", "", "running", "waiting", "tokens/s", "step ms", "state")
+    found = table("workers", columns, folded="state")
     loads = {load.worker: load for load in sample.point.workers}
     for worker in sorted(sample.workers, key=lambda worker: (worker.role, worker.worker)):
-        state = Text("missing", style="red") if worker.missing else Text("")
-        if worker.cordoned:
-            state = Text("draining" if worker.draining else "cordoned").append(" ").append_text(state)
         load = loads.get(worker.worker)
         if load is None or worker.stats is None:
-            table.add_row(worker.worker, worker.role or "?", *["?"] * 6, state)
+            found.add_row(worker.worker, worker.role or "?", *["?"] * 6, condition(worker))
             continue
-        numbers = (load.running, load.waiting, f"{load.tokens_per_s:.0f}", f"{worker.stats.step_s * 1e3:.1f}")
-        table.add_row(load.worker, load.role, bar(load.kv_use), f"{load.kv_use:.0%}", *map(str, numbers), state)
-    return table
+        use = (bar(load.kv_use), f"{load.kv_use:.0%}", str(load.running), str(load.waiting))
+        rates = (f"{load.tokens_per_s:.0f}", f"{worker.stats.step_s * 1e3:.1f}")
+        found.add_row(load.worker, load.role, *use, *rates, condition(worker))
+    return found
 
 
-def _decisions(decisions: Sequence[Decision]) -> Table:
-    table = _table("planner", "policy", "decision", "request", "from → to", "why")
+def _last(decisions: Sequence[Decision]) -> list[Decision]:
     moved = [d for d in decisions if d.verdict is not Verdict.LEAVE][-_ROWS:]
-    left = [d for d in decisions if d.verdict is Verdict.LEAVE][: _ROWS - len(moved)]
-    for decision in (*reversed(moved), *left):
-        way = f"{decision.source} → {decision.target}" if decision.target else decision.source
-        table.add_row(decision.policy, decision.verdict, decision.request_id[:_ID], way, decision.reason)
-    return table
+    return [*reversed(moved), *[d for d in decisions if d.verdict is Verdict.LEAVE][: _ROWS - len(moved)]]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight files of a model: their completeness and their identity.
+"""Identity of a model's weight files. vLLM refuses incomplete ones itself.
 
-``check`` runs before the start and raises ``ConfigError``; it ignores load formats that read nothing from the folder.
 Agents compare ``digest``, so that KV of a fine-tune or a new revision never serves another model. It reads names,
 sizes, headers and a few hundred pages spread over the files, which takes milliseconds for many gigabytes too.
 """
@@ -15,22 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from components.errors import ConfigError
-
-_SAFETENSORS = ("*.safetensors",)
-_MISTRAL = ("consolidated*.safetensors",)
-_TORCH = ("*.bin", "*.pt")
-_PATTERNS = {
-    "auto": _MISTRAL + _SAFETENSORS + _TORCH,
-    "hf": _SAFETENSORS + _TORCH,
-    "safetensors": _SAFETENSORS,
-    "fastsafetensors": _SAFETENSORS,
-    "instanttensor": _SAFETENSORS,
-    "mistral": _MISTRAL,
-    "npcache": _TORCH,
-    "pt": ("*.pt",),
-}
-"""Files that vLLM's load formats read from a model's folder; the first pattern with files wins."""
+_KINDS = (("*.safetensors",), ("*.bin", "*.pt"))
+"""Files with weights; the first kind that the folder has counts."""
+_TORCH = ("npcache", "pt")
+"""Load formats of vLLM that read the second kind alone."""
 _PAGE = 4096
 _PAGES = 256
 """Pages read of all files together; at least two of each file."""
@@ -39,53 +26,10 @@ _SCALES = ("k_scale", "v_scale", "q_scale", "prob_scale", "_proj.output_scale")
 """Ends of the names of scales of a quantised KV cache, which a calibration changes alone: two or so of each layer."""
 
 
-def check(model: str, load_format: str) -> None:
-    """Raise when the folder lacks weights that this format reads, or has incomplete ones."""
-    folder = Path(model)
-    if not os.path.isdir(model) or load_format not in _PATTERNS:
-        return
-    if not (found := _files(folder, load_format)):
-        wanted = " or ".join(_PATTERNS[load_format])
-        raise ConfigError(
-            f"model folder {model} is not whole: {wanted} missing; copy it again, or name another load_format in "
-            "engine-args (dummy makes random weights)"
-        )
-    indexed = found[0].suffix == ".safetensors" and not found[0].match(*_MISTRAL)
-    missing = [name for name in _shards(folder) if not (folder / name).is_file()] if indexed else []
-    if missing:
-        raise ConfigError(f"model folder {model} is not whole: {', '.join(missing)} missing; copy it again")
-    for file in found:
-        if file.suffix == ".safetensors":
-            _check_whole(file)
-
-
 def _files(folder: Path, load_format: str) -> list[Path]:
-    for pattern in _PATTERNS.get(load_format, _PATTERNS["auto"]):
-        if found := sorted(folder.glob(pattern)):
-            return found
-    return []
-
-
-def _shards(folder: Path) -> list[str]:
-    """Weight files that the folder's index names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return []
-    try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{index} is damaged ({error}); copy it again") from error
-
-
-def _check_whole(weights: Path) -> None:
-    """Compare the length of a safetensors file with its header."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(weights, "pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"model file {weights} is not whole ({error}); copy it again") from error
+    kinds = _KINDS[1:] if load_format in _TORCH else _KINDS
+    found = (sorted(file for pattern in kind for file in folder.glob(pattern)) for kind in kinds)
+    return next(filter(None, found), [])
 
 
 def digest(model: str, load_format: str, revision: str | None = None, download_dir: str | None = None) -> str:

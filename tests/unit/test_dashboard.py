@@ -33,7 +33,9 @@ def test_a_life_is_pieced_together_from_where_a_request_was_seen() -> None:
     moved = MoveRecord("r", "a", "b", Mode.LIVE, ok=True, tokens=7, downtime_s=0.25, total_s=0.5, age_s=0.5)
     for _ in range(2):
         lives.take(Status((at("b", age_s=2.0),), moves=(moved,)), 102.0)
-    [life] = lives.take(Status((WorkerReport("b", "decode"),), moves=(msgspec.structs.replace(moved, age_s=1.5),)), 103.0)
+    [life] = lives.take(
+        Status((WorkerReport("b", "decode"),), moves=(msgspec.structs.replace(moved, age_s=1.5),)), 103.0
+    )
     assert life.over
     assert [(part.kind, part.worker, part.began, part.ended) for part in life.parts] == [
         ("decode", "a", 100.0, 101.5),
