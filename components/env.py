@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 
@@ -22,7 +22,6 @@ from components.errors import ConfigError
 
 T = TypeVar("T")
 NAMESPACE_FORM = re.compile(r"[A-Za-z0-9_.-]{1,200}")
-_SWITCH = {"1": True, "true": True, "on": True, "yes": True, "0": False, "false": False, "off": False, "no": False}
 
 
 @dataclass(frozen=True)
@@ -67,17 +66,21 @@ def host(text: str) -> str:
     return found
 
 
-def _number(low: int, high: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
+def _as(kind: type[T] | Any, what: str) -> Callable[[str], T]:
+    """A number within bounds or a switch, as msgspec reads text."""
+
+    def convert(text: str) -> T:
         try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise ValueError(f"write a whole number from {low} to {high}")
-        return value
+            found: T = msgspec.convert(text, kind, strict=False)
+        except msgspec.ValidationError:
+            raise ValueError(f"write {what}") from None
+        return found
 
     return convert
+
+
+def _number(low: int, high: int) -> Callable[[str], int]:
+    return _as(Annotated[int, msgspec.Meta(ge=low, le=high)], f"a whole number from {low} to {high}")
 
 
 def _choice(*known: str, fold: bool = False) -> Callable[[str], str]:
@@ -90,10 +93,8 @@ def _choice(*known: str, fold: bool = False) -> Callable[[str], str]:
     return convert
 
 
-def _switch(text: str) -> bool:
-    if text.lower() not in _SWITCH:
-        raise ValueError("write 1 or 0")
-    return _SWITCH[text.lower()]
+_switch: Callable[[str], bool] = _as(bool, "1 or 0")
+_seconds: Callable[[str], float] = _as(Annotated[float, msgspec.Meta(ge=0, lt=86400)], "seconds, from 0 to below 86400")
 
 
 def _namespace(text: str) -> str:
@@ -127,16 +128,6 @@ def _object(kind: type[T], what: str) -> Callable[[str], T]:
 
 _VALUES = _object(dict[str, Any], "a JSON object")
 _TEXTS = _object(dict[str, str], "a JSON object of texts")
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 86400:
-        raise ValueError("write seconds, from 0 to below 86400")
-    return value
 
 
 ETCD_ENDPOINTS: Variable[tuple[str, ...]] = Variable(

@@ -6,5 +6,4 @@ host.py      facts of the host and the installation, gathered once
 judge.py     facts to lines; pure
 services.py  checks of etcd, NATS and ports
 transfer.py  a real transfer between two processes, and the lane that UCX took for it
-probe.py     those two processes
 """

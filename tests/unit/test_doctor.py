@@ -18,8 +18,8 @@ from components.doctor.host import Host
 from components.doctor.judge import judge
 from components.doctor.places import places
 from components.doctor.services import services
+from components.doctor.transfer import Measured
 from components.doctor.transfer import judge as judge_transfer
-from components.doctor.transfer import lanes_used
 from components.serve.servers import free_port
 from components.transfer.config import Transport
 
@@ -104,26 +104,18 @@ def test_servers_that_would_be_started_must_be_installed(monkeypatch: pytest.Mon
     assert "apt-get install etcd-server" in etcd.fix and "apt-get install nats-server" in nats.fix
 
 
-UCX = """
-[1.0] [vm:1:0]   | ucp_context_0 self cfg#0 | remote memory read by ucp_get* into host memory from host    |
-[1.0] [vm:1:0]   |                   0..inf | zero-copy                                      | self/memory |
-[1.0] [vm:1:0]   | ucp_context_0 intra-node cfg#1 | remote memory read by ucp_get* into host memory from host    |
-[1.0] [vm:1:0]   |                        0..511 | short                           | tcp/eth0 |
-[1.0] [vm:1:0]   |                      512..inf | zero-copy               | 52% on tcp/lo and 48% on tcp/eth0 |
-PROBE {"first_s":0.1,"seconds":0.05,"bytes":67108864,"descriptors":1,"right":true}
-"""
+TCP = Measured(0.1, 0.05, 67108864, "nixl/ucx/tcp", True)
 
 
-def test_the_lane_is_the_one_that_large_reads_between_processes_took() -> None:
-    assert lanes_used(UCX) == ("tcp/lo", "tcp/eth0")
-    assert judge_transfer("t", Transport.TCP, UCX).state is State.OK
-    other = judge_transfer("t", Transport.SHM, UCX)
+def test_another_lane_than_the_requested_one_is_a_warning() -> None:
+    assert judge_transfer("t", Transport.TCP, TCP).state is State.OK
+    other = judge_transfer("t", Transport.SHM, TCP)
     assert other.state is State.WARN and "UCX_TLS" in other.fix
 
 
 def test_wrong_bytes_and_a_crash_fail() -> None:
-    assert judge_transfer("t", Transport.TCP, UCX.replace("true", "false")).state is State.FAIL
-    crash = judge_transfer("t", Transport.TCP, "Traceback\nRuntimeError: no memory\n")
+    assert judge_transfer("t", Transport.TCP, dataclasses.replace(TCP, right=False)).state is State.FAIL
+    crash = judge_transfer("t", Transport.TCP, "RuntimeError: no memory")
     assert crash.state is State.FAIL and crash.found == "RuntimeError: no memory"
 
 
@@ -132,7 +124,7 @@ def test_this_host_moves_bytes_and_names_ucx_lane() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     checks = {check["name"]: check for check in json.loads(done.stdout)}
     moved = checks["test transfer (tcp)"]
-    assert moved["state"] == "ok" and "GB/s over tcp/" in moved["found"], moved
+    assert moved["state"] == "ok" and "GB/s over nixl/ucx/tcp" in moved["found"], moved
     assert all(check["fix"] for check in checks.values() if check["state"] in ("warn", "fail"))
     assert done.returncode == int(any(check["state"] == "fail" for check in checks.values()))
 

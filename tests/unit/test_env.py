@@ -76,7 +76,7 @@ def test_values_are_read_as_they_are_meant() -> None:
     environment = {
         "ETCD_ENDPOINTS": " http://a:1, [::1]:2 ,",
         "DYN_MIGRATE_LOG": "debug",
-        "DYN_MIGRATE_NVTX": "on",
+        "DYN_MIGRATE_NVTX": "true",
         "DYN_MIGRATE_METRICS_HOST": "[::1]",
         "DYN_SYSTEM_PORT": "81",
         "DYN_NAMESPACE": "",

@@ -45,15 +45,6 @@ class Tables:
             self.lanes[self._reading] = tuple(dict.fromkeys(_LANE.findall(row["lane"])))
 
 
-def lanes_used(output: str) -> tuple[str, ...]:
-    """Lanes of large remote reads between two processes; empty when UCX printed none."""
-    tables = Tables()
-    for line in output.splitlines():
-        tables.read(line)
-    found = [tables.lanes.get((where, "READ"), ()) for where in ("intra-node", "inter-node")]
-    return tuple(dict.fromkeys(lane for lanes in found for lane in lanes))
-
-
 class UcxLog:
     """See the module docstring. One per process: UCX opens its log once."""
 
