@@ -20,9 +20,8 @@ from pydantic import BaseModel, Field, ValidationError
 from components import yamltext
 from components.config import nearest
 from components.errors import ConfigError
-from planner_hooks.plan import Policy
 from planner_hooks.policies import BUILT_IN
-from planner_hooks.policies.base import PolicyConfig
+from planner_hooks.policies.base import Policy, PolicyConfig
 from planner_hooks.policies.compose import Composed
 from planner_hooks.rules import Rules, ScaleDownRules, dashed
 

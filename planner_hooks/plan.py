@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Protocol
 
 import msgspec
 
 from components.migration.messages import Mode
-from planner_hooks.snapshot import Snapshot
 
 
 class HoldReason(StrEnum):
@@ -89,13 +87,3 @@ class Plan(msgspec.Struct, frozen=True, omit_defaults=True):
     requests and are drained."""
     release: tuple[str, ...] = ()
     """Leaving workers that are needed again; applies only to those that a plan has retired."""
-
-
-class Policy(Protocol):
-    """A policy is one pure function: same snapshot, same plan."""
-
-    name: str
-
-    def plan(self, snapshot: Snapshot) -> Plan:
-        """Decide. Must not change the snapshot, keep state, read clocks or do I/O."""
-        ...

@@ -16,16 +16,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from components.engine.protocol import RequestPhase
-
-if TYPE_CHECKING:
-    from planner_hooks.plan import Move
+from planner_hooks.plan import Move
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]

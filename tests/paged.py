@@ -33,8 +33,8 @@ async def engines(count: int = 2, **options: Any) -> AsyncIterator[list[PagedEng
         yield made
         for engine in made:
             await engine.check_integrity()
-            stats = await engine.stats()
-            assert stats.free_blocks == stats.total_blocks, await engine.requests()
+            stats = (await engine.report())[0]
+            assert stats.free_blocks == stats.total_blocks, (await engine.report())[1]
     finally:
         for engine in made:
             await engine.stop()

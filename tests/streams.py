@@ -390,11 +390,11 @@ class Cluster:
         """Wait until all engines are idle; raise ``SessionError`` when blocks do not add up."""
         for _ in range(1500):
             alive = [node for node in self.everybody if node.alive]
-            if not any([await node.engine.requests() for node in alive]):
+            if not any([(await node.engine.report())[1] for node in alive]):
                 break
             await asyncio.sleep(0.02)
         for node in alive:
             await node.engine.check_integrity()
-            stats = await node.engine.stats()
-            assert stats.free_blocks == stats.total_blocks, await node.engine.requests()
+            stats = (await node.engine.report())[0]
+            assert stats.free_blocks == stats.total_blocks, (await node.engine.report())[1]
             assert not node.requests.legs

@@ -68,11 +68,11 @@ class _Crowd:
         self._leaving: set[str] = set()
 
     async def run(self, way: Way) -> Round:
-        begun, past = time.perf_counter(), (await self._here.stats()).preemptions_total
+        begun, past = time.perf_counter(), (await self._here.report())[0].preemptions_total
         watching = asyncio.ensure_future(self._watch())
         answers = await asyncio.gather(*(self._one(number) for number in range(len(self._requests))))
         watching.cancel()
-        seconds, stats = time.perf_counter() - begun, await self._here.stats()
+        seconds, stats = time.perf_counter() - begun, (await self._here.report())[0]
         return Round(way, seconds, stats.preemptions_total - past, list(answers))
 
     async def _one(self, number: int) -> Answer:

@@ -23,7 +23,7 @@ def native_of(request: GenerateRequest, max_model_len: int, **more: Any) -> Gene
     if "stop_token_ids" in fields:
         fields["stop_token_ids"] = list(fields["stop_token_ids"])
     params = SamplingParams(**fields, detokenize=False, output_kind=RequestOutputKind.DELTA, **more)
-    given = native.Native(params, request.priority, cache_salt=request.cache_salt)
+    given = native.Native(params, request.priority)
     return msgspec.structs.replace(request, native=native.encode(given))
 
 

@@ -101,7 +101,6 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     sampling: Sampling = Sampling()
     output_token_ids: tuple[int, ...] = ()
     priority: int = 0
-    cache_salt: str | None = None
     landing: KVOffer | None = None
     """Reserve and copy these blocks first; wait for ``commit``."""
     native: bytes = b""
@@ -203,10 +202,6 @@ class Engine(Protocol):
         """End all requests and release everything. Idempotent."""
         ...
 
-    async def check_health(self) -> None:
-        """Raise ``WorkerLost`` when the engine can no longer serve."""
-        ...
-
     def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateOutput]:
         """Run a request. With ``landing`` the stream stays silent until ``commit``.
 
@@ -265,16 +260,8 @@ class Engine(Protocol):
         """
         ...
 
-    async def requests(self) -> list[RequestInfo]:
-        """The per-request table."""
-        ...
-
-    async def stats(self) -> EngineStats:
-        """Load at this moment."""
-        ...
-
     async def report(self) -> tuple[EngineStats, list[RequestInfo]]:
-        """Load and table, with one interruption of the engine."""
+        """Load at this moment and the per-request table, with one interruption of the engine."""
         ...
 
     async def check_integrity(self) -> None:

@@ -36,7 +36,6 @@ def build_engine(config: WorkerConfig, name: str) -> PagedEngine:
         "max_num_batched_tokens": config.max_num_batched_tokens or 2048,
         "vocab_size": _vocab_size(config.model),
         "seed": config.seed,
-        "prefix_caching": config.enable_prefix_caching,
         "integrity": config.integrity,
         "lease_s": config.lease_s,
     }

@@ -23,7 +23,7 @@ async def publish(engine: Engine, endpoint: Any) -> None:
         while True:
             await asyncio.sleep(_INTERVAL_S)
             try:
-                stats = await engine.stats()
+                stats, _ = await engine.report()
             except MigrateError as error:
                 logger.debug("no forward-pass metrics: %s", error)
                 continue

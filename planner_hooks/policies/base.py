@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -13,6 +13,16 @@ from planner_hooks.ledger import Ledger
 from planner_hooks.plan import HoldReason, Plan
 from planner_hooks.rules import Rules, Section
 from planner_hooks.snapshot import Snapshot
+
+
+class Policy(Protocol):
+    """A policy is one pure function: same snapshot, same plan."""
+
+    name: str
+
+    def plan(self, snapshot: Snapshot) -> Plan:
+        """Decide. Must not change the snapshot, keep state, read clocks or do I/O."""
+        ...
 
 
 class PolicyConfig(Section):
@@ -35,7 +45,7 @@ class BasePolicy(ABC, Generic[C]):
         self.rules = rules
 
     def plan(self, snapshot: Snapshot) -> Plan:
-        """See ``planner_hooks.plan.Policy``."""
+        """See ``Policy``."""
         ledger = Ledger(snapshot, self.rules, self.name)
         if not snapshot.w_fresh.any():
             ledger.hold(HoldReason.STALE if len(snapshot.worker_ids) else HoldReason.NO_METRICS)

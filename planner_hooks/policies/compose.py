@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from planner_hooks.ledger import Ledger
-from planner_hooks.plan import Hold, HoldReason, Move, Plan, Policy
+from planner_hooks.plan import Hold, HoldReason, Move, Plan
+from planner_hooks.policies.base import Policy
 from planner_hooks.rules import Rules
 from planner_hooks.snapshot import Snapshot
 
@@ -26,7 +27,7 @@ class Composed:
         self.rules = rules
 
     def plan(self, snapshot: Snapshot) -> Plan:
-        """See ``planner_hooks.plan.Policy``."""
+        """See ``Policy``."""
         moves: list[Move] = []
         holds: list[Hold] = []
         retire: list[str] = []

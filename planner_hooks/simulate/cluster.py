@@ -16,7 +16,8 @@ import msgspec
 import numpy as np
 
 from planner_hooks.estimate import RemainingEstimate
-from planner_hooks.plan import Plan, Policy
+from planner_hooks.plan import Plan
+from planner_hooks.policies.base import Policy
 from planner_hooks.policies.consolidate import emptying_cost
 from planner_hooks.rules import ScaleDownRules
 from planner_hooks.scaledown import ScaleDown

@@ -131,7 +131,7 @@ def test_twenty_moves_there_and_back(runner: asyncio.Runner, pair: Pair, prompt:
         print(f"{MOVES} moves, {copied / MOVES / 1e6:.1f} MB each by {sorted(lanes)}, {equal} tokens as unmoved")
         assert lanes == {"cuda_ipc/kernel"}
         for engine in (pair.a, pair.b):
-            assert not (await engine.stats()).kv_refused
+            assert not (await engine.report())[0].kv_refused
 
     runner.run(asyncio.wait_for(scenario(), 300))
 
@@ -151,7 +151,7 @@ def test_prompts_are_handed_over(runner: asyncio.Runner, pair: Pair, way: int) -
             pairs = enumerate(zip(client.tokens, plain.tokens, strict=True))
             equal = next((n for n, (x, y) in pairs if x != y), len(plain.tokens))
             print(f"{prompt} tokens: {took:.1f} ms to the second token, the first {equal} as in one engine")
-            assert not (await both.b.stats()).kv_refused
+            assert not (await both.b.report())[0].kv_refused
 
     runner.run(asyncio.wait_for(scenario(), 120))
 

@@ -142,7 +142,7 @@ async def why_stays(engine: VLLMEngine) -> str | None:
     """Why requests of this engine do not move, or None."""
     async with aclosing(engine.generate(request_of("asked", 31, SAMPLINGS[0]))) as stream:
         await take_until(stream, Client(), 1)
-        return (await engine.requests())[0].not_migratable
+        return (await engine.report())[1][0].not_migratable
 
 
 async def moved_answers(pair: Pair, samplings: list[Sampling], answers: int) -> list[str]:
@@ -191,7 +191,7 @@ def of(*names: str) -> pytest.MarkDecorator:
 def test_moved_answers_equal_unmoved_ones(runner: asyncio.Runner, pair: Pair) -> None:
     assert not runner.run(asyncio.wait_for(moved_answers(pair, SAMPLINGS, ANSWERS), 30 + 20 * ANSWERS))
     for engine in (pair.a, pair.b):
-        assert not runner.run(engine.stats()).kv_refused
+        assert not runner.run(engine.report())[0].kv_refused
 
 
 @of(*(name for name in FAMILIES if "drafts" in FAMILIES[name]))

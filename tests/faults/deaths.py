@@ -231,9 +231,9 @@ class Run:
 
 
 async def _left(node: Node) -> list[str]:
-    stats, held = await node.engine.stats(), node.requests
+    stats, held = (await node.engine.report())[0], node.requests
     found = [f"{stats.total_blocks - stats.free_blocks} blocks"] if stats.free_blocks != stats.total_blocks else []
-    found += [f"request {row.request_id}" for row in await node.engine.requests()]
+    found += [f"request {row.request_id}" for row in (await node.engine.report())[1]]
     found += [f"leg {name}" for name in held.legs]
     found += [f"life of {leg.request_id}" for leg in held.arrivals.lives.values()]
     return [f"{what} left on node {node.instance}" for what in found]

@@ -45,11 +45,11 @@ def nothing_left(runner: asyncio.Runner, pair: Pair) -> Iterator[None]:
 
 async def empty(engine: VLLMEngine) -> None:
     """Wait for the last abort to arrive, then account for every block."""
-    while (await engine.requests()) != []:
+    while (await engine.report())[1] != []:
         await asyncio.sleep(0.02)
     await engine.check_integrity()
     # vLLM keeps the blocks of an aborted request until the step in flight has ended.
-    while (stats := await engine.stats()).free_blocks != stats.total_blocks:
+    while (stats := (await engine.report())[0]).free_blocks != stats.total_blocks:
         await asyncio.sleep(0.02)
 
 

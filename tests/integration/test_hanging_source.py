@@ -73,7 +73,7 @@ async def _hang(pair: Pair) -> None:
         committed = len(other.tokens)
         outputs = await asyncio.gather(*firsts.values())
         made, ended = len(other.tokens) - before, len(arrivals)
-        refused = (await pair.b.stats()).kv_refused
+        refused = (await pair.b.report())[0].kv_refused
     finally:
         os.kill(core, signal.SIGCONT)
     print(f"{made} steps of the other request meanwhile, {committed - before} of them during the commits; {refused}")

@@ -42,7 +42,7 @@ def test_moved_answers_equal_unmoved_ones(
     cells = runner.run(asyncio.wait_for(compare(pair, family_of(request), requests), 30 + 20 * requests))
     assert not list(wrong(cells))
     for engine in (pair.a, pair.b):
-        assert not runner.run(engine.stats()).kv_refused
+        assert not runner.run(engine.report())[0].kv_refused
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ def test_a_request_that_its_engines_have_moved_alone_goes_on_there_and_can_be_ta
         await pair.a.freeze(request.request_id, status.commit_to, 30.0)
         while not (await status_of(pair.b, request.request_id)).direct:
             await asyncio.sleep(0.01)
-        while not any(row.output_tokens > len(made) + 20 for row in await pair.b.requests()):
+        while not any(row.output_tokens > len(made) + 20 for row in (await pair.b.report())[1]):
             await asyncio.sleep(0.01)
         first = await waiting
         assert first.committed is not None and first.index == len(first.committed) >= len(made)
@@ -284,13 +284,13 @@ def test_a_source_that_has_given_the_blocks_to_others_is_not_believed(runner: as
         for number in range(6):
             others = request_of("x" * (number + 20), 1900, Sampling(temperature=0.0, max_tokens=2))
             await run(pair.a, others)
-        before = (await pair.b.stats()).kv_refused.get("integrity", 0)
+        before = (await pair.b.report())[0].kv_refused.get("integrity", 0)
         target, first = await taken_in(pair.b, request, frozen)
         client = Client(list(frozen.output_token_ids))
         client.take(first)
         async for output in target:
             client.take(output)
         assert client.tokens == expected.tokens
-        assert (await pair.b.stats()).kv_refused["integrity"] == before + 1
+        assert (await pair.b.report())[0].kv_refused["integrity"] == before + 1
 
     runner.run(asyncio.wait_for(scenario(), 120))

@@ -88,6 +88,6 @@ def test_answers_about_images_that_move_equal_unmoved_ones(
         # Same tokens in the prompt, another image: neither engine takes one's blocks for the other's.
         assert answers[0] != answers[1]
         for engine in (pair.a, pair.b):
-            assert not (await engine.stats()).kv_refused
+            assert not (await engine.report())[0].kv_refused
 
     runner.run(asyncio.wait_for(scenario(), 120))

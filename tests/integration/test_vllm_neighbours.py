@@ -82,7 +82,7 @@ def test_requests_move_beside_kv_that_is_offloaded(runner: asyncio.Runner, pair:
                 await empty(engine)
         assert loaded > 12 * 300
         for engine in (pair.a, pair.b):
-            assert not (await engine.stats()).kv_refused
+            assert not (await engine.report())[0].kv_refused
 
     runner.run(asyncio.wait_for(scenario(), 240))
 
@@ -94,7 +94,7 @@ def test_a_request_that_is_preempted_comes_back_from_host_memory_and_moves(runne
         requests = [request_of(f"press-{n}", 400 + n, sampling) for n in range(4)]
         running = [asyncio.ensure_future(run(pair.a, request)) for request in requests]
         pressed = [await each for each in running]
-        assert (await pair.a.stats()).preemptions_total
+        assert (await pair.a.report())[0].preemptions_total
         assert [each.tokens for each in pressed] == [each.tokens for each in plain]
 
     runner.run(asyncio.wait_for(scenario(), 120))

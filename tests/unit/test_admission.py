@@ -118,7 +118,7 @@ class Paged:
         sizes: dict[str, Any] = {"block_size": BLOCK, "max_model_len": 8 * BLOCK, "vocab_size": 1000, "step_s": 0.01}
         self._peer, self._engine = (
             PagedEngine(
-                PagedOptions({"name": name}, num_blocks=count, max_num_seqs=seats, prefix_caching=False, **sizes),
+                PagedOptions({"name": name}, num_blocks=count, max_num_seqs=seats, **sizes),
                 lambda config: VirtualAgent(wire, config),  # type: ignore[arg-type,return-value]
             )
             for name, count in (("peer", 64), ("here", blocks))
@@ -131,7 +131,7 @@ class Paged:
 
     @property
     def free(self) -> int:
-        stats = self._do(self._engine.stats())
+        stats = self._do(self._engine.report())[0]
         return int(stats.free_blocks)
 
     def start(self, name: str, tokens: int, made: int = 0, landing: KVOffer | None = None) -> None:
@@ -170,7 +170,7 @@ class Paged:
         self._do(asyncio.sleep(0.05))
         self._do(self._engine.check_integrity())
         running = (RequestPhase.PREFILL, RequestPhase.DECODE)
-        return {str(info.request_id) for info in self._do(self._engine.requests()) if info.phase in running}
+        return {str(info.request_id) for info in self._do(self._engine.report())[1] if info.phase in running}
 
 
 @dataclass

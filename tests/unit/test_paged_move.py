@@ -72,7 +72,7 @@ async def test_stop_and_copy(length: int, sampling: dict[str, float]) -> None:
         got = list(frozen.output_token_ids) + await finish(src, dst, origin, frozen)
         assert got == expected
         # No token was computed twice: the bytes came over.
-        assert (await dst.stats()).scheduled_prefill_tokens == 0
+        assert (await dst.report())[0].scheduled_prefill_tokens == 0
         assert (await collect(stream))[1] is FinishReason.FROZEN
 
 
@@ -126,7 +126,7 @@ async def test_a_failed_move_gives_the_request_back() -> None:
 
 
 async def test_a_destination_without_room_refuses_and_changes_nothing() -> None:
-    async with engines(2, num_blocks=30, prefix_caching=False, step_s=0.005) as [src, dst]:
+    async with engines(2, num_blocks=30, step_s=0.005) as [src, dst]:
         origin = request(length=100, count=15)
         stream = src.generate(origin)
         got = await take(stream, 2)
@@ -152,7 +152,7 @@ async def test_other_block_sizes_are_refused() -> None:
 
 async def test_a_source_that_was_preempted_in_between_leads_to_a_new_copy() -> None:
     expected = await unmoved(length=30)
-    async with engines(2, prefix_caching=False, step_s=0.005) as [src, dst]:
+    async with engines(2, step_s=0.005) as [src, dst]:
         origin = request(length=30, count=COUNT)
         stream = src.generate(origin)
         got = await take(stream, 3)

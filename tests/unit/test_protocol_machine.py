@@ -157,8 +157,8 @@ class Protocol(RuleBasedStateMachine):
                 self.blocks_add_up_and_no_token_is_wrong()
                 assert all(reader.done() for reader in self.readers), "a stream hangs"
                 for each in self.engines:
-                    stats = self.loop.run_until_complete(each.stats())
-                    assert stats.free_blocks == stats.total_blocks, self.loop.run_until_complete(each.requests())
+                    stats, rows = self.loop.run_until_complete(each.report())
+                    assert stats.free_blocks == stats.total_blocks, rows
                     self.loop.run_until_complete(each.stop())
         finally:
             if self.patch is not None:

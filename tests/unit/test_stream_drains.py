@@ -83,7 +83,7 @@ WAY_S = 0.002
 async def test_a_drain_into_a_full_cluster_costs_nobody_a_token_and_tries_nothing_in_a_loop(lacks: str) -> None:
     """What is drained goes on at full speed until there is room; then it leaves, within two steps each."""
     workers = Cluster("streams", 0)
-    sizes = {"num_blocks": 600, "max_model_len": 400, "step_s": STEP_S, "vocab_size": 1000, "prefix_caching": False}
+    sizes = {"num_blocks": 600, "max_model_len": 400, "step_s": STEP_S, "vocab_size": 1000}
     await workers.start(2, agents=virtual_agents(), max_num_seqs=3, **sizes)
     source, target = workers.nodes
     long, short = (Sampling(temperature=0.0, max_tokens=count) for count in (300, 70 if lacks == "seats" else 30))

@@ -63,7 +63,7 @@ async def test_an_unmoved_request_is_as_without_migration() -> None:
 @virtual
 async def test_moved_requests_keep_their_tokens(count: int, mode: Mode) -> None:
     """With two workers the old one relays to the end, with more of them the frontend repeats the request."""
-    sampling = Sampling(temperature=0.9, seed=5, max_tokens=80)
+    sampling = Sampling(temperature=0.9, seed=5, max_tokens=120)
     prompts = [(*PROMPT, 30 + n) for n in range(6)]
     async with cluster(count) as workers:
         answers = asyncio.gather(*(workers.complete(prompt, sampling) for prompt in prompts))

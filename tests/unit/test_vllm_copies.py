@@ -167,7 +167,7 @@ def test_copies_together_from_one_source_are_one_copy_with_one_check(loader: Loa
 
 def test_a_copy_of_two_is_cancelled_when_neither_needs_it(loader: Loader, agent: Agent) -> None:
     assert loader.copy_now([job(1), job(2, src_blocks=(12,), dst_blocks=(3,))], 0.0) == [None, None]
-    loader.step([], [1])
+    loader.step([], [1, 1])
     assert not agent.handles[0].cancelled
     loader.step([], [2])
     assert agent.handles[0].cancelled

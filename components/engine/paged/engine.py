@@ -74,7 +74,7 @@ class PagedEngine:
         kv = PagedKV(*sizes)
         if options.agent.get("transport", "auto") in ("auto", "shm"):
             kv.share()
-        pool = BlockPool(options.num_blocks, options.prefix_caching)
+        pool = BlockPool(options.num_blocks)
         scheduler = Scheduler(kv, pool, options.max_num_seqs, options.max_num_batched_tokens)
         layout = (options.model, options.block_size, options.layers, options.words, options.vocab_size, options.seed)
         fingerprint = hashlib.sha256(repr(layout).encode()).hexdigest()[:32]
@@ -121,14 +121,9 @@ class PagedEngine:
 
     @property
     def _live(self) -> _Parts:
-        if self._parts is None:
+        if self._parts is None or self._loop is None or self._loop.done():
             raise WorkerLost("the engine does not run")
         return self._parts
-
-    async def check_health(self) -> None:
-        """Raise ``WorkerLost`` when the engine can no longer serve."""
-        if self._live and (self._loop is None or self._loop.done()):
-            raise WorkerLost("the engine's step loop has ended")
 
     # Steps
 
@@ -263,20 +258,13 @@ class PagedEngine:
         self._live.landings.commit(active, frozen)
         self._leases.stop(active)
 
-    async def requests(self) -> list[RequestInfo]:
-        """The per-request table."""
-        now = time.monotonic()
-        return [active.describe(now) for active in self._live.scheduler.requests.values()]
-
-    async def stats(self) -> EngineStats:
-        """Load at this moment."""
-        stats = tables.stats(self._live.scheduler, self._step_s)
-        refused = dict(self._live.landings.refused)
-        return msgspec.structs.replace(stats, leases_expired_total=self._leases.expired, kv_refused=refused)
-
     async def report(self) -> tuple[EngineStats, list[RequestInfo]]:
         """Load and table."""
-        return await self.stats(), await self.requests()
+        scheduler, now = self._live.scheduler, time.monotonic()
+        stats = tables.stats(scheduler, self._step_s)
+        refused = dict(self._live.landings.refused)
+        stats = msgspec.structs.replace(stats, leases_expired_total=self._leases.expired, kv_refused=refused)
+        return stats, [active.describe(now) for active in scheduler.requests.values()]
 
     async def check_integrity(self) -> None:
         """Raise ``SessionError`` when blocks and requests do not add up."""

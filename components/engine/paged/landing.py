@@ -61,19 +61,12 @@ class LandingZone:
             raise NoRoom(f"all {scheduler.max_num_seqs} request slots are in use")
         size = scheduler.block_size
         whole = min(offer.num_tokens, len(active.tokens) - 1) // size
-        scheduler.take_prefix(active, whole * size)
-        local = len(active.blocks)
         room = max(whole, -(-offer.room_tokens // size))
-        try:
-            # One more block: a request that would be preempted directly after landing had better stay.
-            if scheduler.pool.free < room - local + 1:
-                raise NoRoom(f"{room - local + 1} KV blocks are needed, {scheduler.pool.free} are free")
-            scheduler.grow(active, room * size)
-        except NoRoom:
-            scheduler.pool.drop(active.blocks)
-            active.blocks, active.computed = [], 0
-            raise
-        active.landing = Landing(offer, local_blocks=local, landed_blocks=local)
+        # One more block: a request that would be preempted directly after landing had better stay.
+        if scheduler.pool.free < room + 1:
+            raise NoRoom(f"{room + 1} KV blocks are needed, {scheduler.pool.free} are free")
+        scheduler.grow(active, room * size)
+        active.landing = Landing(offer)
         active.phase = RequestPhase.LANDING
         self._start_round(active, whole)
 
@@ -123,10 +116,10 @@ class LandingZone:
 
     def _adopt_offer(self, landing: Landing, offer: KVOffer) -> None:
         """Take a newer offer. Blocks copied from other source blocks than it names count as not copied."""
-        copied = slice(landing.local_blocks, landing.landed_blocks)
+        copied = slice(landing.landed_blocks)
         moved = offer.block_ids[copied] != landing.offer.block_ids[copied]
         if offer.generation != landing.offer.generation or offer.agents != landing.offer.agents or moved:
-            landing.landed_blocks = landing.local_blocks
+            landing.landed_blocks = 0
         landing.offer = offer
 
     # Rounds
@@ -134,9 +127,9 @@ class LandingZone:
     def _start_tail(self, active: Active, frozen: Frozen) -> None:
         landing = self._landing(active)
         self._adopt_offer(landing, frozen.offer)
-        if frozen.offer.num_tokens <= landing.local_blocks * self._scheduler.block_size:
-            # The source has fewer blocks: it was preempted, or the local prefix cache has them all.
-            self._run(active, landing.local_blocks * self._scheduler.block_size)
+        if not frozen.offer.num_tokens:
+            # The source was preempted.
+            self._run(active, 0)
         else:
             self._start_round(active, len(frozen.offer.block_ids))
 
@@ -212,7 +205,7 @@ class LandingZone:
             logger.warning("request %s: %s", active.request_id, error)
             self._refuse(landing, error)
             # The checked blocks stand for those before them: when a source has lost its blocks, all differ.
-            landing.landed_blocks = wrong if checked[0] == landing.local_blocks else landing.local_blocks
+            landing.landed_blocks = wrong if checked[0] == 0 else 0
         good = landing.landed_blocks * self._scheduler.block_size
         self._run(active, min(good, frozen.offer.num_tokens))
 
@@ -222,9 +215,7 @@ class LandingZone:
 
     def _checked(self, landing: Landing, frozen: Frozen) -> range:
         """Positions of copied blocks with a known source checksum."""
-        # Blocks of the local prefix cache were computed here.
-        first = max(len(frozen.offer.block_ids) - len(frozen.checksums), landing.local_blocks)
-        return range(first, landing.landed_blocks)
+        return range(len(frozen.offer.block_ids) - len(frozen.checksums), landing.landed_blocks)
 
     def _first_wrong_block(self, active: Active, checked: range, frozen: Frozen) -> int | None:
         """Position of the first checked block that differs from the source."""
@@ -239,7 +230,6 @@ class LandingZone:
         active.landed = landing.status(self._scheduler.block_size)
         active.landing = None
         active.computed = min(computed, len(active.tokens) - 1)
-        self._scheduler.remember(active)
         self._scheduler.run(active)
         self._wake()
 

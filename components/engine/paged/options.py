@@ -29,7 +29,6 @@ class PagedOptions:
     step_s: float = 0.0
     """Duration of a step; 0: as fast as possible."""
     seed: int = 0
-    prefix_caching: bool = True
     integrity: str = "tail"
     """Checksums: ``tail`` (last two blocks), ``full`` or ``off``."""
     copy_deadline_s: float = 30.0

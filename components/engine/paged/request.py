@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import msgspec
 
 from components.engine.kv import Frozen, KVOffer, LandingStatus, RequestId
-from components.engine.paged.blocks import Hash
 from components.engine.protocol import (
     FinishReason,
     GenerateOutput,
@@ -34,10 +33,8 @@ class Landing:
 
     offer: KVOffer
     """The newest offer; a copy of all its blocks has been requested."""
-    local_blocks: int = 0
-    """Blocks at the front from the local prefix cache."""
     landed_blocks: int = 0
-    """Blocks copied without a gap from the front; at least ``local_blocks``."""
+    """Blocks copied without a gap from the front."""
     handle: TransferHandle | None = None
     """The copy in flight."""
     round: asyncio.Task[None] | None = None
@@ -67,11 +64,9 @@ class Active:
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens whose KV is in ``blocks``."""
-    hashes: list[Hash] = field(default_factory=list)
     generation: int = 0
     """Number of preemptions; see ``KVOffer``."""
     preemptions: int = 0
-    cached_tokens: int = 0
     frozen: Frozen | None = None
     waiters: list[asyncio.Future[Frozen]] = field(default_factory=list)
     """Freeze calls that wait for the step in flight."""
@@ -98,11 +93,8 @@ class Active:
 
     def emit(self, token: int, logprobs: tuple[TokenLogprob, ...], reason: FinishReason | None) -> None:
         """Put a new token into the stream."""
-        first = self.num_outputs - 1 == len(self.request.output_token_ids)
         stop = token if reason is FinishReason.STOP else None
-        cached = self.cached_tokens if first else 0
-        output = GenerateOutput(self.num_outputs - 1, (token,), logprobs, reason, stop, None, cached)
-        self.out.put_nowait(output)
+        self.out.put_nowait(GenerateOutput(self.num_outputs - 1, (token,), logprobs, reason, stop))
 
     def finish(self, reason: FinishReason, error: tuple[str, str] | None = None) -> None:
         """The last output, without a token."""

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 
 from components.engine.kv import Frozen, KVOffer, RequestId
-from components.engine.paged.blocks import BlockPool, chain
+from components.engine.paged.blocks import BlockPool
 from components.engine.paged.model import PagedKV
 from components.engine.paged.request import Active
 from components.engine.protocol import FinishReason, RequestPhase, TokenLogprob
@@ -52,18 +52,6 @@ class Scheduler:
         if active is None:
             raise RequestNotFound(f"request {request_id} is not in this engine")
         return active
-
-    def take_prefix(self, active: Active, upto: int) -> None:
-        """Hold the cached blocks of the first ``upto`` tokens; the last token is always computed."""
-        blocks = self.pool.cached(self.hashes(active)[: min(upto, len(active.tokens) - 1) // self.block_size])
-        self.pool.hold(blocks)
-        active.blocks = blocks
-        active.computed = len(blocks) * self.block_size
-
-    def hashes(self, active: Active) -> list[bytes]:
-        """Content hashes of the full blocks of all tokens."""
-        active.hashes = chain(active.tokens, self.block_size, active.request.cache_salt, active.hashes)
-        return active.hashes
 
     def grow(self, active: Active, num_tokens: int) -> None:
         """Allocate blocks for the first ``tokens`` tokens. Raises ``NoRoom``, with nothing changed."""
@@ -117,16 +105,11 @@ class Scheduler:
     def _admit(self) -> None:
         seats = self.seats()
         for active in sorted(self._in_phase(WAITING), key=_rank):
-            self.take_prefix(active, len(active.tokens))
             # One block more than the tokens need, or the first decode step would preempt it again.
-            needed = -(-len(active.tokens) // self.block_size) - len(active.blocks)
+            needed = -(-len(active.tokens) // self.block_size)
             spare = 1 if self.seats() else 0
             if seats >= self.max_num_seqs or self.pool.free < needed + spare:
-                self.pool.drop(active.blocks)
-                active.blocks, active.computed = [], 0
                 return
-            if active.phase is RequestPhase.WAITING:
-                active.cached_tokens = min(active.computed, len(active.request.prompt_token_ids))
             self.run(active)
             seats += 1
 
@@ -160,18 +143,11 @@ class Scheduler:
             for position in range(active.computed, active.computed + count):
                 self.kv.write(active.tokens[position], position, active.blocks)
             active.computed += count
-            self.remember(active)
             self.run(active)
             if active.computed == len(active.tokens):
                 self._add_token(active)
             if active.waiters and not active.ended:
                 self._freeze_now(active)
-
-    def remember(self, active: Active) -> None:
-        """Enter the full blocks into the prefix cache."""
-        full = active.computed // self.block_size
-        for block, content in zip(active.blocks[:full], self.hashes(active)[:full], strict=True):
-            self.pool.remember(block, content)
 
     def _add_token(self, active: Active) -> None:
         sampling = active.request.sampling

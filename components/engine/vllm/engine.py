@@ -96,15 +96,6 @@ class VLLMEngine:
             # vLLM's own 5 s are too short where several engines share few cores.
             await asyncio.get_running_loop().run_in_executor(None, llm.shutdown, 20.0)
 
-    async def check_health(self) -> None:
-        """Raise ``WorkerLost`` when the engine core has died."""
-        if self._llm is None:
-            raise WorkerLost("the engine has been stopped")
-        try:
-            await self._llm.check_health()
-        except Exception as error:
-            raise WorkerLost(f"vLLM's engine core is dead: {error}") from error
-
     async def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateOutput]:
         """See the protocol. Raises ``InvalidRequest`` before anything starts."""
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -278,14 +269,6 @@ class VLLMEngine:
         live = self._live.get(request_id)
         if live is not None:
             live.delivered = max(live.delivered, len(tokens))
-
-    async def requests(self) -> list[RequestInfo]:
-        """The per-request table."""
-        return (await self.report())[1]
-
-    async def stats(self) -> EngineStats:
-        """Load at this moment."""
-        return (await self.report())[0]
 
     async def report(self) -> tuple[EngineStats, list[RequestInfo]]:
         """Load and table, in one call."""

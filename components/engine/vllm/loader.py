@@ -37,15 +37,30 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
+class _Copies:
+    """The copies of jobs that begin together: what comes from the same source is one."""
+
+    handles: list[TransferHandle]
+    """A copy from each of the source's ranks that this one needs; none when all is here."""
+    needed_by: set[int]
+    """Jobs that have not been cancelled."""
+
+    def cancel(self, job_id: int) -> None:
+        """A job is cancelled: the last one ends the copies."""
+        self.needed_by.discard(job_id)
+        if not self.needed_by:
+            for handle in self.handles:
+                handle.cancel()
+
+
+@dataclass
 class _Flying:
     """A job under way."""
 
     job: Job
-    handles: list[TransferHandle]
-    """A copy from each of the source's ranks that this one needs; none when all is here."""
+    copies: _Copies
     share: float
-    """The job's part of what these copies move: jobs that begin together share those from the same source."""
-    needed: bool = True
+    """The job's part of what its copies move."""
 
 
 class Loader:
@@ -109,21 +124,15 @@ class Loader:
         """Begin a step's jobs, cancel unneeded ones, collect finished ones."""
         for job in jobs:
             self._begin([job])
-        self._cancel(cancelled)
-        ended = [job_id for job_id, flying in self._flying.items() if all(handle.done() for handle in flying.handles)]
+        for job_id in cancelled:
+            if flying := self._flying.get(job_id):
+                flying.copies.cancel(job_id)
+        ended = [job_id for job_id, flying in self._flying.items() if all(h.done() for h in flying.copies.handles)]
         self._results += self._settle(ended)
         unsafe = self.agent.unsafe_blocks() if self._unquiet else frozenset()
         for job_id in [i for i, blocks in self._unquiet.items() if not blocks & unsafe]:
             del self._unquiet[job_id]
             self._quiet.append(job_id)
-
-    def _cancel(self, job_ids: Sequence[int]) -> None:
-        for job_id in job_ids:
-            if flying := self._flying.get(job_id):
-                flying.needed = False
-                for handle in flying.handles:
-                    if not any(other.needed and handle in other.handles for other in self._flying.values()):
-                        handle.cancel()
 
     def copy_now(self, jobs: Sequence[Job], budget_s: float) -> list[JobResult | None]:
         """Begin jobs and wait for them; None for one that does not end within the budget.
@@ -142,7 +151,7 @@ class Loader:
         return [results.get(job.job_id) for job in jobs]
 
     def _wait(self, job_id: int, until: float) -> bool:
-        for handle in self._flying[job_id].handles:
+        for handle in self._flying[job_id].copies.handles:
             try:
                 handle.wait(max(0.0, until - time.monotonic()))
             except TimeoutError:
@@ -167,8 +176,9 @@ class Loader:
             for handle in handles:
                 handle.cancel()
             handles.append(refused)
+        copies = _Copies(handles, {job.job_id for job in jobs})
         for job in jobs:
-            self._flying[job.job_id] = _Flying(job, handles, len(job.src_blocks) / max(1, len(src)))
+            self._flying[job.job_id] = _Flying(job, copies, len(job.src_blocks) / max(1, len(src)))
 
     def _settle(self, job_ids: Sequence[int]) -> list[JobResult]:
         """Results of jobs whose copies have ended."""
@@ -205,7 +215,7 @@ class Loader:
         moved: list[TransferResult] = []
         failed: MigrateError | None = None
         unquiet: frozenset[int] = frozenset()
-        for handle in flying.handles:
+        for handle in flying.copies.handles:
             try:
                 moved.append(handle.wait(0))
             except MigrateError as error:
@@ -236,9 +246,8 @@ class Loader:
 
     def close(self) -> None:
         """Cancel jobs in flight and withdraw the agent."""
-        for flying in self._flying.values():
-            for handle in flying.handles:
-                handle.cancel()
+        for job_id, flying in self._flying.items():
+            flying.copies.cancel(job_id)
         self._flying.clear()
         if self._agent is not None:
             self._agent.close()

@@ -88,18 +88,8 @@ class Migration:
         """Encoded tokens of direct commits whose worker's commit has not come, by vLLM's id. Each output of such a
         request has them, because vLLM's client joins outputs and keeps only the last one's parameters."""
         self._step_began = 0.0
-        self.last_step_s = 0.0
+        self._last_step_s = 0.0
         self._past_preemptions = 0
-
-    @property
-    def records(self) -> list[Record]:
-        """All requests of the engine."""
-        return list(self._records.values())
-
-    @property
-    def preemptions_total(self) -> int:
-        """Number of preemptions by vLLM; entering with tokens counts as one."""
-        return self._past_preemptions + sum(record.request.num_preemptions for record in self._records.values())
 
     def _attached(self) -> Ranks:
         if self._ranks is None:
@@ -114,9 +104,10 @@ class Migration:
             case Op.INFO:
                 return self._info(Ranks(executor))
             case Op.REPORT:
-                return Reply(stats=stats_of(self), requests=request_table(self))
+                return self._report()
             case Op.CHECK:
-                verify_blocks(self)
+                others = (*self.incoming.copies.kept_blocks(), *self.handoff.lent_blocks())
+                verify_blocks(self.port, self._records.values(), others)
                 return Reply()
             case Op.RELEASE:
                 self.handoff.release(call.request_id)
@@ -190,6 +181,17 @@ class Migration:
             fingerprint=infos[0].fingerprint,
             weights=infos[0].weights,
         )
+
+    def _report(self) -> Reply:
+        records = self._records.values()
+        stats = msgspec.structs.replace(
+            stats_of(self.port, records),
+            # Entering with tokens counts as one.
+            preemptions_total=self._past_preemptions + sum(record.request.num_preemptions for record in records),
+            kv_refused=dict(self.incoming.copies.refused),
+            step_s=self._last_step_s,
+        )
+        return Reply(stats=stats, requests=request_table(self.port, records, self.outgoing.why_not))
 
     def expects_commit(self, request_id: RequestId) -> bool:
         """True while a landed request waits for its commit."""
@@ -297,7 +299,7 @@ class Migration:
 
     def after_step(self) -> None:
         """Freeze requests that waited for this step."""
-        self.last_step_s = time.monotonic() - self._step_began
+        self._last_step_s = time.monotonic() - self._step_began
         self.outgoing.after_step()
 
     def forget_ended(self) -> None:

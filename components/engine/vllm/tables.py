@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable
 
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import RequestStatus
 
 from components.engine.protocol import EngineStats, RequestInfo, RequestPhase
+from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.records import Record
 from components.errors import SessionError
-
-if TYPE_CHECKING:
-    from components.engine.vllm.migration import Migration
 
 
 def phase_of(record: Record) -> RequestPhase:
@@ -31,8 +30,10 @@ def phase_of(record: Record) -> RequestPhase:
     return RequestPhase.WAITING
 
 
-def request_table(migration: Migration) -> tuple[RequestInfo, ...]:
-    """One row for each request."""
+def request_table(
+    port: SchedulerPort, records: Collection[Record], why_not: Callable[[Record], str | None]
+) -> tuple[RequestInfo, ...]:
+    """One row for each request; ``why_not`` says why it cannot move."""
     now = time.monotonic()
     return tuple(
         RequestInfo(
@@ -40,20 +41,19 @@ def request_table(migration: Migration) -> tuple[RequestInfo, ...]:
             phase=phase_of(record),
             prompt_tokens=record.request.num_prompt_tokens,
             output_tokens=record.request.num_output_tokens,
-            kv_blocks=migration.port.num_blocks_of(record.request),
+            kv_blocks=port.num_blocks_of(record.request),
             age_s=now - record.born,
             priority=record.request.priority,
             max_tokens=record.request.max_tokens,
             preemptions=record.request.num_preemptions,
-            not_migratable=migration.outgoing.why_not(record),
+            not_migratable=why_not(record),
         )
-        for record in migration.records
+        for record in records
     )
 
 
-def stats_of(migration: Migration) -> EngineStats:
-    """Load at this moment."""
-    records, port = migration.records, migration.port
+def stats_of(port: SchedulerPort, records: Collection[Record]) -> EngineStats:
+    """Load at this moment, without the counters of ``Migration``."""
     phases = Counter(map(phase_of, records))
     decoding = [r for r in port.running if not r.is_prefill_chunk]
     prefilling = [r for r in port.running if r.is_prefill_chunk]
@@ -69,21 +69,16 @@ def stats_of(migration: Migration) -> EngineStats:
         decode_kv_tokens=sum(r.num_computed_tokens for r in decoding),
         queued_prefill_tokens=sum(r.num_tokens for r in queued),
         scheduled_prefill_tokens=sum(r.num_tokens - r.num_computed_tokens for r in prefilling),
-        preemptions_total=migration.preemptions_total,
-        kv_refused=dict(migration.incoming.copies.refused),
-        step_s=migration.last_step_s,
     )
 
 
-def verify_blocks(migration: Migration) -> None:
-    """Raise ``SessionError`` unless the holders of every used block are its requests and copies."""
-    expected = Counter(block.block_id for block in migration.port.holders())
-    expected.update(block.block_id for block in migration.incoming.copies.kept_blocks())
-    expected.update(block.block_id for block in migration.handoff.lent_blocks())
-    for block in migration.port.pool():
+def verify_blocks(port: SchedulerPort, records: Collection[Record], others: Iterable[KVCacheBlock]) -> None:
+    """Raise ``SessionError`` unless the holders of every used block are its requests, or those of ``others``."""
+    expected = Counter(block.block_id for block in (*port.holders(), *others))
+    for block in port.pool():
         if block.ref_cnt != expected[block.block_id]:
             known = expected[block.block_id]
             raise SessionError(f"block {block.block_id} is held {block.ref_cnt} times, {known} of them accounted for")
-    unknown = [r.request_id for r in migration.records if migration.port.request(r.request.request_id) is None]
+    unknown = [r.request_id for r in records if port.request(r.request.request_id) is None]
     if unknown:
         raise SessionError(f"records of ended requests are left: {unknown}")

@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from components.errors import TransferError
+from components.errors import MigrateError, TransferError
 from components.transfer.config import AgentConfig
 from components.transfer.control.directory import Directory
 from components.transfer.control.endpoint import without_secrets
@@ -53,16 +53,18 @@ class Publisher:
 
         self._thread = threading.Thread(target=lambda: asyncio.run(keep()), name="kv-records", daemon=True)
         self._thread.start()
-        if publication.wait(PUBLISH_S):
-            return
-        self.stop()
-        if publication.hopeless and publication.trouble is not None:
-            raise publication.trouble
-        where = ", ".join(map(without_secrets, config.etcd_endpoints or (config.nats_url,)))
-        raise TransferError(
-            f"the record of agent {config.name} could not be published at {where} within {PUBLISH_S:g} s: "
-            f"{publication.trouble or 'no answer'}; is the server running, and is the address right?"
-        )
+        try:
+            publication.result(PUBLISH_S)
+        except TimeoutError:
+            self.stop()
+            where = ", ".join(map(without_secrets, config.etcd_endpoints or (config.nats_url,)))
+            raise TransferError(
+                f"the record of agent {config.name} could not be published at {where} within {PUBLISH_S:g} s: "
+                f"{publication.trouble or 'no answer'}; is the server running, and is the address right?"
+            ) from None
+        except MigrateError:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """Withdraw. Idempotent."""
