@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, Protocol, Self
 
@@ -76,6 +76,8 @@ class Workers:
         self._planners = planners
         self._clock = clock
         self._told: dict[int, Told] = {}
+        self._short: dict[str, int] = {}
+        """Instances by whole short names that only they have."""
         self._asking: dict[int, asyncio.Task[None]] = {}
         self._late: set[int] = set()
         self._slots = asyncio.Semaphore(_AT_ONCE)
@@ -113,13 +115,14 @@ class Workers:
         when it arrives. Never raises.
         """
         there = self._peers.instances()
-        for instance in set(self._told) - set(there):
-            del self._told[instance]
-            self._late.discard(instance)
+        if there != list(self._told):
+            self._told = {i: self._told.get(i) or self.follow(short(i)) for i in there}
+            self._late.intersection_update(there)
+            shared = Counter(map(short, there))
+            self._short = {short(i): i for i in there if shared[short(i)] == 1}
         for instance in there:
             if instance not in self._asking:
-                told = self._told.get(instance) or self._told.setdefault(instance, self.follow(short(instance)))
-                self._asking[instance] = asyncio.ensure_future(self._ask(instance, told))
+                self._asking[instance] = asyncio.ensure_future(self._ask(instance, self._told[instance]))
         waited = {task for instance, task in self._asking.items() if instance not in self._late}
         if decisions and self._planners is not None:
             waited.add(asyncio.ensure_future(self._ask_planners(self._planners)))
@@ -169,17 +172,18 @@ class Workers:
 
     def worker(self, name: str) -> WorkerReport:
         """The only worker with this begin of its id. Raises ``WorkerNotFound``."""
-        return self._named(name)[1]
+        return self._told[self._named(name)].report(self._clock(), True)
 
-    def _named(self, name: str) -> tuple[int, WorkerReport]:
-        now = self._clock()
+    def _named(self, name: str) -> int:
+        if (known := self._short.get(name)) is not None:
+            return known
         # Also accepts a whole instance id, as in Dynamo's logs.
         ids = {i: told.worker if len(name) <= len(told.worker) else f"{i:016x}" for i, told in self._told.items()}
         found = [instance for instance, text in ids.items() if name and text.startswith(name.lower())]
         if len(found) != 1:
             among = ", ".join(sorted(self._told[i].worker for i in found or ids)) or "none"
             raise WorkerNotFound(f"{len(found) or 'no'} workers begin with {name!r}; workers: {among}")
-        return found[0], self._told[found[0]].report(now, True)
+        return found[0]
 
     def request(self, name: str) -> tuple[WorkerReport, RequestRow]:
         """The only running request with this begin of its id, and its worker. Raises ``RequestNotFound``."""
@@ -203,8 +207,8 @@ class Workers:
 
         Raises ``RequestNotFound`` when the request, or this life of it, is no longer there.
         """
-        instance, _ = self._named(source)
-        there = self._named(target)[0] if target else 0
+        instance = self._named(source)
+        there = self._named(target) if target else 0
         call = WorkerCall(WorkerOp.MIGRATE, RequestId(request_id), life, target=there, mode=mode)
         reply = await self._peers.call(instance, call, _MOVE_S)
         if not reply.moves:
@@ -224,18 +228,18 @@ class Workers:
 
     async def drain(self, worker: str, timeout_s: float = 60.0) -> Drained:
         """Empty a worker, within ``timeout_s``; it gets no new requests until ``undrain``."""
-        instance, report = self._named(worker)
+        instance = self._named(worker)
         call = WorkerCall(WorkerOp.DRAIN, timeout_s=timeout_s)
         reply = await self._peers.call(instance, call, timeout_s + _MOVE_S)
-        return Drained(report.worker, reply.left, reply.moves)
+        return Drained(short(instance), reply.left, reply.moves)
 
     async def undrain(self, worker: str) -> None:
         """Give a worker requests again."""
-        await self._peers.call(self._named(worker)[0], WorkerCall(WorkerOp.UNDRAIN))
+        await self._peers.call(self._named(worker), WorkerCall(WorkerOp.UNDRAIN))
 
     async def check(self, worker: str) -> None:
         """Raise ``SessionError`` when blocks and requests of a worker do not add up."""
-        await self._peers.call(self._named(worker)[0], WorkerCall(WorkerOp.CHECK))
+        await self._peers.call(self._named(worker), WorkerCall(WorkerOp.CHECK))
 
     def close(self) -> None:
         """End running calls."""

@@ -76,12 +76,8 @@ class Told:
             self._state, self._at, self.moves_total = state, now - state.age_s, state.moves_total
             self._info = state.info or self._info
             self._next_version = state.version
-        left = () if not first else tuple(self._rows) if state.whole else state.gone
-        if left or state.rows:
-            self._change(left, state.rows)
-        for row in state.rows:
-            self._began[row.number] = now - row.age_s
-        self._count(state.counts)
+        left = () if not first else None if state.whole else state.gone
+        self._change(left, state.rows, state.counts, now)
         if not state.next:
             self.version, self.missing = self._next_version, ""
 
@@ -90,15 +86,14 @@ class Told:
         """When the worker was as it is known; None: it has told nothing."""
         return None if self._state is None else self._at
 
-    def _change(self, left: Sequence[int], rows: Sequence[RequestRow]) -> None:
-        """Drop the rows with these numbers; then add or replace some."""
-        for number in left:
+    def _change(self, left: Sequence[int] | None, rows: Sequence[RequestRow], counts: Counts, now: float) -> None:
+        """Drop the rows with these numbers (None: all), add or replace some, and count what others have made."""
+        for number in tuple(self._rows) if left is None else left:
             self._rows.pop(number, None)
             self._began.pop(number, None)
         for row in rows:
             self._rows[row.number] = row
-
-    def _count(self, counts: Counts) -> None:
+            self._began[row.number] = now - row.age_s
         for number, output_tokens, kv_blocks in counts:
             if (known := self._rows.get(number)) is not None:
                 known.output_tokens, known.kv_blocks = output_tokens, kv_blocks

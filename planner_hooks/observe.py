@@ -9,8 +9,6 @@ process's clock. ``join`` may be called at any time; nothing here does I/O or ra
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +24,23 @@ from planner_hooks.estimate import RemainingEstimate
 from planner_hooks.metrics import Heard
 from planner_hooks.rules import Cost
 from planner_hooks.snapshot import NEVER_S, ActiveMove, Capture, Ints, Requests, RequestView, Snapshot, WorkerView
-from planner_hooks.table import Places, Records, Table, joined
+from planner_hooks.table import (
+    BLOCKS,
+    ELSEWHERE,
+    FLAGS,
+    FREE,
+    KEY,
+    LIMIT,
+    OUTPUT,
+    PRIORITY,
+    PROMPT,
+    RUNNING,
+    SHIFT,
+    WAITING,
+    Columns,
+    Register,
+    Table,
+)
 
 _MEASURED = 50
 """Number of migrations from which the cost is measured."""
@@ -37,39 +51,30 @@ DECODE_ROLES = ("decode", "agg")
 class Rows(Sequence[str]):
     """The requests of all workers; as a sequence, their ids. A hundred thousand of them are never listed."""
 
-    def __init__(self, tables: list[list[RequestRow]], kept: NDArray[np.int64]) -> None:
-        self._tables = tables
-        self._begins = list(itertools.accumulate(map(len, tables), initial=0))
-        self.kept = kept
-        """Places of those that count, over all tables."""
+    def __init__(self, register: Register, keys: NDArray[np.int64]) -> None:
+        self._rows = register.rows
+        self.keys = keys
 
     def __len__(self) -> int:
-        return len(self.kept)
+        return len(self.keys)
 
     def row(self, at: int) -> RequestRow:
         """One request, with the counts of its last change."""
-        place = int(self.kept[at])
-        table = bisect.bisect_right(self._begins, place) - 1
-        return self._tables[table][place - self._begins[table]]
+        return self._rows[int(self.keys[at])]
 
     def __getitem__(self, at: int) -> str:  # type: ignore[override]
         return self.row(at).request_id
 
-    def index_of(self, table: int, place: int) -> int | None:
-        """Index of a request by its table and its place there; None for one that does not count."""
-        at = int(np.searchsorted(self.kept, whole := self._begins[table] + place))
-        return at if at < len(self) and self.kept[at] == whole else None
-
 
 @dataclass(frozen=True)
 class Look:
-    """What was known at one moment. Another thread may read it."""
+    """What was known at one moment. Another thread may read it, until the next look."""
 
     heads: list[WorkerReport]
     """Decode workers that have told their state."""
-    records: Records
+    columns: Columns
     owners: Ints
-    """Index of each record's worker."""
+    """Index of each request's worker."""
     rows: Rows
     index: Mapping[str, int]
     """Where a request is that moves, or has moved lately."""
@@ -84,7 +89,7 @@ class Observer:
         self._cost = cost
         self._clock = clock
         self._remaining = RemainingEstimate()
-        self._places = Places()
+        self._register = Register()
         self._heard = Heard()
 
     def join(self, engines: Mapping[str, bytes]) -> None:
@@ -93,33 +98,32 @@ class Observer:
 
     def look(self, tables: Sequence[Table], moves: tuple[MoveRecord, ...], active: Iterable[ActiveMove] = ()) -> Look:
         """Take what is known now."""
-        for row in self._places.update(tables):
-            self._remaining.finished(row.output_tokens)
-        heads, chosen, now = [], [], self._clock()
+        register = self._register
+        for output_tokens in register.update(tables):
+            self._remaining.finished(output_tokens)
+        heads: list[WorkerReport] = []
+        now = self._clock()
+        owner_of = np.full(max(register.numbers.values(), default=0) + 1, -1, dtype=np.int32)
         for table in tables:
             head = table.head(now)
             if head.role in DECODE_ROLES and head.stats is not None and head.info is not None:
+                owner_of[register.numbers[table]] = len(heads)
                 heads.append(head)
-                chosen.append(table)
-        records = joined([table.columns for table in chosen])
-        begins = np.cumsum([0, *(len(table.columns) for table in chosen)])
-        at = {table: number for number, table in enumerate(chosen)}
-        for request_id, several in self._places.several.items():
+        keys, flags = register.columns[KEY], register.columns[FLAGS].copy()
+        owners = owner_of[keys >> SHIFT]
+        for several in register.several.values():
             # The youngest report of one that has just moved is right.
-            places = [(at[t], place) for t in dict.fromkeys(several) if t in at for place in t.places(request_id)]
-            here = [(n, place) for n, place in places if not records["elsewhere"][begins[n] + place]]
-            for number, place in sorted(here, key=lambda found: heads[found[0]].age_s)[1:]:
-                records["elsewhere"][begins[number] + place] = True
-        rows = Rows([table.rows for table in chosen], np.flatnonzero(~records["elsewhere"]))
-        owners = np.repeat(np.arange(len(chosen), dtype=np.int32), np.diff(begins))
+            places = np.searchsorted(keys, several).tolist()
+            here = [at for at in places if owners[at] >= 0 and not flags[at] & ELSEWHERE]
+            flags[sorted(here, key=lambda at: heads[owners[at]].age_s)[1:]] |= ELSEWHERE
+        kept = (flags < ELSEWHERE) & (owners >= 0)
+        columns = register.columns[:, kept]
         active = tuple(active)
-        index = {}
-        for request_id in {*(move.request_id for move in active), *(move.request_id for move in moves)}:
-            for table in self._places.of(request_id):
-                for place in table.places(request_id) if table in at else ():
-                    if (found := rows.index_of(at[table], place)) is not None:
-                        index[request_id] = found
-        return Look(heads, records[rows.kept], owners[rows.kept], rows, index, moves, active)
+        ids = [*(move.request_id for move in active), *(move.request_id for move in moves)]
+        wanted = {key: request_id for request_id in dict.fromkeys(ids) for key in register.keys(request_id)}
+        found = np.flatnonzero(np.isin(columns[KEY], list(wanted))).tolist() if wanted else []
+        index = {wanted[int(columns[KEY, at])]: at for at in found}
+        return Look(heads, columns, owners[kept], Rows(register, columns[KEY]), index, moves, active)
 
     def capture(self, look: Look) -> Capture:
         """The state in readable form."""
@@ -150,26 +154,25 @@ class Observer:
         return Snapshot.joined(self._head(look), self._columns(look), stale_after_s, look.index)
 
     def _columns(self, look: Look) -> Requests:
-        records = look.records
-        since, came_from = np.full(len(records), NEVER_S), np.full(len(records), len(look.heads), dtype=np.int32)
+        columns, count = look.columns, len(look.owners)
+        since, came_from = np.full(count, NEVER_S), np.full(count, len(look.heads), dtype=np.int32)
         workers = {head.worker: at for at, head in enumerate(look.heads)}
         for move in look.moves:
             if move.ok and (at := look.index.get(move.request_id)) is not None:
                 since[at], came_from[at] = move.age_s, workers.get(move.source, len(workers))
         blocks = np.array([head.info.block_size if head.info else 0 for head in look.heads] or [0])
-        outputs = records["output_tokens"].astype(np.float64)
+        outputs, flags = columns[OUTPUT].astype(np.float64), columns[FLAGS]
         return Requests(
             ids=look.rows,
             worker=look.owners,
-            kv=(records["kv_blocks"] * blocks[look.owners]).astype(np.float64),
-            need=records["prompt_tokens"] + outputs,
-            # Without a limit of tokens it is NaN, which fmin passes over.
-            remaining=np.fmin(self._remaining.of(outputs), np.maximum(0.0, records["max_tokens"] - outputs)),
+            kv=(columns[BLOCKS] * blocks[look.owners]).astype(np.float64),
+            need=columns[PROMPT] + outputs,
+            remaining=np.minimum(self._remaining.of(outputs), np.maximum(0.0, columns[LIMIT] - outputs)),
             # In vLLM smaller numbers are more important.
-            priority=-records["priority"].astype(np.int32),
-            running=records["running"],
-            waiting=records["waiting"],
-            free=records["free"],
+            priority=-columns[PRIORITY].astype(np.int32),
+            running=flags & RUNNING != 0,
+            waiting=flags & WAITING != 0,
+            free=flags & FREE != 0,
             since_move=since,
             came_from=came_from,
         )

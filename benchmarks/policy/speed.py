@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long one decision of all policies takes, by cluster size, on one core, and what a live tick spends before it.
+"""How long one decision of all policies takes, by cluster size, on one core, and what a live tick spends beside it.
 
 ``decision`` is what a policy file costs: from a snapshot to a plan. A live tick first decodes what workers have told
 since the last one (``decode``; here every request has gone on by a token) and makes columns of it (``observe``).
-``tick`` is all of it, with the calls that begin the moves, but without a network; ``turnover`` is a tick for which each
-worker has one request in twenty replaced by a new one.
+``tick`` is all of it, with the calls to workers before and after it, but without a network; ``turnover`` is a tick for
+which each worker has one request in twenty replaced by a new one.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import asyncio
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import msgspec
 import numpy as np
 
-from components.client import Drained
 from components.engine.kv import RequestId
 from components.engine.protocol import EngineInfo, EngineStats, RequestPhase
 from components.messages import pack, unpack
-from components.migration.messages import Counts, Mode, MoveRecord, RequestRow, WorkerReply, WorkerState
+from components.migration.messages import Counts, MoveRecord, RequestRow, WorkerCall, WorkerOp, WorkerReply, WorkerState
+from components.migration.peers import Peers, short
 from planner_hooks.config import parse
 from planner_hooks.controller import Controller
 from planner_hooks.observe import Observer
 from planner_hooks.rules import Cost
 from planner_hooks.snapshot import Capture, RequestView, Snapshot, WorkerView
-from planner_hooks.table import Table
+from planner_hooks.table import Table, Tables
 
 _BLOCK = 16
 SIZES = ((4, 400), (16, 1600), (64, 6400), (256, 25_000), (1024, 100_000))
@@ -63,7 +63,7 @@ def cluster(workers: int, requests: int, seed: int = 0) -> Capture:
         rows.append(
             RequestView(
                 request_id=f"r{i}",
-                worker=f"w{worker}",
+                worker=short(worker),
                 phase=RequestPhase.DECODE if runs else RequestPhase.WAITING,
                 need_tokens=tokens,
                 kv_tokens=tokens if runs else 0,
@@ -71,12 +71,12 @@ def cluster(workers: int, requests: int, seed: int = 0) -> Capture:
                 priority=int(i % 50 == 0),
             )
         )
-    running = np.bincount([int(r.worker[1:]) for r in rows if r.kv_tokens], minlength=workers)
+    running = np.bincount([int(r.worker, 16) for r in rows if r.kv_tokens], minlength=workers)
     waiting = np.bincount(places, minlength=workers) - running
     queued = np.bincount(places, weights=sizes, minlength=workers) - held
     views = [
         WorkerView(
-            worker=f"w{i}",
+            worker=short(i),
             capacity_tokens=capacity,
             held_tokens=int(held[i]),
             queued_tokens=int(queued[i]),
@@ -92,115 +92,101 @@ def cluster(workers: int, requests: int, seed: int = 0) -> Capture:
     return Capture(0.0, tuple(views), tuple(rows), bytes_per_s=10e9)
 
 
-def answers(capture: Capture, first: bool) -> dict[str, dict[str, str]]:
-    """The same state as workers tell it, packed: everything, or that every request has gone on."""
-    rows: defaultdict[str, list[RequestRow]] = defaultdict(list)
-    for number, r in enumerate(capture.requests, 1):
-        blocks = r.kv_tokens // _BLOCK
-        row = RequestRow(number, RequestId(r.request_id), r.phase, r.need_tokens, 0, blocks, 1.0, -r.priority)
-        rows[r.worker].append(row)
-    found = {}
-    for w in capture.workers:
-        counts = Counts.of([(row.number, 1, row.kv_blocks) for row in rows[w.worker]])
+class Fleet:
+    """``Peers`` without a network: workers with the requests of a capture, which go on by a token for each answer."""
+
+    def __init__(self, capture: Capture) -> None:
+        self._views = capture.workers
+        self._rows: defaultdict[str, list[RequestRow]] = defaultdict(list)
+        for number, r in enumerate(capture.requests, 1):
+            blocks = r.kv_tokens // _BLOCK
+            row = RequestRow(number, RequestId(r.request_id), r.phase, r.need_tokens, 0, blocks, 1.0, -r.priority)
+            self._rows[r.worker].append(row)
+        self._version = 1
+        self.packed = [pack(self._told(w, (), self._rows[w.worker], ())) for w in capture.workers]
+
+    def go_on(self, share: float = 0.0) -> None:
+        """Make the next answers; this share of the requests has ended, and as many have come."""
+        self._version += 1
+        self.packed = []
+        for view in self._views:
+            rows = self._rows[view.worker]
+            count, last = math.ceil(share * len(rows)), rows[-1].number if rows else 0
+            gone, rows = [row.number for row in rows[:count]], rows[count:]
+            names = [(last + n, RequestId(f"{view.worker}.{last + n}")) for n in range(1, count + 1)]
+            new = [RequestRow(number, name, RequestPhase.DECODE, 500) for number, name in names]
+            counts = [(row.number, self._version, row.kv_blocks) for row in rows]
+            self._rows[view.worker] = rows + new
+            self.packed.append(pack(self._told(view, gone, new, counts)))
+
+    def _told(
+        self, w: WorkerView, gone: Sequence[int], rows: Sequence[RequestRow], counts: Sequence[tuple[int, int, int]]
+    ) -> WorkerReply:
+        first, blocks = self._version == 1, w.capacity_tokens // _BLOCK
+        stats = EngineStats(
+            *(w.running, w.waiting, 0, 0, (w.capacity_tokens - w.held_tokens) // _BLOCK, blocks),
+            queued_prefill_tokens=w.queued_tokens,
+            step_s=w.step_s,
+        )
         state = WorkerState(
-            w.worker,
-            "decode",
-            EngineStats(
-                running=w.running,
-                waiting=w.waiting,
-                frozen=0,
-                landing=0,
-                free_blocks=(w.capacity_tokens - w.held_tokens) // _BLOCK,
-                total_blocks=w.capacity_tokens // _BLOCK,
-                queued_prefill_tokens=w.queued_tokens,
-                step_s=w.step_s,
-            ),
-            info=EngineInfo("m", "f", _BLOCK, w.capacity_tokens // _BLOCK, 16_384, w.max_seqs, 8192, (), (), 131_072)
-            if first
-            else None,
-            version=1 if first else 2,
+            *(w.worker, "decode", stats),
+            info=EngineInfo("m", "f", _BLOCK, blocks, 16_384, w.max_seqs, 8192, (), (), 131_072) if first else None,
+            version=self._version,
             whole=first,
-            rows=tuple(rows[w.worker]) if first else (),
-            counts=Counts() if first else counts,
+            rows=tuple(rows),
+            counts=Counts.of(counts) if counts else Counts(),
+            gone=tuple(gone),
             cordoned=w.draining,
             draining=w.draining,
         )
-        found[w.worker] = pack(WorkerReply(state=state))
-    return found
+        return WorkerReply(state=state)
+
+    def instances(self) -> list[int]:
+        return list(range(len(self._views)))
+
+    async def call(self, instance: int, call: WorkerCall, timeout_s: float = 20.0) -> WorkerReply:
+        if call.op is WorkerOp.STATUS:
+            return unpack(self.packed[instance], WorkerReply)
+        names = self._views[instance].worker, self._views[call.target].worker
+        return WorkerReply(moves=(MoveRecord(RequestId(call.request_id), *names, call.mode, ok=True),))
 
 
-def take(told: dict[str, Table], packed: dict[str, dict[str, str]]) -> None:
-    """What ``components.client.Workers`` does with the answers of one tick."""
-    for worker, message in packed.items():
-        state = unpack(message, WorkerReply).state
-        if state is not None:
-            told[worker].take(state, time.monotonic(), first=True)
-
-
-class _Commands:
-    """What the controller asks of ``components.client.Workers``, with nothing behind it."""
-
-    def __init__(self, told: dict[str, Table], packed: dict[str, dict[str, str]]) -> None:
-        self._told = told
-        self.packed = packed
-
-    async def refresh(self, patience_s: float) -> None:
-        take(self._told, self.packed)
-
-    def tables(self) -> list[Table]:
-        return list(self._told.values())
-
-    def moves(self) -> tuple[MoveRecord, ...]:
-        return ()
-
-    async def migrate(self, request_id: str, source: str, target: str, mode: Mode, life: int) -> MoveRecord:
-        return MoveRecord(RequestId(request_id), source, target, mode, ok=True)
-
-    async def drain(self, worker: str, timeout_s: float) -> Drained:
-        return Drained(worker, 0, ())
-
-    async def undrain(self, worker: str) -> None:
-        """Nothing."""
-
-
-def replaced(packed: dict[str, dict[str, str]], tables: dict[str, Table], version: int) -> dict[str, dict[str, str]]:
-    """What workers tell when one request in twenty has ended and another one has come, and the rest has gone on."""
-    found = {}
-    for name, table in tables.items():
-        count, last = math.ceil(len(table.rows) / 20), max((row.number for row in table.rows), default=0)
-        new = (
-            RequestRow(last + n, RequestId(f"{name}.{last + n}"), RequestPhase.DECODE, 500) for n in range(1, count + 1)
-        )
-        going_on = [(row.number, version, row.kv_blocks) for row in table.rows[count:]]
-        state = unpack(packed[name], WorkerReply).state
-        if state is None:
-            continue
-        state = msgspec.structs.replace(
-            state,
-            version=version,
-            gone=tuple(row.number for row in table.rows[:count]),
-            rows=tuple(new),
-            counts=Counts.of(going_on),
-        )
-        found[name] = pack(WorkerReply(state=state))
-    return found
-
-
-def ticks(capture: Capture, told: dict[str, Table], repeat: int, turnover: bool = False) -> list[float]:
-    """Milliseconds of processor time of whole ticks."""
+def ticks(capture: Capture, repeat: int, share: float = 0.0) -> list[float]:
+    """Milliseconds of processor time of whole ticks, each of which sees this share of the requests replaced."""
 
     async def one() -> list[float]:
-        commands, found = _Commands(told, answers(capture, first=False)), []
-        controller = Controller(parse({}), commands, Observer(Cost()))
-        for version in range(3, 4 + repeat):
-            commands.packed = replaced(commands.packed, told, version) if turnover else commands.packed
+        fleet, found = Fleet(capture), []
+        controller = Controller(parse({}), Tables(cast(Peers, fleet)), Observer(Cost()))
+        for _ in range(1 + repeat):
             began = time.process_time()
             await controller.tick()
             await controller.idle()
             found.append(1e3 * (time.process_time() - began))
+            fleet.go_on(share)
         return found[1:]  # The first one learns all names.
 
     return asyncio.run(one())
+
+
+def parts(capture: Capture, repeat: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of decoding and of observing in ticks in which every request has gone on by a token."""
+    fleet, observer = Fleet(capture), Observer(Cost())
+    tables = [Table(w.worker) for w in capture.workers]
+
+    def take() -> None:
+        for table, message in zip(tables, fleet.packed, strict=True):
+            if (state := unpack(message, WorkerReply).state) is not None:
+                table.take(state, time.monotonic(), first=True)
+
+    def see() -> None:
+        observer.snapshot(observer.look(tables, ()), 5.0)
+
+    decode, observe = [], []
+    for _ in range(1 + repeat):
+        decode += timed(take, 1)
+        observe += timed(see, 1)
+        fleet.go_on()
+    return decode[1:], observe[1:]  # The first one learns all names.
 
 
 def timed(call: Callable[[], object], repeat: int) -> list[float]:
@@ -228,17 +214,8 @@ def measure(repeat: int = 15) -> list[Speed]:
         decide()
         took = timed(decide, repeat)
         moves = len(policy.plan(snapshot).moves)
-        told, observer = {w.worker: Table(w.worker) for w in capture.workers}, Observer(Cost())
-        take(told, answers(capture, first=True))
-        decode = timed(partial(take, told, answers(capture, first=False)), 3)
-        # The first one learns all names.
-        tables = list(told.values())
-
-        def see(tables: list[Table] = tables, observer: Observer = observer) -> None:
-            observer.snapshot(observer.look(tables, ()), 5.0)
-
-        observe = timed(see, 4)[1:]
-        tick, turnover = ticks(capture, told, 3), ticks(capture, told, 3, turnover=True)
+        decode, observe = parts(capture, 3)
+        tick, turnover = ticks(capture, 3), ticks(capture, 3, share=0.05)
         others = (float(np.median(times)) for times in (observe, decode, tick, turnover))
         rows.append(Speed(workers, requests, moves, float(np.median(took)), max(took), *others))
     return rows

@@ -231,8 +231,9 @@ class Counts(msgspec.Struct, frozen=True, array_like=True):
     kv_blocks: Column = Column()
 
     def __post_init__(self) -> None:
+        count = len(self.numbers)
         columns = (self.numbers, self.output_tokens, self.kv_blocks)
-        if any(len(column.data) % column.width or len(column) != len(self.numbers) for column in columns):
+        if [len(column.data) for column in columns] != [count * column.width for column in columns]:
             raise ValueError("columns of counts have different lengths")
 
     @staticmethod

@@ -196,8 +196,9 @@ async def test_a_life_that_has_gone_and_come_back_is_not_meant() -> None:
         return MoveRecord(request_id, source, target, mode, ok=False, code="request_not_found")
 
     await cluster.refresh(1.0)
-    for row in cluster.tables()[0].rows:
-        row.life = 7
+    for _, rows, _ in cluster.tables()[0]._pages:
+        for row in rows:
+            row.life = 7
     cluster.migrate = migrate  # type: ignore[method-assign]
     tested = controller(cluster)
     await tested.tick()
