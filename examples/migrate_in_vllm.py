@@ -17,13 +17,15 @@ from contextlib import aclosing
 
 import msgspec
 from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from components.engine.kv import Frozen, RequestId
 from components.engine.protocol import GenerateRequest
 from components.engine.vllm import native
+from components.engine.vllm.arguments import configure
 from components.engine.vllm.engine import VLLMEngine
-from components.engine.vllm.start import VLLMOptions
 from components.errors import RequestNotFound
 from components.models import resolve
 from components.serve.servers import Servers
@@ -34,8 +36,9 @@ PROMPT, OUTPUT, MOVE_AFTER = 300, 48, 16
 def engine(name: str, model: str, etcd: str) -> VLLMEngine:
     """A small engine whose agent is called ``name``."""
     args = {"model": model, "max_model_len": 1024, "block_size": 32, "enforce_eager": True, "max_num_seqs": 4}
-    args["num_gpu_blocks_override"] = 100
-    return VLLMEngine(VLLMOptions(args, {"name": name, "etcd_endpoints": [etcd], "namespace": "example"}))
+    arguments = AsyncEngineArgs(**args, num_gpu_blocks_override=100)
+    configure(arguments, {"name": name, "etcd_endpoints": [etcd], "namespace": "example"})
+    return VLLMEngine(AsyncLLM.from_engine_args(arguments))
 
 
 async def plain(source: VLLMEngine, request: GenerateRequest) -> list[int]:
@@ -101,8 +104,8 @@ async def main(model: str) -> None:
             raise SystemExit("the moved request gave other tokens")
         print("the moved request gave exactly the tokens of the unmoved one")
     finally:
-        await a.stop()
-        await b.stop()
+        a.llm.shutdown()
+        b.llm.shutdown()
         servers.stop()
 
 

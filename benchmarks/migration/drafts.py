@@ -119,7 +119,7 @@ async def _measure(run: Run, tokens: int, moves: int, more: dict[str, Any]) -> N
     loggers = [functools.partial(Counter, total=total)]
     arguments |= {"num_gpu_blocks_override": 300, "max_num_seqs": 4} | more
     async with engines(**arguments, stat_loggers=loggers) as (a, b):
-        run.runner = runner_version(a._llm.vllm_config)
+        run.runner = runner_version(a.llm.vllm_config)
         for engine in (a, b):
             await Answer("warm").rest(engine.generate(greedy("warm", prompt, tokens)))
         run.phases = [

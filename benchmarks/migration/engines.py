@@ -24,7 +24,6 @@ from components import process
 from components.engine.kv import LandingStatus, RequestId
 from components.engine.protocol import GenerateOutput, GenerateRequest, Sampling
 from components.engine.vllm.engine import VLLMEngine
-from components.engine.vllm.start import VLLMOptions
 from components.errors import RequestNotFound
 from components.serve.servers import Servers
 
@@ -70,16 +69,16 @@ def greedy(name: str, prompt: tuple[int, ...], tokens: int) -> GenerateRequest:
 async def engines(
     count: int = 2, stat_loggers: Sequence[Any] = (), **arguments: Any
 ) -> AsyncIterator[list[VLLMEngine]]:
-    """Context with small engines and their stores. ``stat_loggers``: as in ``VLLMOptions``."""
+    """Context with small engines and their stores. ``stat_loggers``: as in ``SampledEngine.of``."""
     servers = Servers()
     agent = {"etcd_endpoints": [servers.start(os.environ)["ETCD_ENDPOINTS"]], "namespace": "benchmark"}
     args = {"max_model_len": 4096, "block_size": 32, "max_num_seqs": 8, "enforce_eager": True, "seed": 0} | arguments
-    options = [VLLMOptions(args, agent | {"name": f"engine-{n}"}, stat_loggers=stat_loggers) for n in range(count)]
-    found = [SampledEngine(each) for each in options]
+    found: list[SampledEngine] = []
     try:
-        for engine in found:
-            await engine.start()
-        yield found
+        for number in range(count):
+            found.append(SampledEngine.of(args, agent | {"name": f"engine-{number}"}, stat_loggers))
+            await found[-1].start()
+        yield [*found]
     finally:
         for engine in found:
             await engine.stop()

@@ -28,9 +28,8 @@ _numbers = itertools.count()
 async def _engine(kind: str, model: str, more: dict[str, Any]) -> Any:
     arguments = {"model": model, "max_model_len": 4096, "block_size": 32, "max_num_seqs": 16, "seed": 0}
     arguments |= {"enable_prefix_caching": False, "kv_cache_memory_bytes": 1 << 30, **more}
+    from benchmarks.migration.sampled import SampledEngine
     from components.engine.vllm.arguments import executor
-    from components.engine.vllm.engine import VLLMEngine
-    from components.engine.vllm.start import VLLMOptions
 
     if kind == "without":
         where = executor(arguments.get("tensor_parallel_size", 1))
@@ -38,9 +37,9 @@ async def _engine(kind: str, model: str, more: dict[str, Any]) -> Any:
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     etcd, nats = os.environ["ETCD_ENDPOINTS"], os.environ["NATS_SERVER"]
     agent = {"name": "steps", "etcd_endpoints": etcd.split(","), "nats_url": nats, "namespace": "steps"}
-    engine = VLLMEngine(VLLMOptions(arguments, agent))
+    engine = SampledEngine.of(arguments, agent)
     await engine.start()
-    return engine._llm
+    return engine.llm
 
 
 async def _request(llm: Any, tokens: int) -> list[float]:

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The interface of an inference engine: generate, freeze, land, release.
 
-Life cycle
-    ``start`` once, then any number of concurrent ``generate`` calls, then ``stop``.
-
 One request, one owner
     An engine either *runs* a request (tokens come out of its ``generate`` stream), holds it *frozen*
     (no token can come, its KV blocks stay allocated and unchanged) or holds it *landing* (KV blocks
@@ -192,15 +189,7 @@ class EngineStats(msgspec.Struct, frozen=True):
 
 
 class Engine(Protocol):
-    """See the module docstring for the life cycle of a request over two engines."""
-
-    async def start(self) -> EngineInfo:
-        """Load the model and register the KV pools. Raises ``ConfigError`` on bad input."""
-        ...
-
-    async def stop(self) -> None:
-        """End all requests and release everything. Idempotent."""
-        ...
+    """A started engine. See the module docstring for the life of a request over two engines."""
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateOutput]:
         """Run a request. With ``landing`` the stream stays silent until ``commit``.

@@ -29,7 +29,6 @@ from vllm import envs
 from components import process, versions
 from components.engine.vllm.arguments import STOCK_CONNECTOR, configure
 from components.engine.vllm.engine import VLLMEngine
-from components.engine.vllm.start import VLLMOptions
 from components.errors import ConfigError, MigrateError
 from components.metrics.export import address, expose
 from components.migration.options import Options
@@ -83,8 +82,8 @@ class Migration:
         return await original(*args, **keywords)
 
     async def _serve(self, config: Any, endpoint: Any, client: EngineClient) -> WorkerStatus:
-        engine = VLLMEngine(VLLMOptions({}, {}, lease_s=self.settings.lease_s))
-        info = await engine.serve(client.bare, client.loras)
+        engine = VLLMEngine(client.bare, self.settings.lease_s, client.loras)
+        info = await engine.start()
         role = str(getattr(config.disaggregation_mode, "value", config.disaggregation_mode))
         peers = await DynamoPeers.of_worker(
             self.runtime, config.namespace, config.component, endpoint, self.settings.components, role

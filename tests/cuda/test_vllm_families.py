@@ -30,9 +30,6 @@ from benchmarks.models import MAKERS, resolve
 from benchmarks.models.seeing import SEEING
 from components.engine.protocol import Sampling
 from components.engine.vllm.engine import VLLMEngine
-from components.engine.vllm.loras import Loras
-from components.engine.vllm.start import VLLMOptions
-from components.engine.vllm.start import start as start_vllm
 from tests.integration.moves import Client, move, nothing_left, request_of, run, take_until
 from tests.integration.vllm_engines import Pair
 from tests.pillow import sitecustomize
@@ -122,10 +119,9 @@ async def start(etcd_url: str, more: dict[str, Any]) -> Pair:
 
     async def engine(name: str) -> VLLMEngine:
         agent = {"name": name, "etcd_endpoints": [etcd_url], "namespace": namespace, "transport": "auto"}
-        options = VLLMOptions(args | more, agent)
-        made = SampledEngine(options)
-        info = await made.serve(await asyncio.to_thread(start_vllm, options), Loras())
-        config = made._llm.vllm_config
+        made = await asyncio.to_thread(SampledEngine.of, args | more, agent)
+        info = await made.start()
+        config = made.llm.vllm_config
         print(
             f"engine {name}: {more}, lanes {info.lanes}, runner V{1 + config.use_v2_model_runner}, attention "
             f"{config.attention_config.backend}, blocks of {config.cache_config.block_size}, states "

@@ -25,7 +25,6 @@ import torch
 from benchmarks.migration.sampled import SampledEngine
 from components.engine.kv import RequestId
 from components.engine.protocol import GenerateRequest, Sampling
-from components.engine.vllm.start import VLLMOptions
 from tests.integration.moves import Client, move, request_of, run, take_until
 from tests.integration.vllm_engines import Pair
 
@@ -89,26 +88,24 @@ async def start(model: Path, etcd_url: str, sizes: tuple[int, int] = (1, 1), **o
     for name, size, devices in zip("ab", sizes, (visible[: sizes[0]], visible[-sizes[1] :]), strict=True):
         # Read by the engine core's process, which vLLM starts anew.
         os.environ.update(CUDA_VISIBLE_DEVICES=",".join(devices), VLLM_WORKER_MULTIPROC_METHOD="spawn")
-        engine = SampledEngine(
-            VLLMOptions(
-                {
-                    "model": str(model),
-                    "skip_tokenizer_init": True,
-                    "max_model_len": 8192,
-                    "max_num_seqs": 8,
-                    "tensor_parallel_size": size,
-                    "kv_cache_memory_bytes": 3 << 30,
-                    # Every move copies the whole request.
-                    "enable_prefix_caching": False,
-                    # Two engines may share a GPU; the KV cache has a size of its own.
-                    "gpu_memory_utilization": 0.4,
-                    # CUDA graphs without compilation: an engine starts in a quarter of the time.
-                    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
-                    "seed": 0,
-                },
-                {"name": name, "etcd_endpoints": [etcd_url], "namespace": namespace, "transport": "auto"},
-                **options,
-            )
+        engine = SampledEngine.of(
+            {
+                "model": str(model),
+                "skip_tokenizer_init": True,
+                "max_model_len": 8192,
+                "max_num_seqs": 8,
+                "tensor_parallel_size": size,
+                "kv_cache_memory_bytes": 3 << 30,
+                # Every move copies the whole request.
+                "enable_prefix_caching": False,
+                # Two engines may share a GPU; the KV cache has a size of its own.
+                "gpu_memory_utilization": 0.4,
+                # CUDA graphs without compilation: an engine starts in a quarter of the time.
+                "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+                "seed": 0,
+            },
+            {"name": name, "etcd_endpoints": [etcd_url], "namespace": namespace, "transport": "auto"},
+            **options,
         )
         info = await engine.start()
         print(f"engine {name} on GPUs {devices}: lanes {info.lanes}, fingerprint {info.fingerprint}")
@@ -119,7 +116,7 @@ async def start(model: Path, etcd_url: str, sizes: tuple[int, int] = (1, 1), **o
 
 
 def test_vllm_chose_the_runner_and_backend_itself(pair: Pair) -> None:
-    config = pair.a._llm.vllm_config
+    config = pair.a.llm.vllm_config
     print(f"model runner {'V2' if config.use_v2_model_runner else 'V1'}, attention {config.attention_config.backend}")
     assert "VLLM_USE_V2_MODEL_RUNNER" not in os.environ
 

@@ -98,7 +98,7 @@ async def taken_over(pair: Pair, request: GenerateRequest) -> tuple[Client, Any]
         return SamplingParams(extra_args={"kv_transfer_params": {MARKER: encode(marker)}}, **(given | more))
 
     name, tokens = request.request_id, list(request.prompt_token_ids)
-    prefill = pair.a._llm.generate({"prompt_token_ids": tokens}, params(Marker(name, lend=True), max_tokens=1), name)
+    prefill = pair.a.llm.generate({"prompt_token_ids": tokens}, params(Marker(name, lend=True), max_tokens=1), name)
     [*_, item] = [output async for output in prefill]
     lent = decode_lent(item.kv_transfer_params[MARKER])
     first = list(lent.frozen.output_token_ids)
@@ -114,7 +114,7 @@ async def decoded(
     engine: VLLMEngine, prompt: list[int], params: Any, name: str, made: int
 ) -> AsyncIterator[GenerateOutput]:
     """What a decode engine gives, behind the tokens that were made elsewhere."""
-    async for item in engine._llm.generate({"prompt_token_ids": prompt}, params, name):
+    async for item in engine.llm.generate({"prompt_token_ids": prompt}, params, name):
         tokens, reason = tuple(item.outputs[0].token_ids), None
         if item.finished:
             aborted = item.outputs[0].finish_reason == "abort"
@@ -146,7 +146,7 @@ async def compare(
     first: int = 0,
 ) -> list[Cell]:
     """Counts of so many requests, each of which moves in each mode. ``first``: number of the first one."""
-    config = pair.a._llm.vllm_config
+    config = pair.a.llm.vllm_config
     caching, runner = bool(config.cache_config.enable_prefix_caching), runner_version(config)
     cells: dict[tuple[bool, str, str], Cell] = {}
     for number in range(first, first + requests):

@@ -64,7 +64,7 @@ async def _hang(pair: Pair) -> None:
     for name in names:
         await _landed(pair, name)
     frozen: dict[RequestId, Frozen] = {name: await pair.a.freeze(name) for name in names}
-    core = pair.a._llm.engine_core.resources.engine_manager.processes[0].pid
+    core = pair.a.llm.engine_core.resources.engine_manager.processes[0].pid
     os.kill(core, signal.SIGSTOP)
     try:
         before, began = len(other.tokens), len(arrivals)

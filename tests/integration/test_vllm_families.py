@@ -63,7 +63,7 @@ def test_vllm_keeps_its_hybrid_cache_manager_and_windows_move_what_they_hold(
         await take_until(stream, Client(), 5)
         frozen = await pair.a.freeze(long.request_id)
         await pair.a.abort(long.request_id)
-        assert not pair.a._llm.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+        assert not pair.a.llm.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
         *held, full = sorted(len(table.ids) for table in tables_of(frozen.offer))
         assert full == -(-frozen.offer.num_tokens // frozen.offer.block_size)
         wanted = HELD.get(family_of(request), [])

@@ -141,7 +141,7 @@ def test_a_request_that_nobody_marked_can_be_frozen_and_moved(runner: asyncio.Ru
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        llm = pair.a._llm
+        llm = pair.a.llm
         stream = llm.generate({"prompt_token_ids": list(request.prompt_token_ids)}, params, "unmarked")
         tokens: list[int] = []
         async for output in stream:
@@ -244,7 +244,7 @@ def test_options_of_vllms_own_are_served_and_keep_a_request_where_it_is(
         prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
         params = SamplingParams(temperature=0.0, max_tokens=150, ignore_eos=True, **OWN_OPTIONS[option])  # type: ignore[arg-type]
         assert native.why_fixed(prompt, params, {})
-        [*_, last] = [item async for item in pair.a._llm.generate(prompt, params, f"served-{option}")]
+        [*_, last] = [item async for item in pair.a.llm.generate(prompt, params, f"served-{option}")]
         assert list(last.outputs[0].token_ids) == plain.tokens
 
     runner.run(asyncio.wait_for(scenario(), 60))

@@ -51,7 +51,7 @@ async def asked(engine: VLLMEngine, name: str, seeds: list[int], length: int, **
     params = SamplingParams(max_tokens=70, ignore_eos=True, output_kind=RequestOutputKind.DELTA, **sampling)
     assert not native.why_fixed(prompt, params, {})
     given = native.encode(native.Native(params, images=images.of_prompt(prompt)))
-    async for item in engine._llm.generate(prompt, SamplingParams(max_tokens=1), f"first-{name}"):
+    async for item in engine.llm.generate(prompt, SamplingParams(max_tokens=1), f"first-{name}"):
         expanded = tuple(item.prompt_token_ids)
     assert len(expanded) == length + IMAGE * len(seeds)
     return GenerateRequest(RequestId(name), expanded, native=given)

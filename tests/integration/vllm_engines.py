@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.migration.sampled import SampledEngine
-from components.engine.vllm.engine import VLLMEngine
-from components.engine.vllm.start import VLLMOptions
 from tests.integration import warm
 
 
@@ -19,14 +17,14 @@ from tests.integration import warm
 class Pair:
     """Two engines of the same model and layout."""
 
-    a: VLLMEngine
-    b: VLLMEngine
+    a: SampledEngine
+    b: SampledEngine
 
     async def stop(self) -> None:
         await asyncio.gather(self.a.stop(), self.b.stop())
 
 
-def options(
+def load(
     model: str,
     name: str,
     etcd_url: str,
@@ -37,7 +35,7 @@ def options(
     copy_deadline_s: float = 30.0,
     integrity: str = "tail",
     **engine_args: object,
-) -> VLLMOptions:
+) -> SampledEngine:
     """A small engine: 300 blocks of 32 tokens."""
     args: dict[str, object] = {
         "model": model,
@@ -49,9 +47,9 @@ def options(
         "seed": 0,
     }
     agent: dict[str, object] = {"name": name, "etcd_endpoints": [etcd_url], "namespace": namespace}
-    return VLLMOptions(
-        engine_args=args | engine_args,
-        agent=agent | {"transport": transport} | ({"backends": backends} if backends else {}),
+    return SampledEngine.of(
+        args | engine_args,
+        agent | {"transport": transport} | ({"backends": backends} if backends else {}),
         wait_bytes=wait_bytes,
         copy_deadline_s=copy_deadline_s,
         integrity=integrity,
@@ -70,7 +68,7 @@ async def start_pair(model: str, etcd_url: str, ranks: tuple[int, int] = (1, 1),
     namespace = f"test-{uuid.uuid4().hex[:8]}"
     engines = []
     for name, size in zip(("a", "b"), ranks, strict=True):
-        engine = SampledEngine(options(model, name, etcd_url, namespace, tensor_parallel_size=size, **more))
+        engine = load(model, name, etcd_url, namespace, tensor_parallel_size=size, **more)
         await engine.start()
         engines.append(engine)
     return Pair(*engines)

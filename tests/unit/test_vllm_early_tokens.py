@@ -21,7 +21,7 @@ from tests.vllm_scheduler import offer_of
 pytest.importorskip("vllm")
 from benchmarks.migration.sampled import native_of  # noqa: E402
 from components.engine.vllm.control import COMMITTED, Call, Reply, encode  # noqa: E402
-from components.engine.vllm.engine import VLLMEngine, VLLMOptions  # noqa: E402
+from components.engine.vllm.engine import VLLMEngine  # noqa: E402
 
 ONE = RequestId("one")
 STATE = Frozen(offer_of("one", 4), (5, 6))
@@ -31,8 +31,7 @@ class Engine(VLLMEngine):
     """Its core is played: ``give`` says what it has made."""
 
     def __init__(self, lease_s: float = 1000.0) -> None:
-        super().__init__(VLLMOptions({}, {}, lease_s=lease_s))
-        self._llm = LLM(self)
+        super().__init__(LLM(self), lease_s)
         self.items: asyncio.Queue[Any] = asyncio.Queue()
         self.refuses = False
 

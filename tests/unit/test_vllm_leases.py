@@ -11,7 +11,6 @@ import pytest
 from components.engine.kv import LandingStatus, RequestId
 from components.engine.vllm.control import Call, Reply
 from components.engine.vllm.engine import VLLMEngine, _Live
-from components.engine.vllm.start import VLLMOptions
 
 ONE = RequestId("one")
 
@@ -25,7 +24,7 @@ class Engine(VLLMEngine):
 
 @pytest.mark.parametrize("committed", [False, True])
 async def test_asking_for_the_landing_renews_a_lease_and_begins_none(committed: bool) -> None:
-    engine = Engine(VLLMOptions({}, {}, lease_s=1000.0))
+    engine = Engine(None, lease_s=1000.0)
     live = engine._live[ONE] = _Live(ONE)
     engine._renew_lease(ONE)
     first = engine._leases._timers[live]
@@ -40,7 +39,7 @@ async def test_asking_for_the_landing_renews_a_lease_and_begins_none(committed: 
 
 @pytest.mark.parametrize("landing", [False, True])
 async def test_resuming_ends_the_lease_of_a_frozen_request_and_not_of_one_that_still_lands(landing: bool) -> None:
-    engine = Engine(VLLMOptions({}, {}, lease_s=1000.0))
+    engine = Engine(None, lease_s=1000.0)
     live = engine._live[ONE] = _Live(ONE, landing=asyncio.Event() if landing else None)
     engine._renew_lease(ONE)
     await engine.resume(ONE)

@@ -2,7 +2,6 @@
 """vLLM behind the engine protocol.
 
     engine.py       VLLMEngine: the protocol, in the worker's process, around ``AsyncLLM``
-    start.py        starts vLLM for it
     arguments.py    arguments that every ``AsyncLLM`` needs
     control.py      the structs that travel between the two
 

@@ -3,7 +3,8 @@
 
 Requests come with ``native`` set: vLLM's own parameters. Other calls name a request by the caller's id, or by vLLM's
 internal one, which names one life of the request: with it a late call finds nothing instead of the next life.
-Life cycle: ``start`` builds the engine core (a child process) and waits for it; ``stop`` ends it.
+Life cycle: ``llm`` is an ``AsyncLLM`` whose arguments ``arguments.configure`` has completed; ``start`` comes before all
+other calls; whoever made ``llm`` ends it.
 Threading: one asyncio loop; every call into the core is one message and one answer.
 Time-outs: the caller's, except one: the engine ends a frozen or landing request whose owner is silent for
 ``lease_s``, with an error on its stream, so that a lost owner cannot hold KV blocks for ever.
@@ -12,7 +13,6 @@ Time-outs: the caller's, except one: the engine ends a frozen or landing request
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,7 +34,6 @@ from components.engine.vllm import native
 from components.engine.vllm.control import COMMITTED, Call, Op, Reply, decode_reply, decode_tokens, encode
 from components.engine.vllm.loras import Loras
 from components.engine.vllm.sampling import finish_reason, logprobs_of, marked
-from components.engine.vllm.start import VLLMOptions, info_of, start
 from components.errors import InvalidRequest, MigrateError, RequestNotFound, SessionError, WorkerLost
 
 T = TypeVar("T")
@@ -57,13 +56,13 @@ class _Live:
 class VLLMEngine:
     """``components.engine.protocol.Engine`` on vLLM."""
 
-    def __init__(self, options: VLLMOptions) -> None:
-        self._options = options
-        self._llm: Any = None
-        self._loras = Loras()
+    def __init__(self, llm: Any, lease_s: float = 60.0, loras: Loras | None = None) -> None:
+        self.llm = llm
+        self._lease_s = lease_s
+        self._loras = loras or Loras()
         self._info: EngineInfo | None = None
         self._live: dict[RequestId, _Live] = {}
-        self._leases: Leases[_Live] = Leases(options.lease_s, self._lost)
+        self._leases: Leases[_Live] = Leases(lease_s, self._lost)
 
     @property
     def info(self) -> EngineInfo:
@@ -73,28 +72,25 @@ class VLLMEngine:
         return self._info
 
     async def start(self) -> EngineInfo:
-        """Start vLLM. Raises ``ConfigError`` with vLLM's reason when it refuses the arguments."""
-        self._llm = start(self._options)
-        return await self._describe(self._llm.vllm_config)
-
-    async def serve(self, llm: Any, loras: Loras) -> EngineInfo:
-        """In place of ``start``: use an existing ``AsyncLLM``, made with ``arguments.configure``."""
-        self._llm, self._loras = llm, loras
-        return await self._describe(llm.vllm_config)
-
-    async def _describe(self, config: Any) -> EngineInfo:
-        # It also gives the workers their model runners.
-        self._info = info_of(config, await self._call(Call(Op.INFO)), self._options.lease_s)
+        """Ask the engine core about itself, which also gives the workers their model runners."""
+        config, reply = self.llm.vllm_config, await self._call(Call(Op.INFO))
+        model, batch = config.model_config, config.scheduler_config
+        self._info = EngineInfo(
+            model=str(model.served_model_name or model.model),
+            fingerprint=reply.fingerprint,
+            block_size=config.cache_config.block_size,
+            num_blocks=reply.num_blocks,
+            max_model_len=model.max_model_len,
+            max_num_seqs=batch.max_num_seqs,
+            max_num_batched_tokens=batch.max_num_batched_tokens,
+            agents=reply.agents,
+            lanes=reply.lanes,
+            kv_bytes_per_token=reply.kv_bytes_per_token,
+            lease_s=self._lease_s,
+            steps_ahead=int(bool(batch.async_scheduling)),
+            weights=reply.weights,
+        )
         return self._info
-
-    async def stop(self) -> None:
-        """End the engine core. Idempotent."""
-        llm, self._llm = self._llm, None
-        if llm is not None:
-            # vLLM's monitor would take the end of its core for a failure and print a traceback.
-            logging.getLogger("vllm.v1.engine.async_llm").setLevel(logging.CRITICAL)
-            # vLLM's own 5 s are too short where several engines share few cores.
-            await asyncio.get_running_loop().run_in_executor(None, llm.shutdown, 20.0)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateOutput]:
         """See the protocol. Raises ``InvalidRequest`` before anything starts."""
@@ -109,7 +105,7 @@ class VLLMEngine:
         if request.landing is not None:
             live.landing = asyncio.Event()
             self._renew_lease(request.request_id)
-        stream = self._llm.generate(prompt, params, request.request_id, **keywords)
+        stream = self.llm.generate(prompt, params, request.request_id, **keywords)
         committed: tuple[int, ...] | None = None
         try:
             async for item in stream:
@@ -197,12 +193,12 @@ class VLLMEngine:
         live = self._live.get(request_id)
         if live is None:
             # For a request of Dynamo's handler, which sees an aborted stream.
-            await self._llm.abort(request_id)
+            await self.llm.abort(request_id)
             return
         live.ended = GenerateOutput(live.delivered, finish_reason=reason, error=error)
         if live.landing is not None:
             live.landing.set()
-        await self._llm.abort(request_id)
+        await self.llm.abort(request_id)
 
     async def offer(self, request_id: RequestId) -> KVOffer:
         """The full, computed blocks of a request."""
@@ -288,10 +284,8 @@ class VLLMEngine:
         """One call into the engine core. Raises the errors of ``Migration``; ``WorkerLost`` when the core has died."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        if self._llm is None:
-            raise WorkerLost("the engine has been stopped")
         try:
-            data = await self._llm.engine_core.call_utility_async("kv_control", encode(call))
+            data = await self.llm.engine_core.call_utility_async("kv_control", encode(call))
         except EngineDeadError as error:
             raise WorkerLost(f"vLLM's engine core is dead: {error}") from error
         except Exception as error:
