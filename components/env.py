@@ -199,7 +199,7 @@ LOG = Variable(
     _choice("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL", fold=True),
     "Least level of this package's log lines",
 )
-NVTX = Variable("DYN_MIGRATE_NVTX", False, _switch, "NVTX ranges for Nsight Systems; see profiling.md")
+NVTX = Variable("DYN_MIGRATE_NVTX", False, _switch, "NVTX ranges for Nsight Systems; see tuning.md")
 TIMELINE = Variable(
     "DYN_MIGRATE_TIMELINE", "", str, "Folder in which processes of one host write when each does what for a move"
 )
