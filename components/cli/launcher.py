@@ -112,6 +112,8 @@ class Launcher:
         frontend = str(Address(reachable(plan.host), plan.port))
         token = token_for(plan.host)
         environment = {"DYN_NAMESPACE": plan.namespace, "DYN_SYSTEM_PORT": "-1", VARIABLE: token}
+        if "DYN_LOG" not in os.environ:
+            environment["DYN_LOG"] = "error"
         command = ["python", "-m", "components.dashboard", *where, "--frontend", frontend]
         page = Process(component="Page", replica=0, command=command, environment=environment)
         if port and await self._supervisor.serves(await self._supervisor.add(page)):

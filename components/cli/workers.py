@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -147,7 +148,6 @@ def top(
     dynamo top --once
     """
     import asyncio
-    import itertools
 
     from rich.live import Live
 
@@ -160,14 +160,14 @@ def top(
 
     async def watch(workers: Workers) -> None:
         sampler = Sampler(workers, interval)
-        with Live(console=out, screen=not once, auto_refresh=False) as live:
-            # One view has rates, which need two samples.
-            for number in itertools.count():
-                await sampler.once()
-                if number or not once:
+        await sampler.once()
+        with contextlib.nullcontext() if once else Live(console=out, screen=True, auto_refresh=False) as live:
+            while True:
+                if live is not None:
                     live.update(view(sampler.latest, sampler.history, sampler.error), refresh=True)
-                if number and once:
-                    return
                 await asyncio.sleep(interval)
+                await sampler.once()  # Rates need two samples.
+                if live is None:
+                    return out.print(view(sampler.latest, sampler.history, sampler.error))
 
     _run(watch, lambda _: None)
