@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shutil
 import subprocess
@@ -27,6 +28,12 @@ os.environ.update(past_proxies(os.environ))  # What tests start is on this machi
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 _status = pytest.StashKey[int]()
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collections leave out what the tests have imported: each would take a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

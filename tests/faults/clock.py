@@ -11,7 +11,6 @@ import gc
 import heapq
 import time
 from collections.abc import Callable, Coroutine
-from functools import cache
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -54,16 +53,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         super()._run_once()  # type: ignore[misc]
 
 
-@cache
-def _set_aside_what_is_loaded() -> None:
-    """Hundreds of thousands of objects of imported modules, through which every collection would go."""
-    gc.collect()
-    gc.freeze()
-
-
 def run(main: Coroutine[Any, Any, T], unhandled: Callable[[str], None] = lambda text: None) -> T:
     """Run to the end in virtual time. ``unhandled`` gets errors of tasks and callbacks that no code has seen."""
-    _set_aside_what_is_loaded()
+    # Imported modules have hundreds of thousands of objects, through which every collection would go.
+    gc.freeze()
     loop = VirtualLoop()
     loop.set_exception_handler(
         lambda _, told: unhandled(f"{told['message']}: {told.get('exception') or told.get('task')!r}")

@@ -77,7 +77,7 @@ def test_no_plan_breaks_a_rule(name: str, capture: Capture) -> None:
 
 @pytest.mark.parametrize("name", ONE_OR_ALL)
 @given(capture=captures())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 def test_a_static_load_comes_to_rest(name: str, capture: Capture) -> None:
     file = policy_file(name)
     policy = file.build()
