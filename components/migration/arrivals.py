@@ -104,7 +104,7 @@ class Arrivals:
             logger.exception("request %s ended in this engine", leg.request_id)
             self._fail(leg, MigrateError(str(error)))
         finally:
-            leg.over = leg.away is None
+            leg.over |= leg.away is None
             if not leg.committed:
                 self._events[Event.NOT_LANDED] += 1
                 leg.refused = leg.refused or RequestNotFound(f"request {leg.request_id} has ended before its commit")

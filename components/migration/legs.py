@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from statistics import median
 
 import msgspec
@@ -34,6 +35,15 @@ _GAPS = 16
 def new_life() -> Life:
     """A random number for one life of one request."""
     return secrets.randbits(63)
+
+
+class Handler(Enum):
+    """Whether a handler of this worker gives a life's tokens to the frontend."""
+
+    NONE = auto()
+    """None has begun to."""
+    SERVES = auto()
+    GONE = auto()
 
 
 @dataclass(eq=False)
@@ -86,15 +96,11 @@ class Leg:
     """As in ``Owner``."""
     attempts: int = 0
     """Attempts to move this life."""
-    served: bool = False
-    """True while a handler of this worker gives its tokens to the frontend."""
-    handed_on: bool = False
-    """True once the frontend was told to repeat the request."""
+    handler: Handler = Handler.NONE
     over: bool = False
+    """True once the answer has ended, or the frontend was told to repeat the request."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by the running move."""
-    left: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when this worker has finished with it."""
     _times: deque[float] = field(default_factory=lambda: deque(maxlen=_GAPS + 1))
     _token: asyncio.Event = field(default_factory=asyncio.Event)
 

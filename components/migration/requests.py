@@ -24,7 +24,7 @@ from components.errors import MigrateError, RequestNotFound, WorkerLost
 from components.migration.arrivals import Arrivals, abort
 from components.migration.events import Event
 from components.migration.faces import PROTOCOL_FACE, Face
-from components.migration.legs import Arrival, Away, Leg, new_life
+from components.migration.legs import Arrival, Away, Handler, Leg, new_life
 from components.migration.messages import Attached, Owner
 from components.migration.options import Options
 from components.migration.owners import Owners
@@ -146,14 +146,13 @@ class Requests:
                     output = await anext(away.relay, None)
             raise WorkerLost("the relay was closed")
         except Repeat:
-            leg.handed_on = True
+            leg.over = True
             raise
         except (WorkerLost, RequestNotFound) as error:
             logger.warning("request %s: %s", leg.request_id, error)
-            if self.closing:
-                leg.handed_on = True
-                raise Repeat(str(error)) from error
             leg.over = True
+            if self.closing:
+                raise Repeat(str(error)) from error
         # Its owner is lost. All that it needs is here: it is computed again here, after the tokens that have left.
         async with aclosing(self._go_on(self._again(leg, made), len(made))) as stream:
             async for output in stream:
@@ -174,7 +173,7 @@ class Requests:
 
     def _enter(self, leg: Leg) -> None:
         self.suspects.require_few(leg.request_id)
-        leg.served = True
+        leg.handler = Handler.SERVES
         leg.tried |= {self.instance}
         if not isinstance(leg, Arrival):
             self.legs[leg.request_id] = leg
@@ -182,17 +181,17 @@ class Requests:
     async def _leave(self, leg: Leg) -> None:
         if not isinstance(leg, Arrival) and self.legs.get(leg.request_id) is leg:
             del self.legs[leg.request_id]
-        leg.left.set()
+        leg.handler = Handler.GONE
         if leg.away is not None:
             await self.let_go(leg, leg.away)
-        elif isinstance(leg, Arrival) and not (leg.over or leg.handed_on or self.closing):
+        elif isinstance(leg, Arrival) and not (leg.over or self.closing):
             # The client has gone.
             self.spawn(self.arrivals.give_up(leg))
 
     async def let_go(self, leg: Leg, away: Away) -> None:
         """Nobody here passes on the tokens of a life that has left, or nobody does any more."""
         await away.relay.aclose()
-        if leg.left.is_set() and not (leg.over or leg.handed_on or self.closing):
+        if leg.handler is Handler.GONE and not (leg.over or self.closing):
             # The client has gone.
             self.spawn(self.peers.call(away.owner.instance, abort(leg.request_id, away.owner.life)))
 
@@ -234,7 +233,6 @@ class Requests:
             nonlocal at
             at = heir
 
-        here.served = True
         try:
             stream = follow(self.attach_to, owner, here.request_id, 0, moved, tuple(here.prompt_token_ids))
             async with aclosing(stream):
@@ -244,14 +242,14 @@ class Requests:
                     yield output
             return
         except Repeat:
-            here.handed_on = True
+            here.over = True
             raise
         except (WorkerLost, RequestNotFound) as error:
             logger.warning("request %s: %s", here.request_id, error)
             here.over = True
             self.owners.forget(here.request_id)
         finally:
-            if not (here.over or here.handed_on or self.closing):
+            if not (here.over or self.closing):
                 self.spawn(self.peers.call(at.instance, abort(here.request_id, at.life)))
         async with aclosing(self._go_on(self._again(here, here.tokens), len(here.tokens))) as rest:
             async for output in rest:

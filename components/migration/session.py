@@ -26,7 +26,7 @@ from components.engine.groups import whole_blocks
 from components.engine.kv import Frozen, KVOffer, LandingStatus
 from components.engine.protocol import GenerateOutput
 from components.errors import DeadlineExceeded, MigrateError, NotMigratable, RequestNotFound, SessionError
-from components.migration.legs import Arrival, Away, Leg, new_life
+from components.migration.legs import Arrival, Away, Handler, Leg, new_life
 from components.migration.messages import Mode, MoveRecord, Owner, WorkerCall, WorkerOp, WorkerReply
 from components.migration.peers import follow, short
 from components.migration.requests import Requests
@@ -190,7 +190,7 @@ class _Move:
     async def _left(self, away: Away) -> None:
         """What there is to do when it has left."""
         leg = self._leg
-        if not leg.served or leg.left.is_set():
+        if leg.handler is not Handler.SERVES:
             await self._requests.let_go(leg, away)
         await self._engine.release(leg.engine_id)
         self._requests.spawn(self._requests.owners.tell(leg.request_id, away))

@@ -15,7 +15,7 @@ from components.engine.kv import LandingStatus, RequestId
 from components.errors import InvalidRequest, MigrateError, RequestNotFound
 from components.messages import pack, unpack
 from components.migration.events import Event
-from components.migration.legs import Arrival
+from components.migration.legs import Arrival, Handler
 from components.migration.link_owner import Owner
 from components.migration.messages import Attached, WorkerCall, WorkerOp, WorkerReply
 from components.migration.requests import Requests
@@ -95,7 +95,7 @@ class Control:
             case WorkerOp.ABORT:
                 leg = self._arrival(call)
                 # Once a handler here gives it to the frontend, its source may no longer end it.
-                if not leg.served:
+                if leg.handler is Handler.NONE:
                     await requests.arrivals.give_up(leg)
             case WorkerOp.RELEASE if self._release is not None:
                 await self._release(call.request_id)

@@ -22,7 +22,7 @@ import msgspec
 from components.engine.kv import RequestId
 from components.engine.protocol import EngineStats, RequestInfo, RequestPhase
 from components.errors import WorkerLost
-from components.migration.legs import Arrival, Leg
+from components.migration.legs import Arrival, Handler, Leg
 from components.migration.messages import Counts, RequestRow
 from components.migration.peers import short
 from components.migration.requests import Requests
@@ -223,7 +223,7 @@ def lives(requests: Requests) -> list[Leg]:
 
 def relays(leg: Leg) -> bool:
     """True when this worker relays another worker's tokens."""
-    return leg.away is not None and leg.served and not leg.over and not leg.left.is_set()
+    return leg.away is not None and leg.handler is Handler.SERVES and not leg.over
 
 
 def _facts(row: RequestRow) -> tuple[object, ...]:

@@ -46,7 +46,7 @@ class MigrateIn:
 
     def begin(self, record: Record, offer: KVOffer) -> None:
         """Reserve for a request that was just added, and begin the first round."""
-        record.incoming = Incoming(offer, self._parts())
+        record.move = Incoming(offer, self._parts())
         # An offer that cannot be used is said to whoever asks for the status.
         if self.why_unusable(offer) is None:
             self._begin_round(record, offer)
@@ -55,7 +55,7 @@ class MigrateIn:
         """Copy all that is lent into blocks that vLLM has given to a request, which runs afterwards."""
         parts = self._parts(tables, local_tokens)
         until = use_until(frozen, record.born)
-        record.incoming = Incoming(frozen.offer, parts, commit=frozen, use_until=until)
+        record.move = Incoming(frozen.offer, parts, commit=frozen, use_until=until)
         self.copies.beside_steps(record, frozen.offer.num_tokens)
 
     def _parts(self, tables: Sequence[list[int]] = (), local_tokens: int = 0) -> Parts:
@@ -136,11 +136,11 @@ class MigrateIn:
 
     def landing(self, record: Record, wait: bool) -> Reply | Future[Reply]:
         """``status`` as a reply; with ``wait`` it comes when the round under way has ended."""
-        status = self.status(record)
-        if not wait or record.incoming is None or record.incoming.job is None:
+        status, incoming = self.status(record), record.incoming
+        if not wait or incoming is None or incoming.job is None:
             return Reply(landing=status)
         waiter: Future[Reply] = Future()
-        record.incoming.waiters.append(waiter)
+        incoming.waiters.append(waiter)
         return waiter
 
     def _answer(self, record: Record, incoming: Incoming) -> None:
@@ -228,7 +228,7 @@ class MigrateIn:
         mark("target-core", "landed", record.request_id)
         incoming = record.require_incoming()
         record.landed = self._progress(record, incoming)
-        record.incoming = record.grammar = None
+        record.move = record.grammar = None
         self._answer(record, incoming)
 
     def _start_over(self, record: Record) -> None:
@@ -252,9 +252,9 @@ class MigrateIn:
 
     def finished(self, record: Record) -> None:
         """The request is about to end, and vLLM will free the blocks that it still has."""
-        incoming, record.incoming = record.incoming, None
-        if incoming is None:
+        if (incoming := record.incoming) is None:
             return
+        record.move = None
         for waiter in incoming.waiters:
             waiter.set_exception(RequestNotFound(f"request {record.request_id} has just ended"))
         self._port.seats.give_up(record.request)

@@ -90,15 +90,16 @@ class MigrateOut:
         self, record: Record, commit_to: CommitTo | None = None, use_within_s: float = 0.0
     ) -> Reply | Future[Reply]:
         """Freeze a request; its state is in the reply and, before that, on its way to ``commit_to``. Idempotent."""
-        if record.leaving is not None and record.leaving.frozen is not None:
-            return Reply(frozen=record.leaving.frozen)
+        leaving = record.leaving
+        if leaving is not None and leaving.frozen is not None:
+            return Reply(frozen=leaving.frozen)
         if reason := self.why_not(record):
             raise NotMigratable(reason)
         if record.incoming is not None:
             raise SessionError(f"request {record.request_id} is itself still landing here")
         if record.request.status not in _FREEZABLE:
             raise SessionError(f"request {record.request_id} cannot be frozen while {record.request.status}")
-        leaving = record.leaving or self._take_out(record)
+        leaving = leaving or self._take_out(record)
         leaving.commit_to, leaving.use_within_s = commit_to, use_within_s
         if commit_to is not None:
             self.outbox.open(commit_to)
@@ -111,10 +112,10 @@ class MigrateOut:
 
     def _take_out(self, record: Record) -> Leaving:
         mark("source-core", "taken out", record.request_id)
-        record.leaving = Leaving(self._port.take_out(record.request))
+        record.move = leaving = Leaving(self._port.take_out(record.request))
         self._freezing.append(record)
         self.num_taken_out += 1
-        return record.leaving
+        return leaving
 
     def checked(self, offer: KVOffer) -> Checked:
         """Those of an offer's blocks that get a checksum: the last ones of each group."""
@@ -137,8 +138,8 @@ class MigrateOut:
         wanted = [(record.request.request_id, some.blocks) for record, some in zip(records, checked, strict=True)]
         states = zip(*self._ranks().snapshots(wanted), strict=True)
         for record, offer, some, ranks in zip(records, offers, checked, states, strict=True):
-            if record.leaving is not None:
-                self._give(record, record.leaving, offer, some, ranks)
+            if (leaving := record.leaving) is not None:
+                self._give(record, leaving, offer, some, ranks)
 
     def _give(
         self, record: Record, leaving: Leaving, offer: KVOffer, checked: Checked, ranks: Sequence[Snapshot]
@@ -171,13 +172,12 @@ class MigrateOut:
 
     def finished(self, record: Record) -> None:
         """The request has ended, whatever it was doing."""
-        if record.leaving is not None:
-            error = RequestNotFound(f"request {record.request_id} has just finished")
-            self._forget(record, record.leaving, error)
+        if (leaving := record.leaving) is not None:
+            self._forget(record, leaving, RequestNotFound(f"request {record.request_id} has just finished"))
             self._port.seats.give_up(record.request)
 
     def _forget(self, record: Record, leaving: Leaving, error: Exception) -> None:
-        record.leaving = None
+        record.move = None
         self.num_taken_out -= 1
         if record in self._freezing:
             self._freezing.remove(record)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scheduler's record of each request, and the jobs that it gives to the workers.
 
-A record lives as long as vLLM schedules its ``Request``. It is *here* (vLLM runs or queues it), *incoming* (held until
-its commit while KV is copied) or *leaving* (freezing or frozen). Jobs and their results travel between scheduler and
-workers inside vLLM's connector metadata, in step with the forward passes; only the small copy of a commit is a
-separate call (``ranks.py``).
+A record lives as long as vLLM schedules its ``Request``. It has one ``phase``; what a move adds to it is in ``move``:
+``Incoming`` (held until its commit while KV is copied) or ``Leaving`` (freezing or frozen). Jobs and their results
+travel between scheduler and workers inside vLLM's connector metadata, in step with the forward passes; only the small
+copy of a commit is a separate call (``ranks.py``).
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorWorkerMetadata,
 )
+from vllm.v1.request import RequestStatus
 
 from components.engine.kv import CommitTo, Frozen, KVOffer, LandingStatus, RequestId
+from components.engine.protocol import RequestPhase
 from components.engine.vllm.compat.grammars import Replay
 from components.engine.vllm.control import Marker, Reply
 from components.engine.vllm.parts import Parts
@@ -74,12 +76,12 @@ class Record:
     request: Request
     marker: Marker
     born: float
-    incoming: Incoming | None = None
+    move: Incoming | Leaving | None = None
+    """None: vLLM runs or queues it."""
     landed: LandingStatus | None = None
     """Result of the landing."""
     direct: tuple[int, ...] | None = None
     """Output tokens of a commit by the source's engine."""
-    leaving: Leaving | None = None
     needs_install: bool = False
     """True until the model runner has the tokens of the other engine."""
     rng_state: bytes = b""
@@ -93,11 +95,36 @@ class Record:
         """The id of the caller of ``generate``, not vLLM's internal one."""
         return self.marker.request_id
 
+    @property
+    def phase(self) -> RequestPhase:
+        """The protocol's phase of the request."""
+        match self.move:
+            case Leaving():
+                return RequestPhase.FROZEN
+            case Incoming():
+                return RequestPhase.LANDING
+        match self.request.status:
+            case RequestStatus.RUNNING:
+                return RequestPhase.PREFILL if self.request.is_prefill_chunk else RequestPhase.DECODE
+            case RequestStatus.PREEMPTED:
+                return RequestPhase.PREEMPTED
+        return RequestPhase.WAITING
+
+    @property
+    def incoming(self) -> Incoming | None:
+        """Its landing; None when it has none, or no longer."""
+        return self.move if isinstance(self.move, Incoming) else None
+
     def require_incoming(self) -> Incoming:
-        """Its landing. Raises ``SessionError`` when it has none, or no longer."""
+        """``incoming``. Raises ``SessionError`` in place of None."""
         if self.incoming is None:
             raise SessionError(f"request {self.request_id} is not landing")
         return self.incoming
+
+    @property
+    def leaving(self) -> Leaving | None:
+        """Its freeze; None when there is none, or no longer."""
+        return self.move if isinstance(self.move, Leaving) else None
 
 
 @dataclass(frozen=True)

@@ -8,26 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.request import RequestStatus
 
 from components.engine.protocol import EngineStats, RequestInfo, RequestPhase
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.records import Record
 from components.errors import SessionError
-
-
-def phase_of(record: Record) -> RequestPhase:
-    """The protocol's phase of a request."""
-    request = record.request
-    if record.leaving is not None:
-        return RequestPhase.FROZEN
-    if record.incoming is not None:
-        return RequestPhase.LANDING
-    if request.status == RequestStatus.RUNNING:
-        return RequestPhase.PREFILL if request.is_prefill_chunk else RequestPhase.DECODE
-    if request.status == RequestStatus.PREEMPTED:
-        return RequestPhase.PREEMPTED
-    return RequestPhase.WAITING
 
 
 def request_table(
@@ -38,7 +23,7 @@ def request_table(
     return tuple(
         RequestInfo(
             request_id=record.request_id,
-            phase=phase_of(record),
+            phase=record.phase,
             prompt_tokens=record.request.num_prompt_tokens,
             output_tokens=record.request.num_output_tokens,
             kv_blocks=port.num_blocks_of(record.request),
@@ -54,10 +39,10 @@ def request_table(
 
 def stats_of(port: SchedulerPort, records: Collection[Record]) -> EngineStats:
     """Load at this moment, without the counters of ``Migration``."""
-    phases = Counter(map(phase_of, records))
+    phases = Counter(record.phase for record in records)
     decoding = [r for r in port.running if not r.is_prefill_chunk]
     prefilling = [r for r in port.running if r.is_prefill_chunk]
-    queued = [r.request for r in records if phase_of(r) in (RequestPhase.WAITING, RequestPhase.PREEMPTED)]
+    queued = [r.request for r in records if r.phase in (RequestPhase.WAITING, RequestPhase.PREEMPTED)]
     return EngineStats(
         running=len(port.running),
         waiting=len(queued),
