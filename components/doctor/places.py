@@ -12,14 +12,13 @@ import shutil
 from collections.abc import Mapping
 
 from components import env
-from components.doctor.check import Check, State
+from components.doctor.check import Check, State, checked
 from components.errors import ConfigError
 from components.folders import temporary, usable
 from components.models import cache_folder
 from components.serve.places import LONGEST, home_is_usable, nameless, sockets_fit
 
 _GIB = 1 << 30
-_FREE_BYTES = _GIB
 
 
 def places(environment: Mapping[str, str]) -> list[Check]:
@@ -29,14 +28,10 @@ def places(environment: Mapping[str, str]) -> list[Check]:
 
 def _home(environment: Mapping[str, str]) -> Check:
     home = env.HOME.read(environment)
-    if home_is_usable(environment):
-        return Check("home folder", State.OK, home)
-    found = f"{home} cannot be written" if home else "HOME is not set"
-    fix = (
-        "dynamo serve takes another one; elsewhere set HOME to a folder that can be written, "
-        "or Dynamo's frontend waits for ever"
-    )
-    return Check("home folder", State.WARN, found, fix)
+    good = home_is_usable(environment)
+    found = home if good else f"{home} cannot be written" if home else "HOME is not set"
+    fix = "dynamo serve takes another one; elsewhere set HOME to one that can be written, or Dynamo waits for ever"
+    return checked("home folder", good, found, fix)
 
 
 def _temporary() -> Check:
@@ -51,9 +46,7 @@ def _temporary() -> Check:
     if not sockets_fit(folder):
         fix = f"dynamo serve puts vLLM's sockets elsewhere; else set {env.SOCKETS.name} to at most {LONGEST} characters"
         return Check("temporary files", State.WARN, f"{found}: too long a path for vLLM's sockets", fix)
-    if free < _FREE_BYTES:
-        return Check("temporary files", State.WARN, found, "make room, or set TMPDIR to a larger folder")
-    return Check("temporary files", State.OK, found)
+    return checked("temporary files", free >= _GIB, found, "make room, or set TMPDIR to a larger folder")
 
 
 def _cache() -> Check:

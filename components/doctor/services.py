@@ -16,7 +16,7 @@ import httpx
 
 from components import env
 from components.address import Address
-from components.doctor.check import Check, State
+from components.doctor.check import Check, State, checked
 from components.errors import ConfigError
 from components.serve.servers import answers
 from components.transfer.control.endpoint import Endpoint, without_secrets
@@ -81,12 +81,13 @@ def _nats(named: str, _: Mapping[str, str]) -> str:
 
 def _program(name: str, program: str, package: str, variable: str) -> Check:
     path = shutil.which(program)
-    if path:
-        return Check(name, State.OK, f"{variable} is not set; {path} will be started")
-    return Check(name, State.FAIL, f"no {program}", f"apt-get install {package}, or name a running one in {variable}")
+    found = f"{variable} is not set; {path} will be started" if path else f"no {program}"
+    return checked(
+        name, bool(path), found, f"apt-get install {package}, or name a running one in {variable}", State.FAIL
+    )
 
 
 def _port(port: int) -> Check:
-    if answers("127.0.0.1", port, 0.5):
-        return Check("HTTP port", State.WARN, f"{port} is in use", f"stop what listens on {port}, or use --port")
-    return Check("HTTP port", State.OK, f"{port} is free")
+    free = not answers("127.0.0.1", port, 0.5)
+    found = f"{port} is {'free' if free else 'in use'}"
+    return checked("HTTP port", free, found, f"stop what listens on {port}, or use --port")
