@@ -32,6 +32,20 @@ def test_links_lead_to_files_that_exist(page: Path) -> None:
         assert page.parent == ROOT or target.startswith("http") or "/" not in target.removeprefix("images/"), target
 
 
+def anchors(page: Path) -> set[str]:
+    """Of headings, as the site's and GitHub's generators make them, and those that a page sets."""
+    text = page.read_text()
+    titles = [re.sub(r"\[(.*?)\]\(.*?\)|[`*]", r"\1", title) for title in re.findall(r"^#+ (.*)$", text, re.M)]
+    made = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+    return made | set(re.findall(r'id="(\S+)"', text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_links_lead_to_headings_that_exist(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([\w./-]*)#([\w-]+)\)", page.read_text()):
+        assert anchor in anchors(page.parent / target if target else page), f"{target}#{anchor}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_python_and_yaml_blocks_are_right(page: Path) -> None:
     for code in blocks(page, "python"):
