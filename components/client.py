@@ -13,10 +13,11 @@ Life cycle: ``connect`` once; ``refresh`` any number of times; ``status`` return
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections import Counter, deque
-from collections.abc import Callable
-from typing import Any, Protocol, Self
+from collections.abc import Awaitable, Callable
+from typing import Any, Self
 
 import msgspec
 
@@ -48,12 +49,8 @@ _TABLE_S = 1.0
 """Greatest age of a worker's table."""
 
 
-class Planners(Protocol):
-    """Source of planners' decisions."""
-
-    async def decisions(self, timeout_s: float) -> list[Decision]:
-        """Decisions of all planners that answer in time."""
-        ...
+Planners = Callable[[], Awaitable[list[Decision]]]
+"""Asks all planners for their decisions."""
 
 
 class Drained(msgspec.Struct, frozen=True):
@@ -70,7 +67,10 @@ class Workers:
     """See the module docstring."""
 
     def __init__(
-        self, peers: Peers, planners: Planners | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        peers: Peers,
+        planners: Planners | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._peers = peers
         self._planners = planners
@@ -100,7 +100,7 @@ class Workers:
                 )
             found = peers.instances()
             await asyncio.sleep(_SETTLED_S)
-        return cls(peers, DynamoPlanners(planners))
+        return cls(peers, functools.partial(_decisions, planners))
 
     # What is known
 
@@ -154,7 +154,7 @@ class Workers:
             self._asking.pop(instance, None)
 
     async def _ask_planners(self, planners: Planners) -> None:
-        self._decisions = tuple(await planners.decisions(_STATUS_S))
+        self._decisions = tuple(await planners())
 
     def status(self, ages: bool = True) -> Status:
         """The known state. Without ``ages``, requests have the ages of their first report."""
@@ -247,23 +247,18 @@ class Workers:
             task.cancel()
 
 
-class DynamoPlanners:
-    """``Planners`` over a client of their endpoint."""
+async def _decisions(planners: Any) -> list[Decision]:
+    """Decisions of all planners of an endpoint's client. One that does not answer has none."""
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
-
-    async def decisions(self, timeout_s: float) -> list[Decision]:
-        """See ``Planners``. A planner that does not answer has no decisions."""
-        asked = (self._of(instance, timeout_s) for instance in self._client.instance_ids())
-        return [decision for found in await asyncio.gather(*asked) for decision in found]
-
-    async def _of(self, instance: int, timeout_s: float) -> tuple[Decision, ...]:
+    async def of(instance: int) -> tuple[Decision, ...]:
         try:
-            async with asyncio.timeout(timeout_s):
-                async for item in await self._client.direct(pack(PlannerReply(())), instance, annotated=False):
+            async with asyncio.timeout(_STATUS_S):
+                async for item in await planners.direct(pack(PlannerReply(())), instance, annotated=False):
                     return unpack(item, PlannerReply).decisions
         except Exception:
             # Dynamo raises plain exceptions; missing decisions are not worth an error.
             return ()
         return ()
+
+    found = await asyncio.gather(*map(of, planners.instance_ids()))
+    return [decision for each in found for decision in each]

@@ -12,10 +12,10 @@ import contextlib
 import heapq
 import time
 from collections import deque
-from typing import Protocol
 
 import msgspec
 
+from components.client import Workers
 from components.dashboard.lives import Life, Lives
 from components.engine.protocol import RequestPhase
 from components.migration.messages import Decision, MoveRecord, RequestRow
@@ -24,18 +24,6 @@ from components.status import Status, WorkerReport
 HISTORY = 600
 _PATIENCE_S = 2.0
 _OLDEST, _MOVES = 20, 50
-
-
-class Source(Protocol):
-    """The part of ``components.client.Workers`` in use."""
-
-    async def refresh(self, patience_s: float, decisions: bool = False) -> None:
-        """Ask all workers."""
-        ...
-
-    def status(self) -> Status:
-        """Their last answers."""
-        ...
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -85,7 +73,7 @@ class Sample(msgspec.Struct, frozen=True):
 class Sampler:
     """See the module docstring."""
 
-    def __init__(self, source: Source, interval_s: float = 1.0) -> None:
+    def __init__(self, source: Workers, interval_s: float = 1.0) -> None:
         self._source = source
         self._interval_s = interval_s
         self.history: deque[Point] = deque(maxlen=HISTORY)

@@ -298,11 +298,10 @@ async def test_a_worker_without_an_answer_fails_the_call(cluster: fake_workers.W
 
 
 async def test_what_planners_decided_is_part_of_the_status(cluster: fake_workers.Workers, clock: Clock) -> None:
-    class Planners:
-        async def decisions(self, timeout_s: float) -> list[Decision]:
-            return [Decision("balance", Verdict.MOVE, "usage 0.9 against 0.1", "a", "1", "2", age_s=3.0)]
+    async def decisions() -> list[Decision]:
+        return [Decision("balance", Verdict.MOVE, "usage 0.9 against 0.1", "a", "1", "2", age_s=3.0)]
 
-    client = Workers(cluster, Planners(), clock)
+    client = Workers(cluster, decisions, clock)
     await client.refresh()
     assert client.status().decisions == ()
     await client.refresh(decisions=True)

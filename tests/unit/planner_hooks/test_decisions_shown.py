@@ -33,7 +33,7 @@ class Workers:
 
 
 def screen(found: tuple[Decision, ...]) -> str:
-    sampler = Sampler(Workers(found))
+    sampler = Sampler(Workers(found))  # type: ignore[arg-type]
     asyncio.run(sampler.once())
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(view(sampler.latest, sampler.history))
