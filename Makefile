@@ -17,7 +17,7 @@ test: install ## all tests but the slow ones
 	@scripts/test.sh
 
 test-unit: install ## the tests that start no engine and no graph
-	@.venv/bin/python -m pytest -q tests/unit
+	@scripts/test.sh unit
 
 test-slow: install ## the long tests
 	@.venv/bin/python -m pytest -q -m slow

@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# All tests but the slow ones. Those of tests/unit run beside the others, with the processor time that these leave:
-# graphs wait much for their processes, and engines for each other.
+# Tests in two processes. Without arguments all but the slow ones: those of tests/unit beside the others, with the
+# processor time that these leave, because graphs wait much for their processes, and engines for each other.
+# usage: scripts/test.sh [unit]   (unit: two halves of tests/unit alone)
 set -uo pipefail
 cd "$(dirname "$0")/.."
-units=$(mktemp)
-trap 'kill "$beside" 2>/dev/null; rm -f "$units"' EXIT
-nice -n 10 .venv/bin/python -m pytest -q -p no:cacheprovider tests/unit >"$units" 2>&1 &
-beside=$!
-.venv/bin/python -m pytest -q --ignore=tests/unit "$@"
-others=$?
-wait "$beside"
-unit=$?
-echo "--- tests/unit:"
+less=10 beside=(tests/unit) here=(--ignore=tests/unit)
+[ "${1:-}" != unit ] || less=0 beside=(tests/unit/planner_hooks tests/unit/test_[a-n]*.py) here=(tests/unit/test_[o-z]*.py)
+output=$(mktemp)
+trap 'kill "$other" 2>/dev/null; rm -f "$output"' EXIT
+nice -n $less .venv/bin/python -m pytest -q -p no:cacheprovider "${beside[@]}" >"$output" 2>&1 &
+other=$!
+.venv/bin/python -m pytest -q "${here[@]}"
+first=$?
+wait "$other"
+second=$?
+echo "--- ${beside[0]}:"
 # All of a failure, the last lines of a success.
-if [ $unit = 0 ]; then tail -n 1 "$units"; else cat "$units"; fi
-exit $((unit ? unit : others))
+if [ $second = 0 ]; then tail -n 1 "$output"; else cat "$output"; fi
+exit $((first ? first : second))
