@@ -34,7 +34,7 @@ class DirectEngine(PagedEngine):
 
     async def landing_status(self, request_id: RequestId, wait_s: float = 0.0) -> LandingStatus:
         status = await super().landing_status(request_id, wait_s)
-        active = self._live.scheduler.get(request_id)
+        active = self.parts.scheduler.get(request_id)
         if active.landing is None or active.landing.commit is not None:
             return status
         return msgspec.structs.replace(status, commit_to=CommitTo(self._name, "1", request_id))
@@ -57,11 +57,11 @@ class DirectEngine(PagedEngine):
 
     def take(self, request_id: RequestId, frozen: Frozen) -> None:
         """A commit has come; one that is refused is left to the worker's."""
-        active = self._live.scheduler.requests.get(request_id)
+        active = self.parts.scheduler.requests.get(request_id)
         if active is None or active.landing is None or active.landing.commit is not None:
             return
         try:
-            self._live.landings.commit(active, frozen)
+            self.parts.landings.commit(active, frozen)
         except MigrateError:
             return
         self._committed[request_id] = frozen.output_token_ids
@@ -81,7 +81,7 @@ class DirectEngine(PagedEngine):
             tokens = self._committed.get(request.request_id)
             if untold and tokens is not None and output.token_ids:
                 untold = False
-                active = self._live.scheduler.requests.get(request.request_id)
+                active = self.parts.scheduler.requests.get(request.request_id)
                 if active is not None:
                     self._leases.stop(active)
                 if request.request_id not in self._told:

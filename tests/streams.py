@@ -61,14 +61,20 @@ class Node:
         self.died = asyncio.Event()
         self.died_at = 0.0
 
+    def state(self, **facts: Any) -> None:
+        """What it says of itself, from now on with these ``facts`` about its engine."""
+        self.info = msgspec.structs.replace(self.info, **facts)
+        self.status = WorkerStatus(self.requests, f"node-{self.instance}", self.role, self.info, self.endpoint)
+        # The clock of this loop, also where its time is virtual.
+        self.status.table.clock = asyncio.get_running_loop().time
+        self.control = Control(self.requests, self.status)
+
     async def start(self) -> None:
         info = await self.engine.start()
         options = Options(orphan_s=self.cluster.orphan_s, relay_below=4)
         self.requests = Requests(self.engine, Wire(self), self.instance, info.fingerprint, options)
-        self.status = WorkerStatus(self.requests, f"node-{self.instance}", self.role, info, self.endpoint)
-        # The clock of this loop, also where its time is virtual.
-        self.status._report._clock = asyncio.get_running_loop().time
-        self.control = Control(self.requests, self.status)
+        self.info = info
+        self.state()
         self.sweep = asyncio.ensure_future(self.requests.sweep())
         self.engine.freeze = self._passing(self.engine.freeze, State.FREEZE_ASKED, State.FROZEN)  # type: ignore[method-assign]
         self.engine.release = self._passing(self.engine.release, None, State.RELEASED)  # type: ignore[method-assign]

@@ -132,7 +132,7 @@ class Played:
     def commit(self, request: Any, tokens: int | None = None) -> None:
         """Commit a landed request whose source has computed all of its tokens but the last."""
         computed = request.num_tokens - 1 if tokens is None else tokens
-        offer = offer_of(self.scheduler.migration._record(request.request_id).request_id, computed)
+        offer = offer_of(self.scheduler.migration.record(request.request_id).request_id, computed)
         self.call(Op.COMMIT, request, frozen=Frozen(offer, tuple(request.output_token_ids)))
 
     def schedule(self) -> Any:

@@ -117,7 +117,7 @@ def fetch(case: Pair, src: list[int], dst: list[int]) -> TransferResult:
 
 def stock(case: Pair, src: list[int], dst: list[int]) -> TransferResult:
     """One READ descriptor for every block of every layer, posted at once: what vLLM's NIXL connector does."""
-    backend = next(b for b in case.agent._assembly.backends if isinstance(b, NixlBackend))
+    backend = next(b for b in case.agent.assembly.backends if isinstance(b, NixlBackend))
     theirs = [Segment(*s) for region in case.peer.regions for s in region.segments]
     local, remote = np.array(dst, np.int64), np.array(src, np.int64)
     memory = np.concatenate(

@@ -62,7 +62,7 @@ class TransferAgent:
         self.epoch = Epoch(uuid.uuid4().hex)
         self.ref = AgentRef(AgentName(config.name), self.epoch)
         self.directory = Directory(self._meet)
-        self._assembly = Assembly([], None)
+        self.assembly = Assembly([], None)
         self._checksums = BlockChecksums(Shares([]))
         self._worker = TransferThread(config.name, config.grace_s)
         self._publisher = Publisher(config)
@@ -73,7 +73,7 @@ class TransferAgent:
     @property
     def lanes(self) -> tuple[str, ...]:
         """The ways this agent can move blocks, best first."""
-        return tuple(backend.lane for backend in self._assembly.backends)
+        return tuple(backend.lane for backend in self.assembly.backends)
 
     def start(self, pools: Sequence[KVPool]) -> None:
         """Register the pools and publish. Raises ``ConfigError``, ``TransferUnavailable``, ``TransferError``."""
@@ -87,12 +87,12 @@ class TransferAgent:
                 self._config.advertise_host,
                 credentials.VARIABLE,
             )
-        self._assembly = assemble(self._config, self.epoch, pools, self.directory)
-        shares = self._assembly.shares
+        self.assembly = assemble(self._config, self.epoch, pools, self.directory)
+        shares = self.assembly.shares
         self._checksums = BlockChecksums(shares)
         try:
             pace = EAGER if _has_cores_to_spare(shares.regions) else SPARING
-            self._worker.start(self._assembly.backends, pace)
+            self._worker.start(self.assembly.backends, pace)
             self._publisher.start(self.record, self.directory)
         except MigrateError:
             self.close()
@@ -101,9 +101,9 @@ class TransferAgent:
     @property
     def record(self) -> AgentRecord:
         """What peers are told of this agent. Raises ``TransferError`` before ``start``."""
-        if self._assembly.record is None:
+        if self.assembly.record is None:
             raise TransferError("the agent has not been started")
-        return self._assembly.record
+        return self.assembly.record
 
     def fetch(
         self,
@@ -162,7 +162,7 @@ class TransferAgent:
             raise IntegrityError("the source has sent fewer checksums than it has KV heads") from None
 
     def _places(self, size: int) -> list[tuple[int, int]]:
-        own = self._assembly.shares
+        own = self.assembly.shares
         if size == own.rank.size:
             return [(own.rank.number, place) for place in range(self.checksum_units)]
         heads = [pool.heads for pool in own.pools]
@@ -211,7 +211,7 @@ class TransferAgent:
 
     def _meet(self, record: AgentRecord) -> None:
         """Connect to every peer as soon as it is known, so that its first transfer need not."""
-        own = self._assembly.record
+        own = self.assembly.record
         if own is None or record.name == own.name:
             return
         try:
@@ -232,7 +232,7 @@ class TransferAgent:
         if self._paired.get(peer.name) is not peer:
             self.record.require_pairable(peer)
             self._paired[peer.name] = peer
-        return self._assembly.shares.taken(peer)
+        return self.assembly.shares.taken(peer)
 
     def _warm_up(self, ref: AgentRef, end: float) -> Steps:
         peer = yield from self._peer(ref, end)
@@ -267,7 +267,7 @@ class TransferAgent:
         return record
 
     def _backend(self, peer: AgentRecord) -> Backend:
-        for backend in self._assembly.backends:
+        for backend in self.assembly.backends:
             if backend.reaches(peer):
                 return backend
         raise TransferError(f"no common lane with agent {peer.name}: {self.lanes} here, {peer.lanes} there")
@@ -280,9 +280,9 @@ class TransferAgent:
         """Withdraw the record, end what is under way, give the pools back. Idempotent."""
         self._publisher.stop()
         self._worker.stop()
-        for backend in self._assembly.backends:
+        for backend in self.assembly.backends:
             backend.close()
-        self._assembly = Assembly([], None)
+        self.assembly = Assembly([], None)
 
 
 def _has_cores_to_spare(regions: Sequence[Region]) -> bool:

@@ -78,7 +78,7 @@ class Migration:
         if self.client is not None and self.status is None:
             self.status = await self._serve(config, endpoint, self.client)
             await weights.until_alone(*self.status.kin)
-            self._tasks.append(asyncio.ensure_future(self._open(config, endpoint, self.status)))
+            self._tasks.append(asyncio.ensure_future(self.open(config, endpoint, self.status)))
         return await original(*args, **keywords)
 
     async def _serve(self, config: Any, endpoint: Any, client: EngineClient) -> WorkerStatus:
@@ -108,14 +108,14 @@ class Migration:
         logger.info("worker %s on %s migrates over %s", name, socket.gethostname(), ", ".join(info.lanes))
         return status
 
-    async def _open(self, config: Any, endpoint: Any, status: WorkerStatus) -> None:
+    async def open(self, config: Any, endpoint: Any, status: WorkerStatus) -> None:
         """Runs once Dynamo serves."""
         try:
             await _known(endpoint)
             await status.give_way()
             if self.settings.lora_modules:
                 load = self.runtime.endpoint(f"{config.namespace}.{config.component}.load_lora")
-                await _load(load, self.settings.lora_modules)
+                await load_adapters(load, self.settings.lora_modules)
         except MigrateError as error:
             _fail(error)
         # vLLM looks one up for each token: a quarter of what the outputs of 64 requests cost this process.
@@ -157,7 +157,7 @@ async def _known(endpoint: Any) -> Any:
     return client
 
 
-async def _load(endpoint: Any, adapters: Mapping[str, str]) -> None:
+async def load_adapters(endpoint: Any, adapters: Mapping[str, str]) -> None:
     """Load adapters through Dynamo's endpoint, so that frontends list them too."""
     client = await _known(endpoint)
     for name, folder in adapters.items():

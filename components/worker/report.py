@@ -58,9 +58,9 @@ class Page:
 class Report:
     """See the module docstring."""
 
-    def __init__(self, requests: Requests, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, requests: Requests) -> None:
         self._requests = requests
-        self._clock = clock
+        self.clock: Callable[[], float] = time.monotonic
         self._kept: dict[str, _Kept] = {}
         """Rows by the request's name in the engine."""
         self._gone: deque[tuple[int, int]] = deque()
@@ -97,12 +97,12 @@ class Report:
 
     def age_s(self) -> float:
         """Age of the engine's table."""
-        return self._clock() - self._told_at
+        return self.clock() - self._told_at
 
     async def _ask(self) -> None:
         try:
             stats, table = await self._requests.engine.report()
-            self._stats, self._told_at = stats, self._clock()
+            self._stats, self._told_at = stats, self.clock()
             self._take(list(self._rows(table)))
         finally:
             self._asking = None

@@ -56,7 +56,7 @@ class WorkerStatus:
     def __init__(
         self, requests: Requests, name: str, role: str, info: EngineInfo, endpoint: Any, metrics: str = ""
     ) -> None:
-        self._requests = requests
+        self.requests = requests
         self._info = info
         self._name = name
         self._role = role
@@ -66,7 +66,7 @@ class WorkerStatus:
         self._shown = msgspec.structs.replace(info, agents=shown)
         """With shortened epochs: without a secret the whole epoch opens an agent's sockets."""
         self._limits = Limits(lease_s=info.lease_s)
-        self._report = Report(requests)
+        self.table = Report(requests)
         self._moves: deque[tuple[float, MoveRecord]] = deque(maxlen=_RECORDS)
         self._moved = 0
         self._slots = asyncio.Semaphore(_AT_ONCE)
@@ -85,7 +85,7 @@ class WorkerStatus:
 
     async def report(self, call: WorkerCall) -> WorkerState:
         """The worker's state, or its changes for a caller with a version."""
-        report = self._report
+        report = self.table
         stats = await report.refresh()
         page = report.page(call.since, call.after) if call.requests else None
         now = time.monotonic()
@@ -109,8 +109,8 @@ class WorkerStatus:
             moves_total=self._moved,
             cordoned=self.cordoned,
             draining=self.draining,
-            tokens_total=self._requests.tokens_total,
-            handoffs=dict(self._requests.handoffs),
+            tokens_total=self.requests.tokens_total,
+            handoffs=dict(self.requests.handoffs),
             metrics=self._metrics,
         )
 
@@ -118,7 +118,7 @@ class WorkerStatus:
         """Lives in this worker's engine, running or waiting."""
         return [
             leg
-            for leg in lives(self._requests)
+            for leg in lives(self.requests)
             if leg.away is None and not leg.over and (not isinstance(leg, Arrival) or leg.committed)
         ]
 
@@ -128,11 +128,11 @@ class WorkerStatus:
         return self._counted.registry
 
     def _gauges(self) -> Gauges:
-        return Gauges(self._report.stats, self._relays(), self.cordoned, self._requests.events, self._requests.handoffs)
+        return Gauges(self.table.stats, self._relays(), self.cordoned, self.requests.events, self.requests.handoffs)
 
     def _wake(self) -> None:
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(lambda: self._requests.spawn(self._report.refresh()))
+            self._loop.call_soon_threadsafe(lambda: self.requests.spawn(self.table.refresh()))
 
     @property
     def left(self) -> int:
@@ -156,7 +156,7 @@ class WorkerStatus:
 
     async def _move(self, leg: Leg, target: int, mode: Mode) -> MoveRecord:
         async with self._slots:
-            record = await migrate(self._requests, leg, target, mode, self._limits)
+            record = await migrate(self.requests, leg, target, mode, self._limits)
         self.note(record, mode)
         spans.export(record, leg.trace)
         return record
@@ -169,8 +169,8 @@ class WorkerStatus:
 
     async def _peers(self) -> dict[int, _Room]:
         """Room at possible destinations; a worker that does not answer in time has none."""
-        peers = self._requests.peers
-        others = [i for i in peers.instances() if i != self._requests.instance]
+        peers = self.requests.peers
+        others = [i for i in peers.instances() if i != self.requests.instance]
         found: dict[int, _Room] = {}
         for instance, state in (await states_of(peers, others)).items():
             info, stats = state.info, state.stats
@@ -210,11 +210,11 @@ class WorkerStatus:
     @property
     def kin(self) -> tuple[Peers, int, EngineInfo]:
         """Arguments of ``weights``: peers and this worker."""
-        return self._requests.peers, self._requests.instance, self._info
+        return self.requests.peers, self.requests.instance, self._info
 
     async def give_way(self) -> None:
         """Two workers with different weights that started together have not seen each other: cordon one."""
-        if any(other < self._requests.instance for other in await weights.with_others(*self.kin)):
+        if any(other < self.requests.instance for other in await weights.with_others(*self.kin)):
             await self.cordon()
             await weights.until_alone(*self.kin)
             await self.uncordon()
@@ -259,7 +259,7 @@ class WorkerStatus:
         plan = []
         for leg in legs:
             # In models with several groups of layers a request has more blocks than its tokens need in one group.
-            needed = max(-(-room_tokens(leg, size) // size), self._report.blocks_of(leg.engine_id)) + 1
+            needed = max(-(-room_tokens(leg, size) // size), self.table.blocks_of(leg.engine_id)) + 1
             free = {instance: room for instance, room in rooms.items() if room.seats > 0 and room.blocks >= needed}
             if not free:
                 continue
@@ -275,7 +275,7 @@ class WorkerStatus:
             await self.drain(grace_s)
         except MigrateError as error:
             logger.warning("drain: %s", error)
-        self._requests.closing = True
+        self.requests.closing = True
         while time.monotonic() < end and (passed_on := self._relays()):
             logger.info(
                 "worker %s passes on %d requests for %.0f s at most", self._name, passed_on, end - time.monotonic()
@@ -283,4 +283,4 @@ class WorkerStatus:
             await asyncio.sleep(0.25)
 
     def _relays(self) -> int:
-        return sum(relays(leg) for leg in list(self._requests.legs.values()))
+        return sum(relays(leg) for leg in list(self.requests.legs.values()))

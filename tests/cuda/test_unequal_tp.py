@@ -118,7 +118,7 @@ def test_twenty_moves_there_and_back(runner: asyncio.Runner, pair: Pair, prompt:
             stream = await move(source, target, moved, client, stream, True, lead=lead)
             await take_until(stream, client, len(client.tokens) + 1)  # type: ignore[arg-type]
             waits[source is pair.a].append(1000 * (time.monotonic() - frozen[0]))
-            status = await target._core.landing_status(moved.request_id)
+            status = await target.landing_status(moved.request_id)
             lanes.add(status.lane)
             copied += status.bytes
             source, target = target, source

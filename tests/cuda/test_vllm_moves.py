@@ -136,7 +136,7 @@ def test_twenty_moves_change_no_token(runner: asyncio.Runner, pair: Pair, kind: 
         for _ in range(MOVES):
             await take_until(stream, client, len(client.tokens) + 6)  # type: ignore[arg-type]
             stream = await move(source, target, moved, client, stream, live)  # type: ignore[assignment]
-            lanes.add((await target._core.landing_status(moved.request_id)).lane)
+            lanes.add((await target.landing_status(moved.request_id)).lane)
             source, target = target, source
         async for output in stream:
             client.take(output)  # type: ignore[arg-type]

@@ -81,7 +81,7 @@ class Session:
         await cluster.start(WORKERS, agents=virtual_agents(), direct=self._direct, **SIZES)
         for number, node in enumerate(cluster.nodes):
             # Equal engines that choose different tokens, so that a mixture shows.
-            node.engine._options = dataclasses.replace(node.engine._options, seed=number)
+            node.engine.options = dataclasses.replace(node.engine.options, seed=number)
         cluster.fate = self._fate  # type: ignore[method-assign]
         answer = asyncio.ensure_future(cluster.complete(PROMPT, SAMPLING))
         moving = asyncio.ensure_future(self._move(answer))

@@ -98,7 +98,7 @@ def _play(played: Any, request: Any) -> None:
     unknown = [token for token in request.output_token_ids if not 0 <= token < size]
     if unknown:
         raise AssertionError(f"the model would get the tokens {unknown[:8]}")
-    record = migration._records.get(request.request_id)
+    record = migration.find(request.request_id)
     if record is not None and not migration.incoming.holds(record) and request.request_id not in ran:
         raise AssertionError(f"a committed request has not run: {record}")
 

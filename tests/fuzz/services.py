@@ -64,7 +64,7 @@ async def _worker(data: bytes) -> None:
     infos = [await engine.start() for engine in made]
     peer, engine = made
     # Messages of the corpus name the peer's life as "live".
-    data = data.replace(b"\xa4live", msgspec.msgpack.encode(str(peer._live.agent.ref.epoch)))
+    data = data.replace(b"\xa4live", msgspec.msgpack.encode(str(peer.parts.agent.ref.epoch)))
     # And the fingerprint of both as "f".
     data = data.replace(b"\xa1f", msgspec.msgpack.encode(infos[1].fingerprint))
     requests = Requests(engine, _Nobody(), 1, infos[1].fingerprint, Options(orphan_s=5.0))

@@ -178,14 +178,14 @@ def handover_answers(data: bytes) -> None:
     """A peer's answer to the request for its pools."""
     epoch = uuid.uuid4().hex
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    server.bind(handover._name(epoch))
+    server.bind(handover.name_of(epoch))
     server.listen()
 
     def answer() -> None:
         connection, _ = server.accept()
         with connection:
             with suppress(OSError):
-                greet(connection, accepting(handover._purpose(epoch)), time.monotonic() + 5)
+                greet(connection, accepting(handover.purpose(epoch)), time.monotonic() + 5)
                 connection.sendall(struct.pack("!I", len(data)) + data)
             fd = os.memfd_create("fuzz")
             os.ftruncate(fd, 4096)

@@ -42,7 +42,7 @@ async def moved(pair: Pair, request: GenerateRequest, live: bool) -> tuple[Clien
     for stop in (6, 15, 27):
         await take_until(stream, client, stop)  # type: ignore[arg-type]
         stream = await move(source, target, request, client, stream, live)
-        copied += (await target._core.landing_status(request.request_id)).bytes
+        copied += (await target.landing_status(request.request_id)).bytes
         source, target = target, source
     async for output in stream:  # type: ignore[attr-defined]
         client.take(output)

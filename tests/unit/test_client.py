@@ -35,7 +35,7 @@ def clock() -> Clock:
 def cluster(clock: Clock) -> fake_workers.Workers:
     found = fake_workers.Workers(2)
     for state in found.states.values():
-        state._report._clock = clock
+        state.table.clock = clock
     return found
 
 
@@ -127,7 +127,7 @@ async def test_a_version_that_is_too_old_gets_everything(
     cluster.engines[1].table = [info_of("new")]
     for _ in range(2):
         clock.now += 1
-        await cluster.states[1]._report.refresh()
+        await cluster.states[1].table.refresh()
     await client.refresh()
     assert set(rows(client)) == {"new"}
 
@@ -194,7 +194,7 @@ async def test_ages_are_right_whatever_a_workers_clock_says(
     monkeypatch.setattr(report, "_PATIENCE_S", 0.01)
     theirs = Clock()
     theirs.now = clock.now + off
-    cluster.states[2]._report._clock = theirs
+    cluster.states[2].table.clock = theirs
     for engine in cluster.engines.values():
         engine.table = [info_of(f"r-{id(engine)}")]
     await client.refresh()

@@ -76,7 +76,7 @@ async def test_rates_are_those_between_two_looks() -> None:
     cluster = fake_workers.Workers(1)
     sampler = Sampler(Workers(cluster))
     await sampler.once()
-    cluster.states[1]._requests._tokens = 500
+    cluster.states[1].requests.arrivals.tokens_total = 500
     await sampler.once()
     assert sampler.latest is not None and sampler.latest.point.tokens_per_s > 0
 

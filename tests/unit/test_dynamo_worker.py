@@ -87,20 +87,22 @@ class Endpoint:
 
 async def test_adapters_are_loaded_through_dynamos_own_endpoint() -> None:
     endpoint = Endpoint({"status": "success"})
-    await dynamo_vllm._load(endpoint, {"red": "/adapters/red"})
+    await dynamo_vllm.load_adapters(endpoint, {"red": "/adapters/red"})
     assert endpoint.calls == [{"lora_name": "red", "source": {"uri": "file:///adapters/red"}}]
 
 
 async def test_an_adapter_that_dynamo_does_not_load_is_an_error_with_its_reason() -> None:
     with pytest.raises(ConfigError, match="'red' was not loaded: no such rank"):
-        await dynamo_vllm._load(Endpoint({"status": "error", "message": "no such rank"}), {"red": "/adapters/red"})
+        await dynamo_vllm.load_adapters(
+            Endpoint({"status": "error", "message": "no such rank"}), {"red": "/adapters/red"}
+        )
 
 
 async def test_vllm_looks_up_its_variables_once_in_a_worker_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamo_vllm.process, "ready", lambda: None)
     status: Any = types.SimpleNamespace(give_way=lambda: asyncio.sleep(0))
     try:
-        await dynamo_vllm.Migration(WorkerSettings.from_environment())._open(None, Endpoint({}), status)
+        await dynamo_vllm.Migration(WorkerSettings.from_environment()).open(None, Endpoint({}), status)
         monkeypatch.setenv("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
         assert not envs.VLLM_COMPUTE_NANS_IN_LOGITS
     finally:

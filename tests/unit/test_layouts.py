@@ -52,16 +52,16 @@ class Two:
             )
             agent.start(parts)
         self.dst = self.agents["dst"]
-        self.assembly = self.dst._assembly
+        self.assembly = self.dst.assembly
 
     def fetch(self, src: list[int], dst: list[int], lane: str, strategy: Strategy = Strategy.AUTO) -> TransferResult:
         chosen = [each for each in self.assembly.backends if each.lane == lane]
-        self.dst._assembly = Assembly(chosen, self.assembly.record, self.assembly.shares)
+        self.dst.assembly = Assembly(chosen, self.assembly.record, self.assembly.shares)
         ref = self.agents["src"].ref
         return self.dst.fetch(ref, src, dst, request_id="r", deadline_s=20, strategy=strategy).wait(30)
 
     def close(self) -> None:
-        self.dst._assembly = self.assembly
+        self.dst.assembly = self.assembly
         for agent in self.agents.values():
             agent.close()
 

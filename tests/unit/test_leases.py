@@ -45,13 +45,13 @@ async def test_a_commit_says_for_how_long_the_frozen_blocks_are_there() -> None:
     await workers.start(2, agents=virtual_agents(), num_blocks=128, step_s=0.001, vocab_size=1000, lease_s=8.0)
     source, target = workers.nodes
     seen: list[WorkerCall] = []
-    answer = target.control._answer
+    answer = target.control.answer
 
     async def note(call: WorkerCall) -> Any:
         seen.append(call)
         return await answer(call)
 
-    target.control._answer = note  # type: ignore[method-assign]
+    target.control.answer = note  # type: ignore[method-assign]
     request = GenerateRequest(RequestId("r"), tuple(range(3, 24)), Sampling(max_tokens=80))
     stream = source.handle(request, "tied to a worker")
     await anext(stream)

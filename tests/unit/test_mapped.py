@@ -20,7 +20,7 @@ import torch
 from components.errors import TransferCancelled, TransferError
 from components.transfer import AgentConfig, KVPool, SharedZeros, TransferAgent, move_to_shared_memory
 from components.transfer.data import hostcopy
-from components.transfer.data.handover import Giver, _name, map_peer
+from components.transfer.data.handover import Giver, map_peer, name_of
 from components.transfer.data.shared import shared_storages
 
 BLOCKS, WIDTH = 32, 4096
@@ -151,7 +151,7 @@ def test_memory_outside_of_what_is_shared_is_refused(two: tuple) -> None:  # typ
 def test_a_peer_that_does_not_hand_over_is_served_by_the_next_lane(two: tuple) -> None:  # type: ignore[type-arg]
     src, here, dst, there = two
     fresh = agent("fresh", uuid.uuid4().hex, there)
-    src._assembly.backends[0].close()
+    src.assembly.backends[0].close()
     fresh.directory.put(src.record)
     src.directory.put(fresh.record)
     done = fresh.fetch(src.ref, [4], [8], request_id="r", deadline_s=20).wait(30)
@@ -171,7 +171,7 @@ def test_only_the_right_epoch_and_user_get_memory(monkeypatch: pytest.MonkeyPatc
         map_peer("src", epoch, 1e12)
     monkeypatch.undo()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
-        stranger.connect(_name(epoch))
+        stranger.connect(name_of(epoch))
         stranger.sendall(b"\xff" * 64)
         # A version and a number, and no descriptor.
         assert len(socket.recv_fds(stranger, 1000, 1)[0]) == 40 and socket.recv_fds(stranger, 1000, 1)[:2] == (b"", [])
@@ -184,7 +184,7 @@ def test_only_the_right_epoch_and_user_get_memory(monkeypatch: pytest.MonkeyPatc
 def test_a_cancelled_transfer_stands_still(two: tuple, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[type-arg]
     src, _, dst, there = two
     dst.fetch(src.ref, [1], [1], request_id="r", deadline_s=10).wait(20)
-    backend = dst._assembly.backends[0]
+    backend = dst.assembly.backends[0]
     begun, go = threading.Event(), threading.Event()
     submit: Callable[..., Future[None]] = backend._copier.submit  # type: ignore[attr-defined]
 

@@ -43,7 +43,7 @@ class Lanes:
         self.epoch = str(self.agent.epoch)
         self.addresses = {
             "kv-tcp": self.agent.record.tcp_address,
-            "kv-shm": handover._name(self.epoch),
+            "kv-shm": handover.name_of(self.epoch),
         }
 
     def stranger(self, lane: str) -> socket.socket:
@@ -126,7 +126,7 @@ def test_an_agent_that_others_can_reach_says_that_it_has_no_secret(
 
 def test_no_user_of_the_host_can_read_an_epoch_from_the_names_of_sockets(lanes: Lanes) -> None:
     names = Path("/proc/net/unix").read_text()
-    assert handover._name(lanes.epoch)[1:] in names
+    assert handover.name_of(lanes.epoch)[1:] in names
     assert lanes.epoch not in names
 
 

@@ -53,13 +53,13 @@ async def test_a_worker_shows_what_came_in_and_what_it_passes_on() -> None:
     state, engine = cluster.states[1], cluster.engines[1]
     registry = state.metrics()
     engine.table = [fake_workers.info_of("a")]
-    state._requests.events[Event.LANDED] += 3
+    state.requests.events[Event.LANDED] += 3
     await state.drain(0)
     text = generate_latest(registry).decode()
     assert 'landings_total{outcome="done"} 3.0' in text and "live_migration_cordoned 1.0" in text
     assert 'drains_total{outcome="done"} 1.0' in text and "_created" not in text
     # The scrape has woken the engine's report: the next one has it.
-    while state._report.stats is None:
+    while state.table.stats is None:
         await asyncio.sleep(0.01)
     assert registry.get_sample_value(names.KV_BLOCKS.full_name, {"state": "used"}) == 10
 

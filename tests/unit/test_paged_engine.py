@@ -45,8 +45,7 @@ async def test_one_flipped_bit_of_kv_gives_wrong_tokens(word: int, position: int
         stream = engine.generate(request())
         got = [(await anext(stream)).token_ids[0] for _ in range(4)]
         frozen = await engine.freeze(R)
-        assert engine._parts is not None
-        plane = engine._parts.scheduler.kv._planes[1]
+        plane = engine.parts.scheduler.kv.planes[1]
         plane[frozen.offer.block_ids[position // 4], position % 4, word] ^= 1 << 17
         await engine.resume(R)
         rest, _ = await collect(stream)

@@ -160,12 +160,12 @@ async def test_a_source_that_was_preempted_in_between_leads_to_a_new_copy() -> N
         there = dst.generate(landing(origin, tuple(got), offer))
         first = asyncio.ensure_future(anext(there))
         await landed(dst)
-        scheduler = src._live.scheduler
+        scheduler = src.parts.scheduler
         active = scheduler.get(R)
         scheduler.preempt(active)
         # Somebody else takes the blocks that were copied.
         taken = scheduler.pool.allocate(scheduler.pool.free)
-        for plane in scheduler.kv._planes:
+        for plane in scheduler.kv.planes:
             plane[taken] = 77
         scheduler.pool.drop(taken)
         got += await take(stream, 3)

@@ -196,11 +196,11 @@ def test_late_news_of_an_older_life_are_ignored_and_a_clock_that_was_set_back_is
 async def test_blocks_of_another_model(monkeypatch: Patch) -> None:
     async def play() -> tuple[Moved, list[int]]:
         async with engines(1, integrity="off") as [src]:
-            dst = new_engine(src._options.agent["namespace"], "other", integrity="off", model="another model")
+            dst = new_engine(src.options.agent["namespace"], "other", integrity="off", model="another model")
             await dst.start()
-            scheduler = dst._live.scheduler
+            scheduler = dst.parts.scheduler
             # The other model's KV of the same tokens has other bytes.
-            scheduler.kv._spread = scheduler.kv._spread * np.uint64(3)
+            scheduler.kv.spread = scheduler.kv.spread * np.uint64(3)
             try:
                 moved = await move(src, dst, request(length=30, count=40))
                 before = moved.tokens[: moved.at_source]
@@ -236,7 +236,7 @@ async def test_rows_that_are_cut_off(monkeypatch: Patch) -> None:
         namespace = uuid.uuid4().hex
         made = [new_engine(namespace, name, integrity="off") for name in ("source", "destination")]
         for engine in made:
-            engine._options.agent["backends"] = ("tcp",)
+            engine.options.agent["backends"] = ("tcp",)
             await engine.start()
         try:
             return await move(*made, request(length=30, count=40))

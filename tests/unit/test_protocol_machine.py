@@ -137,7 +137,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(on=engine)
     def preempt(self, on: int) -> None:
-        scheduler = self.engines[on]._live.scheduler
+        scheduler = self.engines[on].parts.scheduler
         if running := [a for a in scheduler.requests.values() if a.phase in ("prefill", "decode")]:
             scheduler._batch.pop(running[0], None)
             scheduler.preempt(running[0])

@@ -83,7 +83,7 @@ async def test_workers_serve_with_a_secret_and_show_neither_that_nor_a_whole_epo
         [denied] = [unpack(item, WorkerReply) async for item in node.control.serve(unsealed)]
         assert denied.error is not None and denied.error[0] == Unauthorized.code and not node.status.cordoned
         [reply] = [unpack(item, WorkerReply) async for item in node.control.serve(pack(STATUS))]
-        shown, epoch = msgspec.json.encode(reply).decode(), str(node.engine._live.agent.ref.epoch)
+        shown, epoch = msgspec.json.encode(reply).decode(), str(node.engine.parts.agent.ref.epoch)
         assert secret.read_text().strip() not in shown and epoch[:8] in shown and epoch not in shown
     finally:
         await cluster.stop()
@@ -125,9 +125,9 @@ def test_a_record_is_only_that_of_the_agent_whose_key_it_is_under() -> None:
     store = EtcdStore(AgentConfig(name="x", etcd_endpoints=("http://127.0.0.1:1",)))
     directory = Directory()
     for key in (b"somebody else", b"\xff\xfe", b""):
-        store._learn(directory, store._prefix.encode() + key, record.encode(found))
+        store.learn(directory, store.prefix.encode() + key, record.encode(found))
     assert directory.names() == []
-    store._learn(directory, store._prefix.encode() + found.name.encode(), record.encode(found))
+    store.learn(directory, store.prefix.encode() + found.name.encode(), record.encode(found))
     assert directory.names() == [found.name]
     with pytest.raises(MigrateError, match="is published as"):
         record.published(record.encode(found), "other")

@@ -9,7 +9,6 @@ from contextlib import aclosing, asynccontextmanager
 from itertools import pairwise
 from typing import Any
 
-import msgspec
 import pytest
 
 from components.engine.kv import RequestId
@@ -91,7 +90,7 @@ async def test_a_drain_into_a_full_cluster_costs_nobody_a_token_and_tries_nothin
     count = 3 if lacks == "seats" else 1
     theirs = [Reader(target, GenerateRequest(RequestId(f"theirs-{n}"), (*PROMPT, 9, n), short)) for n in range(count)]
     await asyncio.sleep(10 * STEP_S)
-    pool = target.engine._live.scheduler.pool
+    pool = target.engine.parts.scheduler.pool
     # Enough for the tokens that are still to come there, too few for another request.
     taken = pool.allocate(pool.free - 10 if lacks == "blocks" else 0)
     before = [len(reader.tokens) for reader in mine]
@@ -119,7 +118,7 @@ async def test_a_worker_that_only_seems_to_have_room_is_asked_again_with_back_of
     def refuse(*_: Any) -> None:
         raise NoRoom("somebody else was quicker")
 
-    target.engine._live.landings.reserve = refuse  # type: ignore[method-assign]
+    target.engine.parts.landings.reserve = refuse  # type: ignore[method-assign]
     reader = Reader(source, GenerateRequest(RequestId("r"), PROMPT, Sampling(temperature=0.0, max_tokens=90)))
     moves = await source.status.drain(5.0)
     await reader.done
@@ -138,10 +137,13 @@ async def test_a_drain_asks_for_as_many_blocks_as_the_request_holds_in_all_group
         await asyncio.sleep(0.01)
         await source.status.report(WorkerCall(WorkerOp.STATUS))
         [leg] = source.status.running()
-        assert source.status._report.blocks_of(leg.engine_id) > 0
-        assert len(await source.status._plan([leg])) == 1
-        source.status._report.blocks_of = lambda _: 10_000  # type: ignore[method-assign]
-        assert await source.status._plan([leg]) == []
+        held = source.status.table.blocks_of
+        assert held(leg.engine_id) > 0
+        source.status.table.blocks_of = lambda _: 10_000  # type: ignore[method-assign]
+        assert await source.status.drain(0.02) == ()
+        source.status.table.blocks_of = held  # type: ignore[method-assign]
+        [move] = await source.status.drain(5.0)
+        assert move.ok
         await reader.done
         await workers.quiet()
 
@@ -151,19 +153,18 @@ async def test_requests_move_only_between_workers_of_the_same_weights() -> None:
     sampling = Sampling(temperature=0.0, max_tokens=80)
     async with cluster(3) as workers:
         first, other, same = workers.nodes
-        info = msgspec.structs.replace(other.status._info, fingerprint="other weights")
-        other.requests.arrivals.fingerprint = info.fingerprint
-        other.status._info = other.status._shown = info
+        other.state(fingerprint="other weights")
+        other.requests.arrivals.fingerprint = "other weights"
         reader = Reader(first, GenerateRequest(RequestId("r"), PROMPT, sampling))
         await asyncio.sleep(0.01)
         refused = await first.status.move(WorkerCall(WorkerOp.MIGRATE, RequestId("r"), target=other.instance))
         assert (refused.ok, refused.code) == (False, "invalid_request") and "weights" in refused.reason
         # Without a destination of one's own choice: the one that can take it, however little room it has.
-        taken = same.engine._live.scheduler.pool.allocate(60)
+        taken = same.engine.parts.scheduler.pool.allocate(60)
         assert (await first.status.move(WorkerCall(WorkerOp.MIGRATE, RequestId("r")))).ok
         assert same.requests.arrivals.lives and not other.requests.arrivals.lives
         await reader.done
-        same.engine._live.scheduler.pool.drop(taken)
+        same.engine.parts.scheduler.pool.drop(taken)
         await workers.quiet()
 
 
@@ -171,8 +172,7 @@ async def test_requests_move_only_between_workers_of_the_same_weights() -> None:
 async def test_a_worker_with_other_weights_is_not_seen_until_the_last_one_with_these_has_gone() -> None:
     async with cluster(4) as workers:
         for node, digest in zip(workers.nodes, ("old", "old", "new", ""), strict=True):
-            info = msgspec.structs.replace(node.status._info, weights=digest)
-            node.status._info = node.status._shown = info
+            node.state(weights=digest)
         first, second, new, silent = workers.nodes
         assert await weights.with_others(*first.status.kin) == [new.instance]
         # Nobody knows what it has.
@@ -192,8 +192,7 @@ async def test_a_worker_with_other_weights_is_not_seen_until_the_last_one_with_t
 async def test_of_two_workers_with_different_weights_that_began_at_once_one_serves() -> None:
     async with cluster(2) as workers:
         for node, digest in zip(workers.nodes, ("old", "new"), strict=True):
-            info = msgspec.structs.replace(node.status._info, weights=digest)
-            node.status._info = node.status._shown = info
+            node.state(weights=digest)
         lower, higher = sorted(workers.nodes, key=lambda node: node.instance)
         await asyncio.wait_for(lower.status.give_way(), 1)
         waiting = asyncio.ensure_future(higher.status.give_way())

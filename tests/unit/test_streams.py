@@ -195,7 +195,9 @@ async def test_workers_tell_where_a_request_is_what_is_relayed_and_how_often_it_
             await asyncio.sleep(0.02)
             assert (await workers.move()) is not None
             for node in workers.nodes:
-                node.status._report._told_at = -10.0
+                # Its table is old.
+                now = node.status.table.clock() + 10.0
+                node.status.table.clock = lambda now=now: now  # type: ignore[misc]
             await client.refresh()
             [(owner, row)] = client.status().requests()
             assert (row.request_id, row.moves) == ("request-0", moves)

@@ -63,8 +63,8 @@ def two(request: pytest.FixtureRequest) -> Iterator[Two]:
     pair = Two(LAYOUTS[layout], shared=lane == "mapped")
     assert (pair.dst.lanes[0] == "shm/mapped") == (lane == "mapped")
     if lane == "tcp":
-        whole = pair.dst._assembly
-        pair.dst._assembly = Assembly(
+        whole = pair.dst.assembly
+        pair.dst.assembly = Assembly(
             [b for b in whole.backends if isinstance(b, TcpBackend)], whole.record, whole.shares
         )
     yield pair

@@ -107,13 +107,13 @@ class Two:
     def move(self, lane: str = "local", src: list[int] = SRC, dst: list[int] = DST) -> None:
         reported, strategy = LANES[lane]
         for agent in self.dst.agents:
-            whole = agent._assembly
-            agent._assembly = Assembly([b for b in whole.backends if b.lane == reported], whole.record, whole.shares)
+            whole = agent.assembly
+            agent.assembly = Assembly([b for b in whole.backends if b.lane == reported], whole.record, whole.shares)
             for source in agent.sources(self.src.size):
                 ref = self.src.agents[source].ref
                 handle = agent.fetch(ref, src, dst, request_id="r", deadline_s=20, strategy=strategy)
                 assert handle.wait(30).lane.startswith(reported)
-            agent._assembly = whole
+            agent.assembly = whole
 
     def wrong(self, number: int, src: list[int] = SRC, dst: list[int] = DST) -> list[int]:
         """Blocks of a rank of the target whose checksums are not those of the source."""
@@ -180,7 +180,7 @@ def test_one_changed_byte_of_one_head_is_found_by_the_rank_that_has_it() -> None
 @pytest.mark.parametrize("layout", ["LBHNC", "BHLNC"])
 def test_heads_that_lie_together_move_as_one_piece(layout: str) -> None:
     pair = Two((1, 2), layout, 4, backends=("local",))
-    share = pair.dst.agents[1]._assembly.shares.taken(pair.src.agents[0].record)
+    share = pair.dst.agents[1].assembly.shares.taken(pair.src.agents[0].record)
     # All layers of two heads, or two heads of each layer.
     assert len(share.local) == {"LBHNC": LAYERS, "BHLNC": 1}[layout]
     assert share.block_bytes == LAYERS * 2 * TOKENS * CONTENT and not share.whole

@@ -276,14 +276,14 @@ def test_a_pause_for_a_commit_ends_with_the_direct_one(tiny_llama: str, outbox: 
     finally:
         played.scheduler.shutdown()
     with pytest.raises(OSError):
-        connect(to.address, direct._purpose(to.epoch), time.monotonic() + 30)
+        connect(to.address, direct.purpose(to.epoch), time.monotonic() + 30)
 
 
 def test_nothing_is_taken_from_a_stranger(target: Any, outbox: Any) -> None:
     landing = target.landed()
     to = target.to(landing)
     with pytest.raises(Unauthorized):
-        connect(to.address, direct._purpose("another life"), time.monotonic() + 30)
+        connect(to.address, direct.purpose("another life"), time.monotonic() + 30)
     stranger = msgspec.structs.replace(to, epoch="another life")
     outbox.open(stranger)
     outbox.send(stranger, state())
@@ -309,7 +309,7 @@ def test_nothing_is_taken_from_a_stranger(target: Any, outbox: Any) -> None:
 def test_a_peer_that_sends_anything_else_is_cut_off(target: Any, outbox: Any, said: bytes) -> None:
     landing = target.landed()
     to = target.to(landing)
-    with connect(to.address, direct._purpose(to.epoch), time.monotonic() + 30) as sock:
+    with connect(to.address, direct.purpose(to.epoch), time.monotonic() + 30) as sock:
         sock.settimeout(30)
         sock.sendall(said)
         with contextlib.suppress(ConnectionResetError):
@@ -335,7 +335,7 @@ class Listener:
             while True:
                 connection, _ = self._server.accept()
                 with connection:
-                    greet(connection, accepting(direct._purpose("e")), time.monotonic() + 30)
+                    greet(connection, accepting(direct.purpose("e")), time.monotonic() + 30)
                     self._serve(connection)
                 self.served.release()
 

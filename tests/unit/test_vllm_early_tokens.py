@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from components.engine.kv import Frozen, RequestId
+from components.engine.kv import Frozen, LandingStatus, RequestId
 from components.engine.protocol import FinishReason, GenerateOutput, GenerateRequest
 from components.errors import NoRoom
 from tests.vllm_scheduler import offer_of
@@ -38,7 +38,7 @@ class Engine(VLLMEngine):
     async def _call(self, call: Call) -> Reply:
         if self.refuses:
             raise NoRoom("full")
-        return Reply()
+        return Reply(landing=LandingStatus(reserved=True), frozen=STATE)
 
     def give(self, *tokens: int, finish: str | None = None, committed: tuple[int, ...] | None = None) -> None:
         sample = SimpleNamespace(token_ids=list(tokens), finish_reason=finish, stop_reason=None, logprobs=None)

@@ -206,7 +206,7 @@ class Move:
         if self.frozen is None:
             self.frozen = self._answer.frozen
             b.call(Op.COMMIT, self.landing, frozen=self.frozen)
-        record = b.scheduler.migration._records.get(self.landing.request_id)
+        record = b.scheduler.migration.find(self.landing.request_id)
         # A source may not keep its word: others get the blocks while they are copied.
         if record is None or record.incoming is None or chance.random() < 0.1:
             end(self.a, request)

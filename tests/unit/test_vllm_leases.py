@@ -1,47 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leases of requests on the move: no lease ends a committed request."""
+"""Leases of requests on the move: who renews one, who ends one, and who must not begin one."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 
-from components.engine.kv import LandingStatus, RequestId
-from components.engine.vllm.control import Call, Reply
-from components.engine.vllm.engine import VLLMEngine, _Live
+from components.engine.protocol import FinishReason, GenerateRequest
+from tests.virtual import virtual
 
-ONE = RequestId("one")
-
-
-class Engine(VLLMEngine):
-    """Its core says yes."""
-
-    async def _call(self, call: Call) -> Reply:
-        return Reply(landing=LandingStatus(reserved=True))
+pytest.importorskip("vllm")
+from benchmarks.migration.sampled import native_of  # noqa: E402
+from tests.unit.test_vllm_early_tokens import ONE, STATE, Engine, landing  # noqa: E402
 
 
 @pytest.mark.parametrize("committed", [False, True])
+@virtual
 async def test_asking_for_the_landing_renews_a_lease_and_begins_none(committed: bool) -> None:
-    engine = Engine(None, lease_s=1000.0)
-    live = engine._live[ONE] = _Live(ONE)
-    engine._renew_lease(ONE)
-    first = engine._leases._timers[live]
+    engine = Engine(lease_s=10.0)
+    stream, first = await landing(engine)
     if committed:
-        frozen: Any = type("Frozen", (), {"output_token_ids": ()})
-        await engine.commit(ONE, frozen)
+        await engine.commit(ONE, STATE)
+    await asyncio.sleep(6.0)
     await engine.landing_status(ONE)
-    assert first.cancelled()
-    assert (live in engine._leases) != committed
-    engine._drop(ONE)
+    await asyncio.sleep(6.0)
+    assert not first.done()
+    await asyncio.sleep(6.0)
+    assert first.done() != committed
+    engine.give(7, finish="length")
+    assert (await first).finish_reason is (FinishReason.LENGTH if committed else FinishReason.ERROR)
+    assert [output async for output in stream] == []
 
 
-@pytest.mark.parametrize("landing", [False, True])
-async def test_resuming_ends_the_lease_of_a_frozen_request_and_not_of_one_that_still_lands(landing: bool) -> None:
-    engine = Engine(None, lease_s=1000.0)
-    live = engine._live[ONE] = _Live(ONE, landing=asyncio.Event() if landing else None)
-    engine._renew_lease(ONE)
+@pytest.mark.parametrize("lands", [False, True])
+@virtual
+async def test_resuming_ends_the_lease_of_a_frozen_request_and_not_of_one_that_still_lands(lands: bool) -> None:
+    engine = Engine(lease_s=10.0)
+    if lands:
+        stream, first = await landing(engine)
+    else:
+        stream = engine.generate(native_of(GenerateRequest(ONE, (1, 2, 3)), 64))
+        first = asyncio.ensure_future(anext(stream))  # type: ignore[arg-type]
+        await asyncio.sleep(0.01)
+        await engine.freeze(ONE)
     await engine.resume(ONE)
-    assert (live in engine._leases) == landing
-    engine._drop(ONE)
+    await asyncio.sleep(30.0)
+    assert first.done() == lands
+    engine.give(7, finish="length")
+    assert (await first).finish_reason is (FinishReason.ERROR if lands else FinishReason.LENGTH)
+    assert [output async for output in stream] == []

@@ -326,7 +326,7 @@ def test_whatever_happens_no_block_is_lost_and_none_has_two_writers(
                 begun.append(result)
         quiet = [hung.pop() for _ in range(len(hung)) if chance.random() < 0.4 and not is_new(hung[-1], begun)]
         played.finish_step(output, StepResults(begun, quiet))
-        kept[:] = [r for r in kept if r.request_id in played.scheduler.migration._records]
+        kept[:] = [r for r in kept if played.scheduler.migration.find(r.request_id)]
         played.check()
 
     def is_new(job_id: int, begun: list[JobResult]) -> bool:

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class _Parts:
+class Parts:
     """State between ``start`` and ``stop``."""
 
     info: EngineInfo
@@ -58,9 +58,9 @@ class PagedEngine:
 
     def __init__(self, options: PagedOptions, agents: Callable[[AgentConfig], TransferAgent] = TransferAgent) -> None:
         """``agents`` makes the transfer agent; simulations bring one without threads."""
-        self._options = options
+        self.options = options
         self._agents = agents
-        self._parts: _Parts | None = None
+        self._parts: Parts | None = None
         self._loop: asyncio.Task[None] | None = None
         self._arrivals = itertools.count()
         self._step_s = 0.0
@@ -68,7 +68,7 @@ class PagedEngine:
 
     async def start(self) -> EngineInfo:
         """Make the KV blocks and publish them. Raises ``ConfigError``, ``TransferError``."""
-        options = self._options
+        options = self.options
         options.validate()
         sizes = (options.num_blocks, options.block_size, options.layers, options.words, options.vocab_size)
         kv = PagedKV(*sizes)
@@ -97,12 +97,12 @@ class PagedEngine:
             lease_s=options.lease_s,
         )
         landings = LandingZone(scheduler, agent, options.copy_deadline_s, self._wake)
-        self._parts = _Parts(info, agent, scheduler, landings)
+        self._parts = Parts(info, agent, scheduler, landings)
         self._loop = asyncio.ensure_future(self._run(self._parts))
         return info
 
     def _checked(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
-        return {"full": blocks, "tail": blocks[-2:], "off": ()}[self._options.integrity]
+        return {"full": blocks, "tail": blocks[-2:], "off": ()}[self.options.integrity]
 
     async def stop(self) -> None:
         """End all requests and release everything. Idempotent."""
@@ -115,19 +115,20 @@ class PagedEngine:
         await parts.landings.close()
         await asyncio.get_running_loop().run_in_executor(None, parts.agent.close)
 
-    def _end_all(self, parts: _Parts, why: str) -> None:
+    def _end_all(self, parts: Parts, why: str) -> None:
         for active in list(parts.scheduler.requests.values()):
             self._end(active, FinishReason.ERROR, (WorkerLost.code, why))
 
     @property
-    def _live(self) -> _Parts:
+    def parts(self) -> Parts:
+        """Raises ``WorkerLost`` while it does not run."""
         if self._parts is None or self._loop is None or self._loop.done():
             raise WorkerLost("the engine does not run")
         return self._parts
 
     # Steps
 
-    async def _run(self, parts: _Parts) -> None:
+    async def _run(self, parts: Parts) -> None:
         try:
             while True:
                 began = time.monotonic()
@@ -135,7 +136,7 @@ class PagedEngine:
                     parts.wake.clear()
                     await parts.wake.wait()
                     continue
-                await asyncio.sleep(self._options.step_s)
+                await asyncio.sleep(self.options.step_s)
                 parts.scheduler.end()
                 self._step_s = time.monotonic() - began
         except Exception as error:
@@ -163,7 +164,7 @@ class PagedEngine:
                 self._end(active, FinishReason.CANCELLED)
 
     def _enter(self, request: GenerateRequest) -> Active:
-        parts, options, sampling = self._live, self._options, request.sampling
+        parts, options, sampling = self.parts, self.options, request.sampling
         room = options.max_model_len - len(request.prompt_token_ids)
         if request.request_id in parts.scheduler.requests:
             raise SessionError(f"request id {request.request_id} is in use in this engine")
@@ -203,72 +204,72 @@ class PagedEngine:
 
     async def abort(self, request_id: RequestId) -> None:
         """End a request in any phase; unknown ids are ignored."""
-        active = self._live.scheduler.requests.get(request_id)
+        active = self.parts.scheduler.requests.get(request_id)
         if active is not None:
             self._end(active, FinishReason.CANCELLED)
 
     async def release(self, request_id: RequestId) -> None:
         """Another engine continues the request: free its blocks here."""
-        active = self._live.scheduler.requests.get(request_id)
+        active = self.parts.scheduler.requests.get(request_id)
         if active is not None:
             self._end(active, FinishReason.FROZEN)
 
     async def offer(self, request_id: RequestId) -> KVOffer:
         """The full, computed blocks of a request."""
-        return self._live.scheduler.offer(self._live.scheduler.get(request_id), whole_blocks=True)
+        return self.parts.scheduler.offer(self.parts.scheduler.get(request_id), whole_blocks=True)
 
     async def freeze(
         self, request_id: RequestId, commit_to: CommitTo | None = None, use_within_s: float = 0.0
     ) -> Frozen:
         """Stop generating and return the state; it is sent to nobody."""
-        active = self._live.scheduler.get(request_id)
-        frozen = await self._live.scheduler.freeze(active)
+        active = self.parts.scheduler.get(request_id)
+        frozen = await self.parts.scheduler.freeze(active)
         if not active.ended:
             self._leases.renew(active)
         return frozen
 
     async def resume(self, request_id: RequestId) -> None:
         """Continue generating."""
-        active = self._live.scheduler.get(request_id)
+        active = self.parts.scheduler.get(request_id)
         if active.landing is None:
             # One that still lands runs elsewhere: only its owner's commit ends its lease.
             self._leases.stop(active)
-        self._live.scheduler.resume(active)
+        self.parts.scheduler.resume(active)
         self._wake()
 
     async def landing_status(self, request_id: RequestId, wait_s: float = 0.0) -> LandingStatus:
         """Progress of a landing request."""
-        active = self._live.scheduler.get(request_id)
+        active = self.parts.scheduler.get(request_id)
         if active.landing is not None:
             self._leases.renew(active)
-        return self._live.landings.status(active)
+        return self.parts.landings.status(active)
 
     async def extend(self, request_id: RequestId, offer: KVOffer, tokens: tuple[int, ...]) -> None:
         """Another pre-copy round."""
-        active = self._live.scheduler.get(request_id)
+        active = self.parts.scheduler.get(request_id)
         self._leases.renew(active)
-        self._live.landings.extend(active, offer, tokens)
+        self.parts.landings.extend(active, offer, tokens)
 
     async def expect_commit(self, request_id: RequestId, hold_s: float) -> None:
         """Ignored: steps of this engine are short pauses, and a commit waits for the end of one."""
 
     async def commit(self, request_id: RequestId, frozen: Frozen) -> None:
         """Copy what is missing and run."""
-        active = self._live.scheduler.get(request_id)
-        self._live.landings.commit(active, frozen)
+        active = self.parts.scheduler.get(request_id)
+        self.parts.landings.commit(active, frozen)
         self._leases.stop(active)
 
     async def report(self) -> tuple[EngineStats, list[RequestInfo]]:
         """Load and table."""
-        scheduler, now = self._live.scheduler, time.monotonic()
+        scheduler, now = self.parts.scheduler, time.monotonic()
         stats = tables.stats(scheduler, self._step_s)
-        refused = dict(self._live.landings.refused)
+        refused = dict(self.parts.landings.refused)
         stats = msgspec.structs.replace(stats, leases_expired_total=self._leases.expired, kv_refused=refused)
         return stats, [active.describe(now) for active in scheduler.requests.values()]
 
     async def check_integrity(self) -> None:
         """Raise ``SessionError`` when blocks and requests do not add up."""
-        tables.verify(self._live.scheduler, self._live.landings.flying)
+        tables.verify(self.parts.scheduler, self.parts.landings.flying)
 
     def _lost(self, active: Active, error: tuple[str, str]) -> None:
         self._end(active, FinishReason.ERROR, error)

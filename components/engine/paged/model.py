@@ -62,8 +62,8 @@ class PagedKV:
         self._vocab_size = vocab_size
         shape = (num_blocks, block_size, words)
         self._tensors = [torch.zeros(shape, dtype=torch.int64) for _ in range(layers)]
-        self._planes: list[Words] = [tensor.numpy().view(np.uint64) for tensor in self._tensors]
-        self._spread = np.arange(1, words + 1, dtype=np.uint64) * np.uint64(STEP) | np.uint64(1)
+        self.planes: list[Words] = [tensor.numpy().view(np.uint64) for tensor in self._tensors]
+        self.spread = np.arange(1, words + 1, dtype=np.uint64) * np.uint64(STEP) | np.uint64(1)
         self._weights = np.empty(0, dtype=np.uint64)
 
     def pools(self) -> list[KVPool]:
@@ -73,32 +73,32 @@ class PagedKV:
     def share(self) -> str:
         """Move to shared memory, before anything uses the addresses. Returns the reason when that fails."""
         reason = move_to_shared_memory(self.pools())
-        self._planes = [tensor.numpy().view(np.uint64) for tensor in self._tensors]
+        self.planes = [tensor.numpy().view(np.uint64) for tensor in self._tensors]
         return reason
 
     @property
     def bytes_per_token(self) -> int:
         """KV bytes of one position over all layers."""
-        return sum(plane.shape[2] * 8 for plane in self._planes)
+        return sum(plane.shape[2] * 8 for plane in self.planes)
 
     def write(self, token: int, position: int, blocks: Sequence[int]) -> None:
         """Fill one position. ``blocks`` are the request's, in order; the previous position must be filled."""
         block, slot = blocks[position // self.block_size], position % self.block_size
         below = mix(token << 20 ^ position)
-        for index, plane in enumerate(self._planes):
+        for index, plane in enumerate(self.planes):
             before = 0
             if position:
                 earlier = plane[blocks[(position - 1) // self.block_size], (position - 1) % self.block_size]
-                before = int((earlier * self._spread).sum())
+                before = int((earlier * self.spread).sum())
             below = mix(below ^ mix(before + index))
-            plane[block, slot] = self._spread * np.uint64(below | 1)
+            plane[block, slot] = self.spread * np.uint64(below | 1)
 
     def next_token(self, num_tokens: int, blocks: Sequence[int], salt: int, generator: int) -> int:
         """The token after ``num_tokens`` filled positions."""
         used = -(-num_tokens // self.block_size)
         index = np.asarray(blocks[:used], dtype=np.int64)
         total = 0
-        for number, plane in enumerate(self._planes):
+        for number, plane in enumerate(self.planes):
             read = plane[index].reshape(-1)[: num_tokens * plane.shape[2]]
             # With odd weights the change of a single word never cancels out.
             total += int((read * self._odd(len(read))).sum()) * (2 * number + 1)

@@ -46,7 +46,8 @@ _CONNECT_S = 5.0
 _SEND_S = 5.0
 
 
-def _purpose(epoch: str) -> str:
+def purpose(epoch: str) -> str:
+    """Of the handshake."""
     return f"kv-commit {epoch}"
 
 
@@ -72,7 +73,7 @@ class Inbox:
             return
         self._wake = wake
         self._address = str(Address(bare(self._host), server.getsockname()[1]))
-        self._acceptor = Acceptor(server, _purpose(self._epoch), self._serve, "kv-commit")
+        self._acceptor = Acceptor(server, purpose(self._epoch), self._serve, "kv-commit")
 
     def at(self, vllm_id: str) -> CommitTo | None:
         """Where a source sends the commit of that life; None while commits are not accepted."""
@@ -172,7 +173,7 @@ class _Line:
 
     def _run(self) -> None:
         try:
-            with connect(self._address, _purpose(self._epoch), time.monotonic() + _CONNECT_S) as sock:
+            with connect(self._address, purpose(self._epoch), time.monotonic() + _CONNECT_S) as sock:
                 sock.setblocking(False)
                 with self._changed:
                     self._sock = sock

@@ -115,7 +115,7 @@ class Migration:
             case Op.COMMIT if call.frozen is not None and call.request_id in self._ended_early:
                 require_same(self._ended_early[call.request_id], call.frozen)
                 return Reply()
-        record = self._record(call.request_id)
+        record = self.record(call.request_id)
         match call.op:
             case Op.OFFER:
                 return Reply(offer=self.outgoing.offer(record))
@@ -134,11 +134,13 @@ class Migration:
                 raise SessionError(f"call {call.op} lacks its arguments")
         return Reply()
 
-    def _find(self, request_id: RequestId) -> Record | None:
+    def find(self, request_id: RequestId) -> Record | None:
+        """A request by vLLM's id or the caller's."""
         return self._records.get(request_id) or self._newest.get(request_id)
 
-    def _record(self, request_id: RequestId) -> Record:
-        record = self._find(request_id)
+    def record(self, request_id: RequestId) -> Record:
+        """``find``. Raises ``RequestNotFound`` in place of None."""
+        record = self.find(request_id)
         if record is None:
             raise RequestNotFound(f"request {request_id} is not in this engine")
         return record
@@ -195,7 +197,7 @@ class Migration:
 
     def expects_commit(self, request_id: RequestId) -> bool:
         """True while a landed request waits for its commit."""
-        record = self._find(request_id)
+        record = self.find(request_id)
         return record is not None and self.incoming.holds(record)
 
     # vLLM's hooks

@@ -41,8 +41,8 @@ class EtcdStore:
     def __init__(self, config: AgentConfig) -> None:
         self._endpoints = [Endpoint.of(url) for url in config.etcd_endpoints]
         self._where = "etcd at " + ", ".join(str(Address(each.host, each.port)) for each in self._endpoints)
-        self._prefix = f"/dynamo-migrate/{config.namespace}/agents/"
-        self._range_end = self._prefix[:-1] + chr(ord(self._prefix[-1]) + 1)
+        self.prefix = f"/dynamo-migrate/{config.namespace}/agents/"
+        self._range_end = self.prefix[:-1] + chr(ord(self.prefix[-1]) + 1)
         self._ttl_s = config.lease_ttl_s
         self._user, self._password = config.etcd_user, config.etcd_password
         secure = any(each.secure for each in self._endpoints)
@@ -80,7 +80,7 @@ class EtcdStore:
                 lease = (await client.lease.grant(self._ttl_s, timeout=_CALL_S)).ID
             try:
                 with self._refusals():
-                    await client.kv.put(self._prefix + record.name, encode(record), lease=lease, timeout=_CALL_S)
+                    await client.kv.put(self.prefix + record.name, encode(record), lease=lease, timeout=_CALL_S)
                 publication.succeeded()
                 if self._notices is not None:
                     self._notices.announce()
@@ -98,7 +98,7 @@ class EtcdStore:
             yield
         except (errors.EtcdUnauthenticatedError, errors.EtcdPermissionDeniedError, grpc.aio.AioRpcError) as error:
             reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
-            fix = f"check etcd_user ({self._user!r}) and its password and roles for keys under {self._prefix}"
+            fix = f"check etcd_user ({self._user!r}) and its password and roles for keys under {self.prefix}"
             raise TransferUnavailable(f"{self._where} refuses this agent: {reason}; {fix}") from None
         except errors.EtcdConnectionError as error:
             if _TLS_TROUBLE.search(str(error)) is None:
@@ -114,36 +114,37 @@ class EtcdStore:
         raise MigrateError("the lease was lost")
 
     async def _watch(self, client: Any, directory: Directory) -> None:
-        known = await client.kv.get(self._prefix, self._range_end, timeout=_CALL_S)
+        known = await client.kv.get(self.prefix, self._range_end, timeout=_CALL_S)
         for pair in known.kvs:
-            self._learn(directory, pair.key, pair.value)
+            self.learn(directory, pair.key, pair.value)
         await first_of(
             self._follow(client, directory, known.header.revision + 1), self._forget_missing(client, directory)
         )
 
     async def _follow(self, client: Any, directory: Directory, revision: int) -> None:
-        async for response in client.watch.watch(self._prefix, self._range_end, revision):
+        async for response in client.watch.watch(self.prefix, self._range_end, revision):
             for event in response.events:
                 if event.type == _DELETE:
                     directory.remove(self._name(event.kv.key))
                 else:
-                    self._learn(directory, event.kv.key, event.kv.value)
+                    self.learn(directory, event.kv.key, event.kv.value)
         raise MigrateError("the watch ended")
 
     async def _forget_missing(self, client: Any, directory: Directory) -> None:
         await asyncio.sleep(2 * self._ttl_s)
-        known = await client.kv.get(self._prefix, self._range_end, timeout=_CALL_S)
+        known = await client.kv.get(self.prefix, self._range_end, timeout=_CALL_S)
         directory.keep_only({self._name(pair.key) for pair in known.kvs})
         await asyncio.Event().wait()
 
     def _name(self, key: bytes) -> str:
-        return key.decode(errors="replace")[len(self._prefix) :]
+        return key.decode(errors="replace")[len(self.prefix) :]
 
-    def _learn(self, directory: Directory, key: bytes, value: bytes) -> None:
+    def learn(self, directory: Directory, key: bytes, value: bytes) -> None:
+        """Enter a record that is in etcd; ignore what is none."""
         try:
             directory.put(published(value, self._name(key)))
         except MigrateError as error:
-            logger.warning("ignoring a record under %s: %s", self._prefix, error)
+            logger.warning("ignoring a record under %s: %s", self.prefix, error)
 
 
 def _system_authorities() -> str:

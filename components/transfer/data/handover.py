@@ -44,12 +44,14 @@ class _Answer(msgspec.Struct, frozen=True):
     """Owner's address and bytes of each storage; the descriptors follow in this order."""
 
 
-def _name(epoch: str) -> str:
+def name_of(epoch: str) -> str:
+    """Of an agent's socket."""
     # Every user of the host can list these names, and the handshake proves knowledge of the epoch.
     return f"\0dynamo-migrate/{hashlib.sha256(epoch.encode()).hexdigest()[:32]}"
 
 
-def _purpose(epoch: str) -> str:
+def purpose(epoch: str) -> str:
+    """Of the handshake."""
     return f"kv-shm {epoch}"
 
 
@@ -59,8 +61,8 @@ class Giver:
     def __init__(self, epoch: str, storages: Sequence[SharedStorage]) -> None:
         self._storages = list(storages)
         server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        server.bind(_name(epoch))
-        self._acceptor = Acceptor(server, _purpose(epoch), self._serve, "kv-shm")
+        server.bind(name_of(epoch))
+        self._acceptor = Acceptor(server, purpose(epoch), self._serve, "kv-shm")
 
     def _serve(self, connection: socket.socket) -> None:
         self._give(connection)
@@ -133,11 +135,11 @@ def map_peer(name: str, epoch: str, end: float) -> Mapping:
     try:
         end = min(end, time.monotonic() + _CALL_S)
         connection.settimeout(left(end))
-        connection.connect(_name(epoch))
+        connection.connect(name_of(epoch))
         _, user, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
         if user != os.geteuid():
             raise TransferError(f"the process at that address belongs to user {user}")
-        greet(connection, connecting(_purpose(epoch)), end)
+        greet(connection, connecting(purpose(epoch)), end)
         answer = hear(connection, _Answer, _MAX_ANSWER, end)
         for start in range(0, len(answer.storages), _FDS_AT_ONCE):
             count = min(_FDS_AT_ONCE, len(answer.storages) - start)
