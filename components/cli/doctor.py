@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from components.cli.formats import Format, Output, print_json
+from components.dashboard.tables import table
 from components.doctor.check import Check, State
 from components.transfer.config import Transport
 
@@ -58,13 +59,11 @@ def look(transport: Transport, port: int, quick: bool) -> list[Check]:
 
 
 def show(checks: list[Check], console: Console) -> None:
-    """A table for people, with the fix of each warning and failure."""
-    table = Table()
-    for column in ("check", "", "found", "fix"):
-        table.add_column(column, overflow="fold")
+    """A table for people, with the fix of each warning and failure below what was found."""
+    rows = table("", ("check", "", "found"), folded="found")
     for check in checks:
-        style = _STYLE[check.state]
-        table.add_row(check.name, f"[{style}]{check.state}[/]", check.found, check.fix)
-    console.print(table)
+        found = escape(check.found) + (f"\n[bold]fix:[/] {escape(check.fix)}" if check.fix else "")
+        rows.add_row(check.name, f"[{_STYLE[check.state]}]{check.state}[/]", found)
+    console.print(rows)
     bad = sum(check.state is State.FAIL for check in checks)
     console.print(f"[bold red]failed checks: {bad}[/]" if bad else "[bold green]ready[/]")
