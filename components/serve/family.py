@@ -12,22 +12,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import psutil
 
 _TRACKER_S = 5.0
 _GONE_S = 10.0
 _POLL_S = 0.02
-_TIED = str(Path(__file__).with_name("tied.py"))
 
 
 def tied(command: list[str]) -> list[str]:
-    """A command as a child of this process that the kernel kills with it."""
-    return [sys.executable, "-I", "-S", _TIED, str(os.getpid()), *command]
+    """A command as a child that the kernel kills with this process, or with the thread of it that has started it."""
+    return ["setpriv", "--pdeathsig", "KILL", *command]
 
 
 def alive(session: int) -> list[psutil.Process]:

@@ -115,6 +115,8 @@ async def test_shared_memory_of_a_killed_process_is_removed(tmp_path: Path) -> N
     wait_for(lambda: (tmp_path / "name").exists() and (tmp_path / "name").read_text())
     memory = Path("/dev/shm") / (tmp_path / "name").read_text()
     assert memory.exists()
+    # Until it has begun, the process that removes it cannot be told from the one that it belongs to.
+    wait_for(lambda: any(family._is_tracker(member) for member in family.alive(process.pid)))
     await family.end([process.pid])
     process.wait()
     assert not memory.exists()
