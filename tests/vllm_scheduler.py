@@ -139,7 +139,7 @@ class Played:
         """Begin a step. None may read blocks that a copy of the same step fills."""
         output = self.scheduler.schedule()
         read = {b for i in output.num_scheduled_tokens for b in self.blocks(self.scheduler.requests[i])}
-        written = {block for job in self.jobs(output) for block in job.dst_blocks}
+        written = {block for job in self.jobs(output) for block in job.local_blocks}
         assert not read & written and not output.has_sync_kv_loads
         requests = self.scheduler.requests
         self._samples[id(output)] = [i for i in output.num_scheduled_tokens if not requests[i].is_prefill_chunk]

@@ -12,16 +12,14 @@ Threading: one asyncio loop.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Collection, Sequence
 
 from components.engine.kv import RequestId
 from components.migration.legs import Away
 from components.migration.messages import Owner, WorkerCall, WorkerOp
-from components.migration.peers import Peers, short
+from components.migration.peers import Peers, tell_others
 
-logger = logging.getLogger(__name__)
 OWNER_S = 120.0
 TELL_AGAIN_S = 1.0
 """Time after which the workers that know an owner are checked again."""
@@ -88,14 +86,8 @@ class Owners:
             records = tuple((request_id, owner) for request_id, (owner, _) in batch.items())
             self.learn(records)
             call = WorkerCall(WorkerOp.OWNERS, owners=records)
-            others = [instance for instance in self._peers.instances() if instance != self._instance]
-            told = (self._peers.call(instance, call, _ANNOUNCE_S) for instance in others)
-            know = {self._instance}
-            for other, answer in zip(others, await asyncio.gather(*told, return_exceptions=True), strict=True):
-                if isinstance(answer, Exception):
-                    logger.warning("worker %s was not told of %d requests: %s", short(other), len(records), answer)
-                else:
-                    know.add(other)
+            what = f"of {len(records)} requests"
+            know = await tell_others(self._peers, self._instance, call, _ANNOUNCE_S, what)
             for _, done in batch.values():
                 if not done.done():
-                    done.set_result(frozenset(know))
+                    done.set_result(know | {self._instance})

@@ -8,6 +8,7 @@ Errors: the peer's; ``WorkerLost`` when it is unreachable or closes a call witho
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from components.migration.legs import join
 from components.migration.links import Links
 from components.migration.messages import Attached, Owner, WorkerCall, WorkerOp, WorkerReply, WorkerState
 
+logger = logging.getLogger(__name__)
 OPEN_S = 20.0
 STATUS_S = 2.0
 
@@ -151,6 +153,19 @@ async def states_of(peers: Peers, instances: Sequence[int]) -> dict[int, WorkerS
     asked = (peers.call(instance, call, STATUS_S) for instance in instances)
     replies = zip(instances, await asyncio.gather(*asked, return_exceptions=True), strict=True)
     return {i: r.state for i, r in replies if not isinstance(r, BaseException) and r.state is not None}
+
+
+async def tell_others(peers: Peers, own: int, call: WorkerCall, timeout_s: float, what: str) -> frozenset[int]:
+    """Make a call to all workers but this one. Returns those that have answered; ``what`` the others do not know."""
+    others = [instance for instance in peers.instances() if instance != own]
+    told = (peers.call(instance, call, timeout_s) for instance in others)
+    know = set()
+    for other, answer in zip(others, await asyncio.gather(*told, return_exceptions=True), strict=True):
+        if isinstance(answer, Exception):
+            logger.warning("worker %s was not told %s: %s", short(other), what, answer)
+        else:
+            know.add(other)
+    return frozenset(know)
 
 
 async def _opened(stream: AsyncGenerator[Attached, None], owner: Owner) -> Attached | None:

@@ -11,7 +11,6 @@ Counts end ``KEPT_S`` after the last death. Nothing is sent while no engine dies
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 
@@ -19,9 +18,8 @@ from components.engine.kv import RequestId
 from components.engine.protocol import GenerateOutput
 from components.errors import EngineKiller, WorkerLost
 from components.migration.messages import WorkerCall, WorkerOp
-from components.migration.peers import Peers, short
+from components.migration.peers import Peers, tell_others
 
-logger = logging.getLogger(__name__)
 KEPT_S = 120.0
 _TELL_S = 1.0
 _MOST = 2
@@ -76,8 +74,4 @@ class Suspects:
     async def _tell(self, request_ids: tuple[RequestId, ...]) -> None:
         self.learn(request_ids)
         call = WorkerCall(WorkerOp.SUSPECTS, suspects=request_ids)
-        others = [instance for instance in self._peers.instances() if instance != self._instance]
-        told = (self._peers.call(instance, call, _TELL_S) for instance in others)
-        for other, answer in zip(others, await asyncio.gather(*told, return_exceptions=True), strict=True):
-            if isinstance(answer, Exception):
-                logger.warning("worker %s was not told that this engine has died: %s", short(other), answer)
+        await tell_others(self._peers, self._instance, call, _TELL_S, "that this engine has died")

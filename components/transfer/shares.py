@@ -129,20 +129,20 @@ class Shares:
         return known[1]
 
     def _made(self, peer: AgentRecord, takes: bool) -> Share:
-        theirs = Rank(peer.tp_rank, peer.tp_size)
-        if theirs.size == self.rank.size:
+        other = Rank(peer.tp_rank, peer.tp_size)
+        if other.size == self.rank.size:
             remote = tuple(peer.segments())
             if [s.length for s in remote] != [s.length for s in self._segments]:
                 raise IncompatibleLayout(f"agents {self._name} and {peer.name} lay their KV blocks out differently")
             return Share(self._segments, remote, tuple(rows_of(self.regions)))
-        sides = (self.rank, self.pools), (theirs, peer.pools)
+        sides = (self.rank, self.pools), (other, peer.pools)
         target, source = sides if takes else reversed(sides)
         try:
             pairs = _pairs(*target, *source)
         except IncompatibleLayout as error:
             raise IncompatibleLayout(
                 f"agents {self._name} and {peer.name} have ranks {self.rank.number} of {self.rank.size} and "
-                f"{theirs.number} of {theirs.size}: {error}"
+                f"{other.number} of {other.size}: {error}"
             ) from error
         targets, sources = zip(*pairs, strict=True)
         local, remote = (targets, sources) if takes else (sources, targets)
@@ -168,21 +168,21 @@ def _storages(regions: Sequence[Region]) -> list[torch.Tensor]:
     return [flat.set_(row.untyped_storage()) for flat, (_, row) in zip(empty, sorted(found.items()), strict=True)]
 
 
-def _pairs(target: Rank, local: Sequence[PoolRecord], source: Rank, remote: Sequence[PoolRecord]) -> list[Pair]:
+def _pairs(target: Rank, filled: Sequence[PoolRecord], source: Rank, read: Sequence[PoolRecord]) -> list[Pair]:
     """The pieces that a target's rank takes from a source's."""
-    if not local or not remote:
+    if not filled or not read:
         raise IncompatibleLayout("their KV caches do not divide into heads, and move between equal sizes only")
-    if [_shape(pool) for pool in local] != [_shape(pool) for pool in remote]:
+    if [_shape(pool) for pool in filled] != [_shape(pool) for pool in read]:
         raise IncompatibleLayout("their KV heads have different shapes")
-    if wrong := [p.heads for p in local for rank in (target, source) if not divides(p.heads, rank.size)]:
+    if wrong := [p.heads for p in filled for rank in (target, source) if not divides(p.heads, rank.size)]:
         raise IncompatibleLayout(f"one of them cannot hold an equal share of {wrong[0]} KV heads")
     pairs: list[Pair] = []
-    for near, far in zip(local, remote, strict=True):
-        depth = min(depth_of(near), depth_of(far))
-        near_first, far_first = held(near.heads, target).start, held(far.heads, source).start
-        for head in taken(near.heads, target, source):
-            there = pieces_of(far, head - far_first, depth)
-            pairs += zip(pieces_of(near, head - near_first, depth), there, strict=True)
+    for to, origin in zip(filled, read, strict=True):
+        depth = min(depth_of(to), depth_of(origin))
+        to_first, from_first = held(to.heads, target).start, held(origin.heads, source).start
+        for head in taken(to.heads, target, source):
+            pieces = pieces_of(origin, head - from_first, depth)
+            pairs += zip(pieces_of(to, head - to_first, depth), pieces, strict=True)
             if len(pairs) > _MAX_PIECES:
                 raise IncompatibleLayout(f"they lay a block out in more than {_MAX_PIECES} different pieces")
     if not pairs:

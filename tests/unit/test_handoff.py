@@ -165,7 +165,7 @@ def taken(local: int, ids: list[int]) -> tuple[MigrateIn, Port, Record]:
 def test_a_decode_engine_copies_what_its_own_cache_has_not_and_runs_once_it_is_proven() -> None:
     incoming, port, record = taken(4, [1, 2, 3])
     ((job,), _) = incoming.copies.take_new_jobs()
-    assert (job.src_blocks, job.dst_blocks) == ((51, 52), (2, 3))
+    assert (job.remote_blocks, job.local_blocks) == ((51, 52), (2, 3))
     assert job.checks == ((2, ((11,),)), (3, ((12,),)))
     incoming.copies.take_results(StepResults([JobResult(job.job_id, ok=True, bytes=2)]))
     assert port.told == [("arrived", 10)] and not incoming.copies.busy and record.incoming is None

@@ -75,8 +75,8 @@ def loader(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> Loader:
 
 def job(number: int = 1, **more: Any) -> Job:
     fields: dict[str, Any] = {
-        "src_blocks": (8, 9),
-        "dst_blocks": (1, 2),
+        "remote_blocks": (8, 9),
+        "local_blocks": (1, 2),
         "checks": (),
         "vouched": (),
         "deadline_s": 9.0,
@@ -103,8 +103,8 @@ def test_a_copy_that_takes_longer_is_answered_with_a_step(loader: Loader, agent:
 
 def test_nothing_to_copy_is_only_compared(loader: Loader, agent: Agent) -> None:
     agent.sums = {5: 77}
-    right = loader.copy_now([job(src_blocks=(), dst_blocks=(), checks=((5, ((77,),)),))], 0.0)[0]
-    wrong = loader.copy_now([job(src_blocks=(), dst_blocks=(), checks=((5, ((78,),)),), vouched=(4,))], 0.0)[0]
+    right = loader.copy_now([job(remote_blocks=(), local_blocks=(), checks=((5, ((77,),)),))], 0.0)[0]
+    wrong = loader.copy_now([job(remote_blocks=(), local_blocks=(), checks=((5, ((78,),)),), vouched=(4,))], 0.0)[0]
     assert right is not None and right.ok and not agent.handles
     assert wrong is not None and wrong.error is not None and wrong.error[0] == "integrity"
     assert set(wrong.bad_blocks) == {4, 5}
@@ -142,7 +142,7 @@ def test_a_copy_from_two_ranks_fails_with_one(loader: Loader, agent: Agent) -> N
 
 def test_copies_together_are_begun_before_any_is_waited_for(loader: Loader, agent: Agent) -> None:
     other = AgentRef(AgentName("other"), Epoch("2"))
-    jobs = [job(1), job(2, src_blocks=(), dst_blocks=()), job(3, agents=(other,))]
+    jobs = [job(1), job(2, remote_blocks=(), local_blocks=()), job(3, agents=(other,))]
     results = loader.copy_now(jobs, 0.0)
     assert len(agent.handles) == 2
     assert [result is not None and result.ok for result in results] == [False, True, False]
@@ -157,7 +157,7 @@ def test_copies_together_from_one_source_are_one_copy_with_one_check(loader: Loa
     agent.arrives, agent.sums = True, {1: 5, 3: 6, 5: 8}
     jobs = [
         job(1, checks=((1, ((5,),)),)),
-        job(2, src_blocks=(12, 13, 14, 15), dst_blocks=(3, 4, 5, 6), checks=((3, ((6,),)), (5, ((7,),)))),
+        job(2, remote_blocks=(12, 13, 14, 15), local_blocks=(3, 4, 5, 6), checks=((3, ((6,),)), (5, ((7,),)))),
     ]
     good, bad = loader.copy_now(jobs, 1.0)
     assert agent.asked == [((8, 9, 12, 13, 14, 15), (1, 2, 3, 4, 5, 6))] and agent.checked == [[1, 3, 5]]
@@ -166,7 +166,7 @@ def test_copies_together_from_one_source_are_one_copy_with_one_check(loader: Loa
 
 
 def test_a_copy_of_two_is_cancelled_when_neither_needs_it(loader: Loader, agent: Agent) -> None:
-    assert loader.copy_now([job(1), job(2, src_blocks=(12,), dst_blocks=(3,))], 0.0) == [None, None]
+    assert loader.copy_now([job(1), job(2, remote_blocks=(12,), local_blocks=(3,))], 0.0) == [None, None]
     loader.step([], [1, 1])
     assert not agent.handles[0].cancelled
     loader.step([], [2])

@@ -124,9 +124,9 @@ class Engine:
     # Copies
 
     def _begin(self, job: Job) -> None:
-        assert len(job.src_blocks) == len(job.dst_blocks) and len(set(job.dst_blocks)) == len(job.dst_blocks)
-        assert 0 not in job.src_blocks and 0 not in job.dst_blocks
-        halves = [(s, d, half) for s, d in zip(job.src_blocks, job.dst_blocks, strict=True) for half in (0, 1)]
+        assert len(job.remote_blocks) == len(job.local_blocks) and len(set(job.local_blocks)) == len(job.local_blocks)
+        assert 0 not in job.remote_blocks and 0 not in job.local_blocks
+        halves = [(s, d, half) for s, d in zip(job.remote_blocks, job.local_blocks, strict=True) for half in (0, 1)]
         self._copies[job.job_id] = (job, halves)
 
     def _copy_now(self, job: Job, _: float) -> JobResult | None:
@@ -154,7 +154,7 @@ class Engine:
         if wrong:
             return JobResult(job_id, ok=False, error=("integrity", "wrong"), bad_blocks=(*wrong, *job.vouched))
         if self.chance.random() < 0.1:
-            bad = tuple(self.chance.sample(job.dst_blocks, len(job.dst_blocks) // 2))
+            bad = tuple(self.chance.sample(job.local_blocks, len(job.local_blocks) // 2))
             return JobResult(job_id, ok=False, error=("lost", "lost"), bad_blocks=bad)
         return JobResult(job_id, ok=True)
 
@@ -301,11 +301,11 @@ def test_no_copy_goes_where_a_window_has_been(tiny_llama: str) -> None:
 
     request = played.land("moved", 40, offer=offer(32))
     (job,) = played.jobs(played.step())
-    assert job.src_blocks == (100, 101, 200, 201)
+    assert job.remote_blocks == (100, 101, 200, 201)
     played.step(played.done(job))
     played.call(Op.EXTEND, request, offer=offer(112), tokens=(40, *range(41, 120)))
     (job,) = played.jobs(played.step())
-    assert job.src_blocks == (104, 105, 106, 202, 203, 204, 205, 206)
+    assert job.remote_blocks == (104, 105, 106, 202, 203, 204, 205, 206)
     played.step(played.done(job))
     played.check()
 
@@ -319,12 +319,12 @@ def test_a_group_whose_blocks_lie_elsewhere_now_is_copied_again(tiny_llama: str)
 
     request = played.land("moved", 70, offer=offer((100, 101, 102, 103), (200, 201, 202, 203)))
     (job,) = played.jobs(played.step())
-    assert job.src_blocks == (101, 102, 103, 200, 201, 202, 203)
+    assert job.remote_blocks == (101, 102, 103, 200, 201, 202, 203)
     played.step(played.done(job))
     newer = offer((100, 101, 102, 103, 104, 105), (200, 299, 202, 203, 204, 205))
     played.call(Op.EXTEND, request, offer=newer, tokens=(70, *range(71, 100)))
     (job,) = played.jobs(played.step())
-    assert job.src_blocks == (104, 105, 200, 299, 202, 203, 204, 205)
+    assert job.remote_blocks == (104, 105, 200, 299, 202, 203, 204, 205)
 
 
 def test_a_copy_without_what_the_window_needs_is_computed_here(tiny_llama: str) -> None:

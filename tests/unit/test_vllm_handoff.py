@@ -108,8 +108,8 @@ def test_the_second_token_is_the_first_that_a_decode_engine_computes(
     request = take(played, prompt)
     output = played.schedule()
     (job,) = played.jobs(output)
-    assert not output.num_scheduled_tokens and job.src_blocks == tuple(range(100, 100 + -(-prompt // BLOCK)))
-    assert [block for block, _ in job.checks] == list(job.dst_blocks[-2:])
+    assert not output.num_scheduled_tokens and job.remote_blocks == tuple(range(100, 100 + -(-prompt // BLOCK)))
+    assert [block for block, _ in job.checks] == list(job.local_blocks[-2:])
     played.finish_step(output, played.done(job))
     assert played.step().num_scheduled_tokens == {request.request_id: 1}
     assert list(request.output_token_ids) == [7, 7] and request.num_prompt_tokens == prompt
@@ -134,7 +134,7 @@ def test_only_what_the_own_prefix_cache_has_not_is_copied(tiny_llama: str) -> No
     request = take(played, 50)
     output = played.schedule()
     (job,) = played.jobs(output)
-    assert job.src_blocks == (102, 103) and job.dst_blocks == tuple(played.blocks(request)[2:])
+    assert job.remote_blocks == (102, 103) and job.local_blocks == tuple(played.blocks(request)[2:])
     played.finish_step(output, played.done(job))
     assert played.step().num_scheduled_tokens == {request.request_id: 1}
 
@@ -144,7 +144,7 @@ def test_blocks_that_did_not_arrive_are_computed(tiny_llama: str) -> None:
     request = take(played, 50)
     output = played.schedule()
     (job,) = played.jobs(output)
-    failed = JobResult(job.job_id, ok=False, error=("integrity", ""), bad_blocks=job.dst_blocks[2:])
+    failed = JobResult(job.job_id, ok=False, error=("integrity", ""), bad_blocks=job.local_blocks[2:])
     played.finish_step(output, StepResults([failed]))
     # Nothing had landed before the only copy of a hand-over: all of it counts as missing.
     assert played.step().num_scheduled_tokens == {request.request_id: 51}
@@ -169,10 +169,10 @@ def test_blocks_that_a_silent_peer_may_still_write_are_nobodys(tiny_llama: str) 
     request = take(played, 50)
     output = played.schedule()
     (job,) = played.jobs(output)
-    late = JobResult(job.job_id, ok=False, error=("deadline", ""), bad_blocks=job.dst_blocks, quiet=False)
+    late = JobResult(job.job_id, ok=False, error=("deadline", ""), bad_blocks=job.local_blocks, quiet=False)
     played.finish_step(output, StepResults([late]))
     assert played.step().num_scheduled_tokens == {request.request_id: 51}
-    assert not set(played.blocks(request)) & set(job.dst_blocks)
+    assert not set(played.blocks(request)) & set(job.local_blocks)
     end(played, request)
     played.check()
     played.step(StepResults([], quiet=[job.job_id]))
@@ -187,7 +187,7 @@ def test_a_client_that_leaves_during_the_copy_leaves_its_blocks_to_the_copy(tiny
     end(played, request)
     played.finish_step(output)
     played.check()
-    assert played.free == played.scheduler.migration.port.num_blocks - 1 - len(job.dst_blocks)
+    assert played.free == played.scheduler.migration.port.num_blocks - 1 - len(job.local_blocks)
     played.step(played.done(job))
     assert everything_is_free(played)
 
@@ -232,7 +232,7 @@ def test_whatever_happens_every_block_is_accounted_for(tiny_llama: str, seed: in
         quiet = chance.random() < 0.5
         if not quiet:
             noisy.append(job.job_id)
-        bad = job.dst_blocks[chance.randrange(len(job.dst_blocks)) :]
+        bad = job.local_blocks[chance.randrange(len(job.local_blocks)) :]
         return JobResult(job.job_id, ok=False, error=("integrity", ""), bad_blocks=bad, quiet=quiet)
 
     def step(lively: bool) -> None:

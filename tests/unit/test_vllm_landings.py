@@ -69,7 +69,7 @@ def test_a_commit_between_two_steps_runs_with_the_next_one(tiny_llama: str) -> N
     played.step(played.done(*played.jobs(output)))
     played.commit(request)
     output = played.step()
-    assert [job.src_blocks for job in played.executor.jobs] == [(103,)]
+    assert [job.remote_blocks for job in played.executor.jobs] == [(103,)]
     assert output.num_scheduled_tokens == {request.request_id: 1}
     assert [i.vllm_id for i in output.kv_connector_metadata.installs] == [request.request_id]
     assert list(request.output_token_ids) == [50, 7]
@@ -133,7 +133,7 @@ def test_a_round_that_the_commit_overtakes_is_followed_by_the_tail(tiny_llama: s
     played.step(played.done(first))
     output = played.step()
     (tail,) = played.jobs(output)
-    assert (first.src_blocks, tail.src_blocks) == ((100, 101, 102), (103,))
+    assert (first.remote_blocks, tail.remote_blocks) == ((100, 101, 102), (103,))
     played.step(played.done(tail))
     assert played.step().num_scheduled_tokens == {request.request_id: 1}
 
@@ -145,7 +145,7 @@ def test_rounds_grow_with_the_source(tiny_llama: str) -> None:
     tokens = (40, *range(41, 70))
     played.call(Op.EXTEND, request, offer=offer_of("moved", 4 * BLOCK), tokens=tokens)
     (job,) = played.jobs(played.step())
-    assert job.src_blocks == (102, 103)
+    assert job.remote_blocks == (102, 103)
     played.step(played.done(job))
     played.commit(request)
     assert played.step().num_scheduled_tokens == {request.request_id: 1}
@@ -165,12 +165,12 @@ def test_a_copy_that_failed_is_computed_from_the_last_good_block(tiny_llama: str
     played = Played(tiny_llama)
     request = played.land("moved", 50)
     (job,) = played.jobs(played.step())
-    bad = JobResult(job.job_id, ok=False, error=("integrity", "wrong"), bad_blocks=job.dst_blocks[1:])
+    bad = JobResult(job.job_id, ok=False, error=("integrity", "wrong"), bad_blocks=job.local_blocks[1:])
     played.step(StepResults([bad]))
-    played.executor.copied = lambda job, _: JobResult(job.job_id, ok=False, bad_blocks=job.dst_blocks)
+    played.executor.copied = lambda job, _: JobResult(job.job_id, ok=False, bad_blocks=job.local_blocks)
     played.commit(request)
     assert played.step().num_scheduled_tokens == {request.request_id: 50}
-    assert played.executor.jobs[0].src_blocks == (100, 101, 102, 103)
+    assert played.executor.jobs[0].remote_blocks == (100, 101, 102, 103)
     assert played.scheduler.migration.incoming.copies.refused == {"integrity": 1}
 
 
@@ -200,7 +200,7 @@ def test_who_waits_for_a_landing_is_answered_once_when_its_round_has_ended(tiny_
         end(played, request)
         assert isinstance(waiting.exception(0), RequestNotFound)
         return
-    result = JobResult(job.job_id, ok=False, error=("timeout", "late"), bad_blocks=job.dst_blocks)
+    result = JobResult(job.job_id, ok=False, error=("timeout", "late"), bad_blocks=job.local_blocks)
     played.step(played.done(job) if end_with == "copied" else StepResults([result]))
     landing = waiting.result(0).landing
     assert landing is not None and landing.landed and (landing.error is None) == (end_with == "copied")

@@ -202,7 +202,7 @@ def test_a_copy_under_way_keeps_the_blocks_of_an_aborted_request(tiny_llama: str
     other = played.add(list(range(200)))
     output = played.step(played.done(job))
     assert output.kv_connector_metadata.cancelled == [job.job_id]
-    assert not set(job.dst_blocks) & set(played.blocks(other))
+    assert not set(job.local_blocks) & set(played.blocks(other))
     end(played, other)
     assert everything_is_free(played)
 
@@ -214,15 +214,15 @@ def test_a_peer_that_hangs_costs_blocks_and_no_wait(tiny_llama: str, committed: 
     (job,) = played.jobs(played.step())
     if committed:
         played.commit(request)
-    hung = JobResult(job.job_id, ok=False, error=("deadline", "late"), bad_blocks=job.dst_blocks, quiet=False)
+    hung = JobResult(job.job_id, ok=False, error=("deadline", "late"), bad_blocks=job.local_blocks, quiet=False)
     played.step(StepResults([hung]))
     played.check()
     if not committed:
         assert not played.step().num_scheduled_tokens
-        played.executor.copied = lambda job, _: JobResult(job.job_id, ok=False, bad_blocks=job.dst_blocks)
+        played.executor.copied = lambda job, _: JobResult(job.job_id, ok=False, bad_blocks=job.local_blocks)
         played.commit(request)
     assert played.step().num_scheduled_tokens == {request.request_id: 50}
-    assert not set(job.dst_blocks) & set(played.blocks(request))
+    assert not set(job.local_blocks) & set(played.blocks(request))
     end(played, request)
     assert not everything_is_free(played)
     played.step(StepResults([], [job.job_id]))
@@ -282,7 +282,7 @@ def test_whatever_happens_no_block_is_lost_and_none_has_two_writers(
         quiet = ok or chance.random() < 0.5
         if not quiet:
             hung.append(job.job_id)
-        bad = () if ok else tuple(chance.sample(job.dst_blocks, len(job.dst_blocks) // 2))
+        bad = () if ok else tuple(chance.sample(job.local_blocks, len(job.local_blocks) // 2))
         return JobResult(job.job_id, ok, bad_blocks=bad, quiet=quiet)
 
     played.executor.copied = answer

@@ -63,7 +63,7 @@ def test_a_commit_into_blocks_of_an_earlier_step_does_not_wait(played: Played) -
     played.commit(request)
     played.step()
     [job] = played.executor.jobs
-    assert set(job.dst_blocks) <= set(played.blocks(request))
+    assert set(job.local_blocks) <= set(played.blocks(request))
 
 
 def test_a_load_of_another_connector_ends_before_its_blocks_are_free(played: Played) -> None:

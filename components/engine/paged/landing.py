@@ -136,25 +136,25 @@ class LandingZone:
     def _start_round(self, active: Active, upto: int) -> None:
         landing = self._landing(active)
         first = landing.landed_blocks
-        src = landing.offer.block_ids[first:upto]
-        dst = active.blocks[first : first + len(src)]
-        if not src and landing.commit is None:
+        remote = landing.offer.block_ids[first:upto]
+        local = active.blocks[first : first + len(remote)]
+        if not remote and landing.commit is None:
             return
         landing.progress = msgspec.structs.replace(landing.progress, rounds=landing.progress.rounds + 1)
-        self._scheduler.pool.hold(dst)
-        self.flying.update(dst)
-        landing.round = asyncio.ensure_future(self._round(active, landing, src, dst))
+        self._scheduler.pool.hold(local)
+        self.flying.update(local)
+        landing.round = asyncio.ensure_future(self._round(active, landing, remote, local))
         self._rounds.add(landing.round)
         landing.round.add_done_callback(self._rounds.discard)
 
-    async def _round(self, active: Active, landing: Landing, src: tuple[int, ...], dst: list[int]) -> None:
+    async def _round(self, active: Active, landing: Landing, remote: tuple[int, ...], local: list[int]) -> None:
         moved, error, quiet = TransferResult(), None, True
         try:
-            if src:
+            if remote:
                 within = (landing.commit.use_within_s if landing.commit else 0.0) or self._deadline_s
                 deadline = min(self._deadline_s, within)
                 handle = landing.handle = self._agent.fetch(
-                    landing.offer.agents[0], src, dst, request_id=active.request_id, deadline_s=deadline
+                    landing.offer.agents[0], remote, local, request_id=active.request_id, deadline_s=deadline
                 )
                 try:
                     moved = await handle
@@ -165,18 +165,18 @@ class LandingZone:
         finally:
             landing.handle = landing.round = None
             if quiet:
-                self._scheduler.pool.drop(dst)
-                self.flying.subtract(dst)
+                self._scheduler.pool.drop(local)
+                self.flying.subtract(local)
             else:
                 # Unusable until the process ends; the request ends below.
-                logger.error("blocks %s are given up: a peer that hangs may still write into them", dst)
+                logger.error("blocks %s are given up: a peer that hangs may still write into them", local)
         if active.ended:
             return
         landing.progress = landing.progress.after(
             moved.bytes, moved.descriptors, moved.post_s, moved.wire_s, moved.lane
         )
         if error is None:
-            landing.landed_blocks += len(dst)
+            landing.landed_blocks += len(local)
         else:
             self._refuse(landing, error)
         if not quiet:
@@ -220,9 +220,9 @@ class LandingZone:
     def _first_wrong_block(self, active: Active, checked: range, frozen: Frozen) -> int | None:
         """Position of the first checked block that differs from the source."""
         before = len(frozen.offer.block_ids) - len(frozen.checksums)
-        found = self._agent.checksums([active.blocks[i] for i in checked])
-        there = [frozen.checksums[i - before] for i in checked]
-        return next((i for i, a, b in zip(checked, found, there, strict=True) if a != b), None)
+        local = self._agent.checksums([active.blocks[i] for i in checked])
+        remote = [frozen.checksums[i - before] for i in checked]
+        return next((i for i, a, b in zip(checked, local, remote, strict=True) if a != b), None)
 
     def _run(self, active: Active, computed: int) -> None:
         """End the landing: decode, after recomputing what is missing."""

@@ -40,9 +40,9 @@ class Claims:
             return f"it has {offer.num_tokens} tokens and needs room for {offer.room_tokens}"
         if offer.block_size != size:
             return f"its blocks have {offer.block_size} tokens, ours {size}"
-        ours = [group.block_size for group in self._port.groups]
-        if [table.block_size for table in tables] != ours:
-            return f"its groups have blocks of {[table.block_size for table in tables]} tokens, ours {ours}"
+        local = [group.block_size for group in self._port.groups]
+        if [table.block_size for table in tables] != local:
+            return f"its groups have blocks of {[table.block_size for table in tables]} tokens, ours {local}"
         if not offer.agents or (len(offer.agents) != self._cache.num_ranks and not self._cache.divides):
             return (
                 f"it is of {len(offer.agents)} tensor-parallel ranks, ours are {self._cache.num_ranks}, and KV caches "

@@ -96,9 +96,9 @@ class Copies:
     def tail(self, record: Record, may_wait: bool) -> None:
         """Copy all that the newest offer has and this engine has not: ``may_wait`` lets the next step wait for it."""
         job = self._job(record, record.require_incoming().offer.num_tokens)
-        size = len(job.src_blocks) * self._cache.bytes_per_block
+        size = len(job.remote_blocks) * self._cache.bytes_per_block
         late = size > self._wait_bytes or not self._late.isdisjoint(job.agents)
-        if not may_wait or late or self._port.neighbours.may_read(job.dst_blocks):
+        if not may_wait or late or self._port.neighbours.may_read(job.local_blocks):
             self._new.append(job)
             return
         self._urgent.append(job)
@@ -110,7 +110,7 @@ class Copies:
         if not self._urgent:
             return
         jobs, self._urgent = self._urgent, []
-        size = sum(len(job.src_blocks) for job in jobs) * self._cache.bytes_per_block
+        size = sum(len(job.remote_blocks) for job in jobs) * self._cache.bytes_per_block
         for results in self._ranks().copy(jobs, self._budget(size)):
             for job, result in zip(jobs, results, strict=True):
                 mark("target-core", "copy", job.request_id)
@@ -125,15 +125,15 @@ class Copies:
     def _job(self, record: Record, num_tokens: int, whole: bool = False) -> Job:
         incoming = record.require_incoming()
         parts, frozen = incoming.parts, incoming.commit
-        pairs = parts.take(incoming.offer, num_tokens, whole)
+        remote_blocks, local_blocks = parts.take(incoming.offer, num_tokens, whole)
         proof = frozen if frozen is not None and frozen.checksums else None
         job = Job(
             job_id=next(self._job_ids),
             request_id=record.request_id,
             vllm_id=record.request.request_id,
             agents=incoming.offer.agents,
-            src_blocks=pairs.src,
-            dst_blocks=pairs.dst,
+            remote_blocks=remote_blocks,
+            local_blocks=local_blocks,
             checks=parts.checks(proof) if proof is not None else (),
             vouched=parts.vouched(proof) if proof is not None else (),
             deadline_s=max(0.0, min(self._deadline_s, incoming.use_until - time.monotonic())),

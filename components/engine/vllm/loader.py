@@ -143,7 +143,7 @@ class Loader:
         until = time.monotonic() + budget_s
         alike: dict[tuple[AgentRef, ...], list[Job]] = {}
         for job in jobs:
-            alike.setdefault(job.agents if job.src_blocks else (), []).append(job)
+            alike.setdefault(job.agents if job.remote_blocks else (), []).append(job)
         for group in alike.values():
             self._begin(group)
         ended = [job.job_id for job in jobs if self._wait(job.job_id, until)]
@@ -163,13 +163,13 @@ class Loader:
     def _begin(self, jobs: Sequence[Job]) -> None:
         """Begin the copies of jobs from the same source."""
         handles: list[TransferHandle] = []
-        src = [block for job in jobs for block in job.src_blocks]
-        dst = [block for job in jobs for block in job.dst_blocks]
+        remote = [block for job in jobs for block in job.remote_blocks]
+        local = [block for job in jobs for block in job.local_blocks]
         agents, deadline_s = jobs[0].agents, min(job.deadline_s for job in jobs)
         names = ", ".join(job.request_id for job in jobs)
         try:
-            for rank in self.agent.sources(len(agents)) if src else ():
-                handles.append(self.agent.fetch(agents[rank], src, dst, request_id=names, deadline_s=deadline_s))
+            for rank in self.agent.sources(len(agents)) if remote else ():
+                handles.append(self.agent.fetch(agents[rank], remote, local, request_id=names, deadline_s=deadline_s))
         except MigrateError as error:
             refused = TransferHandle()
             refused.settle(None, error)
@@ -178,7 +178,7 @@ class Loader:
             handles.append(refused)
         copies = _Copies(handles, {job.job_id for job in jobs})
         for job in jobs:
-            self._flying[job.job_id] = _Flying(job, copies, len(job.src_blocks) / max(1, len(src)))
+            self._flying[job.job_id] = _Flying(job, copies, len(job.remote_blocks) / max(1, len(remote)))
 
     def _settle(self, job_ids: Sequence[int]) -> list[JobResult]:
         """Results of jobs whose copies have ended."""
@@ -198,8 +198,8 @@ class Loader:
                     raise broken
                 wrong = [
                     block
-                    for (block, theirs), ours in zip(checks, sums, strict=True)
-                    if self.agent.expected(theirs) != ours
+                    for (block, remote), local in zip(checks, sums, strict=True)
+                    if self.agent.expected(remote) != local
                 ]
             except MigrateError as error:
                 failed, wrong = failed or error, [block for block, _ in flying.job.checks]
@@ -220,10 +220,10 @@ class Loader:
                 moved.append(handle.wait(0))
             except MigrateError as error:
                 failed = failed or error
-                unquiet |= frozenset(handle.unsafe_blocks).intersection(flying.job.dst_blocks)
+                unquiet |= frozenset(handle.unsafe_blocks).intersection(flying.job.local_blocks)
         if unquiet := unquiet and unquiet & self.agent.unsafe_blocks():
             self._unquiet[flying.job.job_id] = unquiet
-        return moved, failed, set(flying.job.dst_blocks) if failed else set()
+        return moved, failed, set(flying.job.local_blocks) if failed else set()
 
     def _failed(self, job: Job, error: MigrateError, bad_blocks: tuple[int, ...]) -> JobResult:
         logger.warning("KV blocks of request %s did not arrive: %s", job.request_id, error)

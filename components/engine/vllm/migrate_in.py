@@ -51,15 +51,15 @@ class MigrateIn:
         if self.why_unusable(offer) is None:
             self._begin_round(record, offer)
 
-    def begin_whole(self, record: Record, frozen: Frozen, tables: Sequence[list[int]], local_tokens: int) -> None:
+    def begin_whole(self, record: Record, frozen: Frozen, tables: Sequence[list[int]], cached_tokens: int) -> None:
         """Copy all that is lent into blocks that vLLM has given to a request, which runs afterwards."""
-        parts = self._parts(tables, local_tokens)
+        parts = self._parts(tables, cached_tokens)
         until = use_until(frozen, record.born)
         record.move = Incoming(frozen.offer, parts, commit=frozen, use_until=until)
         self.copies.beside_steps(record, frozen.offer.num_tokens)
 
-    def _parts(self, tables: Sequence[list[int]] = (), local_tokens: int = 0) -> Parts:
-        return Parts(self._port.groups, self._port.block_size, tables, local_tokens)
+    def _parts(self, tables: Sequence[list[int]] = (), cached_tokens: int = 0) -> Parts:
+        return Parts(self._port.groups, self._port.block_size, tables, cached_tokens)
 
     def _reserve(self, record: Record, offer: KVOffer) -> bool:
         """A seat, and blocks if the offer has tokens that our own prefix cache has not."""
@@ -70,7 +70,7 @@ class MigrateIn:
         given = self._port.reserve(request, known, offer.room_tokens)
         if given is None:
             return False
-        incoming.parts = self._parts(given.tables, given.local_tokens)
+        incoming.parts = self._parts(given.tables, given.cached_tokens)
         return True
 
     def _no_room(self) -> NoRoom:
@@ -194,7 +194,7 @@ class MigrateIn:
             # Nothing to copy: the prefix cache has it, or the source had computed nothing.
             self._end(record)
             self._port.to_front(record.request)
-        elif offer.num_tokens <= incoming.parts.local_tokens:
+        elif offer.num_tokens <= incoming.parts.cached_tokens:
             # The source lost its blocks (preempted): what its earlier offers named proves nothing any more.
             self._adopt(record, offer)
             self._start_over(record)

@@ -26,9 +26,9 @@ class Part:
     """One group's."""
 
     group: Group
-    local: int
+    cached: int
     """Positions at the front that the local prefix cache has or that are not needed."""
-    ours: list[int] = field(default_factory=list)
+    local: list[int] = field(default_factory=list)
     """Local blocks by position; 0: none."""
     requested: int = 0
     """Positions for which there is a job."""
@@ -37,67 +37,59 @@ class Part:
 
     def adopt(self, old: Table, new: Table, unchanged: bool) -> None:
         """Take a newer offer; ``unchanged``: the source has not lost its blocks since the last one."""
-        begin = max(self.local, new.first)
+        begin = max(self.cached, new.first)
         if (
             self.group.state
             or not unchanged
             or new.first < old.first
             or new.between(begin, self.landed) != old.between(begin, self.landed)
         ):
-            self.landed = self.local
+            self.landed = self.cached
         self.requested = self.landed
 
-    def take(self, there: Table, past: int, needed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def take(self, remote: Table, past: int, needed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Source blocks up to position ``past`` without a job, and the local blocks for them.
 
         None before ``needed``: vLLM may allocate such a block to another request while the job writes it.
         """
-        begin = max(self.requested, there.first, leading_nulls(self.ours), needed)
-        past = min(past, there.past, len(self.ours))
+        begin = max(self.requested, remote.first, leading_nulls(self.local), needed)
+        past = min(past, remote.past, len(self.local))
         self.requested = max(self.requested, past)
-        return there.between(begin, past), tuple(self.ours[begin : max(begin, past)])
+        return remote.between(begin, past), tuple(self.local[begin : max(begin, past)])
 
-    def checked(self, there: Table, count: int) -> list[int]:
+    def checked(self, remote: Table, count: int) -> list[int]:
         """Positions of the last ``count`` blocks of an offer."""
-        return list(range(max(there.first, there.past - count), there.past))
+        return list(range(max(remote.first, remote.past - count), remote.past))
 
-    def vouched(self, there: Table, count: int) -> tuple[int, ...]:
+    def vouched(self, remote: Table, count: int) -> tuple[int, ...]:
         """Local copies of the blocks before those."""
-        begin = max(self.local, there.first, leading_nulls(self.ours))
-        return tuple(self.ours[begin : max(begin, there.past - count)])
+        begin = max(self.cached, remote.first, leading_nulls(self.local))
+        return tuple(self.local[begin : max(begin, remote.past - count)])
 
     def failed(self, bad: set[int]) -> None:
         """Some of our blocks do not hold what they should."""
-        good = next((position for position, block in enumerate(self.ours) if block in bad), self.landed)
+        good = next((position for position, block in enumerate(self.local) if block in bad), self.landed)
         self.landed = self.requested = min(good, self.landed)
 
-    def reaches(self, there: Table, num_tokens: int) -> bool:
+    def reaches(self, remote: Table, num_tokens: int) -> bool:
         """True when everything is in place that the token behind ``tokens`` reads."""
-        given = leading_nulls(self.ours)
-        begin = given if self.local >= there.first else max(given, there.first)
-        have = max(self.landed, self.local)
+        given = leading_nulls(self.local)
+        begin = given if self.cached >= remote.first else max(given, remote.first)
+        have = max(self.landed, self.cached)
         return self.group.blocks_of(num_tokens) <= have and self.group.first_needed(num_tokens) >= begin
-
-
-@dataclass
-class Pairs:
-    """Source blocks and the local blocks for them."""
-
-    src: tuple[int, ...] = ()
-    dst: tuple[int, ...] = ()
 
 
 class Parts:
     """All groups of one landing; false without blocks."""
 
-    def __init__(self, groups: Sequence[Group], unit: int, tables: Sequence[list[int]] = (), local_tokens: int = 0):
+    def __init__(self, groups: Sequence[Group], unit: int, tables: Sequence[list[int]] = (), cached_tokens: int = 0):
         self.unit = unit
         """A number of tokens that is whole blocks in each group."""
-        self.local_tokens = local_tokens
+        self.cached_tokens = cached_tokens
         """Tokens at the front from the local prefix cache."""
-        self._parts = [Part(group, local_tokens // group.block_size) for group in groups]
+        self._parts = [Part(group, cached_tokens // group.block_size) for group in groups]
         for part in self._parts:
-            part.requested = part.landed = part.local
+            part.requested = part.landed = part.cached
         self._has_blocks = bool(tables)
         if tables:
             self.refresh(tables)
@@ -108,13 +100,13 @@ class Parts:
     def refresh(self, tables: Sequence[list[int]]) -> None:
         """Take vLLM's present block tables."""
         for part, table in zip(self._parts, tables, strict=True):
-            part.ours = table
+            part.local = table
 
     @property
     def landed_tokens(self) -> int:
         """Tokens copied in all groups, in whole blocks."""
         parts = [part for part in self._parts if not part.group.state]
-        reach = min((max(part.landed, part.local) * part.group.block_size for part in parts), default=0)
+        reach = min((max(part.landed, part.cached) * part.group.block_size for part in parts), default=0)
         return reach - reach % self.unit
 
     def adopt(self, old: KVOffer, new: KVOffer) -> None:
@@ -128,17 +120,17 @@ class Parts:
         parts = [part for part in self._parts if not part.group.state]
         return any(num_tokens // part.group.block_size > part.requested for part in parts)
 
-    def take(self, offer: KVOffer, num_tokens: int, whole: bool) -> Pairs:
-        """Blocks of ``tokens`` tokens without a job; ``whole``: full ones only."""
-        pairs = Pairs()
-        for part, there in zip(self._parts, tables_of(offer), strict=True):
+    def take(self, offer: KVOffer, num_tokens: int, whole: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Source blocks of so many tokens without a job, and the local blocks for them; ``whole``: full ones only."""
+        remote_blocks: tuple[int, ...] = ()
+        local_blocks: tuple[int, ...] = ()
+        for part, remote in zip(self._parts, tables_of(offer), strict=True):
             if whole and part.group.state:
                 continue
             past = num_tokens // part.group.block_size if whole else part.group.blocks_of(num_tokens)
-            src, dst = part.take(there, past, part.group.first_needed(offer.num_tokens))
-            pairs.src += src
-            pairs.dst += dst
-        return pairs
+            new = part.take(remote, past, part.group.first_needed(offer.num_tokens))
+            remote_blocks, local_blocks = remote_blocks + new[0], local_blocks + new[1]
+        return remote_blocks, local_blocks
 
     def checks(self, frozen: Frozen) -> tuple[tuple[int, tuple[tuple[int, ...], ...]], ...]:
         """(local block, its checksums at each rank of the source) of all blocks that were not computed here."""
@@ -146,18 +138,18 @@ class Parts:
         # A rank has equally many sums of each block, and each rank as many as the others.
         of_rank, units = len(sums) // ranks, len(sums) // (ranks * sum(frozen.checked))
         found, at = [], 0
-        for part, there, count in self._with_counts(frozen):
-            for position in part.checked(there, count):
+        for part, remote, count in self._with_counts(frozen):
+            for position in part.checked(remote, count):
                 # Blocks of the local prefix cache were computed here, perhaps with other rounding.
-                if position >= part.local and part.ours[position]:
+                if position >= part.cached and part.local[position]:
                     begins = [rank * of_rank + at * units for rank in range(ranks)]
-                    found.append((part.ours[position], tuple(sums[begin : begin + units] for begin in begins)))
+                    found.append((part.local[position], tuple(sums[begin : begin + units] for begin in begins)))
                 at += 1
         return tuple(found)
 
     def vouched(self, frozen: Frozen) -> tuple[int, ...]:
         """The other copied local blocks."""
-        parts = [part.vouched(there, count) for part, there, count in self._with_counts(frozen)]
+        parts = [part.vouched(remote, count) for part, remote, count in self._with_counts(frozen)]
         return sum(parts[1:], parts[0])
 
     def _with_counts(self, frozen: Frozen) -> list[tuple[Part, Table, int]]:
@@ -175,7 +167,7 @@ class Parts:
 
     def reaches(self, offer: KVOffer, num_tokens: int) -> bool:
         """True when everything is in place that the token behind ``tokens`` reads, in each group."""
-        return all(p.reaches(there, num_tokens) for p, there in zip(self._parts, tables_of(offer), strict=True))
+        return all(p.reaches(remote, num_tokens) for p, remote in zip(self._parts, tables_of(offer), strict=True))
 
     def good_tokens(self, offer: KVOffer) -> int:
         """Number of tokens after which this engine can compute the rest; whole blocks."""

@@ -135,8 +135,8 @@ class Job:
     request_id: RequestId
     vllm_id: str
     agents: tuple[AgentRef, ...]
-    src_blocks: tuple[int, ...]
-    dst_blocks: tuple[int, ...]
+    remote_blocks: tuple[int, ...]
+    local_blocks: tuple[int, ...]
     checks: tuple[tuple[int, tuple[tuple[int, ...], ...]], ...]
     """(local block, its checksums at each rank of the source), compared after the copy."""
     vouched: tuple[int, ...]

@@ -12,7 +12,7 @@ thread that requests the transfer, one thread at a time. A backend that must blo
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from components.transfer.config import Strategy, TransferResult
@@ -23,7 +23,8 @@ from components.transfer.shares import Share
 Steps = Generator[bool, None, TransferResult]
 
 
-def _harmless() -> Callable[[], None]:
+def harmless() -> Callable[[], None]:
+    """Nothing to mark."""
     return lambda: None
 
 
@@ -39,7 +40,7 @@ class Copy:
     request_id: str
     end: float
     """Deadline on ``time.monotonic``."""
-    mark_unsafe: Callable[[], Callable[[], None]] = field(default=_harmless)
+    mark_unsafe: Callable[[], Callable[[], None]] = harmless
     """Marks the local blocks as still writable by a hanging peer; returns a callback that clears the mark."""
     strategy: Strategy = Strategy.AUTO
     """The caller's choice; only NIXL's lane has several."""

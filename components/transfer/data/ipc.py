@@ -187,9 +187,6 @@ class IpcBackend:
 
     def fetch(self, copy: Copy) -> Steps:
         """See ``Backend``."""
-        return self._move(copy)
-
-    def _move(self, copy: Copy) -> Steps:
         mapped = self._map(copy.peer)
         if mapped is None:
             raise TransferError(f"device memory of agent {copy.peer.name} is not mapped")
@@ -242,7 +239,7 @@ class IpcBackend:
     def warm_up(self, copy: Copy) -> Steps:
         """Map the peer's memory and compile the kernels."""
         begun = time.perf_counter()
-        yield from self._move(copy)
+        yield from self.fetch(copy)
         return TransferResult(wire_s=time.perf_counter() - begun, lane=self.lane)
 
     def progress(self) -> list[Generator[bool, None, None]]:

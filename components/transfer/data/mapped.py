@@ -69,10 +69,6 @@ class MappedBackend:
         here = peer.host == self._host and peer.scope == self.scope
         return here and bool(self.scope) and peer.epoch not in self._refused
 
-    def fetch(self, copy: Copy) -> Steps:
-        """See ``Backend``."""
-        return self._copy(copy)
-
     def warm_up(self, copy: Copy) -> Steps:
         """Map the peer's memory."""
         begun = time.perf_counter()
@@ -98,7 +94,8 @@ class MappedBackend:
             raise
         raise TransferError(f"agent {peer.name} is gone")
 
-    def _copy(self, copy: Copy) -> Steps:
+    def fetch(self, copy: Copy) -> Steps:
+        """See ``Backend``."""
         begun = time.perf_counter()
         mapping = yield from self._mapping(copy)
         mapping.users += 1

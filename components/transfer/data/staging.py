@@ -94,9 +94,9 @@ class Staging:
                 self._packings[share] = Packing(kernels.copier(share.rows), share.block_bytes)
         return self._packings[share]
 
-    def chunks(self, count: int, slot_bytes: int, packing: Packing | None = None) -> list[tuple[int, int]]:
+    def chunks(self, count: int, slot_bytes: int, packing: Packing) -> list[tuple[int, int]]:
         """Block ranges that fit a local slot and one of ``slot_bytes`` at the peer."""
-        size = min(self.slot_bytes, slot_bytes) // (packing or self._whole).block_bytes
+        size = min(self.slot_bytes, slot_bytes) // packing.block_bytes
         return groups_of(count, max(1, size))
 
     def index(self, blocks: Ints) -> torch.Tensor:
@@ -106,13 +106,13 @@ class Staging:
         with torch.cuda.stream(self._stream):
             return torch.from_numpy(blocks).to(self.device, non_blocking=True)
 
-    def gather(self, blocks: torch.Tensor, slot: int, packing: Packing | None = None) -> Gate:
+    def gather(self, blocks: torch.Tensor, slot: int, packing: Packing) -> Gate:
         """Copy blocks into a slot."""
-        return self._run(blocks, slot, packing or self._whole, gather=True)
+        return self._run(blocks, slot, packing, gather=True)
 
-    def scatter(self, blocks: torch.Tensor, slot: int, packing: Packing | None = None) -> Gate:
+    def scatter(self, blocks: torch.Tensor, slot: int, packing: Packing) -> Gate:
         """Copy a slot into blocks."""
-        return self._run(blocks, slot, packing or self._whole, gather=False)
+        return self._run(blocks, slot, packing, gather=False)
 
     def _run(self, blocks: torch.Tensor, slot: int, packing: Packing, gather: bool) -> Gate:
         with profiling.span("gather" if gather else "scatter", len(blocks) * packing.block_bytes):

@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 
 import numpy as np
 
 from components.errors import DeadlineExceeded, MigrateError, TransferCancelled, TransferError
 from components.transfer.control.record import AgentRecord
-from components.transfer.data.base import Copy
+from components.transfer.data.base import Copy, harmless
 from components.transfer.data.nixl import Moved
 from components.transfer.data.staging import Gate, Staging
 from components.transfer.layout import Ints
@@ -63,17 +63,17 @@ def _why_stop(inbox: Inbox, end: float) -> MigrateError | None:
 
 
 def _write(side: Side, peer: AgentRecord, ask: wire.Ask, inbox: Inbox, moved: Moved) -> Flow:
-    src = wire.unpack(ask.src)
-    side.check_blocks(src)
+    local = wire.unpack(ask.src)
+    side.check_blocks(local)
     if ask.slots:
         if side.staging is None:
             raise TransferError("this agent has no staging memory")
-        yield from _write_staged(side, side.staging, peer, ask, src, inbox, moved)
+        yield from _write_staged(side, side.staging, peer, ask, local, inbox, moved)
         return
-    dst = wire.unpack(ask.dst)
-    if len(dst) != len(src) or (len(dst) and int(dst.max()) >= peer.num_blocks):
+    remote = wire.unpack(ask.dst)
+    if len(remote) != len(local) or (len(remote) and int(remote.max()) >= peer.num_blocks):
         raise TransferError("the block lists of the request do not fit")
-    copy = Copy(peer, side.shares.given(peer), src, dst, ask.request_id, 0.0)
+    copy = Copy(peer, side.shares.given(peer), local, remote, ask.request_id, 0.0)
     yield from side.link.move("WRITE", peer, side.memory(copy), moved, copy.mark_unsafe)
 
 
@@ -82,15 +82,15 @@ def _write_staged(
     staging: Staging,
     peer: AgentRecord,
     ask: wire.Ask,
-    src: Ints,
+    local: Ints,
     inbox: Inbox,
     moved: Moved,
 ) -> Flow:
     while not (slots := staging.acquire("send", staging.side)):
         yield False
     packing = staging.packing(side.shares.given(peer))
-    chunks = staging.chunks(len(src), ask.slot_bytes, packing)
-    index = staging.index(src)
+    chunks = staging.chunks(len(local), ask.slot_bytes, packing)
+    index = staging.index(local)
     free, number, posted = list(slots), 0, 0
     gathered: deque[tuple[int, Gate]] = deque()
     writes: list[tuple[int, Flow]] = []
@@ -110,7 +110,8 @@ def _write_staged(
                 size = (chunks[posted][1] - chunks[posted][0]) * packing.block_bytes
                 extent = np.array([[staging.address(slot), ask.slots[posted % len(ask.slots)], size]], np.int64)
                 notice = side.sealed(peer, wire.Landed(ask.id, posted))
-                writes.append((slot, side.link.move("WRITE", peer, extent, moved, _harmless, notice)))
+                # NIXL at most still reads a local slot.
+                writes.append((slot, side.link.move("WRITE", peer, extent, moved, harmless, notice)))
                 posted, worked = posted + 1, True
             for slot, write in list(writes):
                 try:
@@ -135,8 +136,3 @@ def _write_staged(
     finally:
         if quiet:
             staging.release("send", slots)
-
-
-def _harmless() -> Callable[[], None]:
-    """Nothing to mark: NIXL at most still reads a local slot."""
-    return lambda: None

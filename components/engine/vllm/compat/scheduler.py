@@ -33,7 +33,7 @@ class Reservation:
 
     tables: list[list[int]]
     """Block numbers by position, for each group."""
-    local_tokens: int
+    cached_tokens: int
     """Tokens at the front from the prefix cache; whole blocks."""
 
 
@@ -252,9 +252,9 @@ class SchedulerPort:
         """Take back vLLM's order to zero new blocks of some caches: the next step may come after the copy."""
         if not self._scheduler.needs_kv_cache_zeroing:
             return
-        ours = self._numbers(request)
+        given = self._numbers(request)
         for manager in self._scheduler.kv_cache_manager.coordinator.single_type_managers:
-            manager.new_block_ids = [block for block in manager.new_block_ids if block not in ours]
+            manager.new_block_ids = [block for block in manager.new_block_ids if block not in given]
 
     def finish_recv(self, request: Request, num_tokens: int) -> None:
         """Its first ``num_tokens`` are in place; the next step runs it."""
