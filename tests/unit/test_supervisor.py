@@ -41,3 +41,21 @@ async def test_one_that_ran_for_a_while_starts_with_a_clean_record(monkeypatch: 
     monkeypatch.setattr(supervisor, "_STEADY_S", 0.0)
     told = await asyncio.wait_for(watch(limit=1), 60)
     assert told.count("restart 1 of 1") == 2
+
+
+async def test_an_added_process_is_waited_for_and_ends_no_graph_with_it() -> None:
+    def process(name: str, code: str) -> Process:
+        return Process(component=name, replica=0, command=["python", "-c", code], environment={})
+
+    plan = Plan(namespace="test", transport="auto", model="m", processes=[])
+    watched, up = Supervisor(plan, os.environ, Console(file=io.StringIO())), asyncio.Event()
+    running = asyncio.ensure_future(watched.run(up.set, restart_limit=0))
+    async with asyncio.timeout(60):
+        await up.wait()
+        assert not await watched.serves(await watched.add(process("Broken", "raise SystemExit(1)")))
+        page = await watched.add(process("Page", CODE.replace("0.3", "1000")))
+        assert await watched.serves(page)
+        assert [child.label for child in watched.children] == ["Page.0"] and not running.done()
+        watched.stop()
+        await running
+    assert not page.alive
