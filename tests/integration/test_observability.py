@@ -156,7 +156,7 @@ def test_the_page_tells_the_life_of_each_request(busy: Graph) -> None:
 def test_top_shows_workers_and_migrations(busy: Graph) -> None:
     done = busy.command("top", "--once")
     assert done.returncode == 0, done.stderr
-    for word in ("tokens/s", "decode", "prefill", "last migrations", "done"):
+    for word in ("tokens/s", "decode", "prefill", "migrations", "live", "stop-and-copy"):
         assert word in done.stdout
 
 
