@@ -49,21 +49,14 @@ class Point(msgspec.Struct, frozen=True):
     workers: tuple[Load, ...]
 
 
-class Running(msgspec.Struct, frozen=True):
-    """A request and the worker that has it."""
-
-    worker: str
-    row: RequestRow
-
-
 class Sample(msgspec.Struct, frozen=True):
     """The newest point with details. Only some requests: there may be a hundred thousand."""
 
     point: Point
     workers: tuple[WorkerReport, ...]
     """Without their requests."""
-    requests: tuple[Running, ...]
-    """The oldest."""
+    requests: tuple[tuple[str, RequestRow], ...]
+    """The oldest, with their workers."""
     moves: tuple[MoveRecord, ...]
     """The last, the newest first."""
     decisions: tuple[Decision, ...]
@@ -113,7 +106,7 @@ class Sampler:
         return Sample(
             self._point(status, now),
             tuple(msgspec.structs.replace(worker, requests=()) for worker in status.workers),
-            tuple(Running(worker.worker, row) for worker, row in oldest),
+            tuple((worker.worker, row) for worker, row in oldest),
             tuple(reversed(status.moves[-_MOVES:])),
             status.decisions,
             self._lives.take(status, now),

@@ -47,7 +47,7 @@ def view(sample: Sample | None, history: Sequence[Point], error: str = "") -> Re
     head.append(spark([p.tokens_per_s for p in history]), style="cyan")
     parts: list[RenderableType] = [Panel(head, title="dynamo top"), _workers(sample)]
     if sample.requests:
-        parts.append(requests_table([(each.worker, each.row) for each in sample.requests[:_ROWS]], _ID))
+        parts.append(requests_table(sample.requests[:_ROWS], _ID))
     parts.append(moves_table(sample.moves[:_ROWS], _ID, wide=True))
     if sample.decisions:
         parts.append(decisions_table("\nplanner", _last(sample.decisions), _ID))

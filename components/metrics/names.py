@@ -81,8 +81,4 @@ KV_REFUSED = Metric(
     "kv_refused", Kind.COUNTER, "Copies whose KV blocks were not used but computed again, by error code", ("reason",)
 )
 
-WORKER = (
-    *(MOVES, REFUSALS, FALLBACKS, DOWNTIME, STALL, DURATION, ROUNDS, BYTES, DESCRIPTORS, POST, WIRE, INTEGRITY),
-    *(RELAYS, REPEATS, ADOPTIONS, RECOMPUTED, LANDINGS, ORPHANS, CORDONED, DRAINS, DRAIN, HANDOFFS),
-    *(KV_BLOCKS, REQUESTS, STEP, PREEMPTIONS, LEASES, KV_REFUSED),
-)
+WORKER = tuple(each for each in list(globals().values()) if isinstance(each, Metric))
