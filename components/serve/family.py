@@ -12,10 +12,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable
 
 import psutil
+
+from components.errors import ConfigError
 
 _TRACKER_S = 5.0
 _GONE_S = 10.0
@@ -24,6 +27,8 @@ _POLL_S = 0.02
 
 def tied(command: list[str]) -> list[str]:
     """A command as a child that the kernel kills with this process, or with the thread of it that has started it."""
+    if shutil.which("setpriv") is None:
+        raise ConfigError("setpriv is not installed: apt-get install util-linux")
     return ["setpriv", "--pdeathsig", "KILL", *command]
 
 
