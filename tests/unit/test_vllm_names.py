@@ -24,8 +24,8 @@ NAMES = {
         finished_recving_kv_req_ids kv_cache_config kv_cache_manager kv_holding_waiting max_model_len
         max_num_active_reqs needs_kv_cache_zeroing num_spec_tokens num_waiting_for_streaming_input requests running
         scheduler_reserve_full_isl use_v2_model_runner vllm_config waiting _enqueue_waiting_request _holds_kv_blocks
-        _inflight_prefill_reserved_blocks _inflight_prefills _is_blocked_waiting_status finish_requests
-        grammar_compile_error_reqs structured_output_manager get_request_counts has_finished_requests
+        _inflight_prefill_reserved_blocks _inflight_prefills _is_blocked_waiting_status _request_remaining_blocks
+        finish_requests grammar_compile_error_reqs structured_output_manager get_request_counts has_finished_requests
         schedule shutdown update_from_output""",
     "vllm.v1.core.kv_cache_manager.KVCacheManager": """
         allocate_slots block_pool coordinator get_block_ids get_blocks get_computed_blocks pop_blocks_for_free

@@ -283,7 +283,7 @@ class Migration:
         """Work of the workers for this step."""
         self._step_began = time.monotonic()
         jobs, cancelled = self.incoming.copies.take_new_jobs()
-        self.port.neighbours.step()
+        self.port.step()
         meta = StepMetadata(jobs=jobs, cancelled=cancelled, to_sum=self.handoff.to_sum(scheduler_output))
         cached = scheduler_output.scheduled_cached_reqs.resumed_req_ids
         for vllm_id in (*cached, *(new.req_id for new in scheduler_output.scheduled_new_reqs)):

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
@@ -51,6 +52,13 @@ class SchedulerPort:
         """Number of the model's tokens."""
         self.not_movable = why_not_movable(scheduler.kv_cache_manager)
         """Why no request of this engine can move, or None."""
+        self._needed: int | None = None
+        """Blocks that requests under prefill or being loaded still need, as counted since the last step."""
+
+    def step(self) -> None:
+        """Another step has been scheduled."""
+        self.neighbours.step()
+        self._needed = None
 
     # What there is
 
@@ -182,17 +190,25 @@ class SchedulerPort:
         num_tokens = max(num_tokens, local)
         # For a state vLLM counts one block in a call: that of the load, or that of the tokens behind it.
         apart = num_tokens > local and any(group.state for group in self.groups)
-        given = manager.allocate_slots(
-            request,
-            0 if apart else room - num_tokens,
-            num_new_computed_tokens=local,
-            new_computed_blocks=hit,
-            num_external_computed_tokens=num_tokens - local,
-            delay_cache_blocks=True,
-            full_sequence_must_fit=scheduler.scheduler_reserve_full_isl,
-            reserved_blocks=scheduler._inflight_prefill_reserved_blocks(),
-            has_scheduled_reqs=bool(scheduler.running),
-        )
+
+        def allocate() -> KVCacheBlocks | None:
+            return manager.allocate_slots(
+                request,
+                0 if apart else room - num_tokens,
+                num_new_computed_tokens=local,
+                new_computed_blocks=hit,
+                num_external_computed_tokens=num_tokens - local,
+                delay_cache_blocks=True,
+                full_sequence_must_fit=scheduler.scheduler_reserve_full_isl,
+                reserved_blocks=self._others_need(),
+                has_scheduled_reqs=bool(scheduler.running),
+            )
+
+        given = allocate()
+        if given is None and self._needed:
+            # Requests that have ended since the count need nothing any more.
+            self._needed = None
+            given = allocate()
         if given is None:
             self.seats.give_up(request)
             return None
@@ -206,9 +222,16 @@ class SchedulerPort:
         if not placed or apart and not self.grow(request, num_tokens, room):
             self.free_blocks_of(self.unreserve(request))
             return None
+        self._needed = self._others_need() + scheduler._request_remaining_blocks(request)
         if self.neighbours:
             self.neighbours.given(self._numbers(request))
         return Reservation(self.tables(request), local)
+
+    def _others_need(self) -> int:
+        """Counted once between two steps: vLLM asks each request, and a crowd asks for each of its own."""
+        if self._needed is None:
+            self._needed = self._scheduler._inflight_prefill_reserved_blocks()
+        return self._needed
 
     def unreserve(self, request: Request) -> list[KVCacheBlock]:
         """Undo ``reserve``: the request waits again, without blocks. The caller owns them now."""
