@@ -143,5 +143,5 @@ def load(path: Path) -> PolicyFile:
     except FileNotFoundError as error:
         raise ConfigError(f"there is no policy file {path}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: the top level must be limits, cost, headroom, policies and so on")
+        raise ConfigError(f"{path}: the top level must be limits, cost, policies and so on")
     return parse(values)

@@ -2,8 +2,7 @@
 """Bookkeeping of one plan: projected loads, used limits, accepted moves.
 
 Virtual usage is one number for everything that fills a worker (Llumnix, OSDI'24): KV in use, KV that queued requests
-will need, incoming minus outgoing KV, headroom beside important requests, and seats in the batch. A leaving worker
-counts as infinitely loaded.
+will need, incoming minus outgoing KV, and seats in the batch. A leaving worker counts as infinitely loaded.
 
 A destination is checked against its KV in use plus everything promised to it: room that its outgoing requests will
 free counts only when it is free.
@@ -44,14 +43,7 @@ class Ledger:
         self._load = self._promised - snapshot.w_outbound
         self._seats = snapshot.w_running + snapshot.w_waiting
         count = len(snapshot.worker_ids)
-        important = snapshot.r_priority >= rules.headroom.priority
-        if rules.headroom.share and important.any():
-            self._important = np.bincount(snapshot.r_worker[important], minlength=count)
-        else:
-            self._important = np.zeros(count, dtype=np.int64)
-        self._headroom = rules.headroom.share * snapshot.w_capacity
-        load = self._load + np.where(self._important > 0, self._headroom, 0.0)
-        usage = np.maximum(load / snapshot.w_capacity, self._seats / snapshot.w_max_seqs)
+        usage = np.maximum(self._load / snapshot.w_capacity, self._seats / snapshot.w_max_seqs)
         inside = np.bincount(snapshot.r_worker, weights=snapshot.r_kv, minlength=count)
         self.shares: Bools = inside > _SHARED * np.maximum(snapshot.w_held, 1.0)
         """Workers whose requests have most of their KV in common: alone, each would need far more than it leaves."""
@@ -61,8 +53,7 @@ class Ledger:
         s = self.snapshot
         if s.w_leaving[worker]:
             return float("inf")
-        load = self._load[worker] + (self._headroom[worker] if self._important[worker] > 0 else 0.0)
-        return float(max(load / s.w_capacity[worker], self._seats[worker] / s.w_max_seqs[worker]))
+        return float(max(self._load[worker] / s.w_capacity[worker], self._seats[worker] / s.w_max_seqs[worker]))
 
     # Questions
 
@@ -121,18 +112,14 @@ class Ledger:
     def usage_without(self, worker: int, rows: NDArray[np.int64]) -> Floats:
         """Usage of a worker after each single request leaves."""
         s = self.snapshot
-        alone = (self._important[worker] == 1) & (s.r_priority[rows] >= self.rules.headroom.priority)
-        headroom = np.where(alone | (self._important[worker] == 0), 0.0, self._headroom[worker])
-        load = (self._load[worker] - self.load_of(rows) + headroom) / s.w_capacity[worker]
+        load = (self._load[worker] - self.load_of(rows)) / s.w_capacity[worker]
         usage: Floats = np.maximum(load, (self._seats[worker] - 1) / s.w_max_seqs[worker])
         return usage
 
     def usage_with(self, worker: int, rows: NDArray[np.int64]) -> Floats:
         """Usage of a worker after each single request arrives."""
         s = self.snapshot
-        important = (self._important[worker] > 0) | (s.r_priority[rows] >= self.rules.headroom.priority)
-        headroom = np.where(important, self._headroom[worker], 0.0)
-        load = (self._load[worker] + s.r_need[rows] + headroom) / s.w_capacity[worker]
+        load = (self._load[worker] + s.r_need[rows]) / s.w_capacity[worker]
         usage: Floats = np.maximum(load, (self._seats[worker] + 1) / s.w_max_seqs[worker])
         return usage
 
@@ -199,9 +186,6 @@ class Ledger:
         self._promised[dst] += need
         self._seats[src] -= 1
         self._seats[dst] += 1
-        if s.r_priority[row] >= self.rules.headroom.priority:
-            self._important[src] -= 1
-            self._important[dst] += 1
         copies = int(not s.r_waiting[row])
         self._w_moves[src] += copies
         self._w_moves[dst] += copies

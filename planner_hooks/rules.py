@@ -77,15 +77,6 @@ class Cost(Section):
     min_gain: float = Field(default=1.0, ge=0, description="Times that the predicted gain must exceed the cost")
 
 
-class Headroom(Section):
-    """Room beside important requests, which counts as used."""
-
-    priority: int = Field(default=1, description="Requests from this priority on get headroom")
-    share: float = Field(
-        default=0.2, ge=0, lt=1, description="Share of the worker's KV that counts as used beside them"
-    )
-
-
 class ScaleDownRules(Section):
     """Conditions for fewer decode workers."""
 
@@ -110,11 +101,10 @@ class ScaleDownRules(Section):
 
 
 class Rules(Section):
-    """Limits, cost and headroom, with the computations of all policies."""
+    """Limits and cost, with the computations of all policies."""
 
     limits: Limits = Limits()
     cost: Cost = Cost()
-    headroom: Headroom = Headroom()
 
     def movable(self, snapshot: Snapshot, rows: NDArray[np.int64]) -> Bools:
         """Mask of requests that may move now."""

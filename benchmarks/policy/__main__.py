@@ -12,8 +12,9 @@ import typer
 from rich.console import Console
 
 from benchmarks.graph import machine
+from benchmarks.policy import cases
 from benchmarks.policy.report import Output, markdown
-from benchmarks.policy.runs import SLO, VARIANTS, bound, scenarios, variants
+from benchmarks.policy.runs import SEED, SLO, VARIANTS, bound, scenarios, variants
 from benchmarks.policy.speed import cluster, measure
 from planner_hooks.config import parse
 from planner_hooks.simulate.model import WorkerModel
@@ -27,7 +28,7 @@ _RESULTS, _REPORT = Path("benchmarks/results/policy-sim.json"), Path("benchmarks
 def main(
     traces: Annotated[str, typer.Option(help="trace files joined by commas; burstgpt is made")] = "burstgpt",
     sizes: Annotated[str, typer.Option(help="numbers of workers")] = "4,16,64,256,1024",
-    groups: Annotated[str, typer.Option(help="of runs, see runs.py")] = "steady,restart,swing",
+    groups: Annotated[str, typer.Option(help="of runs, see runs.py")] = "steady,cases,restart,swing",
     samples: Annotated[int, typer.Option(help="of each trace under steady load, where anything moves")] = 6,
     policies: Annotated[Path, typer.Option(help="policy file")] = Path("configs/policy.yaml"),
     speed: Annotated[bool, typer.Option("--speed", help="only the time and memory of decisions")] = False,
@@ -56,13 +57,13 @@ def main(
         numbers = [int(size) for size in sizes.split(",")]
         for group, chosen in scenarios(traces.split(","), numbers, samples).items():
             for scenario in chosen if group in groups.split(",") else []:
-                if (group, scenario) in done or msgspec.structs.replace(scenario, seed=1) in still:
+                if (group, scenario) in done or msgspec.structs.replace(scenario, seed=SEED) in still:
                     continue
-                arrivals = requests(scenario)
+                arrivals = cases.arrivals(scenario) if group == "cases" else requests(scenario)
                 found = list(variants(group, scenario, arrivals, policies))
                 still |= {r.scenario for r in found if r.variant == VARIANTS[1] and not r.report.migrations}
                 output.results += found
-                output.bounds += [bound(scenario, arrivals)] if group == "steady" else []
+                output.bounds += [bound(scenario, arrivals)] if group in ("steady", "cases") else []
                 keep()
                 for run in found:
                     r = run.report

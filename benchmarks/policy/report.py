@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -45,12 +46,37 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _ratio(before: Sequence[float], after: Sequence[float]) -> str:
-    """Mean of the samples' ratios, and its standard error."""
+    """Geometric mean of the samples' ratios, and its standard error. Noise alone would raise an arithmetic one."""
     if not after:
         return ""
-    each = [b / a for a, b in zip(before, after, strict=True)]
-    error = f" ± {stdev(each) / len(each) ** 0.5:.2f}" if len(each) > 1 and len(set(each)) > 1 else ""
-    return f"{_mean(each):.2f}{error}"
+    each = [math.log(b / a) for a, b in zip(before, after, strict=True)]
+    mean = math.exp(_mean(each))
+    error = f" ± {mean * stdev(each) / len(each) ** 0.5:.2f}" if len(each) > 1 and len(set(each)) > 1 else ""
+    return f"{mean:.2f}{error}"
+
+
+def _beside(output: Output, group: str) -> Iterator[str]:
+    """Rows with policies beside those without."""
+    yield (
+        "| load | samples | TTFT, ms | with policies | free | alone | TPOT, ms | with policies | free | goodput | with "
+        "| preempted | with | moves |"
+    )
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+    bounds = {b.scenario: b for b in output.bounds}
+    for scenario, samples in groupby(output.of(group), key=lambda pair: msgspec.structs.replace(pair[0], seed=0)):
+        found = list(samples)
+        kv, ours, free = ([run.report for _, runs in found for run in runs if run.variant == name] for name in VARIANTS)
+        alone = [bounds[each].ttft_p99_ms for each, _ in found]
+        first, tpot = ([getattr(r, name) for r in kv] for name in ("ttft_p99_ms", "tpot_p99_ms"))
+        yield (
+            f"| {_where(scenario)} | {len(found)} | {_mean(first):,.0f} "
+            f"| {_ratio(first, [r.ttft_p99_ms for r in ours])} | {_ratio(first, [r.ttft_p99_ms for r in free])} "
+            f"| {_ratio(first, alone)} | {_mean(tpot):.1f} "
+            f"| {_ratio(tpot, [r.tpot_p99_ms for r in ours])} | {_ratio(tpot, [r.tpot_p99_ms for r in free])} "
+            f"| {_mean([r.goodput for r in kv]):.1%} | {_mean([r.goodput for r in ours]):.1%} "
+            f"| {_mean([r.preemptions for r in kv]):.0f} | {_mean([r.preemptions for r in ours]):.0f} "
+            f"| {_mean([r.migrations for r in ours]):.0f} |"
+        )
 
 
 def markdown(output: Output, source: Path) -> Iterator[str]:
@@ -65,29 +91,16 @@ def markdown(output: Output, source: Path) -> Iterator[str]:
         "(FAST'25), `AzureLLMInferenceTrace_conv` Azure's of 2023; `burstgpt` is made after BurstGPT's statistics. "
         "Load: share of the rate at which workers would be full if all prompts that ever came were cached.",
         "",
-        "Steady load. With policies over without, times at p99; goodput: first token within "
-        f"{output.slo.ttft_s:g} s and {1e3 * output.slo.tpot_s:g} ms a token. Means over samples of the trace, ± "
-        "standard error. Free: moves that cost nothing, four times a second. Alone: each request on an idle worker.",
+        "With policies over without, times at p99, geometric means over samples, ± standard error; goodput: "
+        f"first token within {output.slo.ttft_s:g} s and {1e3 * output.slo.tpot_s:g} ms a token. Free: moves that cost "
+        "nothing, four times a second. Alone: each request on an idle worker.",
         "",
-        "| load | samples | TTFT, ms | with policies | free | alone | TPOT, ms | with policies | free | goodput | with "
-        "| preempted | with | moves |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "Steady load:",
+        "",
     )
-    bounds = {b.scenario: b for b in output.bounds}
-    for scenario, samples in groupby(output.of("steady"), key=lambda pair: msgspec.structs.replace(pair[0], seed=0)):
-        found = list(samples)
-        kv, ours, free = ([run.report for _, runs in found for run in runs if run.variant == name] for name in VARIANTS)
-        alone = [bounds[each].ttft_p99_ms for each, _ in found]
-        first, tpot = ([getattr(r, name) for r in kv] for name in ("ttft_p99_ms", "tpot_p99_ms"))
-        yield (
-            f"| {_where(scenario)} | {len(found)} | {_mean(first):,.0f} "
-            f"| {_ratio(first, [r.ttft_p99_ms for r in ours])} | {_ratio(first, [r.ttft_p99_ms for r in free])} "
-            f"| {_ratio(first, alone)} | {_mean(tpot):.1f} "
-            f"| {_ratio(tpot, [r.tpot_p99_ms for r in ours])} | {_ratio(tpot, [r.tpot_p99_ms for r in free])} "
-            f"| {_mean([r.goodput for r in kv]):.1%} | {_mean([r.goodput for r in ours]):.1%} "
-            f"| {_mean([r.preemptions for r in kv]):.0f} | {_mean([r.preemptions for r in ours]):.0f} "
-            f"| {_mean([r.migrations for r in ours]):.0f} |"
-        )
+    yield from _beside(output, "steady")
+    yield from ("", "Loads that are made to have one trouble each (`benchmarks/policy/cases.py`):", "")
+    yield from _beside(output, "cases")
     yield from (
         "",
         "All workers are restarted, a tenth at a time, 60 s for each start, at 40% of load. Requests that ran on a "

@@ -3,6 +3,7 @@
 
 steady      rates that workers can serve, with all of an H200's memory and with little KV: with and without policies;
             on several samples of a trace, with little KV also with moves that cost nothing
+cases       loads that are made to have one trouble each (cases.py): the same
 restart     all workers are restarted, a tenth at a time: their requests move, are awaited, or are replayed by Dynamo
 swing       the rate swings, and a planner follows it: worker-hours and p99 TTFT over a range of its thresholds; also
             with moves that cost nothing
@@ -17,6 +18,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from benchmarks.policy.cases import LOAD
 from planner_hooks.config import PolicyFile, parse
 from planner_hooks.config import load as load_policies
 from planner_hooks.simulate.model import Slo, WorkerModel
@@ -32,10 +34,13 @@ FULL = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 """KV usages above which the planner adds a worker; below three fifths of it one goes."""
 SECONDS = {4: 400.0, 16: 150.0, 64: 60.0, 256: 40.0, 1024: 20.0}
 LOADS = (0.4, 0.55, 0.7)
+CASE_SECONDS = 200.0
 SLO = Slo(ttft_s=2.0, tpot_s=0.05)
 FREE = "free moves"
 VARIANTS = ("KV routing", "and policies", FREE)
-"""Of steady load."""
+"""Of steady load and cases."""
+SEED = 21
+"""The first one. The policies' defaults were chosen with smaller ones."""
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -80,25 +85,29 @@ def scenarios(traces: list[str], sizes: list[int], samples: int = 6) -> dict[str
 
     A p99 of one sample of a trace differs from that of another by 10 to 30%.
     """
-    found: dict[str, list[Scenario]] = {"steady": [], "restart": [], "swing": []}
+    found: dict[str, list[Scenario]] = {"steady": [], "cases": [], "restart": [], "swing": []}
+    for name, load in LOAD.items():
+        for workers in set(sizes) & {4, 16}:
+            seeds = range(SEED, SEED + samples)
+            found["cases"] += [Scenario(name, workers, load, CASE_SECONDS, LITTLE, seed=seed) for seed in seeds]
     for trace in traces:
         for workers in sizes:
             seconds = SECONDS.get(workers, 300.0)
             for load in LOADS if workers <= 16 else LOADS[1:2]:
                 for kv in (WHOLE, LITTLE):
-                    seeds = range(1, 1 + (samples if workers <= 64 else 1))
+                    seeds = range(SEED, SEED + (samples if workers <= 64 else 1))
                     found["steady"] += [Scenario(trace, workers, load, seconds, kv, seed=seed) for seed in seeds]
             if workers <= 16:
-                found["restart"].append(Scenario(trace, workers, LOADS[0], 800.0, restarts=True))
+                found["restart"].append(Scenario(trace, workers, LOADS[0], 800.0, restarts=True, seed=SEED))
             if workers == 16:
-                found["swing"].append(Scenario(trace, workers, 0.7, 900.0, LITTLE, swings=True))
+                found["swing"].append(Scenario(trace, workers, 0.7, 900.0, LITTLE, swings=True, seed=SEED))
     return found
 
 
 def variants(group: str, scenario: Scenario, arrivals: list[Arrival], policies: Path) -> Iterator[Result]:
     """All runs of one scenario."""
     file = load_policies(policies)
-    if group == "steady":
+    if group in ("steady", "cases"):
         yield Result(group, scenario, VARIANTS[0], simulate(scenario, arrivals, slo=SLO))
         yield Result(group, scenario, VARIANTS[1], simulate(scenario, arrivals, file, slo=SLO))
         if scenario.kv_tokens == LITTLE and scenario.workers <= 16:

@@ -10,7 +10,6 @@ Your own policy is one such module anywhere on the path, named in the policy fil
 BUILT_IN = {
     "consolidate": "planner_hooks.policies.consolidate",
     "defragment": "planner_hooks.policies.defragment",
-    "priority": "planner_hooks.policies.priority",
     "balance": "planner_hooks.policies.balance",
 }
 """Names and modules in the best order of composition: the necessary before the useful."""

@@ -13,7 +13,10 @@ from planner_hooks.simulate.model import Slo
 
 
 class Report(msgspec.Struct, frozen=True):
-    """One run. Times in milliseconds; ``goodput`` is the share of requests that met both SLOs."""
+    """One run. Times in milliseconds; ``goodput`` is the share of requests that met both SLOs.
+
+    Of requests of the highest priority: the others are their neighbours.
+    """
 
     requests: int
     unfinished: int
@@ -45,7 +48,8 @@ def _at(values: np.ndarray, percent: float) -> float:
 
 def report(cluster: Cluster, arrivals: int, slo: Slo, warmup_s: float = 0.0) -> Report:
     """Results of a run, without requests of the warm-up."""
-    done = [r for r in cluster.finished if r.arrival.time_s >= warmup_s]
+    highest = max((r.arrival.priority for r in cluster.finished), default=0)
+    done = [r for r in cluster.finished if r.arrival.time_s >= warmup_s and r.arrival.priority == highest]
     missing = arrivals - cluster.rejected - len(cluster.finished)
     ttft = np.array([r.first_s - r.arrival.time_s for r in done] + [math.inf] * missing)
     tpot = np.array([r.tpot_s for r in done if r.arrival.output_tokens > 1])

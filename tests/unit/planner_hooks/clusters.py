@@ -8,11 +8,9 @@ from hypothesis import strategies as st
 
 from components.engine.protocol import RequestPhase
 from planner_hooks.plan import Plan
-from planner_hooks.policies.priority import StepModel
 from planner_hooks.snapshot import NEVER_S, Capture, RequestView, WorkerView
 
 CAPACITY = 10_000
-STEP = StepModel(base_s=0.01, per_seq_s=0.0005, per_kv_token_s=2e-6)
 
 
 def request(name: str, worker: str, tokens: int, **more: object) -> RequestView:
@@ -59,7 +57,7 @@ def refreshed(capture: Capture) -> Capture:
                 queued_tokens=sum(r.need_tokens for r in waiting),
                 running=len(running),
                 waiting=len(waiting),
-                step_s=STEP.base_s + STEP.per_seq_s * len(running) + STEP.per_kv_token_s * held if running else 0.0,
+                step_s=0.01 + 0.0005 * len(running) + 2e-6 * held if running else 0.0,
             )
         )
     return msgspec.structs.replace(capture, workers=tuple(views))

@@ -24,7 +24,6 @@ def test_an_empty_file_means_every_policy_with_its_defaults() -> None:
         ({"policies": {"balance": {"start-gab": 1}}}, "did you mean 'start-gap'"),
         ({"limit": {}}, "did you mean 'limits'"),
         ({"limits": {"cooldown": 1}}, "did you mean 'cooldown-s'"),
-        ({"policies": {"priority": {"step": {"base": 1}}}}, "did you mean 'base-s'"),
         ({"policies": {"balance": {"start-gap": "wide"}}}, "policies.balance.start-gap = 'wide'"),
         ({"policies": {"balance": {"start-gap": 0.1, "stop-gap": 0.2}}}, "stop-gap (0.2) must be below"),
         ({"limits": {"max-moves-per-pair": 17}}, "exceeds max-moves-per-worker"),

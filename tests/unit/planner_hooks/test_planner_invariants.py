@@ -14,17 +14,12 @@ from planner_hooks.policies import BUILT_IN
 from planner_hooks.snapshot import Capture, Snapshot
 from tests.unit.planner_hooks.clusters import captures, settled
 
-PRIORITY = {
-    "classes": {"interactive": {"priority": 1, "tpot-ms": 30.0}},
-    "step": {"base-s": 0.01, "per-seq-s": 0.0005, "per-kv-token-s": 2e-6},
-}
-SETTINGS = {"priority": PRIORITY}
 ONE_OR_ALL = [*BUILT_IN, "all", "all reversed"]
 
 
 def policy_file(name: str, **limits: object) -> PolicyFile:
     names = {"all": [*BUILT_IN], "all reversed": [*BUILT_IN][::-1]}.get(name, [name])
-    return parse({"limits": limits, "policies": {n: SETTINGS.get(n, {}) for n in names}})
+    return parse({"limits": limits, "policies": {n: {} for n in names}})
 
 
 def check_plan(capture: Capture, file: PolicyFile) -> None:

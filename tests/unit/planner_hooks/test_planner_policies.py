@@ -69,18 +69,9 @@ def test_balance_keeps_requests_that_end_before_the_move_pays() -> None:
     assert HoldReason.NOT_WORTH in reasons(plan)
 
 
-def test_headroom_makes_a_worker_with_an_important_request_look_fuller() -> None:
-    even = [request(f"r{i}", f"w{i % 2}", 1000) for i in range(8)]
-    assert not decide("balance", cluster(even)).moves
-    important = [request("vip", "w0", 1000, priority=1), *even[1:]]
-    moves = decide("balance", cluster(important), **{"high": 0.6, "start-gap": 0.15}).moves
-    assert moves
-    assert moves[0].src == "w0"
-
-
 def test_no_policy_moves_what_a_leaving_worker_moves_away_by_itself() -> None:
     requests = [request(f"r{i}", "w0", 1000) for i in range(9)]
-    requests += [request("big", "w0", 4000, phase=RequestPhase.WAITING), request("vip", "w0", 500, priority=1)]
+    requests += [request("big", "w0", 4000, phase=RequestPhase.WAITING)]
     for name in BUILT_IN:
         assert not decide(name, cluster(requests, {"w0": {"draining": True}, "w1": {}, "w2": {}})).moves
 
@@ -104,18 +95,6 @@ def test_defragment_makes_room_where_the_prompt_fits_nowhere() -> None:
 def test_defragment_says_when_a_prompt_is_larger_than_any_worker() -> None:
     capture = cluster([request("huge", "w0", 20_000, phase=RequestPhase.WAITING)])
     assert HoldReason.TOO_LARGE in reasons(decide("defragment", capture))
-
-
-def test_priority_moves_neighbours_and_not_the_protected_request() -> None:
-    requests = [request("vip", "w0", 500, priority=1)] + [request(f"r{i}", "w0", 700) for i in range(12)]
-    settings = {
-        "classes": {"interactive": {"priority": 1, "tpot-ms": 30.0}},
-        "step": {"base-s": 0.01, "per-seq-s": 0.0005, "per-kv-token-s": 2e-6},
-    }
-    plan = decide("priority", cluster(requests), **settings)
-    assert plan.moves
-    assert "vip" not in {m.request_id for m in plan.moves}
-    assert {m.src for m in plan.moves} == {"w0"}
 
 
 def test_consolidate_retires_the_cheapest_worker_and_leaves_its_requests_to_it() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from benchmarks.policy.cases import CASES, arrivals
 from benchmarks.policy.runs import bound, fuller, saved, scenarios, variants
 from components.errors import ConfigError
 from planner_hooks.config import load, parse
@@ -157,9 +158,29 @@ def _points(scenario: Scenario, report: Report) -> Iterator[object]:
 
 def test_every_group_has_its_variants() -> None:
     found = scenarios([BURSTGPT], [16])
-    assert {group: len(chosen) for group, chosen in found.items()} == {"steady": 36, "restart": 1, "swing": 1}
+    assert {group: len(chosen) for group, chosen in found.items()} == {
+        "steady": 36,
+        "cases": 24,
+        "restart": 1,
+        "swing": 1,
+    }
     short = msgspec.structs.replace(found["restart"][0], workers=4, seconds=20.0)
     assert [r.variant for r in variants("restart", short, requests(short), POLICIES)] == ["wait", "replay", "move"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_case_gives_workers_the_load_that_it_is_asked_for(name: str) -> None:
+    found = {load: arrivals(Scenario(name, 4, load, 60.0, 98_304)) for load in (0.3, 0.6)}
+    assert len(found[0.6]) / len(found[0.3]) == pytest.approx(2.0, rel=0.2)
+    assert all(0.0 <= a.time_s <= 90.0 for a in found[0.6])
+
+
+def test_figures_are_those_of_the_highest_priority() -> None:
+    scenario = Scenario("important", 4, 0.3, 30.0, 98_304)
+    found = arrivals(scenario)
+    report = simulate(scenario, found)
+    assert 0 < report.requests <= sum(a.priority for a in found) < 0.1 * len(found)
+    assert report.unfinished == 0
 
 
 def test_the_simulated_router_chooses_as_dynamos_own_selector() -> None:
