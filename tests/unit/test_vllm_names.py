@@ -182,7 +182,7 @@ def test_vllm_reads_nothing_of_a_request_to_advance_its_grammar_but_what_a_repla
 
 
 def test_the_second_runner_resumes_from_all_tokens_and_samples_without_state() -> None:
-    """What ``RunnerV2`` relies on, read from vLLM's source: the runner itself needs a GPU."""
+    """What ``RunnerPort`` of V2 relies on, read from vLLM's source: the runner itself needs a GPU."""
     from vllm.v1.worker.gpu import model_runner
     from vllm.v1.worker.gpu.sample import sampler, states
 

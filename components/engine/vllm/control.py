@@ -11,9 +11,8 @@ from enum import StrEnum
 import msgspec
 
 from components.engine.kv import CommitTo, Frozen, KVOffer, LandingStatus, RequestId
-from components.engine.protocol import EngineStats, RequestInfo
+from components.engine.protocol import EngineInfo, EngineStats, RequestInfo
 from components.errors import from_code
-from components.transfer.ids import AgentRef
 
 MARKER = "dynamo_migrate"
 """Key under ``kv_transfer_params`` that carries a ``Marker`` into and a ``Lent`` out of the core."""
@@ -80,12 +79,7 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     """Result of one call, or the error it raised."""
 
     error: tuple[str, str] | None = None
-    agents: tuple[AgentRef, ...] = ()
-    lanes: tuple[str, ...] = ()
-    num_blocks: int = 0
-    kv_bytes_per_token: int = 0
-    fingerprint: str = ""
-    weights: str = ""
+    info: EngineInfo | None = None
     offer: KVOffer | None = None
     frozen: Frozen | None = None
     landing: LandingStatus | None = None

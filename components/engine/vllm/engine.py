@@ -73,23 +73,8 @@ class VLLMEngine:
 
     async def start(self) -> EngineInfo:
         """Ask the engine core about itself, which also gives the workers their model runners."""
-        config, reply = self.llm.vllm_config, await self._call(Call(Op.INFO))
-        model, batch = config.model_config, config.scheduler_config
-        self._info = EngineInfo(
-            model=str(model.served_model_name or model.model),
-            fingerprint=reply.fingerprint,
-            block_size=config.cache_config.block_size,
-            num_blocks=reply.num_blocks,
-            max_model_len=model.max_model_len,
-            max_num_seqs=batch.max_num_seqs,
-            max_num_batched_tokens=batch.max_num_batched_tokens,
-            agents=reply.agents,
-            lanes=reply.lanes,
-            kv_bytes_per_token=reply.kv_bytes_per_token,
-            lease_s=self._lease_s,
-            steps_ahead=int(bool(batch.async_scheduling)),
-            weights=reply.weights,
-        )
+        info = _given((await self._call(Call(Op.INFO))).info)
+        self._info = msgspec.structs.replace(info, lease_s=self._lease_s)
         return self._info
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateOutput]:

@@ -20,6 +20,7 @@ import msgspec
 from vllm.v1.request import RequestStatus
 
 from components.engine.kv import RequestId
+from components.engine.protocol import EngineInfo
 from components.engine.vllm.claims import require_same
 from components.engine.vllm.compat.requests import external_id
 from components.engine.vllm.compat.resumed import as_resumed
@@ -175,14 +176,22 @@ class Migration:
         cache = self.incoming.cache
         cache.bytes_per_block, cache.num_ranks = per_block, len(infos)
         cache.divides = all(info.divides for info in infos)
-        return Reply(
+        model, batch = self.port.config.model_config, self.port.config.scheduler_config
+        info = EngineInfo(
+            model=str(model.served_model_name or model.model),
+            fingerprint=infos[0].fingerprint,
+            block_size=self.port.config.cache_config.block_size,
+            num_blocks=self.port.num_blocks,
+            max_model_len=model.max_model_len,
+            max_num_seqs=batch.max_num_seqs,
+            max_num_batched_tokens=batch.max_num_batched_tokens,
             agents=self.outgoing.agents,
             lanes=infos[0].lanes,
-            num_blocks=self.port.num_blocks,
             kv_bytes_per_token=sum(per_block // group.block_size for group in self.port.groups if not group.windowed),
-            fingerprint=infos[0].fingerprint,
+            steps_ahead=int(bool(batch.async_scheduling)),
             weights=infos[0].weights,
         )
+        return Reply(info=info)
 
     def _report(self) -> Reply:
         records = self._records.values()

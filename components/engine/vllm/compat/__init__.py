@@ -4,7 +4,7 @@
     scheduler.py   SchedulerPort: queues, blocks and request states of a vLLM scheduler
     seats.py       seats in its batch for requests that do not run
     resumed.py     requests with output tokens of another engine
-    runners.py     RunnerPort: a model runner's state of a request; one port for V1, one for V2
+    runners.py     RunnerPort: a model runner's state of a request, for V1 and V2
     core.py        the call that this package adds to vLLM's engine core
     connectors.py  this package's connector among others of an engine
     requests.py    ids of requests, and reasons why a request cannot move

@@ -20,7 +20,7 @@ Threading: the worker's step thread.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,16 +37,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class RunnerPort(Protocol):
-    """One worker's model runner."""
+class RunnerPort:
+    """One worker's model runner; as it is, V2, of which nothing travels: vLLM's scheduler sends the tokens."""
 
     def export_state(self, vllm_id: str) -> bytes:
         """State of a request's random generator; empty without one."""
-        ...
+        return b""
 
     def import_state(self, install: Install) -> None:
         """Enter a request from another engine."""
-        ...
 
 
 def runner_version(config: VllmConfig) -> str:
@@ -60,21 +59,10 @@ def runner_port(model_runner: Any) -> RunnerPort:
     if version == "v1":
         return RunnerV1(model_runner)
     gather(model_runner)
-    return RunnerV2()
+    return RunnerPort()
 
 
-class RunnerV2:
-    """See the module docstring."""
-
-    def export_state(self, vllm_id: str) -> bytes:
-        """Nothing."""
-        return b""
-
-    def import_state(self, install: Install) -> None:
-        """Nothing: vLLM's scheduler sends the tokens."""
-
-
-class RunnerV1:
+class RunnerV1(RunnerPort):
     """See the module docstring."""
 
     def __init__(self, model_runner: Any) -> None:

@@ -48,7 +48,8 @@ class SchedulerPort:
         """Groups of layers, each with its own blocks."""
         self.neighbours = Neighbours(scheduler.connector)
         """Other connectors that read blocks."""
-        self.vocab_size = int(scheduler.vllm_config.model_config.get_vocab_size())
+        self.config = scheduler.vllm_config
+        self.vocab_size = int(self.config.model_config.get_vocab_size())
         """Number of the model's tokens."""
         self.not_movable = why_not_movable(scheduler.kv_cache_manager)
         """Why no request of this engine can move, or None."""
