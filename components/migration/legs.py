@@ -89,7 +89,7 @@ class Leg:
     """Output tokens that its handler has passed on; of an arrival those that the engine has made."""
     away: Away | None = None
     may_part: bool = False
-    """True from the first move of a life that a handler reads from the engine."""
+    """True from the first move of a life that a handler reads from the engine: that reader watches for its end."""
     parted: Callable[[], None] | None = None
     """Called when it leaves."""
     order: tuple[int, ...] = ()
@@ -103,10 +103,6 @@ class Leg:
     """Held by the running move."""
     _times: deque[float] = field(default_factory=lambda: deque(maxlen=_GAPS + 1))
     _token: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def expect_parting(self) -> None:
-        """A move begins: the reader of the engine's stream watches for its end."""
-        self.may_part = True
 
     def depart(self, away: Away) -> None:
         """The life has left: its readers turn to the next owner after its tokens up to the cut."""
@@ -181,9 +177,6 @@ class Arrival(Leg):
     """Number of its reader; 0 before the first."""
     unread_since: float | None = field(default_factory=lambda: time.monotonic())
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def expect_parting(self) -> None:
-        """True once ``read`` ends by itself."""
 
     def depart(self, away: Away) -> None:
         """See ``Leg``."""

@@ -27,7 +27,7 @@ from components.migration.messages import Attached, WorkerCall, WorkerOp, Worker
 logger = logging.getLogger(__name__)
 
 
-class Owner:
+class LinkOwner:
     """The owner's side. ``answer`` gives the reply to a call, ``attach`` the items of an ``ATTACH``, the first of which
     is empty.
     """

@@ -117,7 +117,8 @@ class _Move:
         leg = self._leg
         if leg.fixed:
             raise NotMigratable(leg.fixed)
-        leg.expect_parting()
+        # ``Arrival.read`` ends by itself.
+        leg.may_part = not isinstance(leg, Arrival)
         gap = leg.median_gap()
         opened = asyncio.Event()
         self._mark("begun")

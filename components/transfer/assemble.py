@@ -7,6 +7,7 @@ Called once, at start. Raises ``TransferUnavailable`` when a named transport or 
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import time
 from collections.abc import Sequence
@@ -150,7 +151,7 @@ def _nixl(
     if not available:
         logger.warning("NIXL is not used: %s; falling back to other lanes", why)
         return None
-    lanes.apply(config.transport)
+    os.environ.update(lanes.environment(config.transport, os.environ))
     where = shares.regions[0].device
     device = where.type
     staging = None

@@ -7,7 +7,6 @@ before. A variable that the user has set is never overridden.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,9 +48,3 @@ def environment(transport: Transport, current: Mapping[str, str]) -> dict[str, s
         # Without a GPU UCX would log a warning at every start.
         tls = ",".join(name for name in tls.split(",") if name != "cuda_copy")
     return {"UCX_TLS": tls}
-
-
-def apply(transport: Transport) -> None:
-    """Check the host and set this process's variables."""
-    check(transport)
-    os.environ.update(environment(transport, os.environ))

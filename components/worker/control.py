@@ -16,7 +16,7 @@ from components.errors import InvalidRequest, MigrateError, RequestNotFound
 from components.messages import pack, unpack
 from components.migration.events import Event
 from components.migration.legs import Arrival, Handler
-from components.migration.link_owner import Owner
+from components.migration.link_owner import LinkOwner
 from components.migration.messages import Attached, WorkerCall, WorkerOp, WorkerReply
 from components.migration.requests import Requests
 from components.timeline import mark
@@ -39,7 +39,7 @@ class Control:
         self._requests = requests
         self._status = status
         self._release = release
-        self._links = Owner(host, self.answer, self.attach) if host is not None else None
+        self._links = LinkOwner(host, self.answer, self.attach) if host is not None else None
 
     async def serve(self, payload: Any) -> AsyncGenerator[dict[str, str], None]:
         """Answer one call, which came over Dynamo, with one item."""

@@ -22,7 +22,7 @@ from components.errors import MigrateError, NoRoom, RequestNotFound, SessionErro
 from components.frames import framed
 from components.handshake import connect
 from components.migration import messages
-from components.migration.link_owner import Owner
+from components.migration.link_owner import LinkOwner
 from components.migration.link_wire import Said, purpose
 from components.migration.links import Links
 from components.migration.messages import Attached, WorkerCall, WorkerOp, WorkerReply
@@ -47,7 +47,7 @@ class Pair:
 
     def __init__(self) -> None:
         self.links = Links(self.over_dynamo)
-        self.owner = Owner("127.0.0.1", self.answer, self.life)
+        self.owner = LinkOwner("127.0.0.1", self.answer, self.life)
         self.asked: list[WorkerOp] = []
         self.where: SocketRef | None = self.owner.where
         self.go: dict[str, asyncio.Event] = {}
@@ -152,7 +152,7 @@ async def test_the_end_of_a_worker_ends_calls_and_readers_and_the_next_call_look
     await until(lambda: pair.ended["one"], "its reader there goes on")
     with pytest.raises(WorkerLost, match="cannot be reached"):
         await pair.ask("a")
-    pair.owner = Owner("127.0.0.1", pair.answer, pair.life)
+    pair.owner = LinkOwner("127.0.0.1", pair.answer, pair.life)
     pair.where = pair.owner.where
     assert await pair.ask("a") == 1
     assert pair.asked == [WorkerOp.LINK] * 3
