@@ -34,7 +34,7 @@ from components.errors import (
 )
 from components.transfer.assemble import Assembly, assemble
 from components.transfer.checksum import BlockChecksums
-from components.transfer.config import AgentConfig, KVPool, Strategy, TransferResult
+from components.transfer.config import AgentConfig, KVPool, TransferResult
 from components.transfer.control.directory import Directory
 from components.transfer.control.publisher import Publisher
 from components.transfer.control.record import AgentRecord
@@ -113,17 +113,15 @@ class TransferAgent:
         *,
         request_id: str,
         deadline_s: float,
-        strategy: Strategy = Strategy.AUTO,
     ) -> TransferHandle:
         """Copy the peer's ``remote_blocks`` into the local ``local_blocks``, pairwise.
 
         From a peer of another tensor-parallel size come the heads for which this agent is to ask it (``sources``).
-        ``strategy`` applies to NIXL and this transfer.
         """
         logger.debug("request %s: fetching %d blocks from %s", request_id, len(remote_blocks), peer.name)
         handle = TransferHandle()
         end = time.monotonic() + deadline_s
-        steps = self._run(peer, local_blocks, remote_blocks, request_id, end, handle, strategy)
+        steps = self._run(peer, local_blocks, remote_blocks, request_id, end, handle)
         self._worker.submit(Job(steps, handle, end), inline=peer.epoch in self._inline)
         return handle
 
@@ -189,7 +187,6 @@ class TransferAgent:
         request_id: str,
         end: float,
         handle: TransferHandle,
-        strategy: Strategy,
     ) -> Steps:
         local, remote = np.asarray(local_blocks, np.int64), np.asarray(remote_blocks, np.int64)
         self.record.require_blocks(local, unique=True)
@@ -204,7 +201,7 @@ class TransferAgent:
         def mark_unsafe() -> Callable[[], None]:
             return self._mark_unsafe(handle, local)
 
-        copy = Copy(peer, share, local, remote, request_id, end, mark_unsafe, strategy)
+        copy = Copy(peer, share, local, remote, request_id, end, mark_unsafe)
         if not len(local):
             return TransferResult(lane=self._backend(peer).lane)
         return (yield from self._on_a_lane(copy, "fetch"))

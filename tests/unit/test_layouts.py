@@ -57,8 +57,9 @@ class Two:
     def fetch(self, src: list[int], dst: list[int], lane: str, strategy: Strategy = Strategy.AUTO) -> TransferResult:
         chosen = [each for each in self.assembly.backends if each.lane == lane]
         self.dst.assembly = Assembly(chosen, self.assembly.record, self.assembly.shares)
-        ref = self.agents["src"].ref
-        return self.dst.fetch(ref, src, dst, request_id="r", deadline_s=20, strategy=strategy).wait(30)
+        for backend in chosen:
+            backend.strategy = strategy  # type: ignore[attr-defined]
+        return self.dst.fetch(self.agents["src"].ref, src, dst, request_id="r", deadline_s=20).wait(30)
 
     def close(self) -> None:
         self.dst.assembly = self.assembly

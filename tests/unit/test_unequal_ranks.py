@@ -108,10 +108,13 @@ class Two:
         reported, strategy = LANES[lane]
         for agent in self.dst.agents:
             whole = agent.assembly
-            agent.assembly = Assembly([b for b in whole.backends if b.lane == reported], whole.record, whole.shares)
+            chosen = [backend for backend in whole.backends if backend.lane == reported]
+            for backend in chosen:
+                backend.strategy = strategy
+            agent.assembly = Assembly(chosen, whole.record, whole.shares)
             for source in agent.sources(self.src.size):
                 ref = self.src.agents[source].ref
-                handle = agent.fetch(ref, src, dst, request_id="r", deadline_s=20, strategy=strategy)
+                handle = agent.fetch(ref, src, dst, request_id="r", deadline_s=20)
                 assert handle.wait(30).lane.startswith(reported)
             agent.assembly = whole
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
-from components.transfer.config import Strategy, TransferResult
+from components.transfer.config import TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.layout import Ints
 from components.transfer.shares import Share
@@ -42,8 +42,6 @@ class Copy:
     """Deadline on ``time.monotonic``."""
     mark_unsafe: Callable[[], Callable[[], None]] = harmless
     """Marks the local blocks as still writable by a hanging peer; returns a callback that clears the mark."""
-    strategy: Strategy = Strategy.AUTO
-    """The caller's choice; only NIXL's lane has several."""
 
 
 class Backend(Protocol):

@@ -42,6 +42,7 @@ class NixlBackend:
     def __init__(self, config: AgentConfig, side: Side, directory: Directory) -> None:
         self.side = side
         self._config = config
+        self.strategy = config.strategy
         self._directory = directory
         self._ids = itertools.count(secrets.randbits(60))
         self.inboxes: dict[tuple[str, int], Inbox] = {}
@@ -67,9 +68,8 @@ class NixlBackend:
 
     def choose(self, copy: Copy) -> Strategy:
         """The strategy for these blocks."""
-        asked = self._config.strategy if copy.strategy is Strategy.AUTO else copy.strategy
-        if asked is not Strategy.AUTO:
-            return asked
+        if self.strategy is not Strategy.AUTO:
+            return self.strategy
         device = copy.peer.regions[0].device if copy.peer.regions[0].device == "cuda" else self._device()
         direct = Strategy.READ if device == "cpu" else Strategy.WRITE
         can_stage = self.side.staging is not None and copy.peer.stages and len(copy.local)
