@@ -20,7 +20,7 @@ _ID = 8
 """Characters of a request's id that are shown."""
 
 
-def bar(share: float, width: int = 20) -> Text:
+def bar(share: float, width: int = 8) -> Text:
     """A horizontal bar, green to red."""
     share = min(1.0, max(0.0, share))
     colour = "green" if share < 0.7 else "yellow" if share < 0.9 else "red"
@@ -48,7 +48,7 @@ def view(sample: Sample | None, history: Sequence[Point], error: str = "") -> Re
     parts: list[RenderableType] = [Panel(head, title="dynamo top"), _workers(sample)]
     if sample.requests:
         parts.append(requests_table(sample.requests[:_ROWS], _ID))
-    parts.append(moves_table(sample.moves[:_ROWS], _ID, wide=True))
+    parts.append(moves_table(sample.moves[:_ROWS], _ID, wide=False))
     if sample.decisions:
         parts.append(decisions_table("\nplanner", _last(sample.decisions), _ID))
     if error:
@@ -57,15 +57,15 @@ def view(sample: Sample | None, history: Sequence[Point], error: str = "") -> Re
 
 
 def _workers(sample: Sample) -> Table:
-    columns = ("worker", "role", "KV use", "", "running", "waiting", "tokens/s", "step ms", "state")
+    columns = ("worker", "role", "KV use", "run", "wait", "tokens/s", "step ms", "state")
     found = table("workers", columns, folded="state")
     loads = {load.worker: load for load in sample.point.workers}
     for worker in sorted(sample.workers, key=lambda worker: (worker.role, worker.worker)):
         load = loads.get(worker.worker)
         if load is None or worker.stats is None:
-            found.add_row(worker.worker, worker.role or "?", *["?"] * 6, condition(worker))
+            found.add_row(worker.worker, worker.role or "?", *["?"] * 5, condition(worker))
             continue
-        use = (bar(load.kv_use), f"{load.kv_use:.0%}", str(load.running), str(load.waiting))
+        use = (bar(load.kv_use).append(f" {load.kv_use:.0%}", style="default"), str(load.running), str(load.waiting))
         rates = (f"{load.tokens_per_s:.0f}", f"{worker.stats.step_s * 1e3:.1f}")
         found.add_row(load.worker, load.role, *use, *rates, condition(worker))
     return found

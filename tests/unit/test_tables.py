@@ -9,7 +9,9 @@ import uuid
 import pytest
 from rich.console import Console
 
+from components.dashboard.sample import Sampler
 from components.dashboard.tables import id_length, show_status
+from components.dashboard.top import view
 from components.engine.kv import RequestId
 from components.engine.protocol import EngineInfo, EngineStats, RequestPhase
 from components.migration.messages import Mode, MoveRecord, RequestRow
@@ -60,6 +62,24 @@ def test_a_crowded_status_fits_eighty_columns() -> None:
     text = shown(crowded(), 80)
     assert max(map(len, text.splitlines())) <= 80
     for whole in ("9e28ed1f", "9e28ed2a", "not_migratable", "stop-and-copy", "131072", "12345.6", "draining", "moving"):
+        assert whole in text, whole
+
+
+async def test_a_crowded_top_fits_eighty_columns() -> None:
+    class Source:
+        async def refresh(self, patience_s: float, decisions: bool = False) -> None:
+            pass
+
+        def status(self) -> Status:
+            return crowded()
+
+    sampler = Sampler(Source())  # type: ignore[arg-type]
+    await sampler.once()
+    out = Console(width=80, file=io.StringIO(), record=True)
+    out.print(view(sampler.latest, sampler.history, ""))
+    text = out.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    for whole in ("9e28ed1f", "9e28ed2a", "draining", "missing", "0%", "256", "131072", "stop-and-copy", "12345.6"):
         assert whole in text, whole
 
 
