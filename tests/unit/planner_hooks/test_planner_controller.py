@@ -47,7 +47,7 @@ class Cluster:
 
     async def refresh(self, patience_s: float) -> None:
         for state in self.workers.states.values():
-            state._report._told_at = -10.0
+            state.table._told_at = -10.0
         await self.client.refresh(patience_s)
 
     def tables(self) -> list[Table]:
