@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import Generator, Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +16,8 @@ from components.errors import DeadlineExceeded, TransferError
 from components.transfer.config import TransferResult
 from components.transfer.data.base import Steps
 from components.transfer.handle import TransferHandle
-from components.transfer.session.thread import Job, TransferThread
+from components.transfer.session import thread as module
+from components.transfer.session.thread import EAGER, Job, TransferThread
 
 
 class Idle:
@@ -127,3 +130,28 @@ def test_a_closed_worker_takes_nothing(worker: TransferThread) -> None:
     worker.submit(one, inline=True)
     with pytest.raises(TransferError, match="closed"):
         one.handle.wait(5)
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_copies_that_run_by_themselves_are_polled_a_tenth_of_the_time(
+    monkeypatch: pytest.MonkeyPatch, inline: bool
+) -> None:
+    pauses: list[float] = []
+    enough = threading.Event()
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 20:
+            enough.set()
+
+    # Each look at the clock takes 0.1 ms.
+    ticks = itertools.count()
+    worker = TransferThread("test", grace_s=0.2, clock=lambda: 1e-4 * next(ticks))
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=sleep))
+    worker.start([Idle()], EAGER)  # type: ignore[list-item]
+    for _ in range(8):
+        worker.submit(Job(traced([], threading.Event()), TransferHandle(), 1e9), inline=inline)
+    assert enough.wait(20)
+    worker.stop()
+    longest = max(pauses[10:20])
+    assert longest >= 9 * 8e-4 if inline else longest <= EAGER.step_s

@@ -33,6 +33,11 @@ _LONGER = 1.1
 """Factor between pauses while a transfer runs: its end is noticed late by at most this share."""
 _SPIN_S = 1e-3
 """An eager worker polls without pause for this long after an event (a chunk on a GPU takes 0.3 ms)."""
+_POLLING_SHARE = 0.1
+"""Largest share of time in which this thread polls copies that run by themselves: a poll of a crowd's copies takes as
+long as some of the engine's steps, and holds the GIL.
+"""
+_LONGEST_REST_S = 10e-3
 _ALERT_FOR_S = 0.5
 """Time after a peer's message in which the next one is expected soon."""
 _HELP_S = 5e-3
@@ -140,6 +145,7 @@ class TransferThread:
         stand_aside()
         pause = self._pace.busy_s
         while True:
+            began = self._clock()
             waiting = bool(self._services) or not all(job.helped for job in self._jobs)
             worked = self._take(block=not waiting)
             answered = self._progress() | self._step_services()
@@ -154,8 +160,14 @@ class TransferThread:
             elif self._may_spin():
                 os.sched_yield()
             elif waiting:
-                time.sleep(pause)
+                time.sleep(max(pause, self._rest(self._clock() - began)))
                 pause = min(pause * _LONGER, self._pace.step_s)
+
+    def _rest(self, polled_s: float) -> float:
+        """Shortest pause after polls that have taken so long."""
+        if self._services or not all(job.inline for job in self._jobs):
+            return 0.0
+        return min(_LONGEST_REST_S, polled_s * (1 / _POLLING_SHARE - 1))
 
     def _may_spin(self) -> bool:
         """True while peers' messages decide the speed; a copy that runs by itself needs no polling."""
