@@ -38,7 +38,7 @@ def _important(rate: float, seconds: float, seed: int) -> list[Arrival]:
 def _bursts(rate: float, seconds: float, seed: int) -> list[Arrival]:
     """A tenth of the requests are documents."""
     rng = np.random.default_rng(seed)
-    chat = np.cumsum(rng.exponential(1.0 / (0.9 * rate), int(0.9 * rate * seconds)))
+    chat = np.cumsum(rng.exponential(1.0 / (0.9 * rate), int(0.9 * rate * seconds))).tolist()
     found = [Arrival(t, int(p), int(a)) for t, p, a in zip(chat, *_lengths(rng, len(chat)), strict=True)]
     for begin in np.arange(0.5 * _EVERY_S, seconds, _EVERY_S):
         for after in rng.uniform(0.0, 0.5, max(1, round(0.1 * rate * _EVERY_S))):
