@@ -149,12 +149,12 @@ class Paged:
             self._refused.add(str(request.request_id))
 
     def land(self, name: str, kv_tokens: int, room_tokens: int) -> bool:
-        agent = self._peer._live.agent.ref
+        agent = self._peer.parts.agent.ref
         self.start(name, PROMPT, 1, offer_of(agent, name, kv_tokens, room_tokens))
         return name not in self._refused
 
     def commit(self, name: str, made: int) -> None:
-        offer = offer_of(self._peer._live.agent.ref, name, PROMPT + made - 1, 0)
+        offer = offer_of(self._peer.parts.agent.ref, name, PROMPT + made - 1, 0)
         self._do(self._engine.commit(RequestId(name), Frozen(offer, (7,) * made)))
 
     def freeze(self, name: str) -> None:
