@@ -47,6 +47,7 @@ class Agent:
         return self.unsafe
 
     checksum_units = 1
+    record = SimpleNamespace(block_bytes=1 << 27)
 
     def sources(self, size: int) -> tuple[int, ...]:
         return tuple(range(size))
@@ -163,6 +164,27 @@ def test_copies_together_from_one_source_are_one_copy_with_one_check(loader: Loa
     assert agent.asked == [((8, 9, 12, 13, 14, 15), (1, 2, 3, 4, 5, 6))] and agent.checked == [[1, 3, 5]]
     assert good is not None and good.ok and good.bytes == 2
     assert bad is not None and not bad.ok and bad.bad_blocks == (5,)
+
+
+def test_jobs_of_a_step_from_one_source_are_one_copy_up_to_a_gibibyte(loader: Loader, agent: Agent) -> None:
+    other = AgentRef(AgentName("other"), Epoch("2"))
+    agent.record = SimpleNamespace(block_bytes=1 << 28)
+    jobs = [job(1), job(2, agents=(other,)), job(3, remote_blocks=(5,), local_blocks=(3,)), job(4), job(5)]
+    loader.step([*jobs, job(6, deadline_s=2.0)])
+    asked = [(8, 9), (8, 9), (8, 9, 5), (8, 9, 8, 9)]
+    assert sorted(remote for remote, _ in agent.asked) == asked
+    for handle in agent.handles:
+        handle.settle(TransferResult(bytes=12), None)
+    loader.step([])
+    results = loader.take_results()
+    assert results is not None and {r.job_id: r.bytes for r in results.results} == {
+        1: 8,
+        2: 12,
+        3: 4,
+        4: 6,
+        5: 6,
+        6: 12,
+    }
 
 
 def test_a_copy_of_two_is_cancelled_when_neither_needs_it(loader: Loader, agent: Agent) -> None:

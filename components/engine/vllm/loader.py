@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +32,10 @@ from components.transfer import (
     TransferResult,
     Transport,
 )
-from components.transfer.ids import AgentRef
 
 logger = logging.getLogger(__name__)
+_TOGETHER_BYTES = 1 << 30
+"""Most bytes of jobs that are one copy, so that none waits long for the bytes of others."""
 
 
 @dataclass
@@ -122,8 +124,8 @@ class Loader:
 
     def step(self, jobs: Sequence[Job], cancelled: Sequence[int] = ()) -> None:
         """Begin a step's jobs, cancel unneeded ones, collect finished ones."""
-        for job in jobs:
-            self._begin([job])
+        # A hand-off's deadline is the source's own for these blocks. Those of rounds are all the same.
+        self._begin(jobs, lambda job: (job.agents, job.deadline_s))
         for job_id in cancelled:
             if flying := self._flying.get(job_id):
                 flying.copies.cancel(job_id)
@@ -137,15 +139,10 @@ class Loader:
     def copy_now(self, jobs: Sequence[Job], budget_s: float) -> list[JobResult | None]:
         """Begin jobs and wait for them; None for one that does not end within the budget.
 
-        What comes from the same source is one copy, and all checksums are one call: each waits for the device, for
-        which single ones would queue behind one another.
+        All checksums are one call: each waits for the device, for which single ones would queue behind one another.
         """
         until = time.monotonic() + budget_s
-        alike: dict[tuple[AgentRef, ...], list[Job]] = {}
-        for job in jobs:
-            alike.setdefault(job.agents if job.remote_blocks else (), []).append(job)
-        for group in alike.values():
-            self._begin(group)
+        self._begin(jobs, lambda job: job.agents)
         ended = [job.job_id for job in jobs if self._wait(job.job_id, until)]
         results = {result.job_id: result for result in self._settle(ended)}
         return [results.get(job.job_id) for job in jobs]
@@ -160,8 +157,21 @@ class Loader:
                 logger.debug("job %d has failed", job_id)
         return True
 
-    def _begin(self, jobs: Sequence[Job]) -> None:
-        """Begin the copies of jobs from the same source."""
+    def _begin(self, jobs: Sequence[Job], alike: Callable[[Job], Hashable]) -> None:
+        """Begin jobs. Those that are alike are one copy, because each copy holds up the step by its own begin."""
+        groups: dict[Hashable, list[Job]] = {}
+        sizes: Counter[Hashable] = Counter()
+        for job in jobs:
+            key, size = job.remote_blocks and alike(job), len(job.remote_blocks) * self.agent.record.block_bytes
+            if sizes[key] and sizes[key] + size > _TOGETHER_BYTES:
+                self._begin_together(groups.pop(key))
+                del sizes[key]
+            groups.setdefault(key, []).append(job)
+            sizes[key] += size
+        for group in groups.values():
+            self._begin_together(group)
+
+    def _begin_together(self, jobs: Sequence[Job]) -> None:
         handles: list[TransferHandle] = []
         remote = [block for job in jobs for block in job.remote_blocks]
         local = [block for job in jobs for block in job.local_blocks]
