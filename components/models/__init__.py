@@ -41,7 +41,7 @@ def cache_folder() -> Path:
 
 
 _NEEDED = (("config.json", "params.json"), ("tokenizer.json", "tokenizer.model", "tekken.json"))
-"""Files of every model folder, one of each row. vLLM checks the weights itself."""
+"""Files of every model folder, one of each row. ``weights.check`` checks weights, which some formats do not read."""
 
 
 def resolve(model: str, console: Console | None = None) -> str:

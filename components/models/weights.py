@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Identity of a model's weight files. vLLM refuses incomplete ones itself.
+"""Weight files of a model: their completeness and their identity.
 
+``check`` raises ``ConfigError`` before the start: vLLM's refusal comes late, and names no file.
 Agents compare ``digest``, so that KV of a fine-tune or a new revision never serves another model. It reads names,
 sizes, headers and a few hundred pages spread over the files, which takes milliseconds for many gigabytes too.
 """
@@ -14,10 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from components.errors import ConfigError
+
 _KINDS = (("*.safetensors",), ("*.bin", "*.pt"))
 """Files with weights; the first kind that the folder has counts."""
 _TORCH = ("npcache", "pt")
 """Load formats of vLLM that read the second kind alone."""
+_CHECKED = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral")
+"""Load formats that read whole safetensors files of the model's folder."""
 _PAGE = 4096
 _PAGES = 256
 """Pages read of all files together; at least two of each file."""
@@ -30,6 +35,31 @@ def _files(folder: Path, load_format: str) -> list[Path]:
     kinds = _KINDS[1:] if load_format in _TORCH else _KINDS
     found = (sorted(file for pattern in kind for file in folder.glob(pattern)) for kind in kinds)
     return next(filter(None, found), [])
+
+
+def check(model: str, load_format: str) -> None:
+    """Raise when the model's folder has no weights or incomplete ones. Ignores formats that read other files."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(model)
+    if not os.path.isdir(model) or load_format not in _CHECKED:
+        return
+    if not (found := _files(folder, load_format)):
+        raise ConfigError(
+            f"model folder {model} has no weights (*.safetensors, *.bin or *.pt): copy it again, or name another "
+            "load_format in engine-args (dummy makes random weights)"
+        )
+    file = folder / "model.safetensors.index.json"
+    # The index is of Hugging Face's files; vLLM takes Mistral's own instead where a folder has both.
+    indexed = file.is_file() and not any(folder.glob("consolidated*.safetensors"))
+    try:
+        names = sorted(set(json.loads(file.read_text())["weight_map"].values())) if indexed else []
+        for file in [*(folder / name for name in names), *found]:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "np"):
+                    pass
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"model file {file} is missing or not whole ({error}): copy it again") from error
 
 
 def digest(model: str, load_format: str, revision: str | None = None, download_dir: str | None = None) -> str:

@@ -29,7 +29,7 @@ from components.config import (
     parse,
 )
 from components.errors import ConfigError
-from components.models import adapters
+from components.models import adapters, weights
 from components.serve import arguments, memory, precision, reach
 from components.serve.graph import Service
 from components.transfer import lanes
@@ -189,6 +189,10 @@ def make_plan(
         if config.lora_modules != configs[entry.name].lora_modules:
             raise ConfigError(f"{component}.lora-modules differs from that of {entry.name}: write it in Common")
         adapters.check(config.lora_modules, (config.served_model_name or config.model,))
+    for component in dict.fromkeys(process.component for process in [*plan.processes, *plan.spare]):
+        worker = configs[component]
+        if isinstance(worker, WorkerConfig) and worker.engine == "vllm":
+            weights.check(worker.model, str(worker.engine_flags.get("load-format", "auto")))
     here = [(p.component, configs[p.component]) for p in [*plan.processes, *plan.spare]]
     memory.check(here)
     plan.said = [line for line in (memory.shared(here),) if line]

@@ -185,6 +185,23 @@ def test_a_model_folder_without_tokenizer_is_refused(tiny_llama: str, tmp_path: 
         resolve(str(tmp_path / "absent"))
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--AggWorker.engine-args={load_format: dummy}"],
+        ["--AggWorker.engine-args={load-format: dummy}"],
+        ["--AggWorker.engine=paged"],
+    ],
+)
+def test_weights_are_asked_for_where_they_are_loaded(tiny_llama: str, tmp_path: Path, more: list[str]) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_llama, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    arguments = [f"--Common.model={bare}"]
+    with pytest.raises(ConfigError, match="has no weights.*load_format"):
+        resolve_plan("graphs.agg:Frontend", None, Transport.AUTO, 9000, "", arguments)
+    resolve_plan("graphs.agg:Frontend", None, Transport.AUTO, 9000, "", [*arguments, *more])
+
+
 @pytest.mark.parametrize("config", ["configs/disagg.yaml", None])
 def test_a_model_that_an_override_replaces_need_not_be_there(
     config: str | None, tiny_llama: str, monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of a model and their part in an engine's fingerprint."""
+"""Weights of a model: completeness, and their part in an engine's fingerprint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from vllm.model_executor.layers.attention.attention import set_default_quant_scales
 
 from components.engine.vllm.fingerprint import fingerprint, weights_of
-from components.models.weights import digest
+from components.errors import ConfigError
+from components.models.weights import check, digest
 from components.transfer import KVPool
 
 _LENGTH = (2).to_bytes(8, "little")
@@ -183,3 +184,31 @@ def test_files_of_the_format_that_is_read_make_the_digest(model: Path) -> None:
     for name in SHARDS:
         (model / name).rename(model / name.replace("model", "consolidated"))
     assert digest(str(model), "mistral") != digest(str(model), "pt") == after["pt"]
+
+
+def test_a_half_written_model_is_refused(model: Path) -> None:
+    check(str(model), "auto")
+    whole = (model / SHARDS[0]).read_bytes()
+    (model / SHARDS[0]).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match="00001-of-00002.safetensors is missing or not whole.*copy it again"):
+        check(str(model), "auto")
+    (model / SHARDS[0]).unlink()
+    with pytest.raises(ConfigError, match="00001-of-00002.safetensors is missing or not whole"):
+        check(str(model), "auto")
+    (model / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ConfigError, match="index.json is missing or not whole"):
+        check(str(model), "auto")
+
+
+def test_mistrals_own_files_need_no_index(model: Path) -> None:
+    for name in SHARDS:
+        (model / name).rename(model / name.replace("model", "consolidated"))
+    check(str(model), "auto")
+    check(str(model), "mistral")
+
+
+@pytest.mark.parametrize("load_format", ["dummy", "tensorizer", "runai_streamer", "some_plugin"])
+def test_formats_that_read_no_file_of_the_folder_need_none(tmp_path: Path, load_format: str) -> None:
+    check(str(tmp_path), load_format)
+    with pytest.raises(ConfigError, match="has no weights"):
+        check(str(tmp_path), "auto")
