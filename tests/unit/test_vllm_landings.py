@@ -49,6 +49,31 @@ def test_landings_are_granted_seats_that_nobody_else_takes(tiny_llama: str) -> N
     assert waiting.num_output_tokens == 0
 
 
+def test_landings_leave_the_blocks_that_prefills_need_as_long_as_these_need_them(tiny_llama: str) -> None:
+    played = Played(tiny_llama, blocks=41, max_num_batched_tokens=4 * BLOCK)
+    first = played.land("first", 2 * BLOCK)
+    # Counted before this step, when no prefill needed any.
+    prefill = played.add([9] * (30 * BLOCK))
+    played.step(played.done(*played.jobs(played.step())))
+    assert 0 < prefill.num_computed_tokens < 10 * BLOCK < (free := played.free) * BLOCK
+    refused = played.land("refused", 12 * BLOCK)
+    with pytest.raises(NoRoom):
+        played.call(Op.LANDING, refused)
+    end(played, prefill)
+    assert played.free > free and played.call(Op.LANDING, refused).landing.reserved  # type: ignore[union-attr]
+    end(played, refused)
+    # One that has come with a part of its tokens needs the rest.
+    part = played.land("part", 30 * BLOCK, generated=0, offer=offer_of("part", 2 * BLOCK))
+    second = played.land("second", 12 * BLOCK)
+    with pytest.raises(NoRoom):
+        played.call(Op.LANDING, second)
+    end(played, part)
+    assert played.call(Op.LANDING, second).landing.reserved  # type: ignore[union-attr]
+    for request in (first, second):
+        end(played, request)
+    played.check()
+
+
 @pytest.mark.parametrize("tokens", [1, 5, BLOCK, 2 * BLOCK + 1])
 def test_a_landing_without_kv_is_granted_a_seat(tiny_llama: str, tokens: int) -> None:
     played = Played(tiny_llama, max_num_seqs=2)
