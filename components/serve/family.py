@@ -26,10 +26,15 @@ _POLL_S = 0.02
 
 
 def tied(command: list[str]) -> list[str]:
-    """A command as a child that the kernel kills with this process, or with the thread of it that has started it."""
+    """A command as a child that the kernel kills with this process, or with the thread of it that has started it.
+
+    It does not begin when this process has ended before the kernel knew. ``bash`` and not ``sh``, which drops
+    variables whose names are no names of its own.
+    """
     if shutil.which("setpriv") is None:
         raise ConfigError("setpriv is not installed: apt-get install util-linux")
-    return ["setpriv", "--pdeathsig", "KILL", *command]
+    begin = f'[ "$PPID" = {os.getpid()} ] && exec "$@"'
+    return ["setpriv", "--pdeathsig", "KILL", "bash", "-p", "-c", begin, "bash", *command]
 
 
 def alive(session: int) -> list[psutil.Process]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,29 @@ def test_a_tied_process_ends_with_its_parent_even_without_a_warden(tmp_path: Pat
     parent.kill()
     parent.wait()
     wait_for(lambda: gone(child))
+
+
+def test_a_tied_process_does_not_begin_once_its_parent_has_ended(tmp_path: Path) -> None:
+    slow = tmp_path / "setpriv"
+    slow.write_text(f'#!/bin/sh\nwhile kill -0 $PARENT; do sleep 0.05; done\nexec {shutil.which("setpriv")} "$@"\n')
+    slow.chmod(0o755)
+    code = (
+        "import os, pathlib, subprocess, sys; from components.serve import family; "
+        "os.environ['PARENT'] = str(os.getpid()); "
+        "child = subprocess.Popen(family.tied(['touch', sys.argv[1]]), start_new_session=True); "
+        "pathlib.Path(sys.argv[2]).write_text(str(child.pid)); os._exit(0)"
+    )
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    command = [sys.executable, "-c", code, str(tmp_path / "begun"), str(tmp_path / "pid")]
+    subprocess.run(command, env=os.environ | path, check=True)
+    child = int((tmp_path / "pid").read_text())
+    wait_for(lambda: gone(child))
+    assert not (tmp_path / "begun").exists()
+
+
+def test_a_tied_process_has_all_variables() -> None:
+    found = subprocess.run(family.tied(["env"]), env=os.environ | {"a.b-c": "d"}, capture_output=True, text=True)
+    assert "a.b-c=d" in found.stdout.splitlines()
 
 
 @pytest.mark.parametrize("way", ["spawn", "fork"])
