@@ -37,9 +37,15 @@ def register(app: typer.Typer) -> None:
 
 
 def _run(
-    work: Callable[[Workers], Awaitable[T]], show: Callable[[T], None], well: Callable[[T], bool] = lambda _: True
+    work: Callable[[Workers], Awaitable[T]],
+    show: Callable[[T], None],
+    well: Callable[[T], bool] = lambda _: True,
+    interrupted: int = 130,
 ) -> None:
-    """Call the workers, show the answer, and exit: 0, or 1 when the answer is not ``well``, or 2 after an error."""
+    """Call the workers, show the answer, and exit: 0, or 1 when the answer is not ``well``, or 2 after an error.
+
+    ``interrupted``: the exit code after Ctrl-C.
+    """
     import asyncio
 
     from components import process
@@ -59,7 +65,7 @@ def _run(
         print(f"error: {error}", file=sys.stderr)
         os._exit(2)
     except KeyboardInterrupt:
-        os._exit(0)
+        os._exit(interrupted)
     sys.stdout.flush()
     # Dynamo's native runtime may abort in the interpreter's finalisation.
     os._exit(0 if well(answer) else 1)
@@ -170,4 +176,4 @@ def top(
                 if live is None:
                     return out.print(view(sampler.latest, sampler.history, sampler.error))
 
-    _run(watch, lambda _: None)
+    _run(watch, lambda _: None, interrupted=0)

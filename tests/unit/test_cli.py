@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from components import process
 from components.cli import app
+from components.client import Workers
 from components.errors import ConfigError, MigrateError
 from components.serve import state
 from components.serve.servers import free_port
@@ -76,6 +78,21 @@ def test_a_command_finds_the_graph_that_was_started_last(monkeypatch: pytest.Mon
     assert os.environ["ETCD_ENDPOINTS"] == "http://127.0.0.1:1"
     with pytest.raises(ConfigError, match=r"etcd does not answer at 127\.0\.0\.1:1"):
         state.reach()
+
+
+@pytest.mark.parametrize(("words", "code"), [("drain 9e28", 130), ("migrate 6232", 130), ("top", 0)])
+def test_ctrl_c_ends_only_the_watching_command_well(words: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(state, "reach", lambda: None)
+    monkeypatch.setattr(process, "connect", lambda: None)
+    monkeypatch.setattr(Workers, "connect", interrupted)
+    monkeypatch.setattr(os, "_exit", leave)
+    assert CliRunner().invoke(app, words.split()).exit_code == code
 
 
 HEAVY = ("numpy", "torch", "vllm", "nixl", "httpx", "aiohttp", "grpc", "prometheus_client", "planner_hooks")
