@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 20
 _TIMEOUT_S = 90.0
+_MORE = "UCX_LOG_LEVEL=debug UCX_LOG_FILE=/tmp/ucx.log"
+"""Without the file the agent reads UCX's log itself, and shows only warnings."""
 _EXPECTED = {
     Transport.IB: ("rc", "dc"),
     Transport.NVLINK: ("cuda_ipc",),
@@ -55,12 +57,17 @@ def _agent(name: str, transport: Transport, fill: int) -> tuple[TransferAgent, t
     return agent, tensor
 
 
-def _source(pipe: Connection, transport: Transport) -> None:
-    agent, _ = _agent("source", transport, 7)
-    pipe.send(agent.record)
-    agent.directory.put(pipe.recv())
-    pipe.recv()
-    agent.close()
+def _source(pipe: Connection, transport: Transport, told: Connection) -> None:
+    try:
+        agent, _ = _agent("source", transport, 7)
+        pipe.send(agent.record)
+        agent.directory.put(pipe.recv())
+        pipe.recv()
+        agent.close()
+    except (EOFError, ConnectionError):
+        pass  # The other one has ended, and has told why if it could.
+    except Exception as error:
+        told.send(f"{type(error).__name__}: {error}")
 
 
 def _destination(pipe: Connection, transport: Transport, told: Connection) -> None:
@@ -78,6 +85,8 @@ def _destination(pipe: Connection, transport: Transport, told: Connection) -> No
         told.send(Measured(times[0], times[1], result.bytes, result.lane, bool((tensor == 7).all())))
         pipe.send("end")
         agent.close()
+    except (EOFError, ConnectionError):
+        pass  # The other one has ended, and has told why if it could.
     except Exception as error:
         told.send(f"{type(error).__name__}: {error}")
 
@@ -93,15 +102,17 @@ def transfer(transport: Transport) -> Check:
     here, there = context.Pipe()
     answer, told = context.Pipe(duplex=False)
     children = [
-        context.Process(target=_source, args=(there, transport), daemon=True),
+        context.Process(target=_source, args=(there, transport, told), daemon=True),
         context.Process(target=_destination, args=(here, transport, told), daemon=True),
     ]
     for child in children:
         child.start()
-    told.close()
+    # Held by the children alone, so that the end of one is seen.
+    for end in (here, there, told):
+        end.close()
     try:
         found = answer.recv() if answer.poll(_TIMEOUT_S) else f"no end within {_TIMEOUT_S:g} s"
-    except EOFError:
+    except (EOFError, ConnectionError):
         found = "a process of the transfer has crashed"
     for child in children:
         child.join(5)
@@ -112,7 +123,7 @@ def transfer(transport: Transport) -> Check:
 def judge(name: str, transport: Transport, measured: Measured | str) -> Check:
     """One line from what was measured, or from why nothing was."""
     if isinstance(measured, str):
-        return Check(name, State.FAIL, measured, "set UCX_LOG_LEVEL=debug to see why")
+        return Check(name, State.FAIL, measured, f"{_MORE} dynamo doctor tells more")
     found = (
         f"{measured.bytes / 2**20:.0f} MiB at {measured.bytes / 1e9 / measured.seconds:.2f} GB/s over {measured.lane} "
         f"(first contact {measured.first_s:.2f} s)"

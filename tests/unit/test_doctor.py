@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from components.doctor import transfer
 from components.doctor.check import Check, State
 from components.doctor.host import Host
 from components.doctor.judge import judge
@@ -116,6 +117,20 @@ def test_wrong_bytes_and_a_crash_fail() -> None:
     assert judge_transfer("t", Transport.TCP, dataclasses.replace(TCP, right=False)).state is State.FAIL
     crash = judge_transfer("t", Transport.TCP, "RuntimeError: no memory")
     assert crash.state is State.FAIL and crash.found == "RuntimeError: no memory"
+
+
+def crash(*_: object) -> None:
+    """A process that a native library ends."""
+    os._exit(3)
+
+
+@pytest.mark.parametrize("process", ["_source", "_destination"])
+def test_the_crash_of_either_process_is_told_at_once(process: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, process, crash)
+    found = transfer.transfer(Transport.TCP)
+    assert found.state is State.FAIL and found.found == "a process of the transfer has crashed"
+    # The agent reads UCX's log itself where no file is named.
+    assert "UCX_LOG_FILE" in found.fix
 
 
 def test_this_host_moves_bytes_and_names_ucx_lane() -> None:
