@@ -108,6 +108,10 @@ class Launcher:
         plan, first = self._plan, self._plan.ports[-1] + 1
         wanted = range(first, min(first + _PAGES, 65536)) if self._wanted_page is None else [self._wanted_page]
         port = next((port for port in wanted if listens(plan.host, port)), 0)
+        if not port:
+            cause = f"port {self._wanted_page} is in use" if self._wanted_page else f"no free port from {first} on"
+            self._console.print(f"[yellow]no web page[/]: {cause}; choose one with --dashboard, or use: dynamo top")
+            return
         where = ("--host", bare(plan.host), "--port", str(port))
         frontend = str(Address(reachable(plan.host), plan.port))
         token = token_for(plan.host)
@@ -116,11 +120,11 @@ class Launcher:
             environment["DYN_LOG"] = "error"
         command = ["python", "-m", "components.dashboard", *where, "--frontend", frontend]
         page = Process(component="Page", replica=0, command=command, environment=environment)
-        if port and await self._supervisor.serves(await self._supervisor.add(page)):
+        if await self._supervisor.serves(await self._supervisor.add(page)):
             shown = url_of(plan.host, port, token)
             self._console.print(f"[bold green]watch it[/] on {shown} or with: dynamo top", soft_wrap=True)
         else:
-            self._console.print("[yellow]no web page[/]; watch it with: dynamo top")
+            self._console.print("[yellow]no web page[/]; its reason is above; watch it with: dynamo top")
 
     async def _after(self, then: Then | None) -> None:
         """The page comes last: its line must not fall into the output of ``then``."""

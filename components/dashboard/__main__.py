@@ -12,6 +12,7 @@ from components.client import Workers
 from components.dashboard.access import VARIABLE, token_for, url_of
 from components.dashboard.sample import Sampler
 from components.dashboard.server import Page, serve
+from components.errors import ConfigError
 from components.serve.state import join
 
 _WAIT_S = 600.0
@@ -32,7 +33,10 @@ async def main() -> None:
     sampler = Sampler(await Workers.connect(runtime, process.namespace(), _WAIT_S))
     sampling = asyncio.ensure_future(sampler.run())
     token = token_for(arguments.host)
-    runner = await serve(Page(sampler, arguments.frontend, token), arguments.host, arguments.port)
+    try:
+        runner = await serve(Page(sampler, arguments.frontend, token), arguments.host, arguments.port)
+    except OSError as error:
+        raise ConfigError(f"the web page cannot listen: {error}; choose another --port or --host") from error
     if VARIABLE not in os.environ:
         print(f"web page: {url_of(arguments.host, arguments.port, token)}", flush=True)
     process.ready()
