@@ -45,6 +45,7 @@ from components.worker.unrepeated import Unrepeated, handler_class
 
 logger = logging.getLogger(__name__)
 _CONNECTOR = "--kv-transfer-config"
+_SIDE_CHANNEL_HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
 _DRAIN_TIMEOUT = "_DEFAULT_DRAIN_TIMEOUT_SECS"
 _LOAD_S = 120.0
 _MARGIN_S = 5.0
@@ -228,7 +229,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.argv += [_CONNECTOR, json.dumps({"kv_connector": STOCK_CONNECTOR, "kv_role": "kv_both"})]
     sys.argv[0] = "dynamo.vllm"
     try:
-        install(WorkerSettings.from_environment())
+        settings = WorkerSettings.from_environment()
+        # Dynamo looks for an address for that connector, and ends on a host without a route to other networks.
+        os.environ.setdefault(_SIDE_CHANNEL_HOST, settings.agent["advertise_host"])
+        install(settings)
         stock_main()
     except MigrateError as error:
         _fail(error)
