@@ -33,9 +33,10 @@ _LONGER = 1.1
 """Factor between pauses while a transfer runs: its end is noticed late by at most this share."""
 _SPIN_S = 1e-3
 """An eager worker polls without pause for this long after an event (a chunk on a GPU takes 0.3 ms)."""
+_CROWD = 5
 _POLLING_SHARE = 0.1
-"""Largest share of time in which this thread polls copies that run by themselves: a poll of a crowd's copies takes as
-long as some of the engine's steps, and holds the GIL.
+"""Largest share of time in which this thread polls ``_CROWD`` or more copies that run by themselves: a poll of hundreds
+takes as long as some of the engine's steps, and holds the GIL.
 """
 _LONGEST_REST_S = 10e-3
 _ALERT_FOR_S = 0.5
@@ -165,7 +166,7 @@ class TransferThread:
 
     def _rest(self, polled_s: float) -> float:
         """Shortest pause after polls that have taken so long."""
-        if self._services or not all(job.inline for job in self._jobs):
+        if self._services or len(self._jobs) < _CROWD or not all(job.inline for job in self._jobs):
             return 0.0
         return min(_LONGEST_REST_S, polled_s * (1 / _POLLING_SHARE - 1))
 
