@@ -27,7 +27,7 @@ def test_requests_move_between_workers_that_decode_speculatively(tmp_path: Path)
                 moves = [graph.ask("migrate", request, target, "live") for target in (there, worker, there)]
                 assert all(m.get("ok") and m["mode"] == "live" for m in moves), moves
 
-        graph.disturbed([f"{number} {PROMPT}" for number in range(4)], 1000, move, temperature=0)
+        graph.disturbed([f"{number} {PROMPT}" for number in range(4)], 3000, move, temperature=0)
         graph.wait_until_idle(workers=2)
     finally:
         assert graph.stop() == []
