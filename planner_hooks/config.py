@@ -39,7 +39,6 @@ class ControllerConfig(Rules):
         default=5.0, ge=0, description="Seconds without new moves on a pair where one failed"
     )
     scale_down: ScaleDownRules = ScaleDownRules()
-    history: int = Field(default=1000, ge=1, description="Outcomes that are kept for dynamo policy explain")
 
 
 class PolicyFile(BaseModel):

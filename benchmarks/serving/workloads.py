@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from planner_hooks.simulate.traces import Shape, read, synthetic
+from planner_hooks.simulate.traces import read
 
 CHUNK = 16
 """Tokens for each hash id."""
@@ -70,21 +70,15 @@ class Scale(msgspec.Struct, frozen=True):
 
 
 def _lengths(scale: Scale, count: int) -> list[tuple[int, int]]:
+    """Prompt and output tokens: a trace's, or log-normal prompts and Pareto outputs with the scale's medians."""
     if scale.trace:
-        found = read(Path(scale.trace))
+        found = [(a.prompt_tokens, a.output_tokens) for a in read(Path(scale.trace))]
     else:
-        found = synthetic(Shape.HEAVY, float(count), 1.0, scale.seed)
-        prompt = scale.prompt / float(np.median([a.prompt_tokens for a in found]))
-        output = scale.output / float(np.median([a.output_tokens for a in found]))
-        found = [
-            msgspec.structs.replace(
-                a, prompt_tokens=int(a.prompt_tokens * prompt), output_tokens=int(a.output_tokens * output)
-            )
-            for a in found
-        ]
-    pairs = [
-        (min(max(a.prompt_tokens, 4), 4 * scale.prompt), min(max(a.output_tokens, 4), 2 * scale.output)) for a in found
-    ]
+        rng = np.random.default_rng(scale.seed)
+        prompts, outputs = rng.lognormal(6.2, 1.0, count), rng.pareto(1.6, count) + 1
+        prompts, outputs = prompts * scale.prompt / np.median(prompts), outputs * scale.output / np.median(outputs)
+        found = list(zip(prompts.astype(int).tolist(), outputs.astype(int).tolist(), strict=True))
+    pairs = [(min(max(p, 4), 4 * scale.prompt), min(max(o, 4), 2 * scale.output)) for p, o in found]
     return list(itertools.islice(itertools.cycle(pairs), count))
 
 

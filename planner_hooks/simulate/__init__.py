@@ -2,7 +2,7 @@
 """Decode workers in simulated time, with the live system's policy objects.
 
 model.py      step time, KV capacity, transfer time, SLO: the measured on H200
-traces.py     Azure, BurstGPT and Mooncake trace files; load with BurstGPT's statistics, and synthetic
+traces.py     Azure, BurstGPT and Mooncake trace files; load with BurstGPT's statistics
 worker.py     one worker: lock-step decoding, chunked prefill, admission, preemption
 columns.py    the workers as input of policies
 scaling.py    the simulated planner: number of workers

@@ -28,9 +28,12 @@ from planner_hooks.simulate.model import WorkerModel
 from planner_hooks.simulate.moves import Moves
 from planner_hooks.simulate.scaling import Autoscaler, Change, Scaling
 from planner_hooks.simulate.traces import Arrival
-from planner_hooks.simulate.upkeep import Ending, Restart, Upkeep
+from planner_hooks.simulate.upkeep import Ending, Upkeep
 from planner_hooks.simulate.worker import Request, Worker
 from planner_hooks.snapshot import Snapshot
+
+_STARTUP_S = 60.0
+"""Time until a restarted worker serves."""
 
 
 class Cluster:
@@ -53,8 +56,6 @@ class Cluster:
         self.finished: list[Request] = []
         self.rejected = 0
         self.decision_s: list[float] = []
-        self.loads: list[tuple[float, float]] = []
-        """(time, KV in use and queued in capacities of one worker), once a second after ``watch``."""
         self._events = Events()
         self._holders: defaultdict[int, set[int]] = defaultdict(set)
         self._router = Router(dispatch, model, self._holders)
@@ -69,7 +70,7 @@ class Cluster:
         if scaling is not None and scale_down is not None:
             bounds = (scaling.min_workers, scaling.max_workers)
             self._plugin = ScaleDown(scale_down, bounds, lambda: self.time_s, workers)
-        self._restart: Restart | None = None
+        self._restarting = False
         self._old: list[Worker] = []
         """Workers that a restart has not reached."""
         self._numbers = itertools.count()
@@ -100,12 +101,8 @@ class Cluster:
         for worker in self.workers:
             worker.gone_s = min(worker.gone_s, self.time_s)
 
-    def watch(self) -> None:
-        """Record the load of every second from now on."""
-        self.loads.append((self.time_s, self._load()))
-        self._events.after(1.0, self.watch)
-
     def _load(self) -> float:
+        """KV in use and queued, in capacities of one worker."""
         return sum(worker.held + worker.queued_tokens() for worker in self.workers) / self.model.capacity_tokens
 
     def _feed(self, feed: Iterator[Arrival]) -> None:
@@ -246,22 +243,22 @@ class Cluster:
         self._router.reopen(self.workers, self.all_workers)
         for block in worker.cached:
             self._holders[block].discard(worker.key)
-        if self._restart is not None:
-            self._events.after(self._restart.startup_s, self._replaced)
+        if self._restarting:
+            self._events.after(_STARTUP_S, self._replaced)
 
     # Restarts
 
-    def restart(self, restart: Restart) -> None:
-        """End all workers, one part after the other; or only the first part."""
+    def restart(self, start_s: float) -> None:
+        """End all workers, a tenth of them at a time (one at least); a new one replaces each."""
         self._old = list(self.workers)
-        count = max(1, round(restart.share * len(self._old)))
+        count = max(1, round(0.1 * len(self._old)))
 
         def begin() -> None:
-            self._restart = restart if restart.replaced else None
+            self._restarting = True
             for worker in [self._old.pop(0) for _ in range(count)]:
                 self._end(worker)
 
-        self._events.at(restart.start_s, begin)
+        self._events.at(start_s, begin)
 
     def _replaced(self) -> None:
         self._add_worker()

@@ -15,7 +15,7 @@ from planner_hooks.simulate.model import Slo, WorkerModel, saturation_rate
 from planner_hooks.simulate.report import Report, report
 from planner_hooks.simulate.scaling import Scaling
 from planner_hooks.simulate.traces import Arrival
-from planner_hooks.simulate.upkeep import Ending, Restart
+from planner_hooks.simulate.upkeep import Ending
 
 WARM_UP = 0.2
 """Share of a run whose requests are left out of the figures; a restart begins after it."""
@@ -83,6 +83,6 @@ def simulate(
         ending=ending,
     )
     if scenario.restarts:
-        cluster.restart(Restart(ending, WARM_UP * scenario.seconds))
+        cluster.restart(WARM_UP * scenario.seconds)
     cluster.run(arrivals)
     return report(cluster, len(arrivals), slo or Slo(), WARM_UP * scenario.seconds)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests to simulate: from published trace files, made after published statistics, or synthetic.
+"""Requests to simulate: from published trace files, or made after published statistics.
 
 Formats
     Azure      CSV: TIMESTAMP, ContextTokens, GeneratedTokens (AzurePublicDataset, LLM inference 2023 and 2024)
@@ -17,7 +17,6 @@ import json
 import math
 from collections.abc import Sequence
 from datetime import datetime
-from enum import StrEnum
 from pathlib import Path
 
 import msgspec
@@ -35,34 +34,6 @@ class Arrival(msgspec.Struct, frozen=True):
     priority: int = 0
     prefix: tuple[int, ...] = ()
     """Hash ids of the prompt's leading blocks."""
-
-
-class Shape(StrEnum):
-    """Distribution of synthetic load."""
-
-    EVEN = "even"
-    """Equal lengths, smooth arrivals."""
-    HEAVY = "heavy"
-    """Log-normal prompts and Pareto outputs, Poisson arrivals."""
-    WAVE = "wave"
-    """Like ``HEAVY``; the rate swings between a quarter and the whole, twice."""
-
-
-def synthetic(shape: Shape, rate: float, duration_s: float, seed: int = 1, important: float = 0.05) -> list[Arrival]:
-    """Requests at ``rate`` a second (waves: its peak); the share ``important`` has priority 1."""
-    rng = np.random.default_rng(seed)
-    count = max(1, int(rate * duration_s))
-    if shape is Shape.EVEN:
-        return [Arrival(number / rate, 512, 256) for number in range(count)]
-    times = np.cumsum(rng.exponential(1.0 / rate, count))
-    if shape is Shape.WAVE:
-        times = times[rng.random(count) < swing(times, duration_s)]
-    count = len(times)
-    prompts = np.clip(rng.lognormal(6.2, 1.0, count), 16, 16_000).astype(int)
-    outputs = np.clip((rng.pareto(1.6, count) + 1) * 110, 8, 6000).astype(int)
-    priorities = (rng.random(count) < important).astype(int)
-    columns = (times.tolist(), prompts.tolist(), outputs.tolist(), priorities.tolist())
-    return [Arrival(*row) for row in zip(*columns, strict=True)]
 
 
 def swing(times: np.ndarray, duration_s: float) -> np.ndarray:
@@ -130,8 +101,8 @@ def reused(arrivals: Sequence[Arrival]) -> float:
     return hits / max(1, total)
 
 
-def read(path: Path, speedup: float = 1.0) -> list[Arrival]:
-    """A trace file; ``speedup`` divides all times."""
+def read(path: Path) -> list[Arrival]:
+    """A trace file. Times begin at 0."""
     try:
         with path.open(newline="") as file:
             first = file.readline()
@@ -155,7 +126,7 @@ def read(path: Path, speedup: float = 1.0) -> list[Arrival]:
     if not found:
         raise ConfigError(f"{path} holds no request with both prompt and output tokens")
     begin = found[0].time_s
-    return [msgspec.structs.replace(a, time_s=(a.time_s - begin) / speedup) for a in found]
+    return [msgspec.structs.replace(a, time_s=a.time_s - begin) for a in found]
 
 
 def _azure(row: dict[str, str]) -> Arrival:

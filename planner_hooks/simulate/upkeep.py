@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 
-import msgspec
-
 from planner_hooks.simulate.dispatch import Router
 from planner_hooks.simulate.events import Events
 from planner_hooks.simulate.moves import Moves
@@ -30,20 +28,8 @@ class Ending(StrEnum):
     REPLAY = "replay"
 
 
-class Restart(msgspec.Struct, frozen=True):
-    """All workers end, a part of them at a time; a new one comes in the place of each."""
-
-    ending: Ending
-    start_s: float
-    startup_s: float = 60.0
-    share: float = 0.1
-    """Of the workers at a time, one at least."""
-    replaced: bool = True
-    """False: the first part of them ends, and nothing follows."""
-
-
 class Upkeep:
-    """Ends workers. ``settle`` is called with each one that changes, ``gone`` with each that is empty."""
+    """Ends workers. ``settle`` is called with each one that changes."""
 
     def __init__(
         self, moves: Moves, router: Router, events: Events, settle: Callable[[Worker], None], ending: Ending
@@ -55,7 +41,7 @@ class Upkeep:
         self._ending = ending
 
     def end(self, worker: Worker) -> None:
-        """Begin; the router has been told that the worker is leaving."""
+        """Begin; the router knows that the worker is leaving."""
         worker.advance(self._events.time_s)
         worker.ends, worker.ending_s = True, self._events.time_s
         for request in worker.running:
@@ -68,7 +54,7 @@ class Upkeep:
         self._settle(worker)
 
     def _drain(self, worker: Worker) -> None:
-        """Until it is empty: requests for which there is no room yet go on decoding."""
+        """Move requests until it is empty; those without room elsewhere go on decoding meanwhile."""
         if worker.gone_s != NOT_YET or not worker.leaving:
             return
         touched: set[Worker] = set()

@@ -28,7 +28,7 @@ class Request:
 
     __slots__ = (
         "arrival", "came_from", "done_s", "ended", "epoch", "first_s", "generated", "joined", "key", "last_move_s",
-        "moved", "moving", "preempted", "stall_s", "stalled_since", "target", "worker",
+        "moved", "moving", "stall_s", "stalled_since", "target", "worker",
     )  # fmt: skip
 
     def __init__(self, key: int, arrival: Arrival) -> None:
@@ -45,7 +45,6 @@ class Request:
         self.done_s = NOT_YET
         self.stalled_since = NOT_YET
         self.stall_s = 0.0
-        self.preempted = 0
         self.moved = 0
         self.moving = False
         self.ended = False
@@ -252,7 +251,6 @@ class Worker:
         else:
             request = next(reversed(self.running))
             self._leave(request)
-        request.preempted += 1
         self.preemptions += 1
         if request.first_s != NOT_YET:
             request.stalled_since = self.time_s

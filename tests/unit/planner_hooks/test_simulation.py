@@ -22,7 +22,7 @@ from planner_hooks.simulate.model import WorkerModel
 from planner_hooks.simulate.report import Report
 from planner_hooks.simulate.scaling import Scaling
 from planner_hooks.simulate.scenario import BURSTGPT, Scenario, requests, simulate
-from planner_hooks.simulate.traces import Arrival, Shape, synthetic
+from planner_hooks.simulate.traces import Arrival
 from planner_hooks.simulate.upkeep import Ending
 from planner_hooks.simulate.worker import Request, Worker
 
@@ -41,7 +41,7 @@ def test_requests_of_a_worker_that_ends_move_faster_than_they_end_or_are_compute
 
 
 def test_policies_leave_an_even_load_alone() -> None:
-    arrivals = synthetic(Shape.EVEN, 60.0, 60.0)
+    arrivals = [Arrival(number / 60, 512, 256) for number in range(3600)]
     reports: list[Cluster] = []
     for policy in (None, load(POLICIES).build()):
         cluster = Cluster(WorkerModel(capacity_tokens=40_000), 4, policy=policy)
