@@ -34,7 +34,7 @@ from components.migration.messages import (
     WorkerCall,
     WorkerOp,
 )
-from components.migration.peers import DynamoPeers, Peers, short
+from components.migration.peers import Peers, short
 from components.status import Status, Told, WorkerReport
 
 DECISIONS = "migration_planner.decisions"
@@ -87,7 +87,7 @@ class Workers:
     @classmethod
     async def connect(cls, runtime: Any, namespace: str, wait_s: float = 10.0) -> Self:
         """Find the workers. Raises ``WorkerLost`` when there are none within ``wait_s``."""
-        peers = await DynamoPeers.connect(runtime, namespace, list(env.COMPONENTS.read()))
+        peers = await Peers.connect(runtime, namespace, list(env.COMPONENTS.read()))
         planners = await runtime.endpoint(f"{namespace}.{DECISIONS}").client()
         end = time.monotonic() + wait_s
         found: list[int] = []

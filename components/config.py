@@ -199,6 +199,7 @@ class WorkerConfig(ComponentConfig):
 
 
 T = TypeVar("T", bound=ComponentConfig)
+M = TypeVar("M", bound=BaseModel)
 
 
 class Given(str):
@@ -242,11 +243,16 @@ def parse(model: type[T], component: str, values: dict[str, Any]) -> T:
             raise ConfigError(f"{component} has no key {key!r}{nearest(key, list(known))}")
         where = f"{component}.{dashed(key)}"
         read[dashed(key)] = value.read(field, where) if isinstance(value, Given) else _meant(field, value)
+    return validated(model, component, read)
+
+
+def validated(model: type[M], where: str, values: dict[str, Any]) -> M:
+    """The model with these values. Raises ``ConfigError`` with the first wrong one and its fix."""
     try:
-        return model.model_validate(read)
+        return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        path = ".".join(str(part) for part in (component, *first["loc"]))
+        path = ".".join(str(part) for part in (where, *first["loc"]) if part)
         shown = "" if isinstance(first.get("input"), dict) else f" = {first.get('input')!r}"
         quote = "; quote it" if first["type"] == "string_type" else ""
         raise ConfigError(f"{path}{shown}: {first['msg'].removeprefix('Value error, ')}{quote}") from error

@@ -15,15 +15,15 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from components import yamltext
-from components.config import nearest
+from components.config import dashed, nearest, validated
 from components.errors import ConfigError
 from planner_hooks.policies import BUILT_IN
 from planner_hooks.policies.base import Policy, PolicyConfig
 from planner_hooks.policies.compose import Composed
-from planner_hooks.rules import Rules, ScaleDownRules, dashed
+from planner_hooks.rules import Rules, ScaleDownRules
 
 
 class ControllerConfig(Rules):
@@ -70,25 +70,13 @@ def _class_of(name: str, module_name: str) -> Any:
     return module.POLICY
 
 
-def _checked(model: type[BaseModel], where: str, values: Any) -> Any:
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: expected keys and values, not {values!r}")
-    _check_keys(model, where, values)
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in (where, *first["loc"]) if part)
-        shown = "" if isinstance(first.get("input"), dict) else f" = {first.get('input')!r}"
-        raise ConfigError(f"{path}{shown}: {first['msg'].removeprefix('Value error, ')}") from error
-
-
-def _check_keys(model: type[BaseModel], where: str, values: dict[str, Any]) -> None:
+def _check_keys(model: type[BaseModel], where: str, values: dict[str, Any], *more: str) -> None:
     known = {dashed(name): field for name, field in model.model_fields.items()}
     for key, value in values.items():
         field = known.get(dashed(str(key)))
         if field is None:
-            raise ConfigError(f"{where or 'the policy file'} has no key {key!r}{nearest(str(key), list(known))}")
+            names = [*known, *more]
+            raise ConfigError(f"{where or 'the policy file'} has no key {key!r}{nearest(str(key), names)}")
         if isinstance(value, dict) and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             _check_keys(field.annotation, f"{where}.{key}".lstrip("."), value)
 
@@ -96,11 +84,8 @@ def _check_keys(model: type[BaseModel], where: str, values: dict[str, Any]) -> N
 def parse(values: dict[str, Any]) -> PolicyFile:
     """Check the contents of a policy file."""
     rest = {dashed(str(key)): value for key, value in values.items() if key != "policies"}
-    known = [dashed(name) for name in ControllerConfig.model_fields] + ["policies"]
-    for key in rest:
-        if key not in known:
-            raise ConfigError(f"the policy file has no key {key!r}{nearest(key, known)}")
-    controller: ControllerConfig = _checked(ControllerConfig, "", rest)
+    _check_keys(ControllerConfig, "", rest, "policies")
+    controller = validated(ControllerConfig, "", rest)
     named = values.get("policies", {name: {} for name in BUILT_IN})
     if not isinstance(named, dict):
         raise ConfigError("policies: expected the policies' names, each with its settings below")
@@ -114,8 +99,9 @@ def parse(values: dict[str, Any]) -> PolicyFile:
             raise ConfigError(f"policies.{name}.module = {module!r}: the full name of a Python module")
         if module is None:
             raise ConfigError(f"there is no policy {name!r}{nearest(str(name), list(BUILT_IN))}")
-        config = _checked(_class_of(name, module).config_type, f"policies.{name}", given)
-        policies.append((str(name), module, config))
+        model = _class_of(name, module).config_type
+        _check_keys(model, f"policies.{name}", given)
+        policies.append((str(name), module, validated(model, f"policies.{name}", given)))
     _contradictions(controller, dict((name, config) for name, _, config in policies))
     return PolicyFile(controller=controller, policies=tuple(policies))
 

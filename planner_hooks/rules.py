@@ -9,12 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from components.config import dashed
 from planner_hooks.snapshot import Bools, Floats, Snapshot
-
-
-def dashed(name: str) -> str:
-    """Python name to YAML key."""
-    return name.replace("_", "-")
 
 
 class Section(BaseModel):

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Any
 
 from components.engine.kv import RequestId
 from components.engine.protocol import GenerateOutput
@@ -31,34 +31,8 @@ def short(instance: int) -> str:
     return f"{instance:016x}"[-8:]
 
 
-class Peers(Protocol):
-    """See the module docstring. Tests have one without a network."""
-
-    def instances(self) -> list[int]:
-        """Callable workers of all roles."""
-        ...
-
-    def siblings(self) -> list[int]:
-        """Workers between which the frontend chooses, this one included, cordoned ones excluded."""
-        ...
-
-    def prefill_workers(self) -> list[int] | None:
-        """Prefill workers, one of which gets a request before one of ``siblings``; None without such a stage."""
-        ...
-
-    async def call(self, instance: int, call: WorkerCall, timeout_s: float = 20.0) -> WorkerReply:
-        """One call and its answer."""
-        ...
-
-    def attach(
-        self, owner: Owner, request_id: RequestId, index: int, token_ids: tuple[int, ...] = ()
-    ) -> AsyncGenerator[Attached, None]:
-        """Read a request at ``owner``, from output token ``index`` on, or from the one after ``token_ids``."""
-        ...
-
-
-class DynamoPeers:
-    """``Peers`` over Dynamo's clients of the components with migrating workers."""
+class Peers:
+    """Other workers, by Dynamo's clients of the components with migrating workers."""
 
     def __init__(self, clients: list[Any]) -> None:
         self._clients = clients
@@ -67,7 +41,7 @@ class DynamoPeers:
         self._links: Links | None = None
 
     @classmethod
-    async def connect(cls, runtime: Any, namespace: str, components: Sequence[str]) -> DynamoPeers:
+    async def connect(cls, runtime: Any, namespace: str, components: Sequence[str]) -> Peers:
         """Clients of ``<namespace>.<component>.migrate`` for each component."""
         names = dict.fromkeys(components)
         return cls([await runtime.endpoint(f"{namespace}.{name}.migrate").client() for name in names])
@@ -75,7 +49,7 @@ class DynamoPeers:
     @classmethod
     async def of_worker(
         cls, runtime: Any, namespace: str, component: str, own: Any, others: Sequence[str], role: str
-    ) -> DynamoPeers:
+    ) -> Peers:
         """For a worker that serves ``own``, the endpoint to which frontends send its requests."""
         peers = await cls.connect(runtime, namespace, [component, *others])
         peers._own = await own.client()
@@ -86,17 +60,17 @@ class DynamoPeers:
         return peers
 
     def siblings(self) -> list[int]:
-        """See ``Peers``."""
+        """Workers between which the frontend chooses, this one included, cordoned ones excluded."""
         return [] if self._own is None else sorted(self._own.instance_ids())
 
     def prefill_workers(self) -> list[int] | None:
-        """See ``Peers``."""
+        """Prefill workers, one of which gets a request before one of ``siblings``; None without such a stage."""
         if self._first is None:
             return None
         return sorted({instance for client in self._first for instance in client.instance_ids()})
 
     def instances(self) -> list[int]:
-        """Workers in Dynamo's discovery."""
+        """Callable workers of all roles."""
         return sorted({instance for client in self._clients for instance in client.instance_ids()})
 
     def _client(self, instance: int) -> Any:
@@ -106,7 +80,7 @@ class DynamoPeers:
         raise WorkerLost(f"worker {short(instance)} is not known to Dynamo's discovery")
 
     async def call(self, instance: int, call: WorkerCall, timeout_s: float = 20.0) -> WorkerReply:
-        """See ``Peers``."""
+        """One call and its answer."""
         try:
             async with asyncio.timeout(timeout_s):
                 if self._links is None:
@@ -125,7 +99,10 @@ class DynamoPeers:
     def attach(
         self, owner: Owner, request_id: RequestId, index: int, token_ids: tuple[int, ...] = ()
     ) -> AsyncGenerator[Attached, None]:
-        """See ``Peers``. Only for the peers of a worker."""
+        """Read a request at ``owner``, from output token ``index`` on, or from the one after ``token_ids``.
+
+        Only for the peers of a worker.
+        """
         if self._links is None:
             raise WorkerLost("only workers read requests of others")
         call = WorkerCall(WorkerOp.ATTACH, request_id, owner.life, index=index, tokens=token_ids)

@@ -32,7 +32,7 @@ from components.engine.vllm.engine import VLLMEngine
 from components.errors import ConfigError, MigrateError
 from components.metrics.export import address, expose
 from components.migration.options import Options
-from components.migration.peers import DynamoPeers
+from components.migration.peers import Peers
 from components.migration.requests import Requests
 from components.models import adapters
 from components.worker import refusals, shim, weights
@@ -86,7 +86,7 @@ class Migration:
         engine = VLLMEngine(client.bare, self.settings.lease_s, client.loras)
         info = await engine.start()
         role = str(getattr(config.disaggregation_mode, "value", config.disaggregation_mode))
-        peers = await DynamoPeers.of_worker(
+        peers = await Peers.of_worker(
             self.runtime, config.namespace, config.component, endpoint, self.settings.components, role
         )
         options = Options(
@@ -141,12 +141,7 @@ def prepare(config: Any, settings: WorkerSettings) -> None:
     configure(
         config.engine_args,
         settings.agent,
-        {
-            "integrity": settings.integrity,
-            "wait_bytes": settings.wait_bytes,
-            "copy_deadline_s": settings.copy_deadline_s,
-            "adapters": adapters.digest(settings.lora_modules),
-        },
+        {"integrity": settings.integrity, "adapters": adapters.digest(settings.lora_modules)},
     )
 
 

@@ -28,7 +28,7 @@ from components.metrics.export import address, expose
 from components.migration.faces import PROTOCOL_FACE
 from components.migration.legs import Leg
 from components.migration.options import Options
-from components.migration.peers import DynamoPeers, short
+from components.migration.peers import Peers, short
 from components.migration.repeats import Repeat
 from components.migration.requests import Requests
 from components.worker import forward_pass, mocker_payload, unrepeated
@@ -106,7 +106,7 @@ async def serve() -> None:
     prefix = f"{process.namespace()}.{component}"
     endpoint = runtime.endpoint(f"{prefix}.generate")
     instance = int(endpoint.connection_id())
-    peers = await DynamoPeers.of_worker(runtime, process.namespace(), component, endpoint, settings.components, mode)
+    peers = await Peers.of_worker(runtime, process.namespace(), component, endpoint, settings.components, mode)
     requests = Requests(engine, peers, instance, info.fingerprint, Options(repeats=settings.repeats))
     status = WorkerStatus(requests, short(instance), mode, info, endpoint, address(config.advertise_host))
     expose(status.metrics(), endpoint, process.namespace(), component)

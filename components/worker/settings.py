@@ -29,8 +29,6 @@ class WorkerSettings:
     lease_s: float = 60.0
     drain_s: float = 25.0
     integrity: str = "tail"
-    wait_bytes: int = 16 << 20
-    copy_deadline_s: float = 30.0
     lora_modules: Mapping[str, str] = field(default_factory=dict)
     """LoRA adapters to load before the worker is ready: name and PEFT folder."""
 

@@ -11,9 +11,10 @@ thread that requests the transfer, one thread at a time. A backend that must blo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 from components.transfer.config import TransferResult
 from components.transfer.control.record import AgentRecord
@@ -44,35 +45,29 @@ class Copy:
     """Marks the local blocks as still writable by a hanging peer; returns a callback that clears the mark."""
 
 
-class Backend(Protocol):
+class Backend(ABC):
     """One way of moving blocks."""
 
-    @property
-    def lane(self) -> str:
-        """Name of the lane."""
-        ...
+    lane: ClassVar[str]
+    inline: ClassVar[bool] = False
+    """True when the first step of a transfer with a connected peer may run on the requesting thread."""
 
-    @property
-    def inline(self) -> bool:
-        """True when the first step of a transfer with a connected peer may run on the requesting thread."""
-        ...
-
+    @abstractmethod
     def reaches(self, peer: AgentRecord) -> bool:
         """True when this backend can talk to the peer."""
-        ...
 
+    @abstractmethod
     def fetch(self, copy: Copy) -> Steps:
         """Copy the remote blocks into the local ones, pairwise."""
-        ...
 
     def warm_up(self, copy: Copy) -> Steps:
-        """Connect to the peer, moving no block."""
-        ...
+        """Connect to the peer; ``copy`` has no block."""
+        return self.fetch(copy)
 
     def progress(self) -> list[Generator[bool, None, None]]:
         """Called often by the worker thread. Returns new work that peers request."""
-        ...
+        return []
 
+    @abstractmethod
     def close(self) -> None:
         """Release everything. No call may follow."""
-        ...

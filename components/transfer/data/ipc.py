@@ -26,7 +26,7 @@ from components.transfer import profiling
 from components.transfer.config import KVPool, TransferResult
 from components.transfer.control.record import AgentRecord
 from components.transfer.data import kernels
-from components.transfer.data.base import Copy, Steps
+from components.transfer.data.base import Backend, Copy, Steps
 from components.transfer.layout import Span, locate
 from components.transfer.shares import Share, Shares
 from components.wire import UNREADABLE
@@ -99,7 +99,7 @@ class _Flight:
         return bool(self.event.query())  # type: ignore[no-untyped-call]
 
 
-class IpcBackend:
+class IpcBackend(Backend):
     """See the module docstring."""
 
     lane = "cuda_ipc/kernel"

@@ -7,7 +7,7 @@ awaited at the end. A table of this process has all agents. Errors: ``TransferEr
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from components.errors import TransferError
 from components.transfer.config import TransferResult
 from components.transfer.control.record import AgentRecord
-from components.transfer.data.base import Copy, Steps
+from components.transfer.data.base import Backend, Copy, Steps
 from components.transfer.shares import Shares
 
 _STEP_BLOCKS = 64
@@ -42,11 +42,10 @@ def _copy_rows(copy: Copy, remote: Sequence[torch.Tensor], lane: str) -> Steps:
     return TransferResult(total, len(remote) * len(copy.local), lane=lane)
 
 
-class LocalBackend:
+class LocalBackend(Backend):
     """Copies between agents of this process."""
 
     lane = "local/memcpy"
-    inline = False
 
     _agents: ClassVar[dict[str, Shares]] = {}
     """What each agent has, by epoch."""
@@ -62,14 +61,6 @@ class LocalBackend:
     def fetch(self, copy: Copy) -> Steps:
         """See ``Backend``."""
         return _copy_rows(copy, self._agents[copy.peer.epoch].views(copy.share.remote), self.lane)
-
-    def warm_up(self, copy: Copy) -> Steps:
-        """Nothing to connect: copies no block."""
-        return self.fetch(copy)
-
-    def progress(self) -> list[Generator[bool, None, None]]:
-        """No peer requests over this lane."""
-        return []
 
     def close(self) -> None:
         """Remove this agent from the table."""

@@ -23,7 +23,7 @@ from components.errors import TransferError
 from components.transfer import profiling
 from components.transfer.config import TransferResult
 from components.transfer.control.record import AgentRecord
-from components.transfer.data.base import Copy, Steps
+from components.transfer.data.base import Backend, Copy, Steps
 from components.transfer.data.handover import Giver, Mapping, map_peer
 from components.transfer.data.hostcopy import HostCopier
 from components.transfer.data.shared import SharedStorage, scope
@@ -41,11 +41,10 @@ _LOOK_S = 0.25
 """Interval between checks of mapped peers."""
 
 
-class MappedBackend:
+class MappedBackend(Backend):
     """See the module docstring."""
 
     lane = "shm/mapped"
-    inline = False
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
@@ -30,7 +30,7 @@ from components.handshake import connect
 from components.transfer.config import TransferResult
 from components.transfer.control.directory import Directory
 from components.transfer.control.record import AgentRecord
-from components.transfer.data.base import Copy, Steps
+from components.transfer.data.base import Backend, Copy, Steps
 from components.transfer.layout import Ints, rows_of
 from components.transfer.session.messages import MAX_BLOCKS, pack, unpack
 from components.transfer.shares import Shares
@@ -61,11 +61,10 @@ def _purpose(epoch: str) -> str:
     return f"kv-tcp {epoch}"
 
 
-class TcpBackend:
+class TcpBackend(Backend):
     """Serves local blocks and fetches remote ones."""
 
     lane = "tcp/sockets"
-    inline = False
 
     def __init__(self, name: str, epoch: str, shares: Shares, host: str, directory: Directory) -> None:
         self._key = f"{name}/{epoch}"
@@ -101,10 +100,6 @@ class TcpBackend:
                 future.add_done_callback(lambda _: settled())
         wire = time.perf_counter() - begun
         return TransferResult(future.result(), len(copy.share.rows), wire_s=wire, lane=self.lane)
-
-    def warm_up(self, copy: Copy) -> Steps:
-        """Try a connection."""
-        return self.fetch(copy)
 
     def _guarded(self, copy: Copy, stop: threading.Event) -> int:
         where = f"agent {copy.peer.name} at {copy.peer.tcp_address}"
@@ -172,10 +167,6 @@ class TcpBackend:
 
     def _have(self, blocks: Ints) -> bool:
         return not len(blocks) or int(blocks.max()) < self._rows[0].shape[0]
-
-    def progress(self) -> list[Generator[bool, None, None]]:
-        """Nothing to do: other threads serve."""
-        return []
 
     def close(self) -> None:
         """Stop serving."""

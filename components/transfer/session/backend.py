@@ -21,7 +21,7 @@ from components.errors import DeadlineExceeded, MigrateError, TransferError, Tra
 from components.transfer.config import AgentConfig, Strategy, TransferResult
 from components.transfer.control.directory import Directory
 from components.transfer.control.record import AgentRecord
-from components.transfer.data.base import Copy, Steps
+from components.transfer.data.base import Backend, Copy, Steps
 from components.transfer.data.nixl import Moved
 from components.transfer.data.staging import Staging
 from components.transfer.layout import runs
@@ -36,8 +36,10 @@ _DIRECT_BYTES = {"cuda": 2 << 20, "cpu": 0}
 """Mean run from which direct descriptors beat staging (docs/design-notes.md)."""
 
 
-class NixlBackend:
+class NixlBackend(Backend):
     """See the module docstring."""
+
+    lane = LANE
 
     def __init__(self, config: AgentConfig, side: Side, directory: Directory) -> None:
         self.side = side
@@ -47,9 +49,6 @@ class NixlBackend:
         self._ids = itertools.count(secrets.randbits(60))
         self.inboxes: dict[tuple[str, int], Inbox] = {}
         self._quarantine: dict[tuple[str, int], Callable[[], None]] = {}
-
-    lane = LANE
-    inline = False
 
     def reaches(self, peer: AgentRecord) -> bool:
         """True when the peer has NIXL as well."""
