@@ -292,5 +292,8 @@ def _device_environment(name: str, config: WorkerConfig, replica: int) -> dict[s
                 f"{name}.devices[{replica}] has {len(mine)} GPUs, tensor-parallel-size is {config.ranks_of(replica)}"
             )
         return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, mine))}
-    threads = {env.THREADS.name: env.THREADS.read()}
-    return threads if config.engine == "paged" else {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **threads}
+    threads = env.THREADS.read()
+    # Numba, which finds vLLM's drafts in the prompt, gives its own number to all OpenMP of the process: by default all
+    # cores, and then each operation of several engines waits for threads that do not run.
+    given = {env.THREADS.name: threads, "NUMBA_NUM_THREADS": threads}
+    return given if config.engine == "paged" else {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **given}

@@ -62,6 +62,7 @@ async def start_pair(model: str, etcd_url: str, ranks: tuple[int, int] = (1, 1),
         VLLM_CPU_KVCACHE_SPACE="1",
         VLLM_CPU_OMP_THREADS_BIND="nobind",
         OMP_NUM_THREADS="1",
+        NUMBA_NUM_THREADS="1",
         HF_HUB_OFFLINE="1",
     )
     warm.engines()

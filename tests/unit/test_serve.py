@@ -296,6 +296,23 @@ def test_frontends_wait_for_a_worker_as_long_as_its_lease(environment: dict[str,
     assert "DYN_TCP_REQUEST_TIMEOUT" not in worker.environment
 
 
+COMPILED = """
+import numba, numpy, torch
+@numba.njit(parallel=True)
+def add(numbers):
+    for i in numba.prange(len(numbers)):
+        numbers[i] += 1
+add(numpy.zeros(8))
+print(torch.get_num_threads())
+"""
+
+
+def test_numba_leaves_an_engine_the_threads_it_was_given() -> None:
+    environment = os.environ | plan("agg").processes[0].environment
+    told = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout == "1\n"
+
+
 def test_settings_of_workers_reach_them() -> None:
     keys = ("drain-grace-s=90", "lease-s=7", "integrity=off", "advertise-host=10.0.0.1")
     worker = plan("agg", *(f"--AggWorker.{key}" for key in keys), "--Frontend.migration-limit=0").processes[0]
