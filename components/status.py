@@ -83,7 +83,7 @@ class Told:
 
     @property
     def told_at(self) -> float | None:
-        """When the worker was as it is known; None: it has told nothing."""
+        """Time of the known state; None without one."""
         return None if self._state is None else self._at
 
     def _change(self, left: Sequence[int] | None, rows: Sequence[RequestRow], counts: Counts, now: float) -> None:

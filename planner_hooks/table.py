@@ -45,7 +45,7 @@ class Table(Told):
         self._pages: list[_Page] = []
 
     def take_pages(self) -> list[_Page]:
-        """What was told since the last call: numbers of rows that have gone (None: all), rows, and counts."""
+        """Pages since the last call: numbers of removed rows (None: all), rows, and counts."""
         pages, self._pages = self._pages, []
         return pages
 
@@ -80,9 +80,9 @@ class Register:
         self._next = 0
 
     def update(self, tables: Sequence[Table]) -> list[int]:
-        """Put in what workers have told; returns the output tokens of requests that have ended.
+        """Take what workers have reported; returns the output tokens of requests that have ended.
 
-        A worker that has gone has not told their ends.
+        A lost worker has not reported their ends.
         """
         ended: dict[str, int] = {}
         for table in self.numbers.keys() - set(tables):

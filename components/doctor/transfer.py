@@ -65,7 +65,7 @@ def _source(pipe: Connection, transport: Transport, told: Connection) -> None:
         pipe.recv()
         agent.close()
     except (EOFError, ConnectionError):
-        pass  # The other one has ended, and has told why if it could.
+        pass  # The other process has ended and, if it could, reported why.
     except Exception as error:
         told.send(f"{type(error).__name__}: {error}")
 
@@ -86,7 +86,7 @@ def _destination(pipe: Connection, transport: Transport, told: Connection) -> No
         pipe.send("end")
         agent.close()
     except (EOFError, ConnectionError):
-        pass  # The other one has ended, and has told why if it could.
+        pass  # The other process has ended and, if it could, reported why.
     except Exception as error:
         told.send(f"{type(error).__name__}: {error}")
 

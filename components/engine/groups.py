@@ -54,7 +54,7 @@ def fields_of(tables: Sequence[Table]) -> dict[str, Any]:
 
 
 def whole_blocks(offer: KVOffer, num_tokens: int) -> KVOffer:
-    """The offer's whole blocks of its first ``tokens`` tokens."""
+    """The offer's whole blocks of its first ``num_tokens`` tokens."""
     tokens = min(offer.num_tokens, num_tokens) // offer.block_size * offer.block_size
     tables = [
         Table(table.block_size, table.first, table.ids[: max(0, tokens // table.block_size - table.first)])

@@ -110,7 +110,7 @@ class Arrivals:
                 leg.refused = leg.refused or RequestNotFound(f"request {leg.request_id} has ended before its commit")
 
     def _fail(self, leg: Arrival, error: MigrateError) -> None:
-        """Whoever asks for it is told why, until it is given up."""
+        """Calls about it get the reason until it is given up."""
         leg.refused = None if leg.committed else error
         leg.add(GenerateOutput(len(leg.known()), finish_reason=FinishReason.ERROR, error=(error.code, str(error))))
 

@@ -61,7 +61,7 @@ class Away:
     """Workers that know the owner; None during the announcement."""
     told_at: float = 0.0
     look_at: float = 0.0
-    """When to look next whether the frontend shall repeat it."""
+    """Time of the next check whether the frontend is to repeat it."""
 
 
 @dataclass(eq=False)

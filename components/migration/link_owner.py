@@ -144,6 +144,6 @@ class _Caller:
             self._writer.close()
 
     def close(self) -> None:
-        """Nobody hears the answers."""
+        """Cancel all answers: the caller is gone."""
         for task in self._tasks.values():
             task.cancel()

@@ -11,7 +11,7 @@ class Options:
     """Times and limits; all with sane defaults."""
 
     orphan_s: float = 30.0
-    """An arrival that nobody reads for so long is given up."""
+    """Time after which an arrival without a reader is given up."""
     repeats: bool = True
     """The frontend repeats requests (``--migration-limit``); else everything is relayed to its end."""
     relay_below: int = 32
@@ -19,4 +19,4 @@ class Options:
     steps_ahead: int = 0
     """Of this worker's engine; see ``EngineInfo``."""
     kv_bytes_per_token: int = 0
-    """As before; 0: copies are begun without bound."""
+    """Of this worker's engine; 0: copies begin without a bound."""

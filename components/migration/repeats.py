@@ -18,7 +18,7 @@ _LOOK_S = 0.05
 
 
 class Repeat(Exception):
-    """The frontend shall send the request again; not an error of anybody."""
+    """Asks the frontend to send the request again; no error."""
 
 
 class Repeats:
@@ -31,7 +31,7 @@ class Repeats:
         self._options = options
 
     def due(self, leg: Leg, away: Away, made: int, closing: bool) -> bool:
-        """Shall the frontend repeat it now? ``closing``: this process is about to end.
+        """True when the frontend is to repeat it now. ``closing``: this process is about to end.
 
         It never gives a request to a worker twice, and fails the request when it has nobody to give it to. So one
         worker that it has not tried is kept for the loss of the owner, unless this process is about to end. Only

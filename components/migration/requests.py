@@ -72,7 +72,7 @@ class Requests:
         return self._tokens + self.arrivals.tokens_total
 
     async def serve(self, leg: Leg, stream: AsyncIterator[T], face: Face[T]) -> AsyncGenerator[T, None]:
-        """The items of a request for the handler that has it. Raises ``Repeat`` when the frontend shall repeat it."""
+        """The items of a request for the handler that has it. Raises ``Repeat`` when the frontend is to repeat it."""
         self._enter(leg)
         parting: Parting[T] | None = None
         last = False
@@ -280,8 +280,8 @@ class Requests:
     async def _near(
         self, owner: Owner, request_id: RequestId, index: int, token_ids: Sequence[int]
     ) -> AsyncGenerator[Attached, None]:
-        """A request that has come back to the worker whose handler passes its tokens on. When it leaves again, its
-        tokens come over the stream that its move has opened.
+        """Read a request that is back at the worker whose handler passes its tokens on. When it leaves again, its
+        tokens come over the stream that its move opens.
         """
         leg = self.arrivals.get(request_id, owner.life)
         yield Attached()

@@ -57,7 +57,7 @@ class Limits:
     rounds: int = 6
     """Rounds of copying before the source is frozen anyway."""
     lease_s: float = 60.0
-    """For so long the source's engine keeps a frozen request."""
+    """Time for which the source's engine keeps a frozen request."""
 
     @property
     def frozen_s(self) -> float:
@@ -189,7 +189,7 @@ class _Move:
         return self._away
 
     async def _left(self, away: Away) -> None:
-        """What there is to do when it has left."""
+        """Clean up once the request is at the destination."""
         leg = self._leg
         if leg.handler is not Handler.SERVES:
             await self._requests.let_go(leg, away)
@@ -262,7 +262,7 @@ class _Move:
     def _moved(self, owner: Owner) -> None:
         self._owner = owner
         if self._leg.away is not None:
-            # Who has been told of the one before may not know this one yet.
+            # Workers that know the previous owner may not know this one yet.
             self._leg.away.owner, self._leg.away.told, self._leg.away.told_at = owner, frozenset(), 0.0
 
     async def _until(self, opened: asyncio.Event, first: asyncio.Future[GenerateOutput]) -> None:

@@ -100,7 +100,7 @@ class TransferAgent:
 
     @property
     def record(self) -> AgentRecord:
-        """What peers are told of this agent. Raises ``TransferError`` before ``start``."""
+        """What peers know of this agent. Raises ``TransferError`` before ``start``."""
         if self.assembly.record is None:
             raise TransferError("the agent has not been started")
         return self.assembly.record
@@ -146,7 +146,7 @@ class TransferAgent:
         return self._checksums.units
 
     def sources(self, size: int) -> tuple[int, ...]:
-        """The ranks, of an engine with so many, from which this agent fetches a block.
+        """Ranks of an engine with ``size`` ranks from which this agent fetches a block.
 
         Raises ``IncompatibleLayout`` where blocks do not divide into heads.
         """

@@ -49,14 +49,14 @@ class BlockChecksums:
         self._stream: torch.cuda.Stream | None = None
         self._add_up = None
         if self._summed and self._summed[0].view.is_cuda:
-            # Of high priority, and never behind the engine's steps in the stream of those.
+            # High priority, and in a stream apart from the engine's steps.
             self._stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
             parts = [part for each in self._summed for part in each.parts]
             if kernels_take([part.row for part in parts]):
                 self._add_up = summer(parts, self.units, _STEP)
 
     def of(self, blocks: Sequence[int]) -> tuple[int, ...]:
-        """``units`` checksums (63 bits, unsigned) for each block. Waits for no work of the device's but its own."""
+        """``units`` checksums (63 bits, unsigned) for each block. Waits only for its own work on the device."""
         if self._stream is None:
             return self.begin(blocks)()
         with torch.cuda.stream(self._stream):

@@ -157,8 +157,6 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f"agent name {self.name!r}: 1 to 200 characters without '/'")
         if not NAMESPACE_FORM.fullmatch(self.namespace):
             raise ConfigError(f"namespace {self.namespace!r}: 1 to 200 letters, digits, '-', '_' and '.'")
-        if "nccl" in self.backends:
-            raise ConfigError("backends: there is no NCCL lane any more; without NIXL use [cuda_ipc, local, tcp]")
         if not self.backends or set(self.backends) - known:
             raise ConfigError(f"backends {self.backends}: choose from {sorted(known)}")
         if not 0 <= self.tp_rank < self.tp_size:

@@ -29,7 +29,7 @@ class Unit(NamedTuple):
 
 
 def divides(heads: int, size: int) -> bool:
-    """True when so many ranks can hold these heads: equally many each, or equally many ranks each head."""
+    """True when ``size`` ranks can hold these heads: equally many heads each, or equally many ranks for each head."""
     return not heads % size or not size % heads
 
 
@@ -40,7 +40,7 @@ def held(heads: int, rank: Rank) -> range:
 
 
 def server(unit: Unit, target: Rank, sources: int) -> int:
-    """The rank, of as many, from which another engine's rank takes a unit."""
+    """The rank, of ``sources`` ranks, from which another engine's rank takes a unit."""
     lowest = unit.number * sources // unit.heads
     highest = max(lowest, (unit.number + 1) * sources // unit.heads - 1)
     return min(max(target.number * sources // target.size, lowest), highest)

@@ -148,7 +148,7 @@ def test_the_transfer_agent_is_told_what_the_file_says(monkeypatch: pytest.Monke
     monkeypatch.setenv("DYN_MIGRATE_TRANSFER", told)
     agent = AgentConfig.of(WorkerSettings.from_environment().agent)
     assert (agent.backends, agent.staging_bytes) == (("cuda_ipc", "tcp"), 1 << 26)
-    wrongs = {"no setting name": {"name": "mine"}, "tpc": {"backends": ["tpc"]}, "no NCCL": {"backends": ["nccl"]}}
+    wrongs = {"no setting name": {"name": "mine"}, "tpc": {"backends": ["tpc"]}}
     for named, wrong in wrongs.items():
         with pytest.raises(ConfigError, match=named):
             plan({"Common": {"transfer": wrong}})

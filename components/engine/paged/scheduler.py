@@ -54,7 +54,7 @@ class Scheduler:
         return active
 
     def grow(self, active: Active, num_tokens: int) -> None:
-        """Allocate blocks for the first ``tokens`` tokens. Raises ``NoRoom``, with nothing changed."""
+        """Allocate blocks for the first ``num_tokens`` tokens. Raises ``NoRoom``, with nothing changed."""
         missing = -(-num_tokens // self.block_size) - len(active.blocks)
         if missing > 0:
             active.blocks = active.blocks + self.pool.allocate(missing)

@@ -36,7 +36,7 @@ _SCHEDULERS = {
     "vllm.v1.core.sched.scheduler.Scheduler": "MigrationScheduler",
     "dynamo.vllm.instrumented_scheduler.InstrumentedScheduler": "InstrumentedMigrationScheduler",
 }
-"""This package's connector in place of another one."""
+"""This package's scheduler in place of another one."""
 
 
 def configure(args: AsyncEngineArgs, agent: dict[str, Any], migration: dict[str, Any] | None = None) -> None:
@@ -77,7 +77,7 @@ def _refuse(name: str, value: object, why: str) -> None:
 
 
 def _others(given: KVTransferConfig | None) -> list[dict[str, Any]]:
-    """Connectors that stay beside ours, as ``MultiConnector`` is told of its children."""
+    """Connectors that stay beside ours, in the form of ``MultiConnector``'s children."""
     if given is None or not given.kv_connector:
         return []
     if given.kv_connector == _WRAPPER:

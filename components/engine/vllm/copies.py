@@ -39,7 +39,7 @@ _FIRST_GUESS = 1e9
 
 @dataclass
 class Flight:
-    """A job that workers have been given."""
+    """A job that the workers have."""
 
     job: Job
     record: Record
@@ -83,14 +83,14 @@ class Copies:
         self._flights: dict[int, Flight] = {}
         self._bytes_per_s = _FIRST_GUESS
         self._late: set[AgentRef] = set()
-        """Whose last copy was not there in time: no step waits for them until one has come."""
+        """Agents whose last copy was late: no step waits for them until a copy of theirs arrives."""
         self._urgent: list[Job] = []
         """Copies that the next step waits for."""
 
     # Begin
 
     def beside_steps(self, record: Record, num_tokens: int, whole: bool = False) -> None:
-        """Copy the blocks of so many tokens that no job copies yet; ``whole``: full ones only."""
+        """Copy the blocks of ``num_tokens`` tokens that no job copies yet; ``whole``: full ones only."""
         self._new.append(self._job(record, num_tokens, whole))
 
     def tail(self, record: Record, may_wait: bool) -> None:
@@ -153,11 +153,11 @@ class Copies:
 
     @property
     def busy(self) -> bool:
-        """Does a worker still owe a result, or hold blocks?"""
+        """True while a worker owes a result or holds blocks."""
         return bool(self._flights)
 
     def take_results(self, results: StepResults) -> None:
-        """What the workers' jobs have come to since the last step."""
+        """Take the results of the workers' jobs since the last step."""
         for result in results.results:
             self._take(result)
         for job_id in results.quiet:
@@ -209,8 +209,8 @@ class Copies:
     # Ends
 
     def stop(self, incoming: Incoming) -> Flight | None:
-        """Drop a job that workers have not been given. One that they have is cancelled, may still write for a while,
-        and is returned.
+        """Drop a job that no worker has yet. A job that workers have is cancelled and returned: it may still write for
+        a while.
         """
         job, incoming.job = incoming.job, None
         if job is None:

@@ -121,7 +121,7 @@ class VLLMEngine:
             await stream.aclose()
 
     def _committed_directly(self, live: _Live, item: Any) -> tuple[int, ...] | None:
-        """The tokens of a landing's commit by the source's engine, if that has come first. It runs from here on."""
+        """Tokens of a commit by the source's engine that arrives before the worker's. The request then runs."""
         told = (item.kv_transfer_params or {}).get(COMMITTED)
         if told is None or live.landing is None or live.ended is not None:
             return None

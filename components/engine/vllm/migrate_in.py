@@ -45,9 +45,9 @@ class MigrateIn:
     # Room
 
     def begin(self, record: Record, offer: KVOffer) -> None:
-        """Reserve for a request that was just added, and begin the first round."""
+        """Reserve for a new request, and begin the first round."""
         record.move = Incoming(offer, self._parts())
-        # An offer that cannot be used is said to whoever asks for the status.
+        # ``status`` reports an offer that cannot be used.
         if self.why_unusable(offer) is None:
             self._begin_round(record, offer)
 
@@ -77,7 +77,7 @@ class MigrateIn:
         return NoRoom(f"{self._port.free_blocks} free KV blocks and {self._port.seats.left()} free request slots")
 
     def holds(self, record: Record) -> bool:
-        """Must vLLM leave this request alone?"""
+        """True while vLLM must leave this request alone."""
         return record.incoming is not None and record.incoming.commit is None
 
     # Rounds
@@ -93,7 +93,7 @@ class MigrateIn:
         return True
 
     def _next_round(self, record: Record) -> None:
-        """Copy the whole blocks that have come to be."""
+        """Copy whole blocks that are new in the offer."""
         incoming = record.require_incoming()
         known = min(incoming.offer.num_tokens, record.request.num_tokens - 1)
         if incoming.parts and incoming.parts.wants(known):
@@ -144,7 +144,7 @@ class MigrateIn:
         return waiter
 
     def _answer(self, record: Record, incoming: Incoming) -> None:
-        """Nothing is reserved here: who is not content asks again, between two steps."""
+        """Answer waiting calls. Reserves nothing: a caller that needs more asks again, between two steps."""
         status = record.landed or LandingStatus(reserved=True)
         if record.incoming is incoming:
             status = msgspec.structs.replace(self._progress(record, incoming), reserved=bool(incoming.parts))

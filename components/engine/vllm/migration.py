@@ -223,7 +223,7 @@ class Migration:
         if marker.num_prompt_tokens is not None:
             record.needs_install = as_resumed(request, marker.num_prompt_tokens)
             if request.num_prompt_tokens != marker.num_prompt_tokens:
-                # Images have become other tokens here: whoever asks for the landing is told that there is none.
+                # Images become other tokens here: the request has no landing, and a commit fails.
                 record.marker = marker = msgspec.structs.replace(marker, landing=None)
         if request.use_structured_output and (record.needs_install or marker.landing is not None):
             record.grammar = self.port.replay_grammar(request)

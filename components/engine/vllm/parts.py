@@ -72,7 +72,7 @@ class Part:
         self.landed = self.requested = min(good, self.landed)
 
     def reaches(self, remote: Table, num_tokens: int) -> bool:
-        """True when everything is in place that the token behind ``tokens`` reads."""
+        """True when everything is in place that the token behind ``num_tokens`` reads."""
         given = leading_nulls(self.local)
         begin = given if self.cached >= remote.first else max(given, remote.first)
         have = max(self.landed, self.cached)
@@ -116,12 +116,12 @@ class Parts:
             part.adopt(before, after, unchanged)
 
     def wants(self, num_tokens: int) -> bool:
-        """True when ``tokens`` tokens have whole blocks without a job."""
+        """True when the first ``num_tokens`` tokens have whole blocks without a job."""
         parts = [part for part in self._parts if not part.group.state]
         return any(num_tokens // part.group.block_size > part.requested for part in parts)
 
     def take(self, offer: KVOffer, num_tokens: int, whole: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Source blocks of so many tokens without a job, and the local blocks for them; ``whole``: full ones only."""
+        """Source blocks of the tokens without a job, and the local blocks for them; ``whole``: full ones only."""
         remote_blocks: tuple[int, ...] = ()
         local_blocks: tuple[int, ...] = ()
         for part, remote in zip(self._parts, tables_of(offer), strict=True):
@@ -166,7 +166,7 @@ class Parts:
             part.failed(bad)
 
     def reaches(self, offer: KVOffer, num_tokens: int) -> bool:
-        """True when everything is in place that the token behind ``tokens`` reads, in each group."""
+        """True when everything is in place that the token behind ``num_tokens`` reads, in each group."""
         return all(p.reaches(remote, num_tokens) for p, remote in zip(self._parts, tables_of(offer), strict=True))
 
     def good_tokens(self, offer: KVOffer) -> int:

@@ -102,7 +102,7 @@ def summer(parts: Sequence[SumPart], units: int, step: int) -> Summer:
             warps = max(1, _WARPS * tile // _SUM_TILE)
             kernel[grid](table, index, sums, count, units, words, STEP=step, TILE=tile, num_warps=warps)
 
-    # Compiled now, by a launch of no block.
+    # A launch without blocks compiles it now.
     launch(0, tables[0][2], tables[0][2])
 
     def run(index: torch.Tensor) -> torch.Tensor:
@@ -114,7 +114,7 @@ def summer(parts: Sequence[SumPart], units: int, step: int) -> Summer:
 
 
 def kernels_take(rows: Sequence[torch.Tensor]) -> bool:
-    """Can Triton's kernels work on these (blocks, bytes) views?"""
+    """True when Triton's kernels can work on these (blocks, bytes) views."""
     if find_spec("triton") is None:
         return False
     whole = all(row.data_ptr() % 16 == 0 and row.stride(0) % 16 == 0 and row.shape[1] % 16 == 0 for row in rows)

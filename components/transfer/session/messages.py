@@ -4,7 +4,7 @@
     destination                              source
     Ask(src, slots | dst) ---------------->  checks, then for each chunk: gather, WRITE
     <-------------------- Landed(chunk) ---  (rides on the WRITE: it arrives after the bytes)
-    scatter, Freed(chunk) ---------------->  may overwrite that slot (said only if it will be needed again)
+    scatter, Freed(chunk) ---------------->  may overwrite that slot (only if the slot is needed again)
     <-------------------------- Ended ----   nothing will be written any more
     Stop ----------------------------->      answered with Ended
 

@@ -27,7 +27,7 @@ def child_of(connector: object, cls: type[T]) -> T | None:
 
 
 def results_of(results: object, cls: type[T]) -> T | None:
-    """What workers of a connector of ours have to say, out of what all have."""
+    """The results of one class, out of those of all connectors."""
     parts = results.metadata if isinstance(results, MultiKVConnectorWorkerMetadata) else (results,)
     return next((each for each in parts if isinstance(each, cls)), None)
 
@@ -48,7 +48,7 @@ class Neighbours:
         return bool(self._readers)
 
     def given(self, blocks: Iterable[int]) -> None:
-        """Blocks have been given to a request otherwise than by a step."""
+        """Note blocks that a request gets outside of a step."""
         if not self._readers:
             return
         self._fresh |= set(blocks) - {0}
@@ -56,9 +56,9 @@ class Neighbours:
             reader._current_batch_allocated_block_ids.update(self._fresh)
 
     def step(self) -> None:
-        """Another step has been scheduled: its workers have read the blocks before they begin a copy."""
+        """Note another step: its workers read the blocks before they begin a copy."""
         self._fresh.clear()
 
     def may_read(self, blocks: Iterable[int]) -> bool:
-        """Can some of these blocks only be written with the next step?"""
+        """True when some of these blocks may only be written with the next step."""
         return not self._fresh.isdisjoint(blocks)

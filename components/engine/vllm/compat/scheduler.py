@@ -57,7 +57,7 @@ class SchedulerPort:
         """Blocks that requests under prefill or being loaded still need, as counted since the last step."""
 
     def step(self) -> None:
-        """Another step has been scheduled."""
+        """Note that another step is scheduled."""
         self.neighbours.step()
         self._needed = None
 
