@@ -157,7 +157,7 @@ class NatsStore:
 
 
 class Notices:
-    """Sends the record to other agents at once, beside etcd. A lost notice does no harm."""
+    """Sends the record to other agents as soon as etcd has it. A lost notice does no harm."""
 
     def __init__(self, config: AgentConfig) -> None:
         self._config = config
@@ -165,11 +165,11 @@ class Notices:
         self._again = asyncio.Event()
 
     def announce(self) -> None:
-        """Publish the record once more."""
+        """Publish the record."""
         self._again.set()
 
     async def run(self, record: AgentRecord, directory: Directory) -> None:
-        """Publish and listen until cancelled."""
+        """Publish what is announced, and listen, until cancelled."""
         await forever(_where(self._config), lambda: self._session(record, directory))
 
     async def _session(self, record: AgentRecord, directory: Directory) -> None:
@@ -181,8 +181,10 @@ class Notices:
         try:
             await client.subscribe(self._subject, cb=heard)
             while client.is_connected:
-                await client.publish(self._subject, encode(record))
-                self._again.clear()
+                # Not at intervals: each notice goes to all agents.
+                if self._again.is_set():
+                    self._again.clear()
+                    await client.publish(self._subject, encode(record))
                 await quietly(asyncio.wait_for(self._again.wait(), self._config.lease_ttl_s))
             raise MigrateError("the connection was closed")
         finally:
