@@ -92,6 +92,7 @@ class Played:
             kv_cache_config=plan,
             structured_output_manager=StructuredOutputManager(self.config),
             block_size=512 if "none" in modes else BLOCK,
+            log_stats=True,
         )
         self.scheduler.use_v2_model_runner = v2
         init_none_hash(sha256)

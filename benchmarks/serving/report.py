@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.graph import place
-from benchmarks.serving import chat_report, crowd_report, plots
+from benchmarks.serving import chat_report, crowd_report, handoff, plots
 from benchmarks.serving.chat import Chats
 from benchmarks.serving.crowd import Crowd
 from benchmarks.serving.metrics import Figures, Run, Slo, figures
@@ -75,6 +75,8 @@ def write_report(path: Path, raw: Path) -> None:
         lines += crowd_report.lines(msgspec.json.decode(file.read_bytes(), type=Crowd), file)
     for file in sorted(raw.parent.glob("chat-*.json")):
         lines += chat_report.lines(msgspec.json.decode(file.read_bytes(), type=Chats))
+    for file in sorted(raw.parent.glob("handoff-*.json")):
+        lines += handoff.section(msgspec.json.decode(file.read_bytes(), type=handoff.Measured))
     lines += _steps(raw.parent)
     disturbed = [_read(file) for file in sorted(raw.parent.glob("serving-disturbed-*.json"))]
     whole = [*([report] if report is not None else []), *disturbed]

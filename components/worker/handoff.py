@@ -66,7 +66,7 @@ class Handoffs:
     def __init__(
         self,
         requests: Requests,
-        free: Callable[[RequestId], Awaitable[None]],
+        free: Callable[[RequestId, bool], Awaitable[None]],
         lease_s: float,
         max_model_len: int,
     ) -> None:
@@ -109,14 +109,14 @@ class Handoffs:
     def _lease_over(self, handoff_id: RequestId) -> None:
         logger.warning("blocks of %s are freed: no decode worker has asked within %g s", handoff_id, self._lease_s)
         self._requests.handoffs["lease_over"] += 1
-        self._requests.spawn(self.release(handoff_id))
+        self._requests.spawn(self.release(handoff_id, expired=True))
 
-    async def release(self, handoff_id: RequestId) -> None:
+    async def release(self, handoff_id: RequestId, expired: bool = False) -> None:
         """Free lent blocks. Idempotent."""
         timer = self._lent.pop(handoff_id, None)
         if timer is not None:
             timer.cancel()
-            await self._free(handoff_id)
+            await self._free(handoff_id, expired)
 
     @property
     def num_lent(self) -> int:

@@ -73,6 +73,8 @@ class Served:
         front += ["--router-mode", "kv", "--migration-limit", "8"]
         self._processes = {"front": self._start("front", front)}
         self.workers: list[tuple[str, subprocess.Popen[bytes]]] = []
+        self.metrics: list[tuple[str, str]] = []
+        """Role and address of each worker's."""
         for role in roles:
             self.add(role, model)
 
@@ -85,7 +87,9 @@ class Served:
         command += ["--kv-events-config", json.dumps(events | {"enable_kv_cache_events": True})]
         command += ["--disaggregation-mode", role] if role != "agg" else []
         command += ["--tensor-parallel-size", str(self._ranks.get(role, 1))]
-        self.workers.append((role, self._start(f"worker{len(self.workers)}", command)))
+        system = free_port()
+        self.metrics.append((role, f"http://127.0.0.1:{system}/metrics"))
+        self.workers.append((role, self._start(f"worker{len(self.workers)}", command, DYN_SYSTEM_PORT=str(system))))
 
     def _start(self, name: str, module: list[str], **more: str) -> subprocess.Popen[bytes]:
         with (self._folder / f"{name}.log").open("wb") as log:

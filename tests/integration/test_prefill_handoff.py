@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
@@ -33,7 +34,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 }
 STOPPED: dict[str, dict[str, Any]] = {"stop at once": {"max_tokens": 8}, "not yet": {"max_tokens": 8, "min_tokens": 5}}
 """Their stop token is the first one of the greedy answer."""
-MOVED = {"prompt": [70 + (3 * i * i) % 883 for i in range(500)], "max_tokens": 400, "ignore_eos": True}
+MOVED = {"prompt": [70 + (3 * i * i) % 883 for i in range(500)], "max_tokens": 2000, "ignore_eos": True}
 
 
 class Scene:
@@ -117,6 +118,26 @@ def test_answers_are_those_of_a_worker_that_does_both(scene: Scene, kind: str) -
     assert told == {"lent": 1, f"first_token_{used}": 1}
 
 
+def test_prompts_are_in_the_metrics_of_vllms_own_connector(scene: Scene) -> None:
+    async def transferred(session: aiohttp.ClientSession) -> float:
+        total = 0.0
+        for _, url in scene.served.metrics:
+            async with session.get(url) as reply:
+                text = await reply.text()
+            assert "vllm:nixl_num_kv_expired_reqs_total" in text
+            total += sum(float(v) for v in re.findall(r"^vllm:nixl_bytes_transferred_sum\{.*\} (\S+)", text, re.M))
+        return total
+
+    async def work(session: aiohttp.ClientSession) -> None:
+        before = await transferred(session)
+        prompt = [30 + (11 * i * i) % 877 for i in range(320)]
+        assert not (await ask(session, scene.served, prompt=prompt, max_tokens=20, ignore_eos=True)).errors
+        block = (await transferred(session) - before) / 10
+        assert block > 0 and block == int(block), "a prompt of ten blocks"
+
+    scene.run(work)
+
+
 def test_a_request_that_has_moved_passes_the_prefill_worker_again_and_goes_on(scene: Scene) -> None:
     async def work(session: aiohttp.ClientSession) -> None:
         plain = await ask(session, scene.served, **MOVED)
@@ -124,7 +145,7 @@ def test_a_request_that_has_moved_passes_the_prefill_worker_again_and_goes_on(sc
         asking = asyncio.ensure_future(ask(session, scene.served, **MOVED))
         moved = False
         while not moved and not asking.done():
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.05)
             await scene.workers.refresh()
             for worker, row in scene.workers.status().requests():
                 if worker.role == "decode" and row.output_tokens > 20:

@@ -17,9 +17,10 @@ from safetensors.numpy import save_file
 
 from benchmarks.graph import machine
 from benchmarks.migration.drain import Stream
-from benchmarks.serving import chat_report, crowd_report
+from benchmarks.serving import chat_report, crowd_report, handoff
 from benchmarks.serving.chat import Chats, Turn
 from benchmarks.serving.crowd import Crowd, CrowdRun, Load
+from benchmarks.serving.handoff import Answer, Measured
 from benchmarks.serving.metrics import Event, Run, Sample, Slo, figures
 from benchmarks.serving.parts import Kind, parts_of
 from benchmarks.serving.profile import self_time
@@ -165,6 +166,13 @@ def test_chats_are_compared_by_their_later_turns() -> None:
         "30 / 20",
     ]
     assert chat_report.lines(Chats(machine(), "a model", "today")) == []
+
+
+def test_handoffs_are_compared_ratio_first() -> None:
+    answers = [Answer(kind, 1, took, took, took, took, 1e9) for kind, took in (("migrate", 0.1), ("dynamo", 0.2))]
+    text = handoff.section(Measured(machine(), "a model", "today", 8192, 64, {}, answers))
+    assert "| transfer p50 | 0.50 | 100.0 ms | 200.0 ms |" in text
+    assert handoff.section(Measured(machine(), "a model", "today", 8192, 64, {})) == []
 
 
 async def test_a_stream_of_a_drain_is_read_when_it_has_ended() -> None:

@@ -216,6 +216,60 @@ def test_a_preempted_request_computes_its_prompt_itself(tiny_llama: str) -> None
     played.finish_step(output)
 
 
+def told(sent: Any) -> dict[str, list[float]]:
+    """What a step says in the metrics of vLLM's connector."""
+    (outputs,) = sent.values()
+    given = outputs.scheduler_stats.kv_connector_stats or {}
+    return {name: values for name, values in given.items() if values}
+
+
+def test_prompts_from_elsewhere_are_in_the_metrics_of_stock_and_moves_are_not(tiny_llama: str) -> None:
+    played = Played(tiny_llama)
+    take(played, 50)
+    landing = played.land("moved", 40)
+    output = played.schedule()
+    copied = [
+        JobResult(job.job_id, ok=True, bytes=100, descriptors=4, post_s=0.5, wire_s=1) for job in played.jobs(output)
+    ]
+    assert len(copied) == 2
+    for _ in range(3):
+        played.finish_step(output)
+        output = played.schedule()
+    assert told(played.finish_step(output, StepResults(copied))) == {
+        "transfer_duration": [1.5],
+        "post_duration": [0.5],
+        "bytes_transferred": [100],
+        "num_descriptors": [4],
+    }
+    end(played, landing)
+    request = take(played, 60, name="broken")
+    output = played.schedule()
+    (job,) = played.jobs(output)
+    failed = JobResult(job.job_id, ok=False, error=("integrity", ""), bad_blocks=job.local_blocks)
+    assert told(played.finish_step(output, StepResults([failed]))) == {"num_failed_transfers": [1]}
+    end(played, request)
+    lender = prefill(played, list(range(70)))
+    lent_of(played, lender)
+    played.call(Op.RELEASE, lender, expired=True)
+    played.call(Op.RELEASE, lender, expired=True)
+    assert told(played.finish_step(played.schedule())) == {"num_kv_expired_reqs": [1]}
+    assert told(played.finish_step(played.schedule())) == {}
+
+
+def test_vllm_finds_the_statistics_beside_those_of_another_connector() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+
+    from components.engine.vllm.connector import MigrationConnector
+
+    sent = MigrationConnector.build_kv_connector_stats()
+    sent.data["transfer_duration"].append(2.0)
+    sent.data["post_duration"].append(1.0)
+    sent.data["bytes_transferred"].append(1 << 20)
+    sent.data["num_descriptors"].append(3)
+    found = MultiConnector.build_kv_connector_stats({"MigrationConnector": sent.to_dict()})
+    assert found is not None and found.reduce()["MigrationConnector"]["Avg xfer time (ms)"] == 2000
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_whatever_happens_every_block_is_accounted_for(tiny_llama: str, seed: int) -> None:
     chance = random.Random(seed)

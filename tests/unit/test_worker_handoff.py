@@ -55,7 +55,7 @@ def worker(lease_s: float = 60.0) -> tuple[Handoffs, Requests, Peers, list[Reque
     peers, freed = Peers(), list[RequestId]()
     requests = Requests(None, peers, 5, "same", Options())  # type: ignore[arg-type]
 
-    async def free(vllm_id: RequestId) -> None:
+    async def free(vllm_id: RequestId, expired: bool) -> None:
         freed.append(vllm_id)
 
     return Handoffs(requests, free, lease_s, 100), requests, peers, freed

@@ -11,6 +11,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -18,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats, NixlPromMetrics
 
 from components.engine.vllm.loader import Loader
 from components.engine.vllm.migration import Migration, Settings
@@ -27,6 +29,7 @@ from components.transfer import AgentConfig
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -98,6 +101,22 @@ class MigrationConnector(KVConnectorBase_V1, SupportsHMA):
         """True while a worker owes a result: vLLM must go on stepping."""
         return self.migration.incoming.copies.busy
 
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """Copies of prompts since the last call, see ``transfers``. None on workers."""
+        return None if self._migration is None else self._migration.incoming.copies.prompts.take()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats:
+        """``get_kv_connector_stats`` of another process."""
+        return NixlKVConnectorStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: VllmConfig, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
+    ) -> KVConnectorPromMetrics:
+        """The metrics of vLLM's ``NixlConnector``."""
+        return NixlPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
     # Worker side
 
     @property
@@ -158,3 +177,7 @@ class MigrationConnector(KVConnectorBase_V1, SupportsHMA):
         """Withdraw the agent's record and stop its threads."""
         if self._loader is not None:
             self._loader.close()
+
+
+# ``MultiConnector`` looks for the class by this name when it logs.
+KVConnectorFactory.register_connector(MigrationConnector.__name__, __name__, MigrationConnector.__name__)

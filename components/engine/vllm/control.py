@@ -73,6 +73,7 @@ class Call(msgspec.Struct, frozen=True, omit_defaults=True):
     hold_s: float = 0.0
     commit_to: CommitTo | None = None
     use_within_s: float = 0.0
+    expired: bool = False
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):

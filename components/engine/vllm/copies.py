@@ -27,6 +27,7 @@ from components.engine.vllm.claims import Cache
 from components.engine.vllm.compat.scheduler import SchedulerPort
 from components.engine.vllm.ranks import Ranks
 from components.engine.vllm.records import Incoming, Job, JobResult, Record, StepResults
+from components.engine.vllm.transfers import Transfers
 from components.timeline import mark
 from components.transfer.ids import AgentRef
 
@@ -77,6 +78,7 @@ class Copies:
         self._settled = settled
         self.refused: Counter[str] = Counter()
         """Copies whose blocks were not used, by error code."""
+        self.prompts = Transfers()
         self._job_ids = itertools.count(1)
         self._new: list[Job] = []
         self._cancelled: list[int] = []
@@ -184,6 +186,8 @@ class Copies:
 
     def _note(self, flight: Flight, incoming: Incoming) -> None:
         results, failed = flight.results, flight.failed
+        if flight.record.marker.handoff is not None:
+            self.prompts.note(results)
         incoming.progress = incoming.progress.after(
             sum(r.bytes for r in results),
             sum(r.descriptors for r in results),

@@ -257,9 +257,9 @@ class VLLMEngine:
         stats = msgspec.structs.replace(_given(reply.stats), leases_expired_total=self._leases.expired)
         return stats, list(reply.requests)
 
-    async def free_lent(self, vllm_id: RequestId) -> None:
-        """Free blocks lent to a decode engine."""
-        await self._call(Call(Op.RELEASE, vllm_id))
+    async def free_lent(self, vllm_id: RequestId, expired: bool = False) -> None:
+        """Free blocks lent to a decode engine; ``expired``: none has asked for them in time."""
+        await self._call(Call(Op.RELEASE, vllm_id, expired=expired))
 
     async def check_integrity(self) -> None:
         """Raise ``SessionError`` when blocks and requests do not add up."""

@@ -113,11 +113,13 @@ class Handoff:
             MARKER: encode(Lent(frozen, stops=first[0] in params.all_stop_token_ids)),
         }
 
-    def release(self, vllm_id: str) -> bool:
-        """Free lent blocks. False: they are not lent."""
+    def release(self, vllm_id: str, expired: bool = False) -> bool:
+        """Free lent blocks; ``expired``: no decode worker has asked for them. False: they are not lent."""
         blocks = self._lent.pop(vllm_id, None)
         if blocks is None:
             return False
+        if expired:
+            self._incoming.copies.prompts.expired()
         self._port.free_blocks_of(blocks)
         return True
 

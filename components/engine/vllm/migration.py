@@ -111,7 +111,7 @@ class Migration:
                 verify_blocks(self.port, self._records.values(), others)
                 return Reply()
             case Op.RELEASE:
-                self.handoff.release(call.request_id)
+                self.handoff.release(call.request_id, call.expired)
                 return Reply()
             case Op.COMMIT if call.frozen is not None and call.request_id in self._ended_early:
                 require_same(self._ended_early[call.request_id], call.frozen)

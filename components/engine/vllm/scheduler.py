@@ -86,7 +86,7 @@ class MigrationMixin(Scheduler):
         """As vLLM's, but not once in each of hundreds of steps that only wait for copies: the process that serves all
         streams would read a message for each of them.
         """
-        if self._idle is not None:
+        if self._idle is not None and all(given is None for given in (*args, *keywords.values())):
             news = (*self.get_request_counts(), self.kv_cache_manager.usage)
             if news == self._idle:
                 return None
