@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.transfer.collective import serve
-from components.transfer import AgentConfig, KVPool, TransferAgent, move_to_shared_memory
+from components.transfer import AgentConfig, KVPool, SharedZeros, TransferAgent
 from components.transfer.control.record import decode, encode
 
 
@@ -52,10 +52,10 @@ def pools(shape: Shape, blocks: int, device: str, seed: int) -> list[KVPool]:
     size = (blocks, 2, shape.block_size, shape.kv_heads, shape.head_size)
     made = []
     for layer in range(shape.layers):
-        tensor = torch.empty(size, dtype=torch.bfloat16, device=device)
+        with SharedZeros():
+            tensor = torch.zeros(size, dtype=torch.bfloat16, device=device)
         tensor.view(torch.int16).random_(generator=generator)
         made.append(KVPool(f"layer.{layer}", tensor, blocks, 0))
-    move_to_shared_memory(made)
     return made
 
 

@@ -51,8 +51,8 @@ class Away:
     """The life that continues at another worker."""
 
     owner: Owner
-    first: GenerateOutput
-    """Its first output, which proved that it runs."""
+    first: GenerateOutput | None
+    """Its first output, which proves that it runs; None: it is still in ``relay``."""
     relay: AsyncGenerator[GenerateOutput, None]
     """The outputs after that one. Closed when no reader here passes them on; the owner then counts as unread."""
     cut: tuple[int, ...]

@@ -133,7 +133,7 @@ class Requests:
         made = list(away.cut)
         try:
             async with aclosing(away.relay):
-                output: GenerateOutput | None = away.first
+                output = away.first or await anext(away.relay, None)
                 while output is not None:
                     made.extend(output.token_ids)
                     leg.over = output.finish_reason is not None
@@ -151,6 +151,7 @@ class Requests:
         except (WorkerLost, RequestNotFound) as error:
             logger.warning("request %s: %s", leg.request_id, error)
             leg.over = True
+            self.owners.forget(leg.request_id)
             if self.closing:
                 raise Repeat(str(error)) from error
         # Its owner is lost. All that it needs is here: it is computed again here, after the tokens that have left.
@@ -225,35 +226,15 @@ class Requests:
         )
         return self._relayed(here, owner)
 
-    async def _relayed(self, here: Leg, owner: Owner) -> AsyncGenerator[GenerateOutput, None]:
-        """The outputs of a request whose repeat came here, though another worker owns it."""
-        at = owner
+    def _relayed(self, here: Leg, owner: Owner) -> AsyncGenerator[GenerateOutput, None]:
+        """The outputs of a request whose repeat is here, though another worker owns it."""
 
         def moved(heir: Owner) -> None:
-            nonlocal at
-            at = heir
+            away.owner = heir
 
-        try:
-            stream = follow(self.attach_to, owner, here.request_id, 0, moved, tuple(here.prompt_token_ids))
-            async with aclosing(stream):
-                async for output in stream:
-                    here.note(output.token_ids)
-                    here.over = output.finish_reason is not None
-                    yield output
-            return
-        except Repeat:
-            here.over = True
-            raise
-        except (WorkerLost, RequestNotFound) as error:
-            logger.warning("request %s: %s", here.request_id, error)
-            here.over = True
-            self.owners.forget(here.request_id)
-        finally:
-            if not (here.over or self.closing):
-                self.spawn(self.peers.call(at.instance, abort(here.request_id, at.life)))
-        async with aclosing(self._go_on(self._again(here, here.tokens), len(here.tokens))) as rest:
-            async for output in rest:
-                yield output
+        relay = follow(self.attach_to, owner, here.request_id, 0, moved, tuple(here.prompt_token_ids))
+        here.away = away = Away(owner, None, relay, cut=())
+        return self.serve(here, _nothing(), PROTOCOL_FACE)
 
     async def abort(self, request_id: RequestId) -> bool:
         """The client has gone. False: this is a stock request of the engine's."""
@@ -299,3 +280,10 @@ class Requests:
             self.owners.sweep()
             self.suspects.sweep()
             self.arrivals.sweep(self.options.orphan_s)
+
+
+async def _nothing() -> AsyncGenerator[GenerateOutput, None]:
+    """The outputs of an engine that does not have the request."""
+    nothing: tuple[GenerateOutput, ...] = ()
+    for output in nothing:
+        yield output

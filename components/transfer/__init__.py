@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from components.transfer.copying import transfer_kv_cache as transfer_kv_cache
     from components.transfer.data.nixl import nixl_is_available as nixl_is_available
     from components.transfer.data.shared import SharedZeros as SharedZeros
-    from components.transfer.data.shared import move_to_shared_memory as move_to_shared_memory
     from components.transfer.handle import TransferHandle as TransferHandle
 
 _HOMES = {
@@ -39,7 +38,7 @@ _HOMES = {
     "agent": ("TransferAgent",),
     "copying": ("CacheCopy", "transfer_kv_cache"),
     "data.nixl": ("nixl_is_available",),
-    "data.shared": ("SharedZeros", "move_to_shared_memory"),
+    "data.shared": ("SharedZeros",),
     "handle": ("TransferHandle",),
 }
 """Names by module, imported on first use (importing torch takes seconds)."""

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from components.transfer import AgentConfig, KVPool, TransferAgent, move_to_shared_memory
+from components.transfer import AgentConfig, KVPool, TransferAgent
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 BLOCKS = 64
@@ -30,7 +30,8 @@ def test_nothing_grows(lane: str) -> None:
     agents = []
     for name in ("src", "dst"):
         parts = [KVPool(f"layer.{i}", torch.full((BLOCKS, 4096), i + 1.0), BLOCKS, 0) for i in range(4)]
-        move_to_shared_memory(parts)
+        for part in parts:
+            part.tensor.share_memory_()
         agent = TransferAgent(AgentConfig(name=name, namespace=namespace, backends=(lane,)))
         agent.start(parts)
         agents.append(agent)

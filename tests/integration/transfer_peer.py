@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from components.errors import MigrateError, from_code
-from components.transfer import AgentConfig, KVPool, TransferAgent, move_to_shared_memory
+from components.transfer import AgentConfig, KVPool, TransferAgent
 from components.transfer.control.record import AgentRecord, decode, encode
 
 TOKENS = 48
@@ -116,7 +116,8 @@ def main(pipe: Connection) -> None:
     share = settings.pop("share", False)
     parts = pools(settings["block_size"], seed)
     if share:
-        move_to_shared_memory(parts)
+        for part in parts:
+            part.tensor.share_memory_()
     agent = TransferAgent(AgentConfig(**settings))
     agent.start(parts)
     pipe.send_bytes(encode(agent.record))

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from components.errors import TransferCancelled, TransferError
-from components.transfer import AgentConfig, KVPool, SharedZeros, TransferAgent, move_to_shared_memory
+from components.transfer import AgentConfig, KVPool, SharedZeros, TransferAgent
 from components.transfer.data import hostcopy
 from components.transfer.data.handover import Giver, map_peer, name_of
 from components.transfer.data.shared import shared_storages
@@ -43,7 +43,8 @@ def agent(name: str, namespace: str, parts: list[KVPool], **more: object) -> Tra
 def two() -> Iterator[tuple[TransferAgent, list[KVPool], TransferAgent, list[KVPool]]]:
     namespace = uuid.uuid4().hex
     here, there = pools(1), pools(2)
-    move_to_shared_memory([*here, *there])
+    for pool in (*here, *there):
+        pool.tensor.share_memory_()
     src, dst = agent("src", namespace, here), agent("dst", namespace, there)
     yield src, here, dst, there
     src.close()
@@ -55,7 +56,8 @@ def test_all_views_follow_when_a_pool_moves_and_nothing_is_left_in_dev_shm() -> 
     parts = pools(1)
     view, copy = parts[1].tensor[3], parts[1].tensor[3].clone()
     old = parts[1].tensor.data_ptr()
-    assert move_to_shared_memory(parts) == ""
+    for part in parts:
+        part.tensor.share_memory_()
     assert parts[1].tensor.data_ptr() != old
     assert torch.equal(view, copy)
     view[0] += 1
@@ -87,20 +89,11 @@ def test_zeros_are_made_all_the_same_where_no_memory_can_be_shared(monkeypatch: 
     assert not made.is_shared() and not bool(made.any())
 
 
-def test_pools_that_do_not_fit_into_dev_shm_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = os.statvfs("/dev/shm")
-    full = os.statvfs_result((*small[:4], 1, *small[5:]))
-    monkeypatch.setattr(os, "statvfs", lambda _: full)
-    parts = pools(1)
-    old = parts[0].tensor.data_ptr()
-    assert "--shm-size" in move_to_shared_memory(parts)
-    assert parts[0].tensor.data_ptr() == old and shared_storages(parts) == []
-
-
 @pytest.mark.parametrize("setting", [{"transport": "tcp"}, {"strategy": "read"}, {"backends": ("nixl", "tcp")}])
 def test_a_way_asked_for_by_name_is_not_replaced(setting: dict[str, object]) -> None:
     parts = pools(1)
-    move_to_shared_memory(parts)
+    for part in parts:
+        part.tensor.share_memory_()
     lone = agent("lone", uuid.uuid4().hex, parts, **msgspec.convert(setting, dict))
     assert "shm/mapped" not in lone.lanes and lone.record.scope == ""
     lone.close()
@@ -161,7 +154,8 @@ def test_a_peer_that_does_not_hand_over_is_served_by_the_next_lane(two: tuple) -
 
 def test_only_the_right_epoch_and_user_get_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = pools(1)
-    move_to_shared_memory(parts)
+    for part in parts:
+        part.tensor.share_memory_()
     epoch = uuid.uuid4().hex
     giver = Giver(epoch, shared_storages(parts))
     with pytest.raises(TransferError, match="mapped"):
@@ -206,7 +200,8 @@ def test_a_cancelled_transfer_stands_still(two: tuple, monkeypatch: pytest.Monke
 def test_without_numba_other_lanes_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("components.transfer.assemble.copier_is_available", lambda: (False, "no numba"))
     parts = pools(1)
-    move_to_shared_memory(parts)
+    for part in parts:
+        part.tensor.share_memory_()
     lone = agent("lone", uuid.uuid4().hex, parts)
     assert "shm/mapped" not in lone.lanes
     lone.close()

@@ -19,7 +19,7 @@ import torch
 
 from components.credentials import VARIABLE
 from components.handshake import connect
-from components.transfer import AgentConfig, KVPool, TransferAgent, move_to_shared_memory
+from components.transfer import AgentConfig, KVPool, TransferAgent
 from components.transfer.control.directory import Directory
 from components.transfer.data import handover
 from components.transfer.regions import regions_of
@@ -36,7 +36,7 @@ class Lanes:
     def __init__(self) -> None:
         self.kv = torch.arange(8 * 64, dtype=torch.float32).reshape(8, 64)
         pool = KVPool("layer.0", self.kv, 8, 0)
-        move_to_shared_memory([pool])
+        self.kv.share_memory_()
         self.before = self.kv.clone()
         self.agent = TransferAgent(AgentConfig(name="decode-0", backends=("mapped", "tcp")))
         self.agent.start([pool])

@@ -17,7 +17,6 @@ from components.transfer import (
     KVPool,
     Strategy,
     TransferAgent,
-    move_to_shared_memory,
     nixl_is_available,
     profiling,
 )
@@ -73,7 +72,7 @@ def agents(shared: bool, **more: object) -> tuple[TransferAgent, TransferAgent]:
     for name in ("src", "dst"):
         parts = [KVPool("layer.0", torch.zeros((BLOCKS, 4096), dtype=torch.uint8), BLOCKS, 0)]
         if shared:
-            move_to_shared_memory(parts)
+            parts[0].tensor.share_memory_()
         agent = TransferAgent(AgentConfig(name=name, namespace=namespace, **more))  # type: ignore[arg-type]
         agent.start(parts)
         made.append(agent)

@@ -158,7 +158,7 @@ def test_what_vllm_writes_of_a_step_when_it_crashes_has_no_tokens() -> None:
     from components.engine.vllm.records import Install, Job, StepMetadata
 
     install = Install("r-1", [70101, 70102], [70103], {"seed": 70104}, None, b"70105")
-    job = Job(1, RequestId("r"), "r-1", (), (4,), (5,), (), (), 1.0)
+    job = Job(1, RequestId("r"), (), (4,), (5,), (), (), 1.0)
     for shown in (dump.prepare_object_to_dump(StepMetadata([install], [job])), repr(install)):
         assert "701" not in shown and "Install(r-1, 2 + 1 tokens)" in shown
 

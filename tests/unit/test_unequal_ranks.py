@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from components.errors import ConfigError, IncompatibleLayout
-from components.transfer import AgentConfig, KVPool, TransferAgent, move_to_shared_memory
+from components.transfer import AgentConfig, KVPool, TransferAgent
 from components.transfer.assemble import Assembly
 from components.transfer.heads import Rank, Unit, held, places, server, taken, units_of
 from tests.unit.test_layouts import LANES
@@ -64,8 +64,8 @@ class Engine:
             torch.int8
         )
         self.pools = [self._pools(layout, Rank(number, size)) for number in range(size)]
-        for pools in self.pools:
-            assert move_to_shared_memory(pools) == ""
+        for pool in (pool for pools in self.pools for pool in pools):
+            pool.tensor.share_memory_()
         self.agents = []
         for number, pools in enumerate(self.pools):
             config = AgentConfig(

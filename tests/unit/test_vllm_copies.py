@@ -82,7 +82,7 @@ def job(number: int = 1, **more: Any) -> Job:
         "vouched": (),
         "deadline_s": 9.0,
     }
-    return Job(number, RequestId("r"), "r-1", **{"agents": (PEER,)} | fields | more)
+    return Job(number, RequestId("r"), **{"agents": (PEER,)} | fields | more)
 
 
 def test_a_copy_within_its_budget_is_answered_at_once(loader: Loader, agent: Agent) -> None:

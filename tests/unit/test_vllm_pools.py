@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from components.engine.vllm.pools import heads_of, pools_of, pools_to_register
 from components.errors import ConfigError
-from components.transfer import SharedZeros, move_to_shared_memory
+from components.transfer import SharedZeros
 from components.transfer.data.shared import shared_storages
 from components.transfer.heads import Rank
 from components.transfer.layout import block_bytes
@@ -85,14 +84,11 @@ def test_groups_over_the_same_bytes_are_moved_once(layout: str) -> None:
     assert block_bytes(regions_of(pools)) == LAYERS * PAGE
 
 
-@pytest.mark.parametrize("how", ["made there", "moved"])
-def test_caches_are_in_shared_memory_with_all_their_views(how: str) -> None:
+def test_caches_are_in_shared_memory_with_all_their_views() -> None:
     config = plan("LBHNC", attention(block_size=256))
-    with SharedZeros() if how == "made there" else nullcontext():
+    with SharedZeros():
         made = caches(config, "LBHNC", kernel_block=16)
     pools = pools_of(made, config)
-    if how == "moved":
-        assert shared_storages(pools) == [] and move_to_shared_memory(pools) == ""
     made["model.layers.2.attn"][16 * 4 + 1] = 1.5
     assert bool((pools[2].tensor[4, 1] == 1.5).all()) and not bool(pools[2].tensor[4, 0].any())
     [shared] = shared_storages(pools)

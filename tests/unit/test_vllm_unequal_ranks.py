@@ -93,7 +93,7 @@ def run(source: list[Worker], target: list[Worker], monkeypatch: pytest.MonkeyPa
     results = []
     for number, worker in enumerate(target):
         monkeypatch.setattr(Loader, "rank", number)
-        job = Job(number, RequestId("r"), "r-1", agents, SRC, DST, checks[1:], DST[:1], 9.0)
+        job = Job(number, RequestId("r"), agents, SRC, DST, checks[1:], DST[:1], 9.0)
         (result,) = worker.loader.copy_now([job], 30.0)
         assert result is not None
         results.append(result)

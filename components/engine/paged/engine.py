@@ -14,6 +14,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import msgspec
@@ -37,7 +38,7 @@ from components.engine.protocol import (
     RequestPhase,
 )
 from components.errors import InvalidRequest, SessionError, WorkerLost
-from components.transfer import AgentConfig, TransferAgent
+from components.transfer import AgentConfig, SharedZeros, TransferAgent
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +72,8 @@ class PagedEngine:
         options = self.options
         options.validate()
         sizes = (options.num_blocks, options.block_size, options.layers, options.words, options.vocab_size)
-        kv = PagedKV(*sizes)
-        if options.agent.get("transport", "auto") in ("auto", "shm"):
-            kv.share()
+        with SharedZeros() if options.agent.get("transport", "auto") in ("auto", "shm") else nullcontext():
+            kv = PagedKV(*sizes)
         pool = BlockPool(options.num_blocks)
         scheduler = Scheduler(kv, pool, options.max_num_seqs, options.max_num_batched_tokens)
         layout = (options.model, options.block_size, options.layers, options.words, options.vocab_size, options.seed)

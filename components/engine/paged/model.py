@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from components.engine.protocol import Sampling
-from components.transfer import KVPool, move_to_shared_memory
+from components.transfer import KVPool
 
 MASK = (1 << 64) - 1
 STEP = 0x9E37_79B9_7F4A_7C15
@@ -69,12 +69,6 @@ class PagedKV:
     def pools(self) -> list[KVPool]:
         """What a transfer agent registers."""
         return [KVPool(f"layer.{i}", tensor, tensor.shape[0], block_dim=0) for i, tensor in enumerate(self._tensors)]
-
-    def share(self) -> str:
-        """Move to shared memory, before anything uses the addresses. Returns the reason when that fails."""
-        reason = move_to_shared_memory(self.pools())
-        self.planes = [tensor.numpy().view(np.uint64) for tensor in self._tensors]
-        return reason
 
     @property
     def bytes_per_token(self) -> int:

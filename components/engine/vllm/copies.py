@@ -132,7 +132,6 @@ class Copies:
         job = Job(
             job_id=next(self._job_ids),
             request_id=record.request_id,
-            vllm_id=record.request.request_id,
             agents=incoming.offer.agents,
             remote_blocks=remote_blocks,
             local_blocks=local_blocks,

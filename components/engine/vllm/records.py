@@ -133,7 +133,6 @@ class Job:
 
     job_id: int
     request_id: RequestId
-    vllm_id: str
     agents: tuple[AgentRef, ...]
     remote_blocks: tuple[int, ...]
     local_blocks: tuple[int, ...]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import logging
 import mmap
 import os
 import socket
@@ -32,7 +31,6 @@ from components.handshake import connecting, greet
 from components.transfer.data.shared import SharedStorage
 from components.transfer.layout import Segment, Span, locate
 
-logger = logging.getLogger(__name__)
 _MAX_ANSWER = 1 << 20
 _FDS_AT_ONCE = 128
 _CALL_S = 5.0

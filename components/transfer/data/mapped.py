@@ -9,7 +9,6 @@ Threading: worker thread; mapping and copying on threads of their own. Errors: `
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -29,7 +28,6 @@ from components.transfer.data.hostcopy import HostCopier
 from components.transfer.data.shared import SharedStorage, scope
 from components.transfer.layout import batches
 
-logger = logging.getLogger(__name__)
 _Flying = deque[Future[None]]
 _PIECE_BYTES = 8 << 20
 _AHEAD = 4

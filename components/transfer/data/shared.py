@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host memory that processes of one host can share: torch storages made in it or moved into it.
+"""Host memory that processes of one host can share: torch storages made in it.
 
-Within ``SharedZeros`` an engine allocates its pools in shared memory. ``move_to_shared_memory`` copies existing pools
-and changes their addresses: call it before anything uses those (NumPy views, registrations). All torch views of a
-storage follow. The segments have no name, so nothing stays in /dev/shm after any end of the process. No threads, no
-life cycle of its own: torch frees the memory with the storage.
+Within ``SharedZeros`` an engine allocates its pools in shared memory. The segments have no name, so nothing stays in
+/dev/shm after any end of the process. No threads, no life cycle of its own: torch frees the memory with the storage.
 """
 
 from __future__ import annotations
@@ -21,10 +19,8 @@ from torch.overrides import TorchFunctionMode
 from components.transfer.config import KVPool
 
 logger = logging.getLogger(__name__)
-_LEAST_BYTES = 1 << 20
+_LEAST_BYTES = 4096
 """Bytes from which an allocation may be a KV cache."""
-_SHM = "/dev/shm"
-_SPARE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -65,28 +61,6 @@ def _new_storage(size: int) -> torch.UntypedStorage:
         return storage
     finally:
         os.close(fd)
-
-
-def move_to_shared_memory(pools: Sequence[KVPool]) -> str:
-    """Move host pools into shared memory, in place. Otherwise move nothing and return the reason."""
-    storages = {pool.tensor.untyped_storage().data_ptr(): pool.tensor for pool in pools}
-    for tensor in storages.values():
-        if tensor.device.type != "cpu" or tensor.is_pinned():
-            return f"pools on {tensor.device} or in pinned memory stay where they are"
-    everything: list[Any] = [tensor.untyped_storage() for tensor in storages.values()]
-    missing = [storage for storage in everything if not storage.is_shared()]
-    needed = sum(storage.nbytes() for storage in missing)
-    try:
-        space = os.statvfs(_SHM)
-    except OSError as error:
-        return f"{_SHM} cannot be used: {error}"
-    free = space.f_bavail * space.f_frsize
-    if needed and needed + _SPARE_BYTES > free:
-        return f"{_SHM} has {free >> 20} MiB free, the pools take {needed >> 20} (in a container: raise --shm-size)"
-    for storage in missing:
-        # torch may be set to share named files, which outlive a killed process.
-        storage._share_fd_cpu_()
-    return ""
 
 
 def shared_storages(pools: Sequence[KVPool]) -> list[SharedStorage]:

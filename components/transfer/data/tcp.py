@@ -11,7 +11,6 @@ received into a buffer and copied to blocks when they are complete.
 
 from __future__ import annotations
 
-import logging
 import socket
 import threading
 import time
@@ -35,7 +34,6 @@ from components.transfer.layout import Ints, rows_of
 from components.transfer.session.messages import MAX_BLOCKS, pack, unpack
 from components.transfer.shares import Shares
 
-logger = logging.getLogger(__name__)
 _MAX_ASK = 4 * MAX_BLOCKS + 1024
 _SERVE_S = 60.0
 _KNOWN_S = 5.0

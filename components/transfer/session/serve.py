@@ -7,7 +7,6 @@ It uses every free slot: some chunks are gathered while others are in flight.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Generator
@@ -23,7 +22,6 @@ from components.transfer.layout import Ints
 from components.transfer.session import messages as wire
 from components.transfer.session.side import Inbox, Side
 
-logger = logging.getLogger(__name__)
 Flow = Generator[bool, None, None]
 
 
