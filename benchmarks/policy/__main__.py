@@ -73,7 +73,7 @@ def main(
                         f"{r.ttft_p99_ms:,.0f} ms, TPOT {r.tpot_p99_ms:.1f} ms, goodput {r.goodput:.1%}, "
                         f"{r.preemptions} preempted, {r.migrations} moves, {r.worker_hours:.2f} h"
                     )
-        output.results.sort(key=lambda result: result.group)
+        output.results.sort(key=lambda result: (result.group, msgspec.structs.astuple(result.scenario)))
     output.speed, output.memory_mib = measure(), memory(_TICKS)
     keep()
     console.print("\n".join(markdown(output, json)))

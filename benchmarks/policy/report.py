@@ -15,6 +15,7 @@ from benchmarks.policy.runs import FREE, VARIANTS, WHOLE, Bound, Result, ending,
 from benchmarks.policy.speed import Speed
 from planner_hooks.simulate.model import Slo, WorkerModel
 from planner_hooks.simulate.scenario import Scenario
+from planner_hooks.simulate.upkeep import Ending
 
 
 class Output(msgspec.Struct):
@@ -29,10 +30,12 @@ class Output(msgspec.Struct):
     memory_mib: list[tuple[int, float]] = []
     """(decisions, resident memory)"""
 
-    def of(self, group: str) -> Iterator[tuple[Scenario, list[Result]]]:
-        """Runs by scenario."""
-        for scenario, runs in groupby((r for r in self.results if r.group == group), key=lambda r: r.scenario):
-            yield scenario, list(runs)
+    def of(self, group: str) -> Iterator[tuple[Scenario, list[list[Result]]]]:
+        """The samples of each scenario, whose seed is 0 here; of each sample all runs."""
+        runs = (r for r in self.results if r.group == group)
+        samples = (list(found) for _, found in groupby(runs, key=lambda r: r.scenario))
+        for scenario, each in groupby(samples, key=lambda found: msgspec.structs.replace(found[0].scenario, seed=0)):
+            yield scenario, list(each)
 
 
 def _where(scenario: Scenario) -> str:
@@ -55,6 +58,13 @@ def _ratio(before: Sequence[float], after: Sequence[float]) -> str:
     return f"{mean:.2f}{error}"
 
 
+def _share(values: Sequence[float]) -> str:
+    """Mean of the samples that have one, and its standard error."""
+    known = [value for value in values if not math.isnan(value)]
+    error = f" ± {stdev(known) / len(known) ** 0.5:.1%}" if len(known) > 1 else ""
+    return f"{_mean(known):.1%}{error}" if known else "nothing comparable"
+
+
 def _beside(output: Output, group: str) -> Iterator[str]:
     """Rows with policies beside those without."""
     yield (
@@ -63,10 +73,9 @@ def _beside(output: Output, group: str) -> Iterator[str]:
     )
     yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     bounds = {b.scenario: b for b in output.bounds}
-    for scenario, samples in groupby(output.of(group), key=lambda pair: msgspec.structs.replace(pair[0], seed=0)):
-        found = list(samples)
-        kv, ours, free = ([run.report for _, runs in found for run in runs if run.variant == name] for name in VARIANTS)
-        alone = [bounds[each].ttft_p99_ms for each, _ in found]
+    for scenario, found in output.of(group):
+        kv, ours, free = ([run.report for runs in found for run in runs if run.variant == name] for name in VARIANTS)
+        alone = [bounds[runs[0].scenario].ttft_p99_ms for runs in found]
         first, tpot = ([getattr(r, name) for r in kv] for name in ("ttft_p99_ms", "tpot_p99_ms"))
         yield (
             f"| {_where(scenario)} | {len(found)} | {_mean(first):,.0f} "
@@ -105,33 +114,44 @@ def markdown(output: Output, source: Path) -> Iterator[str]:
         "",
         "All workers are restarted, a tenth at a time, 60 s for each start, at 40% of load. Requests that ran on a "
         "worker when it ended: their time without a token and their TPOT at p99, ms; how long a worker took to be "
-        "empty, s; and p99 TTFT of all requests, ms.",
+        "empty, s; and p99 TTFT of all requests, ms. Means over samples; the ratio is to a replay.",
         "",
-        "| load | they | no token for | TPOT | empty after | TTFT of all |",
-        "|---|---|---:|---:|---:|---:|",
+        "| load | samples | they | no token for | TPOT | ratio | empty after | TTFT of all |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
     )
-    for scenario, runs in output.of("restart"):
-        for run in runs:
-            r = run.report
+    for scenario, found in output.of("restart"):
+        replayed = [run.report.ended_tpot_p99_ms for runs in found for run in runs if run.variant == Ending.REPLAY]
+        for variant in zip(*found, strict=True):
+            r = [run.report for run in variant]
+            tpot = [each.ended_tpot_p99_ms for each in r]
             yield (
-                f"| {_where(scenario)} | {run.variant} | {r.ended_stall_p99_ms:,.0f} | {r.ended_tpot_p99_ms:.1f} "
-                f"| {r.emptying_s:.1f} | {r.ttft_p99_ms:,.0f} |"
+                f"| {_where(scenario)} | {len(r)} | {variant[0].variant} "
+                f"| {_mean([each.ended_stall_p99_ms for each in r]):,.0f} "
+                f"| {_mean(tpot):.1f} | {_ratio(replayed, tpot)} "
+                f"| {_mean([each.emptying_s for each in r]):.1f} | {_mean([each.ttft_p99_ms for each in r]):,.0f} |"
             )
     yield from (
         "",
         "The rate swings between a quarter and the whole, twice; a planner follows, with several thresholds. "
-        "Worker-hours, and p99 TTFT of all requests.",
+        "Worker-hours, and p99 TTFT of all requests, means over samples. Saved: against the cheapest that waits "
+        "and is as fast, the median over thresholds.",
         "",
         "| load | workers are added above | wait | TTFT, ms | move | TTFT, ms | free moves | TTFT, ms |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     )
-    for scenario, runs in output.of("swing"):
-        for full, pair in groupby(runs, key=lambda run: run.full):
-            hours = " | ".join(f"{run.report.worker_hours:.2f} | {run.report.ttft_p99_ms:,.0f}" for run in pair)
-            yield f"| {_where(scenario)} | {full:.0%} | {hours} |"
+    for scenario, found in output.of("swing"):
+        runs = [list(same) for same in zip(*found, strict=True)]
+        for full, each in groupby(runs, key=lambda same: same[0].full):
+            reports = [[run.report for run in same] for same in each]
+            cells = (
+                f"{_mean([r.worker_hours for r in s]):.2f} | {_mean([r.ttft_p99_ms for r in s]):,.0f}" for s in reports
+            )
+            yield f"| {_where(scenario)} | {full:.0%} | {' | '.join(cells)} |"
         yield (
-            f"| {_where(scenario)} | at no higher p99 TTFT | {ending(runs):.1%} awaits ends | "
-            f"| {saved(runs):.1%} saved | | {saved(runs, FREE):.1%} saved | |"
+            f"| {_where(scenario)}, {len(found)} samples | at no higher p99 TTFT "
+            f"| {_mean([ending(each) for each in found]):.1%} awaits ends | "
+            f"| {_share([saved(each) for each in found])} saved | "
+            f"| {_share([saved(each, FREE) for each in found])} saved | |"
         )
     if output.speed:
         yield from (

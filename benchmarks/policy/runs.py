@@ -39,7 +39,7 @@ SLO = Slo(ttft_s=2.0, tpot_s=0.05)
 FREE = "free moves"
 VARIANTS = ("KV routing", "and policies", FREE)
 """Of steady load and cases."""
-SEED = 21
+SEED = 5001
 """The first one. The policies' defaults were chosen with smaller ones."""
 
 
@@ -85,22 +85,22 @@ def scenarios(traces: list[str], sizes: list[int], samples: int = 6) -> dict[str
 
     A p99 of one sample of a trace differs from that of another by 10 to 30%.
     """
+    seeds = range(SEED, SEED + samples)
     found: dict[str, list[Scenario]] = {"steady": [], "cases": [], "restart": [], "swing": []}
     for name, load in LOAD.items():
         for workers in set(sizes) & {4, 16}:
-            seeds = range(SEED, SEED + samples)
             found["cases"] += [Scenario(name, workers, load, CASE_SECONDS, LITTLE, seed=seed) for seed in seeds]
     for trace in traces:
         for workers in sizes:
             seconds = SECONDS.get(workers, 300.0)
             for load in LOADS if workers <= 16 else LOADS[1:2]:
                 for kv in (WHOLE, LITTLE):
-                    seeds = range(SEED, SEED + (samples if workers <= 64 else 1))
-                    found["steady"] += [Scenario(trace, workers, load, seconds, kv, seed=seed) for seed in seeds]
+                    some = seeds if workers <= 256 else seeds[:1]
+                    found["steady"] += [Scenario(trace, workers, load, seconds, kv, seed=seed) for seed in some]
             if workers <= 16:
-                found["restart"].append(Scenario(trace, workers, LOADS[0], 800.0, restarts=True, seed=SEED))
+                found["restart"] += [Scenario(trace, workers, LOADS[0], 800.0, restarts=True, seed=s) for s in seeds]
             if workers == 16:
-                found["swing"].append(Scenario(trace, workers, 0.7, 900.0, LITTLE, swings=True, seed=SEED))
+                found["swing"] += [Scenario(trace, workers, 0.7, 900.0, LITTLE, swings=True, seed=s) for s in seeds]
     return found
 
 

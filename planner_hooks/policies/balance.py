@@ -28,7 +28,7 @@ _FULL = 1.0
 class Config(PolicyConfig):
     """Settings of ``balance``."""
 
-    high: float = Field(default=0.7, ge=0, description="Virtual usage below which a worker is left alone")
+    high: float = Field(default=0.9, ge=0, description="Virtual usage below which a worker is left alone")
     start_gap: float = Field(
         default=0.1, gt=0, description="Virtual usage above the mean of the others from which requests move"
     )

@@ -151,7 +151,7 @@ class Worker:
         if not self.running and not self.prefill:
             self.time_s = max(self.time_s, time_s)
             return
-        left = time_s - self.time_s
+        left = time_s - self.time_s + 1e-9  # What rounding takes from a step that ends now.
         first, growth = self.step_s(), self._growth_s()
         if left < first:
             return

@@ -23,7 +23,7 @@ def reasons(plan: Plan) -> set[HoldReason]:
 
 
 def test_balance_moves_from_hot_to_cold_until_the_gap_is_closed() -> None:
-    capture = cluster([request(f"r{i}", "w0", 1000) for i in range(8)])
+    capture = cluster([request(f"r{i}", "w0", 1000) for i in range(9)])
     plan = decide("balance", capture)
     assert len(plan.moves) == 4
     assert {(m.src, m.dst) for m in plan.moves} == {("w0", "w1")}
@@ -63,7 +63,7 @@ def test_balance_spreads_a_queue_in_one_decision_whatever_copies_may_go_on() -> 
 
 
 def test_balance_keeps_requests_that_end_before_the_move_pays() -> None:
-    capture = cluster([request(f"r{i}", "w0", 1000, remaining_tokens=1.0) for i in range(8)])
+    capture = cluster([request(f"r{i}", "w0", 1000, remaining_tokens=1.0) for i in range(9)])
     plan = decide("balance", capture)
     assert not plan.moves
     assert HoldReason.NOT_WORTH in reasons(plan)
