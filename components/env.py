@@ -59,7 +59,7 @@ def _addresses(port: int | None = None) -> Callable[[str], tuple[str, ...]]:
 
 
 def host(text: str) -> str:
-    """A host without brackets. Raises ``ValueError`` for what is none."""
+    """A host without brackets. Raises ``ValueError`` for other text."""
     found = bare(text)
     if not found or any(mark in found for mark in "/[]@ ") or found.count(":") == 1:
         raise ValueError("write a host name or an address, without scheme and port")

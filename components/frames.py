@@ -99,8 +99,8 @@ def read_into(sock: socket.socket, view: memoryview, end: float | None) -> None:
 
 def is_open(sock: socket.socket) -> bool:
     """False after the peer has closed it or ended."""
-    sock.setblocking(False)
     try:
+        sock.setblocking(False)
         return sock.recv(1, socket.MSG_PEEK) != b""
     except BlockingIOError:
         return True

@@ -10,7 +10,7 @@ class Event(StrEnum):
     """See the module docstring."""
 
     REPEATED = "repeated"
-    """The frontend was told to repeat a moved request."""
+    """The frontend was asked to repeat a moved request."""
     ADOPTED = "adopted"
     """A repeat reached the owner of the request and continues there."""
     PASSED_ON = "passed-on"

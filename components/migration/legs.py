@@ -98,7 +98,7 @@ class Leg:
     """Attempts to move this life."""
     handler: Handler = Handler.NONE
     over: bool = False
-    """True once the answer has ended, or the frontend was told to repeat the request."""
+    """True once the answer has ended, or the frontend is to repeat the request."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by the running move."""
     _times: deque[float] = field(default_factory=lambda: deque(maxlen=_GAPS + 1))

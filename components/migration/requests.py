@@ -52,7 +52,7 @@ class Requests:
         self.legs: dict[RequestId, Leg] = {}
         """Stock lives by the frontend's id, also those that are relayed."""
         self.closing = False
-        """The process is about to end: what has left stays with its owner whatever happens to the streams here."""
+        """True when the process is about to end: requests that have left stay with their owners."""
         self.handoffs: Counter[str] = Counter()
         """Outcomes of hand-overs from prefill to decode workers."""
         self.events: Counter[Event] = Counter()

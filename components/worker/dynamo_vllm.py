@@ -28,11 +28,10 @@ from vllm import envs
 
 from components import process, versions
 from components.engine.vllm.arguments import STOCK_CONNECTOR, configure
-from components.engine.vllm.engine import VLLMEngine
 from components.errors import ConfigError, MigrateError
 from components.metrics.export import address, expose
 from components.migration.options import Options
-from components.migration.peers import Peers
+from components.migration.peers import Peers, short
 from components.migration.requests import Requests
 from components.models import adapters
 from components.worker import refusals, shim, weights
@@ -68,7 +67,7 @@ class Migration:
         """Wraps Dynamo's ``setup_vllm_engine``."""
         prepare(config, self.settings)
         result = original(config, *args, **keywords)
-        self.client = EngineClient(result[0], self.unrepeated)
+        self.client = EngineClient(result[0], self.unrepeated, self.settings.lease_s)
         return result
 
     async def register(self, original: Any, *args: Any, **keywords: Any) -> Any:
@@ -83,7 +82,7 @@ class Migration:
         return await original(*args, **keywords)
 
     async def _serve(self, config: Any, endpoint: Any, client: EngineClient) -> WorkerStatus:
-        engine = VLLMEngine(client.bare, self.settings.lease_s, client.loras)
+        engine = client.engine
         info = await engine.start()
         role = str(getattr(config.disaggregation_mode, "value", config.disaggregation_mode))
         peers = await Peers.of_worker(
@@ -95,7 +94,7 @@ class Migration:
             kv_bytes_per_token=info.kv_bytes_per_token,
         )
         requests = Requests(engine, peers, int(endpoint.connection_id()), info.fingerprint, options)
-        name = f"{int(endpoint.connection_id()):016x}"[-8:]
+        name = short(requests.instance)
         status = WorkerStatus(requests, name, role, info, endpoint, address(self.settings.agent["advertise_host"]))
         expose(status.metrics(), endpoint, config.namespace, config.component)
         self.handoffs = Handoffs(requests, engine.free_lent, self.settings.lease_s, info.max_model_len)

@@ -18,6 +18,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from components.engine.kv import RequestId
 from components.engine.vllm import checks, images, native
+from components.engine.vllm.engine import VLLMEngine
 from components.engine.vllm.loras import Loras
 from components.errors import EngineKiller
 from components.migration.legs import Leg
@@ -101,23 +102,13 @@ async def _learned(leg: Leg, own: AsyncGenerator[Any, None]) -> AsyncGenerator[A
             yield item
 
 
-class _Bare:
-    """The unwrapped engine."""
-
-    def __init__(self, llm: Any) -> None:
-        self._llm = llm
-        self.generate = llm.generate
-        self.abort = llm.abort
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._llm, name)
-
-
 class EngineClient:
     """See the module docstring. ``serve`` is called when the worker has joined the others."""
 
-    def __init__(self, llm: Any, unrepeated: Unrepeated | None = None) -> None:
-        self.bare = _Bare(llm)
+    def __init__(self, llm: Any, unrepeated: Unrepeated | None = None, lease_s: float = 60.0) -> None:
+        self.loras = Loras()
+        self.engine = VLLMEngine(llm, lease_s, self.loras)
+        """The engine without the wrappers."""
         self._generate = llm.generate
         self._abort = llm.abort
         self._check_health = llm.check_health
@@ -126,7 +117,6 @@ class EngineClient:
         self._unrepeated = unrepeated or Unrepeated()
         self._engine_fixes = native.why_engine_fixes(llm.vllm_config)
         self._config = llm.vllm_config
-        self.loras = Loras()
         self.loras.watch(llm)
         # Dynamo inspects the signature of ``generate``.
         llm.generate = functools.wraps(llm.generate)(functools.partial(self.generate))

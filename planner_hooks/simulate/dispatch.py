@@ -98,14 +98,14 @@ class Router:
         self._to_compute[worker.key] += to_compute
 
     def computed(self, request: Request) -> None:
-        """Its first token has come."""
+        """Note the first token of a request."""
         if request in self._booked:
             key, tokens, to_compute = self._booked[request]
             self._to_compute[key] -= to_compute
             self._booked[request] = key, tokens, 0
 
     def free(self, request: Request) -> None:
-        """It has ended, or left."""
+        """Note the end of a request, or its move to another worker."""
         key, tokens, to_compute = self._booked.pop(request)
         self._used[key] -= tokens
         self._to_compute[key] -= to_compute

@@ -62,7 +62,7 @@ class LandingZone:
         size = scheduler.block_size
         whole = min(offer.num_tokens, len(active.tokens) - 1) // size
         room = max(whole, -(-offer.room_tokens // size))
-        # One more block: a request that would be preempted directly after landing had better stay.
+        # One more block: otherwise the request would be preempted directly after landing.
         if scheduler.pool.free < room + 1:
             raise NoRoom(f"{room + 1} KV blocks are needed, {scheduler.pool.free} are free")
         scheduler.grow(active, room * size)

@@ -20,7 +20,7 @@ MARKER = "dynamo_migrate"
 
 COMMITTED = "dynamo_migrate_committed"
 """Key under ``kv_transfer_params`` of the first outputs of a landing that the source's engine has committed; its tokens
-until then, encoded: vLLM would code each of them by itself, for each output."""
+until then, encoded: vLLM would encode each token separately, for each output."""
 
 
 class Marker(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -93,7 +93,7 @@ class Inbox:
             self._wake()
 
     def take(self) -> Iterator[Call]:
-        """The commits that have come since the last call."""
+        """Commits since the last call."""
         while self._calls:
             yield self._calls.popleft()
 

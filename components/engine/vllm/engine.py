@@ -58,6 +58,8 @@ class VLLMEngine:
 
     def __init__(self, llm: Any, lease_s: float = 60.0, loras: Loras | None = None) -> None:
         self.llm = llm
+        # vLLM's own, which a worker wraps for Dynamo's handlers afterwards.
+        self._generate, self._abort = llm.generate, llm.abort
         self._lease_s = lease_s
         self._loras = loras or Loras()
         self._info: EngineInfo | None = None
@@ -90,7 +92,7 @@ class VLLMEngine:
         if request.landing is not None:
             live.landing = asyncio.Event()
             self._renew_lease(request.request_id)
-        stream = self.llm.generate(prompt, params, request.request_id, **keywords)
+        stream = self._generate(prompt, params, request.request_id, **keywords)
         committed: tuple[int, ...] | None = None
         try:
             async for item in stream:
@@ -178,12 +180,12 @@ class VLLMEngine:
         live = self._live.get(request_id)
         if live is None:
             # For a request of Dynamo's handler, which sees an aborted stream.
-            await self.llm.abort(request_id)
+            await self._abort(request_id)
             return
         live.ended = GenerateOutput(live.delivered, finish_reason=reason, error=error)
         if live.landing is not None:
             live.landing.set()
-        await self.llm.abort(request_id)
+        await self._abort(request_id)
 
     async def offer(self, request_id: RequestId) -> KVOffer:
         """The full, computed blocks of a request."""

@@ -43,7 +43,7 @@ class Images(msgspec.Struct, frozen=True, omit_defaults=True):
     processor: dict[str, Any] | None = None
 
     def prompt(self, output_token_ids: Sequence[int]) -> dict[str, Any]:
-        """For ``AsyncLLM.generate``. Raises ``InvalidRequest`` for an image that is none."""
+        """For ``AsyncLLM.generate``. Raises ``InvalidRequest`` for a malformed image."""
         prompt: dict[str, Any] = {
             "prompt_token_ids": [*self.token_ids, *output_token_ids],
             _DATA: {"image": [_pixels(image) for image in self.images]},

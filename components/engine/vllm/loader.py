@@ -124,7 +124,7 @@ class Loader:
 
     def step(self, jobs: Sequence[Job], cancelled: Sequence[int] = ()) -> None:
         """Begin a step's jobs, cancel unneeded ones, collect finished ones."""
-        # A hand-off's deadline is the source's own for these blocks. Those of rounds are all the same.
+        # A hand-off has the source's deadline for its blocks; all rounds have the same one.
         self._begin(jobs, lambda job: (job.agents, job.deadline_s))
         for job_id in cancelled:
             if flying := self._flying.get(job_id):

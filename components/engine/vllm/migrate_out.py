@@ -171,7 +171,7 @@ class MigrateOut:
         self._port.put_back(record.request, leaving.was_running)
 
     def finished(self, record: Record) -> None:
-        """The request has ended, whatever it was doing."""
+        """The request has ended, in any phase."""
         if (leaving := record.leaving) is not None:
             self._forget(record, leaving, RequestNotFound(f"request {record.request_id} has just finished"))
             self._port.seats.give_up(record.request)

@@ -67,7 +67,7 @@ class Part:
         return tuple(self.local[begin : max(begin, remote.past - count)])
 
     def failed(self, bad: set[int]) -> None:
-        """Some of our blocks do not hold what they should."""
+        """Count blocks with wrong bytes, and those behind them, as not copied."""
         good = next((position for position, block in enumerate(self.local) if block in bad), self.landed)
         self.landed = self.requested = min(good, self.landed)
 
@@ -161,7 +161,7 @@ class Parts:
             part.landed = part.requested
 
     def failed(self, bad: set[int]) -> None:
-        """Some of our blocks do not hold what they should."""
+        """Count blocks with wrong bytes, and those behind them, as not copied."""
         for part in self._parts:
             part.failed(bad)
 

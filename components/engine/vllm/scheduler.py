@@ -52,7 +52,7 @@ class MigrationMixin(Scheduler):
         """What the last step without tokens had to tell; None in other steps."""
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """As vLLM's, after the copies of the commits that have come since the last step."""
+        """As vLLM's, after the copies for commits since the last step."""
         self.migration.before_step()
         return super().schedule(throttle_prefills)
 

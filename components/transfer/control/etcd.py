@@ -140,7 +140,7 @@ class EtcdStore:
         return key.decode(errors="replace")[len(self.prefix) :]
 
     def learn(self, directory: Directory, key: bytes, value: bytes) -> None:
-        """Enter a record that is in etcd; ignore what is none."""
+        """Take a record from etcd; ignore other values."""
         try:
             directory.put(published(value, self._name(key)))
         except MigrateError as error:

@@ -26,7 +26,7 @@ import msgspec
 
 from components.acceptor import Acceptor
 from components.errors import MigrateError, TransferError
-from components.frames import hear, left, say
+from components.frames import hear, is_open, left, say
 from components.handshake import connecting, greet
 from components.transfer.data.shared import SharedStorage
 from components.transfer.layout import Segment, Span, locate
@@ -109,12 +109,7 @@ class Mapping:
 
     def alive(self) -> bool:
         """False once the peer's process or agent has ended."""
-        try:
-            return self._connection.recv(1, socket.MSG_PEEK) != b""
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
+        return is_open(self._connection)
 
     def close(self) -> None:
         """Unmap. The caller guarantees that nobody reads or writes there."""
@@ -148,7 +143,6 @@ def map_peer(name: str, epoch: str, end: float) -> Mapping:
         for fd, (_, size) in zip(fds, answer.storages, strict=True):
             mapped.append(_map(fd, size))
             sizes.append(size)
-        connection.setblocking(False)
         return Mapping(name, connection, answer.storages, mapped)
     except (OSError, MigrateError) as error:
         connection.close()

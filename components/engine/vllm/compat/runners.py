@@ -117,7 +117,7 @@ class RunnerV1(RunnerPort):
 
 
 def _set_state(generator: torch.Generator, state: bytes) -> bool:
-    """Continue with the state from another engine; False without one, or when it is none of such a generator."""
+    """Continue with the state from another engine; False without one, or when the generator refuses it."""
     if not state:
         return False
     try:
