@@ -75,6 +75,8 @@ class Handover(msgspec.Struct, frozen=True, omit_defaults=True):
 
     owner: Owner | None = None
     fingerprint: str = ""
+    adapter: str = ""
+    """Digest of its LoRA adapter; empty: none or unknown."""
     instance: int = 0
     frozen: Frozen | None = None
     """The KV of the prompt, and the first token."""

@@ -61,15 +61,15 @@ class _Call:
         return "images: the frontend does not know the tokens that stand for them" if self.tokens is None else ""
 
     @property
-    def adapter(self) -> str:
-        """Digest of its LoRA adapter; empty: none or unknown."""
+    def adapter(self) -> str | None:
+        """Digest of its LoRA adapter; empty: none; None: unknown."""
         lora = self.keywords.get("lora_request")
-        return "" if lora is None else self.loras.digest(lora)
+        return "" if lora is None else self.loras.digest(lora) or None
 
     @property
     def fixed(self) -> str:
         """Why it cannot move; empty: it can."""
-        if self.keywords.get("lora_request") is not None and not self.adapter:
+        if self.adapter is None:
             return "LoRA adapter: what it is made of is not known"
         return native.why_fixed(self.prompt, self.params, self.keywords) or self.engine_fixes
 
@@ -81,7 +81,7 @@ class _Call:
                 self.params,
                 priority=keywords.get("priority") or 0,
                 lora=keywords.get("lora_request"),
-                adapter=self.adapter,
+                adapter=self.adapter or "",
                 cached_tokens=self.face.cached_tokens,
                 cache_salt=self.prompt.get("cache_salt"),
                 session_id=keywords.get("session_id"),
@@ -173,11 +173,13 @@ class EngineClient:
             yield call.handoffs.known(call.request_id, call.tokens, owner)
             return
         leg = Leg(call.request_id, call.request_id, call.tokens or (), call.encoded, _SHORT, _SHORT, max_tokens=1)
+        if call.adapter is None:
+            await self.loras.learn(call.keywords["lora_request"])
         params = call.handoffs.lending(call.params, call.request_id)
         own = self._generate(call.prompt, params, call.request_id, **call.keywords)
         async with aclosing(own), aclosing(call.requests.serve(leg, own, call.face)) as stream:
             async for item in stream:
-                call.handoffs.lent(item)
+                call.handoffs.lent(item, call.adapter or "")
                 yield item
 
     async def _stream(self, call: _Call) -> AsyncGenerator[Any, None]:
@@ -217,7 +219,7 @@ class EngineClient:
         """The engine's stream of a request, possibly after a prefill worker."""
         entry = Entry(call.prompt, call.params)
         if native.transfer_of(call.params):
-            entry = call.handoffs.enter(call.request_id, call.prompt, call.params, call.tokens, given)
+            entry = call.handoffs.enter(call.request_id, call.prompt, call.params, call.tokens, given, call.adapter)
         own: AsyncGenerator[Any, None] = self._generate(entry.prompt, entry.params, call.request_id, **call.keywords)
         return own if entry.handover is None else call.handoffs.stream(entry, own, call.face, call.tokens)
 

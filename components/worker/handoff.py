@@ -86,14 +86,18 @@ class Handoffs:
         params.n = 1
         return params
 
-    def lent(self, item: RequestOutput) -> None:
-        """Complete the engine's description of an ended request, which Dynamo passes to a decode worker."""
+    def lent(self, item: RequestOutput, adapter: str = "") -> None:
+        """Complete the engine's description of an ended request, which Dynamo passes to a decode worker.
+
+        ``adapter`` is the digest of its LoRA adapter.
+        """
         given = item.kv_transfer_params or {}
         if MARKER not in given:
             return
         lent, sample = decode_lent(given[MARKER]), item.outputs[0]
         handover = Handover(
             fingerprint=self._requests.arrivals.fingerprint,
+            adapter=adapter,
             instance=self._requests.instance,
             frozen=msgspec.structs.replace(lent.frozen, use_within_s=self._lease_s / 2),
             stops=lent.stops,
@@ -150,15 +154,17 @@ class Handoffs:
         params: SamplingParams,
         tokens: list[int] | None,
         given: Handover | None,
+        adapter: str | None = "",
     ) -> Entry:
-        """The request for the engine."""
+        """The request for the engine. ``adapter``: digest of its LoRA adapter; empty: none; None: unknown."""
         plain = native.with_transfer(params, {})
         if given is None or given.frozen is None:
             if MARKER not in native.transfer_of(params):
                 self._requests.handoffs["local_not_lent"] += 1
             return Entry(prompt, plain)
-        if given.fingerprint != self._requests.arrivals.fingerprint:
-            self._requests.handoffs["local_fingerprint"] += 1
+        same = given.fingerprint == self._requests.arrivals.fingerprint
+        if not same or given.adapter != adapter:
+            self._requests.handoffs["local_adapter" if same else "local_fingerprint"] += 1
             self.give_back(given)
             return Entry(prompt, plain)
         why = why_not_first(params, tokens, given)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import openai
@@ -48,4 +49,8 @@ def test_a_request_keeps_its_adapter_when_it_moves(graph: Graph, mode: str) -> N
         moved = graph.under_way(prompts, LENGTH, move, model=model, temperature=0)
         assert moved == graph.complete_all(prompts, LENGTH, model=model, temperature=0)
     assert [(record["ok"], record["mode"]) for record in records] == [(True, mode)] * 4, records
+    handed = Counter[str]()
+    for worker in graph.status()["workers"]:
+        handed.update(worker["handoffs"])
+    assert handed["first_token_used"] > 0 and not handed["local_adapter"], handed
     graph.wait_until_idle()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ class Llm:
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
         self.loaded.append(lora_request.lora_name)
+        return True
+
+    async def remove_lora(self, lora_id: int) -> bool:
         return True
 
 
@@ -47,6 +51,21 @@ async def test_another_adapter_of_the_same_name_is_refused(tiny_llama: str, tmp_
         there.here(mine, here.digest(mine))
     with pytest.raises(InvalidRequest, match="'red' is not loaded"):
         Loras().here(mine, here.digest(mine))
+
+
+async def test_what_lies_in_the_folder_of_a_removed_adapter_is_read_again(tiny_llama: str, tmp_path: Path) -> None:
+    llm: Any = Llm()
+    loras, lora = Loras(), LoRARequest("red", 1, make_adapter(tmp_path / "a", tiny_llama, 1))
+    loras.watch(llm)
+    await loras.learn(lora)
+    before = loras.digest(lora)
+    shutil.rmtree(tmp_path / "a")
+    make_adapter(tmp_path / "a", tiny_llama, 2)
+    await loras.learn(lora)
+    assert loras.digest(lora) == before != ""
+    assert await llm.remove_lora(1) and loras.digest(lora) == ""
+    await loras.learn(lora)
+    assert loras.digest(lora) not in (before, "")
 
 
 async def test_an_adapter_of_unknown_contents_has_no_digest(tiny_llama: str, tmp_path: Path) -> None:

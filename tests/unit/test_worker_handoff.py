@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -155,6 +157,40 @@ async def test_blocks_of_another_model_are_given_back_unread() -> None:
     assert len(peers.calls) == 1
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [("a", "b"), ("a", ""), ("", "a"), ("a", None), ("", None)])
+async def test_blocks_of_another_adapter_are_given_back_unread(theirs: str, ours: str | None) -> None:
+    handoffs, requests, peers, _ = worker()
+    given = msgspec.structs.replace(HANDOVER, adapter=theirs)
+    entry = handoffs.enter(RequestId("r"), {"prompt_token_ids": [1]}, asked(given), [1], given, ours)
+    assert native.transfer_of(entry.params) == {} and requests.handoffs == {"local_adapter": 1}
+    await asyncio.sleep(0)
+    assert [call.op for _, call in peers.calls] == [WorkerOp.RELEASE]
+
+
+async def test_what_a_request_with_an_adapter_lends_is_read_by_a_worker_with_the_same(tmp_path: Path) -> None:
+    handoffs, requests, _, _ = worker()
+    for name, weights in (("one", b"a"), ("two", b"a"), ("three", b"b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text('{"r": 8}')
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(weights)
+    clients = {}
+    for name in ("one", "two", "three"):
+        clients[name] = llm = Llm()
+        EngineClient(llm).serve(requests, handoffs)
+        if name != "one":
+            # Dynamo's prefill workers load none before its first request.
+            await llm.add_lora(LoRARequest("sql", 1, str(tmp_path / name)))
+    prompt, lora = {"prompt_token_ids": [1, 2, 3]}, LoRARequest("sql", 1, str(tmp_path / "one"))
+    [made] = [item async for item in clients["one"].generate(prompt, asked(max_tokens=1), "r", lora_request=lora)]
+    for name, used in (("two", "first_token_used"), ("three", "local_adapter")):
+        requests.handoffs.clear()
+        params = native.with_transfer(SamplingParams(max_tokens=5), made.kv_transfer_params)
+        lora = LoRARequest("sql", 1, str(tmp_path / name))
+        assert [item async for item in clients[name].generate(prompt, params, name, lora_request=lora)]
+        assert requests.handoffs == {used: 1}
+    await handoffs.release(RequestId("p-1"))
+
+
 async def test_what_cannot_be_read_is_computed_here() -> None:
     handoffs, requests, _, _ = worker()
     params = native.with_transfer(SamplingParams(), {"do_remote_prefill": True, MARKER: {"m": "no"}})
@@ -236,6 +272,9 @@ class Llm:
         pass
 
     async def add_lora(self, lora_request: Any) -> bool:
+        return True
+
+    async def remove_lora(self, lora_id: int) -> bool:
         return True
 
 

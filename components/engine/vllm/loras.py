@@ -4,7 +4,8 @@
 A request moves with the digest of its adapter. A destination accepts it only with an adapter of that name and equal
 contents, in any folder; otherwise the request would continue with other weights under the same name.
 
-``watch`` wraps ``AsyncLLM.add_lora``, with which Dynamo's handlers load adapters; a thread reads the contents.
+``watch`` wraps ``AsyncLLM.add_lora`` and ``remove_lora``, which Dynamo's handlers call; a thread reads the contents. In
+prefill workers vLLM loads an adapter with its first request instead (``learn``).
 """
 
 from __future__ import annotations
@@ -27,16 +28,26 @@ class Loras:
         self._known: dict[str, tuple[LoRARequest, str]] = {}
 
     def watch(self, llm: Any) -> None:
-        """Note every adapter loaded from now on."""
-        original = llm.add_lora
+        """Note every adapter loaded from now on, and forget those that are removed."""
+        load, remove = llm.add_lora, llm.remove_lora
 
-        @functools.wraps(original)
+        @functools.wraps(load)
         async def add_lora(lora_request: LoRARequest) -> Any:
-            loaded = await original(lora_request)
+            loaded = await load(lora_request)
             await self.note(lora_request)
             return loaded
 
-        llm.add_lora = add_lora
+        @functools.wraps(remove)
+        async def remove_lora(lora_id: int) -> Any:
+            self._known = {name: known for name, known in self._known.items() if known[0].lora_int_id != lora_id}
+            return await remove(lora_id)
+
+        llm.add_lora, llm.remove_lora = add_lora, remove_lora
+
+    async def learn(self, lora: LoRARequest) -> None:
+        """Note the adapter of a request if it is unknown."""
+        if not self.digest(lora):
+            await self.note(lora)
 
     async def note(self, lora: LoRARequest) -> None:
         """Note a loaded adapter. Without its files its requests cannot move."""
