@@ -148,7 +148,7 @@ def lines(found: Measured, streams: int) -> list[str]:
     for title, (field, scale, unit) in _FIGURES.items():
         for share in (50, 99):
             ours, stock = (float(np.percentile([getattr(each, field) for each in of], share)) * scale for of in both)
-            rows.append([f"{title} p{share}", f"{ours / stock:.2f}", f"{ours:.1f} {unit}", f"{stock:.1f} {unit}"])
+            rows.append([f"{title} p{share}", f"{ours / stock:.2g}", f"{ours:.1f} {unit}", f"{stock:.1f} {unit}"])
     sizes = " and ".join(f"{np.median([each.bytes for each in of]) / 1e6:,.0f}" for of in both)
     return [
         f"{place(found.machine)}; {found.model}; {found.prompt} tokens of prompt, {found.output} of answer; "

@@ -171,7 +171,7 @@ def test_chats_are_compared_by_their_later_turns() -> None:
 def test_handoffs_are_compared_ratio_first() -> None:
     answers = [Answer(kind, 1, took, took, took, took, 1e9) for kind, took in (("migrate", 0.1), ("dynamo", 0.2))]
     text = handoff.section(Measured(machine(), "a model", "today", 8192, 64, {}, answers))
-    assert "| transfer p50 | 0.50 | 100.0 ms | 200.0 ms |" in text
+    assert "| transfer p50 | 0.5 | 100.0 ms | 200.0 ms |" in text
     assert handoff.section(Measured(machine(), "a model", "today", 8192, 64, {})) == []
 
 
