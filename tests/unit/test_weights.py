@@ -61,6 +61,7 @@ def engine(model: Path | str, load_format: str = "auto", runner: str = "v1", ada
         "drafts": None,
         "ranks": 1,
         "heads": 0,
+        "spread": (1, 1),
     } | more
     layer = torch.nn.Module()
     set_default_quant_scales(layer, register_buffer=True)
@@ -71,7 +72,12 @@ def engine(model: Path | str, load_format: str = "auto", runner: str = "v1", ada
         model_config=SimpleNamespace(**values),
         load_config=SimpleNamespace(load_format=load_format, download_dir=None),
         cache_config=SimpleNamespace(cache_dtype=values["cache_dtype"], block_size=16),
-        parallel_config=SimpleNamespace(tensor_parallel_size=values["ranks"]),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=values["ranks"],
+            decode_context_parallel_size=values["spread"][0],
+            prefill_context_parallel_size=1,
+            cp_kv_cache_interleave_size=values["spread"][1],
+        ),
         speculative_config=values["drafts"],
         compilation_config=SimpleNamespace(static_forward_context={"layer.0": layer}),
     )
@@ -135,6 +141,9 @@ def test_whatever_changes_a_token_changes_the_fingerprint(model: Path, tmp_path:
         {"drafts": drafts()},
         {"drafts": drafts("eagle")},
         {"drafts": drafts("eagle", eagle)},
+        {"spread": (2, 1)},
+        {"spread": (4, 1)},
+        {"spread": (2, 16)},
     ]
     assert len({same, *(engine(model, **change) for change in changes)}) == 1 + len(changes)
 

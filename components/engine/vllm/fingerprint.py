@@ -22,7 +22,7 @@ from components.transfer import KVPool
 from components.transfer.regions import regions_of
 
 if TYPE_CHECKING:
-    from vllm.config import LoadConfig, ModelConfig, VllmConfig
+    from vllm.config import LoadConfig, ModelConfig, ParallelConfig, VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 
@@ -57,6 +57,7 @@ def fingerprint(
         "block_size": cache.block_size,
         # Random weights of a rank are no part of those of a smaller size.
         "tp": 0 if of_all_sizes and not dummy else vllm_config.parallel_config.tensor_parallel_size,
+        "context_parallel": _context_parallel(vllm_config.parallel_config),
         "adapters": adapters,
         "drafts": _drafts(vllm_config),
         "logits_processors": [str(model.logits_processors), [each.value for each in entry_points(group=_PROCESSORS)]],
@@ -67,6 +68,12 @@ def fingerprint(
         "regions": regions,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _context_parallel(parallel: ParallelConfig) -> list[int]:
+    """Which tokens of a block a rank has. The interleaving counts only where tokens are spread."""
+    sizes = [parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size]
+    return [*sizes, parallel.cp_kv_cache_interleave_size] if max(sizes) > 1 else sizes
 
 
 _PROCESSORS = "vllm.logits_processors"
