@@ -105,6 +105,7 @@ class Migration:
             asyncio.ensure_future(requests.sweep()),
         ]
         client.serve(requests, self.handoffs)
+        client.controls.follow(info.fingerprint, status)
         logger.info("worker %s on %s migrates over %s", name, socket.gethostname(), ", ".join(info.lanes))
         return status
 

@@ -25,6 +25,7 @@ from components.migration.legs import Leg
 from components.migration.messages import Handover
 from components.migration.repeats import Repeat
 from components.migration.requests import Requests
+from components.worker.controls import Controls
 from components.worker.handoff import Entry, Handoffs, is_prefill
 from components.worker.unrepeated import Unrepeated
 
@@ -118,6 +119,7 @@ class EngineClient:
         self._engine_fixes = native.why_engine_fixes(llm.vllm_config)
         self._config = llm.vllm_config
         self.loras.watch(llm)
+        self.controls = Controls(llm)
         # Dynamo inspects the signature of ``generate``.
         llm.generate = functools.wraps(llm.generate)(functools.partial(self.generate))
         llm.abort = functools.wraps(llm.abort)(functools.partial(self.abort))

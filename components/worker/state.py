@@ -65,6 +65,8 @@ class WorkerStatus:
         shown = tuple(msgspec.structs.replace(agent, epoch=Epoch(agent.epoch[:8])) for agent in info.agents)
         self._shown = msgspec.structs.replace(info, agents=shown)
         """With shortened epochs: without a secret the whole epoch opens an agent's sockets."""
+        self._shown_until = 0
+        """Callers that know no later version of the table are told it."""
         self._limits = Limits(lease_s=info.lease_s)
         self.table = Report(requests)
         self._moves: deque[tuple[float, MoveRecord]] = deque(maxlen=_RECORDS)
@@ -76,12 +78,23 @@ class WorkerStatus:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._counted = WorkerMetrics(self._gauges, self._wake)
         self.cordoned = False
+        self.paused = False
+        """By Dynamo's control routes."""
         self.draining = False
+
+    def become(self, fingerprint: str) -> None:
+        """The engine is no longer what it was at its start (``controls``)."""
+        self.requests.arrivals.fingerprint = fingerprint
+        self._info = msgspec.structs.replace(self._info, fingerprint=fingerprint)
+        self._shown = msgspec.structs.replace(self._shown, fingerprint=fingerprint)
+        self._shown_until = self.table.version
 
     def admit(self) -> None:
         """Raise ``Refused`` unless a request may arrive from another worker."""
         if self.cordoned:
             raise Refused(f"worker {self._name} is cordoned: it takes no requests in")
+        if self.paused:
+            raise Refused(f"worker {self._name} is paused (pause_generation or sleep): it takes no requests in")
 
     async def report(self, call: WorkerCall) -> WorkerState:
         """The worker's state, or its changes for a caller with a version."""
@@ -94,7 +107,7 @@ class WorkerStatus:
             worker=self._name,
             role=self._role,
             stats=stats,
-            info=self._shown if not call.since else None,
+            info=self._shown if call.since <= self._shown_until else None,
             version=report.version,
             whole=page is not None and page.whole,
             rows=page.rows if page is not None else (),
@@ -107,7 +120,7 @@ class WorkerStatus:
                 for at, record in list(self._moves)[len(self._moves) - max(0, told) :]
             ),
             moves_total=self._moved,
-            cordoned=self.cordoned,
+            cordoned=self.cordoned or self.paused,
             draining=self.draining,
             tokens_total=self.requests.tokens_total,
             handoffs=dict(self.requests.handoffs),

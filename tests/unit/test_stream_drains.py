@@ -153,12 +153,19 @@ async def test_requests_move_only_between_workers_of_the_same_weights() -> None:
     sampling = Sampling(temperature=0.0, max_tokens=80)
     async with cluster(3) as workers:
         first, other, same = workers.nodes
-        other.state(fingerprint="other weights")
-        other.requests.arrivals.fingerprint = "other weights"
+        told = await other.status.report(WorkerCall(WorkerOp.STATUS))
+        other.status.become("other weights")
+        again = await other.status.report(WorkerCall(WorkerOp.STATUS, since=told.version))
+        assert again.info is not None and again.info.fingerprint == "other weights"
+        same.status.paused = True
+        assert (await same.status.report(WorkerCall(WorkerOp.STATUS))).cordoned
         reader = Reader(first, GenerateRequest(RequestId("r"), PROMPT, sampling))
         await asyncio.sleep(0.01)
         refused = await first.status.move(WorkerCall(WorkerOp.MIGRATE, RequestId("r"), target=other.instance))
         assert (refused.ok, refused.code) == (False, "invalid_request") and "weights" in refused.reason
+        refused = await first.status.move(WorkerCall(WorkerOp.MIGRATE, RequestId("r"), target=same.instance))
+        assert not refused.ok and "paused" in refused.reason
+        same.status.paused = False
         # Without a destination of one's own choice: the one that can take it, however little room it has.
         taken = same.engine.parts.scheduler.pool.allocate(60)
         assert (await first.status.move(WorkerCall(WorkerOp.MIGRATE, RequestId("r")))).ok

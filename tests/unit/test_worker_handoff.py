@@ -249,7 +249,10 @@ class Llm:
         self.prompts: list[Any] = []
         model = SimpleNamespace(get_vocab_size=lambda: 1000, is_multimodal_model=False, return_sampling_mask=masks)
         self.vllm_config = SimpleNamespace(
-            model_config=model, aux_output_config=SimpleNamespace(enabled=experts), lora_config=None
+            model_config=model,
+            aux_output_config=SimpleNamespace(enabled=experts),
+            lora_config=None,
+            load_config=SimpleNamespace(load_format="auto"),
         )
         self.dead = asyncio.Event()
 
@@ -276,6 +279,18 @@ class Llm:
 
     async def remove_lora(self, lora_id: int) -> bool:
         return True
+
+    async def collective_rpc(self, method: str, *args: Any) -> list[None]:
+        return [None]
+
+    async def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        pass
+
+    async def pause_generation(self, *, mode: str = "abort") -> None:
+        pass
+
+    async def resume_generation(self) -> None:
+        pass
 
 
 async def test_a_prefill_worker_computes_what_is_new_and_nothing_that_has_an_owner() -> None:
