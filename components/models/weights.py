@@ -68,7 +68,7 @@ def digest(model: str, load_format: str, revision: str | None = None, download_d
     Without local weights (random ones, an object store): over name, revision and format.
     """
     total = hashlib.sha256()
-    folder = _folder(model, revision, download_dir)
+    folder = folder_of(model, revision, download_dir)
     found = [] if folder is None or load_format == "dummy" else _files(folder, load_format)
     for file in found:
         size = file.stat().st_size
@@ -85,7 +85,7 @@ def digest(model: str, load_format: str, revision: str | None = None, download_d
     return total.hexdigest()
 
 
-def _folder(model: str, revision: str | None, download_dir: str | None) -> Path | None:
+def folder_of(model: str, revision: str | None, download_dir: str | None) -> Path | None:
     """The model's folder, or that of its name in Hugging Face's cache."""
     if os.path.isdir(model):
         return Path(model)

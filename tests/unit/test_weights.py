@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm.config import WatermarkConfig
 from vllm.model_executor.layers.attention.attention import set_default_quant_scales
 
 from components.engine.vllm.fingerprint import fingerprint, weights_of
@@ -38,6 +39,9 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
+LONG_ROPE = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
+
+
 @dataclass
 class _Spec:
     """A kind of cache."""
@@ -62,8 +66,21 @@ def engine(model: Path | str, load_format: str = "auto", runner: str = "v1", ada
         "ranks": 1,
         "heads": 0,
         "spread": (1, 1),
+        "hf_text_config": SimpleNamespace(rope_parameters=LONG_ROPE),
+        "hf_config_path": None,
+        "max_model_len": 4096,
+        "generation_config": "auto",
+        "override_generation_config": {},
+        "logprobs_mode": "raw_logprobs",
+        "use_fp64_gumbel": False,
+        "tokenizer": str(model),
+        "tokenizer_revision": None,
+        "tokenizer_mode": "auto",
+        "multimodal_config": None,
     } | more
-    layer = torch.nn.Module()
+    layer: Any = torch.nn.Module()
+    layer.attn_backend = SimpleNamespace(get_name=lambda: values.get("backend", "CPU_ATTN"))
+    layer.isa = values.get("isa", "vec")
     set_default_quant_scales(layer, register_buffer=True)
     for name, scale in values.get("scales", {}).items():
         assert hasattr(layer, name)
@@ -79,6 +96,7 @@ def engine(model: Path | str, load_format: str = "auto", runner: str = "v1", ada
             cp_kv_cache_interleave_size=values["spread"][1],
         ),
         speculative_config=values["drafts"],
+        watermark_config=values.get("watermark"),
         compilation_config=SimpleNamespace(static_forward_context={"layer.0": layer}),
     )
     order = values.get("order", (0, 1, 2))
@@ -144,8 +162,34 @@ def test_whatever_changes_a_token_changes_the_fingerprint(model: Path, tmp_path:
         {"spread": (2, 1)},
         {"spread": (4, 1)},
         {"spread": (2, 16)},
+        {"isa": "amx"},
+        {"backend": "TRITON_ATTN"},
+        {"max_model_len": 8192},
+        {"generation_config": "vllm"},
+        {"override_generation_config": {"temperature": 0.5}},
+        {"logprobs_mode": "processed_logprobs"},
+        {"use_fp64_gumbel": True},
+        {"watermark": WatermarkConfig(key=1)},
+        {"watermark": WatermarkConfig(key=2)},
+        {"tokenizer_mode": "slow"},
+        {"multimodal_config": SimpleNamespace(mm_processor_kwargs={"max_pixels": 1000})},
     ]
     assert len({same, *(engine(model, **change) for change in changes)}) == 1 + len(changes)
+
+
+def test_the_tokenizer_and_the_ends_of_answers_are_part_of_the_fingerprint_and_chat_templates_are_not(
+    model: Path,
+) -> None:
+    def after(name: str, content: str) -> str:
+        (model / name).write_text(content)
+        return engine(model)
+
+    seen = [engine(model), after("generation_config.json", '{"eos_token_id": 2}')]
+    seen += [after("generation_config.json", '{"eos_token_id": [2, 3]}'), after("tokenizer.json", "{}")]
+    seen += [after("tokenizer_config.json", '{"eos_token": "</s>"}')]
+    assert len(set(seen)) == len(seen)
+    assert after("tokenizer_config.json", '{"chat_template": "{{ x }}", "eos_token": "</s>"}') == seen[-1]
+    assert after("generation_config.json", '{"transformers_version": "9", "eos_token_id": [2, 3]}') == seen[-1]
 
 
 def test_each_scale_of_a_quantised_kv_cache_is_part_of_a_models_identity(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 """One hash of everything that must be equal in two engines that exchange KV blocks.
 
 That is everything that changes a value in a block or a token computed from it: the model and its weights, dtypes,
-quantization, scales of a quantised KV cache, adapters, block layout and model runner. The place of the weights is not
-part of it, and neither is the tensor-parallel size (blocks divide into heads), unless the model has caches that do not
-divide, or random weights.
+quantization, scales of a quantised KV cache, adapters, block layout, attention backend, model runner, tokenizer and
+defaults of sampling. The place of the weights is not part of it, and neither is the tensor-parallel size (blocks divide
+into heads), unless the model has caches that do not divide, or random weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from dataclasses import fields
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
+from components import versions
 from components.engine.vllm.pools import specs_of
+from components.models import tokens
 from components.models.weights import digest
 from components.transfer import KVPool
 from components.transfer.regions import regions_of
@@ -59,6 +61,11 @@ def fingerprint(
         "tp": 0 if of_all_sizes and not dummy else vllm_config.parallel_config.tensor_parallel_size,
         "context_parallel": _context_parallel(vllm_config.parallel_config),
         "adapters": adapters,
+        "vllm": versions.series(versions.installed("vllm")),
+        "attention": _attention(vllm_config, plan),
+        "long_rope": _long_rope(model),
+        "sampling": _sampling(vllm_config),
+        "tokenizer": _tokenizer(vllm_config),
         "drafts": _drafts(vllm_config),
         "logits_processors": [str(model.logits_processors), [each.value for each in entry_points(group=_PROCESSORS)]],
         "groups": [group.layer_names for group in plan.kv_cache_groups],
@@ -90,6 +97,45 @@ def _scales(vllm_config: VllmConfig, plan: KVCacheConfig) -> list[object]:
     names = [name for group in plan.kv_cache_groups for name in group.layer_names if name in layers]
     found = ([getattr(layers[name], scale, None) for scale in _SCALES] for name in names)
     return [[scale if scale is None else scale.tolist() for scale in scales] for scales in found]
+
+
+def _attention(vllm_config: VllmConfig, plan: KVCacheConfig) -> list[object]:
+    """What writes each layer's blocks. On CPUs equal shapes hold other bytes with other instruction sets (AMX)."""
+    layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
+    found = (layers.get(name) for group in plan.kv_cache_groups for name in group.layer_names)
+    backends = [(getattr(layer, "attn_backend", None), getattr(layer, "isa", "")) for layer in found]
+    return [[backend.get_name() if backend is not None else "", isa] for backend, isa in backends]
+
+
+def _long_rope(model: ModelConfig) -> bool:
+    """Whether vLLM turns keys by the model's long factors: it does so for all lengths where long ones are allowed."""
+    rope: dict[str, Any] = getattr(model.hf_text_config, "rope_parameters", None) or {}
+    begin = rope.get("original_max_position_embeddings")
+    return rope.get("rope_type") == "longrope" and begin is not None and model.max_model_len > begin
+
+
+def _sampling(vllm_config: VllmConfig) -> list[object]:
+    """What turns logits into tokens and log-probabilities beside a request's parameters, and their defaults."""
+    model, load, mark = vllm_config.model_config, vllm_config.load_config, vllm_config.watermark_config
+    own = model.generation_config in ("auto", "vllm")
+    source = (model.hf_config_path or model.model, model.revision) if own else (model.generation_config, None)
+    return [
+        model.generation_config if own else "",
+        tokens.digest(tokens.GENERATION, *source, load.download_dir),
+        model.override_generation_config,
+        model.logprobs_mode,
+        model.use_fp64_gumbel,
+        None if mark is None else vars(mark),
+    ]
+
+
+def _tokenizer(vllm_config: VllmConfig) -> list[object]:
+    """Of grammars and ends of answers; and what makes features of images."""
+    model, media = vllm_config.model_config, vllm_config.model_config.multimodal_config
+    files = tokens.digest(
+        tokens.TOKENIZER, model.tokenizer, model.tokenizer_revision, vllm_config.load_config.download_dir
+    )
+    return [str(model.tokenizer_mode), files, None if media is None else media.mm_processor_kwargs]
 
 
 def _drafts(vllm_config: VllmConfig) -> list[object]:
