@@ -143,14 +143,14 @@ class Arrivals:
         """The life here that continues exactly these tokens, and the output token to begin with.
 
         With an announced owner only its life counts: another one here is left from a failed move, and its source may
-        soon end it. Without an announcement the source has died.
+        soon end it. Without an announcement the source has died. The prompt alone is a new request: clients choose ids.
         """
         for leg in self.lives.values():
             if owner is not None and owner.life != leg.life:
                 continue
             if leg.request_id == request_id and leg.committed and leg.away is None:
                 index = leg.index_after(token_ids)
-                if index is not None:
+                if index:
                     return leg, index
         return None
 

@@ -47,6 +47,10 @@ class Owner(msgspec.Struct, frozen=True):
     """Numbers of the attempts to move it that led here, one for each life. An attempt of a source that has taken a
     request back is later than everything that followed from its earlier attempts."""
 
+    def repeated_by(self, token_ids: Sequence[int]) -> bool:
+        """Whether these tokens can be a repeat's. Clients choose ids: one with the prompt alone is another request."""
+        return len(token_ids) > self.prompt_tokens
+
 
 class Ticket(msgspec.Struct, frozen=True, omit_defaults=True):
     """Everything with which another worker continues a request, except its KV and its tokens at the freeze."""

@@ -212,7 +212,7 @@ class Requests:
             leg, index = claimed
             self.events[Event.ADOPTED] += 1
             return self._go_on(leg, index)
-        if owner is None:
+        if owner is None or not owner.repeated_by(token_ids):
             return None
         self.events[Event.PASSED_ON] += 1
         here = Leg(

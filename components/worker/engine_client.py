@@ -171,7 +171,7 @@ class EngineClient:
     async def _prefill(self, call: _Call) -> AsyncGenerator[Any, None]:
         """For Dynamo's prefill handler: one token, and the loan of the prompt's blocks."""
         owner = call.requests.owners.get(call.request_id)
-        if owner is not None and call.tokens:
+        if owner is not None and call.tokens and owner.repeated_by(call.tokens):
             yield call.handoffs.known(call.request_id, call.tokens, owner)
             return
         leg = Leg(call.request_id, call.request_id, call.tokens or (), call.encoded, _SHORT, _SHORT, max_tokens=1)
