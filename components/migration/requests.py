@@ -176,8 +176,9 @@ class Requests:
         self.suspects.require_few(leg.request_id)
         leg.handler = Handler.SERVES
         leg.tried |= {self.instance}
-        if not isinstance(leg, Arrival):
-            self.legs[leg.request_id] = leg
+        if not isinstance(leg, Arrival) and (older := self.legs.setdefault(leg.request_id, leg)) is not leg:
+            # Clients choose ids. Calls of the engine by this one mean the older request, and its end ends both.
+            leg.fixed = older.fixed = "another request here has its id"
 
     async def _leave(self, leg: Leg) -> None:
         if not isinstance(leg, Arrival) and self.legs.get(leg.request_id) is leg:

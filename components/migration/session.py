@@ -202,6 +202,9 @@ class _Move:
         commit: asyncio.Future[WorkerReply] | None = None
         try:
             async with asyncio.timeout(limit):
+                if self._leg.fixed:
+                    # Another one has come with its id.
+                    raise NotMigratable(self._leg.fixed)
                 # A replay commits less than the state.
                 to = self._status.commit_to if mode is not Mode.REPLAY else None
                 frozen = self._frozen = await self._engine.freeze(self._leg.engine_id, to, limit)

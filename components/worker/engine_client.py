@@ -30,6 +30,7 @@ from components.worker.handoff import Entry, Handoffs, is_prefill
 from components.worker.unrepeated import Unrepeated
 
 _SHORT = "prefill: it ends with its first token"
+_LATER = "images: their tokens are not known before the first output"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ async def _learned(leg: Leg, own: AsyncGenerator[Any, None]) -> AsyncGenerator[A
     async with aclosing(own):
         async for item in own:
             if not leg.prompt_token_ids and item.prompt_token_ids:
-                leg.prompt_token_ids, leg.fixed = tuple(item.prompt_token_ids), ""
+                leg.prompt_token_ids = tuple(item.prompt_token_ids)
+                leg.fixed = "" if leg.fixed == _LATER else leg.fixed
             yield item
 
 
@@ -212,7 +214,7 @@ class EngineClient:
         )
         own = self._entered(call, given)
         if call.images and not leg.fixed:
-            leg.fixed, own = "images: their tokens are not known before the first output", _learned(leg, own)
+            leg.fixed, own = _LATER, _learned(leg, own)
         async with aclosing(own), aclosing(requests.serve(leg, own, call.face)) as stream:
             async for item in stream:
                 yield item

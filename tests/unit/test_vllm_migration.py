@@ -59,6 +59,22 @@ def test_a_call_by_the_internal_id_does_not_reach_the_next_life(tiny_llama: str)
     played.call(Op.OFFER, "twice")
 
 
+def test_a_name_that_two_requests_have_means_the_older_one(tiny_llama: str) -> None:
+    """Clients choose names. One that comes while the older one moves is not mistaken for it."""
+    played = Played(tiny_llama)
+    first = played.add(list(range(40)), name="twice")
+    second = played.add(list(range(100, 120)), name="twice")
+    played.step()
+    frozen = played.call(Op.FREEZE, "twice").frozen  # type: ignore[union-attr]
+    assert frozen.offer.num_tokens == 40, "the other's KV and tokens would go on behind this one's prompt"
+    played.call(Op.RESUME, "twice")
+    end(played, first)
+    assert played.call(Op.FREEZE, "twice").frozen.offer.num_tokens == 20  # type: ignore[union-attr]
+    played.call(Op.RESUME, "twice")
+    end(played, second)
+    assert everything_is_free(played)
+
+
 def test_a_step_in_flight_ends_before_the_state_is_complete(tiny_llama: str) -> None:
     played = Played(tiny_llama, "AsyncMigrationScheduler")
     request = played.add(list(range(20)))

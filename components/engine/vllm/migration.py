@@ -81,8 +81,8 @@ class Migration:
         self.handoff = Handoff(port, self.incoming, self.outgoing)
         self._ranks: Ranks | None = None
         self._records: dict[str, Record] = {}
-        self._newest: dict[RequestId, Record] = {}
-        """Records by the caller's id, which two requests can share briefly."""
+        self._named: dict[RequestId, list[Record]] = {}
+        """Records by the caller's id, which several requests can share. The oldest one has the name."""
         self._ended_early: dict[RequestId, tuple[int, ...]] = {}
         """The last requests that ended by themselves after a direct commit, perhaps before their worker's."""
         self.untold: dict[str, bytes] = {}
@@ -137,7 +137,7 @@ class Migration:
 
     def find(self, request_id: RequestId) -> Record | None:
         """A request by vLLM's id or the caller's."""
-        return self._records.get(request_id) or self._newest.get(request_id)
+        return self._records.get(request_id) or next(iter(self._named.get(request_id, ())), None)
 
     def record(self, request_id: RequestId) -> Record:
         """``find``. Raises ``RequestNotFound`` in place of None."""
@@ -218,7 +218,8 @@ class Migration:
         data = params.pop(MARKER, None)
         marker = Marker(external_id(request)) if data is None else decode_marker(data)
         record = Record(request, marker, born=time.monotonic())
-        self._records[request.request_id] = self._newest[record.request_id] = record
+        self._records[request.request_id] = record
+        self._named.setdefault(record.request_id, []).append(record)
         self._ended_early.pop(record.request_id, None)
         if marker.num_prompt_tokens is not None:
             record.needs_install = as_resumed(request, marker.num_prompt_tokens)
@@ -277,8 +278,9 @@ class Migration:
         record = self._records.pop(request.request_id, None)
         if record is None:
             return None
-        if self._newest.get(record.request_id) is record:
-            del self._newest[record.request_id]
+        self._named[record.request_id].remove(record)
+        if not self._named[record.request_id]:
+            del self._named[record.request_id]
         self._past_preemptions += request.num_preemptions
         if record.direct is not None and request.status is not RequestStatus.FINISHED_ABORTED:
             self._ended_early[record.request_id] = record.direct
