@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,18 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments: str) -> None:
-    path = os.pathsep.join([str(ROOT / "tests" / "interpreter"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where Python finds Triton, which an installation for CPUs leaves out: that of the one for GPUs."""
+    [triton] = re.findall(r"^triton==\S+", (ROOT / "requirements-gpu.lock").read_text(), re.MULTILINE)
+    folder = tmp_path_factory.mktemp("triton")
+    install = [Path(sys.executable).with_name("uv"), "pip", "install", "--quiet", "--python", sys.executable]
+    subprocess.run([*install, "--no-deps", "--target", folder, triton], check=True)
+    parts = (str(ROOT / "tests" / "interpreter"), str(ROOT), str(folder), os.environ.get("PYTHONPATH", ""))
+    return os.pathsep.join(parts)
+
+
+def run(path: str, *arguments: str) -> None:
     environment = os.environ | {"PYTHONPATH": path}
     subprocess.run([sys.executable, "-m", *arguments], env=environment, check=True, timeout=900, cwd=ROOT)
 
@@ -32,18 +43,18 @@ def run(*arguments: str) -> None:
         ("deepseek-v3", "90,300"),
     ],
 )
-def test_moved_answers_equal_unmoved_ones(tmp_path: Path, family: str, prompts: str) -> None:
+def test_moved_answers_equal_unmoved_ones(path: str, tmp_path: Path, family: str, prompts: str) -> None:
     """Of models with states, windows and compressed heads, prefilled here and elsewhere."""
     asked = ["--families", family, "--caching", "on", "--requests", "2", "--tokens", "60", "--prompts", prompts]
     # Greedy, and with penalties and a seed; the interpreter does not run vLLM's kernel of top_p.
     asked += ["--kinds", "greedy,penalties", "--json", str(tmp_path / "counts.json")]
-    run("tests.integration.families", *asked)
+    run(path, "tests.integration.families", *asked)
     counts = msgspec.json.decode((tmp_path / "counts.json").read_bytes(), type=Counts)
     assert {cell.runner for cell in counts.cells} == {"v2"}
     assert sum(cell.answers for cell in counts.cells) == 6
 
 
 @pytest.mark.parametrize("kind", ["greedy", "seeded"])
-def test_answers_about_images_that_move_equal_unmoved_ones(kind: str) -> None:
+def test_answers_about_images_that_move_equal_unmoved_ones(path: str, kind: str) -> None:
     """The same tests as with V1, in each mode."""
-    run("pytest", "-q", "tests/integration/test_vllm_images.py", "-m", "integration", "-k", kind)
+    run(path, "pytest", "-q", "tests/integration/test_vllm_images.py", "-m", "integration", "-k", kind)
