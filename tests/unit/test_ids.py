@@ -11,6 +11,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMClientError
 
 from components.engine.vllm import checks
+from tests.vllm_scheduler import Played
 
 SIZE = 100
 MODEL: Any = SimpleNamespace(
@@ -53,6 +54,17 @@ def test_prompts_are_held_against_the_model_and_not_against_its_tokenizer() -> N
     # Placeholders of images have no embedding of their own.
     checks.check([1, SIZE], SamplingParams(), engine(IMAGES))
     checks.check(None, SamplingParams(), engine())
+
+
+@pytest.mark.parametrize("given", [[1], "text", 7])
+def test_parameters_for_the_connector_that_are_no_object_are_refused(given: object, tiny_llama: str) -> None:
+    """The scheduler reads them while it adds a request, where any error is the engine's end."""
+    with pytest.raises((AttributeError, TypeError)):
+        Played(tiny_llama).add([1, 2], extra_args={"kv_transfer_params": given})
+    with pytest.raises(VLLMClientError, match="kv_transfer_params"):
+        checks.check([1], SamplingParams(extra_args={"kv_transfer_params": given}), engine())
+    for fine in (None, {}, {"do_remote_prefill": True}):
+        checks.check([1], SamplingParams(extra_args={"kv_transfer_params": fine}), engine())
 
 
 def test_log_probabilities_of_a_prompt_are_refused_where_they_end_the_engine() -> None:

@@ -3,7 +3,8 @@
 
 Token ids: vLLM checks those of the prompt, of ``stop_token_ids``, ``logit_bias``, ``allowed_token_ids`` and
 ``logprob_token_ids``; this module checks what the tested series leaves out. On a GPU a wrong id corrupts memory.
-``prompt_logprobs`` on a CPU worker with LoRA: vLLM's step fails.
+``prompt_logprobs`` on a CPU worker with LoRA: vLLM's step fails. ``kv_transfer_params`` that are no object: its scheduler
+does, while it adds the request.
 
 Errors: vLLM's ``VLLMValidationError``, which Dynamo's handlers turn into a 400.
 """
@@ -15,6 +16,8 @@ from typing import Any
 
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+
+from components.engine.vllm.native import TRANSFER_KEY
 
 
 def check(tokens: Sequence[int] | None, params: SamplingParams, config: Any) -> None:
@@ -29,6 +32,8 @@ def check(tokens: Sequence[int] | None, params: SamplingParams, config: Any) -> 
     for word in params._bad_words_token_ids or ():
         if not word or any(not 0 <= token < size for token in word):
             raise _unknown("bad_words_token_ids", list(word), size)
+    if not isinstance((params.extra_args or {}).get(TRANSFER_KEY), dict | None):
+        raise VLLMValidationError(f"{TRANSFER_KEY} is no object", parameter=TRANSFER_KEY)
     wanted = params.prompt_logprobs is not None and config.lora_config is not None
     if wanted and config.device_config.device_type == "cpu":
         raise VLLMValidationError(
