@@ -3,8 +3,8 @@
 
 Token ids: vLLM checks those of the prompt, of ``stop_token_ids``, ``logit_bias``, ``allowed_token_ids`` and
 ``logprob_token_ids``; this module checks what the tested series leaves out. On a GPU a wrong id corrupts memory.
-``prompt_logprobs`` on a CPU worker with LoRA: vLLM's step fails. ``kv_transfer_params`` that are no object: its scheduler
-does, while it adds the request.
+``prompt_logprobs`` on a CPU worker with LoRA: vLLM's step fails. ``kv_transfer_params`` that are no object: its
+scheduler does, while it adds the request.
 
 Errors: vLLM's ``VLLMValidationError``, which Dynamo's handlers turn into a 400.
 """
