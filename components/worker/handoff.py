@@ -227,8 +227,13 @@ def why_not_first(params: SamplingParams, tokens: list[int] | None, given: Hando
         return "multimodal"
     if params.n > 1:
         return "samples"
-    if params.prompt_logprobs is not None:
+    if params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None:
         return "prompt_logprobs"
+    if params.logprob_token_ids is not None or params.flat_logprobs:
+        # Ranks of named tokens do not travel (``native.FIXED``).
+        return "log_probabilities"
+    if params.trace_decode_token_ids is not None:
+        return "trace"
     if params.structured_outputs is not None:
         return "guided"
     if given.stops:

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.logprobs import Logprob
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import StructuredOutputsParams
@@ -23,6 +24,7 @@ from components.engine.kv import Frozen, KVOffer, RequestId
 from components.engine.protocol import FinishReason, GenerateOutput, TokenLogprob
 from components.engine.vllm import native
 from components.engine.vllm.control import MARKER, Lent, decode_marker, encode
+from components.engine.vllm.sampling import logprobs_of
 from components.messages import pack, unpack
 from components.migration.messages import Attached, Handover, Owner, WorkerCall, WorkerOp, WorkerReply
 from components.migration.options import Options
@@ -126,6 +128,14 @@ async def test_the_first_token_is_given_out_before_the_engines_and_counted_as_ou
     await asyncio.sleep(0)
     assert peers.calls == [(9, WorkerCall(WorkerOp.RELEASE, RequestId("p-1")))]
     assert requests.handoffs == {"first_token_used": 1}
+
+
+def test_ranks_of_tokens_that_a_client_names_do_not_travel() -> None:
+    """So a first token with them is computed again."""
+    rows = [{7: Logprob(-0.1, rank=1), 30: Logprob(-9.0, rank=400)}]
+    made = GenerateOutput(0, (7,), logprobs_of(rows, (7,)))
+    [[*told]] = [native.OutputFace("r", [1]).make(made).outputs[0].logprobs or ()]
+    assert [entry.rank for entry in told[0].values()] == [1, 2]
 
 
 async def test_one_token_asked_for_needs_no_engine_here() -> None:
@@ -416,6 +426,10 @@ async def test_a_request_that_was_in_two_engines_when_they_died_gets_an_error_an
         ({"structured_outputs": StructuredOutputsParams(regex="a")}, HANDOVER, "guided"),
         ({}, Handover(frozen=HANDOVER.frozen, stops=True), "stop"),
         ({}, Handover(frozen=HANDOVER.frozen, captured=True), "captured"),
+        ({"prompt_logprob_token_ids": [3]}, HANDOVER, "prompt_logprobs"),
+        ({"logprob_token_ids": [3, 9]}, HANDOVER, "log_probabilities"),
+        ({"logprobs": 1, "flat_logprobs": True}, HANDOVER, "log_probabilities"),
+        ({"trace_decode_token_ids": [3]}, HANDOVER, "trace"),
     ],
 )
 def test_which_first_token_is_computed_again(params: dict[str, Any], given: Handover, why: str) -> None:
