@@ -25,6 +25,10 @@ def read(path: Path) -> Any:
         return parse(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def parse(text: str, where: str) -> Any:
@@ -36,5 +40,8 @@ def parse(text: str, where: str) -> Any:
             raise ConfigError(f"{where} is not YAML: more than {MAX_DEPTH} brackets inside each other")
     try:
         return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{where} is not YAML: {line}{error.problem}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not YAML: {error or type(error).__name__}") from error

@@ -120,6 +120,8 @@ def read(path: Path) -> list[Arrival]:
                     raise ConfigError(f"{path} has columns {sorted(columns)}: not an Azure or BurstGPT trace")
     except FileNotFoundError as error:
         raise ConfigError(f"there is no trace file {path}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except (KeyError, ValueError, TypeError, RecursionError, csv.Error) as error:
         raise ConfigError(f"{path} is not a trace this reads: {error!r}") from error
     found = sorted((a for a in found if a.output_tokens > 0 and a.prompt_tokens > 0), key=lambda a: a.time_s)

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from components.errors import ConfigError
+from components.serve.plan import read_yaml
 from planner_hooks.config import load, parse
 from planner_hooks.policies import BUILT_IN
+from planner_hooks.simulate import traces
 
 
 def test_an_empty_file_means_every_policy_with_its_defaults() -> None:
@@ -45,8 +48,15 @@ def test_a_file_that_is_not_there_or_not_yaml(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no policy file"):
         load(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
-    with pytest.raises(ConfigError, match="is not YAML"):
+    with pytest.raises(ConfigError, match=r"bad.yaml is not YAML: line 1: expected the node content, [^\n]*$"):
         load(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("read", [load, read_yaml, traces.read])
+def test_a_folder_in_place_of_a_file(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path)
+    assert str(caught.value) == f"{tmp_path} cannot be read: Is a directory"
 
 
 def test_every_field_is_documented() -> None:
