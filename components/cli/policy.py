@@ -120,7 +120,7 @@ def read(path: Path) -> Capture:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Capture)
     except OSError as error:
-        raise ConfigError(f"snapshot: {error}") from error
+        raise ConfigError(f"snapshot {path} cannot be read: {error.strerror}; write one with --save") from error
     except UNREADABLE as error:
         raise ConfigError(f"{path} is no snapshot ({error}): write one with --save") from error
 

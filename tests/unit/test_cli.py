@@ -54,6 +54,7 @@ def refused(*words: str) -> str:
         ("drain", "Missing argument 'worker'"),
         ("policy explain --policy-file nope.yaml", "there is no policy file nope.yaml"),
         ("policy explain --snapshot README.md", "README.md is no snapshot"),
+        ("policy explain --snapshot no.json", "snapshot no.json cannot be read: No such file or directory; write one"),
     ],
 )
 def test_a_wrong_use_is_told_with_its_fix(words: str, told: str) -> None:
