@@ -25,7 +25,14 @@ import msgspec
 from components.engine.groups import whole_blocks
 from components.engine.kv import Frozen, KVOffer, LandingStatus
 from components.engine.protocol import GenerateOutput
-from components.errors import DeadlineExceeded, MigrateError, NotMigratable, RequestNotFound, SessionError
+from components.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    MigrateError,
+    NotMigratable,
+    RequestNotFound,
+    SessionError,
+)
 from components.migration.legs import Arrival, Away, Handler, Leg, new_life
 from components.migration.messages import Mode, MoveRecord, Owner, WorkerCall, WorkerOp, WorkerReply
 from components.migration.peers import follow, short
@@ -87,7 +94,7 @@ async def migrate(requests: Requests, leg: Leg, target: int, mode: Mode, limits:
                 # Its repeat is on the way, or it is left from a move whose source went on: then it is no owner.
                 raise SessionError("nobody reads the tokens of the request here at the moment")
             if target == requests.instance:
-                raise SessionError("the request is already there")
+                raise InvalidRequest("the request is already there")
             record = await _Move(requests, leg, target, limits).run(record)
     except MigrateError as error:
         record = msgspec.structs.replace(record, code=error.code, reason=str(error))

@@ -13,7 +13,7 @@ from tests.adapters import make_adapter
 from tests.integration.graphs import PROMPT, Graph
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
-LENGTH = 600
+LENGTH = 2000
 
 
 @pytest.fixture(scope="module")

@@ -161,6 +161,8 @@ async def test_requests_move_only_between_workers_of_the_same_weights() -> None:
         assert (await same.status.report(WorkerCall(WorkerOp.STATUS))).cordoned
         reader = Reader(first, GenerateRequest(RequestId("r"), PROMPT, sampling))
         await asyncio.sleep(0.01)
+        refused = await first.status.move(WorkerCall(WorkerOp.MIGRATE, RequestId("r"), target=first.instance))
+        assert (refused.code, refused.reason) == ("invalid_request", "the request is already there")
         refused = await first.status.move(WorkerCall(WorkerOp.MIGRATE, RequestId("r"), target=other.instance))
         assert (refused.ok, refused.code) == (False, "invalid_request") and "weights" in refused.reason
         refused = await first.status.move(WorkerCall(WorkerOp.MIGRATE, RequestId("r"), target=same.instance))
