@@ -38,10 +38,10 @@ _TOKEN_IDS = (1000, 40000)
 _LIMIT_S = 120.0
 _SUMS = re.compile(r"^vllm:nixl_(xfer_time_seconds|bytes_transferred)_sum\{.*\} (\S+)$", re.MULTILINE)
 _FIGURES = {
-    "transfer": ("transfer_s", 1e3, "ms"),
-    "TTFT": ("ttft_s", 1e3, "ms"),
-    "second token": ("second_s", 1e3, "ms"),
-    "TPOT": ("tpot_s", 1e3, "ms"),
+    "transfer": "transfer_s",
+    "TTFT": "ttft_s",
+    "second token": "second_s",
+    "TPOT": "tpot_s",
 }
 
 
@@ -54,7 +54,7 @@ class Answer(msgspec.Struct, frozen=True):
     ttft_s: float
     second_s: float
     tpot_s: float
-    """From the first to the last token, for each further one."""
+    """From the second to the last chunk, for each further one: the gap before the second is in ``second_s``."""
     transfer_s: float
     """With several streams: mean of a round of them."""
     bytes: float
@@ -145,10 +145,10 @@ def lines(found: Measured, streams: int) -> list[str]:
     """A table of one number of streams."""
     both = [[each for each in found.answers if (each.system, each.streams) == (kind, streams)] for kind in KINDS]
     rows = []
-    for title, (field, scale, unit) in _FIGURES.items():
+    for title, field in _FIGURES.items():
         for share in (50, 99):
-            ours, stock = (float(np.percentile([getattr(each, field) for each in of], share)) * scale for of in both)
-            rows.append([f"{title} p{share}", f"{ours / stock:.2g}", f"{ours:.1f} {unit}", f"{stock:.1f} {unit}"])
+            ours, stock = (1e3 * float(np.percentile([getattr(each, field) for each in of], share)) for of in both)
+            rows.append([f"{title} p{share}", f"{ours / stock:.2g}", f"{ours:.1f} ms", f"{stock:.1f} ms"])
     sizes = " and ".join(f"{np.median([each.bytes for each in of]) / 1e6:,.0f}" for of in both)
     return [
         f"{place(found.machine)}; {found.model}; {found.prompt} tokens of prompt, {found.output} of answer; "
